@@ -1,0 +1,46 @@
+# Each target sets up what it needs and is safe to repeat.
+#   make demo [WIDTH=1024]  train, align, merge, renormalize on digits; pictures and numbers under out/
+#   make test               the tests
+#   make lint, make types   ruff; the type checker over an installed copy of the package
+#   make nightly            the tests marked slow as well
+VENV   ?= .venv
+PYTHON ?= python3
+WIDTH  ?= 1024
+JOBS   ?= auto
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test nightly lint types install clean
+
+install: $(VENV)/.installed
+
+# torch first and pinned: elsewhere a CPU build is enough, and an unpinned one brings CUDA with it.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || { echo "making a virtual environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing fastmatch and its development tools into $(VENV) (a few minutes the first time)"
+	@$(PIP) install -q -U pip
+	@$(PIP) install -q -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	@$(PIP) install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.installed
+	@$(BIN)/python -m fastmatch demo --width $(WIDTH)
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -q -n $(JOBS) -m "not slow"
+
+nightly: $(VENV)/.installed
+	$(BIN)/python -m pytest -q -n $(JOBS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Checkers do not follow the editable install's hook, so the checker reads an installed copy.
+types: $(VENV)/.installed
+	@rm -rf build/types
+	@$(PIP) install -q --no-deps --target build/types .
+	cd build/types && $(abspath $(BIN))/basedpyright --project $(abspath pyproject.toml) --pythonpath $(abspath $(BIN))/python fastmatch
+
+clean:
+	rm -rf build dist out *.egg-info

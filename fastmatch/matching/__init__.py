@@ -1,0 +1,1 @@
+"""Finding the permutations: by weights, by activations."""

@@ -1,0 +1,1 @@
+"""The obvious form of each operation in plain torch or numpy: what the tests measure against."""
