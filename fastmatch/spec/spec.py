@@ -238,7 +238,9 @@ class PermutationSpec:
             lines.append(f"{g.name:<{width}}  {g.size:>7}  {axes}")
         if self.pins:
             lines += ["", "pinned"]
-            lines += [f"  {p.parameter}:{p.dim} of {self.shapes[p.parameter][p.dim]}: {p.reason}" for p in self.pins]
+            lines += [
+                f"  {p.parameter}:{p.dim} of {self.shapes[p.parameter][p.dim]}: {p.reason}" for p in self.pins
+            ]
         return "\n".join(lines)
 
 

@@ -1,0 +1,106 @@
+"""Files, written whole or not at all: state dicts and permutations."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from fastmatch.permute import check_permutations
+from fastmatch.spec import Permutations, PermutationSpec
+
+__all__ = ["load_permutations", "load_state", "save_permutations", "save_state", "writing"]
+
+
+@contextmanager
+def writing(path: str | Path, *, force: bool = False) -> Iterator[Path]:
+    """Gives a temporary path beside ``path`` and renames it on success; a killed run leaves no half file.
+
+    Raises:
+        FileExistsError: ``path`` exists and ``force`` is not set.
+        FileNotFoundError: its folder does not exist.
+    """
+    path = Path(path)
+    if path.exists() and not force:
+        raise FileExistsError(
+            f"{path} exists; choose another path, or pass force=True (--force) to replace it"
+        )
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} is not a folder; make it first")
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        umask = os.umask(0)  # mkstemp makes private files; give this one the mode any new file gets
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_state(path: str | Path) -> dict[str, torch.Tensor]:
+    """The state dict in a .safetensors file, or in a torch file read with ``weights_only``.
+
+    Raises:
+        ValueError: the file is not of these formats, is truncated, or holds no state dict.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged or unsafe pickle
+        raise ValueError(f"{path}: not a torch file that weights_only can read ({error})") from error
+    if isinstance(data, Mapping) and isinstance(data.get("state_dict"), Mapping):
+        data = data["state_dict"]
+    if not isinstance(data, Mapping) or not all(isinstance(v, torch.Tensor) for v in data.values()):
+        raise ValueError(f"{path}: expected a state dict (name -> tensor)")
+    return dict(data)
+
+
+def save_state(state: Mapping[str, torch.Tensor], path: str | Path, *, force: bool = False) -> None:
+    """Writes a state dict as .safetensors, or as a torch file for .pt, .pth and .bin."""
+    with writing(path, force=force) as temporary:
+        if Path(path).suffix in {".pt", ".pth", ".bin"}:
+            torch.save(dict(state), temporary)
+        else:
+            # safetensors refuses tensors that share memory; tied ones are written out twice.
+            save_file({k: v.detach().cpu().clone().contiguous() for k, v in state.items()}, temporary)
+
+
+def save_permutations(
+    permutations: Permutations, spec: PermutationSpec, path: str | Path, *, force: bool = False
+) -> None:
+    """Writes permutations as safetensors with the spec as text in the metadata; nothing is pickled."""
+    checked = check_permutations(permutations, spec)
+    with writing(path, force=force) as temporary:
+        save_file(checked, temporary, metadata={"fastmatch.spec": spec.to_json()})
+
+
+def load_permutations(path: str | Path) -> tuple[Permutations, PermutationSpec]:
+    """What :func:`save_permutations` wrote.
+
+    Raises:
+        ValueError: the file is damaged, or holds something else.
+    """
+    permutations = load_state(path)
+    with safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get("fastmatch.spec")
+    if text is None:
+        raise ValueError(f"{path}: holds no permutations (its metadata has no 'fastmatch.spec')")
+    spec = PermutationSpec.from_json(text)
+    return check_permutations(permutations, spec, str(path)), spec
