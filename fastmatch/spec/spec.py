@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-__all__ = ["Axis", "Group", "Permutations", "PermutationSpec", "Pin", "Tap"]
+__all__ = ["Axis", "Group", "PermutationSpec", "Permutations", "Pin", "Tap"]
 
 Permutations: TypeAlias = dict[str, torch.Tensor]
 """Group name -> LongTensor of shape (group size,), on the CPU; ``new_b[i] = b[perm[i]]``."""

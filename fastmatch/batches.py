@@ -1,0 +1,87 @@
+"""What a data loader gives, and how a model is run on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from fastmatch.progress import progress_bar
+
+__all__ = ["Forward", "batches_of", "default_forward", "evaluating", "split_batch"]
+
+Forward: TypeAlias = Callable[[nn.Module, Any], Any]
+"""``forward(model, batch)`` runs the model on one item of the loader and returns its output."""
+
+
+def split_batch(batch: Any) -> tuple[Any, Any]:
+    """(inputs, targets) of one item: a pair is taken apart, anything else is inputs alone."""
+    if isinstance(batch, (tuple, list)):
+        if len(batch) == 2:
+            return batch[0], batch[1]
+        if len(batch) == 1:
+            return batch[0], None
+        raise ValueError(f"data: expected inputs or (inputs, targets), got {len(batch)} parts; pass forward=")
+    return batch, None
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {k: _to_device(v, device) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_to_device(v, device) for v in value]
+    return value
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter or buffer; CPU without any."""
+    for tensor in [*model.parameters(), *model.buffers()][:1]:
+        return tensor.device
+    return torch.device("cpu")
+
+
+def default_forward(model: nn.Module, batch: Any) -> Any:
+    """Runs ``model`` on the inputs of ``batch``: a tensor, or a mapping of keyword inputs without labels."""
+    inputs, _ = split_batch(batch)
+    inputs = _to_device(inputs, device_of(model))
+    if isinstance(inputs, Mapping):
+        return model(**{k: v for k, v in inputs.items() if k not in {"label", "labels"}})
+    if isinstance(inputs, list):
+        return model(*inputs)
+    return model(inputs)
+
+
+def batches_of(data: Iterable[Any], title: str, *, progress: bool | None = None) -> Iterator[Any]:
+    """The items of ``data``, read once, under a progress bar.
+
+    Raises:
+        TypeError: ``data`` cannot be iterated.
+        ValueError: it yields nothing.
+    """
+    if not isinstance(data, Iterable):
+        raise TypeError(f"data: expected a loader or any iterable of batches, got {type(data).__name__}")
+    empty = True
+    for batch in progress_bar(data, title, show=progress):
+        empty = False
+        yield batch
+    if empty:
+        raise ValueError("data: yielded no batch (a generator that was already read yields nothing again)")
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients inside; every module's own mode is put back after."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
