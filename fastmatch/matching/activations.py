@@ -1,0 +1,147 @@
+"""Activation matching: units that fire alike on data (Li et al. 2015; Ainsworth et al. 2022, section 3.1).
+
+Both models are run once over the data; per group the pooled cross moments of their activations give a
+similarity matrix, and each group is one independent linear assignment problem.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastmatch.assignment import linear_sum_assignment
+from fastmatch.batches import Forward, batches_of, default_forward, evaluating
+from fastmatch.matching.weights import Matching
+from fastmatch.moments import SIMILARITIES, CrossMoments
+from fastmatch.progress import progress_bar
+from fastmatch.spec import Axis, Permutations, PermutationSpec, Tap
+from fastmatch.spec.taps import TapReader
+
+__all__ = ["READ", "SEVERAL", "match_activations"]
+
+READ = ("after", "before")
+"""Where activations are read: after or before the nonlinearity."""
+
+SEVERAL = ("last", "first", "sum")
+"""Which reading counts where a group has several (a residual stream): one of them, or the summed similarity."""
+
+
+def match_activations(
+    model_a: nn.Module,
+    model_b: nn.Module,
+    spec: PermutationSpec,
+    data: Iterable[Any],
+    *,
+    similarity: str = "correlation",
+    read: str = "after",
+    several: str = "last",
+    forward: Forward = default_forward,
+    progress: bool | None = None,
+) -> Matching:
+    """Finds the permutations of B's hidden units under which they fire most like A's on ``data``.
+
+    Args:
+        model_a, model_b: modules of the traced architecture; A is the reference. Left as they are.
+        spec: a traced spec (its taps say where to read).
+        data: a loader of inputs or (inputs, targets); read once.
+        similarity: ``"correlation"`` (Pearson), ``"covariance"`` or ``"inner"`` product.
+        read: ``"after"`` or ``"before"`` the nonlinearity. A group that meets none is read where the next
+            layer takes it in (after), or where its own layer puts it out (before).
+        several: which reading counts where a group has several, see :data:`SEVERAL`.
+        forward: how to run a model on a batch.
+        progress: show a bar; None shows it on a terminal.
+
+    Returns:
+        A :class:`Matching` whose ``objective`` is the similarity of matched units summed over groups,
+        under the identity and under the result.
+
+    Raises:
+        ValueError: the spec has no taps for a group, the data yields nothing, or an argument is unknown.
+
+    Memory: per tap one n x n float64 matrix and one batch of activations.
+    """
+    for name, value, allowed in (
+        ("similarity", similarity, SIMILARITIES),
+        ("read", read, READ),
+        ("several", several, SEVERAL),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name}: expected one of {allowed}, got {value!r}")
+    chosen = {group: choose_taps(spec, group, read, several) for group in spec.groups}
+    moments = _read_moments(model_a, model_b, spec, chosen, read, data, forward, progress)
+    permutations: Permutations = {}
+    before = after = 0.0
+    for name in progress_bar(list(spec.groups), "assignment", show=progress):
+        gain = sum(moments[tap].similarity(similarity) for tap in chosen[name])
+        assert isinstance(gain, torch.Tensor)
+        col_ind = linear_sum_assignment(gain, maximize=True)[1]
+        assert isinstance(col_ind, torch.Tensor)
+        before += float(gain.diagonal().sum())
+        after += float(gain.gather(1, col_ind[:, None]).sum())
+        permutations[name] = col_ind.cpu()
+    return Matching(permutations, "activations", (before, after), solves=len(spec.groups))
+
+
+def choose_taps(spec: PermutationSpec, group: str, read: str, several: str) -> list[Tap]:
+    """The taps that say how alike the units of one group are."""
+    roles = {
+        "after": ("activation", "consumed", "produced"),
+        "before": ("activation", "produced", "consumed"),
+    }
+    taps = [t for t in spec.taps if t.group == group]
+    for role in roles[read]:
+        found = sorted((t for t in taps if t.role == role), key=lambda t: (t.op, t.axis))
+        if found:
+            return {"last": found[-1:], "first": found[:1], "sum": found}[several]
+    raise ValueError(
+        f"spec: group {group!r} has no place to read activations from; "
+        "trace the spec from the model (PermutationSpec.trace)"
+    )
+
+
+def _read_moments(
+    model_a: nn.Module,
+    model_b: nn.Module,
+    spec: PermutationSpec,
+    chosen: dict[str, list[Tap]],
+    read: str,
+    data: Iterable[Any],
+    forward: Forward,
+    progress: bool | None,
+) -> dict[Tap, CrossMoments]:
+    taps = [t for found in chosen.values() for t in found]
+    moments = {tap: CrossMoments() for tap in taps}
+    rows_a: dict[Tap, torch.Tensor] = {}
+
+    def keep(tap: Tap, tensor: torch.Tensor) -> None:
+        rows_a[tap] = unit_rows(tensor, tap.axis, spec.groups[tap.group].size)
+
+    def pair(tap: Tap, tensor: torch.Tensor) -> None:
+        rows_b = unit_rows(tensor, tap.axis, spec.groups[tap.group].size)
+        moments[tap].update(rows_a.pop(tap), rows_b)
+
+    with evaluating(model_a, model_b):
+        for batch in batches_of(data, "activation matching", progress=progress):
+            with TapReader(taps, keep, read=read):
+                forward(model_a, batch)
+            with TapReader(taps, pair, read=read):
+                forward(model_b, batch)
+    return moments
+
+
+def unit_rows(tensor: torch.Tensor, axis: Axis, size: int) -> torch.Tensor:
+    """(samples, size): every position of the tensor that is not a unit is a sample.
+
+    Always a copy, since the network may go on to write into ``tensor`` in place.
+    """
+    rows = tensor.detach().movedim(axis.dim, -1)
+    if axis.is_whole(size, rows.shape[-1]):
+        rows = rows.reshape(-1, size)
+        return (
+            rows.clone() if rows.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr() else rows
+        )
+    picked = rows.reshape(-1, rows.shape[-1])[:, axis.positions(size).to(rows.device)]
+    return picked.transpose(2, 3).reshape(-1, size)
