@@ -1,0 +1,184 @@
+"""The command line: ``fastmatch align``, ``inspect``, ``demo``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastmatch.spec import PermutationSpec
+
+__all__ = ["main"]
+
+
+def build_model(argument: str) -> tuple[nn.Module, Any]:
+    """(model, example inputs or None) from ``module:callable``, looked for in the current folder too.
+
+    The callable takes no arguments and returns a module, or a pair of a module and its example inputs.
+    """
+    module_name, colon, name = argument.partition(":")
+    if not colon or not module_name or not name:
+        raise ValueError(f"--model: expected module:callable, got {argument!r}")
+    sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and module_name.startswith(error.name):
+            raise ValueError(f"--model: no module {module_name!r} here or installed") from error
+        raise
+    finally:
+        sys.path.remove(os.getcwd())
+    builder = getattr(module, name, None)
+    if not callable(builder):
+        raise ValueError(f"--model: {module_name!r} has no callable {name!r}")
+    built = builder()
+    model, example = built if isinstance(built, tuple) and len(built) == 2 else (built, None)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"--model: {argument} returned {type(model).__name__}, expected a torch module")
+    return model, example
+
+
+def example_from(shape: str | None, built: Any) -> Any:
+    """The example inputs: ``--input-shape`` as a random tensor, else what the builder gave."""
+    if shape is None:
+        if built is None:
+            raise ValueError(
+                "--input-shape: needed (such as 2,3,32,32) unless the callable returns (model, inputs)"
+            )
+        return built
+    try:
+        sizes = [int(part) for part in shape.replace("x", ",").split(",")]
+    except ValueError as error:
+        raise ValueError(f"--input-shape: expected whole numbers such as 2,3,32,32, got {shape!r}") from error
+    return torch.randn(*sizes, generator=torch.Generator().manual_seed(0))
+
+
+def align_command(args: argparse.Namespace) -> None:
+    """Aligns two files and writes the second one aligned, or the merge of both."""
+    import copy
+
+    from fastmatch.align import Alignment, align
+    from fastmatch.files import load_state, save_state
+    from fastmatch.merge import merge_states
+    from fastmatch.states import check_same_architecture, state_of
+
+    out = Path(args.out)
+    for path in [out, *([Path(args.permutations)] if args.permutations else [])]:
+        if path.exists() and not args.force:
+            raise ValueError(f"{path} exists; choose another path, or pass --force to replace it")
+        if not path.parent.is_dir():
+            raise ValueError(f"{path.parent} is not a folder; make it first")
+    model, built = build_model(args.model)
+    example = example_from(args.input_shape, built)
+    states = [load_state(path) for path in (args.a, args.b)]
+    for path, state in zip((args.a, args.b), states, strict=True):
+        check_same_architecture(state_of(model, "--model"), state, "--model", path)
+    check_same_architecture(states[0], states[1], args.a, args.b)
+    # The file's own dtypes stay: only the traced and verified copy takes the builder's.
+    model_b = copy.deepcopy(model)
+    model.load_state_dict(states[0])
+    model_b.load_state_dict(states[1])
+    spec = PermutationSpec.trace(model, example)
+    if not spec.groups:
+        raise ValueError(f"--model: nothing in {args.model} can be permuted; see `fastmatch inspect`")
+    if not args.no_verify:
+        from fastmatch.verify import verify
+
+        verify(model_b, spec, example)
+    found = align(
+        states[0], states[1], spec=spec, seed=args.seed, max_sweeps=args.max_sweeps,
+        include=args.include, groups=args.groups,
+    )  # fmt: skip
+    alignment = Alignment(found.permutations, spec, found.matching)
+    result = alignment.apply(states[1])
+    if args.merge is not None:
+        result = merge_states([states[0], result], [1 - args.merge, args.merge])
+    save_state(result, out, force=args.force)
+    if args.permutations:
+        alignment.save(args.permutations, force=args.force)
+    matching = found.matching
+    assert matching is not None
+    moved = sum(int((p != torch.arange(len(p))).sum()) for p in alignment.permutations.values())
+    total = sum(len(p) for p in alignment.permutations.values())
+    print(
+        f"{len(spec.groups)} groups, {moved} of {total} units moved; objective {matching.objective[0]:.6g} -> "
+        f"{matching.objective[-1]:.6g} in {matching.sweeps} sweeps, {matching.solves} assignments; wrote {out}"
+    )
+    if not matching.converged:
+        print(f"not converged after {matching.sweeps} sweeps: raise --max-sweeps to go on", file=sys.stderr)
+
+
+def inspect_command(args: argparse.Namespace) -> None:
+    """Prints the traced permutation groups of a model, and what is pinned by which operation."""
+    model, built = build_model(args.model)
+    spec = PermutationSpec.trace(model, example_from(args.input_shape, built))
+    print(spec.to_json() if args.json else spec.table())
+
+
+def demo_command(args: argparse.Namespace) -> None:
+    """Trains, aligns, merges and renormalizes small nets on digits."""
+    from fastmatch.demo import run
+
+    run(args.width, args.out, seed=args.seed)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    root = argparse.ArgumentParser(
+        prog="fastmatch", description="Align, merge and renormalize networks of the same architecture."
+    )
+    commands = root.add_subparsers(dest="command", required=True)
+
+    command = commands.add_parser("align", help="align checkpoint B to checkpoint A by weights")
+    command.add_argument("a", help="reference: .safetensors, or a torch file of tensors")
+    command.add_argument("b", help="the checkpoint to permute")
+    command.add_argument("--model", required=True, help="module:callable that builds the network")
+    command.add_argument("--input-shape", help="shape of an example input, such as 2,3,32,32")
+    command.add_argument("--out", required=True, help="file to write: .safetensors, .pt, .pth or .bin")
+    command.add_argument(
+        "--merge", type=float, metavar="W", help="write (1 - W) A + W B instead of aligned B"
+    )
+    command.add_argument("--permutations", help="also write permutations and spec to this .safetensors file")
+    command.add_argument("--groups", nargs="+", help="match only these groups")
+    command.add_argument("--include", default="affine", choices=("weights", "affine", "statistics"))
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--max-sweeps", type=int, default=100)
+    command.add_argument(
+        "--no-verify", action="store_true", help="do not prove that B's function is unchanged"
+    )
+    command.add_argument("--force", action="store_true", help="replace output files that exist")
+    command.set_defaults(run=align_command)
+
+    command = commands.add_parser("inspect", help="print a network's permutation groups and pinned axes")
+    command.add_argument("--model", required=True, help="module:callable that builds the network")
+    command.add_argument("--input-shape", help="shape of an example input, such as 2,3,32,32")
+    command.add_argument("--json", action="store_true", help="print the spec as JSON instead of a table")
+    command.set_defaults(run=inspect_command)
+
+    command = commands.add_parser("demo", help="train, align, merge and renormalize small nets on digits")
+    command.add_argument("--width", type=int, default=1024, help="width of the MLPs, 128 to 8192")
+    command.add_argument("--out", default="out", help="folder for the picture and the numbers")
+    command.add_argument("--seed", type=int, default=0)
+    command.set_defaults(run=demo_command)
+    return root
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; 0 on success, 2 with a line on standard error where the input is at fault."""
+    args = parser().parse_args(arguments)
+    try:
+        args.run(args)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(f"fastmatch {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
