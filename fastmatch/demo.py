@@ -7,6 +7,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from fastmatch.data import Batches, digits, train
 from fastmatch.files import writing
 from fastmatch.interpolate import Curve, interpolate
 from fastmatch.progress import progress_bar
-from fastmatch.renorm import endpoint_statistics, renormalize
+from fastmatch.renorm import EndpointStatistics, endpoint_statistics, renormalize
 
 __all__ = ["MAX_WIDTH", "conv_net", "mlp", "run"]
 
@@ -182,13 +183,22 @@ def compare(
             begin = time.perf_counter()
             curve = interpolate(
                 model_a, aligned, test_data, points=points, progress=False,
-                transform=lambda m, w, how=method: renormalize(
-                    m, statistics, train_data, how, weights=w, progress=False
-                ),
+                transform=partial(_renormalized, statistics=statistics, data=train_data, method=method),
             )  # fmt: skip
             clock[f"{method} of {points - 2} merges, {matched}"] = time.perf_counter() - begin
             rows.append(Row.of(name, matched, method, curve))
     return rows
+
+
+def _renormalized(
+    merged: nn.Module,
+    weights: tuple[float, ...],
+    *,
+    statistics: EndpointStatistics,
+    data: Batches,
+    method: str,
+) -> nn.Module:
+    return renormalize(merged, statistics, data, method, weights=weights, progress=False)
 
 
 def table(rows: list[Row]) -> str:

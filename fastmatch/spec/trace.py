@@ -1,0 +1,268 @@
+"""Tracing: the ATen operations of one forward pass, with a label on every axis.
+
+The model is run once on a small example under a dispatch mode. Each operation's rule
+(:mod:`fastmatch.spec.rules`) unites the labels of axes that it makes equal; at the end every label that is
+not pinned and lies on a parameter is a permutation group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastmatch.spec.labels import Label, Place, find, pin, places
+from fastmatch.spec.rules import RULES, fresh, pin_all, tensors_in
+from fastmatch.spec.spec import Axis, Group, PermutationSpec, Pin, Tap
+
+__all__ = ["Tracer", "op_name", "plain_operations", "trace"]
+
+UNUSED = "not used in the traced forward pass"
+
+
+def op_name(func: Any) -> str:
+    """``aten.relu`` for every overload of the operation."""
+    return f"{func.namespace}.{func._schema.name.split('::')[1]}"
+
+
+@contextmanager
+def plain_operations() -> Iterator[None]:
+    """Attention modules take their ordinary operations instead of a fused one that cannot be looked into."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@dataclass(frozen=True)
+class _RawTap:
+    op: int
+    op_name: str
+    role: str
+    operand: int
+    label: Label
+    dim: int
+
+
+class Tracer(TorchDispatchMode):
+    """Carries labels along the operations that run inside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Tensors are kept alive while tracing, so that an id stays what it was.
+        self._labels: dict[int, tuple[torch.Tensor, list[Label]]] = {}
+        self._data: set[int] = set()
+        self._used: set[int] = set()
+        self._op, self._op_name = -1, ""
+        self.taps: list[_RawTap] = []
+
+    def knows(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor already has labels."""
+        return id(tensor) in self._labels
+
+    def labels(self, tensor: torch.Tensor) -> list[Label]:
+        """The labels of a tensor's dimensions; a tensor from nowhere is a constant, pinned unless uniform."""
+        if not self.knows(tensor):
+            self.set(tensor, [_constant_label(tensor, d) for d in range(tensor.ndim)])
+        self._used.add(id(tensor))
+        return list(self._labels[id(tensor)][1])
+
+    def set(self, tensor: torch.Tensor, labels: Sequence[Label]) -> None:
+        """Gives a tensor its labels, one a dimension."""
+        sizes = [label.size for label in labels]
+        if sizes != list(tensor.shape):
+            raise AssertionError(f"rule for {self._op_name}: labels {sizes} for shape {tuple(tensor.shape)}")
+        self._labels[id(tensor)] = (tensor, list(labels))
+
+    def mark_data(self, tensor: torch.Tensor) -> None:
+        """Says that a tensor depends on the model's inputs."""
+        self._data.add(id(tensor))
+
+    def is_data(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor depends on the model's inputs."""
+        return id(tensor) in self._data
+
+    def was_used(self, tensor: torch.Tensor) -> bool:
+        """Whether an operation read the tensor."""
+        return id(tensor) in self._used
+
+    def tap(
+        self,
+        role: str,
+        tensor: torch.Tensor,
+        operand: int,
+        labels: Sequence[Label],
+        dims: Sequence[int] | None = None,
+    ) -> None:
+        """Notes a place where activations can be read: the labels along ``dims`` of the tensor."""
+        if role != "produced" and not self.is_data(tensor):
+            return
+        for dim in range(len(labels)) if dims is None else dims:
+            self.taps.append(_RawTap(self._op, self._op_name, role, operand, labels[dim], dim))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        self._op += 1
+        self._op_name = op_name(func)
+        inputs = tensors_in((args, kwargs))
+        if any(self.is_data(t) for t in inputs):
+            for tensor in tensors_in(out):
+                self.mark_data(tensor)
+        rule = RULES.get(self._op_name.removeprefix("aten."))
+        if rule is not None and self._op_name.startswith("aten."):
+            rule(self, self._op_name, args, kwargs, out)
+        elif inputs:
+            pin_all(self, self._op_name, (args, kwargs), out)
+        for tensor in tensors_in(out):
+            self.labels(tensor)  # a tensor made from nothing is a constant
+        return out
+
+
+def _constant_label(tensor: torch.Tensor, dim: int) -> Label:
+    if tensor.shape[dim] <= 1:
+        return Label(tensor.shape[dim])
+    first = tensor.detach().narrow(dim, 0, 1)
+    uniform = bool((tensor.detach() == first).all())
+    return Label(tensor.shape[dim], pinned=None if uniform else "constant")
+
+
+def _outputs(value: Any, depth: int = 0) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        return [t for v in value.values() for t in _outputs(v, depth + 1)]
+    if isinstance(value, (list, tuple, set)):
+        return [t for v in value for t in _outputs(v, depth + 1)]
+    if hasattr(value, "__dict__") and depth < 4 and not isinstance(value, nn.Module):
+        return _outputs(vars(value), depth + 1)
+    return []
+
+
+def _example(example_inputs: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example_inputs, Mapping) and kwargs is None:
+        return (), dict(example_inputs)
+    args = example_inputs if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
+    if example_inputs is None:
+        args = ()
+    return tuple(args), dict(kwargs or {})
+
+
+def trace(
+    model: nn.Module, example_inputs: Any, *, kwargs: Mapping[str, Any] | None = None
+) -> PermutationSpec:
+    """The permutation groups of ``model``; see :meth:`fastmatch.spec.PermutationSpec.trace`."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch module, got {type(model).__name__}")
+    state: dict[str, torch.Tensor] = {
+        name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)
+    }
+    if not state:
+        raise ValueError("model: has no parameters or buffers to permute")
+    args, keywords = _example(example_inputs, kwargs)
+    if not tensors_in((args, keywords)):
+        raise ValueError("example_inputs: holds no tensor; give what the model takes, a batch of 2 is enough")
+    tracer = Tracer()
+    for tensor in state.values():
+        if not tracer.knows(tensor):
+            tracer.set(tensor, fresh(tensor.shape))
+    for tensor in tensors_in((args, keywords)):
+        tracer.set(tensor, fresh(tensor.shape, "model input"))
+        tracer.mark_data(tensor)
+    with _untouched(model):
+        with tracer:
+            output = model(*args, **keywords)
+        for tensor in _outputs(output):
+            for label in tracer.labels(tensor):
+                pin(label, "model output")
+        for tensor in state.values():
+            if not tracer.was_used(tensor):
+                for label in tracer.labels(tensor):
+                    pin(label, UNUSED)
+        return _spec_of(tracer, state)
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; training flags and buffers are put back, also after an error."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        model.eval()
+        with torch.no_grad(), plain_operations():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        with torch.no_grad():
+            for buffer, version, value in buffers:
+                if buffer._version != version and buffer.shape == value.shape:
+                    buffer.copy_(value)
+
+
+def _spec_of(tracer: Tracer, state: dict[str, torch.Tensor]) -> PermutationSpec:
+    found: dict[tuple[str, int], list[Place]] = {}
+    for name, tensor in state.items():
+        for dim, label in enumerate(tracer.labels(tensor)):
+            if label.size > 1:
+                found[name, dim] = places(label)
+    # places() may pin, and pins reach every place of a leaf: only now is it known what moves.
+    members: dict[int, list[Axis]] = {}
+    leaves: dict[int, Label] = {}
+    pins: list[Pin] = []
+    for (name, dim), listed in found.items():
+        reasons: list[str] = []
+        moves = False
+        for place in listed:
+            leaf = find(place.leaf)
+            if leaf.pinned is not None:
+                reasons.append(leaf.pinned)
+            elif leaf.size > 1:
+                moves = True
+                leaves[id(leaf)] = leaf
+                axis = Axis(name, dim, place.start, place.outer, place.stride, place.inner)
+                members.setdefault(id(leaf), []).append(axis)
+        # The blocks of a flatten and the positions of a kernel are no hidden units: not worth a line.
+        if not moves and not reasons[0].endswith("(spatial)"):
+            pins += [Pin(name, dim, reason) for reason in dict.fromkeys(reasons)]
+    tap_places = [(raw, place) for raw in tracer.taps for place in places(raw.label)]
+    order = _order(tap_places, members)
+    names = _names(order, members)
+    groups = {names[k]: Group(names[k], leaves[k].size, tuple(members[k])) for k in order}
+    taps = []
+    for raw, place in tap_places:
+        name = names.get(id(find(place.leaf)))
+        if name is not None:
+            axis = Axis("", raw.dim, place.start, place.outer, place.stride, place.inner)
+            taps.append(Tap(raw.op, raw.op_name, raw.role, raw.operand, name, axis))
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    return PermutationSpec(groups, shapes, tuple(pins), tuple(dict.fromkeys(taps)))
+
+
+def _order(tap_places: list[tuple[_RawTap, Place]], members: dict[int, list[Axis]]) -> list[int]:
+    """Groups in the order in which the forward pass produces them; those never produced by a layer last."""
+    produced = [id(find(p.leaf)) for raw, p in tap_places if raw.role == "produced"]
+    return list(dict.fromkeys([k for k in produced if k in members] + list(members)))
+
+
+def _names(order: list[int], members: dict[int, list[Axis]]) -> dict[int, str]:
+    """Each group named after the module of its first parameter along its output side."""
+    names: dict[int, str] = {}
+    for k in order:
+        first = min(members[k], key=lambda axis: axis.dim != 0)
+        base = first.parameter.rpartition(".")[0] or first.parameter
+        name, count = base, 1
+        while name in names.values():
+            count += 1
+            name = f"{base}.{count}"
+        names[k] = name
+    return names

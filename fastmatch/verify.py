@@ -1,0 +1,107 @@
+"""Proof that permuting a network by a spec leaves its function as it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastmatch.merge import with_state
+from fastmatch.permute import apply_permutations
+from fastmatch.spec import Permutations, PermutationSpec
+from fastmatch.spec.trace import _example, _outputs
+from fastmatch.states import state_of
+
+__all__ = ["Verification", "verify"]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What :func:`verify` found: the largest relative error of the outputs, and which groups moved."""
+
+    error: float
+    groups: tuple[str, ...]
+
+
+def verify(
+    model: nn.Module,
+    spec: PermutationSpec,
+    example_inputs: Any,
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    tolerance: float = 1e-10,
+) -> Verification:
+    """Moves every group by a random permutation and compares the outputs, in float64.
+
+    Args:
+        model: left as it is; a float64 copy is run twice in eval mode.
+        spec: which axes move together.
+        example_inputs: a tensor or a tuple of positional inputs.
+        kwargs: keyword inputs.
+        seed: of the random permutations.
+        tolerance: largest difference allowed, relative to the largest output.
+
+    Returns:
+        A :class:`Verification`.
+
+    Raises:
+        ValueError: the outputs differ; the groups that change them by themselves are named.
+    """
+    args, keywords = _example(example_inputs, kwargs)
+    args, keywords = _double(args), _double(keywords)
+    double = copy.deepcopy(model).double().eval()
+    generator = torch.Generator().manual_seed(seed)
+    expected = _run(double, args, keywords)
+    permutations = spec.random(generator)
+    error = _error(double, spec, permutations, args, keywords, expected)
+    if not error <= tolerance:
+        guilty = {
+            name: alone
+            for name, perm in permutations.items()
+            if not (alone := _error(double, spec, {name: perm}, args, keywords, expected)) <= tolerance
+        }
+        named = ", ".join(f"{n!r} (relative error {e:.2g})" for n, e in guilty.items()) or "several together"
+        raise ValueError(
+            f"spec: permuting changes the network's function; group {named}. Outputs differ by {error:.2g} "
+            f"relative, at most {tolerance:.2g} is allowed"
+        )
+    return Verification(error, tuple(spec.groups))
+
+
+def _double(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, Mapping):
+        return {k: _double(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_double(v) for v in value)
+    return value
+
+
+def _run(model: nn.Module, args: Any, kwargs: Any) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return [t.detach().clone() for t in _outputs(model(*args, **kwargs)) if t.is_floating_point()]
+
+
+def _error(
+    model: nn.Module,
+    spec: PermutationSpec,
+    permutations: Permutations,
+    args: Any,
+    kwargs: Any,
+    expected: list[torch.Tensor],
+) -> float:
+    moved = with_state(model, apply_permutations(state_of(model, "model"), spec, permutations))
+    worst = 0.0
+    for old, new in zip(expected, _run(moved, args, kwargs), strict=True):
+        if old.numel():
+            scale = max(float(old.abs().max()), 1e-30)
+            worst = max(worst, float((old - new).abs().max()) / scale)
+            if not torch.equal(torch.isfinite(old), torch.isfinite(new)):
+                return float("inf")
+    return worst
