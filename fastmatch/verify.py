@@ -50,13 +50,20 @@ def verify(
         A :class:`Verification`.
 
     Raises:
-        ValueError: the outputs differ; the groups that change them by themselves are named.
+        ValueError: the outputs differ (the groups that change them by themselves are named), or the model
+            does not run in float64.
     """
     args, keywords = _example(example_inputs, kwargs)
     args, keywords = _double(args), _double(keywords)
     double = copy.deepcopy(model).double().eval()
     generator = torch.Generator().manual_seed(seed)
-    expected = _run(double, args, keywords)
+    try:
+        expected = _run(double, args, keywords)
+    except RuntimeError as error:
+        raise ValueError(
+            f"model: does not run in float64 on the example inputs ({error}); "
+            "mend that, or pass verify=False to go on without the proof"
+        ) from error
     permutations = spec.random(generator)
     error = _error(double, spec, permutations, args, keywords, expected)
     if not error <= tolerance:

@@ -236,7 +236,7 @@ def _spec_of(tracer: Tracer, state: dict[str, torch.Tensor]) -> PermutationSpec:
             pins += [Pin(name, dim, reason) for reason in dict.fromkeys(reasons)]
     tap_places = [(raw, place) for raw in tracer.taps for place in places(raw.label)]
     order = _order(tap_places, members)
-    names = _names(order, members)
+    names = _names(order, members, state)
     groups = {names[k]: Group(names[k], leaves[k].size, tuple(members[k])) for k in order}
     taps = []
     for raw, place in tap_places:
@@ -254,11 +254,13 @@ def _order(tap_places: list[tuple[_RawTap, Place]], members: dict[int, list[Axis
     return list(dict.fromkeys([k for k in produced if k in members] + list(members)))
 
 
-def _names(order: list[int], members: dict[int, list[Axis]]) -> dict[int, str]:
-    """Each group named after the module of its first parameter along its output side."""
+def _names(
+    order: list[int], members: dict[int, list[Axis]], state: dict[str, torch.Tensor]
+) -> dict[int, str]:
+    """Each group named after the module of the first weight whose output side it is."""
     names: dict[int, str] = {}
     for k in order:
-        first = min(members[k], key=lambda axis: axis.dim != 0)
+        first = min(members[k], key=lambda axis: (axis.dim != 0, state[axis.parameter].ndim < 2))
         base = first.parameter.rpartition(".")[0] or first.parameter
         name, count = base, 1
         while name in names.values():

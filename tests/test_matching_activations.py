@@ -1,0 +1,111 @@
+"""Activation matching: planted permutations, one read of the data, every kind of similarity and reading."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from networks import NETWORKS, build, fresh_seed
+from test_matching_weights import TRAINED, trained
+
+import fastmatch as fm
+from fastmatch.data import Batches, digits
+from fastmatch.matching.activations import READ, SEVERAL, choose_taps, match_activations, unit_rows
+from fastmatch.moments import SIMILARITIES
+from fastmatch.spec import Axis
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_planted_permutation_of_a_trained_network_is_recovered(name):
+    seed = fresh_seed()
+    model, x = trained(name, seed)
+    data, _ = digits()
+    spec = fm.PermutationSpec.trace(model, x)
+    planted = fm.Alignment(spec.random(torch.Generator().manual_seed(seed)), spec)
+    permuted = planted.apply(model)
+    data.reads = 0
+    found = fm.align(model, permuted, x, data=data)
+    assert data.reads == 1
+    # Units that never fire are all alike to the data: any order of them is a right answer.
+    aligned = found.apply(permuted)
+    dead = dead_units(model, spec, data)
+    for group, perm in found.permutations.items():
+        wrong = perm != planted.invert().permutations[group]
+        assert not bool((wrong & ~dead[group]).any()), group
+    with torch.no_grad():
+        torch.testing.assert_close(aligned(data.inputs), model(data.inputs), rtol=1e-4, atol=1e-4)
+
+
+def dead_units(model, spec, data, read="after", several="last"):
+    from fastmatch.spec.taps import TapReader
+
+    dead: dict[str, torch.Tensor] = {}
+
+    def look(tap, tensor):
+        rows = unit_rows(tensor, tap.axis, spec.groups[tap.group].size)
+        silent = rows.std(dim=0) == 0
+        dead[tap.group] = silent & dead.get(tap.group, silent)
+
+    taps = [t for g in spec.groups for t in choose_taps(spec, g, read, several)]
+    with torch.no_grad(), TapReader(taps, look, read=read):
+        model(data.inputs)
+    return dead
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize("read", READ)
+@pytest.mark.parametrize("several", SEVERAL)
+def test_every_variant_recovers_a_random_resnet(similarity, read, several):
+    seed = fresh_seed()
+    model, _ = build("resnet", seed)
+    data = Batches(torch.randn(24, 3, 16, 16), torch.zeros(24), 10)  # the last batch is short
+    spec = fm.PermutationSpec.trace(model, data.inputs[:2])
+    planted = fm.Alignment(spec.random(), spec)
+    found = match_activations(
+        model, planted.apply(model), spec, data, similarity=similarity, read=read, several=several
+    )
+    if similarity == "correlation":  # self-similarity is largest there; elsewhere a louder unit may win
+        dead = dead_units(model, spec, data, read, several)
+        for group, perm in found.permutations.items():
+            wrong = perm != planted.invert().permutations[group]
+            assert not bool((wrong & ~dead[group]).any()), group
+    assert found.objective[1] >= found.objective[0]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_can_be_matched_by_activations(name):
+    model, x = build(name, fresh_seed())
+    data = [torch.randn(50, *x.shape[1:]) for _ in range(2)]
+    found = fm.align(model, model, x, data=data)
+    assert found.matching is not None
+    assert found.permutations.keys() == found.spec.groups.keys()
+    assert found.matching.method == "activations"
+
+
+def test_rows_follow_the_axis():
+    tensor = torch.arange(2 * 24 * 3).reshape(2, 24, 3).float()
+    rows = unit_rows(tensor, Axis("", 1, inner=4), 6)
+    assert rows.shape == (2 * 3 * 4, 6)
+    assert set(rows[:, 5].tolist()) == set(tensor[:, 20:24].flatten().tolist())
+    rows = unit_rows(tensor, Axis("", 1, outer=4, stride=6), 6)
+    assert set(rows[:, 5].tolist()) == set(tensor[:, 5::6].flatten().tolist())
+    plain = torch.zeros(3, 4)
+    kept = unit_rows(plain, Axis("", 1), 4)
+    plain.fill_(1)  # the network writes in place afterwards
+    assert float(kept.sum()) == 0
+
+
+def test_bad_input():
+    model, x = build("mlp", 0)
+    spec = fm.PermutationSpec.trace(model, x)
+    with pytest.raises(ValueError, match="yielded no batch"):
+        fm.align(model, model, x, data=[])
+    with pytest.raises(ValueError, match="similarity: expected one of"):
+        fm.align(model, model, x, data=[x], similarity="cosine")
+    with pytest.raises(ValueError, match="read: expected one of"):
+        fm.align(model, model, x, data=[x], read="inside")
+    with pytest.raises(ValueError, match="no place to read"):
+        fm.align(model, model, data=[x], spec=fm.PermutationSpec(spec.groups, spec.shapes))
+    with pytest.raises(TypeError, match="give modules"):
+        fm.align(model.state_dict(), model.state_dict(), spec=spec, data=[x])
+    with pytest.raises(TypeError, match="data: expected a loader"):
+        fm.align(model, model, x, data=3)

@@ -1,0 +1,67 @@
+"""Applying, inverting and composing permutations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from networks import NETWORKS, build, fresh_seed
+
+import fastmatch as fm
+from fastmatch.permute import apply_permutations, compose, invert
+
+
+def test_the_convention_is_new_i_is_old_perm_i():
+    model, x = build("mlp", 0)
+    spec = fm.PermutationSpec.trace(model, x)
+    perm = torch.randperm(24)
+    state = model.state_dict()
+    new = apply_permutations(state, spec, {"0": perm})
+    for i in range(24):
+        assert torch.equal(new["0.weight"][i], state["0.weight"][perm[i]])
+        assert torch.equal(new["2.weight"][:, i], state["2.weight"][:, perm[i]])
+    assert torch.equal(new["5.weight"], state["5.weight"])
+    assert all(new[k].data_ptr() != v.data_ptr() for k, v in state.items())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_inverse_and_composition(name):
+    seed = fresh_seed()
+    model, x = build(name, seed)
+    spec = fm.PermutationSpec.trace(model, x)
+    generator = torch.Generator().manual_seed(seed)
+    p, q = spec.random(generator), spec.random(generator)
+    state = model.state_dict()
+    there = apply_permutations(state, spec, p)
+    back = apply_permutations(there, spec, invert(p))
+    assert all(torch.equal(back[k], v) for k, v in state.items())
+    both = apply_permutations(there, spec, q)
+    at_once = apply_permutations(state, spec, compose(p, q))
+    assert all(torch.equal(both[k], at_once[k]) for k in state)
+
+
+def test_ties_stay_ties():
+    model, x = build("tied", 0)
+    spec = fm.PermutationSpec.trace(model, x)
+    moved = fm.Alignment(spec.random(), spec).apply(model)
+    assert moved.down.weight is moved.again.weight
+    assert model.down.weight is not moved.down.weight
+
+
+def test_bad_permutations():
+    model, x = build("mlp", 0)
+    spec = fm.PermutationSpec.trace(model, x)
+    state = model.state_dict()
+    for bad, message in [
+        ({"nobody": torch.arange(24)}, "unknown group 'nobody'"),
+        ({"0": torch.arange(23)}, "expected 24 integers"),
+        ({"0": torch.rand(24)}, "expected 24 integers"),
+        ({"0": torch.zeros(24, dtype=torch.long)}, "not a permutation"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            apply_permutations(state, spec, bad)
+    with pytest.raises(ValueError, match=r"no tensor '0\.weight'"):
+        apply_permutations({k: v for k, v in state.items() if k != "0.weight"}, spec, {})
+    with pytest.raises(ValueError, match=r"'0\.bias' has shape \(3,\)"):
+        apply_permutations({**state, "0.bias": torch.zeros(3)}, spec, {})
+    with pytest.raises(ValueError, match="expected the groups"):
+        compose({"0": torch.arange(24)}, {})
