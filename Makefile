@@ -40,7 +40,8 @@ lint: $(VENV)/.installed
 types: $(VENV)/.installed
 	@rm -rf build/types
 	@$(PIP) install -q --no-deps --target build/types .
-	cd build/types && $(abspath $(BIN))/basedpyright --project $(abspath pyproject.toml) --pythonpath $(abspath $(BIN))/python fastmatch
+	@cp pyproject.toml build/types/
+	cd build/types && $(abspath $(BIN))/basedpyright --pythonpath $(abspath $(BIN))/python fastmatch
 
 clean:
 	rm -rf build dist out *.egg-info

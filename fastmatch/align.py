@@ -78,7 +78,7 @@ def align(
     start: Mapping[str, torch.Tensor] | None = None,
     seed: int = 0,
     max_sweeps: int = 100,
-    tolerance: float = 1e-10,
+    tolerance: float = 1e-12,
     include: str = "affine",
     similarity: str = "correlation",
     read: str = "after",

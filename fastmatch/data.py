@@ -49,9 +49,9 @@ def digits(batch_size: int = 128) -> tuple[Batches, Batches]:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError("the digits come with scikit-learn: pip install 'fastmatch[demo]'") from error
-    raw = load_digits()
-    images = torch.tensor(raw["images"], dtype=torch.float32)[:, None] / 8 - 1
-    targets = torch.tensor(raw["target"], dtype=torch.long)
+    flat, labels = load_digits(return_X_y=True)
+    images = torch.tensor(flat, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
+    targets = torch.tensor(labels, dtype=torch.long)
     test = torch.arange(len(targets)) % 4 == 3
     return (
         Batches(images[~test], targets[~test], batch_size),

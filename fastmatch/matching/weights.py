@@ -154,7 +154,7 @@ def match_weights(
     start: Mapping[str, torch.Tensor] | None = None,
     seed: int = 0,
     max_sweeps: int = 100,
-    tolerance: float = 1e-10,
+    tolerance: float = 1e-12,
     include: str = "affine",
     progress: bool | None = None,
 ) -> Matching:
@@ -213,8 +213,9 @@ def match_weights(
             pairs = problem.rows(group)
             if not pairs:  # nothing of this group enters the gain
                 continue
-            new = linear_sum_assignment(problem.gain_of(group, pairs), maximize=True)[1].cpu()
+            new = linear_sum_assignment(problem.gain_of(group, pairs), maximize=True)[1]
             assert isinstance(new, torch.Tensor)
+            new = new.cpu()
             solves += 1
             gained = problem.improvement(group, pairs, new)
             if gained > threshold:

@@ -172,6 +172,10 @@ def fresh(shape: Sequence[int], reason: str | None = None) -> list[Label]:
     return [Label(n, pinned=reason if n > 1 else None) for n in shape]
 
 
+def _dim(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, default: int) -> int:
+    return args[position] if len(args) > position else kwargs.get("dim", default)
+
+
 def pin_all(tr: Tracer, name: str, inputs: Any, out: Any) -> None:
     """The fallback: everything that reaches the operation, and what comes of it, stays as it is."""
     for tensor in tensors_in(inputs):
@@ -309,7 +313,7 @@ def _select(tr: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 @rule("unbind")
 def _unbind(tr: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     labels = tr.labels(args[0])
-    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % len(labels)
+    dim = _dim(args, kwargs, 1, 0) % len(labels)
     pin(labels[dim], name)
     for part in out:
         tr.set(part, labels[:dim] + labels[dim + 1 :])
@@ -327,7 +331,7 @@ def _cut(name: str, label: Label, sizes: Sequence[int]) -> list[Label]:
 def _slice(tr: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     labels = list(tr.labels(args[0]))
     dim = (args[1] if len(args) > 1 else 0) % len(labels)
-    start, end, step = [*args[2:5], None, None, None][:3]
+    start, end, step = (args[k] if len(args) > k else None for k in (2, 3, 4))
     length = labels[dim].size
     if step not in (None, 1):
         pin(labels[dim], name)
@@ -341,7 +345,7 @@ def _slice(tr: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str, Any],
 @rule("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk")
 def _split(tr: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     labels = tr.labels(args[0])
-    dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % len(labels)
+    dim = _dim(args, kwargs, 2, 0) % len(labels)
     parts = _cut(name, labels[dim], [t.shape[dim] for t in out])
     for part, label in zip(out, parts, strict=True):
         tr.set(part, [*labels[:dim], label, *labels[dim + 1 :]])
@@ -350,7 +354,7 @@ def _split(tr: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str, Any],
 @rule("cat")
 def _cat(tr: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     parts = [t for t in args[0] if t.ndim == out.ndim]  # an empty 1-d tensor may stand among others
-    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.ndim
+    dim = _dim(args, kwargs, 1, 0) % out.ndim
     labels = list(tr.labels(parts[0]))
     for part in parts[1:]:
         for d, label in enumerate(tr.labels(part)):
@@ -362,7 +366,7 @@ def _cat(tr: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], o
 
 @rule("stack")
 def _stack(tr: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.ndim
+    dim = _dim(args, kwargs, 1, 0) % out.ndim
     labels = list(tr.labels(args[0][0]))
     for part in args[0][1:]:
         for mine, label in zip(labels, tr.labels(part), strict=True):
@@ -432,12 +436,14 @@ def _add_broadcast(tr: Tracer, name: str, tensor: torch.Tensor, labels: list[Lab
 
 @rule("linear")
 def _linear(tr: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-    inputs, weight = tr.labels(args[0]), tr.labels(args[1])
+    data: torch.Tensor = args[0]
+    inputs, weight = tr.labels(data), tr.labels(args[1])
     unify(inputs[-1], weight[1], name)
     labels = [*inputs[:-1], weight[0]]
-    if len(args) > 2 and args[2] is not None:
-        unify(weight[0], tr.labels(args[2])[0], name)
-    tr.tap("consumed", args[0], 0, inputs, dims=(len(inputs) - 1,))
+    bias = args[2] if len(args) > 2 else kwargs.get("bias")
+    if bias is not None:
+        unify(weight[0], tr.labels(bias)[0], name)
+    tr.tap("consumed", data, 0, inputs, dims=(len(inputs) - 1,))
     tr.tap("produced", out, -1, labels, dims=(len(labels) - 1,))
     tr.set(out, labels)
 
@@ -492,9 +498,9 @@ def _batch_norm(tr: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str, 
     for tensor in args[1:5]:
         if isinstance(tensor, torch.Tensor):
             unify(channel, tr.labels(tensor)[0], name)
-    outs = tensors_in(out)
-    tr.set(outs[0], labels)
-    for tensor in outs[1:]:
+    first, *others = tensors_in(out)
+    tr.set(first, labels)
+    for tensor in others:
         matches = tensor.ndim == 1 and tensor.shape[0] == channel.size
         tr.set(tensor, [channel] if matches else fresh(tensor.shape, name))
 
@@ -507,9 +513,9 @@ def _layer_norm(tr: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str, 
         if isinstance(tensor, torch.Tensor):
             for mine, label in zip(labels[-count:], tr.labels(tensor), strict=True):
                 unify(mine, label, name)
-    outs = tensors_in(out)
-    tr.set(outs[0], labels)
-    for tensor in outs[1:]:
+    first, *others = tensors_in(out)
+    tr.set(first, labels)
+    for tensor in others:
         tr.set(tensor, [x if x.size == n else Label(n) for x, n in zip(labels, tensor.shape, strict=True)])
 
 
@@ -524,9 +530,9 @@ def _group_norm(tr: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str, 
     if split is None:
         pin(labels[1], name)
         split = fresh((groups, labels[1].size // groups), name)
-    outs = tensors_in(out)
-    tr.set(outs[0], labels)
-    for tensor in outs[1:]:
+    first, *others = tensors_in(out)
+    tr.set(first, labels)
+    for tensor in others:
         tr.set(tensor, [labels[0], split[0]])
 
 
@@ -583,7 +589,7 @@ def _spatial(tr: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
 @rule("glu")
 def _glu(tr: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     labels = list(tr.labels(args[0]))
-    dim = (args[1] if len(args) > 1 else kwargs.get("dim", -1)) % len(labels)
+    dim = _dim(args, kwargs, 1, -1) % len(labels)
     first, second = _cut(name, labels[dim], [out.shape[dim]] * 2)
     unify(first, second, name)
     labels[dim] = first

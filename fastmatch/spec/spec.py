@@ -224,7 +224,7 @@ class PermutationSpec:
             }
             shapes = {k: tuple(int(n) for n in v) for k, v in data["shapes"].items()}
             pins = tuple(Pin(*p) for p in data["pins"])
-            taps = tuple(Tap(*t[:5], Axis(*t[5])) for t in data["taps"])
+            taps = tuple(Tap(*[*t[:5], Axis(*t[5])]) for t in data["taps"])
         except (KeyError, TypeError, IndexError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"not a fastmatch spec: {error!r}") from error
         return cls(groups, shapes, pins, taps)
