@@ -78,7 +78,6 @@ def match_activations(
         gain = sum(moments[tap].similarity(similarity) for tap in chosen[name])
         assert isinstance(gain, torch.Tensor)
         col_ind = linear_sum_assignment(gain, maximize=True)[1]
-        assert isinstance(col_ind, torch.Tensor)
         before += float(gain.diagonal().sum())
         after += float(gain.gather(1, col_ind[:, None]).sum())
         permutations[name] = col_ind.cpu()

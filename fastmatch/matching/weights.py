@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fastmatch.assignment import linear_sum_assignment
+from fastmatch.assignment import Assignment, solve
 from fastmatch.permute import check_permutations, permute_tensor
 from fastmatch.progress import progress_bar
 from fastmatch.spec import Axis, Group, Permutations, PermutationSpec
@@ -201,6 +201,7 @@ def match_weights(
     current = objective(a, b, spec, problem.permutations, include)
     trace = [current]
     stale = set(names)
+    solved: dict[str, Assignment] = {}
     solves = skipped = sweeps = 0
     while stale and sweeps < max_sweeps:
         order = [names[i] for i in generator.permutation(len(names))]
@@ -213,9 +214,8 @@ def match_weights(
             pairs = problem.rows(group)
             if not pairs:  # nothing of this group enters the gain
                 continue
-            new = linear_sum_assignment(problem.gain_of(group, pairs), maximize=True)[1]
-            assert isinstance(new, torch.Tensor)
-            new = new.cpu()
+            solved[name] = solve(problem.gain_of(group, pairs), maximize=True, warm_start=solved.get(name))
+            new = torch.from_numpy(solved[name].col_ind)
             solves += 1
             gained = problem.improvement(group, pairs, new)
             if gained > threshold:

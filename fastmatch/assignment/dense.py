@@ -1,0 +1,312 @@
+"""The dense solver: shortlists, an auction where it pays, shortest augmenting paths, a certificate.
+
+See docs/assignment.md for why a lazy shortlist is exact and what each step costs.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+__all__ = ["Dense", "Infeasible", "check_entries", "solve_dense"]
+
+LOG = logging.getLogger("fastmatch.assignment")
+
+SLICE = 1 << 19
+"""Units of work (bids, columns popped, 1/32 columns read) between returns to Python, where Ctrl-C is heard: some
+50 ms."""
+
+EASY = 0.25
+"""Share of rows left free by row reduction up to which shortest paths are tried before an auction."""
+
+READS_BEFORE_AUCTION = 4
+"""Whole-matrix reads that shortest paths may cost before the auction is called in."""
+
+BIDS_BEFORE_RAISE = 16
+"""Bids a row in the first auction phase before its eps is raised: a price war means that eps is too small."""
+
+RAISE, LOWER, LAST = 5.0, 10.0, 0.011
+"""Factors between auction phases, and where they end, in standard deviations of the shortlisted costs."""
+
+
+class Infeasible(ValueError):
+    """Forbidden entries leave no assignment."""
+
+
+@dataclass
+class Dense:
+    """A minimisation: ``sign * matrix``, (n, m) with n <= m, rows contiguous, float32 or float64."""
+
+    matrix: np.ndarray
+    sign: float
+
+
+def threads() -> int:
+    """Workers for passes over rows: the cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def over_rows(n: int, m: int, work: Callable[[int, int], None]) -> None:
+    """``work(lo, hi)`` over blocks of rows on all cores; on one where there is little to do."""
+    workers = min(threads(), max(1, n * m // 200_000))
+    if workers == 1:
+        work(0, n)
+        return
+    edges = [n * k // workers for k in range(workers + 1)]
+    with ThreadPoolExecutor(workers) as pool:
+        for done in [pool.submit(work, lo, hi) for lo, hi in pairwise(edges)]:
+            done.result()
+
+
+def check_entries(matrix: np.ndarray, maximize: bool) -> None:
+    """ValueError for NaN and for infinities that are no forbidden entries."""
+    step = max(1, (1 << 22) // max(matrix.shape[1], 1))
+    for lo in range(0, matrix.shape[0], step):
+        block = matrix[lo : lo + step]
+        if np.isnan(block).any():
+            raise ValueError("cost: holds NaN")
+        if (np.isposinf(block) if maximize else np.isneginf(block)).any():
+            raise ValueError(
+                f"cost: holds {'+' if maximize else '-'}inf; only {'-' if maximize else '+'}inf may forbid an entry"
+            )
+
+
+def solve_dense(
+    problem: Dense, start: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Solves a minimisation exactly.
+
+    Args:
+        problem: the costs; +inf forbids an entry, NaN and -inf have been ruled out.
+        start: (m,) column duals to start from; only for square problems.
+
+    Returns:
+        (col_of (n,), u (n,), v (m,), counts (4,)).
+
+    Raises:
+        Infeasible: forbidden entries leave no assignment.
+
+    Memory: 16 (index, cost) pairs a row, and a few vectors, beside the matrix.
+    """
+    return _Solve(problem, start).run()
+
+
+class _Solve:
+    """The arrays of one solve (named as in fastmatch.kernels.cpu.lap) and the steps on them."""
+
+    def __init__(self, problem: Dense, start: np.ndarray | None) -> None:
+        from fastmatch.kernels.cpu import lap
+
+        self.lap = lap
+        self.cost, self.sign = problem.matrix, problem.sign
+        n, m = self.n, self.m = self.cost.shape
+        self.counts = np.zeros(4, np.int64)
+        self.near = np.empty((n, lap.K), np.intp)
+        self.near_cost = np.empty((n, lap.K))
+        self.bound = np.empty(n)
+        self.row_of = np.full(m, -1, np.intp)
+        self.col_of = np.full(n, -1, np.intp)
+        self.cost_of = np.zeros(n)
+        self.finite = True
+        self.v = self._first_duals(start)
+
+    def _first_duals(self, start: np.ndarray | None) -> np.ndarray:
+        """Column minima (square; zero where the problem is not, since unmatched columns keep the largest dual)."""
+        minima = []
+        sums = np.empty(self.n)
+
+        def read(lo: int, hi: int) -> None:
+            least = np.full(self.m, np.inf)
+            self.lap.first_read(self.cost, self.sign, lo, hi, least, sums)
+            minima.append(least)
+
+        over_rows(self.n, self.m, read)
+        # A sum is finite only if every entry is, short of overflow: only otherwise is there more to find out.
+        self.finite = bool(np.isfinite(sums).all())
+        if not self.finite:
+            check_entries(self.cost, self.sign < 0)
+        if self.n != self.m:
+            return np.zeros(self.m)
+        if start is not None and np.isfinite(start).all():
+            return np.array(start, dtype=np.float64)
+        least = np.minimum.reduce(minima)
+        return np.where(np.isfinite(least), least, 0.0)
+
+    @property
+    def lists(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self.near, self.near_cost, self.bound
+
+    @property
+    def matching(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self.row_of, self.col_of, self.cost_of
+
+    def run(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        can_bid = self.n == self.m > 1 and self.finite
+        rows, cols = self.constant() if can_bid else (np.zeros(0, np.intp),) * 2
+        self.col_of[rows] = self.lap.ASIDE
+        self.v[cols] = -np.inf
+        if len(rows) < self.n:
+            over_rows(
+                self.n,
+                self.m,
+                lambda lo, hi: self.lap.shortlists(self.cost, self.sign, lo, hi, self.v, *self.lists),
+            )
+            self.reduce()
+            if not can_bid:
+                self.augment(None)
+            elif self.free() > EASY * self.n or not self.augment(READS_BEFORE_AUCTION * self.n):
+                self.scaled_auction()
+                self.reduce()
+                self.augment(None)
+        if len(rows):
+            self.bring_back(rows, cols)
+        u = np.empty(self.n)
+        over_rows(self.n, self.m, lambda lo, hi: self.lap.row_minima(self.cost, self.sign, lo, hi, self.v, u))
+        return self.col_of, u, self.v, self.counts
+
+    def constant(self) -> tuple[np.ndarray, np.ndarray]:
+        """Equally many constant rows and constant columns (dead units), or none of either.
+
+        All have one value, since each row meets each column. Left in, they tie with everything: every list
+        fills with equal columns, and the auction creeps by eps.
+        """
+        some = np.linspace(0, self.n - 1, 8).astype(np.intp)
+        sample = self.cost[:, some]
+        rows = np.flatnonzero((sample == sample[:, :1]).all(axis=1))
+        sample = self.cost[some]
+        cols = np.flatnonzero((sample == sample[:1]).all(axis=0))
+        rows = np.array([i for i in rows if (self.cost[i] == self.cost[i, 0]).all()], dtype=np.intp)
+        for lo in range(0, self.n, 256):
+            if not len(rows) or not len(cols):
+                return np.zeros(0, np.intp), np.zeros(0, np.intp)
+            cols = cols[(self.cost[lo : lo + 256, cols] == self.cost[0, cols]).all(axis=0)]
+        count = min(len(rows), len(cols))
+        return rows[:count], cols[:count]
+
+    def bring_back(self, rows: np.ndarray, cols: np.ndarray) -> None:
+        """Returns constant rows and columns to a problem that was solved without them.
+
+        With value c and the largest dual t of the other columns, duals t for the columns are feasible for the
+        constant rows and tight between the two. Rows that find a constant column (at c - t) better than
+        what they have are freed; shortest paths finish exactly.
+        """
+        value = self.sign * float(self.cost[rows[0], cols[0]])
+        others = self.v[self.v > -np.inf]
+        top = float(others.max()) if len(others) else 0.0
+        self.v[cols] = top
+        # No list knows these columns: nothing outside a list is now less than what they offer.
+        np.minimum(self.bound, value - top, out=self.bound)
+        self.near[rows] = -1
+        self.bound[rows] = value - top
+        matched = np.flatnonzero(self.col_of >= 0)
+        columns = self.col_of[matched]
+        worse = self.cost_of[matched] - self.v[columns] > value - top
+        self.row_of[columns[worse]] = -1
+        self.col_of[matched[worse]] = self.lap.FREE
+        self.col_of[rows], self.row_of[cols], self.cost_of[rows] = cols, rows, value
+        self.augment(None)
+
+    def free(self) -> int:
+        return int((self.col_of == self.lap.FREE).sum())
+
+    def drop(self) -> None:
+        """Forgets the matching; the duals stay."""
+        self.row_of.fill(-1)
+        self.col_of[self.col_of != self.lap.ASIDE] = self.lap.FREE
+
+    def reduce(self) -> None:
+        """Matches what the duals allow, then two passes of augmenting row reduction."""
+        self.drop()
+        self.lap.row_reduction(self.cost, self.sign, self.v, *self.lists, *self.matching, self.counts)
+        for _ in range(2):
+            free = np.flatnonzero(self.col_of == self.lap.FREE)
+            if len(free):
+                self.bid(self.stack(free), len(free), 0.0, 2 * len(free))
+
+    def stack(self, rows: np.ndarray) -> np.ndarray:
+        stack = np.zeros(self.n, np.intp)
+        stack[: len(rows)] = rows[::-1]
+        return stack
+
+    def bid(self, stack: np.ndarray, top: int, eps: float, bids: int) -> int:
+        """The auction in slices, until the stack is empty or ``bids`` are spent; the rows still on it."""
+        while top > 0 and bids > 0:
+            part = min(bids, SLICE)
+            top = self.lap.auction(
+                self.cost, self.sign, self.v, *self.lists, *self.matching, stack, top, eps, part, self.counts
+            )
+            bids -= part
+        return top
+
+    def scaled_auction(self) -> None:
+        """eps-scaling: phases of falling eps that keep the duals and drop the matching."""
+        self.drop()
+        everyone = np.flatnonzero(self.col_of == self.lap.FREE)
+        listed = self.near_cost[everyone, : self.lap.K // 2]
+        spread = float(listed[np.isfinite(listed)].std()) if np.isfinite(listed).any() else 0.0
+        if not spread > 0:
+            return
+        eps = spread
+        stack, top = self.stack(everyone), len(everyone)
+        for _ in range(8):
+            top = self.bid(stack, top, eps, BIDS_BEFORE_RAISE * self.n)
+            if top == 0:
+                break
+            eps *= RAISE
+        while eps > LAST * spread * LOWER:
+            eps /= LOWER
+            self.drop()
+            # A phase that does not end in so many bids has met the limits of float64; what it has is a start.
+            self.bid(self.stack(everyone), len(everyone), eps, 1000 * self.n)
+
+    def augment(self, reads: int | None) -> bool:
+        """Shortest augmenting paths for every free row; False if ``reads`` rows were read before the end."""
+        n, m = self.n, self.m
+        key, where = np.full(n + m, np.inf), np.full(n + m, -1, np.intp)
+        heap, touched = np.empty(n + m, np.intp), np.empty(n + m, np.intp)
+        came_from, scanned, base_of = np.empty(m, np.intp), np.empty(m, np.intp), np.empty(n)
+        before = int(self.counts[self.lap.READS])
+        row = 0
+        while row < n:
+            row = self.lap.augment(
+                self.cost, self.sign, self.v, *self.lists, *self.matching, row, SLICE // 4, self.counts,
+                key, heap, where, came_from, base_of, touched, scanned,
+            )  # fmt: skip
+            if row < 0:
+                raise Infeasible(
+                    f"cost: no assignment avoids the forbidden entries (row {-1 - row} of the problem as solved)"
+                )
+            if reads is not None and row < n and int(self.counts[self.lap.READS]) - before > reads:
+                return False
+        return True
+
+
+def compile_kernels(dtype: np.dtype) -> None:
+    """Compiles (or loads from the cache) the kernels for one dtype, with a line if that takes a while."""
+    if dtype.char in _READY:
+        return
+    from fastmatch.kernels.cpu import lap
+
+    if not any(d.signatures for d in (lap.augment,)) and not lap.augment.stats.cache_hits:
+        LOG.info("compiling the assignment kernels (once per installation)")
+    begin = time.perf_counter()
+    _READY.add(dtype.char)
+    tiny = np.array([[1.0, 2.0, 3.0], [2.0, 4.0, 7.0], [3.0, 6.0, 9.5]], dtype=dtype)
+    solve = _Solve(Dense(tiny, 1.0), None)
+    solve.run()
+    solve.scaled_auction()
+    seconds = time.perf_counter() - begin
+    if seconds > 1:
+        LOG.info(
+            "compiled the assignment kernels for %s in %.1f s; later processes load them", dtype, seconds
+        )
+
+
+_READY: set[str] = set()

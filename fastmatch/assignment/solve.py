@@ -1,0 +1,199 @@
+"""The entry points: scipy's contract, and the solve that carries its proof."""
+
+from __future__ import annotations
+
+from typing import Any, overload
+
+import numpy as np
+import torch
+
+from fastmatch.assignment.dense import Dense, check_entries, compile_kernels, solve_dense
+from fastmatch.assignment.result import Assignment
+
+__all__ = ["METHODS", "linear_sum_assignment", "select_method", "solve"]
+
+METHODS = ("auto", "shortlist", "lapjv")
+"""``"shortlist"`` is this package's solver, ``"lapjv"`` the reference (square, finite); ``"auto"`` is the first."""
+
+EXACT = 1 << 53
+
+
+def select_method(cost: np.ndarray | torch.Tensor) -> str:
+    """What ``method="auto"`` will use for ``cost``."""
+    return "shortlist"
+
+
+def prepare(cost: Any) -> tuple[np.ndarray, bool]:
+    """(matrix, transposed): float32 or float64 with contiguous rows and no more rows than columns.
+
+    float32 and float64 are not copied unless their strides demand it; integers go to float64 where every
+    entry is exact, half precision to float32.
+
+    Raises:
+        TypeError: not a real numeric matrix.
+        ValueError: not two-dimensional, NaN, an infinity of the wrong sign, or integers beyond 2^53.
+    """
+    if isinstance(cost, torch.Tensor):
+        host = cost.detach()
+        if host.dtype in (torch.float16, torch.bfloat16):
+            host = host.float()
+        matrix = host.cpu().numpy()
+    else:
+        matrix = np.asarray(cost)
+    if matrix.ndim != 2:
+        raise ValueError(f"cost: expected a matrix, got {matrix.ndim} dimensions")
+    if not matrix.dtype.isnative:
+        matrix = matrix.astype(matrix.dtype.newbyteorder("="))
+    if matrix.dtype.kind == "b" or matrix.dtype in (np.int8, np.uint8, np.int16, np.uint16, np.float16):
+        matrix = matrix.astype(np.float32)
+    elif matrix.dtype.kind in "iu":
+        if matrix.size and max(int(matrix.max()), -int(matrix.min())) > EXACT:
+            raise ValueError("cost: integers beyond 2^53 are not exact in float64; subtract a constant first")
+        matrix = matrix.astype(np.float64)
+    elif matrix.dtype not in (np.float32, np.float64):
+        raise TypeError(f"cost: expected real numbers up to float64, got {matrix.dtype}")
+    transposed = matrix.shape[0] > matrix.shape[1]
+    if matrix.shape[0] == matrix.shape[1] and matrix.flags.f_contiguous and not matrix.flags.c_contiguous:
+        transposed = True  # columns lie together: solve the transpose, which needs no copy
+    if transposed:
+        matrix = matrix.T
+    return np.ascontiguousarray(matrix), transposed
+
+
+def solve(
+    cost: np.ndarray | torch.Tensor,
+    *,
+    maximize: bool = False,
+    warm_start: Assignment | None = None,
+    method: str = "auto",
+) -> Assignment:
+    """The assignment of rows to columns of least (or largest) total cost, with duals and a certificate.
+
+    Example:
+        >>> found = solve(gain, maximize=True)
+        >>> found.col_ind, found.objective, found.gap <= found.gap_bound
+
+    Args:
+        cost: (n, m), numpy or torch. float32 and float64 are solved as stored (duals are float64), half
+            precision as float32, integers exactly. +inf forbids an entry (-inf under ``maximize``).
+        maximize: look for the largest total.
+        warm_start: an earlier solution of a problem of the same shape and sense; its duals are kept, what is
+            no longer tight is matched anew.
+        method: one of :data:`METHODS`.
+
+    Returns:
+        An :class:`Assignment`: optimal for exactly the matrix as stored; ``gap`` and ``gap_bound`` prove it.
+
+    Raises:
+        ValueError: NaN, an infinity of the wrong sign, no feasible assignment, or an unknown method.
+        TypeError: entries that are no real numbers.
+
+    Cost: three reads of the matrix and what shortest paths or the auction read again; memory 16
+    (index, cost) pairs a row.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
+    if method == "lapjv":
+        return _solve_lapjv(cost, maximize)
+    matrix, transposed = prepare(cost)
+    n, m = matrix.shape
+    sign = -1.0 if maximize else 1.0
+    if n == 0:
+        shape = (m, n) if transposed else (n, m)
+        none = np.zeros(0, np.int64)
+        return Assignment(
+            none, none, np.zeros(shape[0]), np.zeros(shape[1]), 0.0, 0.0, 0.0, {"method": "none"}
+        )
+    compile_kernels(matrix.dtype)
+    start = None
+    if warm_start is not None:
+        duals = warm_start.u if transposed else warm_start.v
+        if duals.shape != (m,):
+            raise ValueError(f"warm_start: expected {m} duals of the longer side, got {duals.shape[0]}")
+        start = sign * duals
+    col_of, u, v, counts = solve_dense(Dense(matrix, sign), start)
+    rows = np.arange(n)
+    matched = sign * matrix[rows, col_of].astype(np.float64)
+    gap, gap_bound = _gap(matched, u, v, col_of)
+    if n < m:
+        shift = float(v.max())  # 0 unless a warm start moved it
+        u, v = u + shift, v - shift
+    objective = sign * float(matched.sum())
+    u, v = sign * u, sign * v
+    stats = dict(zip(("reads", "bids", "pops", "searches"), (int(c) for c in counts), strict=True))
+    row_ind, col_ind = rows.astype(np.int64), col_of.astype(np.int64)
+    if transposed:
+        order = np.argsort(col_ind)
+        row_ind, col_ind, u, v = col_ind[order], row_ind[order], v, u
+    return Assignment(row_ind, col_ind, u, v, objective, gap, gap_bound, {"method": "shortlist", **stats})
+
+
+def _gap(matched: np.ndarray, u: np.ndarray, v: np.ndarray, col_of: np.ndarray) -> tuple[float, float]:
+    gap = float(((matched - v[col_of]) - u).sum())
+    if len(v) > len(u):
+        unmatched = np.ones(len(v), bool)
+        unmatched[col_of] = False
+        gap += float((v.max() - v[unmatched]).sum())
+    eps = np.finfo(np.float64).eps
+    largest = float(np.abs(v).max(initial=0.0))
+    size = float((np.abs(matched) + 2 * np.abs(v[col_of])).sum())
+    return gap, 4 * eps * (size + len(u) * largest + 1e-300)
+
+
+def _solve_lapjv(cost: np.ndarray | torch.Tensor, maximize: bool) -> Assignment:
+    """The lapjv package (Jonker-Volgenant), the reference; duals come from its own."""
+    import lapjv
+
+    matrix, transposed = prepare(cost)
+    n, m = matrix.shape
+    if n != m:
+        raise ValueError(f"cost: method 'lapjv' takes square matrices, got shape {np.shape(cost)}")
+    check_entries(matrix, maximize)
+    if not np.isfinite(matrix).all():
+        raise ValueError("cost: method 'lapjv' takes no forbidden entries")
+    sign = -1.0 if maximize else 1.0
+    if n < 2:
+        cols, v = np.zeros(n, np.int64), np.zeros(n)
+    else:
+        given = np.negative(matrix) if maximize else matrix
+        cols, _, (_, _, v) = lapjv.lapjv(given, force_doubles=matrix.dtype == np.float64)
+        cols, v = cols.astype(np.int64), v.astype(np.float64)
+    costs = sign * matrix.astype(np.float64)
+    u = (costs - v).min(axis=1) if n else np.zeros(0)
+    matched = costs[np.arange(n), cols]
+    gap, gap_bound = _gap(matched, u, v, cols)
+    row_ind = np.arange(n, dtype=np.int64)
+    objective = sign * float(matched.sum())
+    u, v = sign * u, sign * v
+    if transposed:
+        order = np.argsort(cols)
+        row_ind, cols, u, v = cols[order], row_ind[order], v, u
+    return Assignment(row_ind, cols, u, v, objective, gap, gap_bound, {"method": "lapjv"})
+
+
+@overload
+def linear_sum_assignment(
+    cost: torch.Tensor, maximize: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def linear_sum_assignment(cost: np.ndarray, maximize: bool = False) -> tuple[np.ndarray, np.ndarray]: ...
+def linear_sum_assignment(cost: Any, maximize: bool = False) -> tuple[Any, Any]:
+    """scipy's ``linear_sum_assignment``, faster, for numpy arrays and torch tensors.
+
+    Args:
+        cost: (n, m); see :func:`solve`.
+        maximize: look for the largest total.
+
+    Returns:
+        (row_ind, col_ind): int64, rows ascending; for a tensor, tensors on its device.
+
+    Raises:
+        ValueError: NaN, an infinity of the wrong sign, or no feasible assignment.
+    """
+    found = solve(cost, maximize=maximize)
+    if isinstance(cost, torch.Tensor):
+        return (
+            torch.from_numpy(found.row_ind).to(cost.device),
+            torch.from_numpy(found.col_ind).to(cost.device),
+        )
+    return found.row_ind, found.col_ind
