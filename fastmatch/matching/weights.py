@@ -24,6 +24,9 @@ INCLUDE = ("weights", "affine", "statistics")
 """What enters the gain, each adding to the one before: matrices and kernels; biases, norm scales and
 shifts (Git Re-Basin's choice); running statistics of batch norm (some published ports)."""
 
+CHUNK = 64
+"""Rows at a time in float64, so that the copies stay in the processor's cache."""
+
 RUNNING_STATISTICS = ("running_mean", "running_var")
 
 
@@ -135,11 +138,12 @@ class _Problem:
             moved = {**self.permutations, group.name: new}
             return sum(self._inner(n, moved) - self._inner(n, self.permutations) for n in names)
         # Only the rows that move, in float64: float32 gains alone could promise progress that is rounding.
-        rows = torch.nonzero(new != old).flatten()
-        return sum(
-            float((a[rows].double() * (b[new[rows]].double() - b[old[rows]].double())).sum())
-            for a, b in pairs
-        )
+        total = 0.0
+        for rows in torch.nonzero(new != old).flatten().split(CHUNK):
+            for a, b in pairs:
+                step = b[new[rows]].double().sub_(b[old[rows]])
+                total += float(torch.linalg.vecdot(a[rows].double(), step).sum())
+        return total
 
     def _inner(self, name: str, permutations: Permutations) -> float:
         moved = permute_tensor(self.b[name], name, self.spec, permutations)
