@@ -17,8 +17,8 @@ Bytes: as a GEMM, ``T C (tiles_b + tiles_a)`` elements through L2, each activati
 16 bytes of float64 accumulator per element and CHUNK samples. Operations: ``2 T C_a C_b``.
 """
 
-# pyright: reportArgumentType=false
-# Launches pass plain values for tl.constexpr parameters.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+# Launches pass plain values for tl.constexpr parameters; tl.static_range is only known to the compiler.
 
 from __future__ import annotations
 
