@@ -18,7 +18,7 @@ import torch
 from fastmatch.kernels.reference.moments import CROSS, Moments
 from torch import Tensor
 
-__all__ = ["BACKENDS", "backend_of", "moments"]
+__all__ = ["BACKENDS", "backend_of", "gain", "moments", "permute_merge", "row_min", "row_topk"]
 
 BACKENDS = ("triton", "cpu", "reference")
 PRECISIONS = ("ieee", "tf32", "bf16x3")
@@ -304,3 +304,236 @@ def _check_range(name: str, index: Tensor, size: int) -> None:
         low, high = (int(x) for x in index.aminmax())
         if low < 0 or high >= size:
             raise ValueError(f"{name}: expected entries of 0..{size - 1}, got {low}..{high}")
+
+
+# ---------------------------------------------------------------------------------- gain and cost_rows
+
+
+def _check_factors(
+    factors: Factors,
+    b_index: Tensor | None,
+    contraction_index: Tensor | Sequence[Tensor | None] | None,
+    backend: str | None,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor | None], tuple[int, int], str]:
+    """(A's, B's, contraction index of each pair, (n, m), backend), or an error that names what does not fit."""
+    if not factors:
+        raise ValueError("factors: expected at least one pair")
+    a, b = [pair[0] for pair in factors], [pair[1] for pair in factors]
+    for k, pair in enumerate(factors):
+        for x in pair:
+            _check_floating(f"factors[{k}]", x)
+        if any(x.ndim != 2 for x in pair) or a[k].shape[1] != b[k].shape[1]:
+            raise ValueError(
+                f"factors[{k}]: expected (n, d) and (m, d), got {tuple(a[k].shape)} and {tuple(b[k].shape)}"
+            )
+        if len(a[k]) != len(a[0]) or len(b[k]) != len(b[0]):
+            raise ValueError(
+                f"factors[{k}]: expected {len(a[0])} and {len(b[0])} rows as factors[0], "
+                f"got {len(a[k])} and {len(b[k])}"
+            )
+        if a[k].dtype != a[0].dtype or b[k].dtype != a[0].dtype:
+            raise TypeError(f"factors[{k}]: expected {a[0].dtype}, got {a[k].dtype} and {b[k].dtype}")
+    if contraction_index is None or isinstance(contraction_index, Tensor):
+        contractions: list[Tensor | None] = [contraction_index] * len(factors)
+    else:
+        contractions = list(contraction_index)
+    if len(contractions) != len(factors):
+        raise ValueError(f"contraction_index: expected {len(factors)}, one a pair, got {len(contractions)}")
+    for k, index in enumerate(contractions):
+        if index is not None:
+            depth = b[k].shape[1]
+            _check_gather(f"contraction_index[{k}]", index, depth, depth)
+    m = len(b[0])
+    if b_index is not None:
+        _check_gather("b_index", b_index, None, m)
+        m = len(b_index)
+    given = [x for x in (b_index, *contractions) if x is not None]
+    return a, b, contractions, (len(a[0]), m), backend_of(*a, *b, *given, backend=backend)
+
+
+def _check_gather(name: str, index: Tensor, length: int | None, size: int) -> None:
+    if index.dtype != torch.int64:
+        raise TypeError(f"{name}: expected int64, got {index.dtype}")
+    if index.ndim != 1 or (length is not None and len(index) != length):
+        raise ValueError(f"{name}: expected {length or 'a vector of'} entries, got {tuple(index.shape)}")
+    _check_range(name, index, size)
+
+
+@torch.library.custom_op("fastmatch::gain", mutates_args=("out",))
+def _gain(
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    b_index: Tensor | None,
+    contraction_index: Sequence[Tensor | None],
+    out: Tensor,
+    accumulate: bool,
+    precision: str,
+    backend: str,
+) -> None:
+    _module(backend, "gain").gain(
+        list(a), list(b), b_index, list(contraction_index), out, accumulate, precision
+    )
+
+
+@_gain.register_fake
+def _(a, b, b_index, contraction_index, out, accumulate, precision, backend) -> None:
+    return None
+
+
+def gain(
+    factors: Factors,
+    *,
+    b_index: Tensor | None = None,
+    contraction_index: Tensor | Sequence[Tensor | None] | None = None,
+    out: Tensor | None = None,
+    accumulate: bool = False,
+    precision: str = "ieee",
+    backend: str | None = None,
+) -> Tensor:
+    """The gain matrix ``G = sum_k A_k @ B_k[b_index][:, contraction_index[k]].T``, no permuted copy made.
+
+    Example:
+        >>> g = gain([(w_a, w_b), (bias_a[:, None], bias_b[:, None])], contraction_index=[inputs, None])
+        >>> gain([rank_update(w_a, w_b, inputs, new_inputs)], out=g, accumulate=True)
+
+    Args:
+        factors: pairs (n, d_k), (m, d_k) of one dtype; float64 not on "triton". Any strides.
+        b_index: (m',) int64, which of B's rows, in which order.
+        contraction_index: (d_k,) int64 for every pair, or one per pair or None: the order of B's columns.
+        out: (n, m') float32 (float64 for float64 factors), written and returned.
+        accumulate: add to what ``out`` holds: a rank-r update costs ``2 n m r`` operations.
+        precision: of float32 products on "triton": "ieee", "tf32", "bf16x3". Always float32 on "cpu".
+        backend: see :func:`backend_of`.
+
+    Raises:
+        ValueError, TypeError: shapes, types, indices or options that do not fit.
+    """
+    _check_precision(precision)
+    a, b, contractions, shape, chosen = _check_factors(factors, b_index, contraction_index, backend)
+    dtype = torch.float64 if a[0].dtype == torch.float64 else torch.float32
+    if accumulate and out is None:
+        raise ValueError("out: expected the gain to add to, got None")
+    if out is None:
+        out = torch.empty(shape, dtype=dtype, device=a[0].device)
+    elif out.shape != shape or out.dtype != dtype or out.device != a[0].device:
+        raise ValueError(
+            f"out: expected {shape} of {dtype} on {a[0].device}, "
+            f"got {tuple(out.shape)} of {out.dtype} on {out.device}"
+        )
+    _gain(a, b, b_index, contractions, out, accumulate, precision, chosen)
+    return out
+
+
+@torch.library.custom_op("fastmatch::row_topk", mutates_args=())
+def _row_topk(
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    v: Tensor,
+    k: int,
+    b_index: Tensor | None,
+    contraction_index: Sequence[Tensor | None],
+    precision: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _module(backend, "cost_rows").row_topk(
+        list(zip(a, b, strict=True)),
+        v,
+        k,
+        b_index=b_index,
+        contraction_index=list(contraction_index),
+        precision=precision,
+    )
+
+
+@_row_topk.register_fake
+def _(a, b, v, k, b_index, contraction_index, precision, backend) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.float64 if a[0].dtype == torch.float64 else torch.float32
+    n = a[0].shape[0]
+    return (
+        a[0].new_empty(n, k, dtype=torch.int64),
+        a[0].new_empty(n, k, dtype=dtype),
+        a[0].new_empty(n, dtype=dtype),
+    )
+
+
+@torch.library.custom_op("fastmatch::row_min", mutates_args=())
+def _row_min(
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    v: Tensor,
+    b_index: Tensor | None,
+    contraction_index: Sequence[Tensor | None],
+    precision: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return _module(backend, "cost_rows").row_min(
+        list(zip(a, b, strict=True)),
+        v,
+        b_index=b_index,
+        contraction_index=list(contraction_index),
+        precision=precision,
+    )
+
+
+@_row_min.register_fake
+def _(a, b, v, b_index, contraction_index, precision, backend) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if a[0].dtype == torch.float64 else torch.float32
+    n = a[0].shape[0]
+    return a[0].new_empty(n, dtype=dtype), a[0].new_empty(n, dtype=torch.int64)
+
+
+def _check_duals(v: Tensor, m: int, device: torch.device) -> None:
+    if v.shape != (m,) or not v.is_floating_point() or v.device != device:
+        raise ValueError(
+            f"v: expected {m} floating point numbers on {device}, got {tuple(v.shape)} of {v.dtype} on {v.device}"
+        )
+
+
+def row_topk(
+    factors: Factors,
+    v: Tensor,
+    k: int,
+    *,
+    b_index: Tensor | None = None,
+    contraction_index: Tensor | Sequence[Tensor | None] | None = None,
+    precision: str = "ieee",
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per row k columns of smallest ``c_ij - v_j``, ``c = -gain(factors)``, and a bound on all the others.
+
+    The n x m matrix is never stored. Entries not above the bound are the row's smallest, in order; what is
+    outside the list is at least the bound, rounding included.
+
+    Args:
+        factors, b_index, contraction_index, precision, backend: as for :func:`gain`.
+        v: (m,) column duals; -inf keeps a column out of every list.
+        k: how many, at least 0.
+
+    Returns:
+        (indices (n, k) int64, costs c (n, k), bound (n,)); -1 and +inf where a row has fewer than k entries.
+
+    Raises:
+        ValueError, TypeError: shapes, types, indices or options that do not fit.
+    """
+    _check_precision(precision)
+    if k < 0:
+        raise ValueError(f"k: expected at least 0, got {k}")
+    a, b, contractions, (_, m), chosen = _check_factors(factors, b_index, contraction_index, backend)
+    _check_duals(v, m, a[0].device)
+    return _row_topk(a, b, v, k, b_index, contractions, precision, chosen)
+
+
+def row_min(
+    factors: Factors,
+    v: Tensor,
+    *,
+    b_index: Tensor | None = None,
+    contraction_index: Tensor | Sequence[Tensor | None] | None = None,
+    precision: str = "ieee",
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Per row the smallest ``c_ij - v_j`` (n,) and its column (n,) int64; arguments as :func:`row_topk`."""
+    _check_precision(precision)
+    a, b, contractions, (_, m), chosen = _check_factors(factors, b_index, contraction_index, backend)
+    _check_duals(v, m, a[0].device)
+    return _row_min(a, b, v, b_index, contractions, precision, chosen)

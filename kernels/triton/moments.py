@@ -25,6 +25,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from fastmatch.kernels.triton.product import dot
 from fastmatch.kernels.triton.tiles import Target, Tiles, ceil_div, dot_precision, matmul_tiles, target_of
 
 __all__ = ["CHUNK", "update"]
@@ -131,7 +132,7 @@ def _cross_kernel(
             )
             y_a = tl.where(mask_a, a - shift_a[:, None], 0.0)
             y_b = tl.where(mask_b, b - shift_b[:, None], 0.0)
-            acc = tl.dot(y_a, tl.trans(y_b), acc, input_precision=PRECISION)
+            acc = dot(y_a, tl.trans(y_b), acc, PRECISION)
             if STATS:
                 if tile_b == 0:
                     total_a += tl.sum(y_a, 1)

@@ -14,6 +14,7 @@ __all__ = [
     "INTERPRETER",
     "MATMUL",
     "PRECISIONS",
+    "ROUNDOFF",
     "TARGETS",
     "Target",
     "Tiles",
@@ -28,9 +29,14 @@ PRECISIONS = ("ieee", "tf32", "bf16x3")
 """Of float32 products: every bit; 11 bits of each factor; about 16 bits of each factor in three bfloat16
 products. Half-precision inputs are multiplied as they are (``"half"``), which is exact in float32."""
 
-UNIT = {"ieee": 2.0**-24, "tf32": 2.0**-10, "bf16x3": 2.0**-15, "half": 2.0**-24}
-"""Bound on the relative error of one product. tf32 drops bits by truncation on some hardware (2^-10 for each
-factor, taken once here because :func:`product_error` counts both)."""
+ROUNDOFF = {
+    "ieee": (0.0, 1),
+    "half": (0.0, 1),
+    "tf32": (2.0**-8.9, 1),
+    "bf16x3": (2.0**-16, 3),
+}
+"""Precision -> (bound on the relative error of one product, products summed for it). Factors lose at most
+2^-10 to tf32, where hardware cuts off; x = hi + lo + r with |r| <= 2^-18 |x|, and lo times lo is left out."""
 
 
 @dataclass(frozen=True)
@@ -171,8 +177,10 @@ def matmul_tiles(rows: int, columns: int, precision: str, target: Target) -> Til
 
 
 def dot_precision(precision: str, target: Target) -> str:
-    """The name that ``tl.dot`` takes; the interpreter multiplies in float32 whatever it is told."""
-    return "ieee" if precision == "half" or target is INTERPRETER else precision
+    """The name that ``product.dot`` takes."""
+    if target is INTERPRETER:
+        return "interpreter"
+    return "ieee" if precision == "half" else precision
 
 
 def target_of(device: torch.device) -> Target:
