@@ -10,8 +10,8 @@ The statistics ride along with the product: the programs of the first column of 
 the first row B's, from values they hold anyway. A product inside one model ("aa", "bb") is a launch of its
 own and reads its model again.
 
-Each output element belongs to one program of each split of the samples, and splits are added in order: no
-atomics, the result is deterministic.
+A program takes one chunk of samples for one tile; chunks in flight together have accumulators of their own,
+which are added in order at the end. No atomics: the result is deterministic.
 
 Bytes: as a GEMM, ``T C (tiles_b + tiles_a)`` elements through L2, each activation at least once from memory;
 16 bytes of float64 accumulator per element and CHUNK samples. Operations: ``2 T C_a C_b``.
@@ -26,7 +26,15 @@ import torch
 import triton
 import triton.language as tl
 from fastmatch.kernels.triton.product import dot
-from fastmatch.kernels.triton.tiles import Target, Tiles, ceil_div, dot_precision, matmul_tiles, target_of
+from fastmatch.kernels.triton.tiles import (
+    CROSS,
+    Target,
+    Tiles,
+    ceil_div,
+    dot_precision,
+    matmul_tiles,
+    target_of,
+)
 
 __all__ = ["CHUNK", "update"]
 
@@ -91,7 +99,7 @@ def _cross_kernel(
     channels_a,
     channels_b,
     samples,
-    span,  # samples of one split, a multiple of CHUNK
+    first,  # sample that this launch starts from
     STATS: tl.constexpr,
     DIMS_A: tl.constexpr,
     DIMS_B: tl.constexpr,
@@ -108,46 +116,40 @@ def _cross_kernel(
     channel_b = tile_b * BLOCK_B + tl.arange(0, BLOCK_B)
     shift_a = tl.load(shift_a_ptr + channel_a, mask=channel_a < channels_a, other=0.0)
     shift_b = tl.load(shift_b_ptr + channel_b, mask=channel_b < channels_b, other=0.0)
+    begin = first + tl.program_id(2) * CHUNK
+    end = tl.minimum(begin + CHUNK, samples)
+    acc = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+    total_a = tl.zeros((BLOCK_A,), tl.float32)
+    square_a = tl.zeros((BLOCK_A,), tl.float32)
+    off_a = tl.zeros((BLOCK_A,), tl.float32)
+    total_b = tl.zeros((BLOCK_B,), tl.float32)
+    square_b = tl.zeros((BLOCK_B,), tl.float32)
+    off_b = tl.zeros((BLOCK_B,), tl.float32)
+    for start in range(begin, end, BLOCK_T):
+        sample = start + tl.arange(0, BLOCK_T)
+        a, mask_a = _load(a_ptr, a_sizes, a_strides, a_stride_c, channel_a, channels_a, sample, end, DIMS_A)
+        b, mask_b = _load(b_ptr, b_sizes, b_strides, b_stride_c, channel_b, channels_b, sample, end, DIMS_B)
+        y_a = tl.where(mask_a, a - shift_a[:, None], 0.0)
+        y_b = tl.where(mask_b, b - shift_b[:, None], 0.0)
+        acc = dot(y_a, tl.trans(y_b), acc, PRECISION)
+        if STATS:
+            if tile_b == 0:
+                total_a += tl.sum(y_a, 1)
+                square_a += tl.sum(y_a * y_a, 1)
+                off_a += tl.sum(((a <= 0) & mask_a).to(tl.float32), 1)
+            if tile_a == 0:
+                total_b += tl.sum(y_b, 1)
+                square_b += tl.sum(y_b * y_b, 1)
+                off_b += tl.sum(((b <= 0) & mask_b).to(tl.float32), 1)
     mask = (channel_a < channels_a)[:, None] & (channel_b < channels_b)[None, :]
     out = cross_ptr + split * channels_a * channels_b
     out = out + channel_a.to(tl.int64)[:, None] * channels_b + channel_b[None, :]
-    begin = split * span
-    stop = tl.minimum(begin + span, samples)
-    for chunk in range(begin, stop, CHUNK):
-        end = tl.minimum(chunk + CHUNK, stop)
-        acc = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
-        total_a = tl.zeros((BLOCK_A,), tl.float32)
-        square_a = tl.zeros((BLOCK_A,), tl.float32)
-        off_a = tl.zeros((BLOCK_A,), tl.float32)
-        total_b = tl.zeros((BLOCK_B,), tl.float32)
-        square_b = tl.zeros((BLOCK_B,), tl.float32)
-        off_b = tl.zeros((BLOCK_B,), tl.float32)
-        for start in range(chunk, end, BLOCK_T):
-            sample = start + tl.arange(0, BLOCK_T)
-            a, mask_a = _load(
-                a_ptr, a_sizes, a_strides, a_stride_c, channel_a, channels_a, sample, end, DIMS_A
-            )
-            b, mask_b = _load(
-                b_ptr, b_sizes, b_strides, b_stride_c, channel_b, channels_b, sample, end, DIMS_B
-            )
-            y_a = tl.where(mask_a, a - shift_a[:, None], 0.0)
-            y_b = tl.where(mask_b, b - shift_b[:, None], 0.0)
-            acc = dot(y_a, tl.trans(y_b), acc, PRECISION)
-            if STATS:
-                if tile_b == 0:
-                    total_a += tl.sum(y_a, 1)
-                    square_a += tl.sum(y_a * y_a, 1)
-                    off_a += tl.sum(((a <= 0) & mask_a).to(tl.float32), 1)
-                if tile_a == 0:
-                    total_b += tl.sum(y_b, 1)
-                    square_b += tl.sum(y_b * y_b, 1)
-                    off_b += tl.sum(((b <= 0) & mask_b).to(tl.float32), 1)
-        tl.store(out, tl.load(out, mask=mask) + acc.to(tl.float64), mask=mask)
-        if STATS:
-            if tile_b == 0:
-                _flush(stats_a_ptr + split * 3 * channels_a, channel_a, channels_a, total_a, square_a, off_a)
-            if tile_a == 0:
-                _flush(stats_b_ptr + split * 3 * channels_b, channel_b, channels_b, total_b, square_b, off_b)
+    tl.store(out, tl.load(out, mask=mask) + acc.to(tl.float64), mask=mask)
+    if STATS:
+        if tile_b == 0:
+            _flush(stats_a_ptr + split * 3 * channels_a, channel_a, channels_a, total_a, square_a, off_a)
+        if tile_a == 0:
+            _flush(stats_b_ptr + split * 3 * channels_b, channel_b, channels_b, total_b, square_b, off_b)
 
 
 @triton.jit
@@ -269,43 +271,46 @@ def _cross(
     b, b_sizes, b_strides, b_stride_c, b_dims = sample_layout(b, dim)
     channels_a, channels_b = cross.shape
     samples = a_sizes[0] * a_sizes[1] * a_sizes[2]
-    tiles = matmul_tiles(channels_a, channels_b, precision, target)
+    tiles = matmul_tiles(channels_a, channels_b, precision, target, CROSS)
     grid = (ceil_div(channels_a, tiles.rows), ceil_div(channels_b, tiles.columns))
-    splits, span = _splits(grid[0] * grid[1], samples, target)
+    # One chunk a program: a loop over chunks would keep the accumulator's addresses in registers.
+    chunks = ceil_div(samples, CHUNK)
+    splits = min(chunks, max(2 * target.processors // (grid[0] * grid[1]), 1))
     with_stats = stats_a is not None and stats_b is not None
     outs = [cross, stats_a if with_stats else cross, stats_b if with_stats else cross]
     parts = [
         x[None] if splits == 1 else x.new_zeros(splits, *x.shape) for x in outs[: 3 if with_stats else 1]
     ]
     parts += parts[:1] * (3 - len(parts))  # unused pointers
-    _cross_kernel[(*grid, splits)](
-        a,
-        b,
-        a_sizes,
-        a_strides,
-        a_stride_c,
-        b_sizes,
-        b_strides,
-        b_stride_c,
-        shift_a,
-        shift_b,
-        parts[1],
-        parts[2],
-        parts[0],
-        channels_a,
-        channels_b,
-        samples,
-        span,
-        STATS=with_stats,
-        DIMS_A=a_dims,
-        DIMS_B=b_dims,
-        PRECISION=dot_precision(precision, target),
-        CHUNK=CHUNK,
-        BLOCK_A=tiles.rows,
-        BLOCK_B=tiles.columns,
-        BLOCK_T=tiles.depth,
-        **tiles.options,
-    )
+    for start in range(0, chunks, splits):
+        _cross_kernel[(*grid, min(splits, chunks - start))](
+            a,
+            b,
+            a_sizes,
+            a_strides,
+            a_stride_c,
+            b_sizes,
+            b_strides,
+            b_stride_c,
+            shift_a,
+            shift_b,
+            parts[1],
+            parts[2],
+            parts[0],
+            channels_a,
+            channels_b,
+            samples,
+            start * CHUNK,
+            STATS=with_stats,
+            DIMS_A=a_dims,
+            DIMS_B=b_dims,
+            PRECISION=dot_precision(precision, target),
+            CHUNK=CHUNK,
+            BLOCK_A=tiles.rows,
+            BLOCK_B=tiles.columns,
+            BLOCK_T=tiles.depth,
+            **tiles.options,
+        )
     if splits > 1:
         for out, part in zip(outs[: 3 if with_stats else 1], parts, strict=False):
             out += part.sum(dim=0)

@@ -1,7 +1,7 @@
 """Tile sizes, picked in plain Python from shapes, precision and target, and what is known of the targets.
 
 No autotuner: it needs a driver, and what it may pick could not be compiled and inspected ahead of time.
-Every choice made here is one of ``MATMUL[target][precision]``; tests compile all of them.
+Every choice for a product is one of ``MATMUL[target][precision]`` or ``CROSS``; tests compile all of them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 __all__ = [
+    "CROSS",
     "INTERPRETER",
     "MATMUL",
     "PRECISIONS",
@@ -157,6 +158,16 @@ MATMUL: dict[str, dict[str, tuple[Tiles, ...]]] = {
 MATMUL["sm_90"] = dict(MATMUL["sm_80"])
 MATMUL["sm_100"] = dict(MATMUL["sm_80"])
 
+# Moments keep statistics and two shifts in registers beside the product: 128 x 128 would spill.
+CROSS: dict[str, dict[str, tuple[Tiles, ...]]] = {
+    name: {
+        precision: (small, Tiles(128, 64, small.depth, 8, small.stages if precision == "ieee" else 2))
+        for precision, (small, _) in table.items()
+        if precision != "half"
+    }
+    for name, table in MATMUL.items()
+}
+
 WIDE = 1024
 """From so many rows and columns the larger tile is used: 64 tiles of 128 x 128."""
 
@@ -168,9 +179,15 @@ def precision_of(dtype: torch.dtype, precision: str) -> str:
     return "half" if dtype in (torch.float16, torch.bfloat16) else precision
 
 
-def matmul_tiles(rows: int, columns: int, precision: str, target: Target) -> Tiles:
+def matmul_tiles(
+    rows: int,
+    columns: int,
+    precision: str,
+    target: Target,
+    table: dict[str, dict[str, tuple[Tiles, ...]]] = MATMUL,
+) -> Tiles:
     """The tile for a (rows, columns) output; ``precision`` as :func:`precision_of` gives it."""
-    small, wide = MATMUL[target.name][precision]
+    small, wide = table[target.name][precision]
     if target is INTERPRETER:
         return small if min(rows, columns) < 256 else wide
     return wide if min(rows, columns) >= WIDE else small
