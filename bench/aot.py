@@ -38,37 +38,36 @@ def table(rows):
     return lines
 
 
-def predictions():
+def works(n, target):
+    """(operation, precision, work) of every operation at width ``n``."""
     from fastmatch.kernels.triton import roofline
+
+    for precision in ("ieee", "tf32", "bf16x3", "half"):
+        size = 2 if precision == "half" else 4
+        yield f"gain, d = {DEPTH}", precision, roofline.gain(n, n, DEPTH, size)
+        work = roofline.cost_rows(n, n, DEPTH, SHORTLIST, precision, target, size)
+        yield f"cost_rows, d = {DEPTH}, k = {SHORTLIST}", precision, work
+        if precision != "half":
+            yield f"moments, {SAMPLES} samples", precision, roofline.moments(SAMPLES, n, n)
+    yield "permute_merge, two n x n float32", "ieee", roofline.permute_merge(n * n, 2)
+    yield f"channel_affine, {SAMPLES} samples", "ieee", roofline.channel_affine(SAMPLES * n)
+
+
+def predictions():
     from fastmatch.kernels.triton.tiles import TARGETS
 
     lines = [
         "| operation | precision | n | " + " | ".join(NAMES[t] for t in TARGETS) + " |",
         "|---|---|---|" + "---|" * len(TARGETS),
     ]
-
-    def row(name, precision, n, work):
-        cells = []
-        for target in TARGETS.values():
-            amount = work(target)
-            seconds = amount.seconds(target, precision)
-            cells.append(f"{1e3 * seconds:.3g} ms ({amount.limit(target, precision)})")
-        lines.append(f"| {name} | {precision} | {n} | " + " | ".join(cells) + " |")
-
     for n in (4096, 16384, 65536):
-        for p in ("ieee", "tf32", "bf16x3", "half"):
-            size = 2 if p == "half" else 4
-            row(f"gain, d = {DEPTH}", p, n, lambda t: roofline.gain(n, n, DEPTH, size))
-            row(
-                f"cost_rows, d = {DEPTH}, k = {SHORTLIST}",
-                p,
-                n,
-                lambda t: roofline.cost_rows(n, n, DEPTH, SHORTLIST, p, t, size),
-            )
-            if p != "half":
-                row(f"moments, {SAMPLES} samples", p, n, lambda t: roofline.moments(SAMPLES, n, n))
-        row("permute_merge, two n x n float32", "ieee", n, lambda t: roofline.permute_merge(n * n, 2))
-        row(f"channel_affine, {SAMPLES} samples", "ieee", n, lambda t: roofline.channel_affine(SAMPLES * n))
+        for columns in zip(*(list(works(n, t)) for t in TARGETS.values()), strict=True):
+            name, precision, _ = columns[0]
+            cells = [
+                f"{1e3 * work.seconds(target, precision):.3g} ms ({work.limit(target, precision)})"
+                for (_, _, work), target in zip(columns, TARGETS.values(), strict=True)
+            ]
+            lines.append(f"| {name} | {precision} | {n} | " + " | ".join(cells) + " |")
     return lines
 
 
