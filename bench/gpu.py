@@ -146,7 +146,7 @@ def run_moments(bench, samples, n):
                 "moments",
                 f"{samples} x {n}, {name}",
                 precision,
-                lambda a=a, b=b, o=options, s=state: dispatch.moments(a, b, state=s, **o),
+                lambda a=a, b=b, o=options, s=state: dispatch.moments(a, b, state=s, **o).settle(),
                 lambda a=a, b=b: three_passes(flat(a), flat(b)),
                 (roofline.moments(samples, n, n), precision),
                 error,

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Sequence
+from functools import partial
 from types import ModuleType
 
 import torch
 from fastmatch.kernels.reference.channel_affine import METHODS as AFFINE_METHODS
-from fastmatch.kernels.reference.moments import CROSS, Moments
+from fastmatch.kernels.reference.moments import CROSS, Moments, samples_by_channels
 from torch import Tensor
 
 __all__ = [
@@ -32,6 +33,11 @@ __all__ = [
 
 BACKENDS = ("triton", "cpu", "reference")
 PRECISIONS = ("ieee", "tf32", "bf16x3")
+
+HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+
+PENDING = 4096
+"""Samples that small batches wait for before a cross product is added to: its memory would cost more."""
 
 Factors = Sequence[tuple[Tensor, Tensor]]
 
@@ -111,6 +117,8 @@ def moments(
 ) -> Moments:
     """Adds a batch of one or two models' activations to ``state``, in one read, and returns it.
 
+    Batches of few samples are copied and wait until a product over them is worth its n x n accumulator.
+
     Example:
         >>> state = None
         >>> for a, b in batches:
@@ -150,6 +158,13 @@ def moments(
                 f"got {tuple(b.shape)}"
             )
     chosen = backend_of(*models.values(), backend=backend)
+    if chosen == "triton":
+        # Here already: a small batch may be added much later.
+        for name, x in models.items():
+            if x.dtype not in HALF_AND_SINGLE:
+                raise TypeError(
+                    f"{name}: expected one of {HALF_AND_SINGLE} on the Triton backend, got {x.dtype}"
+                )
     if state is None:
         names = tuple(cross) if cross is not None else ("ab",) if b is not None else ()
         unknown = [n for n in names if n not in CROSS or (b is None and n != "aa")]
@@ -169,22 +184,55 @@ def moments(
             raise ValueError(f"a, b: expected {expected} channels as in state, got {got}")
     if count == 0:
         return state
+    add = partial(_add_moments, precision=precision, backend=chosen)
+    if state.cross and count < PENDING // 4 and not torch.compiler.is_compiling():
+        rows = tuple(_own_rows(x.detach(), dim) for x in models.values())
+        _leave_pending(state, rows, add)
+    else:
+        add(state, a.detach(), None if b is None else b.detach(), dim=dim)
+    state.count += count
+    return state
+
+
+def _add_moments(
+    state: Moments, a: Tensor, b: Tensor | None = None, *, dim: int = 1, precision: str, backend: str
+) -> None:
+    two = b is not None
     _moments_update(
-        a.detach(),
-        None if b is None else b.detach(),
+        a,
+        b,
         dim,
         state.shifts[0],
-        state.shifts[1] if b is not None else None,
+        state.shifts[1] if two else None,
         state.stats[0],
-        state.stats[1] if b is not None else None,
+        state.stats[1] if two else None,
         state.cross.get("ab"),
         state.cross.get("aa"),
         state.cross.get("bb"),
         precision,
-        chosen,
+        backend,
     )
-    state.count += count
-    return state
+
+
+def _leave_pending(state: Moments, rows: tuple[Tensor, ...], add: partial[None]) -> None:
+    """Keeps a small batch until there are enough of its kind."""
+    kind = [x.dtype for x in rows]
+    if state.pending and (
+        not isinstance(state.add, partial)
+        or state.add.keywords != add.keywords
+        or kind != [x.dtype for x in state.pending[-1]]
+    ):
+        state.settle()
+    state.add = add
+    state.pending.append(rows)
+    if sum(len(part[0]) for part in state.pending) >= PENDING:
+        state.settle()
+
+
+def _own_rows(x: Tensor, dim: int) -> Tensor:
+    """(samples, C), never sharing memory with ``x``, which a network may overwrite."""
+    rows = samples_by_channels(x, dim)
+    return rows.clone() if rows.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() else rows
 
 
 # ---------------------------------------------------------------------------------------- permute_merge

@@ -10,7 +10,7 @@ formula of Chan, Golub and LeVeque (1983).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -47,12 +47,27 @@ class Moments:
         stats: per model (3, C) float64: shifted sum, shifted sum of squares, and the number of samples in
             which the unit was off (``x <= 0``).
         cross: ``"ab"``, ``"aa"``, ``"bb"`` -> (C, C') float64, shifted cross products, where asked for.
+        pending: small batches as (samples, C) copies that are counted but not yet added: an n x n
+            accumulator is not worth passing through for a few samples. Whatever is derived settles them
+            first; :meth:`settle` before reading ``stats`` or ``cross`` themselves.
     """
 
     count: int = 0
     shifts: tuple[torch.Tensor, ...] = ()
     stats: tuple[torch.Tensor, ...] = ()
     cross: dict[str, torch.Tensor] = field(default_factory=dict)
+    pending: list[tuple[torch.Tensor, ...]] = field(default_factory=list, repr=False)
+    add: Callable[..., None] | None = field(default=None, repr=False)
+    """Adds rows of the pending kind; set by whoever leaves them."""
+
+    def settle(self) -> Moments:
+        """Adds what is pending, and returns the state."""
+        if self.pending:
+            assert self.add is not None
+            rows = [torch.cat(parts) for parts in zip(*self.pending, strict=True)]
+            self.pending = []
+            self.add(self, *rows)
+        return self
 
     @classmethod
     def empty(
@@ -72,6 +87,8 @@ class Moments:
         """Both states' samples pooled (Chan, Golub and LeVeque 1983), as if read by one."""
         if other.count == 0 or self.count == 0:
             return self if other.count == 0 else other
+        self.settle()
+        other.settle()
         n = other.count
         deltas = [
             o.double() - s.double() for s, o in zip(self.shifts, other.shifts, strict=True)
@@ -92,19 +109,23 @@ class Moments:
 
     def mean(self, model: int = 0) -> torch.Tensor:
         """(C,) float64."""
+        self.settle()
         return self.shifts[model].double() + self.stats[model][0] / max(self.count, 1)
 
     def variance(self, model: int = 0) -> torch.Tensor:
         """(C,) float64, population variance."""
+        self.settle()
         total, square, _ = self.stats[model]
         return ((square - total.square() / max(self.count, 1)) / max(self.count, 1)).clamp(min=0)
 
     def off(self, model: int = 0) -> torch.Tensor:
         """(C,) int64: in how many samples the unit was off; a dead unit is off in all ``count``."""
+        self.settle()
         return self.stats[model][2].to(torch.int64)
 
     def covariance(self, name: str = "ab") -> torch.Tensor:
         """Population covariance of the channels, float64."""
+        self.settle()
         i, j = (0 if letter == "a" else 1 for letter in name)
         centred = torch.addr(
             self.cross[name], self.stats[i][0], self.stats[j][0], alpha=-1.0 / max(self.count, 1)
