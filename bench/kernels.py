@@ -82,6 +82,42 @@ def bench_moments(repeats, tiny):
             }
 
 
+def bench_streamed_moments(repeats, tiny):
+    """Linear layers see small batches: a float64 accumulator is passed through for each, or for many."""
+    batch, batches, n = (8, 4, 32) if tiny else (128, 32, 2048)
+    a, b = torch.randn(batches, batch, n).relu_(), torch.randn(batches, batch, n).relu_()
+
+    def ours():
+        state = None
+        for x, y in zip(a, b, strict=True):
+            state = dispatch.moments(x, y, state=state, backend="cpu")
+        return state.settle()
+
+    def reference():
+        state = Moments.empty(a[0], b[0])
+        for x, y in zip(a, b, strict=True):
+            update(x, y, 1, *state.shifts, *state.stats, state.cross["ab"], None, None)
+        state.count = batch * batches
+        return state
+
+    def lean():
+        total = torch.zeros(n, n, dtype=torch.float64)
+        for x, y in zip(a.double(), b.double(), strict=True):
+            total += x.T @ y
+            x.sum(0), x.square().sum(0), y.sum(0), y.square().sum(0)
+
+    close("moments, streamed", ours().covariance(), reference().covariance(), 1e-4)
+    mine, theirs, leanest = alternate([ours, reference, lean], max(repeats // 3, 1))
+    yield {
+        "operation": "moments",
+        "case": f"{batches} batches of {batch} x {n}",
+        "ms": 1e3 * mine,
+        "times faster than float64 torch": theirs / mine,
+        "times faster than raw float64 sums": leanest / mine,
+        "GFLOP/s": 2 * batch * batches * n * n / mine / 1e9,
+    }
+
+
 def bench_permute_merge(repeats, tiny):
     n = 64 if tiny else 6144
     shapes = [
@@ -212,7 +248,13 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     rows = []
-    for function in (bench_moments, bench_permute_merge, bench_gain, bench_channel_affine):
+    for function in (
+        bench_moments,
+        bench_streamed_moments,
+        bench_permute_merge,
+        bench_gain,
+        bench_channel_affine,
+    ):
         for row in function(2 if options.tiny else 9, options.tiny):
             rows.append(row)
             print({k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}, flush=True)

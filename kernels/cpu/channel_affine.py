@@ -1,7 +1,8 @@
-"""Renormalization of a layer's output on CPU: one read from memory and one write.
+"""Renormalization of a layer's output on CPU: statistics around the first value as shift, then the affine map.
 
-A task takes one channel (or, where channels lie next to each other, a block of them) through both steps:
-statistics first, around the first value as shift, then the affine map, while its values are still in cache.
+Where positions lie next to each other a task takes one channel through both steps while its values are still
+in cache: one read from memory and one write. Where channels do, every task meets every channel, so all
+statistics come before the map and the data is read twice.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ import torch
 from fastmatch.kernels.reference import channel_affine as reference
 
 __all__ = ["channel_affine"]
+
+SEGMENT = 128
+"""Samples of one task and one float32 sum, where channels lie next to each other."""
 
 _REASSOCIATE = {"reassoc", "contract"}
 METHOD = {name: i for i, name in enumerate(reference.METHODS)}
@@ -59,37 +63,34 @@ def _channel_major(x, goal_mean, goal_std, method, eps, out, mean, variance):
 
 @numba.njit(parallel=True, cache=True, fastmath=_REASSOCIATE)
 def _sample_major(x, goal_mean, goal_std, method, eps, out, mean, variance):
-    """x (T, C): channels are near each other."""
+    """x (T, C): channels are near each other, and no task has a channel to itself: two reads."""
     samples, channels = x.shape
-    width = 64
-    for block in numba.prange((channels + width - 1) // width):
-        low = block * width
-        high = min(low + width, channels)
-        total = np.zeros(width)
-        square = np.zeros(width)
-        part = np.zeros((2, width), np.float32)
-        for t0 in range(0, samples, 128):
-            part[:] = 0
-            for t in range(t0, min(t0 + 128, samples)):
-                for c in range(low, high):
-                    y = x[t, c] - x[0, c]
-                    part[0, c - low] += y
-                    part[1, c - low] += y * y
-            for i in range(width):
-                total[i] += part[0, i]
-                square[i] += part[1, i]
-        scale = np.empty(width, np.float32)
-        shift = np.empty(width, np.float32)
-        for c in range(low, high):
-            i = c - low
-            mean[c] = x[0, c] + total[i] / samples
-            variance[c] = max(square[i] / samples - (total[i] / samples) ** 2, 0.0)
-            a, b = _affine(mean[c], variance[c], goal_mean[c], goal_std[c], method, eps)
-            scale[i] = a
-            shift[i] = b
-        for t in range(samples):
-            for c in range(low, high):
-                out[t, c] = scale[c - low] * x[t, c] + shift[c - low]
+    segments = (samples + SEGMENT - 1) // SEGMENT
+    partial = np.zeros((segments, 2, channels), np.float32)
+    for segment in numba.prange(segments):
+        total, square = partial[segment, 0], partial[segment, 1]
+        for t in range(segment * SEGMENT, min((segment + 1) * SEGMENT, samples)):
+            for c in range(channels):
+                y = x[t, c] - x[0, c]
+                total[c] += y
+                square[c] += y * y
+    scale = np.empty(channels, np.float32)
+    shift = np.empty(channels, np.float32)
+    for c in range(channels):
+        total64 = 0.0
+        square64 = 0.0
+        for segment in range(segments):
+            total64 += partial[segment, 0, c]
+            square64 += partial[segment, 1, c]
+        mean[c] = x[0, c] + total64 / samples
+        variance[c] = max(square64 / samples - (total64 / samples) ** 2, 0.0)
+        a, b = _affine(mean[c], variance[c], goal_mean[c], goal_std[c], method, eps)
+        scale[c] = a
+        shift[c] = b
+    for segment in numba.prange(segments):
+        for t in range(segment * SEGMENT, min((segment + 1) * SEGMENT, samples)):
+            for c in range(channels):
+                out[t, c] = scale[c] * x[t, c] + shift[c]
 
 
 def channel_affine(

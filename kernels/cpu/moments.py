@@ -21,6 +21,9 @@ __all__ = ["update"]
 ROWS = 4096
 """Samples per product."""
 
+SEGMENT = 128
+"""Samples of one task and one float32 sum, where channels lie next to each other."""
+
 _REASSOCIATE = {"reassoc", "contract"}  # lets sums use vector lanes; NaN and inf keep their meaning
 
 
@@ -55,25 +58,22 @@ def _read_channel_major(x, shift, stats, out):
 def _read_sample_major(x, shift, stats, out):
     """x (T, C) -> out (T, C) shifted; stats (3, C) added to. Channels are near each other."""
     samples, channels = x.shape
-    width = 256  # channels per task: their running sums stay in the first-level cache
-    for block in numba.prange((channels + width - 1) // width):
-        low = block * width
-        high = min(low + width, channels)
-        part = np.zeros((3, width), np.float32)
-        for t0 in range(0, samples, 128):
-            part[:] = 0
-            for t in range(t0, min(t0 + 128, samples)):
-                for c in range(low, high):
-                    value = x[t, c]
-                    y = value - shift[c]
-                    out[t, c] = y
-                    part[0, c - low] += y
-                    part[1, c - low] += y * y
-                    part[2, c - low] += np.float32(value <= 0)
-            for c in range(low, high):
-                stats[0, c] += part[0, c - low]
-                stats[1, c] += part[1, c - low]
-                stats[2, c] += part[2, c - low]
+    segments = (samples + SEGMENT - 1) // SEGMENT
+    partial = np.zeros((segments, 3, channels), np.float32)
+    for segment in numba.prange(segments):
+        total, square, off = partial[segment, 0], partial[segment, 1], partial[segment, 2]
+        for t in range(segment * SEGMENT, min((segment + 1) * SEGMENT, samples)):
+            for c in range(channels):
+                value = x[t, c]
+                y = value - shift[c]
+                out[t, c] = y
+                total[c] += y
+                square[c] += y * y
+                off[c] += np.float32(value <= 0)
+    for segment in range(segments):
+        for i in range(3):
+            for c in range(channels):
+                stats[i, c] += partial[segment, i, c]
 
 
 def _as_batch_channel_position(x: torch.Tensor, dim: int) -> torch.Tensor:
