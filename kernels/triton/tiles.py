@@ -1,0 +1,231 @@
+"""Tile sizes, picked in plain Python from shapes, precision and target, and what is known of the targets.
+
+No autotuner: it needs a driver, and what it may pick could not be compiled and inspected ahead of time.
+Every choice for a product is one of ``MATMUL[target][precision]`` or ``CROSS``; tests compile all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+__all__ = [
+    "CROSS",
+    "INTERPRETER",
+    "MATMUL",
+    "PRECISIONS",
+    "ROUNDOFF",
+    "TARGETS",
+    "Target",
+    "Tiles",
+    "ceil_div",
+    "dot_precision",
+    "matmul_tiles",
+    "precision_of",
+    "target_of",
+]
+
+PRECISIONS = ("ieee", "tf32", "bf16x3")
+"""Of float32 products: every bit; 11 bits of each factor; about 16 bits of each factor in three bfloat16
+products. Half-precision inputs are multiplied as they are (``"half"``), which is exact in float32."""
+
+ROUNDOFF = {
+    "ieee": (0.0, 1),
+    "half": (0.0, 1),
+    "tf32": (2.0**-8.9, 1),
+    "bf16x3": (2.0**-16, 3),
+}
+"""Precision -> (bound on the relative error of one product, products summed for it). Factors lose at most
+2^-10 to tf32, where hardware cuts off; x = hi + lo + r with |r| <= 2^-18 |x|, and lo times lo is left out."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is known of a GPU without one at hand: for compiling ahead and for the roofline on paper.
+
+    Rates are the vendors' published dense peaks, in FLOP/s; bandwidth in byte/s.
+    """
+
+    name: str
+    backend: str
+    arch: int | str
+    warp_size: int
+    shared: int
+    """Largest shared memory of one block, bytes."""
+    shared_per_processor: int
+    registers: int
+    """32-bit registers of one multiprocessor."""
+    max_warps: int
+    processors: int
+    bandwidth: float
+    rates: dict[str, float]
+    """Precision -> FLOP/s."""
+
+
+def _rates(ieee: float, tf32: float, half: float) -> dict[str, float]:
+    return {"ieee": ieee, "tf32": tf32, "bf16x3": half / 3, "half": half}
+
+
+TARGETS = {
+    # NVIDIA A100 SXM 80 GB, H100 SXM, B200: data sheets; blocks' shared memory from the CUDA C++ guide.
+    "sm_80": Target(
+        "sm_80",
+        "cuda",
+        80,
+        32,
+        163 << 10,
+        164 << 10,
+        65536,
+        64,
+        108,
+        2.04e12,
+        _rates(19.5e12, 156e12, 312e12),
+    ),
+    "sm_90": Target(
+        "sm_90", "cuda", 90, 32, 227 << 10, 228 << 10, 65536, 64, 132, 3.35e12, _rates(67e12, 495e12, 989e12)
+    ),
+    "sm_100": Target(
+        "sm_100",
+        "cuda",
+        100,
+        32,
+        227 << 10,
+        228 << 10,
+        65536,
+        64,
+        148,
+        8.0e12,
+        _rates(75e12, 1100e12, 2250e12),
+    ),
+    # AMD Instinct MI300X. Its float32 products run on the matrix units.
+    "gfx942": Target(
+        "gfx942",
+        "hip",
+        "gfx942",
+        64,
+        64 << 10,
+        64 << 10,
+        131072,
+        32,
+        304,
+        5.3e12,
+        _rates(163e12, 654e12, 1307e12),
+    ),
+}
+
+INTERPRETER = Target(
+    "interpreter", "interpreter", 0, 32, 1 << 30, 1 << 30, 65536, 64, 4, 1e9, _rates(1e9, 1e9, 1e9)
+)
+"""Triton's interpreter on CPU tensors: small tiles, so that small shapes have several of them."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Output tile (rows x columns), depth of one step of the contraction, warps and pipeline stages."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """What a launch passes on to the compiler; a fused multiply-add rounds once, it only helps."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+
+
+MATMUL: dict[str, dict[str, tuple[Tiles, ...]]] = {
+    # Small shapes first, wide ones second. IEEE float32 has no matrix unit on NVIDIA: smaller tiles, whose
+    # accumulators and operands fit the registers.
+    "sm_80": {
+        "ieee": (Tiles(64, 64, 16, 4, 3), Tiles(128, 64, 16, 8, 3)),
+        "tf32": (Tiles(64, 64, 32, 4, 3), Tiles(128, 128, 32, 8, 3)),
+        "bf16x3": (Tiles(64, 64, 32, 4, 3), Tiles(128, 128, 32, 8, 3)),
+        "half": (Tiles(64, 64, 64, 4, 3), Tiles(128, 128, 64, 8, 3)),
+    },
+    "gfx942": {
+        "ieee": (Tiles(64, 64, 32, 4, 2), Tiles(128, 64, 32, 8, 2)),
+        "tf32": (Tiles(64, 64, 32, 4, 2), Tiles(128, 64, 32, 8, 2)),
+        "bf16x3": (Tiles(64, 64, 32, 4, 2), Tiles(128, 64, 32, 8, 2)),
+        "half": (Tiles(64, 64, 64, 4, 2), Tiles(128, 128, 64, 8, 2)),
+    },
+    "interpreter": {
+        p: (Tiles(32, 32, 32, 4, 1), Tiles(64, 64, 64, 4, 1)) for p in ("ieee", "tf32", "bf16x3", "half")
+    },
+}
+MATMUL["sm_90"] = dict(MATMUL["sm_80"])
+MATMUL["sm_100"] = dict(MATMUL["sm_80"])
+
+# Moments keep statistics and two shifts in registers beside the product: 128 x 128 would spill.
+CROSS: dict[str, dict[str, tuple[Tiles, ...]]] = {
+    name: {
+        precision: (small, Tiles(128, 64, small.depth, 8, small.stages if precision == "ieee" else 2))
+        for precision, (small, _) in table.items()
+        if precision != "half"
+    }
+    for name, table in MATMUL.items()
+}
+
+WIDE = 1024
+"""From so many rows and columns the larger tile is used: 64 tiles of 128 x 128."""
+
+
+def precision_of(dtype: torch.dtype, precision: str) -> str:
+    """The key of the product's precision: ``"half"`` for half-precision inputs, else what was asked."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: expected one of {PRECISIONS}, got {precision!r}")
+    return "half" if dtype in (torch.float16, torch.bfloat16) else precision
+
+
+def matmul_tiles(
+    rows: int,
+    columns: int,
+    precision: str,
+    target: Target,
+    table: dict[str, dict[str, tuple[Tiles, ...]]] = MATMUL,
+) -> Tiles:
+    """The tile for a (rows, columns) output; ``precision`` as :func:`precision_of` gives it."""
+    small, wide = table[target.name][precision]
+    if target is INTERPRETER:
+        return small if min(rows, columns) < 256 else wide
+    return wide if min(rows, columns) >= WIDE else small
+
+
+def dot_precision(precision: str, target: Target) -> str:
+    """The name that ``product.dot`` takes."""
+    if target is INTERPRETER:
+        return "interpreter"
+    return "ieee" if precision == "half" else precision
+
+
+def target_of(device: torch.device) -> Target:
+    """The target that kernels on ``device`` are compiled for; the interpreter for CPU tensors.
+
+    Raises:
+        ValueError: CPU tensors without Triton's interpreter, or a GPU that no tiles were chosen for.
+    """
+    if device.type == "cpu":
+        import triton.knobs
+
+        if not triton.knobs.runtime.interpret:
+            raise ValueError(
+                "backend: Triton kernels need CUDA or HIP tensors, got CPU tensors; "
+                "use backend='cpu', or set TRITON_INTERPRET=1 before triton is imported"
+            )
+        return INTERPRETER
+    if torch.version.hip:
+        name = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    else:
+        major, _ = torch.cuda.get_device_capability(device)
+        # Consumer chips of a generation have less shared memory; the sm_80 tiles fit all of them.
+        name = {9: "sm_90", 10: "sm_100"}.get(major, "sm_80" if major >= 8 else f"sm_{major}x")
+    if name not in TARGETS:
+        raise ValueError(f"device: expected one of {sorted(TARGETS)}, got {name}")
+    return TARGETS[name]
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)

@@ -1,0 +1,59 @@
+"""Ahead-of-time compilation: in a process of its own, since here kernels are defined for the interpreter."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
+OPS = {
+    "gain",
+    "cost_rows",
+    "cost_rows, selection",
+    "moments",
+    "moments, no product",
+    "permute_merge",
+    "channel_affine",
+}
+
+
+def compiled(tmp_path, target, *options):
+    out = tmp_path / "rows.json"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "error", str(ROOT / "bench/aot.py"), "--target", target]
+    done = subprocess.run(
+        [*command, "--json", str(out), *options], env=environment, capture_output=True, text=True, check=False
+    )
+    assert out.exists(), done.stderr
+    return json.loads(out.read_text())
+
+
+def check(rows):
+    for row in rows:
+        assert row["faults"] == [], row
+        assert row["spills"] == 0
+        assert row["shared"] <= row["shared_limit"]
+        assert row["matrix"] > 0 or not row["matrix_expected"]
+        assert row["wide_loads"] > 0 or not row["wide_expected"]
+        assert 1 <= row["registers"] <= 512
+        assert 0 < row["occupancy"] <= 1
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_one_variant_of_every_kernel(tmp_path, target):
+    rows = compiled(tmp_path, target, "--quick")
+    assert {r["op"] for r in rows} >= OPS
+    for op in ("gain", "cost_rows"):
+        precisions = {r["precision"] for r in rows if r["op"] == op and r["matrix_expected"]}
+        assert precisions >= {"tf32", "bf16x3", "half"}
+    check(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_configuration(tmp_path, target):
+    check(compiled(tmp_path, target))

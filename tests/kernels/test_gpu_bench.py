@@ -1,0 +1,35 @@
+"""The GPU benchmark runs here on the CPU twins and in the interpreter, checks included."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parents[2] / "bench/gpu.py"
+
+
+@pytest.mark.parametrize(("backend", "rows"), [("cpu", 4 + 6 + 3), ("triton", 8 + 6 + 3)])
+def test_every_kernel_is_checked_and_timed(tmp_path, backend, rows):
+    if torch.cuda.is_available() and backend == "triton":
+        pytest.skip("the interpreter is for machines without a GPU")
+    out = tmp_path / "table.md"
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--device",
+        "cpu",
+        "--backend",
+        backend,
+        "--tiny",
+        "--out",
+        str(out),
+    ]
+    environment = {**os.environ, "TRITON_INTERPRET": "1" if backend == "triton" else "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    table = [line for line in out.read_text().splitlines() if line.startswith("| ")][1:]
+    assert len(table) == rows
+    assert all(float(line.split("|")[4]) <= 1 for line in table), "a result outside its bound was recorded"
