@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 __all__ = ["certificate"]
@@ -18,7 +20,7 @@ def certificate(cost, assignment, *, maximize: bool = False) -> tuple[float, flo
     ``gap = sum_i c_i,p(i) - sum(u) - sum(v)`` is at least the distance from the optimum.
 
     Args:
-        cost: (n, m) matrix, numpy or torch.
+        cost: (n, m) matrix, numpy or torch, or a factor cost.
         assignment: an :class:`fastmatch.assignment.Assignment`; only its indices and duals are used.
         maximize: as it was solved.
 
@@ -29,9 +31,54 @@ def certificate(cost, assignment, *, maximize: bool = False) -> tuple[float, flo
     Raises:
         ValueError: the indices are no complete matching.
     """
+    matrix: Any
+    if hasattr(cost, "pairs"):
+        return _check(_Products(cost.pairs, cost.metric), assignment, maximize)
+    cost = getattr(cost, "matrix", cost)
     matrix = cost.detach().cpu() if hasattr(cost, "detach") else np.asarray(cost)
     if not isinstance(matrix, np.ndarray):
         matrix = matrix.double().numpy() if "bfloat16" in str(matrix.dtype) else matrix.numpy()
+    return _check(matrix, assignment, maximize)
+
+
+class _Products:
+    """Rows of a factor cost in float64, by the obvious expressions, and the rounding they may carry."""
+
+    def __init__(self, pairs, metric: str) -> None:
+        self.pairs = [(np.asarray(a), np.asarray(b)) for a, b in pairs]
+        self.metric = metric
+        self.shape = (len(self.pairs[0][0]), len(self.pairs[0][1]))
+
+    @property
+    def T(self) -> _Products:
+        return _Products([(b, a) for a, b in self.pairs], self.metric)
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        total = 0.0
+        for a, b in self.pairs:
+            a, b = a[rows].astype(np.float64), b.astype(np.float64)
+            if self.metric == "dot":
+                total = total + a @ b.T
+            elif self.metric == "l2":
+                total = total + (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * (a @ b.T)
+            else:
+                total = total + np.stack([np.abs(row - b).sum(1) for row in a])
+        return np.asarray(total)
+
+    def rounding(self) -> float:
+        """A bound on the sum over rows of an entry's rounding, ``gamma_d`` times the size of its terms."""
+        total, depth = 0.0, 8
+        for a, b in self.pairs:
+            order = 1 if self.metric == "l1" else 2
+            left, right = (np.linalg.norm(x.astype(np.float64), order, axis=1) for x in (a, b))
+            top = right.max(initial=0.0)
+            terms = {"dot": left * top, "l2": (left + top) ** 2, "l1": left + top}[self.metric]
+            total += float(terms.sum())
+            depth += a.shape[1]
+        return 2 * depth * np.finfo(np.float64).eps * total
+
+
+def _check(matrix, assignment, maximize: bool) -> tuple[float, float]:
     rows, cols, v = assignment.row_ind, assignment.col_ind, assignment.v
     if matrix.shape[0] > matrix.shape[1]:
         matrix, rows, cols, v = matrix.T, cols, rows, assignment.u
@@ -60,4 +107,5 @@ def certificate(cost, assignment, *, maximize: bool = False) -> tuple[float, flo
         top = float(v.max())
         gap += float((top - v[unmatched]).sum())
     eps = np.finfo(np.float64).eps
-    return gap, float(4 * eps * (size.sum() + 1e-300) + 4 * eps * n * (np.abs(v).max(initial=0.0)))
+    bound = float(4 * eps * (size.sum() + 1e-300) + 4 * eps * n * (np.abs(v).max(initial=0.0)))
+    return gap, bound + (matrix.rounding() if isinstance(matrix, _Products) else 0.0)

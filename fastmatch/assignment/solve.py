@@ -8,19 +8,49 @@ import numpy as np
 import torch
 
 from fastmatch.assignment.dense import Dense, check_entries, compile_kernels, solve_dense
+from fastmatch.assignment.factor import DenseCost, FactorCost
+from fastmatch.assignment.lists import solve_lists
 from fastmatch.assignment.result import Assignment
 
 __all__ = ["METHODS", "linear_sum_assignment", "select_method", "solve"]
 
-METHODS = ("auto", "shortlist", "lapjv")
-"""``"shortlist"`` is this package's solver, ``"lapjv"`` the reference (square, finite); ``"auto"`` is the first."""
+METHODS = ("auto", "shortlist", "lists", "lapjv")
+"""``"shortlist"`` is this package's solver, ``"lapjv"`` the reference (square, finite), ``"lists"``
+the solver of factor costs, which stores no matrix. ``"auto"`` is the first for matrices and small factor costs."""
+
+STORED = 1 << 24
+"""Entries up to which a factor cost is simply computed and stored, in float64: 128 MB."""
 
 EXACT = 1 << 53
 
 
-def select_method(cost: np.ndarray | torch.Tensor) -> str:
+def select_method(cost: np.ndarray | torch.Tensor | FactorCost | DenseCost) -> str:
     """What ``method="auto"`` will use for ``cost``."""
+    if isinstance(cost, FactorCost) and cost.shape[0] * cost.shape[1] > STORED:
+        return "lists"
     return "shortlist"
+
+
+def prepare_values(cost: Any) -> np.ndarray:
+    """The entries as a numpy array of float32 or float64, copied only where the dtype demands it."""
+    if isinstance(cost, torch.Tensor):
+        host = cost.detach()
+        if host.dtype in (torch.float16, torch.bfloat16):
+            host = host.float()
+        matrix = host.cpu().numpy()
+    else:
+        matrix = np.asarray(cost)
+    if not matrix.dtype.isnative:
+        matrix = matrix.astype(matrix.dtype.newbyteorder("="))
+    if matrix.dtype.kind == "b" or matrix.dtype in (np.int8, np.uint8, np.int16, np.uint16, np.float16):
+        matrix = matrix.astype(np.float32)
+    elif matrix.dtype.kind in "iu":
+        if matrix.size and max(int(matrix.max()), -int(matrix.min())) > EXACT:
+            raise ValueError("cost: integers beyond 2^53 are not exact in float64; subtract a constant first")
+        matrix = matrix.astype(np.float64)
+    elif matrix.dtype not in (np.float32, np.float64):
+        raise TypeError(f"cost: expected real numbers up to float64, got {matrix.dtype}")
+    return matrix
 
 
 def prepare(cost: Any) -> tuple[np.ndarray, bool]:
@@ -33,25 +63,9 @@ def prepare(cost: Any) -> tuple[np.ndarray, bool]:
         TypeError: not a real numeric matrix.
         ValueError: not two-dimensional, NaN, an infinity of the wrong sign, or integers beyond 2^53.
     """
-    if isinstance(cost, torch.Tensor):
-        host = cost.detach()
-        if host.dtype in (torch.float16, torch.bfloat16):
-            host = host.float()
-        matrix = host.cpu().numpy()
-    else:
-        matrix = np.asarray(cost)
+    matrix = prepare_values(cost)
     if matrix.ndim != 2:
         raise ValueError(f"cost: expected a matrix, got {matrix.ndim} dimensions")
-    if not matrix.dtype.isnative:
-        matrix = matrix.astype(matrix.dtype.newbyteorder("="))
-    if matrix.dtype.kind == "b" or matrix.dtype in (np.int8, np.uint8, np.int16, np.uint16, np.float16):
-        matrix = matrix.astype(np.float32)
-    elif matrix.dtype.kind in "iu":
-        if matrix.size and max(int(matrix.max()), -int(matrix.min())) > EXACT:
-            raise ValueError("cost: integers beyond 2^53 are not exact in float64; subtract a constant first")
-        matrix = matrix.astype(np.float64)
-    elif matrix.dtype not in (np.float32, np.float64):
-        raise TypeError(f"cost: expected real numbers up to float64, got {matrix.dtype}")
     transposed = matrix.shape[0] > matrix.shape[1]
     if matrix.shape[0] == matrix.shape[1] and matrix.flags.f_contiguous and not matrix.flags.c_contiguous:
         transposed = True  # columns lie together: solve the transpose, which needs no copy
@@ -61,7 +75,7 @@ def prepare(cost: Any) -> tuple[np.ndarray, bool]:
 
 
 def solve(
-    cost: np.ndarray | torch.Tensor,
+    cost: np.ndarray | torch.Tensor | FactorCost | DenseCost,
     *,
     maximize: bool = False,
     warm_start: Assignment | None = None,
@@ -74,7 +88,7 @@ def solve(
         >>> found.col_ind, found.objective, found.gap <= found.gap_bound
 
     Args:
-        cost: (n, m), numpy or torch. float32 and float64 are solved as stored (duals are float64), half
+        cost: (n, m), numpy or torch, or a :class:`FactorCost`. float32 and float64 are solved as stored (duals are float64), half
             precision as float32, integers exactly. +inf forbids an entry (-inf under ``maximize``).
         maximize: look for the largest total.
         warm_start: an earlier solution of a problem of the same shape and sense; its duals are kept, what is
@@ -93,6 +107,12 @@ def solve(
     """
     if method not in METHODS:
         raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
+    if isinstance(cost, DenseCost):
+        cost = cost.matrix
+    if isinstance(cost, FactorCost):
+        return _solve_factor(cost, maximize, warm_start, method)
+    if method == "lists":
+        raise ValueError("method: 'lists' takes a FactorCost; a matrix is solved by 'shortlist' or 'lapjv'")
     if method == "lapjv":
         return _solve_lapjv(cost, maximize)
     matrix, transposed = prepare(cost)
@@ -114,18 +134,71 @@ def solve(
     col_of, u, v, counts = solve_dense(Dense(matrix, sign), start)
     rows = np.arange(n)
     matched = sign * matrix[rows, col_of].astype(np.float64)
+    return _finish(matched, col_of, u, v, _gap(matched, u, v, col_of), sign, transposed, "shortlist", counts)
+
+
+def _solve_factor(cost: FactorCost, maximize: bool, warm_start: Assignment | None, method: str) -> Assignment:
+    """The list solver; ``gap_bound`` includes the rounding of the entries themselves."""
+    if method == "lapjv":
+        raise ValueError("cost: method 'lapjv' takes a matrix, not a FactorCost")
+    rows_total, cols_total = cost.shape
+    transposed = rows_total > cols_total
+    given = cost.T if transposed else cost
+    n, m = given.shape
+    sign = -1.0 if maximize else 1.0
+    if n == 0:
+        none = np.zeros(0, np.int64)
+        return Assignment(
+            none, none, np.zeros(rows_total), np.zeros(cols_total), 0.0, 0.0, 0.0, {"method": "none"}
+        )
+    start = None
+    if warm_start is not None:
+        duals = warm_start.u if transposed else warm_start.v
+        if duals.shape != (m,):
+            raise ValueError(f"warm_start: expected {m} duals of the longer side, got {duals.shape[0]}")
+        start = sign * duals
+    if method == "auto":
+        method = select_method(cost)
+    solved = solve_lists(given, sign, start) if method == "lists" else _solve_stored(given, sign, start)
+    col_of, u, v, counts = solved
+    matched = sign * given.entries(np.arange(n), col_of)
     gap, gap_bound = _gap(matched, u, v, col_of)
+    # u comes from float64 products summed in some order, as the matched entries do.
+    largest = float(np.abs(v).max(initial=0.0))
+    gap_bound += 3 * float(given.entry_error().sum()) + 16 * np.finfo(np.float64).eps * n * largest
+    return _finish(matched, col_of, u, v, (gap, gap_bound), sign, transposed, method, counts)
+
+
+def _solve_stored(given: FactorCost, sign: float, start: np.ndarray | None) -> tuple[np.ndarray, ...]:
+    matrix = given.dense()
+    compile_kernels(matrix.dtype)
+    return solve_dense(Dense(matrix, sign), start)
+
+
+def _finish(
+    matched: np.ndarray,
+    col_of: np.ndarray,
+    u: np.ndarray,
+    v: np.ndarray,
+    gaps: tuple[float, float],
+    sign: float,
+    transposed: bool,
+    method: str,
+    counts: np.ndarray,
+) -> Assignment:
+    """The result in the caller's sense and orientation, from the minimisation that was solved."""
+    n, m = len(u), len(v)
     if n < m:
         shift = float(v.max())  # 0 unless a warm start moved it
         u, v = u + shift, v - shift
     objective = sign * float(matched.sum())
     u, v = sign * u, sign * v
     stats = dict(zip(("reads", "bids", "pops", "searches"), (int(c) for c in counts), strict=True))
-    row_ind, col_ind = rows.astype(np.int64), col_of.astype(np.int64)
+    row_ind, col_ind = np.arange(n, dtype=np.int64), col_of.astype(np.int64)
     if transposed:
         order = np.argsort(col_ind)
         row_ind, col_ind, u, v = col_ind[order], row_ind[order], v, u
-    return Assignment(row_ind, col_ind, u, v, objective, gap, gap_bound, {"method": "shortlist", **stats})
+    return Assignment(row_ind, col_ind, u, v, objective, *gaps, {"method": method, **stats})
 
 
 def _gap(matched: np.ndarray, u: np.ndarray, v: np.ndarray, col_of: np.ndarray) -> tuple[float, float]:

@@ -1,0 +1,139 @@
+"""Factor costs: the dense matrix's optimum, by both solvers, and its proof."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from networks import fresh_seed
+from scipy.optimize import linear_sum_assignment as scipy_lsa
+
+from fastmatch.assignment import DenseCost, FactorCost, certificate, select_method, solve
+
+
+def factors(g: np.random.Generator, kind: str, n: int, m: int, d: int) -> tuple[np.ndarray, np.ndarray]:
+    a, b = (g.standard_normal((x, d)).astype(np.float32) for x in (n, m))
+    if kind == "log-normal":
+        a *= np.exp(0.5 * g.standard_normal((n, 1))).astype(np.float32)
+        b *= np.exp(0.5 * g.standard_normal((m, 1))).astype(np.float32)
+    elif kind == "sibling":
+        source = g.permutation(max(n, m))
+        b = np.concatenate([a, b])[source % n][:m] + 0.5 * b
+    elif kind == "dead":
+        a[g.random(n) < 0.2], b[g.random(m) < 0.2] = 0, 0
+    elif kind == "integers":
+        a, b = np.rint(a), np.rint(b)
+    elif kind == "one norm":
+        a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b))
+    return a, b
+
+
+def whole(pairs, metric: str) -> np.ndarray:
+    total = 0.0
+    for a, b in pairs:
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        if metric == "dot":
+            total = total + a @ b.T
+        else:
+            d = a[:, None] - b[None]
+            total = total + ((d**2).sum(-1) if metric == "l2" else np.abs(d).sum(-1))
+    return np.asarray(total)
+
+
+def check(pairs, metric: str, maximize: bool, method: str):
+    cost = FactorCost(pairs, metric, tile=(64, 100))
+    found = solve(cost, maximize=maximize, method=method)
+    matrix = whole(pairs, metric)
+    rows, cols = scipy_lsa(matrix, maximize)
+    size = np.abs(matrix[rows, cols]).sum() + 1e-300
+    assert abs(found.objective - matrix[rows, cols].sum()) <= 1e-11 * size + found.gap_bound
+    assert found.objective == pytest.approx(matrix[found.row_ind, found.col_ind].sum(), rel=1e-10, abs=1e-10)
+    assert len(np.unique(found.col_ind)) == len(found.row_ind) == min(matrix.shape)
+    assert found.gap <= found.gap_bound
+    gap, bound = certificate(cost, found, maximize=maximize)
+    assert -bound <= gap <= bound
+    return found
+
+
+@pytest.mark.parametrize("method", ["auto", "lists"])
+@pytest.mark.parametrize("kind", ["gaussian", "log-normal", "sibling", "dead", "integers", "one norm"])
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (60, 60), (50, 80), (80, 50), (200, 200)])
+def test_the_optimum_of_the_dense_matrix(kind, n, m, method):
+    g = np.random.default_rng(fresh_seed())
+    for metric in ("dot", "l2", "l1"):
+        maximize = bool(g.random() < 0.5)
+        pairs = [factors(g, kind, n, m, d) for d in (12, 3)]
+        check(pairs, metric, maximize, method)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "sibling"])
+def test_lists_at_a_size_that_takes_every_step(kind):
+    g = np.random.default_rng(fresh_seed())
+    pairs = [factors(g, kind, 1000, 1000, 128)]
+    cost = FactorCost(pairs)
+    found = solve(cost, maximize=True, method="lists")
+    best = whole(pairs, "dot")
+    assert found.objective == pytest.approx(best[scipy_lsa(best, True)].sum(), rel=1e-11)
+    assert found.gap <= found.gap_bound
+    warm = solve(cost, maximize=True, method="lists", warm_start=found)
+    assert warm.objective == pytest.approx(found.objective, rel=1e-12)
+
+
+def test_dtypes_and_dense_costs():
+    g = np.random.default_rng(fresh_seed())
+    a, b = factors(g, "integers", 40, 40, 6)
+    value = solve(FactorCost([(a, b)])).objective
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        pair = (torch.from_numpy(a).to(dtype), torch.from_numpy(b).to(dtype))
+        assert solve(FactorCost([pair])).objective == value
+    assert solve(DenseCost(a @ b.T)).objective == value
+    assert solve(FactorCost([(a, b)], "l2")).objective == solve(whole([(a, b)], "l2")).objective
+    assert solve(FactorCost([(a[:0], b)])).row_ind.size == 0
+
+
+def test_indices_do_not_overflow_beyond_46341():
+    # 50,000 columns and rows, 2.5e9 entries: never stored; an l1 line is solved by sorting.
+    n = 50_000
+    g = np.random.default_rng(fresh_seed())
+    cost = FactorCost([(g.random((40, 1)).astype(np.float32), g.random((n, 1)).astype(np.float32))])
+    assert select_method(FactorCost([(np.ones((n, 1)), np.ones((n, 1)))])) == "lists"
+    items, costs, _ = cost.row_topk(np.zeros(n), 3)
+    assert costs == pytest.approx(cost.entries(np.repeat(np.arange(40), 3), items.ravel()).reshape(40, 3))
+    found = solve(cost, method="lists")
+    assert found.gap <= found.gap_bound
+    assert found.col_ind.max() < n
+
+
+@pytest.mark.slow
+def test_fifty_thousand_rows_and_columns():
+    n = 50_000
+    g = np.random.default_rng(fresh_seed())
+    a = g.standard_normal((n, 32), np.float32)
+    planted = g.permutation(n)
+    found = solve(FactorCost([(a, a[planted])], "l2"))
+    assert np.array_equal(planted[found.col_ind], np.arange(n))
+    assert found.gap <= found.gap_bound
+
+
+def test_bad_input():
+    ones = np.ones((3, 2), np.float32)
+    with pytest.raises(ValueError, match="metric: expected 'dot', 'l2' or 'l1'"):
+        FactorCost([(ones, ones)], "cosine")
+    with pytest.raises(ValueError, match="at least one pair"):
+        FactorCost([])
+    with pytest.raises(ValueError, match="tile: expected"):
+        FactorCost([(ones, ones)], tile=(0, 5))
+    with pytest.raises(ValueError, match=r"factors: expected \(3, d\)"):
+        FactorCost([(ones, np.ones((3, 4), np.float32))])
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        FactorCost([(ones * np.nan, ones)])
+    with pytest.raises(ValueError, match="overflow"):
+        FactorCost([(ones * 1e30, ones * 1e30)])
+    with pytest.raises(TypeError, match="floating-point"):
+        FactorCost([(np.ones((3, 2), int), ones)])
+    with pytest.raises(ValueError, match="takes a matrix"):
+        solve(FactorCost([(ones, ones)]), method="lapjv")
+    with pytest.raises(ValueError, match="takes a FactorCost"):
+        solve(ones, method="lists")
+    with pytest.raises(ValueError, match="warm_start: expected 3 duals"):
+        solve(FactorCost([(ones, ones)]), warm_start=solve(ones[:2]))
