@@ -125,7 +125,7 @@ def test_the_model_is_left_as_it_was():
     modes = [m.training for m in model.modules()]
     before = {k: v.clone() for k, v in model.state_dict().items()}
     fm.PermutationSpec.trace(model, x)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="example_inputs: the model does not run on them"):
         fm.PermutationSpec.trace(model, torch.randn(2, 5))
     assert [m.training for m in model.modules()] == modes
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

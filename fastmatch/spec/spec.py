@@ -162,11 +162,14 @@ class PermutationSpec:
             kwargs: keyword inputs.
 
         Raises:
-            ValueError: the model has no parameters, or none that the example reaches.
+            ValueError: the model has no parameters, or does not run on the example.
         """
         from fastmatch.spec.trace import trace
 
-        return trace(model, example_inputs, kwargs=kwargs)
+        try:
+            return trace(model, example_inputs, kwargs=kwargs)
+        except RuntimeError as error:
+            raise ValueError(f"example_inputs: the model does not run on them ({error})") from error
 
     def axes_of(self, parameter: str) -> tuple[tuple[Axis, str], ...]:
         """Every (axis, group name) of one parameter; empty when nothing moves in it."""
