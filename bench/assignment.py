@@ -52,6 +52,7 @@ def machine() -> dict:
     )
     return {
         "cpu": name or platform.processor(),
+        "load": os.getloadavg()[0],
         "cores": len(os.sched_getaffinity(0)),
         "versions": {
             "python": platform.python_version(), "numpy": np.__version__, "numba": numba.__version__,
@@ -60,12 +61,19 @@ def machine() -> dict:
     }  # fmt: skip
 
 
-def dense_rows(sizes: list[int], budget: float) -> list[dict]:
+def keep(kept: dict) -> None:
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+def dense_rows(sizes: list[int], budget: float, kept: dict) -> list[dict]:
     peers = solvers()[0]
     ours = {OURS: lambda cost: linear_sum_assignment(cost)[1]}
     for dtype in (np.float32, np.float64):
         linear_sum_assignment(np.random.default_rng(0).standard_normal((300, 300)).astype(dtype))
-    rows, out = [], set()
+    rows: list[dict] = []
+    kept["dense"] = rows
+    out = set()
     for n in sizes:
         trained = trained_gains(n, CACHE) if n in (512, 2048) else {}
         for kind in (*KINDS, *trained):
@@ -95,6 +103,7 @@ def dense_rows(sizes: list[int], budget: float) -> list[dict]:
                 row["fastest"] = min(others, key=lambda k: others[k])
                 row["ratio"] = others[row["fastest"]] / row["seconds"][OURS]
             rows.append(row)
+            keep(kept)
             print(kind, n, row.get("fastest"), f"{row.get('ratio', math.nan):.2f}", row["wrong"], flush=True)
     return rows
 
@@ -159,7 +168,7 @@ def mean_ratio(rows: list[dict], least: int) -> float:
 
 
 def table(kept: dict) -> str:
-    lines = [f"CPU {kept['machine']['cpu']}, {kept['machine']['cores']} cores. Versions: "
+    lines = [f"CPU {kept['machine']['cpu']}, {kept['machine']['cores']} cores, load average {kept['machine']['load']:.1f} at the start (other work on the machine counts in it). Versions: "
              + ", ".join(f"{k} {v}" for k, v in kept["machine"]["versions"].items()) + ".", ""]  # fmt: skip
     rows = kept.get("dense", [])
     names = list(dict.fromkeys(k for r in rows for k in r["seconds"]))
@@ -216,11 +225,10 @@ def main() -> None:
         if "factor" in given.parts:  # first: peak memory is the process's
             kept["factor"] = factor_rows(given.factor, 256)
         if "dense" in given.parts:
-            kept["dense"] = dense_rows(given.sizes, given.budget)
+            dense_rows(given.sizes, given.budget, kept)
         if "stack" in given.parts:
             kept["stack"] = [stack_row(given.batch, 128)]
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
+        keep(kept)
     RESULTS.with_suffix(".md").write_text(table(kept))
 
 
