@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -87,3 +88,50 @@ KINDS: dict[str, Callable[[Generator, int, int], np.ndarray]] = {
 def problem(kind: str, n: int, m: int | None = None, seed: int = 0) -> np.ndarray:
     """The instance of a kind: an (n, m) cost to be minimised."""
     return KINDS[kind](np.random.default_rng([seed, n]), n, n if m is None else m)
+
+
+def trained_gains(width: int, cache: Path) -> dict[str, np.ndarray]:
+    """Costs of the middle layer of two MLPs trained on digits: weight gain, correlation, covariance (negated).
+
+    The nets are trained once for a width (seeds 0 and 1) and their costs kept under ``cache``.
+    """
+    path = cache / f"mlp_{width}.npz"
+    if path.exists():
+        with np.load(path) as kept:
+            return dict(kept)
+    import torch
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    x, y = torch.tensor(x / 16, dtype=torch.float32), torch.tensor(y)
+    weights, hidden = [], []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        first, second, last = (
+            torch.nn.Linear(64, width),
+            torch.nn.Linear(width, width),
+            torch.nn.Linear(width, 10),
+        )
+        net = torch.nn.Sequential(first, torch.nn.ReLU(), second, torch.nn.ReLU(), last)
+        descent = torch.optim.Adam(net.parameters(), 1e-3)
+        for _ in range(8):
+            for part in torch.randperm(len(x)).split(128):
+                descent.zero_grad()
+                torch.nn.functional.cross_entropy(net(x[part]), y[part]).backward()
+                descent.step()
+        with torch.no_grad():
+            weights.append((second.weight.clone(), last.weight.clone()))
+            hidden.append(torch.relu(second(torch.relu(first(x)))))
+    (w0, o0), (w1, o1) = weights
+    h0, h1 = (h - h.mean(0) for h in hidden)
+    covariance = h0.T @ h1 / len(x)
+    norms = [h.norm(dim=0).clamp_min(1e-12) / len(x) ** 0.5 for h in (h0, h1)]
+    costs = {
+        "MLP weights": -(w0 @ w1.T + o0.T @ o1),
+        "MLP correlation": -(covariance / norms[0][:, None] / norms[1]),
+        "MLP covariance": -covariance,
+    }
+    kept = {name: cost.numpy() for name, cost in costs.items()}
+    cache.mkdir(parents=True, exist_ok=True)
+    np.savez(path, **kept)
+    return kept

@@ -77,7 +77,7 @@ class FactorCost:
                 )
             if not (bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all())):
                 raise ValueError("factors: hold NaN or infinity")
-        self.metric, self.tile = metric, tuple(tile)
+        self.metric, self.tile = metric, (int(tile[0]), int(tile[1]))
         self.depth = sum(a.shape[1] for a, _ in self.pairs)
         # An entry's size, and the sum of the sizes of its terms, are at most this, by row.
         self._size = self._sizes()

@@ -108,7 +108,7 @@ def solve(
     if method not in METHODS:
         raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
     if isinstance(cost, DenseCost):
-        cost = cost.matrix
+        cost = np.asarray(cost.matrix) if not isinstance(cost.matrix, torch.Tensor) else cost.matrix
     if isinstance(cost, FactorCost):
         return _solve_factor(cost, maximize, warm_start, method)
     if method == "lists":
