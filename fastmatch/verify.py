@@ -51,7 +51,7 @@ def verify(
 
     Raises:
         ValueError: the outputs differ (the groups that change them by themselves are named), or the model
-            does not run in float64.
+            does not run in float64 or returns nothing that could be compared.
     """
     args, keywords = _example(example_inputs, kwargs)
     args, keywords = _double(args), _double(keywords)
@@ -64,6 +64,11 @@ def verify(
             f"model: does not run in float64 on the example inputs ({error}); "
             "mend that, or pass verify=False to go on without the proof"
         ) from error
+    if not any(torch.isfinite(t).any() for t in expected):
+        raise ValueError(
+            "example_inputs: the model returns no finite number on them, so there is nothing to compare; "
+            "give other inputs, or pass verify=False to go on without the proof"
+        )
     permutations = spec.random(generator)
     error = _error(double, spec, permutations, args, keywords, expected)
     if not error <= tolerance:
@@ -91,8 +96,10 @@ def _double(value: Any) -> Any:
 
 
 def _run(model: nn.Module, args: Any, kwargs: Any) -> list[torch.Tensor]:
+    """Every output as float64; integers and truth values count too."""
     with torch.no_grad():
-        return [t.detach().clone() for t in _outputs(model(*args, **kwargs)) if t.is_floating_point()]
+        outputs = [t.detach() for t in _outputs(model(*args, **kwargs))]
+    return [(torch.view_as_real(t) if t.is_complex() else t).to(torch.float64, copy=True) for t in outputs]
 
 
 def _error(
@@ -106,9 +113,13 @@ def _error(
     moved = with_state(model, apply_permutations(state_of(model, "model"), spec, permutations))
     worst = 0.0
     for old, new in zip(expected, _run(moved, args, kwargs), strict=True):
-        if old.numel():
-            scale = max(float(old.abs().max()), 1e-30)
-            worst = max(worst, float((old - new).abs().max()) / scale)
-            if not torch.equal(torch.isfinite(old), torch.isfinite(new)):
-                return float("inf")
+        # An error of NaN would compare as no error: what is not finite must be the same, the rest is measured.
+        finite = torch.isfinite(old)
+        if old.shape != new.shape or not torch.equal(old[~finite].nan_to_num(), new[~finite].nan_to_num()):
+            return float("inf")
+        if not torch.equal(finite, torch.isfinite(new)):
+            return float("inf")
+        if finite.any():
+            scale = max(float(old[finite].abs().max()), 1e-30)
+            worst = max(worst, float((old - new)[finite].abs().max()) / scale)
     return worst

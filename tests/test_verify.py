@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from networks import build, fresh_seed
+from torch import nn
 
 import fastmatch as fm
 from fastmatch.spec import Axis, Group
@@ -54,3 +55,39 @@ def test_a_network_that_makes_nan_of_a_permutation_is_caught():
     )
     with pytest.raises(ValueError, match="'h'"):
         fm.verify(model, spec, torch.randn(2, 12), seed=1)
+
+
+class Returns(nn.Module):
+    """A network with its output handed on through a function."""
+
+    def __init__(self, wrap) -> None:
+        super().__init__()
+        self.first, self.second, self.wrap = nn.Linear(12, 8), nn.Linear(8, 5), wrap
+
+    def forward(self, x):
+        return self.wrap(self.second(torch.relu(self.first(x))))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda y: torch.cat([y, torch.full((len(y), 1), float("nan"), dtype=y.dtype)], 1),
+        lambda y: torch.cat([y, torch.full((len(y), 1), float("inf"), dtype=y.dtype)], 1),
+        lambda y: (y * 1000).long(),
+        lambda y: torch.complex(y, y),
+    ],
+    ids=["nan beside numbers", "inf beside numbers", "integers", "complex"],
+)
+def test_a_wrong_spec_is_caught_whatever_the_output_holds(wrap):
+    model, x = Returns(wrap), torch.randn(4, 12)
+    right = fm.PermutationSpec.trace(model, x)
+    assert fm.verify(model, right, x).groups == ("first",)
+    wrong = fm.PermutationSpec({"first": Group("first", 8, (Axis("first.weight", 0),))}, right.shapes)
+    with pytest.raises(ValueError, match="group 'first'"):
+        fm.verify(model, wrong, x)
+
+
+def test_an_output_without_a_finite_number_proves_nothing():
+    model, x = Returns(lambda y: y * float("nan")), torch.randn(4, 12)
+    with pytest.raises(ValueError, match="no finite number"):
+        fm.verify(model, fm.PermutationSpec.trace(model, x), x)

@@ -182,14 +182,16 @@ def pin_all(tr: Tracer, name: str, inputs: Any, out: Any) -> None:
         for label in tr.labels(tensor):
             pin(label, name)
     for tensor in tensors_in(out):
-        if tr.knows(tensor):
-            for label in tr.labels(tensor):
-                pin(label, name)
-        else:
+        known = tr.knows(tensor)
+        for label in tr.labels(tensor) if known else []:
+            pin(label, name)
+        # In place, an operation may also have changed the shape.
+        if not known or [label.size for label in tr.labels(tensor)] != list(tensor.shape):
             tr.set(tensor, fresh(tensor.shape, name))
 
 
 def _elementwise(tr: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    out, *others = tensors_in(out)
     out_shape = out.shape
     labels: list[Label | None] = [None] * len(out_shape)
     operands = tensors_in((args, kwargs))
@@ -209,6 +211,8 @@ def _elementwise(tr: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str,
     else:  # in place
         for mine, label in zip(tr.labels(out), result, strict=True):
             unify(mine, label, name)
+    for tensor in others:  # saved for a backward pass; empty on some devices
+        tr.set(tensor, result if tensor.shape == out_shape else fresh(tensor.shape, name))
     base = name.removeprefix("aten.").removesuffix("_")
     if base in ACTIVATIONS and isinstance(args[0], torch.Tensor) and args[0].shape == out_shape:
         tr.tap("activation", args[0], 0, result)
@@ -265,13 +269,13 @@ def _view(tr: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], 
     tr.set(out, _regroup(tr, name, args[0], out))
 
 
-@rule("unsqueeze", "squeeze")
+@rule("unsqueeze", "squeeze", "unsqueeze_", "squeeze_")
 def _singleton(tr: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     kept = iter([label for label in tr.labels(args[0]) if label.size != 1])
     tr.set(out, [Label(1) if n == 1 else next(kept) for n in out.shape])
 
 
-@rule("t", "transpose", "permute", "numpy_T", "swapaxes")
+@rule("t", "transpose", "permute", "numpy_T", "swapaxes", "t_", "transpose_", "swapaxes_")
 def _permute(tr: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     labels = tr.labels(args[0])
     order = list(range(len(labels)))

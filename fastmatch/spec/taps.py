@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmatch.spec.spec import Tap
-from fastmatch.spec.trace import op_name, plain_operations
+from fastmatch.spec.trace import counts, op_name, plain_operations
 
 __all__ = ["TapReader"]
 
@@ -55,6 +55,8 @@ class TapReader(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if not counts(func):
+            return func(*args, **(kwargs or {}))
         self._op += 1
         taps = self._taps.get(self._op, ())
         for tap in taps:

@@ -10,17 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastmatch.spec.labels import Label, Place, find, pin, places
+from fastmatch.spec.labels import Label, Place, find, pin, places, unify
 from fastmatch.spec.rules import RULES, fresh, pin_all, tensors_in
 from fastmatch.spec.spec import Axis, Group, PermutationSpec, Pin, Tap
 
-__all__ = ["Tracer", "op_name", "plain_operations", "trace"]
+__all__ = ["Tracer", "counts", "op_name", "plain_operations", "trace"]
 
 UNUSED = "not used in the traced forward pass"
 
@@ -28,6 +29,11 @@ UNUSED = "not used in the traced forward pass"
 def op_name(func: Any) -> str:
     """``aten.relu`` for every overload of the operation."""
     return f"{func.namespace}.{func._schema.name.split('::')[1]}"
+
+
+def counts(func: Any) -> bool:
+    """Whether the operation is counted: torch adds a detach where a mode keeps a new tensor, so that one is not."""
+    return func is not torch.ops.aten.detach.default
 
 
 @contextmanager
@@ -82,12 +88,12 @@ class Tracer(TorchDispatchMode):
         self._labels[id(tensor)] = (tensor, list(labels))
 
     def mark_data(self, tensor: torch.Tensor) -> None:
-        """Says that a tensor depends on the model's inputs."""
-        self._data.add(id(tensor))
+        """Says that a tensor depends on the model's inputs, and with it every view of the same memory."""
+        self._data.add(_storage(tensor))
 
     def is_data(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor depends on the model's inputs."""
-        return id(tensor) in self._data
+        return _storage(tensor) in self._data
 
     def was_used(self, tensor: torch.Tensor) -> bool:
         """Whether an operation read the tensor."""
@@ -112,20 +118,41 @@ class Tracer(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        self._op += 1
+        self._op += counts(func)
         self._op_name = op_name(func)
         inputs = tensors_in((args, kwargs))
         if any(self.is_data(t) for t in inputs):
             for tensor in tensors_in(out):
                 self.mark_data(tensor)
+        # What was in `out=` tensors may have other views: their labels hold beside those of the result.
+        written = [kwargs[a.name] for a in func._schema.arguments if a.is_out and a.name in kwargs]
+        earlier = [(t, self.labels(t)) for t in written if self.knows(t)]
         rule = RULES.get(self._op_name.removeprefix("aten."))
-        if rule is not None and self._op_name.startswith("aten."):
-            rule(self, self._op_name, args, kwargs, out)
-        elif inputs:
-            pin_all(self, self._op_name, (args, kwargs), out)
+        if rule is None or not self._op_name.startswith("aten."):
+            if inputs:
+                pin_all(self, self._op_name, (args, kwargs), out)
+        else:
+            try:
+                rule(self, self._op_name, args, kwargs, out)
+            except Exception as error:
+                # A form of the operation that the rule was not written for: as safe as having no rule.
+                reason = f"{self._op_name} (its rule failed: {type(error).__name__})"
+                pin_all(self, reason, (args, kwargs), out)
+        for tensor, before in earlier:
+            for old, new in zip(before, self.labels(tensor), strict=False):
+                if [x.size for x in before] == list(tensor.shape):
+                    unify(old, new, self._op_name)
+                else:
+                    pin(old, self._op_name)
+                    pin(new, self._op_name)
         for tensor in tensors_in(out):
             self.labels(tensor)  # a tensor made from nothing is a constant
         return out
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    """Identity of the memory behind a tensor, alike for all its views."""
+    return tensor.untyped_storage()._cdata
 
 
 def _constant_label(tensor: torch.Tensor, dim: int) -> Label:
@@ -136,16 +163,24 @@ def _constant_label(tensor: torch.Tensor, dim: int) -> Label:
     return Label(tensor.shape[dim], pinned=None if uniform else "constant")
 
 
-def _outputs(value: Any, depth: int = 0) -> list[torch.Tensor]:
+def _outputs(value: Any, seen: set[int] | None = None) -> list[torch.Tensor]:
+    """The tensors in what a model returned: in containers, dataclasses and objects with attributes or slots."""
+    seen = set() if seen is None else seen
     if isinstance(value, torch.Tensor):
         return [value]
+    if id(value) in seen or isinstance(value, (nn.Module, type, ModuleType)):
+        return []
+    seen.add(id(value))
+    parts: list[Any] = []
     if isinstance(value, Mapping):
-        return [t for v in value.values() for t in _outputs(v, depth + 1)]
-    if isinstance(value, (list, tuple, set)):
-        return [t for v in value for t in _outputs(v, depth + 1)]
-    if hasattr(value, "__dict__") and depth < 4 and not isinstance(value, nn.Module):
-        return _outputs(vars(value), depth + 1)
-    return []
+        parts += value.values()
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        parts += value
+    for kind in type(value).__mro__:
+        slots = kind.__dict__.get("__slots__", ())
+        parts += [getattr(value, s, None) for s in ([slots] if isinstance(slots, str) else slots)]
+    parts += getattr(value, "__dict__", {}).values()
+    return [t for part in parts for t in _outputs(part, seen)]
 
 
 def _example(example_inputs: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -172,16 +207,19 @@ def trace(
     if not tensors_in((args, keywords)):
         raise ValueError("example_inputs: holds no tensor; give what the model takes, a batch of 2 is enough")
     tracer = Tracer()
-    for tensor in state.values():
-        if not tracer.knows(tensor):
-            tracer.set(tensor, fresh(tensor.shape))
+    _label_state(tracer, state)
     for tensor in tensors_in((args, keywords)):
         tracer.set(tensor, fresh(tensor.shape, "model input"))
         tracer.mark_data(tensor)
     with _untouched(model):
         with tracer:
             output = model(*args, **keywords)
-        for tensor in _outputs(output):
+        returned = _outputs(output)
+        if not returned:
+            raise ValueError(
+                f"model: returned {type(output).__name__} with no tensor in it; its outputs cannot be held in place"
+            )
+        for tensor in returned:
             for label in tracer.labels(tensor):
                 pin(label, "model output")
         for tensor in state.values():
@@ -191,11 +229,43 @@ def trace(
         return _spec_of(tracer, state)
 
 
+def _label_state(tracer: Tracer, state: Mapping[str, torch.Tensor]) -> None:
+    """A label for every dimension of the parameters and buffers; those in the same memory share them."""
+    views: dict[tuple[Any, ...], list[Label]] = {}
+    memory: dict[int, list[tuple[Any, ...]]] = {}
+    for tensor in state.values():
+        if tracer.knows(tensor):
+            continue
+        view = (_storage(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        if view not in views:
+            views[view] = fresh(tensor.shape)
+            if tensor.numel():
+                memory.setdefault(view[0], []).append(view)
+        tracer.set(tensor, views[view])
+    for sharing in memory.values():
+        spans = sorted((_span(view), view) for view in sharing) if len(sharing) > 1 else []
+        end, last = 0, None
+        for (start, stop), view in spans:
+            if last is not None and start < end:
+                for label in [*views[last], *views[view]]:
+                    pin(label, "memory shared with another parameter")
+            if stop > end:
+                end, last = stop, view
+
+
+def _span(view: tuple[Any, ...]) -> tuple[int, int]:
+    """First byte of a view and the byte after its last."""
+    _, offset, shape, stride, dtype = view
+    size = dtype.itemsize
+    return offset * size, (offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) + 1) * size
+
+
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; training flags and buffers are put back, also after an error."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
+    names = [(module, dict(module._buffers)) for module in model.modules()]
     try:
         model.eval()
         with torch.no_grad(), plain_operations():
@@ -203,6 +273,10 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+        for module, own in names:
+            for name, buffer in own.items():
+                if module._buffers.get(name) is not buffer:
+                    module._buffers[name] = buffer
         with torch.no_grad():
             for buffer, version, value in buffers:
                 if buffer._version != version and buffer.shape == value.shape:
@@ -215,6 +289,7 @@ def _spec_of(tracer: Tracer, state: dict[str, torch.Tensor]) -> PermutationSpec:
         for dim, label in enumerate(tracer.labels(tensor)):
             if label.size > 1:
                 found[name, dim] = places(label)
+    tap_places = [(raw, place) for raw in tracer.taps for place in places(raw.label)]
     # places() may pin, and pins reach every place of a leaf: only now is it known what moves.
     members: dict[int, list[Axis]] = {}
     leaves: dict[int, Label] = {}
@@ -232,9 +307,9 @@ def _spec_of(tracer: Tracer, state: dict[str, torch.Tensor]) -> PermutationSpec:
                 axis = Axis(name, dim, place.start, place.outer, place.stride, place.inner)
                 members.setdefault(id(leaf), []).append(axis)
         # The blocks of a flatten and the positions of a kernel are no hidden units: not worth a line.
+        reasons = reasons or ["cut into single units"]
         if not moves and not reasons[0].endswith("(spatial)"):
             pins += [Pin(name, dim, reason) for reason in dict.fromkeys(reasons)]
-    tap_places = [(raw, place) for raw in tracer.taps for place in places(raw.label)]
     order = _order(tap_places, members)
     names = _names(order, members, state)
     groups = {names[k]: Group(names[k], leaves[k].size, tuple(members[k])) for k in order}

@@ -1,0 +1,163 @@
+"""Networks of random operations, to hunt for axes that are moved and must not be."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class RandomNetwork(nn.Module):
+    """A random program over a few (batch, n) tensors; the same program whenever it is run.
+
+    Layers are made while the program is first run, when it is known how wide their inputs are.
+    """
+
+    def __init__(self, seed: int, steps: int = 12) -> None:
+        super().__init__()
+        self.seed, self.steps = seed, steps
+        self.layers = nn.ParameterDict()
+        self.log: list[str] = []
+
+    def weight(self, name: str, *shape: int) -> torch.Tensor:
+        if name not in self.layers:
+            self.layers[name] = nn.Parameter(torch.randn(*shape) / shape[-1] ** 0.5)
+        return self.layers[name]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rng = random.Random(self.seed)
+        live, self.log = [x], []
+        for step in range(self.steps):
+            choice = rng.choice(STEPS)
+            at = rng.randrange(len(live))
+            h = live[at]
+            self.log.append(f"{choice.__name__} of {at}, {h.shape[1]} wide")
+            live.append(choice(self, rng, f"{step}", h, live))
+            if len(live) > 4:
+                live.pop(rng.randrange(3))
+        last = torch.cat([F.normalize(t.clone(), dim=1) for t in live], 1)
+        return F.linear(last, self.weight("head", 5, last.shape[1]))
+
+
+def linear(net, rng, name, h, live):
+    n = rng.choice([6, 8, 12, 24])
+    return torch.tanh(F.linear(h, net.weight(name, n, h.shape[1])))
+
+
+def scaled(net, rng, name, h, live):
+    return h * net.weight(name, h.shape[1])
+
+
+def added(net, rng, name, h, live):
+    others = [t for t in live if t.shape == h.shape]
+    return h + rng.choice(others)
+
+
+def joined(net, rng, name, h, live):
+    other = rng.choice(live)
+    return torch.cat([h, other], 1) if h.shape[1] + other.shape[1] <= 48 else torch.relu(h)
+
+
+def sliced(net, rng, name, h, live):
+    at = rng.randrange(h.shape[1] // 2 + 1)
+    return h[:, at : at + max(2, h.shape[1] // 2)]
+
+
+def halves(net, rng, name, h, live):
+    if h.shape[1] % 2:
+        return h.sigmoid()
+    a, b = h.chunk(2, 1)
+    return a * torch.sigmoid(b)
+
+
+def _factor(rng, n):
+    return rng.choice([f for f in range(1, n + 1) if n % f == 0])
+
+
+def blocks(net, rng, name, h, live):
+    f = _factor(rng, h.shape[1])
+    cube = h.view(len(h), f, -1) if h.is_contiguous() else h.reshape(len(h), f, -1)
+    if rng.random() < 0.5:
+        cube = cube * net.weight(name, cube.shape[2])
+    elif rng.random() < 0.5:
+        cube = cube + net.weight(name, cube.shape[1])[:, None]
+    if rng.random() < 0.5:
+        cube = cube.softmax(rng.choice([1, 2]))
+    return cube.flatten(1)
+
+
+def turned(net, rng, name, h, live):
+    f = _factor(rng, h.shape[1])
+    return h.reshape(len(h), f, -1).transpose(1, 2).flatten(1)
+
+
+def mixed(net, rng, name, h, live):
+    f = _factor(rng, h.shape[1])
+    cube = h.reshape(len(h), f, -1)
+    return torch.tanh(cube @ net.weight(name, cube.shape[2], 4)).flatten(1)
+
+
+def pooled(net, rng, name, h, live):
+    f = _factor(rng, h.shape[1])
+    cube = h.reshape(len(h), f, -1)
+    other = cube.mean(1) if rng.random() < 0.5 else cube.amax(2)
+    return other if other.shape[1] > 1 else torch.exp(-h * h)
+
+
+def written(net, rng, name, h, live):
+    out = torch.zeros_like(h)
+    at = rng.randrange(1, h.shape[1]) if h.shape[1] > 1 else 1
+    out[:, :at] = h[:, :at]
+    out[:, at:].copy_(h[:, at:].relu())
+    return out
+
+
+def in_place(net, rng, name, h, live):
+    h = h.clone()
+    half = h[:, : h.shape[1] // 2 + 1]
+    half.mul_(2.0)
+    return h.relu_()
+
+
+def grouped(net, rng, name, h, live):
+    f = _factor(rng, h.shape[1])
+    return torch.tanh(F.conv1d(h[:, :, None], net.weight(name, 2 * f, h.shape[1] // f, 1), groups=f)[:, :, 0])
+
+
+def back(net, rng, name, h, live):
+    f = _factor(rng, h.shape[1])
+    weight = net.weight(name, h.shape[1], 3, 1)
+    return torch.tanh(F.conv_transpose1d(h[:, :, None], weight, groups=f)[:, :, 0])
+
+
+def repeated(net, rng, name, h, live):
+    return h.repeat(1, 2) if h.shape[1] <= 24 else h.abs()
+
+
+def normed(net, rng, name, h, live):
+    f = _factor(rng, h.shape[1])
+    if h.shape[1] == f:
+        return F.layer_norm(h, (f,), net.weight(name, f))
+    return F.group_norm(h, f, net.weight(name, h.shape[1]))
+
+
+def again(net, rng, name, h, live):
+    square = net.weight(f"square{h.shape[1]}", h.shape[1], h.shape[1])
+    return torch.tanh(F.linear(h, square if rng.random() < 0.5 else square.t()))
+
+
+def running(net, rng, name, h, live):
+    return h.cumsum(1) if rng.random() < 0.3 else F.pad(h, (1, 1))[:, 1:-1]
+
+
+def outer(net, rng, name, h, live):
+    other = rng.choice(live)
+    return (h[:, :, None] * other[:, None, :]).flatten(1) if h.shape[1] * other.shape[1] <= 64 else h.sin()
+
+
+STEPS = [
+    linear, linear, linear, scaled, added, added, joined, sliced, halves, blocks, turned, mixed, pooled, written,
+    in_place, grouped, back, repeated, normed, again, running, outer,
+]  # fmt: skip
