@@ -1,7 +1,7 @@
 """Checks every kernel against float64, times it against torch's own composition and against the prediction.
 
     python bench/gpu.py                      on a CUDA or HIP machine -> bench/results/gpu.md
-    python bench/gpu.py --device cpu         the CPU twins, at tiny sizes, nothing written
+    python bench/gpu.py --device cpu         the CPU twins, at tiny sizes and fewer precisions, nothing written
     TRITON_INTERPRET=1 python bench/gpu.py --device cpu --backend triton --tiny     in the interpreter
 
 A row is recorded only after its result has passed the check. Times are medians; on CPU and in the interpreter
@@ -75,7 +75,7 @@ def run_products(bench, n, d, k):
     from fastmatch.kernels.triton.tiles import precision_of
 
     target = target_of(bench)
-    for precision in ("ieee", "tf32", "bf16x3", "half"):
+    for precision in ("ieee", "tf32", "bf16x3", "half") if bench.repeats > 1 else ("ieee", "half"):
         dtype = torch.bfloat16 if precision == "half" else torch.float32
         asked = "ieee" if precision == "half" else precision
         a, b, v = bench.normal(n, d, dtype=dtype), bench.normal(n, d, dtype=dtype), bench.normal(n)
@@ -137,7 +137,7 @@ def run_moments(bench, samples, n):
         a, b = bench.normal(samples, n), bench.normal(samples, n) + 1
         wanted = (a.double() - a.double().mean(0)).T @ (b.double() - b.double().mean(0)) / samples
         a, b = lift(a), lift(b)
-        for precision in ("ieee", "tf32", "bf16x3"):
+        for precision in ("ieee", "tf32", "bf16x3") if bench.repeats > 1 else ("ieee",):
             options = {"precision": precision, "backend": bench.backend}
             state = dispatch.moments(a, b, **options)
             unit = {"ieee": 2.0**-20, "tf32": 2.0**-8.9, "bf16x3": 2.0**-16}[precision]

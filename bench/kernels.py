@@ -245,6 +245,7 @@ def markdown(record):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="small sizes, nothing written")
+    parser.add_argument("--repeats", type=int, default=9, help="calls of each")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     rows = []
@@ -255,7 +256,7 @@ def main(arguments=None):
         bench_gain,
         bench_channel_affine,
     ):
-        for row in function(2 if options.tiny else 9, options.tiny):
+        for row in function(2 if options.tiny else options.repeats, options.tiny):
             rows.append(row)
             print({k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
     import numba
@@ -263,7 +264,7 @@ def main(arguments=None):
     model = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), "")
     machine = (
         f"{model or platform.machine()}, {torch.get_num_threads()} threads, shared with other work; torch "
-        f"{torch.__version__}, numba {numba.__version__}, Python {platform.python_version()}. Median of 9 "
+        f"{torch.__version__}, numba {numba.__version__}, Python {platform.python_version()}. Median of {options.repeats} "
         "alternating calls; ratios are within the run."
     )
     record = {"machine": machine, "rows": rows}

@@ -25,12 +25,13 @@ METHOD = {name: i for i, name in enumerate(reference.METHODS)}
 
 @numba.njit(cache=True, nogil=True)
 def _affine(mean, variance, goal_mean, goal_std, method, eps):
+    """(centre, scale, goal) with ``z' = (z - centre) scale + goal``: nothing large cancels at the end."""
     gain = goal_std / math.sqrt(variance + eps)
     if method == 0:
-        return gain, goal_mean - gain * mean
+        return mean, gain, goal_mean
     if method == 1:
-        return gain, 0.0
-    return 1.0, goal_mean - mean
+        return 0.0, gain, 0.0
+    return mean, 1.0, goal_mean
 
 
 @numba.njit(parallel=True, cache=True, fastmath=_REASSOCIATE)
@@ -54,11 +55,11 @@ def _channel_major(x, goal_mean, goal_std, method, eps, out, mean, variance):
                 square += part2
         mean[c] = s + total / count
         variance[c] = max(square / count - (total / count) ** 2, 0.0)
-        scale, shift = _affine(mean[c], variance[c], goal_mean[c], goal_std[c], method, eps)
-        scale32, shift32 = np.float32(scale), np.float32(shift)
+        centre, scale, goal = _affine(mean[c], variance[c], goal_mean[c], goal_std[c], method, eps)
+        centre32, scale32, goal32 = np.float32(centre), np.float32(scale), np.float32(goal)
         for b in range(batch):
             for p in range(positions):
-                out[b, c, p] = scale32 * x[b, c, p] + shift32
+                out[b, c, p] = (x[b, c, p] - centre32) * scale32 + goal32
 
 
 @numba.njit(parallel=True, cache=True, fastmath=_REASSOCIATE)
@@ -74,8 +75,9 @@ def _sample_major(x, goal_mean, goal_std, method, eps, out, mean, variance):
                 y = x[t, c] - x[0, c]
                 total[c] += y
                 square[c] += y * y
+    centre = np.empty(channels, np.float32)
     scale = np.empty(channels, np.float32)
-    shift = np.empty(channels, np.float32)
+    goal = np.empty(channels, np.float32)
     for c in range(channels):
         total64 = 0.0
         square64 = 0.0
@@ -84,13 +86,11 @@ def _sample_major(x, goal_mean, goal_std, method, eps, out, mean, variance):
             square64 += partial[segment, 1, c]
         mean[c] = x[0, c] + total64 / samples
         variance[c] = max(square64 / samples - (total64 / samples) ** 2, 0.0)
-        a, b = _affine(mean[c], variance[c], goal_mean[c], goal_std[c], method, eps)
-        scale[c] = a
-        shift[c] = b
+        centre[c], scale[c], goal[c] = _affine(mean[c], variance[c], goal_mean[c], goal_std[c], method, eps)
     for segment in numba.prange(segments):
         for t in range(segment * SEGMENT, min((segment + 1) * SEGMENT, samples)):
             for c in range(channels):
-                out[t, c] = scale[c] * x[t, c] + shift[c]
+                out[t, c] = (x[t, c] - centre[c]) * scale[c] + goal[c]
 
 
 def channel_affine(

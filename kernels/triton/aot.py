@@ -162,7 +162,7 @@ def _matmul_cases(target: Target) -> Iterator[Case]:
 def _cross_cases(target: Target) -> Iterator[Case]:
     for precision, both in CROSS[target.name].items():
         for tiles, (layout_name, layout), dtype, statistics in itertools.product(
-            both, LAYOUTS.items(), ("fp32", "bf16"), (True, False)
+            dict.fromkeys(both), LAYOUTS.items(), ("fp32", "bf16"), (True, False)
         ):
             yield Case(
                 "moments" if statistics else "moments, one model",

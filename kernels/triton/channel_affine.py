@@ -27,19 +27,16 @@ HELD = 8192
 
 @triton.jit
 def _affine(mean, variance, goal_mean_ptr, goal_std_ptr, channel, mask, eps, METHOD: tl.constexpr):
+    """(centre, scale, goal) with ``z' = (z - centre) scale + goal``: nothing large cancels at the end."""
     goal_mean = tl.load(goal_mean_ptr + channel, mask=mask, other=0.0)
     goal_std = tl.load(goal_std_ptr + channel, mask=mask, other=1.0)
     gain = goal_std / tl.sqrt(variance + eps)
+    zero = mean * 0.0
     if METHOD == 0:
-        scale = gain
-        shift = goal_mean - gain * mean
-    elif METHOD == 1:
-        scale = gain
-        shift = mean * 0.0
-    else:
-        scale = mean * 0.0 + 1.0
-        shift = goal_mean - mean
-    return scale, shift
+        return mean, gain, goal_mean
+    if METHOD == 1:
+        return zero, gain, zero
+    return mean, zero + 1.0, goal_mean
 
 
 @triton.jit
@@ -78,8 +75,10 @@ def _channel_affine_kernel(
         left = tl.sum(y, 1) / samples
         variance = tl.maximum(tl.sum(y * y, 1) / samples - left * left, 0.0)
         mean += left
-        scale, shift = _affine(mean, variance, goal_mean_ptr, goal_std_ptr, channel, in_channel, eps, METHOD)
-        value = scale[:, None] * x + shift[:, None]
+        centre, scale, goal = _affine(
+            mean, variance, goal_mean_ptr, goal_std_ptr, channel, in_channel, eps, METHOD
+        )
+        value = (x - centre[:, None]) * scale[:, None] + goal[:, None]
         at = _sample_offset(sample, out_sizes, out_strides, OUT_DIMS)
         tl.store(out + at[None, :], value.to(out_ptr.dtype.element_ty), mask=mask)
         tl.store(mean_ptr + channel, mean.to(tl.float64), mask=in_channel)
@@ -99,7 +98,7 @@ def _channel_affine_kernel(
         variance64 = tl.maximum(square / samples - part * part, 0.0)
         tl.store(mean_ptr + channel, mean64, mask=in_channel)
         tl.store(variance_ptr + channel, variance64, mask=in_channel)
-        scale, shift = _affine(
+        centre, scale, goal = _affine(
             mean64.to(tl.float32),
             variance64.to(tl.float32),
             goal_mean_ptr,
@@ -112,7 +111,7 @@ def _channel_affine_kernel(
         for start in range(0, samples, BLOCK_T):
             sample = start + tl.arange(0, BLOCK_T)
             x, mask = _load(x_ptr, sizes, strides, stride_c, channel, channels, sample, samples, DIMS)
-            value = scale[:, None] * x + shift[:, None]
+            value = (x - centre[:, None]) * scale[:, None] + goal[:, None]
             at = _sample_offset(sample, out_sizes, out_strides, OUT_DIMS)
             tl.store(out + at[None, :], value.to(out_ptr.dtype.element_ty), mask=mask)
 

@@ -140,9 +140,10 @@ MATMUL: dict[str, dict[str, tuple[Tiles, ...]]] = {
     # Small shapes first, wide ones second. IEEE float32 has no matrix unit on NVIDIA: smaller tiles, whose
     # accumulators and operands fit the registers.
     "sm_80": {
-        "ieee": (Tiles(64, 64, 16, 4, 3), Tiles(128, 64, 16, 8, 3)),
+        "ieee": (Tiles(64, 64, 16, 8, 3), Tiles(128, 64, 16, 8, 3)),
         "tf32": (Tiles(64, 64, 32, 4, 3), Tiles(128, 128, 32, 8, 3)),
-        "bf16x3": (Tiles(64, 64, 32, 4, 3), Tiles(128, 128, 32, 8, 3)),
+        # Both halves of each factor are in registers here, where wgmma and tcgen05 read shared memory.
+        "bf16x3": (Tiles(64, 64, 32, 8, 3), Tiles(128, 64, 32, 8, 3)),
         "half": (Tiles(64, 64, 64, 4, 3), Tiles(128, 128, 64, 8, 3)),
     },
     "gfx942": {
@@ -155,18 +156,27 @@ MATMUL: dict[str, dict[str, tuple[Tiles, ...]]] = {
         p: (Tiles(32, 32, 32, 4, 1), Tiles(64, 64, 64, 4, 1)) for p in ("ieee", "tf32", "bf16x3", "half")
     },
 }
-MATMUL["sm_90"] = dict(MATMUL["sm_80"])
-MATMUL["sm_100"] = dict(MATMUL["sm_80"])
+MATMUL["sm_90"] = {**MATMUL["sm_80"], "bf16x3": (Tiles(64, 64, 32, 4, 3), Tiles(128, 128, 32, 8, 3))}
+MATMUL["sm_100"] = dict(MATMUL["sm_90"])
 
-# Moments keep statistics and two shifts in registers beside the product: 128 x 128 would spill.
+_UNITS = (Tiles(64, 64, 32, 4, 3), Tiles(128, 64, 32, 8, 2))
+_AMD = (Tiles(64, 64, 32, 4, 2), Tiles(128, 64, 32, 8, 2))
 CROSS: dict[str, dict[str, tuple[Tiles, ...]]] = {
-    name: {
-        precision: (small, Tiles(128, 64, small.depth, 8, small.stages if precision == "ieee" else 2))
-        for precision, (small, _) in table.items()
-        if precision != "half"
-    }
-    for name, table in MATMUL.items()
+    # Moments keep statistics and two shifts in registers beside the product: 128 x 128 would spill.
+    "sm_80": {
+        "ieee": (Tiles(64, 64, 16, 4, 3), Tiles(128, 64, 16, 8, 3)),
+        "tf32": _UNITS,
+        "bf16x3": _UNITS,
+    },
+    "sm_100": {
+        "ieee": (Tiles(64, 64, 16, 8, 3), Tiles(64, 64, 16, 8, 3)),
+        "tf32": _UNITS,
+        "bf16x3": _UNITS,
+    },
+    "gfx942": {"ieee": _AMD, "tf32": _AMD, "bf16x3": _AMD},
+    "interpreter": {p: MATMUL["interpreter"][p] for p in PRECISIONS},
 }
+CROSS["sm_90"] = dict(CROSS["sm_80"])
 
 WIDE = 1024
 """From so many rows and columns the larger tile is used: 64 tiles of 128 x 128."""
