@@ -266,19 +266,23 @@ def auction(
 
 @njit(nogil=True, cache=True)
 def row_reduction(C, sign, v, near, near_cost, bound, row_of, col_of, cost_of, counts):  # pragma: no cover
-    """Matches every free row whose best column is free, at no change of the duals; returns how many are left."""
+    """Matches every free row that has a free column among its best, at no change of the duals; returns how many are left."""
     left = 0
     for i in range(col_of.shape[0]):
         if col_of[i] != FREE:
             continue
         first, place, _second = _two_best(i, v, near, near_cost)
         if place >= 0 and first <= bound[i]:
-            j = near[i, place]
-            if row_of[j] < 0:
-                row_of[j] = i
-                col_of[i] = j
-                cost_of[i] = near_cost[i, place]
-                continue
+            # Any free column among the equally good will do.
+            for e in range(K):
+                j = near[i, e]
+                if j >= 0 and row_of[j] < 0 and near_cost[i, e] - v[j] == first:
+                    row_of[j] = i
+                    col_of[i] = j
+                    cost_of[i] = near_cost[i, e]
+                    break
+        if col_of[i] != FREE:
+            continue
         left += 1
     return left
 
