@@ -26,6 +26,9 @@ SLICE = 1 << 19
 EASY = 0.25
 """Share of rows left free by row reduction up to which shortest paths are tried before an auction."""
 
+FEW = 0.1
+"""Share of rows whose best column is taken up to which lists are made on demand instead of all at once."""
+
 READS_BEFORE_AUCTION = 4
 """Whole-matrix reads that shortest paths may cost before the auction is called in."""
 
@@ -108,9 +111,11 @@ class _Solve:
         self.cost, self.sign = problem.matrix, problem.sign
         n, m = self.n, self.m = self.cost.shape
         self.counts = np.zeros(4, np.int64)
-        self.near = np.empty((n, lap.K), np.intp)
-        self.near_cost = np.empty((n, lap.K))
-        self.bound = np.empty(n)
+        # No list yet: a bound of -inf makes a row be read when it is first asked for.
+        self.listed = False
+        self.near = np.full((n, lap.K), -1, np.intp)
+        self.near_cost = np.full((n, lap.K), np.inf)
+        self.bound = np.full(n, -np.inf)
         self.row_of = np.full(m, -1, np.intp)
         self.col_of = np.full(n, -1, np.intp)
         self.cost_of = np.zeros(n)
@@ -152,13 +157,13 @@ class _Solve:
         rows, cols = self.constant() if can_bid else (np.zeros(0, np.intp),) * 2
         self.col_of[rows] = self.lap.ASIDE
         self.v[cols] = -np.inf
+        least = self.match_best()
+        if self.free() == 0 and len(rows) == 0:
+            return self.col_of, least, self.v, self.counts  # the duals have not moved: least is u
         if len(rows) < self.n:
-            over_rows(
-                self.n,
-                self.m,
-                lambda lo, hi: self.lap.shortlists(self.cost, self.sign, lo, hi, self.v, *self.lists),
-            )
-            self.reduce()
+            if self.free() > FEW * self.n:
+                self.list_rows()
+                self.reduce()
             if not can_bid:
                 self.augment(None)
             elif self.free() > EASY * self.n or not self.augment(READS_BEFORE_AUCTION * self.n):
@@ -170,6 +175,30 @@ class _Solve:
         u = np.empty(self.n)
         over_rows(self.n, self.m, lambda lo, hi: self.lap.row_minima(self.cost, self.sign, lo, hi, self.v, u))
         return self.col_of, u, self.v, self.counts
+
+    def match_best(self) -> np.ndarray:
+        """Matches rows to the columns that are best for them, first come; returns the rows' least c - v."""
+        least, column = np.empty(self.n), np.empty(self.n, np.intp)
+        over_rows(
+            self.n,
+            self.m,
+            lambda lo, hi: self.lap.row_best(self.cost, self.sign, lo, hi, self.v, least, column),
+        )
+        rows = np.flatnonzero((self.col_of == self.lap.FREE) & (column >= 0))
+        cols, first = np.unique(column[rows], return_index=True)
+        rows = rows[first]
+        self.col_of[rows], self.row_of[cols] = cols, rows
+        self.cost_of[rows] = self.sign * self.cost[rows, cols].astype(np.float64)
+        return least
+
+    def list_rows(self) -> None:
+        """All shortlists in one read on all cores."""
+        self.listed = True
+        over_rows(
+            self.n,
+            self.m,
+            lambda lo, hi: self.lap.shortlists(self.cost, self.sign, lo, hi, self.v, *self.lists),
+        )
 
     def constant(self) -> tuple[np.ndarray, np.ndarray]:
         """Equally many constant rows and constant columns (dead units), or none of either.
@@ -248,6 +277,8 @@ class _Solve:
     def scaled_auction(self) -> None:
         """eps-scaling: phases of falling eps that keep the duals and drop the matching."""
         self.drop()
+        if not self.listed:
+            self.list_rows()
         everyone = np.flatnonzero(self.col_of == self.lap.FREE)
         listed = self.near_cost[everyone, : self.lap.K // 2]
         spread = float(listed[np.isfinite(listed)].std()) if np.isfinite(listed).any() else 0.0

@@ -38,6 +38,7 @@ __all__ = [
     "auction",
     "augment",
     "first_read",
+    "row_best",
     "row_minima",
     "row_reduction",
     "shortlists",
@@ -200,6 +201,28 @@ def row_minima(C, sign, lo, hi, v, out):  # pragma: no cover - compiled
         for b in range(minima.shape[0]):
             least = min(least, minima[b])
         out[i] = least
+
+
+@njit(nogil=True, cache=True)
+def row_best(C, sign, lo, hi, v, least, column):  # pragma: no cover - compiled
+    """The least c - v of rows lo..hi and a column that has it: one read of them."""
+    m = v.shape[0]
+    minima = np.empty(lanes_of(m))
+    span = LANES * DEPTH
+    for i in range(lo, hi):
+        row = C[i]
+        _lane_minima(row, sign, v, minima)
+        best, at = np.inf, 0
+        for b in range(minima.shape[0]):
+            if minima[b] < best:
+                best, at = minima[b], b
+        least[i] = best
+        column[i] = -1
+        if best < np.inf:
+            j = np.uintp((at // LANES) * span + at % LANES)
+            while sign * np.float64(row[j]) - v[j] != best:
+                j += np.uintp(LANES)
+            column[i] = j
 
 
 @njit(nogil=True, cache=True)
