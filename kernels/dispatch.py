@@ -547,6 +547,13 @@ def _check_duals(v: Tensor, m: int, device: torch.device) -> None:
         )
 
 
+def _only_triton(op: str, backend: str) -> None:
+    if backend != "triton":
+        raise NotImplementedError(
+            f"{op}: has no {backend!r} backend; on the CPU, fastmatch.assignment.FactorCost computes the same rows"
+        )
+
+
 def row_topk(
     factors: Factors,
     v: Tensor,
@@ -572,12 +579,14 @@ def row_topk(
 
     Raises:
         ValueError, TypeError: shapes, types, indices or options that do not fit.
+        NotImplementedError: another backend than Triton.
     """
     _check_precision(precision)
     if k < 0:
         raise ValueError(f"k: expected at least 0, got {k}")
     a, b, contractions, (_, m), chosen = _check_factors(factors, b_index, contraction_index, backend)
     _check_duals(v, m, a[0].device)
+    _only_triton("row_topk", chosen)
     return _row_topk(a, b, v, k, b_index, contractions, precision, chosen)
 
 
@@ -594,6 +603,7 @@ def row_min(
     _check_precision(precision)
     a, b, contractions, (_, m), chosen = _check_factors(factors, b_index, contraction_index, backend)
     _check_duals(v, m, a[0].device)
+    _only_triton("row_min", chosen)
     return _row_min(a, b, v, b_index, contractions, precision, chosen)
 
 

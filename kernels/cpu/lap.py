@@ -38,10 +38,12 @@ __all__ = [
     "auction",
     "augment",
     "first_read",
+    "pop",
     "row_best",
     "row_minima",
     "row_reduction",
     "shortlists",
+    "sift_up",
 ]
 
 K = 16
@@ -314,7 +316,8 @@ def row_reduction(C, sign, v, near, near_cost, bound, row_of, col_of, cost_of, c
 
 
 @njit(nogil=True, cache=True)
-def _sift_up(heap, where, key, at):  # pragma: no cover - compiled
+def sift_up(heap, where, key, at):  # pragma: no cover - compiled
+    """Moves the item at place ``at`` up until its parent is no larger."""
     item = heap[at]
     k = key[item]
     while at > 0:
@@ -330,7 +333,7 @@ def _sift_up(heap, where, key, at):  # pragma: no cover - compiled
 
 
 @njit(nogil=True, cache=True)
-def _pop(heap, where, key, size):  # pragma: no cover - compiled
+def pop(heap, where, key, size):  # pragma: no cover - compiled
     """Removes the least item; returns it. The heap holds size - 1 items afterwards."""
     least = heap[0]
     where[least] = -2
@@ -407,7 +410,7 @@ def augment(
                         where[j] = size
                         heap[size] = j
                         size += 1
-                    _sift_up(heap, where, key, where[j])
+                    sift_up(heap, where, key, where[j])
             x = base + bound[row]
             if x < best:
                 item = m + row
@@ -417,11 +420,11 @@ def augment(
                 heap[size] = item
                 where[item] = size
                 size += 1
-                _sift_up(heap, where, key, where[item])
+                sift_up(heap, where, key, where[item])
             # The nearest column; markers on the way are read in full.
             found = -1
             while size > 0 and key[heap[0]] < best:
-                item = _pop(heap, where, key, size)
+                item = pop(heap, where, key, size)
                 size -= 1
                 work += 1
                 if item < m:
@@ -450,7 +453,7 @@ def augment(
                                 where[j] = size
                                 heap[size] = j
                                 size += 1
-                            _sift_up(heap, where, key, where[j])
+                            sift_up(heap, where, key, where[j])
             if found < 0:
                 break
             scanned[scans] = found

@@ -21,6 +21,7 @@ counts         (4,) int64      rows read again, bids, columns popped, searches
 from __future__ import annotations
 
 import numpy as np
+from fastmatch.kernels.cpu.lap import pop, sift_up
 from numba import njit
 
 __all__ = ["BIDS", "POPS", "READS", "SEARCHES", "auction", "augment", "greedy"]
@@ -112,47 +113,6 @@ def auction(
 
 
 @njit(nogil=True, cache=True)
-def _sift_up(heap, where, key, at):  # pragma: no cover - compiled
-    item = heap[at]
-    k = key[item]
-    while at > 0:
-        parent = (at - 1) >> 1
-        other = heap[parent]
-        if key[other] <= k:
-            break
-        heap[at] = other
-        where[other] = at
-        at = parent
-    heap[at] = item
-    where[item] = at
-
-
-@njit(nogil=True, cache=True)
-def _pop(heap, where, key, size):  # pragma: no cover - compiled
-    least = heap[0]
-    where[least] = -2
-    size -= 1
-    if size > 0:
-        last = heap[size]
-        k = key[last]
-        at = 0
-        while True:
-            child = 2 * at + 1
-            if child >= size:
-                break
-            if child + 1 < size and key[heap[child + 1]] < key[heap[child]]:
-                child += 1
-            if key[heap[child]] >= k:
-                break
-            heap[at] = heap[child]
-            where[heap[at]] = at
-            at = child
-        heap[at] = last
-        where[last] = at
-    return least
-
-
-@njit(nogil=True, cache=True)
 def augment(
     v, start, length, cols, costs, bound, row_of, col_of, cost_of, sources, at, limit, pending, waits, waiting,
     counts, key, heap, where, came_from, via, base_of, touched, scanned,
@@ -193,7 +153,7 @@ def augment(
                         where[j] = size
                         heap[size] = j
                         size += 1
-                    _sift_up(heap, where, key, where[j])
+                    sift_up(heap, where, key, where[j])
             work += length[row]
             x = base + bound[row]
             if x < best:
@@ -204,10 +164,10 @@ def augment(
                 heap[size] = item
                 where[item] = size
                 size += 1
-                _sift_up(heap, where, key, where[item])
+                sift_up(heap, where, key, where[item])
             found = -1
             while size > 0 and key[heap[0]] < best:
-                item = _pop(heap, where, key, size)
+                item = pop(heap, where, key, size)
                 size -= 1
                 if item < m:
                     found = item
