@@ -65,12 +65,18 @@ def align_command(args: argparse.Namespace) -> None:
     import copy
 
     from fastmatch.align import Alignment, align
-    from fastmatch.files import load_state, save_state
+    from fastmatch.files import TORCH_SUFFIXES, check_format, load_state, save_state
     from fastmatch.merge import merge_states
-    from fastmatch.states import check_same_architecture, state_of
+    from fastmatch.states import check_finite, check_same_architecture, state_of
 
     out = Path(args.out)
-    for path in [out, *([Path(args.permutations)] if args.permutations else [])]:
+    targets = [out, *([Path(args.permutations)] if args.permutations else [])]
+    if len({path.resolve() for path in targets}) < len(targets):
+        raise ValueError(f"--permutations: {args.permutations} is the same file as --out; each needs its own")
+    check_format(out, "--out", TORCH_SUFFIXES | {".safetensors"})
+    for path in targets[1:]:
+        check_format(path, "--permutations", {".safetensors"})
+    for path in targets:
         if path.exists() and not args.force:
             raise ValueError(f"{path} exists; choose another path, or pass --force to replace it")
         if not path.parent.is_dir():
@@ -81,6 +87,8 @@ def align_command(args: argparse.Namespace) -> None:
     for path, state in zip((args.a, args.b), states, strict=True):
         check_same_architecture(state_of(model, "--model"), state, "--model", path)
     check_same_architecture(states[0], states[1], args.a, args.b)
+    for path, state in zip((args.a, args.b), states, strict=True):
+        check_finite(state, path)
     # The file's own dtypes stay: only the traced and verified copy takes the builder's.
     model_b = copy.deepcopy(model)
     model.load_state_dict(states[0])

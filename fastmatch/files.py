@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +15,24 @@ from safetensors.torch import save_file
 from fastmatch.permute import check_permutations
 from fastmatch.spec import Permutations, PermutationSpec
 
-__all__ = ["load_permutations", "load_state", "save_permutations", "save_state", "writing"]
+__all__ = [
+    "TORCH_SUFFIXES",
+    "check_format",
+    "load_permutations",
+    "load_state",
+    "save_permutations",
+    "save_state",
+    "writing",
+]
+
+
+TORCH_SUFFIXES = frozenset({".pt", ".pth", ".bin"})
+
+
+def check_format(path: str | Path, argument: str, suffixes: Iterable[str]) -> None:
+    """ValueError when a file's suffix says nothing of how to write it, or is not among ``suffixes``."""
+    if Path(path).suffix not in set(suffixes):
+        raise ValueError(f"{argument}: expected a file ending in {', '.join(sorted(suffixes))}, got {path}")
 
 
 @contextmanager
@@ -73,9 +90,10 @@ def load_state(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def save_state(state: Mapping[str, torch.Tensor], path: str | Path, *, force: bool = False) -> None:
-    """Writes a state dict as .safetensors, or as a torch file for .pt, .pth and .bin."""
+    """Writes a state dict as .safetensors, or as a torch file for .pt, .pth and .bin; no other suffix."""
+    check_format(path, "path", TORCH_SUFFIXES | {".safetensors"})
     with writing(path, force=force) as temporary:
-        if Path(path).suffix in {".pt", ".pth", ".bin"}:
+        if Path(path).suffix in TORCH_SUFFIXES:
             torch.save(dict(state), temporary)
         else:
             # safetensors refuses tensors that share memory; tied ones are written out twice.
@@ -86,6 +104,7 @@ def save_permutations(
     permutations: Permutations, spec: PermutationSpec, path: str | Path, *, force: bool = False
 ) -> None:
     """Writes permutations as safetensors with the spec as text in the metadata; nothing is pickled."""
+    check_format(path, "path", {".safetensors"})
     checked = check_permutations(permutations, spec)
     with writing(path, force=force) as temporary:
         save_file(checked, temporary, metadata={"fastmatch.spec": spec.to_json()})
@@ -97,6 +116,7 @@ def load_permutations(path: str | Path) -> tuple[Permutations, PermutationSpec]:
     Raises:
         ValueError: the file is damaged, or holds something else.
     """
+    check_format(path, "path", {".safetensors"})
     permutations = load_state(path)
     with safe_open(path, framework="pt") as file:
         text = (file.metadata() or {}).get("fastmatch.spec")

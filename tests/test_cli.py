@@ -69,6 +69,33 @@ def test_an_existing_output_needs_force_and_is_left_alone(folder, capsys):
     assert load_state("b_aligned.safetensors").keys() == load_state("a.safetensors").keys()
 
 
+def test_two_outputs_in_one_file_lose_nothing(folder, capsys):
+    (folder / "same.safetensors").write_text("mine")
+    for extra in ([], ["--force"]):
+        for second in ("same.safetensors", "./same.safetensors"):
+            assert main([*ALIGN, "same.safetensors", "--permutations", second, *extra]) == 2
+            assert "same file as --out" in capsys.readouterr().err
+    assert (folder / "same.safetensors").read_text() == "mine"
+
+
+@pytest.mark.parametrize("outputs", [
+    ["z.ckpt"], ["noext"], ["z.pt", "--permutations", "p.pt"],
+])  # fmt: skip
+def test_a_suffix_that_could_not_be_read_back_is_refused(folder, capsys, outputs):
+    assert main([*ALIGN, *outputs]) == 2
+    assert "expected a file ending in" in capsys.readouterr().err
+    assert not any((folder / name).exists() for name in ("z.ckpt", "noext", "z.pt", "p.pt"))
+
+
+def test_weights_that_are_not_finite_are_named(folder, capsys):
+    state = load_state("b.safetensors")
+    state["2.weight"][3] = float("nan")
+    save_state(state, "nan.safetensors")
+    assert main(["align", "a.safetensors", "nan.safetensors", *ALIGN[3:], "o.pt"]) == 2
+    assert "nan.safetensors: tensor '2.weight' holds 16 NaN" in capsys.readouterr().err
+    assert not (folder / "o.pt").exists()
+
+
 def test_inspect_prints_groups_and_pins(folder, capsys):
     assert main(["inspect", "--model", "my_module:build", "--input-shape", "2,6"]) == 0
     out = capsys.readouterr().out

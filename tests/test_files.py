@@ -69,3 +69,15 @@ def test_damaged_and_foreign_files(tmp_path):
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="expected a state dict"):
         load_state(tmp_path / "list.pt")
+
+
+def test_suffixes_that_say_nothing_are_refused(tmp_path):
+    model, x = build("mlp", 0)
+    alignment = fm.Alignment({}, fm.PermutationSpec.trace(model, x))
+    with pytest.raises(ValueError, match="path: expected a file ending in"):
+        save_state(model.state_dict(), tmp_path / "m.ckpt")
+    with pytest.raises(ValueError, match=r"ending in \.safetensors, got"):
+        alignment.save(tmp_path / "p.pt")
+    with pytest.raises(ValueError, match=r"ending in \.safetensors, got"):
+        fm.Alignment.load(tmp_path / "p.pt")
+    assert not list(tmp_path.iterdir())
