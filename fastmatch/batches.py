@@ -11,10 +11,18 @@ from torch import nn
 
 from fastmatch.progress import progress_bar
 
-__all__ = ["Forward", "batches_of", "default_forward", "evaluating", "split_batch"]
+__all__ = ["Forward", "batches_of", "check_module", "default_forward", "evaluating", "split_batch"]
 
 Forward: TypeAlias = Callable[[nn.Module, Any], Any]
 """``forward(model, batch)`` runs the model on one item of the loader and returns its output."""
+
+
+def check_module(model: object, argument: str) -> None:
+    """TypeError when what has to be run is no torch module (a state dict, say)."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{argument}: expected a torch module, since it is run on data; got {type(model).__name__}"
+        )
 
 
 def split_batch(batch: Any) -> tuple[Any, Any]:
@@ -70,7 +78,10 @@ def batches_of(data: Iterable[Any], title: str, *, progress: bool | None = None)
         empty = False
         yield batch
     if empty:
-        raise ValueError("data: yielded no batch (a generator that was already read yields nothing again)")
+        raise ValueError(
+            f"data: yielded no batch in the pass for {title}; a generator yields nothing once it has been read, "
+            "also by an earlier pass of the same call: give a loader or a list of batches"
+        )
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastmatch.batches import Forward, batches_of, default_forward, evaluating, split_batch
+from fastmatch.batches import Forward, batches_of, check_module, default_forward, evaluating, split_batch
 from fastmatch.merge import merge
 
 if TYPE_CHECKING:
@@ -104,6 +104,7 @@ def evaluate(
         forward: how to run the model on a batch.
         progress: show a bar; None shows it on a terminal.
     """
+    check_module(model, "model")
     total_loss, right, count = 0.0, 0, 0
     with evaluating(model):
         for batch in batches_of(data, "evaluation", progress=progress):
@@ -149,6 +150,8 @@ def interpolate(
     """
     if points < 3:
         raise ValueError(f"points: expected at least 3, got {points}")
+    check_module(model_a, "model_a")
+    check_module(model_b, "model_b")
     positions, losses, accuracies = [], [], []
     for k in range(points):
         position = k / (points - 1)

@@ -26,7 +26,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from fastmatch.batches import Forward, batches_of, default_forward, evaluating
+from fastmatch.batches import Forward, batches_of, check_module, default_forward, evaluating
 from fastmatch.merge import check_weights
 from fastmatch.moments import ChannelMoments
 from fastmatch.states import check_same_architecture, state_of
@@ -110,6 +110,8 @@ def endpoint_statistics(
     """
     if not models:
         raise ValueError("endpoints: expected at least one model")
+    for k, model in enumerate(models):
+        check_module(model, f"endpoints[{k}]")
     tables: list[dict[str, ChannelMoments]] = []
     handles = []
     try:
@@ -165,7 +167,8 @@ def renormalize(
     Joint mode: in one pass every layer sees the layers before it already brought to their goals by the
     statistics of the batch (as batch norm in training mode would), while its own are pooled over all
     batches; they are then folded into weights and biases. A missing bias is created where the method needs
-    one. Reads ``data`` once for the endpoints (not at all if given :class:`EndpointStatistics`, nor for
+    one. A batch's statistics stand in for the whole data's, so use large batches: with all data in one, a network
+    renormalized to its own statistics stays itself; with small ones it comes out changed. Reads ``data`` once for the endpoints (not at all if given :class:`EndpointStatistics`, nor for
     ``"reset"``) and once for the merge.
 
     Args:
@@ -174,7 +177,7 @@ def renormalize(
             ``"reset"``, which does not look at them.
         data: a loader, iterated anew for each read.
         method: ``"repair"``, ``"rescale"``, ``"reshift"``, or ``"reset"`` for nets with batch norm.
-        weights: the merge's weights, one an endpoint; equal ones where left out.
+        weights: the weights that the merge was made with, one an endpoint; equal ones where left out.
         layers: names of linear and convolution layers; all of them where left out (not for ``"reset"``).
         forward: how to run a model on a batch.
         progress: show a bar; None shows it on a terminal.
@@ -185,6 +188,7 @@ def renormalize(
     """
     if method not in METHODS:
         raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
+    check_module(model, "model")
     if method == "reset":
         return _reset(model, data, forward, progress)
     if endpoints is None:

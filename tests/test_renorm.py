@@ -212,6 +212,16 @@ def test_bad_input():
         arguments = {"model": a, "endpoints": [a, b], "data": data, "method": "repair", **change}
         with pytest.raises(kind, match=message):
             fm.renormalize(**arguments)
+    for call in (
+        lambda: fm.renormalize(a.state_dict(), [a, b], data),
+        lambda: fm.renormalize(a, [a.state_dict(), b], data),
+        lambda: fm.interpolate(a.state_dict(), b, data),
+        lambda: fm.evaluate(a.state_dict(), data),
+    ):
+        with pytest.raises(TypeError, match="expected a torch module, since it is run on data"):
+            call()
+    with pytest.raises(ValueError, match="in the pass for repair of the merge; a generator"):
+        fm.renormalize(a, [a, b], iter(list(data)), "repair")
     with pytest.raises(ValueError, match="needs batch norm"):
         fm.renormalize(build("mlp", 0)[0], None, [torch.randn(4, 12)], "reset")
     with pytest.raises(ValueError, match="has no linear or convolution"):
