@@ -65,7 +65,7 @@ def align_command(args: argparse.Namespace) -> None:
     import copy
 
     from fastmatch.align import Alignment, align
-    from fastmatch.files import TORCH_SUFFIXES, check_format, load_state, save_state
+    from fastmatch.files import TORCH_SUFFIXES, check_format, check_target, load_state, save_state
     from fastmatch.merge import merge_states
     from fastmatch.states import check_finite, check_same_architecture, state_of
 
@@ -77,10 +77,7 @@ def align_command(args: argparse.Namespace) -> None:
     for path in targets[1:]:
         check_format(path, "--permutations", {".safetensors"})
     for path in targets:
-        if path.exists() and not args.force:
-            raise ValueError(f"{path} exists; choose another path, or pass --force to replace it")
-        if not path.parent.is_dir():
-            raise ValueError(f"{path.parent} is not a folder; make it first")
+        check_target(path, force=args.force)
     model, built = build_model(args.model)
     example = example_from(args.input_shape, built)
     states = [load_state(path) for path in (args.a, args.b)]

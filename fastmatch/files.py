@@ -18,6 +18,7 @@ from fastmatch.spec import Permutations, PermutationSpec
 __all__ = [
     "TORCH_SUFFIXES",
     "check_format",
+    "check_target",
     "load_permutations",
     "load_state",
     "save_permutations",
@@ -35,14 +36,8 @@ def check_format(path: str | Path, argument: str, suffixes: Iterable[str]) -> No
         raise ValueError(f"{argument}: expected a file ending in {', '.join(sorted(suffixes))}, got {path}")
 
 
-@contextmanager
-def writing(path: str | Path, *, force: bool = False) -> Iterator[Path]:
-    """Gives a temporary path beside ``path`` and renames it on success; a killed run leaves no half file.
-
-    Raises:
-        FileExistsError: ``path`` exists and ``force`` is not set.
-        FileNotFoundError: its folder does not exist.
-    """
+def check_target(path: str | Path, *, force: bool = False) -> None:
+    """FileExistsError when ``path`` exists and ``force`` is not set, FileNotFoundError when its folder does not."""
     path = Path(path)
     if path.exists() and not force:
         raise FileExistsError(
@@ -50,6 +45,17 @@ def writing(path: str | Path, *, force: bool = False) -> Iterator[Path]:
         )
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent} is not a folder; make it first")
+
+
+@contextmanager
+def writing(path: str | Path, *, force: bool = False) -> Iterator[Path]:
+    """Gives a temporary path beside ``path`` and renames it on success; a killed run leaves no half file.
+
+    Raises:
+        FileExistsError, FileNotFoundError: see :func:`check_target`.
+    """
+    path = Path(path)
+    check_target(path, force=force)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     os.close(handle)
     temporary = Path(name)

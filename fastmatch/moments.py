@@ -42,16 +42,17 @@ class ChannelMoments:
             return
         others = [d for d in range(values.ndim) if d != dim % values.ndim]
         var, mean = torch.var_mean(values, dim=others, correction=0)
-        self._merge(count, mean.double(), var.double() * count)
+        self.merge(ChannelMoments(count, mean.double(), var.double() * count))
 
-    def _merge(self, count: int, mean: torch.Tensor, m2: torch.Tensor) -> None:
+    def merge(self, other: ChannelMoments) -> None:
+        """Adds what another has seen, as if the samples had come here."""
         if self.count == 0:
-            self.count, self.mean, self.m2 = count, mean, m2
+            self.count, self.mean, self.m2 = other.count, other.mean, other.m2
             return
-        total = self.count + count
-        delta = mean - self.mean
-        self.mean = self.mean + delta * (count / total)
-        self.m2 = self.m2 + m2 + delta.square() * (self.count * count / total)
+        total = self.count + other.count
+        delta = other.mean - self.mean
+        self.mean = self.mean + delta * (other.count / total)
+        self.m2 = self.m2 + other.m2 + delta.square() * (self.count * other.count / total)
         self.count = total
 
     @property

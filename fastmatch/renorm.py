@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from fastmatch.batches import Forward, batches_of, check_module, default_forward, evaluating
+from fastmatch.kernels.reference.channel_affine import affine_of
 from fastmatch.merge import check_weights
 from fastmatch.moments import ChannelMoments
 from fastmatch.states import check_same_architecture, state_of
@@ -223,18 +224,6 @@ def renormalize(
     return new
 
 
-def _affine(
-    mean: torch.Tensor, variance: torch.Tensor, goal_mean: torch.Tensor, goal_std: torch.Tensor, method: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(scale, shift) with ``z' = scale z + shift``."""
-    gain = goal_std / (variance + EPS).sqrt()
-    if method == "repair":
-        return gain, goal_mean - gain * mean
-    if method == "rescale":
-        return gain, torch.zeros_like(mean)
-    return torch.ones_like(mean), goal_mean - mean
-
-
 def _normalize(
     moments: ChannelMoments, goal_mean: torch.Tensor, goal_std: torch.Tensor, method: str
 ) -> Callable[..., torch.Tensor]:
@@ -246,8 +235,8 @@ def _normalize(
         batch.update(output, dim)
         if batch.count == 0:
             return output
-        moments._merge(batch.count, batch.mean, batch.m2)
-        scale, shift = _affine(batch.mean, batch.variance, goal_mean, goal_std, method)
+        moments.merge(batch)
+        scale, shift = affine_of(batch.mean, batch.variance, goal_mean, goal_std, method, EPS)
         shape = [1] * output.ndim
         shape[dim] = -1
         return output * scale.to(output.dtype).view(shape) + shift.to(output.dtype).view(shape)
@@ -272,7 +261,7 @@ def fold(
         method: ``"repair"``, ``"rescale"`` or ``"reshift"``.
     """
     weight = layer.weight
-    scale, shift = (x.to(weight.device) for x in _affine(mean, variance, goal_mean, goal_std, method))
+    scale, shift = (x.to(weight.device) for x in affine_of(mean, variance, goal_mean, goal_std, method, EPS))
     bias = torch.zeros_like(scale) if layer.bias is None else layer.bias.detach().double()
     with torch.no_grad():
         if method != "reshift":

@@ -13,7 +13,7 @@ from torch import nn
 from fastmatch.merge import with_state
 from fastmatch.permute import apply_permutations
 from fastmatch.spec import Permutations, PermutationSpec
-from fastmatch.spec.trace import _example, _outputs
+from fastmatch.spec.trace import arguments_of, tensors_returned
 from fastmatch.states import state_of
 
 __all__ = ["Verification", "verify"]
@@ -53,7 +53,7 @@ def verify(
         ValueError: the outputs differ (the groups that change them by themselves are named), or the model
             does not run in float64 or returns nothing that could be compared.
     """
-    args, keywords = _example(example_inputs, kwargs)
+    args, keywords = arguments_of(example_inputs, kwargs)
     args, keywords = _double(args), _double(keywords)
     double = copy.deepcopy(model).double().eval()
     generator = torch.Generator().manual_seed(seed)
@@ -98,7 +98,7 @@ def _double(value: Any) -> Any:
 def _run(model: nn.Module, args: Any, kwargs: Any) -> list[torch.Tensor]:
     """Every output as float64; integers and truth values count too."""
     with torch.no_grad():
-        outputs = [t.detach() for t in _outputs(model(*args, **kwargs))]
+        outputs = [t.detach() for t in tensors_returned(model(*args, **kwargs))]
     return [(torch.view_as_real(t) if t.is_complex() else t).to(torch.float64, copy=True) for t in outputs]
 
 

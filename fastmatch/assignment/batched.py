@@ -8,6 +8,7 @@ from typing import Any, overload
 import numpy as np
 import torch
 
+from fastmatch.assignment.parallel import threads
 from fastmatch.assignment.solve import prepare_values
 
 __all__ = ["solve_batched"]
@@ -38,7 +39,6 @@ def solve_batched(costs: Any, maximize: bool = False) -> Any:
             wrong sign, or that no assignment solves.
         TypeError: entries that are no real numbers.
     """
-    from fastmatch.assignment.dense import threads
     from fastmatch.kernels.cpu.lap_batched import solve_stack
 
     stack = prepare_values(costs)

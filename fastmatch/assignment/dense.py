@@ -6,14 +6,12 @@ See docs/assignment.md for why a lazy shortlist is exact and what each step cost
 from __future__ import annotations
 
 import logging
-import os
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
+
+from fastmatch.assignment.parallel import over_rows
 
 __all__ = ["Dense", "Infeasible", "check_entries", "solve_dense"]
 
@@ -49,23 +47,6 @@ class Dense:
 
     matrix: np.ndarray
     sign: float
-
-
-def threads() -> int:
-    """Workers for passes over rows: the cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def over_rows(n: int, m: int, work: Callable[[int, int], None]) -> None:
-    """``work(lo, hi)`` over blocks of rows on all cores; on one where there is little to do."""
-    workers = min(threads(), max(1, n * m // 200_000))
-    if workers == 1:
-        work(0, n)
-        return
-    edges = [n * k // workers for k in range(workers + 1)]
-    with ThreadPoolExecutor(workers) as pool:
-        for done in [pool.submit(work, lo, hi) for lo, hi in pairwise(edges)]:
-            done.result()
 
 
 def check_entries(matrix: np.ndarray, maximize: bool) -> None:
@@ -132,7 +113,7 @@ class _Solve:
             self.lap.first_read(self.cost, self.sign, lo, hi, least, sums)
             minima.append(least)
 
-        over_rows(self.n, self.m, read)
+        over_rows(self.n, self.cost.size, read)
         # A sum is finite only if every entry is, short of overflow: only otherwise is there more to find out.
         self.finite = bool(np.isfinite(sums).all())
         if not self.finite:
@@ -173,7 +154,11 @@ class _Solve:
         if len(rows):
             self.bring_back(rows, cols)
         u = np.empty(self.n)
-        over_rows(self.n, self.m, lambda lo, hi: self.lap.row_minima(self.cost, self.sign, lo, hi, self.v, u))
+        over_rows(
+            self.n,
+            self.cost.size,
+            lambda lo, hi: self.lap.row_minima(self.cost, self.sign, lo, hi, self.v, u),
+        )
         return self.col_of, u, self.v, self.counts
 
     def match_best(self) -> np.ndarray:
@@ -181,7 +166,7 @@ class _Solve:
         least, column = np.empty(self.n), np.empty(self.n, np.intp)
         over_rows(
             self.n,
-            self.m,
+            self.cost.size,
             lambda lo, hi: self.lap.row_best(self.cost, self.sign, lo, hi, self.v, least, column),
         )
         rows = np.flatnonzero((self.col_of == self.lap.FREE) & (column >= 0))
@@ -196,7 +181,7 @@ class _Solve:
         self.listed = True
         over_rows(
             self.n,
-            self.m,
+            self.cost.size,
             lambda lo, hi: self.lap.shortlists(self.cost, self.sign, lo, hi, self.v, *self.lists),
         )
 
@@ -323,10 +308,8 @@ def compile_kernels(dtype: np.dtype) -> None:
     """Compiles (or loads from the cache) the kernels for one dtype, with a line if that takes a while."""
     if dtype.char in _READY:
         return
-    from fastmatch.kernels.cpu import lap
 
-    if not any(d.signatures for d in (lap.augment,)) and not lap.augment.stats.cache_hits:
-        LOG.info("compiling the assignment kernels (once per installation)")
+    LOG.info("preparing the assignment kernels for %s (compiled once per installation, then loaded)", dtype)
     begin = time.perf_counter()
     _READY.add(dtype.char)
     tiny = np.array([[1.0, 2.0, 3.0], [2.0, 4.0, 7.0], [3.0, 6.0, 9.5]], dtype=dtype)

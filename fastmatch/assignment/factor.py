@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
+
+from fastmatch.assignment.parallel import over_rows
 
 __all__ = ["DenseCost", "FactorCost"]
 
@@ -138,12 +138,12 @@ class FactorCost:
         out = np.zeros(items.shape)
         for a, b in self.pairs:
             left, right = a.numpy(), b.numpy()
-            _over(
+            over_rows(
                 len(rows),
+                items.size * a.shape[1],
                 lambda lo, hi, left=left, right=right: rescore(
                     left, right, rows, items, lo, hi, DISTANCES[self.metric], sign, out
                 ),
-                items.size * a.shape[1],
             )
         return out
 
@@ -204,12 +204,12 @@ class FactorCost:
             items = np.full((len(part), kept), -1, np.int32)
             for first in range(0, m, width):
                 tile = self._tile(left, first, min(first + width, m), duals, sign, room).numpy()
-                _over(
+                over_rows(
                     len(part),
+                    tile.size // 8,  # most of a tile is passed over by one comparison of vectors
                     lambda a, b, tile=tile, first=first, values=values, items=items: merge_tile(
                         tile, a, b, first, values, items
                     ),
-                    tile.size // 8,
                 )
             here = slice(lo, lo + len(part))
             items_out[here] = items[:, :k]
@@ -272,17 +272,3 @@ def _factor(x: Any) -> torch.Tensor:
         raise ValueError(f"factors: expected matrices, got {x.ndim} dimensions")
     x = x.detach().cpu()
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
-def _over(n: int, work: Callable[[int, int], None], cost: int) -> None:
-    """``work(lo, hi)`` over blocks of rows on all cores where there is enough to do."""
-    from fastmatch.assignment.dense import threads
-
-    workers = min(threads(), max(1, cost // 200_000), max(1, n))
-    if workers == 1:
-        work(0, n)
-        return
-    edges = [n * q // workers for q in range(workers + 1)]
-    with ThreadPoolExecutor(workers) as pool:
-        for done in [pool.submit(work, lo, hi) for lo, hi in pairwise(edges)]:
-            done.result()

@@ -119,18 +119,9 @@ def solve(
     n, m = matrix.shape
     sign = -1.0 if maximize else 1.0
     if n == 0:
-        shape = (m, n) if transposed else (n, m)
-        none = np.zeros(0, np.int64)
-        return Assignment(
-            none, none, np.zeros(shape[0]), np.zeros(shape[1]), 0.0, 0.0, 0.0, {"method": "none"}
-        )
+        return _empty(m, transposed)
     compile_kernels(matrix.dtype)
-    start = None
-    if warm_start is not None:
-        duals = warm_start.u if transposed else warm_start.v
-        if duals.shape != (m,):
-            raise ValueError(f"warm_start: expected {m} duals of the longer side, got {duals.shape[0]}")
-        start = sign * duals
+    start = _first_duals(warm_start, m, sign, transposed)
     col_of, u, v, counts = solve_dense(Dense(matrix, sign), start)
     rows = np.arange(n)
     matched = sign * matrix[rows, col_of].astype(np.float64)
@@ -141,22 +132,13 @@ def _solve_factor(cost: FactorCost, maximize: bool, warm_start: Assignment | Non
     """The list solver; ``gap_bound`` includes the rounding of the entries themselves."""
     if method == "lapjv":
         raise ValueError("cost: method 'lapjv' takes a matrix, not a FactorCost")
-    rows_total, cols_total = cost.shape
-    transposed = rows_total > cols_total
+    transposed = cost.shape[0] > cost.shape[1]
     given = cost.T if transposed else cost
     n, m = given.shape
     sign = -1.0 if maximize else 1.0
     if n == 0:
-        none = np.zeros(0, np.int64)
-        return Assignment(
-            none, none, np.zeros(rows_total), np.zeros(cols_total), 0.0, 0.0, 0.0, {"method": "none"}
-        )
-    start = None
-    if warm_start is not None:
-        duals = warm_start.u if transposed else warm_start.v
-        if duals.shape != (m,):
-            raise ValueError(f"warm_start: expected {m} duals of the longer side, got {duals.shape[0]}")
-        start = sign * duals
+        return _empty(m, transposed)
+    start = _first_duals(warm_start, m, sign, transposed)
     if method == "auto":
         method = select_method(cost)
     solved = solve_lists(given, sign, start) if method == "lists" else _solve_stored(given, sign, start)
@@ -175,6 +157,23 @@ def _solve_stored(given: FactorCost, sign: float, start: np.ndarray | None) -> t
     return solve_dense(Dense(matrix, sign), start)
 
 
+def _empty(m: int, transposed: bool) -> Assignment:
+    """The solution of a problem whose smaller side is empty."""
+    none, sides = np.zeros(0, np.int64), (np.zeros(0), np.zeros(m))
+    u, v = reversed(sides) if transposed else sides
+    return Assignment(none, none, u, v, 0.0, 0.0, 0.0, {"method": "none"})
+
+
+def _first_duals(warm_start: Assignment | None, m: int, sign: float, transposed: bool) -> np.ndarray | None:
+    """The column duals of an earlier solution, as the minimisation sees them."""
+    if warm_start is None:
+        return None
+    duals = warm_start.u if transposed else warm_start.v
+    if duals.shape != (m,):
+        raise ValueError(f"warm_start: expected {m} duals of the longer side, got {duals.shape[0]}")
+    return sign * duals
+
+
 def _finish(
     matched: np.ndarray,
     col_of: np.ndarray,
@@ -184,7 +183,7 @@ def _finish(
     sign: float,
     transposed: bool,
     method: str,
-    counts: np.ndarray,
+    counts: np.ndarray | None = None,
 ) -> Assignment:
     """The result in the caller's sense and orientation, from the minimisation that was solved."""
     n, m = len(u), len(v)
@@ -193,12 +192,14 @@ def _finish(
         u, v = u + shift, v - shift
     objective = sign * float(matched.sum())
     u, v = sign * u, sign * v
-    stats = dict(zip(("reads", "bids", "pops", "searches"), (int(c) for c in counts), strict=True))
+    stats: dict[str, int | float | str] = {"method": method}
+    if counts is not None:
+        stats |= zip(("reads", "bids", "pops", "searches"), (int(c) for c in counts), strict=True)
     row_ind, col_ind = np.arange(n, dtype=np.int64), col_of.astype(np.int64)
     if transposed:
         order = np.argsort(col_ind)
         row_ind, col_ind, u, v = col_ind[order], row_ind[order], v, u
-    return Assignment(row_ind, col_ind, u, v, objective, *gaps, {"method": method, **stats})
+    return Assignment(row_ind, col_ind, u, v, objective, *gaps, stats)
 
 
 def _gap(matched: np.ndarray, u: np.ndarray, v: np.ndarray, col_of: np.ndarray) -> tuple[float, float]:
@@ -234,14 +235,7 @@ def _solve_lapjv(cost: np.ndarray | torch.Tensor, maximize: bool) -> Assignment:
     costs = sign * matrix.astype(np.float64)
     u = (costs - v).min(axis=1) if n else np.zeros(0)
     matched = costs[np.arange(n), cols]
-    gap, gap_bound = _gap(matched, u, v, cols)
-    row_ind = np.arange(n, dtype=np.int64)
-    objective = sign * float(matched.sum())
-    u, v = sign * u, sign * v
-    if transposed:
-        order = np.argsort(cols)
-        row_ind, cols, u, v = cols[order], row_ind[order], v, u
-    return Assignment(row_ind, cols, u, v, objective, gap, gap_bound, {"method": "lapjv"})
+    return _finish(matched, cols, u, v, _gap(matched, u, v, cols), sign, transposed, "lapjv")
 
 
 @overload

@@ -21,7 +21,7 @@ from fastmatch.spec.labels import Label, Place, find, pin, places, unify
 from fastmatch.spec.rules import RULES, fresh, pin_all, tensors_in
 from fastmatch.spec.spec import Axis, Group, PermutationSpec, Pin, Tap
 
-__all__ = ["Tracer", "counts", "op_name", "plain_operations", "trace"]
+__all__ = ["Tracer", "arguments_of", "counts", "op_name", "plain_operations", "tensors_returned", "trace"]
 
 UNUSED = "not used in the traced forward pass"
 
@@ -163,7 +163,7 @@ def _constant_label(tensor: torch.Tensor, dim: int) -> Label:
     return Label(tensor.shape[dim], pinned=None if uniform else "constant")
 
 
-def _outputs(value: Any, seen: set[int] | None = None) -> list[torch.Tensor]:
+def tensors_returned(value: Any, seen: set[int] | None = None) -> list[torch.Tensor]:
     """The tensors in what a model returned: in containers, dataclasses and objects with attributes or slots."""
     seen = set() if seen is None else seen
     if isinstance(value, torch.Tensor):
@@ -180,10 +180,13 @@ def _outputs(value: Any, seen: set[int] | None = None) -> list[torch.Tensor]:
         slots = kind.__dict__.get("__slots__", ())
         parts += [getattr(value, s, None) for s in ([slots] if isinstance(slots, str) else slots)]
     parts += getattr(value, "__dict__", {}).values()
-    return [t for part in parts for t in _outputs(part, seen)]
+    return [t for part in parts for t in tensors_returned(part, seen)]
 
 
-def _example(example_inputs: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments_of(
+    example_inputs: Any, kwargs: Mapping[str, Any] | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs as positional and keyword arguments of the model."""
     if isinstance(example_inputs, Mapping) and kwargs is None:
         return (), dict(example_inputs)
     args = example_inputs if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
@@ -203,7 +206,7 @@ def trace(
     }
     if not state:
         raise ValueError("model: has no parameters or buffers to permute")
-    args, keywords = _example(example_inputs, kwargs)
+    args, keywords = arguments_of(example_inputs, kwargs)
     if not tensors_in((args, keywords)):
         raise ValueError("example_inputs: holds no tensor; give what the model takes, a batch of 2 is enough")
     tracer = Tracer()
@@ -214,7 +217,7 @@ def trace(
     with _untouched(model):
         with tracer:
             output = model(*args, **keywords)
-        returned = _outputs(output)
+        returned = tensors_returned(output)
         if not returned:
             raise ValueError(
                 f"model: returned {type(output).__name__} with no tensor in it; its outputs cannot be held in place"
