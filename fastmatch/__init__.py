@@ -3,7 +3,16 @@
 from fastmatch.align import Alignment, align
 from fastmatch.interpolate import Curve, evaluate, interpolate
 from fastmatch.merge import merge
-from fastmatch.renorm import EndpointStatistics, endpoint_statistics, renormalize
+from fastmatch.renorm import (
+    EndpointStatistics,
+    Plan,
+    endpoint_statistics,
+    normalize_biases,
+    plan_renormalization,
+    remove_biases,
+    renormalize,
+    renormalize_many,
+)
 from fastmatch.spec import Axis, Group, PermutationSpec
 from fastmatch.verify import Verification, verify
 
@@ -14,12 +23,17 @@ __all__ = [
     "EndpointStatistics",
     "Group",
     "PermutationSpec",
+    "Plan",
     "Verification",
     "align",
     "endpoint_statistics",
     "evaluate",
     "interpolate",
     "merge",
+    "normalize_biases",
+    "plan_renormalization",
+    "remove_biases",
     "renormalize",
+    "renormalize_many",
     "verify",
 ]

@@ -64,17 +64,60 @@ def default_forward(model: nn.Module, batch: Any) -> Any:
     return model(inputs)
 
 
-def batches_of(data: Iterable[Any], title: str, *, progress: bool | None = None) -> Iterator[Any]:
-    """The items of ``data``, read once, under a progress bar.
+def _first_tensor(value: Any) -> torch.Tensor | None:
+    if isinstance(value, torch.Tensor):
+        return value if value.ndim else None
+    parts = (
+        value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
+    )
+    return next((t for t in map(_first_tensor, parts) if t is not None), None)
+
+
+def _cut(value: Any, count: int, size: int) -> Any:
+    """The first ``count`` of a batch of ``size`` samples: every tensor that has so many rows."""
+    if isinstance(value, torch.Tensor):
+        return value[:count] if value.ndim and len(value) == size else value
+    if isinstance(value, Mapping):
+        return {k: _cut(v, count, size) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)([_cut(v, count, size) for v in value])
+    return value
+
+
+def first_samples(data: Iterable[Any], samples: int | None) -> Iterator[Any]:
+    """The batches of ``data`` up to ``samples`` samples, the last one cut; all of them for None."""
+    if samples is None:
+        yield from data
+        return
+    left = samples
+    for batch in data:
+        tensor = _first_tensor(batch)
+        if tensor is None:
+            raise ValueError(
+                f"samples: cannot count those of a batch without tensors, {type(batch).__name__}"
+            )
+        size = len(tensor)
+        yield batch if size <= left else _cut(batch, left, size)
+        left -= size
+        if left <= 0:
+            return
+
+
+def batches_of(
+    data: Iterable[Any], title: str, *, samples: int | None = None, progress: bool | None = None
+) -> Iterator[Any]:
+    """The items of ``data``, read once, under a progress bar; the first ``samples`` samples where given.
 
     Raises:
         TypeError: ``data`` cannot be iterated.
-        ValueError: it yields nothing.
+        ValueError: it yields nothing, or ``samples`` is no positive number.
     """
+    if samples is not None and samples < 1:
+        raise ValueError(f"samples: expected a positive number, got {samples}")
     if not isinstance(data, Iterable):
         raise TypeError(f"data: expected a loader or any iterable of batches, got {type(data).__name__}")
     empty = True
-    for batch in progress_bar(data, title, show=progress):
+    for batch in first_samples(progress_bar(data, title, show=progress), samples):
         empty = False
         yield batch
     if empty:

@@ -11,7 +11,9 @@ from torch import nn
 
 from fastmatch.states import State, check_same_architecture, state_of
 
-__all__ = ["check_weights", "merge", "merge_states"]
+__all__ = ["check_weights", "copy_module", "merge", "merge_states", "remember_weights", "remembered_weights"]
+
+_NOTE = "fastmatch_merge_weights"
 
 
 def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
@@ -63,6 +65,9 @@ def merge(
     Example:
         >>> merged = fm.merge([model_a, model_b_aligned], weights=[0.5, 0.5])
 
+    A merged module remembers its weights (in memory and in pickles, not in its state dict), for
+    :func:`fastmatch.renormalize`.
+
     Args:
         models: modules or state dicts of the same architecture, already aligned.
         weights: one a model; equal ones where left out. They need not sum to one.
@@ -75,12 +80,35 @@ def merge(
     states = [state_of(m, f"models[{k}]") for k, m in enumerate(models)]
     merged = merge_states(states, weights)
     first = models[0]
-    return merged if isinstance(first, Mapping) else with_state(first, merged)
+    if isinstance(first, Mapping):
+        return merged
+    return remember_weights(with_state(first, merged), check_weights(weights, len(models)))
+
+
+def remember_weights(model: nn.Module, weights: Sequence[float]) -> nn.Module:
+    """Notes on a merge what it is made of, so that renormalization need not be told; copies keep the note."""
+    model.__dict__[_NOTE] = tuple(float(w) for w in weights)
+    return model
+
+
+def remembered_weights(model: nn.Module) -> tuple[float, ...] | None:
+    """The weights a module was merged with; None where it does not remember any."""
+    return model.__dict__.get(_NOTE)
+
+
+def copy_module(model: nn.Module) -> nn.Module:
+    """A deep copy, also of modules that hold computed tensors, as torch.nn.utils.prune leaves them."""
+    memo = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, memo)
 
 
 def with_state(model: nn.Module, state: State) -> nn.Module:
     """A copy of ``model`` that holds ``state``; ties between its parameters stay."""
-    new = copy.deepcopy(model)
+    new = copy_module(model)
     with torch.no_grad():
         for name, tensor in new.state_dict().items():
             if isinstance(tensor, torch.Tensor):

@@ -11,9 +11,15 @@ from torch import nn
 
 import fastmatch as fm
 from fastmatch.data import Batches
-from fastmatch.renorm import EPS, fold, renormalizable_layers
+from fastmatch.moments import ChannelMoments
+from fastmatch.renorm.fold import EPS, fold
+from fastmatch.renorm.layers import survey
 
 FOLDED = ("repair", "rescale", "reshift")
+
+
+def moments_of(mean: torch.Tensor, variance: torch.Tensor) -> ChannelMoments:
+    return ChannelMoments(1000, mean, variance * 1000)
 
 
 def loader(count: int = 40, size: int = 16) -> Batches:
@@ -41,7 +47,7 @@ def test_the_folded_form_equals_the_forward_form(method, make):
     g = (goal_std / (variance + EPS).sqrt()).view(shape)
     mu, star = mean.view(shape), goal_mean.view(shape)
     expected = {"repair": (z - mu) * g + star, "rescale": z * g, "reshift": z - mu + star}[method]
-    fold(layer, mean, variance, goal_mean, goal_std, method)
+    fold(layer, moments_of(mean, variance), (goal_mean, goal_std), method)
     torch.testing.assert_close(layer(x), expected, rtol=1e-6, atol=1e-9)
     assert (layer.bias is None) == (method == "rescale" and not kind.startswith("Conv1") and z is not None
                                     and make().bias is None)  # fmt: skip
@@ -50,7 +56,7 @@ def test_the_folded_form_equals_the_forward_form(method, make):
 def joint_reference(model, ends, data, method, weights):
     """Joint mode, plainly: statistics of every batch kept in lists, float64, one layer list."""
     goals = {}
-    for name in renormalizable_layers(model):
+    for name in survey(model)[0]:
         mean = std = 0
         for weight, end in zip(weights, ends, strict=True):
             rows = []
@@ -91,7 +97,8 @@ def joint_reference(model, ends, data, method, weights):
         hook.remove()
     for name, (mean, std) in goals.items():
         rows = torch.cat(kept[name])
-        fold(new.get_submodule(name), rows.mean(0), rows.var(0, correction=0), mean, std, method)
+        moments = moments_of(rows.mean(0), rows.var(0, correction=0))
+        fold(new.get_submodule(name), moments, (mean, std), method)
     return new
 
 
@@ -114,7 +121,7 @@ def test_joint_mode_matches_a_plain_reference(method, name):
 def test_a_network_renormalized_to_itself_stays_itself(method):
     a = build("vgg without norm", fresh_seed())[0].double()
     data = loader(32, 32)
-    same = fm.renormalize(a, [a, copy.deepcopy(a)], data, method)
+    same = fm.renormalize(a, [a, copy.deepcopy(a)], data, method, weights=[0.5, 0.5])
     x = data.inputs[:4]
     torch.testing.assert_close(same(x), a(x), rtol=1e-9, atol=1e-12)
 
@@ -209,19 +216,26 @@ def test_bad_input():
         ({"endpoints": [a, build("resnet", 0)[0]]}, ValueError, r"endpoints\[1\]: has no tensor"),
     ]
     for change, kind, message in cases:
-        arguments = {"model": a, "endpoints": [a, b], "data": data, "method": "repair", **change}
+        arguments = {
+            "model": a,
+            "endpoints": [a, b],
+            "data": data,
+            "method": "repair",
+            "weights": [0.5, 0.5],
+            **change,
+        }
         with pytest.raises(kind, match=message):
             fm.renormalize(**arguments)
     for call in (
         lambda: fm.renormalize(a.state_dict(), [a, b], data),
-        lambda: fm.renormalize(a, [a.state_dict(), b], data),
+        lambda: fm.renormalize(a, [a.state_dict(), b], data, "repair", weights=[0.5, 0.5]),
         lambda: fm.interpolate(a.state_dict(), b, data),
         lambda: fm.evaluate(a.state_dict(), data),
     ):
         with pytest.raises(TypeError, match="expected a torch module, since it is run on data"):
             call()
     with pytest.raises(ValueError, match="in the pass for repair of the merge; a generator"):
-        fm.renormalize(a, [a, b], iter(list(data)), "repair")
+        fm.renormalize(a, [a, b], iter(list(data)), "repair", weights=[0.5, 0.5])
     with pytest.raises(ValueError, match="needs batch norm"):
         fm.renormalize(build("mlp", 0)[0], None, [torch.randn(4, 12)], "reset")
     with pytest.raises(ValueError, match="has no linear or convolution"):
@@ -235,5 +249,8 @@ def test_bad_input():
         def forward(self, x):
             return self.used(x)
 
+    data = [torch.randn(4, 4)]
     with pytest.raises(ValueError, match="'idle' was never run"):
-        fm.renormalize(Idle(), [Idle()], [torch.randn(4, 4)])
+        fm.renormalize(Idle(), [Idle()], data, layers=["idle"])
+    with pytest.warns(UserWarning, match="leaves these alone: idle: is never run"):
+        fm.renormalize(Idle(), [Idle()], data)

@@ -1,0 +1,148 @@
+"""Forward passes over many batches side by side, each waiting at every layer until all are there.
+
+A pass that needs statistics of the whole data at each layer would have to be repeated layer by layer.
+Here every batch's pass is a thread that stops at a layer until all batches have reached it: the data is
+read once and every layer computed once, for the memory of all batches' activations at one layer.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+__all__ = ["Lockstep"]
+
+
+class _Stopped(BaseException):
+    """Ends a pass whose answer will not come."""
+
+
+class _Pass(threading.Thread):
+    """One batch's pass: runs until it meets the others, hands over a value and waits for the answer."""
+
+    def __init__(self, run: Callable[[], None], slots: threading.Semaphore) -> None:
+        super().__init__(daemon=True)
+        self._run, self._slots = run, slots
+        self.waiting = threading.Event()
+        self._answered = threading.Event()
+        self.key: Any = None
+        self.value: Any = None
+        self.done = self.stopped = False
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            with self._slots:
+                if not self.stopped:
+                    self._run()
+        except _Stopped:
+            pass
+        except BaseException as error:
+            self.error = error
+        self.done = True
+        self.waiting.set()
+
+    def meet(self, key: Any, value: Any) -> Any:
+        self.key, self.value = key, value
+        self._slots.release()
+        try:
+            self.waiting.set()
+            self._answered.wait()
+            self._answered.clear()
+        finally:
+            self._slots.acquire()
+        if self.stopped:
+            raise _Stopped
+        answer, self.value = self.value, None
+        return answer
+
+    def answer(self, value: Any) -> None:
+        self.waiting.clear()
+        self.value = value
+        self._answered.set()
+
+    def stop(self) -> None:
+        self.stopped = True
+        self._answered.set()
+
+
+class Lockstep:
+    """Runs passes so that all of them meet at every key, where their values are answered together.
+
+    Args:
+        answer: ``answer(key, values) -> values``, one a pass in the order of the passes.
+    """
+
+    def __init__(self, answer: Callable[[Any, list[Any]], list[Any]]) -> None:
+        self._answer = answer
+
+    def meet(self, key: Any, value: Any) -> Any:
+        """Called inside a pass: waits until all passes have come here and gives this one's answer."""
+        current = threading.current_thread()
+        assert isinstance(current, _Pass), "meet() outside a pass"
+        return current.meet(key, value)
+
+    def run(self, passes: Sequence[Callable[[], None]], device: torch.device) -> Iterator[Any]:
+        """Yields the key of each meeting after it was answered.
+
+        Raises:
+            ValueError: the passes take different ways, so that they never meet.
+        """
+        with _one_thread_an_operation() as workers:
+            slots = threading.Semaphore(workers)
+            threads = [_Pass(_like_this_thread(run, device), slots) for run in passes]
+            try:
+                for thread in threads:
+                    thread.start()
+                yield from self._meetings(threads)
+            finally:
+                for thread in threads:
+                    thread.stop()
+                for thread in threads:
+                    thread.join()
+
+    def _meetings(self, threads: list[_Pass]) -> Iterator[Any]:
+        while True:
+            for thread in threads:
+                thread.waiting.wait()
+                if thread.error is not None:
+                    raise thread.error
+            places = {None if t.done else t.key for t in threads}
+            if len(places) > 1:
+                names = ", ".join(sorted("the end" if p is None else str(p) for p in places))
+                raise ValueError(
+                    f"data: batches take different ways through the model and wait for each other at {names}; "
+                    'use mode="joint"'
+                )
+            if threads[0].done:
+                return
+            key = threads[0].key
+            for thread, value in zip(threads, self._answer(key, [t.value for t in threads]), strict=True):
+                thread.answer(value)
+            yield key
+
+
+@contextmanager
+def _one_thread_an_operation() -> Iterator[int]:
+    """Gives torch's number of threads, to be used for passes: a pool of them in each pass would be many."""
+    workers = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield workers
+    finally:
+        torch.set_num_threads(workers)
+
+
+def _like_this_thread(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """``run`` without gradients and under this thread's autocast, which other threads do not see."""
+    enabled, dtype = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+
+    def wrapped() -> None:
+        with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=enabled):
+            run()
+
+    return wrapped
