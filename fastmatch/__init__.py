@@ -1,8 +1,10 @@
 """fastmatch: align, merge and renormalize wide networks of the same architecture."""
 
 from fastmatch.align import Alignment, align
-from fastmatch.interpolate import Curve, evaluate, interpolate
+from fastmatch.analysis import distances, layer_table, running_statistics
+from fastmatch.interpolate import Curve, Scores, Triangle, evaluate, interpolate, score, triangle
 from fastmatch.merge import merge
+from fastmatch.records import Table
 from fastmatch.renorm import (
     EndpointStatistics,
     Plan,
@@ -24,16 +26,24 @@ __all__ = [
     "Group",
     "PermutationSpec",
     "Plan",
+    "Scores",
+    "Table",
+    "Triangle",
     "Verification",
     "align",
+    "distances",
     "endpoint_statistics",
     "evaluate",
     "interpolate",
+    "layer_table",
     "merge",
     "normalize_biases",
     "plan_renormalization",
     "remove_biases",
     "renormalize",
     "renormalize_many",
+    "running_statistics",
+    "score",
+    "triangle",
     "verify",
 ]
