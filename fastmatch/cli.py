@@ -134,6 +134,18 @@ def demo_command(args: argparse.Namespace) -> None:
     run(args.width, args.out, seed=args.seed)
 
 
+def study_command(args: argparse.Namespace) -> None:
+    """Measures the paper's claims in small and prints how each fares."""
+    from fastmatch.study import run
+    from fastmatch.study.command import datasets, summary
+
+    record = run(
+        args.out, data=None if args.data == "digits" else datasets(args.data), networks=args.networks,
+        widths=args.widths, seeds=args.seeds, points=args.points, epochs=args.epochs,
+    )  # fmt: skip
+    print(summary(record, args.out))
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
     root = argparse.ArgumentParser(
@@ -172,6 +184,22 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--out", default="out", help="folder for the picture and the numbers")
     command.add_argument("--seed", type=int, default=0)
     command.set_defaults(run=demo_command)
+
+    command = commands.add_parser(
+        "study", help="the paper's claims in small: one HTML report, claim by claim"
+    )
+    command.add_argument("--out", default="study", help="folder for study.html, study.json and study.png")
+    command.add_argument(
+        "--data",
+        default="digits",
+        help="digits, or module:callable that returns (train, test) torch datasets",
+    )
+    command.add_argument("--networks", nargs="+", help="some of the study's networks, such as 'VGG, BN'")
+    command.add_argument("--widths", nargs="+", type=int, default=[1, 2, 4, 8])
+    command.add_argument("--seeds", nargs="+", type=int, default=[0])
+    command.add_argument("--points", type=int, default=7, help="positions on a curve, odd")
+    command.add_argument("--epochs", type=int, help="of training, instead of each network's own")
+    command.set_defaults(run=study_command)
     return root
 
 
