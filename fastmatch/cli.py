@@ -1,4 +1,4 @@
-"""The command line: ``fastmatch align``, ``inspect``, ``demo``."""
+"""The command line: ``fastmatch align``, ``inspect``, ``demo``, ``study``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +18,32 @@ from fastmatch.spec import PermutationSpec
 __all__ = ["main"]
 
 
-def build_model(argument: str) -> tuple[nn.Module, Any]:
-    """(model, example inputs or None) from ``module:callable``, looked for in the current folder too.
-
-    The callable takes no arguments and returns a module, or a pair of a module and its example inputs.
-    """
+def callable_from(argument: str, option: str) -> Callable[[], Any]:
+    """The function ``module:callable`` names, looked for in the current folder too."""
     module_name, colon, name = argument.partition(":")
     if not colon or not module_name or not name:
-        raise ValueError(f"--model: expected module:callable, got {argument!r}")
+        raise ValueError(f"{option}: expected module:callable, got {argument!r}")
     sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is not None and module_name.startswith(error.name):
-            raise ValueError(f"--model: no module {module_name!r} here or installed") from error
+            raise ValueError(f"{option}: no module {module_name!r} here or installed") from error
         raise
     finally:
         sys.path.remove(os.getcwd())
     builder = getattr(module, name, None)
     if not callable(builder):
-        raise ValueError(f"--model: {module_name!r} has no callable {name!r}")
-    built = builder()
+        raise ValueError(f"{option}: {module_name!r} has no callable {name!r}")
+    return builder
+
+
+def build_model(argument: str) -> tuple[nn.Module, Any]:
+    """(model, example inputs or None) from ``module:callable``.
+
+    The callable takes no arguments and returns a module, or a pair of a module and its example inputs.
+    """
+    built = callable_from(argument, "--model")()
     model, example = built if isinstance(built, tuple) and len(built) == 2 else (built, None)
     if not isinstance(model, nn.Module):
         raise ValueError(f"--model: {argument} returned {type(model).__name__}, expected a torch module")
@@ -139,9 +144,10 @@ def study_command(args: argparse.Namespace) -> None:
     from fastmatch.study import run
     from fastmatch.study.command import datasets, summary
 
+    data = None if args.data == "digits" else datasets(callable_from(args.data, "--data"), args.data)
     record = run(
-        args.out, data=None if args.data == "digits" else datasets(args.data), networks=args.networks,
-        widths=args.widths, seeds=args.seeds, points=args.points, epochs=args.epochs,
+        args.out, data=data, networks=args.networks, widths=args.widths, seeds=args.seeds, points=args.points,
+        epochs=args.epochs,
     )  # fmt: skip
     print(summary(record, args.out))
 

@@ -49,7 +49,7 @@ class Table:
         try:
             import pandas
         except ImportError as error:
-            raise ImportError("a data frame needs pandas: pip install pandas") from error
+            raise ImportError("a data frame needs pandas: pip install 'fastmatch[frames]'") from error
         return pandas.DataFrame(list(self.rows), columns=self.columns)
 
     def to_csv(self, path: str | Path, *, force: bool = False) -> None:
