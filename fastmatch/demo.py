@@ -7,7 +7,6 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from fastmatch.data import Batches, digits, train
 from fastmatch.files import writing
 from fastmatch.interpolate import Curve, interpolate
 from fastmatch.progress import progress_bar
-from fastmatch.renorm import EndpointStatistics, endpoint_statistics, renormalize
+from fastmatch.renorm import endpoint_statistics
 
 __all__ = ["MAX_WIDTH", "conv_net", "mlp", "run"]
 
@@ -162,6 +161,9 @@ def compare(
     rows = [
         Row.of(name, "-", "-", interpolate(model_a, model_b, test_data, points=points, progress=progress))
     ]
+    begin = time.perf_counter()
+    measured = endpoint_statistics([model_a, model_b], train_data, progress=progress)
+    clock["endpoint statistics"] = time.perf_counter() - begin
     for matched in ("weights", "activations"):
         begin = time.perf_counter()
         alignment: Alignment = align(
@@ -178,29 +180,16 @@ def compare(
                 name, matched, "-", interpolate(model_a, aligned, test_data, points=points, progress=progress)
             )
         )
-        begin = time.perf_counter()
-        statistics = endpoint_statistics([model_a, aligned], train_data, progress=progress)
-        clock[f"endpoint statistics, {matched}"] = time.perf_counter() - begin
+        statistics = measured.permuted(None, alignment)
         for method in progress_bar(methods, f"{name}: renormalized curves", show=progress):
             begin = time.perf_counter()
             curve = interpolate(
                 model_a, aligned, test_data, points=points, progress=False,
-                transform=partial(_renormalized, statistics=statistics, data=train_data, method=method),
+                renormalize=method, calibration=train_data, statistics=statistics,
             )  # fmt: skip
             clock[f"{method} of {points - 2} merges, {matched}"] = time.perf_counter() - begin
             rows.append(Row.of(name, matched, method, curve))
     return rows
-
-
-def _renormalized(
-    merged: nn.Module,
-    weights: tuple[float, ...],
-    *,
-    statistics: EndpointStatistics,
-    data: Batches,
-    method: str,
-) -> nn.Module:
-    return renormalize(merged, statistics, data, method, weights=weights, progress=False)
 
 
 def table(rows: list[Row]) -> str:

@@ -6,6 +6,7 @@ import copy
 import html
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.utils.data import TensorDataset
 
 from fastmatch import study
 from fastmatch.cli import main
+from fastmatch.study.command import table
 from fastmatch.study.networks import NETWORKS
 from fastmatch.study.report import report
 
@@ -21,14 +23,17 @@ from fastmatch.study.report import report
 @pytest.fixture(scope="module")
 def record(tmp_path_factory):
     out = tmp_path_factory.mktemp("study")
-    made = study.run(out, networks=["MLP", "MLP, BN"], widths=(1, 2), points=3, epochs=1, progress=False)
+    sets = tuple(TensorDataset(torch.randn(n, 1, 8, 8), torch.arange(n) % 4) for n in (160, 60))
+    made = study.run(
+        out, data=sets, networks=["MLP", "MLP, BN"], widths=(1, 2), points=3, epochs=1, progress=False
+    )
     return made, out
 
 
 def test_every_configuration_is_measured_and_the_files_hold_it(record):
     made, out = record
     saved = json.loads((out / "study.json").read_text())
-    assert saved == json.loads(json.dumps(made))
+    assert saved == made
     found = {(r["network"], r["width"], r["matched"], r["renormalized"]) for r in made["curves"]}
     assert found == {
         (name, width, matched, method)
@@ -43,6 +48,14 @@ def test_every_configuration_is_measured_and_the_files_hold_it(record):
     for claim in made["claims"]:
         assert html.escape(claim["claim"]) in page
     assert (out / "study.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.slow
+def test_the_digits_are_the_default(tmp_path):
+    made = study.run(tmp_path, networks=["VGG, BN"], widths=(4,), points=3, progress=False)
+    assert made["data"] == "scikit-learn digits"
+    assert made["samples"] == {"train": 1348, "test": 449, "calibration": 512}
+    assert verdicts(made)["RESET mends networks with batch norm."] == "holds"
 
 
 def verdicts(record):
@@ -137,3 +150,12 @@ def test_bad_input(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             study.run(tmp_path, **change)
+
+
+def test_the_docs_show_the_committed_run():
+    root = Path(__file__).parent.parent
+    committed = json.loads((root / "bench/results/study.json").read_text())
+    assert [vars(c) for c in study.judge(committed)] == [
+        {**c, "numbers": tuple(c["numbers"]), "seeds": tuple(c["seeds"])} for c in committed["claims"]
+    ]
+    assert table(committed) in (root / "docs/analysis.md").read_text()

@@ -77,4 +77,6 @@ def remove_biases(model: Model, last: int | None = None) -> Model:
         raise ValueError(f"last: expected 0 to {len(names)}, the number of biases, got {last}")
     removed = names if last is None else names[len(names) - last :]
     new = {name: torch.zeros_like(t) if name in removed else t.clone() for name, t in state.items()}
-    return with_state(model, new) if isinstance(model, nn.Module) else new
+    if isinstance(model, nn.Module):
+        return with_state(model, new)
+    return new

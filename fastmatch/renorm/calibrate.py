@@ -198,15 +198,16 @@ def _check_endpoint(model: nn.Module, plan: Plan, endpoint: object, argument: st
     assert isinstance(endpoint, nn.Module)
     theirs = dict(endpoint.named_modules())
     for name in plan.layers:
-        shape = model.get_submodule(name).weight.shape
+        weight = model.get_submodule(name).weight
+        assert isinstance(weight, torch.Tensor)
         found = getattr(theirs.get(name), "weight", None)
         if not isinstance(found, torch.Tensor):
             raise ValueError(
                 f"{argument}: has no tensor '{name}.weight', which model has; expected its architecture"
             )
-        if found.shape != shape:
+        if found.shape != weight.shape:
             raise ValueError(
-                f"{argument}: tensor '{name}.weight' has shape {tuple(found.shape)}, model has {tuple(shape)}"
+                f"{argument}: tensor '{name}.weight' has shape {tuple(found.shape)}, model has {tuple(weight.shape)}"
             )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from torch import nn
 
@@ -58,7 +60,11 @@ def bring_to_goal(
 
 
 def _has_kernel(output: torch.Tensor) -> bool:
-    return output.device.type == "cpu" or output.dtype != torch.float64
+    if output.device.type == "cpu":
+        return True
+    # On a GPU the kernel is Triton's, an optional dependency, and not for float64.
+    on_gpu = output.device.type == "cuda" and output.dtype != torch.float64
+    return on_gpu and importlib.util.find_spec("triton") is not None
 
 
 def fold(layer: Layer, moments: ChannelMoments, goal: Goal, method: str) -> None:

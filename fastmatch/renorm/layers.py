@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -98,16 +98,16 @@ def raw_weight(layer: nn.Module) -> nn.Parameter | None:
 
 
 def _scales_with_rows(layer: nn.Module) -> bool:
-    probe = copy.deepcopy(layer).eval()
-    weight = probe.parametrizations.weight  # pyright: ignore[reportAttributeAccessIssue]
+    probe: Any = copy.deepcopy(layer).eval()
+    original = probe.parametrizations.weight.original
     with torch.no_grad():
-        before = probe.weight.detach().clone()  # pyright: ignore[reportCallIssue]
-        if weight.original.shape != before.shape:
+        before = probe.weight.clone()
+        if original.shape != before.shape:
             return False
         rows = torch.linspace(0.5, 2, len(before), device=before.device, dtype=before.dtype)
         rows = rows.view(-1, *[1] * (before.ndim - 1))
-        weight.original.mul_(rows)
-        return torch.allclose(probe.weight, before * rows, rtol=1e-2)  # pyright: ignore[reportArgumentType]
+        original.mul_(rows)
+        return torch.allclose(probe.weight, before * rows, rtol=1e-2)
 
 
 def bias_mask(layer: nn.Module) -> torch.Tensor | None:

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from fastmatch.study.claims import Claim
 
-__all__ = ["datasets", "summary"]
+__all__ = ["datasets", "summary", "table"]
 
 
 def datasets(builder: Callable[[], Any], argument: str) -> tuple[Dataset[Any], Dataset[Any]]:
@@ -27,10 +27,13 @@ def datasets(builder: Callable[[], Any], argument: str) -> tuple[Dataset[Any], D
     return built[0], built[1]
 
 
-def summary(record: dict[str, Any], out: str | Path) -> str:
-    """The claims as lines of text, and where the report is."""
+def table(record: dict[str, Any]) -> str:
+    """The claims as lines of text."""
     claims = [Claim(**entry) for entry in record["claims"]]
     width = max(len(claim.verdict) for claim in claims)
-    lines = [f"{c.verdict:<{width}}  {c.true:>2} of {c.cases:<2}  {c.claim}" for c in claims]
-    seconds = record["seconds"]
-    return "\n".join([*lines, f"\n{seconds['wall']} s; the report is {Path(out) / 'study.html'}"])
+    return "\n".join(f"{c.verdict:<{width}}  {c.true:>2} of {c.cases:<2}  {c.claim}" for c in claims)
+
+
+def summary(record: dict[str, Any], out: str | Path) -> str:
+    """The claims, and where the report is."""
+    return f"{table(record)}\n\n{record['seconds']['wall']} s; the report is {Path(out) / 'study.html'}"

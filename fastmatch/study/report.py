@@ -40,14 +40,16 @@ def _figure(record: Record, draw: Callable[[Axes, Record, str], None], title: st
     columns = min(4, len(names))
     lines = -(-len(names) // columns)
     figure = Figure(figsize=(3.6 * columns, 3.0 * lines), layout="constrained")
-    panels = figure.subplots(lines, columns, squeeze=False).flat
+    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
+    entries: dict[str, Any] = {}
     for ax, name in zip(panels, names, strict=False):
         draw(ax, record, name)
         ax.set_title(name, fontsize=10)
         ax.grid(alpha=0.25)
-        ax.legend(fontsize=6)
-    for ax in list(panels)[len(names) :]:
+        entries |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    for ax in panels[len(names) :]:
         ax.set_axis_off()
+    figure.legend(entries.values(), entries, loc="outside lower center", ncol=6, fontsize=8)
     figure.suptitle(title, fontsize=11)
     return figure
 

@@ -114,14 +114,35 @@ def run(
     record["seconds"] = {
         "wall": round(time.perf_counter() - began, 1), "processor": round(time.process_time() - cpu, 1)
     }  # fmt: skip
-    record["claims"] = [asdict(claim) for claim in judge(record)]
+    record = _rounded(record)
+    record["claims"] = _rounded([asdict(claim) for claim in judge(record)])
     with writing(out / "study.json", force=True) as path:
-        path.write_text(json.dumps(record, indent=1) + "\n")
+        path.write_text(as_text(record))
     with writing(out / "study.png", force=True) as path:
         picture(record).savefig(path, dpi=110, format="png")
     with writing(out / "study.html", force=True) as path:
         path.write_text(report(record))
     return record
+
+
+def _rounded(value: Any) -> Any:
+    """Six significant digits: more would be noise, and the file is kept."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    return [_rounded(v) for v in value] if isinstance(value, (tuple, list)) else value
+
+
+def as_text(record: dict[str, Any]) -> str:
+    """The record as JSON, a line a row."""
+    parts = []
+    for key, value in record.items():
+        text = json.dumps(value)
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            text = "[\n" + ",\n".join(f"  {json.dumps(row)}" for row in value) + "\n ]"
+        parts.append(f" {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def _batches(dataset: Dataset[Any], argument: str) -> Batches:
