@@ -1,4 +1,4 @@
-"""The command line: ``fastmatch align``, ``inspect``, ``demo``, ``study``."""
+"""The command line: ``fastmatch align``, ``inspect``, ``renormalize``, ``curve``, ``demo``, ``study``."""
 
 from __future__ import annotations
 
@@ -139,6 +139,37 @@ def demo_command(args: argparse.Namespace) -> None:
     run(args.width, args.out, seed=args.seed)
 
 
+def renormalize_command(args: argparse.Namespace) -> None:
+    """Renormalizes a merged or pruned checkpoint on the user's data."""
+    from fastmatch.renorm.command import loader_of, renormalize_file
+
+    model, _ = build_model(args.model)
+    data = loader_of(callable_from(args.data, "--data"), "--data")
+    print(
+        renormalize_file(
+            model, args.checkpoint, args.endpoints, data, args.out, method=args.method, weights=args.weights,
+            mode=args.mode, samples=args.samples, force=args.force,
+        )
+    )  # fmt: skip
+
+
+def curve_command(args: argparse.Namespace) -> None:
+    """Evaluates the line between two checkpoints."""
+    from fastmatch.renorm.command import curve_files, loader_of
+
+    model, _ = build_model(args.model)
+    data = loader_of(callable_from(args.data, "--data"), "--data")
+    calibration = args.calibration and loader_of(
+        callable_from(args.calibration, "--calibration"), "--calibration"
+    )
+    print(
+        curve_files(
+            model, args.a, args.b, data, args.out, points=args.points, method=args.renormalize,
+            calibration=calibration, mode=args.mode, samples=args.samples, plot=args.plot, force=args.force,
+        )
+    )  # fmt: skip
+
+
 def study_command(args: argparse.Namespace) -> None:
     """Measures the paper's claims in small and prints how each fares."""
     from fastmatch.study import run
@@ -150,6 +181,12 @@ def study_command(args: argparse.Namespace) -> None:
         epochs=args.epochs,
     )  # fmt: skip
     print(summary(record, args.out))
+
+
+def _calibration_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--mode", default="joint", choices=("joint", "sequential"))
+    command.add_argument("--samples", type=int, help="calibrate on the first so many samples")
+    command.add_argument("--force", action="store_true", help="replace output files that exist")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -190,6 +227,38 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--out", default="out", help="folder for the picture and the numbers")
     command.add_argument("--seed", type=int, default=0)
     command.set_defaults(run=demo_command)
+
+    command = commands.add_parser(
+        "renormalize", help="give a merged or pruned checkpoint its statistics back"
+    )
+    command.add_argument("checkpoint", help="the merge, or the pruned model")
+    command.add_argument(
+        "--endpoints", nargs="+", default=[], help="the checkpoints merged, aligned; or the dense one"
+    )
+    command.add_argument("--weights", nargs="+", type=float, help="those of the merge, one an endpoint")
+    command.add_argument("--model", required=True, help="module:callable that builds the network")
+    command.add_argument("--data", required=True, help="module:callable that returns a loader")
+    command.add_argument(
+        "--method", default="auto", choices=("auto", "repair", "rescale", "reshift", "reset")
+    )
+    command.add_argument("--out", required=True, help="file to write: .safetensors, .pt, .pth or .bin")
+    _calibration_arguments(command)
+    command.set_defaults(run=renormalize_command)
+
+    command = commands.add_parser("curve", help="loss, top-1 and top-5 on the line between two checkpoints")
+    command.add_argument("a", help="the checkpoint at lambda 0")
+    command.add_argument("b", help="the checkpoint at lambda 1, aligned")
+    command.add_argument("--model", required=True, help="module:callable that builds the network")
+    command.add_argument(
+        "--data", required=True, help="module:callable that returns a loader of (inputs, targets)"
+    )
+    command.add_argument("--points", type=int, default=11)
+    command.add_argument("--renormalize", metavar="METHOD", help="renormalize between the ends")
+    command.add_argument("--calibration", help="module:callable that returns the loader to renormalize on")
+    command.add_argument("--out", required=True, help="CSV file to write")
+    command.add_argument("--plot", help="also draw it: .png, .svg or .pdf")
+    _calibration_arguments(command)
+    command.set_defaults(run=curve_command)
 
     command = commands.add_parser(
         "study", help="the paper's claims in small: one HTML report, claim by claim"

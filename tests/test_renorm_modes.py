@@ -375,3 +375,15 @@ def test_bad_input():
         fm.plan_renormalization(build("vgg", 0)[0], "reset", layers=["features.0"])
     with pytest.raises(ValueError, match="without tensors"):
         fm.renormalize(merged, ends, [("a", None)], "repair", samples=3)
+
+
+def test_stem_shortcut_and_classifier_are_renormalized_and_selectable():
+    ends = pair("resnet with layer norm")
+    merged, data = fm.merge(ends), loader()
+    plan = fm.plan_renormalization(merged, "repair")
+    assert {"stem", "stage2.0.shortcut.0", "head"} <= set(plan.layers)
+    new = fm.renormalize(merged, ends, data, "repair", layers=["stem", "stage2.0.shortcut.0"]).state_dict()
+    for name, tensor in merged.state_dict().items():
+        touched = name in ("stem.weight", "stage2.0.shortcut.0.weight")
+        assert torch.equal(new[name], tensor) != touched, name
+    assert {n for n in new if n not in merged.state_dict()} == {"stem.bias", "stage2.0.shortcut.0.bias"}
