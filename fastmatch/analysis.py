@@ -132,7 +132,7 @@ def _zeros(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {k: _zeros(v) for k, v in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)([_zeros(v) for v in value])
+        return [_zeros(v) for v in value]
     return value
 
 

@@ -80,7 +80,7 @@ def _cut(value: Any, count: int, size: int) -> Any:
     if isinstance(value, Mapping):
         return {k: _cut(v, count, size) for k, v in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)([_cut(v, count, size) for v in value])
+        return [_cut(v, count, size) for v in value]
     return value
 
 

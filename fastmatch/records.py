@@ -11,6 +11,7 @@ from fastmatch.files import writing
 
 if TYPE_CHECKING:
     import pandas
+    from matplotlib.axes import Axes
 
 __all__ = ["Table"]
 
@@ -58,6 +59,49 @@ class Table:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(self.rows)
+
+    def plot(
+        self,
+        x: str,
+        *columns: str,
+        path: str | Path | None = None,
+        by: str | None = None,
+        ax: Axes | None = None,
+    ) -> Axes:
+        """Draws columns against ``x``, a line each, or a line for every value of the column ``by``.
+
+        Example:
+            >>> table.plot("depth", "variance ratio", by="model", path="variance.png")
+
+        Args:
+            x: the column along the horizontal axis.
+            columns: what to draw.
+            path: a .png, .svg or .pdf file to write; an existing one is replaced.
+            by: a column to tell lines apart by.
+            ax: matplotlib axes to draw into; new ones otherwise.
+        """
+        if not columns:
+            raise ValueError(f"columns: expected at least one of {self.columns}")
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("drawing needs matplotlib: pip install 'fastmatch[plot]'") from error
+        if ax is None:
+            ax = Figure(figsize=(5, 3.5), layout="constrained").add_subplot()
+        parts = [None] if by is None else list(dict.fromkeys(self.column(by)))
+        for part in parts:
+            rows = self if by is None else self.where(**{by: part})
+            for column in columns:
+                names = ([column] if len(columns) > 1 or part is None else []) + ([str(part)] if by else [])
+                ax.plot(rows.column(x), rows.column(column), marker=".", label=", ".join(names))
+        ax.set_xlabel(x)
+        ax.set_ylabel(columns[0] if len(columns) == 1 else "")
+        ax.legend()
+        if path is not None:
+            figure = ax.get_figure(root=True)
+            assert figure is not None
+            figure.savefig(path, dpi=150)
+        return ax
 
     def __str__(self) -> str:
         """The table as Markdown."""

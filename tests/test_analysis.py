@@ -106,6 +106,23 @@ def test_tables_are_plain_records(tmp_path):
     assert list(table.to_pandas()["y"]) == [0.5, 0.25]
 
 
+def test_tables_draw_themselves(tmp_path):
+    rows = tuple(
+        {"model": m, "depth": d, "v": d * k, "w": 1.0} for k, m in enumerate("ab") for d in (1, 2, 3)
+    )
+    table = fm.Table(rows)
+    ax = table.plot("depth", "v", by="model", path=tmp_path / "v.png")
+    assert [line.get_label() for line in ax.lines] == ["a", "b"]
+    assert list(ax.lines[1].get_ydata()) == [1, 2, 3]
+    assert (tmp_path / "v.png").read_bytes()[:4] == b"\x89PNG"
+    both = table.where(model="a").plot("depth", "v", "w")
+    assert [line.get_label() for line in both.lines] == ["v", "w"]
+    with pytest.raises(ValueError, match="columns: expected at least one"):
+        table.plot("depth")
+    with pytest.raises(ValueError, match="name: expected one of"):
+        table.plot("depth", "u")
+
+
 def test_a_layer_table_of_unknown_endpoints_is_refused():
     with pytest.raises(ValueError, match="endpoints: 'b' is none of the models"):
         fm.layer_table({"a": net()}, [torch.randn(2, 6).double()], endpoints=["b"])
