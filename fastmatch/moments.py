@@ -40,18 +40,9 @@ class ChannelMoments:
         count = values.numel() // max(channels, 1)
         if count == 0:
             return
-        rows = values.movedim(dim, 1) if values.ndim > 1 else values[None]
-        rows = rows.reshape(len(rows), channels, -1)
-        positions = rows.shape[2]
-        if positions == 1:
-            var, mean = torch.var_mean(rows, dim=(0, 2), correction=0)
-            self.merge(ChannelMoments(count, mean.double(), var.double() * count))
-            return
-        # Along contiguous positions first, then over samples: several times faster than both at once.
-        var, mean = (x.double() for x in torch.var_mean(rows, dim=2, correction=0))
-        total = mean.mean(0)
-        m2 = positions * (var + (mean - total).square()).sum(0)
-        self.merge(ChannelMoments(count, total, m2))
+        others = [d for d in range(values.ndim) if d != dim % values.ndim]
+        var, mean = torch.var_mean(values, dim=others, correction=0)
+        self.merge(ChannelMoments(count, mean.double(), var.double() * count))
 
     def merge(self, other: ChannelMoments) -> None:
         """Adds what another has seen, as if the samples had come here."""
