@@ -1,6 +1,6 @@
 """fastmatch: align, merge and renormalize wide networks of the same architecture."""
 
-from fastmatch.align import Alignment, align
+from fastmatch.align import Alignment, align, align_many
 from fastmatch.interpolate import Curve, evaluate, interpolate
 from fastmatch.merge import merge
 from fastmatch.renorm import EndpointStatistics, endpoint_statistics, renormalize
@@ -16,6 +16,7 @@ __all__ = [
     "PermutationSpec",
     "Verification",
     "align",
+    "align_many",
     "endpoint_statistics",
     "evaluate",
     "interpolate",
