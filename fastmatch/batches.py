@@ -68,11 +68,17 @@ def batches_of(data: Iterable[Any], title: str, *, progress: bool | None = None)
     """The items of ``data``, read once, under a progress bar.
 
     Raises:
-        TypeError: ``data`` cannot be iterated.
+        TypeError: ``data`` cannot be iterated, or is one tensor or one pair instead of batches.
         ValueError: it yields nothing.
     """
     if not isinstance(data, Iterable):
         raise TypeError(f"data: expected a loader or any iterable of batches, got {type(data).__name__}")
+    if isinstance(data, torch.Tensor):
+        raise TypeError("data: expected batches, got one tensor; give [tensor] or a loader")
+    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(x, torch.Tensor) for x in data):
+        raise TypeError(
+            "data: expected batches, got one pair of tensors; give [(inputs, targets)] or a loader"
+        )
     empty = True
     for batch in progress_bar(data, title, show=progress):
         empty = False
