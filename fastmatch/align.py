@@ -14,6 +14,7 @@ from torch import nn
 from fastmatch.batches import Forward, default_forward
 from fastmatch.files import load_permutations, save_permutations
 from fastmatch.matching.activations import match_activations
+from fastmatch.matching.mix import match_mix
 from fastmatch.matching.multi import anchored, match_mean, match_universe
 from fastmatch.matching.weights import Matching, match_weights
 from fastmatch.merge import with_state
@@ -97,6 +98,7 @@ def align(
     similarity: str = "correlation",
     read: str = "after",
     several: str = "last",
+    mix: float | None = None,
     forward: Forward = default_forward,
     verify: bool = True,
     progress: bool | None = None,
@@ -119,6 +121,9 @@ def align(
             :func:`fastmatch.matching.weights.match_weights`.
         similarity, read, several, forward: of activation matching, see
             :func:`fastmatch.matching.activations.match_activations`.
+        mix: with ``data``, the share of the activations in ``mix * activations + (1 - mix) * weights``, both
+            scaled to reach at most one, see :func:`fastmatch.matching.mix.match_mix`; activations alone
+            where left out.
         verify: prove on ``example_inputs``, in float64, that the spec leaves ``model_b``'s function alone
             (two forward passes of a copy). State dicts cannot be run and are not verified.
         progress: show bars; None shows them on a terminal, for work of over a second.
@@ -157,20 +162,29 @@ def align(
         )
     if verify and example_inputs is not None and isinstance(model_b, nn.Module):
         verify_spec(model_b, spec, example_inputs)
+    by_weights: dict[str, Any] = {
+        "start": start, "seed": seed, "max_sweeps": max_sweeps, "tolerance": tolerance, "include": include,
+        "progress": progress,
+    }  # fmt: skip
     if data is None:
-        matching = match_weights(
-            a, b, spec, start=start, seed=seed, max_sweeps=max_sweeps, tolerance=tolerance,
-            include=include, progress=progress,
-        )  # fmt: skip
+        if mix is not None:
+            raise ValueError("mix: needs data, from which the activations' share comes")
+        matching = match_weights(a, b, spec, **by_weights)
     else:
         if not isinstance(model_a, nn.Module) or not isinstance(model_b, nn.Module):
             raise TypeError("data: activation matching runs the models; give modules, not state dicts")
-        if start is not None:
+        by_activations: dict[str, Any] = {
+            "similarity": similarity, "read": read, "several": several, "forward": forward,
+            "progress": progress,
+        }  # fmt: skip
+        if mix is not None:
+            matching = match_mix(
+                model_a, model_b, spec, data, alpha=mix, weights=by_weights, activations=by_activations
+            )
+        elif start is not None:
             raise ValueError("start: activation matching solves each group once and takes no start")
-        matching = match_activations(
-            model_a, model_b, spec, data, similarity=similarity, read=read, several=several,
-            forward=forward, progress=progress,
-        )  # fmt: skip
+        else:
+            matching = match_activations(model_a, model_b, spec, data, **by_activations)
     return Alignment(matching.permutations, spec, matching)
 
 

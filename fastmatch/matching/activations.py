@@ -22,7 +22,7 @@ from fastmatch.progress import progress_bar
 from fastmatch.spec import Axis, Permutations, PermutationSpec, Tap
 from fastmatch.spec.taps import TapReader
 
-__all__ = ["READ", "SEVERAL", "SIMILARITIES", "match_activations"]
+__all__ = ["READ", "SEVERAL", "SIMILARITIES", "match_activations", "similarities"]
 
 SIMILARITIES = (*POOLED, "batch-correlation")
 """How alike two units are: of pooled moments, or as published (:class:`BatchPearson`)."""
@@ -69,6 +69,33 @@ def match_activations(
 
     Memory: per tap one n x n float64 matrix and one batch of activations.
     """
+    gains = similarities(
+        model_a, model_b, spec, data, similarity=similarity, read=read, several=several, forward=forward,
+        progress=progress,
+    )  # fmt: skip
+    permutations: Permutations = {}
+    before = after = 0.0
+    for name, gain in progress_bar(list(gains.items()), "assignment", show=progress):
+        col_ind = linear_sum_assignment(gain, maximize=True)[1]
+        before += float(gain.diagonal().sum())
+        after += float(gain.gather(1, col_ind[:, None]).sum())
+        permutations[name] = col_ind.cpu()
+    return Matching(permutations, "activations", (before, after), solves=len(spec.groups))
+
+
+def similarities(
+    model_a: nn.Module,
+    model_b: nn.Module,
+    spec: PermutationSpec,
+    data: Iterable[Any],
+    *,
+    similarity: str = "correlation",
+    read: str = "after",
+    several: str = "last",
+    forward: Forward = default_forward,
+    progress: bool | None = None,
+) -> dict[str, torch.Tensor]:
+    """Per group the (size, size) float64 similarity of A's units to B's; arguments of :func:`match_activations`."""
     for name, value, allowed in (
         ("similarity", similarity, SIMILARITIES),
         ("read", read, READ),
@@ -82,20 +109,16 @@ def match_activations(
         tap: BatchPearson() if similarity == "batch-correlation" else CrossMoments() for tap in taps
     }
     _read_moments(model_a, model_b, spec, moments, read, data, forward, progress)
-    permutations: Permutations = {}
-    before = after = 0.0
-    for name in progress_bar(list(spec.groups), "assignment", show=progress):
+    gains: dict[str, torch.Tensor] = {}
+    for name in spec.groups:
         gain = torch.stack([_similarity(moments[tap], similarity) for tap in chosen[name]]).sum(dim=0)
         if not bool(torch.isfinite(gain).all()):
             raise ValueError(
                 f"data: activations of group {name!r} hold NaN or infinity; look for them in the inputs, "
                 "or for overflow in the models"
             )
-        col_ind = linear_sum_assignment(gain, maximize=True)[1]
-        before += float(gain.diagonal().sum())
-        after += float(gain.gather(1, col_ind[:, None]).sum())
-        permutations[name] = col_ind.cpu()
-    return Matching(permutations, "activations", (before, after), solves=len(spec.groups))
+        gains[name] = gain
+    return gains
 
 
 def _similarity(moments: CrossMoments | BatchPearson, kind: str) -> torch.Tensor:
