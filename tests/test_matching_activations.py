@@ -162,3 +162,20 @@ def test_data_that_is_no_loader_or_holds_nan():
         fm.align(model, model, x, data=(x, torch.zeros(len(x))))
     with pytest.raises(ValueError, match="data: activations of group '0' hold NaN"):
         fm.align(model, model, x, data=[torch.full((4, 12), float("nan"))])
+
+
+@pytest.mark.parametrize("name", ["mlp", "vgg", "resnet"])
+def test_sequential_matching_earns_what_one_read_earns(name):
+    # Permuting earlier layers leaves the function alone, so what later layers measure does not depend on it.
+    seed = fresh_seed()
+    (a, x), (b, _) = build(name, seed), build(name, seed + 1)
+    data = [torch.randn(32, *x.shape[1:], dtype=torch.float64)]
+    a, b = a.double(), b.double()
+    spec = fm.PermutationSpec.trace(a, x.double())
+    earned = 0.0
+    moved = b
+    for group in spec.groups:
+        found = match_activations(a, moved, spec.select([group]), data)
+        moved = fm.Alignment(found.permutations, spec.select([group])).apply(moved)
+        earned += found.objective[1]
+    assert match_activations(a, b, spec, data).objective[1] == pytest.approx(earned, rel=1e-9)
