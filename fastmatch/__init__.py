@@ -1,6 +1,6 @@
 """fastmatch: align, merge and renormalize wide networks of the same architecture."""
 
-from fastmatch.align import Alignment, align
+from fastmatch.align import Alignment, align, align_many
 from fastmatch.analysis import distances, layer_table, running_statistics
 from fastmatch.interpolate import Curve, Scores, Triangle, evaluate, interpolate, score, triangle
 from fastmatch.merge import merge
@@ -31,6 +31,7 @@ __all__ = [
     "Triangle",
     "Verification",
     "align",
+    "align_many",
     "distances",
     "endpoint_statistics",
     "evaluate",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -13,6 +14,8 @@ from torch import nn
 from fastmatch.batches import Forward, default_forward
 from fastmatch.files import load_permutations, save_permutations
 from fastmatch.matching.activations import match_activations
+from fastmatch.matching.mix import match_mix
+from fastmatch.matching.multi import anchored, match_mean, match_universe
 from fastmatch.matching.weights import Matching, match_weights
 from fastmatch.merge import with_state
 from fastmatch.permute import apply_permutations, check_permutations, compose, invert
@@ -20,10 +23,13 @@ from fastmatch.spec import Permutations, PermutationSpec
 from fastmatch.states import State, check_finite, check_same_architecture, check_spec, state_of
 from fastmatch.verify import verify as verify_spec
 
-__all__ = ["Alignment", "align"]
+__all__ = ["MANY", "Alignment", "align", "align_many"]
+
+MANY = ("reference", "chain", "mean", "universe")
+"""How several models are brought into one order, see :func:`align_many`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Alignment:
     """Permutations of one model's hidden units, with the spec that says where they apply.
 
@@ -48,6 +54,15 @@ class Alignment:
         """A new model (or state dict) with its units reordered; ``model`` is left as it was."""
         moved = apply_permutations(state_of(model, "model"), self.spec, self.permutations)
         return with_state(model, moved) if isinstance(model, nn.Module) else moved
+
+    def __repr__(self) -> str:
+        moved = sum(int((p != torch.arange(len(p))).sum()) for p in self.permutations.values())
+        total = sum(map(len, self.permutations.values()))
+        text = f"Alignment({len(self.permutations)} groups, {moved} of {total} units moved"
+        if self.matching is not None:
+            first, last = self.matching.objective[0], self.matching.objective[-1]
+            text += f", {self.matching.method} objective {first:.6g} -> {last:.6g}"
+        return text + ")"
 
     def invert(self) -> Alignment:
         """The alignment that undoes this one."""
@@ -83,6 +98,7 @@ def align(
     similarity: str = "correlation",
     read: str = "after",
     several: str = "last",
+    mix: float | None = None,
     forward: Forward = default_forward,
     verify: bool = True,
     progress: bool | None = None,
@@ -105,6 +121,9 @@ def align(
             :func:`fastmatch.matching.weights.match_weights`.
         similarity, read, several, forward: of activation matching, see
             :func:`fastmatch.matching.activations.match_activations`.
+        mix: with ``data``, the share of the activations in ``mix * activations + (1 - mix) * weights``, both
+            scaled to reach at most one, see :func:`fastmatch.matching.mix.match_mix`; activations alone
+            where left out.
         verify: prove on ``example_inputs``, in float64, that the spec leaves ``model_b``'s function alone
             (two forward passes of a copy). State dicts cannot be run and are not verified.
         progress: show bars; None shows them on a terminal, for work of over a second.
@@ -135,20 +154,114 @@ def align(
     if groups is not None:
         spec = spec.select(groups)
     check_spec(spec, a, "model_a")
+    if not spec.groups:
+        warnings.warn(
+            "align: no group of units is free to move, so nothing will; "
+            "`fastmatch inspect` or spec.table() says what pins them",
+            stacklevel=2,
+        )
     if verify and example_inputs is not None and isinstance(model_b, nn.Module):
         verify_spec(model_b, spec, example_inputs)
+    by_weights: dict[str, Any] = {
+        "start": start, "seed": seed, "max_sweeps": max_sweeps, "tolerance": tolerance, "include": include,
+        "progress": progress,
+    }  # fmt: skip
     if data is None:
-        matching = match_weights(
-            a, b, spec, start=start, seed=seed, max_sweeps=max_sweeps, tolerance=tolerance,
-            include=include, progress=progress,
-        )  # fmt: skip
+        if mix is not None:
+            raise ValueError("mix: needs data, from which the activations' share comes")
+        matching = match_weights(a, b, spec, **by_weights)
     else:
         if not isinstance(model_a, nn.Module) or not isinstance(model_b, nn.Module):
             raise TypeError("data: activation matching runs the models; give modules, not state dicts")
-        if start is not None:
+        by_activations: dict[str, Any] = {
+            "similarity": similarity, "read": read, "several": several, "forward": forward,
+            "progress": progress,
+        }  # fmt: skip
+        if mix is not None:
+            matching = match_mix(
+                model_a, model_b, spec, data, alpha=mix, weights=by_weights, activations=by_activations
+            )
+        elif start is not None:
             raise ValueError("start: activation matching solves each group once and takes no start")
-        matching = match_activations(
-            model_a, model_b, spec, data, similarity=similarity, read=read, several=several,
-            forward=forward, progress=progress,
-        )  # fmt: skip
+        else:
+            matching = match_activations(model_a, model_b, spec, data, **by_activations)
     return Alignment(matching.permutations, spec, matching)
+
+
+def align_many(
+    models: Sequence[nn.Module] | Sequence[State],
+    example_inputs: Any = None,
+    *,
+    how: str = "reference",
+    reference: int = 0,
+    data: Iterable[Any] | None = None,
+    spec: PermutationSpec | None = None,
+    seed: int = 0,
+    max_sweeps: int = 100,
+    max_rounds: int = 100,
+    tolerance: float = 1e-12,
+    include: str = "affine",
+    verify: bool = True,
+    progress: bool | None = None,
+) -> list[Alignment]:
+    """One alignment a model, all into the order of ``models[reference]``, whose own is the identity.
+
+    Example:
+        >>> found = fm.align_many([a, b, c], x, how="universe")
+        >>> merged = fm.merge([f.apply(m) for f, m in zip(found, [a, b, c])])
+
+    Maps between any two models are compositions of these, so every cycle of maps is the identity.
+
+    Args:
+        models: two or more, of one architecture; modules, or state dicts (then ``spec`` is needed).
+        example_inputs, spec, seed, max_sweeps, tolerance, include, verify, progress: as in :func:`align`.
+        how: ``"reference"`` matches each to the reference; ``"chain"`` each to its aligned predecessor, in
+            the given order from the reference on and around; ``"mean"`` each to the mean of the rest until
+            a whole round moves nothing; ``"universe"`` all at once by Frank-Wolfe (C2M3).
+        reference: index of the model that stays as it is.
+        data: of ``"reference"`` and ``"chain"``: activations are matched; read once per model but one.
+        max_rounds: of ``"mean"``: cap on rounds; ``matching.converged`` says whether it ended before.
+
+    Raises:
+        ValueError, TypeError: as :func:`align`; fewer than two models, an unknown ``how``, an index out of
+            range, or data with ``"mean"`` or ``"universe"``.
+    """
+    if how not in MANY:
+        raise ValueError(f"how: expected one of {MANY}, got {how!r}")
+    if len(models) < 2:
+        raise ValueError(f"models: expected at least two, got {len(models)}")
+    if not 0 <= reference < len(models):
+        raise ValueError(f"reference: expected an index below {len(models)}, got {reference}")
+    if data is not None and how in ("mean", "universe"):
+        raise ValueError(f"data: how={how!r} matches weights; give data with 'reference' or 'chain'")
+    states = [state_of(m, f"models[{k}]") for k, m in enumerate(models)]
+    for k, state in enumerate(states):
+        check_same_architecture(states[0], state, "models[0]", f"models[{k}]")
+        check_finite(state, f"models[{k}]")
+    first = models[reference]
+    if spec is None:
+        if not isinstance(first, nn.Module) or example_inputs is None:
+            raise ValueError("spec: needed unless models are modules and example_inputs is given to trace")
+        spec = PermutationSpec.trace(first, example_inputs)
+    check_spec(spec, states[reference], f"models[{reference}]")
+    if how in ("reference", "chain"):
+        found = {reference: Alignment(spec.identity(), spec)}
+        target: Any = first
+        for k in [(reference + step) % len(models) for step in range(1, len(models))]:
+            found[k] = align(
+                target, models[k], example_inputs, data=data, spec=spec, seed=seed, max_sweeps=max_sweeps,
+                tolerance=tolerance, include=include, verify=verify, progress=progress,
+            )  # fmt: skip
+            if how == "chain":
+                target = found[k].apply(models[k])
+        return [found[k] for k in range(len(models))]
+    if verify and example_inputs is not None and isinstance(first, nn.Module):
+        verify_spec(first, spec, example_inputs)
+    options: dict[str, Any] = {
+        "seed": seed, "max_sweeps": max_sweeps, "tolerance": tolerance, "include": include, "progress": progress,
+    }  # fmt: skip
+    if how == "mean":
+        permutations, matching = match_mean(states, spec, max_rounds=max_rounds, **options)
+    else:
+        permutations, matching = match_universe(states, spec, **options)
+    return [Alignment(p, spec, replace(matching, permutations=p)) for p in anchored(permutations, reference)]

@@ -109,13 +109,19 @@ def batches_of(
     """The items of ``data``, read once, under a progress bar; the first ``samples`` samples where given.
 
     Raises:
-        TypeError: ``data`` cannot be iterated.
+        TypeError: ``data`` cannot be iterated, or is one tensor or one pair instead of batches.
         ValueError: it yields nothing, or ``samples`` is no positive number.
     """
     if samples is not None and samples < 1:
         raise ValueError(f"samples: expected a positive number, got {samples}")
     if not isinstance(data, Iterable):
         raise TypeError(f"data: expected a loader or any iterable of batches, got {type(data).__name__}")
+    if isinstance(data, torch.Tensor):
+        raise TypeError("data: expected batches, got one tensor; give [tensor] or a loader")
+    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(x, torch.Tensor) for x in data):
+        raise TypeError(
+            "data: expected batches, got one pair of tensors; give [(inputs, targets)] or a loader"
+        )
     empty = True
     for batch in first_samples(progress_bar(data, title, show=progress), samples):
         empty = False

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import overload
 
 import torch
 from torch import nn
 
-from fastmatch.states import State, check_same_architecture, state_of
+from fastmatch.states import State, check_finite, check_same_architecture, state_of
 
 __all__ = ["check_weights", "copy_module", "merge", "merge_states", "remember_weights", "remembered_weights"]
 
@@ -70,14 +71,24 @@ def merge(
 
     Args:
         models: modules or state dicts of the same architecture, already aligned.
-        weights: one a model; equal ones where left out. They need not sum to one.
+        weights: one a model; equal ones where left out. A sum other than one scales the network; it is warned of.
 
     Raises:
-        ValueError: architectures differ, or the weights do not fit.
+        ValueError: architectures differ, the weights do not fit, or a model holds NaN or infinity.
+
+    Warns:
+        UserWarning: the weights do not sum to one.
     """
     if not models:
         raise ValueError("models: expected at least one")
     states = [state_of(m, f"models[{k}]") for k, m in enumerate(models)]
+    for k, state in enumerate(states):
+        check_finite(state, f"models[{k}]")
+    total = sum(check_weights(weights, len(models)))
+    if abs(total - 1.0) > 1e-6:
+        warnings.warn(
+            f"merge: weights sum to {total:g}, not one: every tensor is scaled by that", stacklevel=2
+        )
     merged = merge_states(states, weights)
     first = models[0]
     if isinstance(first, Mapping):

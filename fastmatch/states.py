@@ -36,6 +36,12 @@ def state_of(model: nn.Module | State, argument: str) -> dict[str, torch.Tensor]
 
 def check_same_architecture(a: State, b: State, name_a: str = "model_a", name_b: str = "model_b") -> None:
     """ValueError at the first tensor that the two do not share by name and shape."""
+    wrapped = [all(name.startswith("module.") for name in state) for state in (a, b)]
+    if wrapped[0] != wrapped[1]:
+        raise ValueError(
+            f"{name_a if wrapped[0] else name_b}: every name starts with 'module.', as DistributedDataParallel "
+            "and DataParallel leave them, the other's do not; give the wrapped model (model.module)"
+        )
     for name, tensor in a.items():
         if name not in b:
             raise ValueError(

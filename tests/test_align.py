@@ -93,3 +93,25 @@ def test_specs_that_do_not_hold_together():
         fm.PermutationSpec({"h": group}, {"w": (3,)})
     with pytest.raises(ValueError, match="does not match the group's own name"):
         fm.PermutationSpec({"g": group}, {"w": (4,)})
+
+
+def test_the_repr_is_one_short_line():
+    (a, x), (b, _) = build("mlp", 0), build("mlp", 1)
+    found = fm.align(a, b, x)
+    assert len(repr(found)) < 120
+    assert repr(found).startswith("Alignment(2 groups, ")
+    assert "of 48 units moved, weights objective" in repr(found)
+    assert repr(found.compose(found.invert())) == "Alignment(2 groups, 0 of 48 units moved)"
+
+
+def test_a_spec_in_which_nothing_can_move_is_warned_of():
+    model = nn.Sequential(nn.Linear(4, 3))
+    with pytest.warns(UserWarning, match="no group of units is free to move"):
+        fm.align(model, model, torch.randn(2, 4))
+
+
+def test_names_that_a_wrapper_prefixed():
+    a, x = build("mlp", 0)
+    prefixed = {f"module.{k}": v for k, v in a.state_dict().items()}
+    with pytest.raises(ValueError, match=r"model_b: every name starts with 'module.'"):
+        fm.align(a.state_dict(), prefixed, spec=fm.PermutationSpec.trace(a, x))

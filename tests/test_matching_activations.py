@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from networks import NETWORKS, build, fresh_seed
@@ -9,8 +10,15 @@ from test_matching_weights import TRAINED, trained
 
 import fastmatch as fm
 from fastmatch.data import Batches, digits
-from fastmatch.matching.activations import READ, SEVERAL, choose_taps, match_activations, unit_rows
-from fastmatch.moments import SIMILARITIES
+from fastmatch.matching.activations import (
+    READ,
+    SEVERAL,
+    SIMILARITIES,
+    choose_taps,
+    match_activations,
+    unit_rows,
+)
+from fastmatch.matching.batch_pearson import BatchPearson
 from fastmatch.spec import Axis
 
 
@@ -109,3 +117,65 @@ def test_bad_input():
         fm.align(model.state_dict(), model.state_dict(), spec=spec, data=[x])
     with pytest.raises(TypeError, match="data: expected a loader"):
         fm.align(model, model, x, data=3)
+
+
+def test_batch_correlation_is_the_published_formula():
+    generator = np.random.default_rng(fresh_seed())
+    batches = [(generator.normal(3, 1, (n, 5)), generator.normal(-1, 2, (n, 4))) for n in (9, 9, 3)]
+    moments = BatchPearson()
+    for a, b in batches:
+        moments.update(torch.from_numpy(a), torch.from_numpy(b))
+    expected = np.zeros((5, 4))
+    for i in range(5):
+        for j in range(4):
+            mean_a, mean_b = (np.mean([p[k][:, c].mean() for p in batches]) for k, c in ((0, i), (1, j)))
+            std_a, std_b = (np.mean([p[k][:, c].std(ddof=1) for p in batches]) for k, c in ((0, i), (1, j)))
+            product = np.mean([(a[:, i] * b[:, j]).mean() for a, b in batches])
+            expected[i, j] = (product - mean_a * mean_b) / (std_a * std_b + 1e-4)
+    np.testing.assert_allclose(moments.similarity().numpy(), expected, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="needs two samples; a batch gave 1"):
+        moments.update(torch.zeros(1, 5), torch.zeros(1, 4))
+    with pytest.raises(ValueError, match="no sample was read"):
+        BatchPearson().similarity()
+
+
+def test_batch_correlation_recovers_a_planted_permutation_in_one_read():
+    seed = fresh_seed()
+    model, x = trained("mlp", seed)
+    data, _ = digits()
+    data.size = 337  # equal batches
+    spec = fm.PermutationSpec.trace(model, x)
+    planted = fm.Alignment(spec.random(torch.Generator().manual_seed(seed)), spec)
+    permuted = planted.apply(model)
+    data.reads = 0
+    aligned = fm.align(model, permuted, x, data=data, similarity="batch-correlation").apply(permuted)
+    assert data.reads == 1
+    with torch.no_grad():
+        torch.testing.assert_close(aligned(data.inputs), model(data.inputs), rtol=1e-4, atol=1e-4)
+
+
+def test_data_that_is_no_loader_or_holds_nan():
+    model, x = build("mlp", 0)
+    with pytest.raises(TypeError, match="got one tensor"):
+        fm.align(model, model, x, data=x)
+    with pytest.raises(TypeError, match="got one pair of tensors"):
+        fm.align(model, model, x, data=(x, torch.zeros(len(x))))
+    with pytest.raises(ValueError, match="data: activations of group '0' hold NaN"):
+        fm.align(model, model, x, data=[torch.full((4, 12), float("nan"))])
+
+
+@pytest.mark.parametrize("name", ["mlp", "vgg", "resnet"])
+def test_sequential_matching_earns_what_one_read_earns(name):
+    # Permuting earlier layers leaves the function alone, so what later layers measure does not depend on it.
+    seed = fresh_seed()
+    (a, x), (b, _) = build(name, seed), build(name, seed + 1)
+    data = [torch.randn(32, *x.shape[1:], dtype=torch.float64)]
+    a, b = a.double(), b.double()
+    spec = fm.PermutationSpec.trace(a, x.double())
+    earned = 0.0
+    moved = b
+    for group in spec.groups:
+        found = match_activations(a, moved, spec.select([group]), data)
+        moved = fm.Alignment(found.permutations, spec.select([group])).apply(moved)
+        earned += found.objective[1]
+    assert match_activations(a, b, spec, data).objective[1] == pytest.approx(earned, rel=1e-9)

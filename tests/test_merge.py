@@ -51,3 +51,14 @@ def test_bad_input():
         fm.merge([model, nn.Sequential(nn.Linear(12, 30), *list(model)[1:])])
     with pytest.raises(TypeError, match=r"models\[1\]: expected a torch module or a state dict, got str"):
         fm.merge([model, "b"])  # type: ignore[list-item]
+
+
+def test_weights_that_do_not_sum_to_one_are_warned_of_and_nan_is_named():
+    model, _ = build("mlp", 0)
+    with pytest.warns(UserWarning, match="weights sum to 1.5, not one"):
+        fm.merge([model, model], weights=[0.5, 1.0])
+    broken, _ = build("mlp", 0)
+    with torch.no_grad():
+        broken[0].weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"models\[1\]: tensor '0.weight' holds 1 NaN"):
+        fm.merge([model, broken])

@@ -14,13 +14,18 @@ from torch import nn
 
 from fastmatch.assignment import linear_sum_assignment
 from fastmatch.batches import Forward, batches_of, default_forward, evaluating
+from fastmatch.matching.batch_pearson import BatchPearson
 from fastmatch.matching.weights import Matching
-from fastmatch.moments import SIMILARITIES, CrossMoments
+from fastmatch.moments import SIMILARITIES as POOLED
+from fastmatch.moments import CrossMoments
 from fastmatch.progress import progress_bar
 from fastmatch.spec import Axis, Permutations, PermutationSpec, Tap
 from fastmatch.spec.taps import TapReader
 
-__all__ = ["READ", "SEVERAL", "match_activations"]
+__all__ = ["READ", "SEVERAL", "SIMILARITIES", "match_activations", "similarities"]
+
+SIMILARITIES = (*POOLED, "batch-correlation")
+"""How alike two units are: of pooled moments, or as published (:class:`BatchPearson`)."""
 
 READ = ("after", "before")
 """Where activations are read: after or before the nonlinearity."""
@@ -47,7 +52,8 @@ def match_activations(
         model_a, model_b: modules of the traced architecture; A is the reference. Left as they are.
         spec: a traced spec (its taps say where to read).
         data: a loader of inputs or (inputs, targets); read once.
-        similarity: ``"correlation"`` (Pearson), ``"covariance"`` or ``"inner"`` product.
+        similarity: ``"correlation"`` (Pearson), ``"covariance"`` or ``"inner"`` product, pooled over all
+            samples; ``"batch-correlation"`` averages over batches as published code does.
         read: ``"after"`` or ``"before"`` the nonlinearity. A group that meets none is read where the next
             layer takes it in (after), or where its own layer puts it out (before).
         several: which reading counts where a group has several, see :data:`SEVERAL`.
@@ -63,6 +69,33 @@ def match_activations(
 
     Memory: per tap one n x n float64 matrix and one batch of activations.
     """
+    gains = similarities(
+        model_a, model_b, spec, data, similarity=similarity, read=read, several=several, forward=forward,
+        progress=progress,
+    )  # fmt: skip
+    permutations: Permutations = {}
+    before = after = 0.0
+    for name, gain in progress_bar(list(gains.items()), "assignment", show=progress):
+        col_ind = linear_sum_assignment(gain, maximize=True)[1]
+        before += float(gain.diagonal().sum())
+        after += float(gain.gather(1, col_ind[:, None]).sum())
+        permutations[name] = col_ind.cpu()
+    return Matching(permutations, "activations", (before, after), solves=len(spec.groups))
+
+
+def similarities(
+    model_a: nn.Module,
+    model_b: nn.Module,
+    spec: PermutationSpec,
+    data: Iterable[Any],
+    *,
+    similarity: str = "correlation",
+    read: str = "after",
+    several: str = "last",
+    forward: Forward = default_forward,
+    progress: bool | None = None,
+) -> dict[str, torch.Tensor]:
+    """Per group the (size, size) float64 similarity of A's units to B's; arguments of :func:`match_activations`."""
     for name, value, allowed in (
         ("similarity", similarity, SIMILARITIES),
         ("read", read, READ),
@@ -71,17 +104,25 @@ def match_activations(
         if value not in allowed:
             raise ValueError(f"{name}: expected one of {allowed}, got {value!r}")
     chosen = {group: choose_taps(spec, group, read, several) for group in spec.groups}
-    moments = _read_moments(model_a, model_b, spec, chosen, read, data, forward, progress)
-    permutations: Permutations = {}
-    before = after = 0.0
-    for name in progress_bar(list(spec.groups), "assignment", show=progress):
-        gain = sum(moments[tap].similarity(similarity) for tap in chosen[name])
-        assert isinstance(gain, torch.Tensor)
-        col_ind = linear_sum_assignment(gain, maximize=True)[1]
-        before += float(gain.diagonal().sum())
-        after += float(gain.gather(1, col_ind[:, None]).sum())
-        permutations[name] = col_ind.cpu()
-    return Matching(permutations, "activations", (before, after), solves=len(spec.groups))
+    taps = [t for found in chosen.values() for t in found]
+    moments: dict[Tap, CrossMoments | BatchPearson] = {
+        tap: BatchPearson() if similarity == "batch-correlation" else CrossMoments() for tap in taps
+    }
+    _read_moments(model_a, model_b, spec, moments, read, data, forward, progress)
+    gains: dict[str, torch.Tensor] = {}
+    for name in spec.groups:
+        gain = torch.stack([_similarity(moments[tap], similarity) for tap in chosen[name]]).sum(dim=0)
+        if not bool(torch.isfinite(gain).all()):
+            raise ValueError(
+                f"data: activations of group {name!r} hold NaN or infinity; look for them in the inputs, "
+                "or for overflow in the models"
+            )
+        gains[name] = gain
+    return gains
+
+
+def _similarity(moments: CrossMoments | BatchPearson, kind: str) -> torch.Tensor:
+    return moments.similarity() if isinstance(moments, BatchPearson) else moments.similarity(kind)
 
 
 def choose_taps(spec: PermutationSpec, group: str, read: str, several: str) -> list[Tap]:
@@ -105,14 +146,14 @@ def _read_moments(
     model_a: nn.Module,
     model_b: nn.Module,
     spec: PermutationSpec,
-    chosen: dict[str, list[Tap]],
+    moments: dict[Tap, CrossMoments | BatchPearson],
     read: str,
     data: Iterable[Any],
     forward: Forward,
     progress: bool | None,
-) -> dict[Tap, CrossMoments]:
-    taps = [t for found in chosen.values() for t in found]
-    moments = {tap: CrossMoments() for tap in taps}
+) -> None:
+    """One read of the data with both models; fills ``moments`` at its taps."""
+    taps = list(moments)
     rows_a: dict[Tap, torch.Tensor] = {}
 
     def keep(tap: Tap, tensor: torch.Tensor) -> None:
@@ -128,7 +169,6 @@ def _read_moments(
                 forward(model_a, batch)
             with TapReader(taps, pair, read=read):
                 forward(model_b, batch)
-    return moments
 
 
 def unit_rows(tensor: torch.Tensor, axis: Axis, size: int) -> torch.Tensor:

@@ -18,7 +18,7 @@ from fastmatch.progress import progress_bar
 from fastmatch.spec import Axis, Group, Permutations, PermutationSpec
 from fastmatch.states import State, check_spec
 
-__all__ = ["INCLUDE", "Matching", "match_weights", "objective"]
+__all__ = ["INCLUDE", "Matching", "match_weights", "objective", "weight_scale"]
 
 INCLUDE = ("weights", "affine", "statistics")
 """What enters the gain, each adding to the one before: matrices and kernels; biases, norm scales and
@@ -91,6 +91,7 @@ class _Problem:
     spec: PermutationSpec
     include: str
     permutations: Permutations
+    bonus: Mapping[str, torch.Tensor] = field(default_factory=dict)
     self_coupled: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -125,20 +126,30 @@ class _Problem:
         gain = torch.zeros(group.size, group.size, dtype=dtype, device=pairs[0][0].device)
         for rows_a, rows_b in pairs:
             gain.addmm_(rows_a.to(dtype), rows_b.to(dtype).T)
+        if group.name in self.bonus:
+            gain += self.bonus[group.name].to(gain)
         return gain
+
+    def bonus_of(self, name: str, permutation: torch.Tensor) -> float:
+        """What the permutation of one group earns beside the weights."""
+        if name not in self.bonus:
+            return 0.0
+        matrix = self.bonus[name]
+        return float(matrix.double().gather(1, permutation.to(matrix.device)[:, None]).sum())
 
     def improvement(
         self, group: Group, pairs: list[tuple[torch.Tensor, torch.Tensor]], new: torch.Tensor
     ) -> float:
         """What the objective gains by moving ``group`` to ``new``, exact to float64 rounding."""
         old = self.permutations[group.name]
+        earned = self.bonus_of(group.name, new) - self.bonus_of(group.name, old)
         if group.name in self.self_coupled:
             # Both axes of one tensor move with this group: the gain matrix is only a linearisation.
             names = sorted({axis.parameter for axis in self.axes(group)})
             moved = {**self.permutations, group.name: new}
-            return sum(self._inner(n, moved) - self._inner(n, self.permutations) for n in names)
+            return earned + sum(self._inner(n, moved) - self._inner(n, self.permutations) for n in names)
         # Only the rows that move, in float64: float32 gains alone could promise progress that is rounding.
-        total = 0.0
+        total = earned
         for rows in torch.nonzero(new != old).flatten().split(CHUNK):
             for a, b in pairs:
                 step = b[new[rows]].double().sub_(b[old[rows]])
@@ -160,6 +171,7 @@ def match_weights(
     max_sweeps: int = 100,
     tolerance: float = 1e-12,
     include: str = "affine",
+    bonus: Mapping[str, torch.Tensor] | None = None,
     progress: bool | None = None,
 ) -> Matching:
     """Finds the permutations of B's hidden units under which its weights are closest to A's.
@@ -177,6 +189,8 @@ def match_weights(
         max_sweeps: give up after so many.
         tolerance: least progress, relative to the product of the norms of A's and B's parameters.
         include: what enters the gain, see :data:`INCLUDE`.
+        bonus: group name -> (size, size) matrix added to the group's gain and, over its matched units, to
+            the objective.
         progress: show a bar; None shows it on a terminal.
 
     Returns:
@@ -198,11 +212,12 @@ def match_weights(
         raise ValueError(f"tolerance: expected a number of at least 0, got {tolerance}")
     check_spec(spec, a, "model_a")
     check_spec(spec, b, "model_b")
-    problem = _Problem(a, b, spec, include, check_permutations(start or {}, spec, "start"))
+    problem = _Problem(a, b, spec, include, check_permutations(start or {}, spec, "start"), bonus or {})
     names = list(spec.groups)
-    threshold = tolerance * _scale(problem)
+    threshold = tolerance * weight_scale(a, b, spec, include)
     generator = np.random.default_rng(seed)
     current = objective(a, b, spec, problem.permutations, include)
+    current += sum(problem.bonus_of(name, perm) for name, perm in problem.permutations.items())
     trace = [current]
     stale = set(names)
     solved: dict[str, Assignment] = {}
@@ -241,10 +256,11 @@ def match_weights(
     )
 
 
-def _scale(problem: _Problem) -> float:
+def weight_scale(a: State, b: State, spec: PermutationSpec, include: str) -> float:
     """Norm of A's times norm of B's parameters in the objective: the largest value it could take."""
+    problem = _Problem(a, b, spec, include, spec.identity())
     squares = [0.0, 0.0]
-    for name in {x.parameter for g in problem.spec.groups.values() for x in problem.axes(g)}:
-        for k, state in enumerate((problem.a, problem.b)):
+    for name in {x.parameter for g in spec.groups.values() for x in problem.axes(g)}:
+        for k, state in enumerate((a, b)):
             squares[k] += float(state[name].double().square().sum())
     return (squares[0] * squares[1]) ** 0.5

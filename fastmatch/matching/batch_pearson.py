@@ -1,0 +1,52 @@
+"""The correlation that published activation matching computes, for comparison with pooled moments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["BatchPearson"]
+
+
+@dataclass
+class BatchPearson:
+    """Pearson correlation from averages over batches (the code of Jordan et al. 2022 and its descendants).
+
+    Means and mean products of batches count equally, however short; the standard deviation is the mean of
+    the batches' own (corrected ones), and ``1e-4`` is added to the product of the two. All in float64.
+    """
+
+    batches: int = 0
+    _mean: tuple[torch.Tensor, ...] = ()
+    _std: tuple[torch.Tensor, ...] = ()
+    _cross: torch.Tensor | None = None
+
+    def update(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Adds one batch: ``a`` (samples, n), ``b`` (samples, m), the same samples, two at least."""
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[0]:
+            raise ValueError(f"a, b: expected two matrices of equally many rows, got {a.shape} and {b.shape}")
+        if a.shape[0] < 2:
+            raise ValueError(
+                "data: similarity 'batch-correlation' takes a standard deviation within each batch, which needs "
+                f"two samples; a batch gave {a.shape[0]}"
+            )
+        pair = a.double(), b.double().to(a.device)
+        means = tuple(x.mean(dim=0) for x in pair)
+        stds = tuple(x.std(dim=0) for x in pair)
+        cross = pair[0].T @ pair[1] / a.shape[0]
+        self.batches += 1
+        if self._cross is None:
+            self._mean, self._std, self._cross = means, stds, cross
+            return
+        share = 1.0 / self.batches
+        self._mean = tuple(torch.lerp(old, new, share) for old, new in zip(self._mean, means, strict=True))
+        self._std = tuple(torch.lerp(old, new, share) for old, new in zip(self._std, stds, strict=True))
+        self._cross.lerp_(cross, share)
+
+    def similarity(self) -> torch.Tensor:
+        """(n, m) float64."""
+        if self._cross is None:
+            raise ValueError("moments: no sample was read")
+        covariance = self._cross - torch.outer(*self._mean)
+        return covariance / (torch.outer(*self._std) + 1e-4)
