@@ -57,7 +57,9 @@ def make(folder: Path, shape: tuple[int, int, int, int], seed: int) -> int:
     weight_map, total = {}, 0
     for k, names in enumerate(listed):
         file = f"model-{k + 1:05d}-of-{len(listed):05d}.safetensors"
-        tensors = {n: torch.empty(s, dtype=torch.bfloat16).normal_(generator=generator) for n, s in names.items()}
+        tensors = {
+            n: torch.empty(s, dtype=torch.bfloat16).normal_(generator=generator) for n, s in names.items()
+        }
         save_file(tensors, folder / file)
         weight_map |= dict.fromkeys(names, file)
         total += sum(t.nbytes for t in tensors.values())
@@ -160,7 +162,9 @@ def main() -> None:
     root.add_argument("--hidden", type=int, default=2048)
     root.add_argument("--width", type=int, default=5504)
     root.add_argument("--vocabulary", type=int, default=32000)
-    root.add_argument("--groups", type=int, help="plant and match only so many MLPs; every group where left out")
+    root.add_argument(
+        "--groups", type=int, help="plant and match only so many MLPs; every group where left out"
+    )
     root.add_argument("--dir", type=Path, default=Path("/tmp/fastmatch-bench"))
     root.add_argument("--out", type=Path)
     root.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)

@@ -26,7 +26,9 @@ def _dtype(name: str | None) -> torch.dtype | None:
 def align_directories(args: argparse.Namespace) -> None:
     """Aligns two directories tensor by tensor."""
     if not (Path(args.a).is_dir() and Path(args.b).is_dir()):
-        raise ValueError(f"--model: needed unless both {args.a} and {args.b} are directories with a config.json")
+        raise ValueError(
+            f"--model: needed unless both {args.a} and {args.b} are directories with a config.json"
+        )
     spec: PermutationSpec | None = None
     if args.model is not None:
         from fastmatch.cli import build_model, example_from

@@ -145,17 +145,23 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         shards: dict[str, dict[str, Entry]] = {}
         for name, shard in weight_map.items():
             if not isinstance(shard, str) or Path(shard).name != shard:
-                raise ValueError(f"{index}: tensor {name!r} is said to lie in {shard!r}, which is no file name")
+                raise ValueError(
+                    f"{index}: tensor {name!r} is said to lie in {shard!r}, which is no file name"
+                )
             if shard not in shards:
                 if not (self.path / shard).is_file():
                     raise FileNotFoundError(f"{index}: names {shard} for tensor {name!r}, which is not there")
                 shards[shard] = read_header(self.path / shard)
             if name not in shards[shard]:
-                raise ValueError(f"{self.path / shard}: holds no tensor {name!r}, which the index says it does")
+                raise ValueError(
+                    f"{self.path / shard}: holds no tensor {name!r}, which the index says it does"
+                )
         for shard, entries in shards.items():
             for name in entries:
                 if weight_map.get(name) != shard:
-                    raise ValueError(f"{self.path / shard}: holds tensor {name!r}, which the index does not name")
+                    raise ValueError(
+                        f"{self.path / shard}: holds tensor {name!r}, which the index does not name"
+                    )
             self._entries.update(entries)
         return [self.path / shard for shard in shards]
 

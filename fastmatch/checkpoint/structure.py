@@ -92,7 +92,9 @@ def config_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
         size = getattr(config, "image_size", 64)
         height, width = (size, size) if isinstance(size, int) else size
         return {main: torch.randn(BATCH, config.num_channels, height, width, generator=generator)}
-    raise ValueError(f"{CONFIG}: no example inputs are known for {type(model).__name__} ({main}); give a spec")
+    raise ValueError(
+        f"{CONFIG}: no example inputs are known for {type(model).__name__} ({main}); give a spec"
+    )
 
 
 def _fill(model: nn.Module) -> None:
@@ -147,4 +149,6 @@ def bind(spec: PermutationSpec, state: State, argument: str) -> PermutationSpec:
                 raise ValueError(f"{argument}: has no tensor {axis.parameter!r}, which its config asks for")
         groups[group.name] = replace(group, axes=kept)
     shapes = {name: shape for name, shape in spec.shapes.items() if name in state}
-    return replace(spec, groups=groups, shapes=shapes, pins=tuple(p for p in spec.pins if p.parameter in shapes))
+    return replace(
+        spec, groups=groups, shapes=shapes, pins=tuple(p for p in spec.pins if p.parameter in shapes)
+    )

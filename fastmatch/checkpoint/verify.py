@@ -29,7 +29,9 @@ class _Wide(TorchFunctionMode):
         def widen(value: Any) -> Any:
             return torch.float64 if value is torch.float32 else value
 
-        if not any(isinstance(x, torch.Tensor) for x in args):  # a new tensor, such as one to read a file into
+        if not any(
+            isinstance(x, torch.Tensor) for x in args
+        ):  # a new tensor, such as one to read a file into
             return func(*args, **(kwargs or {}))
         func = torch.Tensor.double if func is torch.Tensor.float else func
         return func(*map(widen, args), **{k: widen(v) for k, v in (kwargs or {}).items()})

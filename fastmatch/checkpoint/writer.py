@@ -17,7 +17,16 @@ from fastmatch.files import TORCH_SUFFIXES, check_target, save_state, writing
 
 __all__ = ["write_like"]
 
-WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".h5", ".msgpack")
+WEIGHTS = (
+    ".safetensors",
+    ".safetensors.index.json",
+    ".bin",
+    ".bin.index.json",
+    ".pt",
+    ".pth",
+    ".h5",
+    ".msgpack",
+)
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 

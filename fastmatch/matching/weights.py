@@ -90,9 +90,7 @@ def _inner(a: torch.Tensor, b: torch.Tensor) -> float:
     return sum(float(torch.dot(x.double(), y.to(x.device).double())) for x, y in pieces)
 
 
-def _pieces(
-    a: torch.Tensor, b: torch.Tensor, axis: Axis
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _pieces(a: torch.Tensor, b: torch.Tensor, axis: Axis) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Both tensors cut alike across their longest dimension but the axis's own."""
     others = [d for d in range(a.ndim) if d != axis.dim]
     if not others or a.numel() <= BLOCK:
