@@ -64,7 +64,7 @@ def align_checkpoints(
     """Aligns checkpoint ``b`` to ``a`` without holding either, and writes it to ``out``.
 
     Example:
-        >>> alignment = fm.checkpoint.align_checkpoints("model-a", "model-b", "model-b-aligned")
+        >>> alignment = align_checkpoints("model-a", "model-b", "model-b-aligned")
 
     Args:
         a, b: Hugging Face directories (config.json; model.safetensors or shards with an index), or single

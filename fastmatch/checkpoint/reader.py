@@ -117,7 +117,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
         if not tensor.numel():
             return tensor
-        buffer = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        buffer = tensor.reshape(-1).view(torch.uint8).numpy().data
         try:
             with entry.file.open("rb", buffering=0) as file:
                 file.seek(entry.begin)

@@ -61,7 +61,7 @@ def build_empty(directory: str | Path) -> nn.Module:
     names = read_json(path).get("architectures") or []
     try:
         config = transformers.AutoConfig.from_pretrained(str(directory), local_files_only=True)
-        kind = getattr(transformers, names[0], None) if names else transformers.AutoModel
+        kind: Any = getattr(transformers, names[0], None) if names else transformers.AutoModel
         if kind is None:
             raise ValueError(f"transformers has no class {names[0]!r}")
         build = kind.from_config if kind is transformers.AutoModel else kind._from_config
@@ -116,7 +116,7 @@ def trace_config(directory: str | Path) -> PermutationSpec:
     """The spec of the model that a Hugging Face directory's config.json describes; no weight is read.
 
     Example:
-        >>> spec = fm.checkpoint.trace_config("Llama-3-8B")
+        >>> spec = trace_config("Llama-3-8B")
 
     Raises:
         ImportError, FileNotFoundError, ValueError: see :func:`build_empty`.

@@ -58,7 +58,7 @@ def verify_checkpoints(
     """Runs both checkpoints on the same random inputs and compares every output.
 
     Example:
-        >>> fm.checkpoint.verify_checkpoints("model-b", "model-b-aligned")
+        >>> verify_checkpoints("model-b", "model-b-aligned")
 
     Args:
         a, b: directories or files with the same tensors.

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 
 import torch
@@ -118,16 +119,16 @@ def _write_file(
                 if tensor.shape != source.headers[name].shape:
                     raise AssertionError(f"{current} changed its shape")
                 if tensor.numel():
-                    _write_all(file, memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+                    _write_all(file, tensor.reshape(-1).view(torch.uint8).numpy().data)
             os.fsync(file.fileno())
         except OSError as error:
             message = f"{current} could not be written ({error.strerror}); nothing was kept"
             raise OSError(error.errno, message, str(final)) from error
 
 
-def _write_all(file: object, data: memoryview) -> None:
+def _write_all(file: FileIO, data: memoryview) -> None:
     while len(data):
-        data = data[file.write(data) :]  # type: ignore[attr-defined]
+        data = data[file.write(data) :]
 
 
 @contextmanager
