@@ -1,4 +1,4 @@
-"""The command line: ``fastmatch align``, ``inspect``, ``renormalize``, ``curve``, ``demo``, ``study``."""
+"""The command line: ``fastmatch align``, ``verify``, ``inspect``, ``renormalize``, ``curve``, ``demo``, ``study``."""
 
 from __future__ import annotations
 
@@ -66,7 +66,12 @@ def example_from(shape: str | None, built: Any) -> Any:
 
 
 def align_command(args: argparse.Namespace) -> None:
-    """Aligns two files and writes the second one aligned, or the merge of both."""
+    """Aligns two checkpoints and writes the second one aligned, or the merge of both."""
+    if args.model is None or any(Path(path).is_dir() for path in (args.a, args.b)):
+        from fastmatch.checkpoint.commands import align_directories
+
+        align_directories(args)
+        return
     import copy
 
     from fastmatch.align import Alignment, align
@@ -123,6 +128,17 @@ def align_command(args: argparse.Namespace) -> None:
     )
     if not matching.converged:
         print(f"not converged after {matching.sweeps} sweeps: raise --max-sweeps to go on", file=sys.stderr)
+
+
+def verify_command(args: argparse.Namespace) -> None:
+    """Runs two checkpoints on the same random inputs and compares their outputs."""
+    from fastmatch.checkpoint.commands import verify_paths
+
+    model, example = None, None
+    if args.model is not None:
+        model, built = build_model(args.model)
+        example = example_from(args.input_shape, built)
+    verify_paths(args, model, example)
 
 
 def inspect_command(args: argparse.Namespace) -> None:
@@ -197,11 +213,17 @@ def parser() -> argparse.ArgumentParser:
     commands = root.add_subparsers(dest="command", required=True)
 
     command = commands.add_parser("align", help="align checkpoint B to checkpoint A by weights")
-    command.add_argument("a", help="reference: .safetensors, or a torch file of tensors")
+    command.add_argument(
+        "a", help="reference: .safetensors, a torch file of tensors, or a Hugging Face directory"
+    )
     command.add_argument("b", help="the checkpoint to permute")
-    command.add_argument("--model", required=True, help="module:callable that builds the network")
+    command.add_argument(
+        "--model", help="module:callable that builds the network; a directory's config.json needs none"
+    )
     command.add_argument("--input-shape", help="shape of an example input, such as 2,3,32,32")
-    command.add_argument("--out", required=True, help="file to write: .safetensors, .pt, .pth or .bin")
+    command.add_argument(
+        "--out", required=True, help="what to write: .safetensors, .pt, .pth or .bin, or a directory"
+    )
     command.add_argument(
         "--merge", type=float, metavar="W", help="write (1 - W) A + W B instead of aligned B"
     )
@@ -214,7 +236,21 @@ def parser() -> argparse.ArgumentParser:
         "--no-verify", action="store_true", help="do not prove that B's function is unchanged"
     )
     command.add_argument("--force", action="store_true", help="replace output files that exist")
+    command.add_argument("--dtype", help="directories: write in this type, such as bfloat16")
+    command.add_argument("--device", default="cpu", help="directories: where gains are computed")
+    command.add_argument(
+        "--resume", action="store_true", help="directories: go on from the journal of a killed run"
+    )
     command.set_defaults(run=align_command)
+
+    command = commands.add_parser("verify", help="prove that two checkpoints are the same function")
+    command.add_argument("a", help="a Hugging Face directory, or a file (then with --model)")
+    command.add_argument("b", help="the other one")
+    command.add_argument("--model", help="module:callable that builds the network")
+    command.add_argument("--input-shape", help="shape of an example input, such as 2,3,32,32")
+    command.add_argument("--dtype", default="float64", help="type to compute in")
+    command.add_argument("--tolerance", type=float, default=1e-9, help="largest relative difference")
+    command.set_defaults(run=verify_command)
 
     command = commands.add_parser("inspect", help="print a network's permutation groups and pinned axes")
     command.add_argument("--model", required=True, help="module:callable that builds the network")

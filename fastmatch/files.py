@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,8 +70,12 @@ def writing(path: str | Path, *, force: bool = False) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def load_state(path: str | Path) -> dict[str, torch.Tensor]:
+def load_state(path: str | Path, *, mmap: bool = False) -> dict[str, torch.Tensor]:
     """The state dict in a .safetensors file, or in a torch file read with ``weights_only``.
+
+    Args:
+        path: the file.
+        mmap: map a torch file into memory instead of reading it; files of torch's old format are read.
 
     Raises:
         ValueError: the file is not of these formats, is truncated, or holds no state dict.
@@ -85,7 +90,8 @@ def load_state(path: str | Path) -> dict[str, torch.Tensor]:
         except SafetensorError as error:
             raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
+        mapped = mmap and zipfile.is_zipfile(path)
+        data = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises many kinds for a damaged or unsafe pickle
         raise ValueError(f"{path}: not a torch file that weights_only can read ({error})") from error
     if isinstance(data, Mapping) and isinstance(data.get("state_dict"), Mapping):

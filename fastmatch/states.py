@@ -10,7 +10,7 @@ from torch import nn
 
 from fastmatch.spec import PermutationSpec
 
-__all__ = ["State", "check_finite", "check_same_architecture", "check_spec", "state_of"]
+__all__ = ["State", "check_finite", "check_same_architecture", "check_spec", "headers_of", "state_of"]
 
 State: TypeAlias = Mapping[str, torch.Tensor]
 
@@ -32,6 +32,11 @@ def state_of(model: nn.Module | State, argument: str) -> dict[str, torch.Tensor]
     if not state:
         raise ValueError(f"{argument}: has no parameters or buffers")
     return state
+
+
+def headers_of(state: State) -> State:
+    """What shapes and types are read from: a state that lies on disk has ``headers`` without values."""
+    return getattr(state, "headers", state)
 
 
 def check_same_architecture(a: State, b: State, name_a: str = "model_a", name_b: str = "model_b") -> None:

@@ -7,7 +7,7 @@ held, it is linear in the permutation: a gain matrix, the sum over the group's (
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +16,7 @@ from fastmatch.assignment import Assignment, solve
 from fastmatch.permute import check_permutations, permute_tensor
 from fastmatch.progress import progress_bar
 from fastmatch.spec import Axis, Group, Permutations, PermutationSpec
-from fastmatch.states import State, check_spec
+from fastmatch.states import State, check_spec, headers_of
 
 __all__ = ["INCLUDE", "Matching", "match_weights", "objective", "weight_scale"]
 
@@ -26,6 +26,9 @@ shifts (Git Re-Basin's choice); running statistics of batch norm (some published
 
 CHUNK = 64
 """Rows at a time in float64, so that the copies stay in the processor's cache."""
+
+BLOCK = 1 << 23
+"""Numbers of a streamed tensor in one piece: its float32 or float64 copies stay small beside it."""
 
 RUNNING_STATISTICS = ("running_mean", "running_var")
 
@@ -74,12 +77,41 @@ def _rows(tensor: torch.Tensor, axis: Axis, size: int, dtype: torch.dtype) -> to
 
 def objective(a: State, b: State, spec: PermutationSpec, permutations: Permutations, include: str) -> float:
     """Inner product of A's and the permuted B's parameters that the spec moves, in float64."""
-    total = 0.0
+    total, headers = 0.0, headers_of(a)
     for name in {axis.parameter for g in spec.groups.values() for axis in g.axes}:
-        if included(name, a[name], include):
-            moved = permute_tensor(b[name], name, spec, permutations)
-            total += float((a[name].double() * moved.double()).sum())
+        if included(name, headers[name], include):
+            total += _inner(a[name], permute_tensor(b[name], name, spec, permutations))
     return total
+
+
+def _inner(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Inner product in float64, piece by piece."""
+    pieces = zip(a.reshape(-1).split(BLOCK), b.reshape(-1).split(BLOCK), strict=True)
+    return sum(float(torch.dot(x.double(), y.to(x.device).double())) for x, y in pieces)
+
+
+def _pieces(a: torch.Tensor, b: torch.Tensor, axis: Axis) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Both tensors cut alike across their longest dimension but the axis's own."""
+    others = [d for d in range(a.ndim) if d != axis.dim]
+    if not others or a.numel() <= BLOCK:
+        yield a, b
+        return
+    dim = max(others, key=lambda d: a.shape[d])
+    step = max(1, BLOCK * a.shape[dim] // a.numel())
+    yield from zip(a.split(step, dim), b.split(step, dim), strict=True)
+
+
+class _Streamed:
+    """A group's pairs of rows, read and permuted afresh each time they are gone through."""
+
+    def __init__(self, problem: _Problem, group: Group) -> None:
+        self.problem, self.group = problem, group
+
+    def __bool__(self) -> bool:
+        return bool(self.problem.axes(self.group))
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return self.problem.pairs(self.group, streamed=True)
 
 
 @dataclass
@@ -92,6 +124,7 @@ class _Problem:
     include: str
     permutations: Permutations
     bonus: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    streamed: bool = False
     self_coupled: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -101,31 +134,36 @@ class _Problem:
                 self.self_coupled.add(group.name)
 
     def axes(self, group: Group) -> list[Axis]:
-        return [x for x in group.axes if included(x.parameter, self.a[x.parameter], self.include)]
+        headers = headers_of(self.a)
+        return [x for x in group.axes if included(x.parameter, headers[x.parameter], self.include)]
 
-    def rows(self, group: Group) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def rows(self, group: Group) -> Collection[tuple[torch.Tensor, torch.Tensor]] | _Streamed:
+        """The group's pairs of rows: held, or read again at every use where the networks are streamed."""
+        return _Streamed(self, group) if self.streamed else list(self.pairs(group))
+
+    def pairs(self, group: Group, *, streamed: bool = False) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Per axis the (n, features) matrices of A and B, B's other axes permuted; vectors joined in one."""
-        pairs, vectors_a, vectors_b = [], [], []
+        vectors_a, vectors_b = [], []
         for axis in self.axes(group):
             a, b = self.a[axis.parameter], self.b[axis.parameter]
             dtype = torch.float64 if a.dtype == b.dtype == torch.float64 else torch.float32
             b = permute_tensor(b, axis.parameter, self.spec, self.permutations, skip=axis)
-            rows_a = _rows(a, axis, group.size, dtype)
-            rows_b = _rows(b, axis, group.size, dtype).to(rows_a.device)
-            if rows_a.shape[1] == 1:
-                vectors_a.append(rows_a)
-                vectors_b.append(rows_b)
-            else:
-                pairs.append((rows_a, rows_b))
+            for part_a, part_b in _pieces(a, b, axis) if streamed else [(a, b)]:
+                rows_a = _rows(part_a, axis, group.size, dtype)
+                rows_b = _rows(part_b, axis, group.size, dtype).to(rows_a.device)
+                if rows_a.shape[1] == 1:
+                    vectors_a.append(rows_a)
+                    vectors_b.append(rows_b)
+                else:
+                    yield rows_a, rows_b
         if vectors_a:
-            pairs.append((torch.cat(vectors_a, dim=1), torch.cat(vectors_b, dim=1)))
-        return pairs
+            yield torch.cat(vectors_a, dim=1), torch.cat(vectors_b, dim=1)
 
-    def gain_of(self, group: Group, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-        dtype = torch.promote_types(pairs[0][0].dtype, pairs[-1][0].dtype)
-        gain = torch.zeros(group.size, group.size, dtype=dtype, device=pairs[0][0].device)
+    def gain_of(self, group: Group, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+        gain = torch.zeros(group.size, group.size)
         for rows_a, rows_b in pairs:
-            gain.addmm_(rows_a.to(dtype), rows_b.to(dtype).T)
+            gain = gain.to(device=rows_a.device, dtype=torch.promote_types(gain.dtype, rows_a.dtype))
+            gain.addmm_(rows_a.to(gain.dtype), rows_b.to(gain.dtype).T)
         if group.name in self.bonus:
             gain += self.bonus[group.name].to(gain)
         return gain
@@ -138,7 +176,7 @@ class _Problem:
         return float(matrix.double().gather(1, permutation.to(matrix.device)[:, None]).sum())
 
     def improvement(
-        self, group: Group, pairs: list[tuple[torch.Tensor, torch.Tensor]], new: torch.Tensor
+        self, group: Group, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], new: torch.Tensor
     ) -> float:
         """What the objective gains by moving ``group`` to ``new``, exact to float64 rounding."""
         old = self.permutations[group.name]
@@ -150,15 +188,17 @@ class _Problem:
             return earned + sum(self._inner(n, moved) - self._inner(n, self.permutations) for n in names)
         # Only the rows that move, in float64: float32 gains alone could promise progress that is rounding.
         total = earned
-        for rows in torch.nonzero(new != old).flatten().split(CHUNK):
-            for a, b in pairs:
+        moving = torch.nonzero(new != old).flatten()
+        if not len(moving):  # nothing to read again
+            return total
+        for a, b in pairs:
+            for rows in moving.split(CHUNK):
                 step = b[new[rows]].double().sub_(b[old[rows]])
                 total += float(torch.linalg.vecdot(a[rows].double(), step).sum())
         return total
 
     def _inner(self, name: str, permutations: Permutations) -> float:
-        moved = permute_tensor(self.b[name], name, self.spec, permutations)
-        return float((self.a[name].double() * moved.double()).sum())
+        return _inner(self.a[name], permute_tensor(self.b[name], name, self.spec, permutations))
 
 
 def match_weights(
@@ -173,6 +213,9 @@ def match_weights(
     include: str = "affine",
     bonus: Mapping[str, torch.Tensor] | None = None,
     progress: bool | None = None,
+    streamed: bool = False,
+    stale: Collection[str] | None = None,
+    on_solve: Callable[[str, Permutations, set[str]], None] | None = None,
 ) -> Matching:
     """Finds the permutations of B's hidden units under which its weights are closest to A's.
 
@@ -192,6 +235,10 @@ def match_weights(
         bonus: group name -> (size, size) matrix added to the group's gain and, over its matched units, to
             the objective.
         progress: show a bar; None shows it on a terminal.
+        streamed: read a group's tensors again at each use, one at a time and in pieces, instead of holding
+            them: for states that lie on disk.
+        stale: the groups to solve at first, with ``start`` of an interrupted run; all where left out.
+        on_solve: called after each solve with the group's name, all permutations and the groups still stale.
 
     Returns:
         A :class:`Matching`; ``objective`` has one entry before the first sweep and one after each.
@@ -210,16 +257,17 @@ def match_weights(
         raise ValueError(f"max_sweeps: expected at least 1, got {max_sweeps}")
     if not tolerance >= 0:
         raise ValueError(f"tolerance: expected a number of at least 0, got {tolerance}")
-    check_spec(spec, a, "model_a")
-    check_spec(spec, b, "model_b")
-    problem = _Problem(a, b, spec, include, check_permutations(start or {}, spec, "start"), bonus or {})
+    check_spec(spec, headers_of(a), "model_a")
+    check_spec(spec, headers_of(b), "model_b")
+    start = check_permutations(start or {}, spec, "start")
+    problem = _Problem(a, b, spec, include, start, bonus or {}, streamed)
     names = list(spec.groups)
     threshold = tolerance * weight_scale(a, b, spec, include)
     generator = np.random.default_rng(seed)
     current = objective(a, b, spec, problem.permutations, include)
     current += sum(problem.bonus_of(name, perm) for name, perm in problem.permutations.items())
     trace = [current]
-    stale = set(names)
+    stale = set(names if stale is None else stale)
     solved: dict[str, Assignment] = {}
     solves = skipped = sweeps = 0
     while stale and sweeps < max_sweeps:
@@ -243,6 +291,8 @@ def match_weights(
                 stale |= spec.neighbours(name)
                 if name in problem.self_coupled:
                     stale.add(name)
+            if on_solve is not None:
+                on_solve(name, problem.permutations, stale)
         sweeps += 1
         trace.append(current)
     return Matching(
@@ -262,5 +312,6 @@ def weight_scale(a: State, b: State, spec: PermutationSpec, include: str) -> flo
     squares = [0.0, 0.0]
     for name in {x.parameter for g in spec.groups.values() for x in problem.axes(g)}:
         for k, state in enumerate((a, b)):
-            squares[k] += float(state[name].double().square().sum())
+            tensor = state[name]
+            squares[k] += _inner(tensor, tensor)
     return (squares[0] * squares[1]) ** 0.5

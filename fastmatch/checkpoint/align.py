@@ -1,0 +1,120 @@
+"""Alignment of checkpoints on disk: weight matching over lazily read tensors, then one streamed write."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastmatch.align import Alignment
+from fastmatch.checkpoint.journal import Journal, fingerprint
+from fastmatch.checkpoint.reader import Checkpoint
+from fastmatch.checkpoint.structure import bind, trace_config
+from fastmatch.checkpoint.writer import write_like
+from fastmatch.files import check_target
+from fastmatch.matching.weights import match_weights
+from fastmatch.merge import merge_states
+from fastmatch.permute import permute_tensor
+from fastmatch.spec import PermutationSpec
+from fastmatch.states import check_finite, check_same_architecture
+
+__all__ = ["align_checkpoints", "journal_path"]
+
+
+def journal_path(out: str | Path) -> Path:
+    """Where the journal of a run that writes ``out`` lies: beside it."""
+    out = Path(out)
+    return out.parent / f".{out.name}.journal"
+
+
+@dataclass(frozen=True)
+class _Output:
+    """Gives the tensors to write: B's aligned, or merged with A's, each named in its errors."""
+
+    a: Checkpoint
+    b: Checkpoint
+    alignment: Alignment
+    weight: float | None
+
+    def __call__(self, name: str) -> torch.Tensor:
+        moved = permute_tensor(self.b[name], name, self.alignment.spec, self.alignment.permutations)
+        if self.weight is None:
+            return moved
+        return merge_states([{name: self.a[name]}, {name: moved}], [1 - self.weight, self.weight])[name]
+
+
+def align_checkpoints(
+    a: str | Path,
+    b: str | Path,
+    out: str | Path,
+    *,
+    spec: PermutationSpec | None = None,
+    groups: list[str] | None = None,
+    merge: float | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    resume: bool = False,
+    seed: int = 0,
+    max_sweeps: int = 100,
+    include: str = "affine",
+    progress: bool | None = None,
+    force: bool = False,
+) -> Alignment:
+    """Aligns checkpoint ``b`` to ``a`` without holding either, and writes it to ``out``.
+
+    Example:
+        >>> alignment = align_checkpoints("model-a", "model-b", "model-b-aligned")
+
+    Args:
+        a, b: Hugging Face directories (config.json; model.safetensors or shards with an index), or single
+            .safetensors or torch files of the same architecture. A is the reference.
+        out: a directory for a directory, a file for a file; same shards, config and tokenizer copied from B.
+        spec: which axes move together; traced from A's config.json where left out.
+        groups: names of the groups to match; all where left out.
+        merge: write ``(1 - merge) A + merge B`` instead of aligned B.
+        dtype: element type to write floating point tensors in; their own where left out.
+        device: where the gains are computed.
+        resume: go on from the journal of a killed run with the same files and settings. The journal lies
+            beside ``out`` and is removed when the output is complete.
+        seed, max_sweeps, include, progress: see :func:`fastmatch.matching.weights.match_weights`.
+        force: replace an output that exists.
+
+    Returns:
+        The :class:`fastmatch.Alignment`, as matched.
+
+    Raises:
+        ValueError, OSError: a file is damaged, missing or cannot be written, or A and B differ; file and
+            tensor are named, and nothing is left half-written.
+
+    Cost: each solve reads the group's tensors once for the gains and, where units move, once more to prove
+    progress in float64; memory is one tensor of A and of B with copies of B's, the gain matrix and the solver's.
+    """
+    first, second = Checkpoint(a, device), Checkpoint(b, device)
+    if Path(a).is_dir() != Path(b).is_dir():
+        raise ValueError(f"{b}: expected a {'directory' if Path(a).is_dir() else 'file'}, like {a}")
+    check_target(out, force=force)
+    if Path(out).resolve() in (Path(a).resolve(), Path(b).resolve()):
+        raise ValueError(f"out: {out} is one of the inputs; choose another path")
+    check_same_architecture(first.headers, second.headers, str(a), str(b))
+    if spec is None:
+        if not Path(a).is_dir():
+            raise ValueError(f"spec: needed, since {a} has no config.json beside it to trace")
+        spec = trace_config(a)
+    spec = bind(spec, first.headers, str(a))
+    if groups is not None:
+        spec = spec.select(groups)
+    if not spec.groups:
+        raise ValueError(f"{a}: nothing in it can be permuted")
+    for checkpoint in (first, second):
+        check_finite(checkpoint, str(checkpoint.path))
+    key = fingerprint(first, second, spec, seed=seed, include=include)
+    journal = Journal(journal_path(out), key, spec, resume=resume)
+    matching = match_weights(
+        first, second, spec, start=journal.permutations, stale=journal.stale, on_solve=journal.add,
+        seed=seed, max_sweeps=max_sweeps, include=include, progress=progress, streamed=True,
+    )  # fmt: skip
+    alignment = Alignment(matching.permutations, spec, matching)
+    write_like(second, out, _Output(first, second, alignment, merge), dtype=dtype, force=force)
+    journal.remove()
+    return alignment
