@@ -7,7 +7,7 @@ held, it is linear in the permutation: a gain matrix, the sum over the group's (
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -157,6 +157,7 @@ def match_weights(
     *,
     start: Mapping[str, torch.Tensor] | None = None,
     seed: int = 0,
+    orders: Iterator[Sequence[int]] | None = None,
     max_sweeps: int = 100,
     tolerance: float = 1e-12,
     include: str = "affine",
@@ -174,6 +175,7 @@ def match_weights(
         spec: which axes move together.
         start: permutations to start from; the identity where left out.
         seed: of the order of groups: ``numpy.random.default_rng(seed).permutation(n_groups)`` per sweep.
+        orders: yields the order of groups of every sweep, instead of the seed.
         max_sweeps: give up after so many.
         tolerance: least progress, relative to the product of the norms of A's and B's parameters.
         include: what enters the gain, see :data:`INCLUDE`.
@@ -202,13 +204,14 @@ def match_weights(
     names = list(spec.groups)
     threshold = tolerance * _scale(problem)
     generator = np.random.default_rng(seed)
+    orders = orders or (generator.permutation(len(names)).tolist() for _ in range(max_sweeps))
     current = objective(a, b, spec, problem.permutations, include)
     trace = [current]
     stale = set(names)
     solved: dict[str, Assignment] = {}
     solves = skipped = sweeps = 0
     while stale and sweeps < max_sweeps:
-        order = [names[i] for i in generator.permutation(len(names))]
+        order = [names[i] for i in next(orders)]
         for name in progress_bar(order, f"weight matching, sweep {sweeps + 1}", show=progress):
             if name not in stale:
                 skipped += 1
