@@ -77,13 +77,14 @@ def weight_matching(
         LongTensors for tensors, int64 numpy arrays for the rest.
     """
     is_torch = all(isinstance(value, torch.Tensor) for value in params_a.values())
-    states = [{name: _tensor(value) for name, value in params.items()} for params in (params_a, params_b)]
+    a = {name: _tensor(value) for name, value in params_a.items()}
+    b = {name: _tensor(value) for name, value in params_b.items()}
     if seed is None:
-        seed = int(torch.randint(0, 2**31 - 1, (1,)))
-    spec = spec_of(ps, states[0])
+        seed = int(torch.randint(0, 2**31 - 1, size=(1,)))
+    spec = spec_of(ps, a)
     start = {str(k): _tensor(v).long() for k, v in (init_perm or {}).items()}
     found = match_weights(
-        *states, spec, start=start, seed=seed, max_sweeps=max_iter, include="statistics",
+        a, b, spec, start=start, seed=seed, max_sweeps=max_iter, include="statistics",
         progress=None if silent else True,
     )  # fmt: skip
     table = getattr(ps, "perm_to_axes", None) or ps.perm_to_layers_and_axes

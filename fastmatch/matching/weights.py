@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fastmatch.assignment import Assignment, solve
+from fastmatch.matching.gains import Gains, unit_rows
 from fastmatch.permute import check_permutations, permute_tensor
 from fastmatch.progress import progress_bar
 from fastmatch.spec import Axis, Group, Permutations, PermutationSpec
@@ -25,7 +26,13 @@ INCLUDE = ("weights", "affine", "statistics")
 shifts (Git Re-Basin's choice); running statistics of batch norm (some published ports)."""
 
 CHUNK = 64
-"""Rows at a time in float64, so that the copies stay in the processor's cache."""
+"""Units at a time in float64, so that the copies stay in the processor's cache."""
+
+PIECE = 1 << 16
+"""Numbers at a time, for the same reason."""
+
+KEPT = 2
+"""Gains kept between solves, at most, in sizes of one model: as much as both models together."""
 
 RUNNING_STATISTICS = ("running_mean", "running_var")
 
@@ -63,23 +70,20 @@ def included(name: str, tensor: torch.Tensor, include: str) -> bool:
     return tensor.ndim >= 2 or include != "weights"
 
 
-def _rows(tensor: torch.Tensor, axis: Axis, size: int, dtype: torch.dtype) -> torch.Tensor:
-    """The (size, features) matrix of one axis: everything that belongs to unit i, in row i."""
-    front = tensor.to(dtype).movedim(axis.dim, 0)
-    if axis.is_whole(size, front.shape[0]):
-        return front.reshape(size, -1)
-    picked = front[axis.positions(size).to(tensor.device)]  # (outer, size, inner, rest...)
-    return picked.movedim(1, 0).reshape(size, -1)
-
-
 def objective(a: State, b: State, spec: PermutationSpec, permutations: Permutations, include: str) -> float:
     """Inner product of A's and the permuted B's parameters that the spec moves, in float64."""
     total = 0.0
     for name in {axis.parameter for g in spec.groups.values() for axis in g.axes}:
         if included(name, a[name], include):
             moved = permute_tensor(b[name], name, spec, permutations)
-            total += float((a[name].double() * moved.double()).sum())
+            total += _inner(a[name], moved)
     return total
+
+
+def _inner(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The inner product in float64, a piece at a time so that the copies stay in the processor's cache."""
+    pairs = zip(a.flatten().split(PIECE), b.to(a.device).flatten().split(PIECE), strict=True)
+    return sum(float(torch.dot(x.double(), y.double())) for x, y in pairs)
 
 
 @dataclass
@@ -102,34 +106,12 @@ class _Problem:
     def axes(self, group: Group) -> list[Axis]:
         return [x for x in group.axes if included(x.parameter, self.a[x.parameter], self.include)]
 
-    def rows(self, group: Group) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Per axis the (n, features) matrices of A and B, B's other axes permuted; vectors joined in one."""
-        pairs, vectors_a, vectors_b = [], [], []
-        for axis in self.axes(group):
-            a, b = self.a[axis.parameter], self.b[axis.parameter]
-            dtype = torch.float64 if a.dtype == b.dtype == torch.float64 else torch.float32
-            b = permute_tensor(b, axis.parameter, self.spec, self.permutations, skip=axis)
-            rows_a = _rows(a, axis, group.size, dtype)
-            rows_b = _rows(b, axis, group.size, dtype).to(rows_a.device)
-            if rows_a.shape[1] == 1:
-                vectors_a.append(rows_a)
-                vectors_b.append(rows_b)
-            else:
-                pairs.append((rows_a, rows_b))
-        if vectors_a:
-            pairs.append((torch.cat(vectors_a, dim=1), torch.cat(vectors_b, dim=1)))
-        return pairs
+    def size(self) -> int:
+        """Bytes of A that enter the gains, in float32."""
+        names = {x.parameter for group in self.spec.groups.values() for x in self.axes(group)}
+        return 4 * sum(self.a[name].numel() for name in names)
 
-    def gain_of(self, group: Group, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-        dtype = torch.promote_types(pairs[0][0].dtype, pairs[-1][0].dtype)
-        gain = torch.zeros(group.size, group.size, dtype=dtype, device=pairs[0][0].device)
-        for rows_a, rows_b in pairs:
-            gain.addmm_(rows_a.to(dtype), rows_b.to(dtype).T)
-        return gain
-
-    def improvement(
-        self, group: Group, pairs: list[tuple[torch.Tensor, torch.Tensor]], new: torch.Tensor
-    ) -> float:
+    def improvement(self, group: Group, new: torch.Tensor) -> float:
         """What the objective gains by moving ``group`` to ``new``, exact to float64 rounding."""
         old = self.permutations[group.name]
         if group.name in self.self_coupled:
@@ -137,17 +119,31 @@ class _Problem:
             names = sorted({axis.parameter for axis in self.axes(group)})
             moved = {**self.permutations, group.name: new}
             return sum(self._inner(n, moved) - self._inner(n, self.permutations) for n in names)
-        # Only the rows that move, in float64: float32 gains alone could promise progress that is rounding.
-        total = 0.0
-        for rows in torch.nonzero(new != old).flatten().split(CHUNK):
-            for a, b in pairs:
-                step = b[new[rows]].double().sub_(b[old[rows]])
-                total += float(torch.linalg.vecdot(a[rows].double(), step).sum())
-        return total
+        # Only the units that move, in float64: float32 gains alone could promise progress that is rounding.
+        units = torch.nonzero(new != old).flatten()
+        return sum(self._step(axis, group.size, part, old[part], new[part]) for axis in self.axes(group)
+                   for part in units.split(CHUNK))  # fmt: skip
+
+    def _step(
+        self, axis: Axis, size: int, units: torch.Tensor, old: torch.Tensor, new: torch.Tensor
+    ) -> float:
+        """The inner product of A's ``units`` with B's ``new`` minus its ``old``, on one axis."""
+        a, b = self.a[axis.parameter], self.b[axis.parameter]
+        if axis.is_whole(size, a.shape[axis.dim]):
+            b = (
+                b.index_select(axis.dim, new.to(b.device)).double()
+                - b.index_select(axis.dim, old.to(b.device)).double()
+            )
+            b = permute_tensor(b, axis.parameter, self.spec, self.permutations, skip=axis)
+            a = a.index_select(axis.dim, units.to(a.device)).double()
+            return float(torch.dot(a.flatten(), b.to(a.device).flatten()))
+        b = permute_tensor(b, axis.parameter, self.spec, self.permutations, skip=axis)
+        rows = unit_rows(b, axis, size, torch.float64)
+        step = (rows[new] - rows[old]).to(a.device)
+        return float(torch.dot(unit_rows(a, axis, size, torch.float64)[units].flatten(), step.flatten()))
 
     def _inner(self, name: str, permutations: Permutations) -> float:
-        moved = permute_tensor(self.b[name], name, self.spec, permutations)
-        return float((self.a[name].double() * moved.double()).sum())
+        return _inner(self.a[name], permute_tensor(self.b[name], name, self.spec, permutations))
 
 
 def match_weights(
@@ -187,8 +183,9 @@ def match_weights(
     Raises:
         ValueError: a tensor of the spec is missing or of another shape, or an argument is out of range.
 
-    Cost per solve of a group of n units with d parameters each: 2 n^2 d operations for the gain and one
-    n x n assignment problem; memory n^2 beside the two models.
+    Cost per solve of a group of n units with d parameters each: 2 n^2 d operations for the gain, less once few
+    neighbours move, and one n x n assignment problem; memory n^2 beside the two models, and as much as
+    both for gains that are kept.
     """
     import numpy as np
 
@@ -201,6 +198,7 @@ def match_weights(
     check_spec(spec, a, "model_a")
     check_spec(spec, b, "model_b")
     problem = _Problem(a, b, spec, include, check_permutations(start or {}, spec, "start"))
+    gains = Gains(a, b, spec, budget=KEPT * problem.size())
     names = list(spec.groups)
     threshold = tolerance * _scale(problem)
     generator = np.random.default_rng(seed)
@@ -218,13 +216,14 @@ def match_weights(
                 continue
             stale.discard(name)
             group = spec.groups[name]
-            pairs = problem.rows(group)
-            if not pairs:  # nothing of this group enters the gain
+            axes = problem.axes(group)
+            if not axes:  # nothing of this group enters the gain
                 continue
-            solved[name] = solve(problem.gain_of(group, pairs), maximize=True, warm_start=solved.get(name))
+            gain = gains.of(group, axes, problem.permutations)
+            solved[name] = solve(gain, maximize=True, warm_start=solved.get(name))
             new = torch.from_numpy(solved[name].col_ind)
             solves += 1
-            gained = problem.improvement(group, pairs, new)
+            gained = problem.improvement(group, new)
             if gained > threshold:
                 problem.permutations[name] = new
                 current += gained
@@ -249,5 +248,5 @@ def _scale(problem: _Problem) -> float:
     squares = [0.0, 0.0]
     for name in {x.parameter for g in problem.spec.groups.values() for x in problem.axes(g)}:
         for k, state in enumerate((problem.a, problem.b)):
-            squares[k] += float(state[name].double().square().sum())
+            squares[k] += _inner(state[name], state[name])
     return (squares[0] * squares[1]) ** 0.5
