@@ -1,4 +1,4 @@
-"""The command line: ``fastmatch align``, ``inspect``, ``demo``."""
+"""The command line: ``fastmatch align``, ``inspect``, ``demo``, ``bench``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastmatch.benchmark import add_arguments as add_bench_arguments
 from fastmatch.spec import PermutationSpec
 
 __all__ = ["main"]
@@ -172,6 +173,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--out", default="out", help="folder for the picture and the numbers")
     command.add_argument("--seed", type=int, default=0)
     command.set_defaults(run=demo_command)
+
+    add_bench_arguments(commands.add_parser("bench", help="run the benchmarks of a checkout and draw them"))
     return root
 
 
