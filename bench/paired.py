@@ -18,6 +18,10 @@ import numpy as np
 Work = Callable[[], Any]
 
 
+PAUSE = 0.15
+"""Seconds before each measurement: threads of another solver's BLAS spin for a while after their work."""
+
+
 def resident(field: str) -> float | None:
     """A figure of /proc/self/status in MB; None where there is no such file."""
     try:
@@ -35,6 +39,7 @@ def measured(work: Work) -> tuple[Any, float, float | None]:
         Path("/proc/self/clear_refs").write_text("5")
     except (OSError, AttributeError):
         pass
+    time.sleep(PAUSE)
     before = resident("VmRSS")
     start = time.perf_counter()
     result = work()
@@ -79,9 +84,11 @@ def compare(
 
     def turn() -> None:
         for name, peer in peers.items():
+            time.sleep(PAUSE)
             start = time.perf_counter()
             peer()
             seconds[name].append(time.perf_counter() - start)
+        time.sleep(PAUSE)
 
     benchmark.group = suite
     if rounds:

@@ -81,6 +81,17 @@ def weight_matching_torch(a, b, spec: PermutationSpec, seed: int, max_sweeps: in
     return perms
 
 
+def activation_matching_by_layer(model_a, model_b, layers: dict[str, str], data):
+    """REPAIR's form (Jordan et al. 2022): every layer's correlation in a pass of its own, through the layers before it."""
+    columns, correlations = {}, {}
+    for group, layer in layers.items():
+        parts = [torch.nn.Sequential(*list(m.children())[: int(layer) + 1]) for m in (model_a, model_b)]
+        found = activation_matching(*parts, {group: layer}, data())
+        columns |= found[0]
+        correlations |= found[1]
+    return columns, correlations
+
+
 def activation_matching(model_a, model_b, layers: dict[str, str], data: Iterable[torch.Tensor]):
     """Group -> columns: correlation of the outputs of each group's layer, pooled over batches in float64."""
     modules = [dict(m.named_modules()) for m in (model_a, model_b)]

@@ -7,7 +7,13 @@ import pytest
 import torch
 from nets import mlp, pair, vgg16
 from paired import compare
-from published import activation_matching, objective, weight_matching, weight_matching_torch
+from published import (
+    activation_matching,
+    activation_matching_by_layer,
+    objective,
+    weight_matching,
+    weight_matching_torch,
+)
 
 from fastmatch.data import Batches
 from fastmatch.matching.activations import match_activations
@@ -70,10 +76,15 @@ def test_by_activations(benchmark, name, width, quick):
     data = Batches(inputs, torch.zeros(count, dtype=torch.long), count // 4)
     correlations: dict[str, torch.Tensor] = {}
 
-    def published():
-        columns, correlation = activation_matching(*models, {g: g for g in spec.groups}, (x for x, _ in data))
-        correlations.update(correlation)
+    layers = {group: group for group in spec.groups}
+
+    def one_pass():
+        columns, found = activation_matching(*models, layers, (x for x, _ in data))
+        correlations.update(found)
         return columns
+
+    def a_pass_a_layer():
+        return activation_matching_by_layer(*models, layers, lambda: (x for x, _ in data))[0]
 
     def check(peer, ours, theirs):
         for group, columns in theirs.items():
@@ -88,7 +99,7 @@ def test_by_activations(benchmark, name, width, quick):
     match_activations(*models, spec, data, read="before", progress=False)
     compare(
         benchmark, suite="matching", instance=f"{name}, activations", size=width, check=check, rounds=1 + 2 * quick,
-        peers={"torch float64": published}, passes=data.reads - reads,
+        peers={"torch float64, one pass": one_pass, "torch float64, a pass a layer": a_pass_a_layer}, passes=data.reads - reads,
         ours=lambda: match_activations(*models, spec, data, read="before", progress=False),
         neurons=sum(g.size for g in spec.groups.values()),
     )  # fmt: skip
