@@ -33,6 +33,8 @@ NETS = {
 @pytest.mark.parametrize("name", NETS)
 def test_rebasin(benchmark, name, width):
     """Construction (rebasin's own tracing), matching and applying, on the networks its tests and README name."""
+    if (name == "MLP 15 x width" and width > 256) or (name == "ResNet18" and width > 512):
+        pytest.skip("minutes for rebasin alone")
     build, example = NETS[name]
     size = width // 8 if name == "ResNet18" else width
     (a, b), _, x = pair(lambda: build(size), example)
@@ -55,11 +57,11 @@ def test_rebasin(benchmark, name, width):
 
     compare(
         benchmark, suite="end-to-end", instance=f"rebasin, {name}", size=size, ours=ours, check=check,
-        peers={"rebasin": plain}, rounds=3 if width <= 256 else 1,
+        peers={"rebasin": plain}, rounds=3 if width <= 256 else 0,
     )  # fmt: skip
 
 
-@pytest.mark.widths(quick=(128,), full=(256, 512, 1024))
+@pytest.mark.widths(quick=(128,), full=(256, 512))
 def test_align_apply_merge(benchmark, width):
     models, spec, _ = pair(lambda: vgg16(width / 512), (2, 3, 32, 32))
     a, b = models
@@ -84,5 +86,5 @@ def test_align_apply_merge(benchmark, width):
 
     compare(
         benchmark, suite="end-to-end", instance="VGG16: align, apply, merge", size=width, ours=ours, check=check,
-        peers={"torch float32": published}, rounds=3 if width <= 128 else 1,
+        peers={"torch float32": published}, rounds=3 if width <= 128 else 0,
     )  # fmt: skip

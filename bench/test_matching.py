@@ -49,7 +49,7 @@ def weights_row(benchmark, name, size, build, example, *, numpy_too, rounds):
 def test_mlp_by_weights(benchmark, width):
     weights_row(
         benchmark, "MLP 3 x width", width, lambda: mlp(width), (2, 784),
-        numpy_too=width <= 2048, rounds=3 if width <= 512 else int(width <= 1024),
+        numpy_too=width <= 2048, rounds=3 if width <= 512 else 0,
     )  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def test_mlp_by_weights(benchmark, width):
 def test_vgg_by_weights(benchmark, width):
     weights_row(
         benchmark, "VGG16", int(512 * width), lambda: vgg16(width), (2, 3, 32, 32),
-        numpy_too=width <= 1, rounds=int(width <= 1),
+        numpy_too=width < 1, rounds=int(width < 0.5),
     )  # fmt: skip
 
 
@@ -98,7 +98,7 @@ def test_by_activations(benchmark, name, width, quick):
     reads = data.reads
     match_activations(*models, spec, data, read="before", progress=False)
     compare(
-        benchmark, suite="matching", instance=f"{name}, activations", size=width, check=check, rounds=1 + 2 * quick,
+        benchmark, suite="matching", instance=f"{name}, activations", size=width, check=check, rounds=3 if quick else 1,
         peers={"torch float64, one pass": one_pass, "torch float64, a pass a layer": a_pass_a_layer}, passes=data.reads - reads,
         ours=lambda: match_activations(*models, spec, data, read="before", progress=False),
         neurons=sum(g.size for g in spec.groups.values()),
