@@ -95,3 +95,6 @@ def test_the_order_of_groups_can_be_given():
     assert forward.converged
     assert backward.converged
     assert forward.objective[1] != backward.objective[1]
+    ended = match_weights(a, b, spec, orders=iter([[0, 1]]))
+    assert ended.objective == forward.objective[:2]
+    assert not ended.converged
