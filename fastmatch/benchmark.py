@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -69,8 +70,10 @@ def bench_command(args: argparse.Namespace) -> None:
         f"--benchmark-json={raw}", "--rootdir", str(bench.parent), *(["--quick"] if args.quick else []),
         *(str(bench / name) for name in files),
     ]  # fmt: skip
+    # Run from within another pytest (this project's tests), the suites are still a run of their own.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     try:
-        if subprocess.run(command, cwd=bench.parent, check=False).returncode:
+        if subprocess.run(command, cwd=bench.parent, env=environment, check=False).returncode:
             raise ValueError("bench: a suite failed; nothing was kept")
         run = json.loads(raw.read_text())
     finally:
