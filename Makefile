@@ -3,6 +3,8 @@
 #   make test               the tests
 #   make lint, make types   ruff; the type checker over an installed copy of the package
 #   make nightly            the tests marked slow as well
+#   make docs               the documentation site, into build/site
+#   make bench              every benchmark suite, into bench/results/; twenty minutes on two quiet cores
 VENV   ?= .venv
 PYTHON ?= python3
 WIDTH  ?= 1024
@@ -10,7 +12,7 @@ JOBS   ?= auto
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test nightly lint types install clean
+.PHONY: demo test nightly lint types docs bench install clean
 
 install: $(VENV)/.installed
 
@@ -42,6 +44,13 @@ types: $(VENV)/.installed
 	@$(PIP) install -q --no-deps --target build/types .
 	@cp pyproject.toml build/types/
 	cd build/types && $(abspath $(BIN))/basedpyright --pythonpath $(abspath $(BIN))/python fastmatch
+
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -q
+
+bench: $(VENV)/.installed
+	@$(PIP) install -q -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m fastmatch bench --out bench/results/bench.json --pictures docs --force
 
 clean:
 	rm -rf build dist out *.egg-info

@@ -1,4 +1,4 @@
-"""The command line: ``fastmatch align``, ``verify``, ``inspect``, ``renormalize``, ``curve``, ``demo``, ``study``."""
+"""The command line: ``fastmatch align``, ``verify``, ``inspect``, ``renormalize``, ``curve``, ``demo``, ``study``, ``bench``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastmatch.benchmark import add_arguments as add_bench_arguments
 from fastmatch.spec import PermutationSpec
 
 __all__ = ["main"]
@@ -311,6 +312,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--points", type=int, default=7, help="positions on a curve, odd")
     command.add_argument("--epochs", type=int, help="of training, instead of each network's own")
     command.set_defaults(run=study_command)
+    add_bench_arguments(commands.add_parser("bench", help="run the benchmarks of a checkout and draw them"))
     return root
 
 

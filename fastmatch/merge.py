@@ -10,6 +10,7 @@ from typing import overload
 import torch
 from torch import nn
 
+from fastmatch.permute import LARGE
 from fastmatch.states import State, check_finite, check_same_architecture, state_of
 
 __all__ = ["check_weights", "copy_module", "merge", "merge_states", "remember_weights", "remembered_weights"]
@@ -46,12 +47,29 @@ def merge_states(states: Sequence[State], weights: Sequence[float] | None = None
         if not (first.is_floating_point() or first.is_complex()):
             merged[name] = first.clone()
             continue
+        tensors = [state[name] for state in states]
+        if _has_kernel(tensors):
+            from fastmatch.kernels import dispatch
+
+            merged[name] = dispatch.permute_merge(tensors, alphas)
+            continue
         work = torch.promote_types(first.dtype, torch.float32)
         total = first.to(work) * alphas[0]
         for state, alpha in zip(states[1:], alphas[1:], strict=True):
             total.add_(state[name].to(device=total.device, dtype=work), alpha=alpha)
         merged[name] = total.to(first.dtype)
     return merged
+
+
+def _has_kernel(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether one kernel can read each of these once and write their sum: alike, on the CPU, and large."""
+    first = tensors[0]
+    return (
+        first.numel() >= LARGE
+        and first.is_floating_point()
+        and first.itemsize >= 2
+        and all(t.dtype == first.dtype and t.device.type == "cpu" for t in tensors)
+    )
 
 
 @overload

@@ -11,6 +11,9 @@ from fastmatch.states import State, check_spec
 
 __all__ = ["apply_permutations", "check_permutations", "compose", "invert", "permute_tensor"]
 
+LARGE = 1 << 16
+"""Elements above which reading a tensor once pays for the kernel's call."""
+
 
 def check_permutations(
     permutations: Mapping[str, torch.Tensor], spec: PermutationSpec, argument: str = "permutations"
@@ -54,6 +57,9 @@ def dimension_indices(
         if axis.dim not in indices:
             indices[axis.dim] = torch.arange(length)
         index = indices[axis.dim]
+        if axis.is_whole(size, length):
+            indices[axis.dim] = index[perm]
+            continue
         positions = axis.positions(size)
         # Read through `index`, since another group may already have moved whole blocks of this dimension.
         index[positions] = index[positions[:, perm, :]]
@@ -92,9 +98,24 @@ def apply_permutations(
     checked = check_permutations(permutations, spec)
     result: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
-        moved = permute_tensor(tensor, name, spec, checked)
-        result[name] = tensor.clone() if moved is tensor else moved
+        indices = dimension_indices(name, spec, checked)
+        result[name] = _reordered(tensor, indices) if indices else tensor.clone()
     return result
+
+
+def _reordered(tensor: torch.Tensor, indices: dict[int, torch.Tensor]) -> torch.Tensor:
+    """``tensor`` selected by every index, read and written once where there is a kernel for that."""
+    is_large = tensor.numel() >= LARGE and tensor.itemsize >= 2
+    if is_large and tensor.is_floating_point() and tensor.device.type == "cpu" and len(indices) <= 2:
+        from fastmatch.kernels import dispatch
+
+        dims = sorted(indices)
+        first, *second = (indices[dim] for dim in dims)
+        pair = (dims[0], dims[-1]) if second else (dims[0], dims[0] + 1)
+        return dispatch.permute_merge([tensor], [1.0], [first], second or None, dims=pair)
+    for dim, index in indices.items():
+        tensor = tensor.index_select(dim, index.to(tensor.device))
+    return tensor
 
 
 def invert(permutations: Permutations) -> Permutations:

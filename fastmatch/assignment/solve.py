@@ -230,7 +230,8 @@ def _solve_lapjv(cost: np.ndarray | torch.Tensor, maximize: bool) -> Assignment:
         cols, v = np.zeros(n, np.int64), np.zeros(n)
     else:
         given = np.negative(matrix) if maximize else matrix
-        cols, _, (_, _, v) = lapjv.lapjv(given, force_doubles=matrix.dtype == np.float64)
+        reference = getattr(lapjv.lapjv, "__wrapped__", lapjv.lapjv)  # fastmatch.backends may stand before it
+        cols, _, (_, _, v) = reference(given, force_doubles=matrix.dtype == np.float64)
         cols, v = cols.astype(np.int64), v.astype(np.float64)
     costs = sign * matrix.astype(np.float64)
     u = (costs - v).min(axis=1) if n else np.zeros(0)

@@ -7,12 +7,13 @@ held, it is linear in the permutation: a gain matrix, the sum over the group's (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from fastmatch.assignment import Assignment, solve
+from fastmatch.matching.gains import Gains, unit_rows
 from fastmatch.permute import check_permutations, permute_tensor
 from fastmatch.progress import progress_bar
 from fastmatch.spec import Axis, Group, Permutations, PermutationSpec
@@ -24,11 +25,11 @@ INCLUDE = ("weights", "affine", "statistics")
 """What enters the gain, each adding to the one before: matrices and kernels; biases, norm scales and
 shifts (Git Re-Basin's choice); running statistics of batch norm (some published ports)."""
 
-CHUNK = 64
-"""Rows at a time in float64, so that the copies stay in the processor's cache."""
+PIECE = 1 << 20
+"""Numbers at a time in float64: the copies stay near the processor, and few operations wait for their threads."""
 
-BLOCK = 1 << 23
-"""Numbers of a streamed tensor in one piece: its float32 or float64 copies stay small beside it."""
+KEPT = 2
+"""Gains kept between solves, at most, in sizes of one model: as much as both models together."""
 
 RUNNING_STATISTICS = ("running_mean", "running_var")
 
@@ -66,15 +67,6 @@ def included(name: str, tensor: torch.Tensor, include: str) -> bool:
     return tensor.ndim >= 2 or include != "weights"
 
 
-def _rows(tensor: torch.Tensor, axis: Axis, size: int, dtype: torch.dtype) -> torch.Tensor:
-    """The (size, features) matrix of one axis: everything that belongs to unit i, in row i."""
-    front = tensor.to(dtype).movedim(axis.dim, 0)
-    if axis.is_whole(size, front.shape[0]):
-        return front.reshape(size, -1)
-    picked = front[axis.positions(size).to(tensor.device)]  # (outer, size, inner, rest...)
-    return picked.movedim(1, 0).reshape(size, -1)
-
-
 def objective(a: State, b: State, spec: PermutationSpec, permutations: Permutations, include: str) -> float:
     """Inner product of A's and the permuted B's parameters that the spec moves, in float64."""
     total, headers = 0.0, headers_of(a)
@@ -85,33 +77,9 @@ def objective(a: State, b: State, spec: PermutationSpec, permutations: Permutati
 
 
 def _inner(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Inner product in float64, piece by piece."""
-    pieces = zip(a.reshape(-1).split(BLOCK), b.reshape(-1).split(BLOCK), strict=True)
-    return sum(float(torch.dot(x.double(), y.to(x.device).double())) for x, y in pieces)
-
-
-def _pieces(a: torch.Tensor, b: torch.Tensor, axis: Axis) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Both tensors cut alike across their longest dimension but the axis's own."""
-    others = [d for d in range(a.ndim) if d != axis.dim]
-    if not others or a.numel() <= BLOCK:
-        yield a, b
-        return
-    dim = max(others, key=lambda d: a.shape[d])
-    step = max(1, BLOCK * a.shape[dim] // a.numel())
-    yield from zip(a.split(step, dim), b.split(step, dim), strict=True)
-
-
-class _Streamed:
-    """A group's pairs of rows, read and permuted afresh each time they are gone through."""
-
-    def __init__(self, problem: _Problem, group: Group) -> None:
-        self.problem, self.group = problem, group
-
-    def __bool__(self) -> bool:
-        return bool(self.problem.axes(self.group))
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        return self.problem.pairs(self.group, streamed=True)
+    """The inner product in float64, a piece at a time so that the copies stay in the processor's cache."""
+    pairs = zip(a.flatten().split(PIECE), b.to(a.device).flatten().split(PIECE), strict=True)
+    return sum(float(torch.dot(x.double(), y.double())) for x, y in pairs)
 
 
 @dataclass
@@ -124,7 +92,6 @@ class _Problem:
     include: str
     permutations: Permutations
     bonus: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    streamed: bool = False
     self_coupled: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -137,36 +104,11 @@ class _Problem:
         headers = headers_of(self.a)
         return [x for x in group.axes if included(x.parameter, headers[x.parameter], self.include)]
 
-    def rows(self, group: Group) -> Collection[tuple[torch.Tensor, torch.Tensor]] | _Streamed:
-        """The group's pairs of rows: held, or read again at every use where the networks are streamed."""
-        return _Streamed(self, group) if self.streamed else list(self.pairs(group))
-
-    def pairs(self, group: Group, *, streamed: bool = False) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Per axis the (n, features) matrices of A and B, B's other axes permuted; vectors joined in one."""
-        vectors_a, vectors_b = [], []
-        for axis in self.axes(group):
-            a, b = self.a[axis.parameter], self.b[axis.parameter]
-            dtype = torch.float64 if a.dtype == b.dtype == torch.float64 else torch.float32
-            b = permute_tensor(b, axis.parameter, self.spec, self.permutations, skip=axis)
-            for part_a, part_b in _pieces(a, b, axis) if streamed else [(a, b)]:
-                rows_a = _rows(part_a, axis, group.size, dtype)
-                rows_b = _rows(part_b, axis, group.size, dtype).to(rows_a.device)
-                if rows_a.shape[1] == 1:
-                    vectors_a.append(rows_a)
-                    vectors_b.append(rows_b)
-                else:
-                    yield rows_a, rows_b
-        if vectors_a:
-            yield torch.cat(vectors_a, dim=1), torch.cat(vectors_b, dim=1)
-
-    def gain_of(self, group: Group, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-        gain = torch.zeros(group.size, group.size)
-        for rows_a, rows_b in pairs:
-            gain = gain.to(device=rows_a.device, dtype=torch.promote_types(gain.dtype, rows_a.dtype))
-            gain.addmm_(rows_a.to(gain.dtype), rows_b.to(gain.dtype).T)
-        if group.name in self.bonus:
-            gain += self.bonus[group.name].to(gain)
-        return gain
+    def size(self) -> int:
+        """Bytes of A that enter the gains, in float32."""
+        headers = headers_of(self.a)
+        names = {x.parameter for group in self.spec.groups.values() for x in self.axes(group)}
+        return 4 * sum(headers[name].numel() for name in names)
 
     def bonus_of(self, name: str, permutation: torch.Tensor) -> float:
         """What the permutation of one group earns beside the weights."""
@@ -175,9 +117,7 @@ class _Problem:
         matrix = self.bonus[name]
         return float(matrix.double().gather(1, permutation.to(matrix.device)[:, None]).sum())
 
-    def improvement(
-        self, group: Group, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], new: torch.Tensor
-    ) -> float:
+    def improvement(self, group: Group, new: torch.Tensor) -> float:
         """What the objective gains by moving ``group`` to ``new``, exact to float64 rounding."""
         old = self.permutations[group.name]
         earned = self.bonus_of(group.name, new) - self.bonus_of(group.name, old)
@@ -186,15 +126,31 @@ class _Problem:
             names = sorted({axis.parameter for axis in self.axes(group)})
             moved = {**self.permutations, group.name: new}
             return earned + sum(self._inner(n, moved) - self._inner(n, self.permutations) for n in names)
-        # Only the rows that move, in float64: float32 gains alone could promise progress that is rounding.
-        total = earned
-        moving = torch.nonzero(new != old).flatten()
-        if not len(moving):  # nothing to read again
-            return total
-        for a, b in pairs:
-            for rows in moving.split(CHUNK):
-                step = b[new[rows]].double().sub_(b[old[rows]])
-                total += float(torch.linalg.vecdot(a[rows].double(), step).sum())
+        # Only the units that move, in float64: float32 gains alone could promise progress that is rounding.
+        units = torch.nonzero(new != old).flatten()
+        if not len(units):  # nothing to read again
+            return earned
+        return earned + sum(self._step(axis, group.size, units, old, new) for axis in self.axes(group))
+
+    def _step(
+        self, axis: Axis, size: int, units: torch.Tensor, old: torch.Tensor, new: torch.Tensor
+    ) -> float:
+        """The inner product of A's ``units`` with B's ``new`` minus its ``old`` ones, on one axis."""
+        a, b = self.a[axis.parameter], self.b[axis.parameter]
+        whole, total = axis.is_whole(size, a.shape[axis.dim]), 0.0
+        if not whole:
+            b = permute_tensor(b, axis.parameter, self.spec, self.permutations, skip=axis)
+        for part in units.split(max(1, PIECE * size // a.numel())):
+            if whole:
+                rows = a.index_select(axis.dim, part.to(a.device)).double()
+                step = b.index_select(axis.dim, new[part].to(b.device)).double()
+                step -= b.index_select(axis.dim, old[part].to(b.device)).double()
+                step = permute_tensor(step, axis.parameter, self.spec, self.permutations, skip=axis)
+            else:
+                rows = unit_rows(a, axis, size, torch.float64, part)
+                step = unit_rows(b, axis, size, torch.float64, new[part])
+                step -= unit_rows(b, axis, size, torch.float64, old[part])
+            total += float(torch.dot(rows.flatten(), step.to(rows.device).flatten()))
         return total
 
     def _inner(self, name: str, permutations: Permutations) -> float:
@@ -208,6 +164,7 @@ def match_weights(
     *,
     start: Mapping[str, torch.Tensor] | None = None,
     seed: int = 0,
+    orders: Iterator[Sequence[int]] | None = None,
     max_sweeps: int = 100,
     tolerance: float = 1e-12,
     include: str = "affine",
@@ -229,14 +186,14 @@ def match_weights(
         spec: which axes move together.
         start: permutations to start from; the identity where left out.
         seed: of the order of groups: ``numpy.random.default_rng(seed).permutation(n_groups)`` per sweep.
+        orders: yields the order of groups of every sweep, instead of the seed; where it ends, the ascent does.
         max_sweeps: give up after so many.
         tolerance: least progress, relative to the product of the norms of A's and B's parameters.
         include: what enters the gain, see :data:`INCLUDE`.
         bonus: group name -> (size, size) matrix added to the group's gain and, over its matched units, to
             the objective.
         progress: show a bar; None shows it on a terminal.
-        streamed: read a group's tensors again at each use, one at a time and in pieces, instead of holding
-            them: for states that lie on disk.
+        streamed: keep no gain between solves: for states that lie on disk and do not fit into memory.
         stale: the groups to solve at first, with ``start`` of an interrupted run; all where left out.
         on_solve: called after each solve with the group's name, all permutations and the groups still stale.
 
@@ -246,8 +203,9 @@ def match_weights(
     Raises:
         ValueError: a tensor of the spec is missing or of another shape, or an argument is out of range.
 
-    Cost per solve of a group of n units with d parameters each: 2 n^2 d operations for the gain and one
-    n x n assignment problem; memory n^2 beside the two models.
+    Cost per solve of a group of n units with d parameters each: 2 n^2 d operations for the gain, less once few
+    neighbours move, and one n x n assignment problem; memory n^2 beside the two models, and as much as
+    both for gains that are kept.
     """
     import numpy as np
 
@@ -259,11 +217,12 @@ def match_weights(
         raise ValueError(f"tolerance: expected a number of at least 0, got {tolerance}")
     check_spec(spec, headers_of(a), "model_a")
     check_spec(spec, headers_of(b), "model_b")
-    start = check_permutations(start or {}, spec, "start")
-    problem = _Problem(a, b, spec, include, start, bonus or {}, streamed)
+    problem = _Problem(a, b, spec, include, check_permutations(start or {}, spec, "start"), bonus or {})
+    gains = Gains(a, b, spec, budget=0 if streamed else KEPT * problem.size())
     names = list(spec.groups)
     threshold = tolerance * weight_scale(a, b, spec, include)
     generator = np.random.default_rng(seed)
+    orders = orders or (generator.permutation(len(names)).tolist() for _ in range(max_sweeps))
     current = objective(a, b, spec, problem.permutations, include)
     current += sum(problem.bonus_of(name, perm) for name, perm in problem.permutations.items())
     trace = [current]
@@ -271,20 +230,26 @@ def match_weights(
     solved: dict[str, Assignment] = {}
     solves = skipped = sweeps = 0
     while stale and sweeps < max_sweeps:
-        order = [names[i] for i in generator.permutation(len(names))]
+        picks = next(orders, None)
+        if picks is None:
+            break
+        order = [names[i] for i in picks]
         for name in progress_bar(order, f"weight matching, sweep {sweeps + 1}", show=progress):
             if name not in stale:
                 skipped += 1
                 continue
             stale.discard(name)
             group = spec.groups[name]
-            pairs = problem.rows(group)
-            if not pairs:  # nothing of this group enters the gain
+            axes = problem.axes(group)
+            if not axes:  # nothing of this group enters the gain
                 continue
-            solved[name] = solve(problem.gain_of(group, pairs), maximize=True, warm_start=solved.get(name))
+            gain = gains.of(group, axes, problem.permutations)
+            if name in problem.bonus:
+                gain = gain + problem.bonus[name].to(gain)
+            solved[name] = solve(gain, maximize=True, warm_start=solved.get(name))
             new = torch.from_numpy(solved[name].col_ind)
             solves += 1
-            gained = problem.improvement(group, pairs, new)
+            gained = problem.improvement(group, new)
             if gained > threshold:
                 problem.permutations[name] = new
                 current += gained

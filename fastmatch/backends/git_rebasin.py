@@ -1,0 +1,108 @@
+"""Git Re-Basin's ``weight_matching`` (Ainsworth et al. 2022) and that of its torch ports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastmatch.matching.weights import match_weights
+from fastmatch.spec import Axis, Group, PermutationSpec
+
+__all__ = ["spec_of", "weight_matching", "weight_matching_with_key"]
+
+
+def spec_of(ps: Any, params: Mapping[str, Any]) -> PermutationSpec:
+    """The spec that a library's ``PermutationSpec`` says, for parameters of these shapes.
+
+    Args:
+        ps: anything with ``perm_to_axes`` (C2M3: ``perm_to_layers_and_axes``): group -> [(parameter, axis), ...].
+            Parameters that are not there and axes beyond a tensor's rank are passed over, as scalars are.
+        params: name -> array.
+
+    Raises:
+        TypeError: ``ps`` has neither attribute.
+        ValueError: a group has no axis in ``params``, or axes of different length.
+    """
+    table = getattr(ps, "perm_to_axes", None)
+    if table is None:
+        table = getattr(ps, "perm_to_layers_and_axes", None)
+    if table is None:
+        raise TypeError(
+            f"ps: expected a spec with perm_to_axes or perm_to_layers_and_axes, got {type(ps).__name__}"
+        )
+    shapes = {name: tuple(np.shape(value)) for name, value in params.items()}
+    groups = {}
+    for perm, axes in table.items():
+        name = str(perm)
+        places = [(p, d) for p, d in axes if p in shapes and d is not None and d < len(shapes[p])]
+        if not places:
+            raise ValueError(f"ps: no axis of group {name!r} is among the parameters")
+        parameter, dim = places[0]
+        size = shapes[parameter][dim]
+        for p, d in places:
+            if shapes[p][d] != size:
+                raise ValueError(f"ps: group {name!r} has {size} units, axis {d} of {p!r} has {shapes[p][d]}")
+        groups[name] = Group(name, size, tuple(Axis(p, d) for p, d in dict.fromkeys(places)))
+    return PermutationSpec(groups, shapes)
+
+
+def weight_matching(
+    ps: Any,
+    params_a: Mapping[str, Any],
+    params_b: Mapping[str, Any],
+    max_iter: int = 100,
+    init_perm: Mapping[str, Any] | None = None,
+    silent: bool = True,
+    *,
+    seed: int | None = None,
+    **ignored: Any,
+) -> dict[str, Any]:
+    """Permutations of ``params_b`` that bring it close to ``params_a``: ``{group: perm}``, ``new_b[i] = b[perm[i]]``.
+
+    Signature and result are those of the torch ports; every array that ``ps`` names enters the gain.
+
+    Args:
+        ps: the library's own spec, see :func:`spec_of`.
+        params_a, params_b: name -> torch tensor, or anything numpy reads (jax arrays).
+        max_iter: sweeps at most.
+        init_perm: permutations to start from.
+        silent: False shows a progress bar.
+        seed: of the order of groups; drawn from torch's global generator where left out, as ports draw the order.
+        ignored: options of single ports (``device``, ``normalize``) that change nothing here.
+
+    Returns:
+        LongTensors for tensors, int64 numpy arrays for the rest.
+    """
+    is_torch = all(isinstance(value, torch.Tensor) for value in params_a.values())
+    a = {name: _tensor(value) for name, value in params_a.items()}
+    b = {name: _tensor(value) for name, value in params_b.items()}
+    if seed is None:
+        seed = int(torch.randint(0, 2**31 - 1, size=(1,)))
+    spec = spec_of(ps, a)
+    start = {str(k): _tensor(v).long() for k, v in (init_perm or {}).items()}
+    found = match_weights(
+        a, b, spec, start=start, seed=seed, max_sweeps=max_iter, include="statistics",
+        progress=None if silent else True,
+    )  # fmt: skip
+    table = getattr(ps, "perm_to_axes", None) or ps.perm_to_layers_and_axes
+    return {
+        perm: found.permutations[str(perm)] if is_torch else found.permutations[str(perm)].numpy()
+        for perm in table
+    }
+
+
+def _tensor(value: Any) -> torch.Tensor:
+    """A tensor as it is, any other array (jax's are read-only) as a copy."""
+    return value.detach() if isinstance(value, torch.Tensor) else torch.as_tensor(np.array(value))
+
+
+def weight_matching_with_key(
+    rng: Any, ps: Any, params_a: Mapping[str, Any], params_b: Mapping[str, Any], *args: Any, **options: Any
+) -> dict[str, Any]:
+    """Git Re-Basin's own signature, in which a jax random key comes first; it seeds the order of groups."""
+    words = np.asarray(rng).ravel().astype(np.uint64).tolist()
+    seed = int(np.random.SeedSequence(words).generate_state(1)[0])
+    return weight_matching(ps, params_a, params_b, *args, seed=seed, **options)
