@@ -491,6 +491,8 @@ def _row_topk(
     b_index: Tensor | None,
     contraction_index: Sequence[Tensor | None],
     precision: str,
+    sizes: Tensor | None,
+    tile: Sequence[int],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _module(backend, "cost_rows").row_topk(
@@ -500,11 +502,15 @@ def _row_topk(
         b_index=b_index,
         contraction_index=list(contraction_index),
         precision=precision,
+        sizes=sizes,
+        tile=tuple(tile),
     )
 
 
 @_row_topk.register_fake
-def _(a, b, v, k, b_index, contraction_index, precision, backend) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    a, b, v, k, b_index, contraction_index, precision, sizes, tile, backend
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.float64 if a[0].dtype == torch.float64 else torch.float32
     n = a[0].shape[0]
     return (
@@ -547,13 +553,6 @@ def _check_duals(v: Tensor, m: int, device: torch.device) -> None:
         )
 
 
-def _only_triton(op: str, backend: str) -> None:
-    if backend != "triton":
-        raise NotImplementedError(
-            f"{op}: has no {backend!r} backend; on the CPU, fastmatch.assignment.FactorCost computes the same rows"
-        )
-
-
 def row_topk(
     factors: Factors,
     v: Tensor,
@@ -562,6 +561,8 @@ def row_topk(
     b_index: Tensor | None = None,
     contraction_index: Tensor | Sequence[Tensor | None] | None = None,
     precision: str = "ieee",
+    sizes: Tensor | None = None,
+    tile: tuple[int, int] | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Per row k columns of smallest ``c_ij - v_j``, ``c = -gain(factors)``, and a bound on all the others.
@@ -573,21 +574,31 @@ def row_topk(
         factors, b_index, contraction_index, precision, backend: as for :func:`gain`.
         v: (m,) column duals; -inf keeps a column out of every list.
         k: how many, at least 0.
+        sizes: (n,) float64, ``sum_k |a_ik| max_j |b_jk|`` or more, where the caller knows it: the bound needs it, and
+            computing it reads the factors once more.
+        tile: rows and columns computed at a time on "cpu"; the other backends have their own.
 
     Returns:
         (indices (n, k) int64, costs c (n, k), bound (n,)); -1 and +inf where a row has fewer than k entries.
 
     Raises:
         ValueError, TypeError: shapes, types, indices or options that do not fit.
-        NotImplementedError: another backend than Triton.
     """
     _check_precision(precision)
     if k < 0:
         raise ValueError(f"k: expected at least 0, got {k}")
-    a, b, contractions, (_, m), chosen = _check_factors(factors, b_index, contraction_index, backend)
+    a, b, contractions, (n, m), chosen = _check_factors(factors, b_index, contraction_index, backend)
     _check_duals(v, m, a[0].device)
-    _only_triton("row_topk", chosen)
-    return _row_topk(a, b, v, k, b_index, contractions, precision, chosen)
+    if sizes is not None and (
+        sizes.shape != (n,) or sizes.dtype != torch.float64 or sizes.device != v.device
+    ):
+        raise ValueError(
+            f"sizes: expected {n} float64 numbers on {v.device}, "
+            f"got {tuple(sizes.shape)} of {sizes.dtype} on {sizes.device}"
+        )
+    if tile is not None and (len(tile) != 2 or min(tile) < 1):
+        raise ValueError(f"tile: expected (rows, columns), both at least 1, got {tile}")
+    return _row_topk(a, b, v, k, b_index, contractions, precision, sizes, tile or (), chosen)
 
 
 def row_min(
@@ -603,7 +614,6 @@ def row_min(
     _check_precision(precision)
     a, b, contractions, (_, m), chosen = _check_factors(factors, b_index, contraction_index, backend)
     _check_duals(v, m, a[0].device)
-    _only_triton("row_min", chosen)
     return _row_min(a, b, v, b_index, contractions, precision, chosen)
 
 

@@ -8,8 +8,8 @@ from typing import Any, overload
 import numpy as np
 import torch
 
-from fastmatch.assignment.parallel import threads
 from fastmatch.assignment.solve import prepare_values
+from fastmatch.kernels.cpu.parallel import threads
 
 __all__ = ["solve_batched"]
 

@@ -45,7 +45,7 @@ class _Products:
     """Rows of a factor cost in float64, by the obvious expressions, and the rounding they may carry."""
 
     def __init__(self, pairs, metric: str) -> None:
-        self.pairs = [(np.asarray(a), np.asarray(b)) for a, b in pairs]
+        self.pairs = [(_host(a), _host(b)) for a, b in pairs]
         self.metric = metric
         self.shape = (len(self.pairs[0][0]), len(self.pairs[0][1]))
 
@@ -76,6 +76,14 @@ class _Products:
             total += float(terms.sum())
             depth += a.shape[1]
         return 2 * depth * np.finfo(np.float64).eps * total
+
+
+def _host(x) -> np.ndarray:
+    """A factor as numpy has it; half precision, which numpy partly lacks, widened."""
+    if not hasattr(x, "detach"):
+        return np.asarray(x)
+    x = x.detach().cpu()
+    return (x if x.element_size() > 2 else x.float()).numpy()
 
 
 def _check(matrix, assignment, maximize: bool) -> tuple[float, float]:

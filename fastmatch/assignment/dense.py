@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastmatch.assignment.parallel import over_rows
+from fastmatch.kernels.cpu.parallel import over_rows
 
 __all__ = ["Dense", "Infeasible", "check_entries", "solve_dense"]
 

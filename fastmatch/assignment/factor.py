@@ -9,15 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastmatch.assignment.parallel import over_rows
+from fastmatch.kernels import dispatch
+from fastmatch.kernels.cpu.parallel import over_rows
 
 __all__ = ["DenseCost", "FactorCost"]
 
 TILE = (1024, 8192)
-"""Rows and columns of a tile: 32 MB in float32, large enough for BLAS on all cores."""
+"""Rows and columns of a tile on the CPU: 32 MB in float32, large enough for BLAS on all cores."""
 
-RESCORED = 1 << 12
-"""Rows whose lists are computed again at once."""
+LONGEST = 1 << 10
+"""Entries a row that the Triton kernel selects; longer lists, which few rows ask for, are sorted in float64."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,10 @@ class DenseCost:
 class FactorCost:
     """The (n, m) matrix ``sum_k A_k B_k^T`` (or a sum of distances between rows), in the memory of its factors.
 
+    Factors stay on their device, and rows are read there, through :mod:`fastmatch.kernels.dispatch`: on a GPU by a
+    Triton kernel, on the CPU by its twin. What comes to the host is a few numbers a row. float64 factors on a GPU are
+    read in float64 by torch; "l1" is computed on the host.
+
     Example:
         >>> gain = FactorCost([(wa, wb), (va, vb)])
         >>> solve(gain, maximize=True).col_ind
@@ -46,7 +51,8 @@ class FactorCost:
     Args:
         factors: pairs (n, d_k), (m, d_k), numpy or torch, finite.
         metric: "dot", "l2" (squared Euclidean distance) or "l1".
-        tile: rows and columns computed at a time.
+        tile: rows and columns computed at a time on the CPU.
+        backend: of the row reductions, as in :func:`fastmatch.kernels.dispatch.row_topk`; None: by the device.
 
     Raises:
         ValueError: factors that do not fit together or are not finite; an unknown metric.
@@ -58,6 +64,7 @@ class FactorCost:
         factors: Sequence[tuple[Any, Any]],
         metric: str = "dot",
         tile: tuple[int, int] = TILE,
+        backend: str | None = None,
     ) -> None:
         if metric not in ("dot", "l2", "l1"):
             raise ValueError(f"metric: expected 'dot', 'l2' or 'l1', got {metric!r}")
@@ -65,10 +72,13 @@ class FactorCost:
             raise ValueError("factors: expected at least one pair, got none")
         if len(tile) != 2 or min(tile) < 1:
             raise ValueError(f"tile: expected (rows, columns), both at least 1, got {tile}")
-        pairs = [(_factor(a), _factor(b)) for a, b in factors]
-        double = any(x.dtype == torch.float64 for pair in pairs for x in pair)
-        self.dtype = torch.float64 if double else torch.float32
-        self.pairs = [(a.to(self.dtype).contiguous(), b.to(self.dtype).contiguous()) for a, b in pairs]
+        pairs = [(_factor(a, metric), _factor(b, metric)) for a, b in factors]
+        flat = [x for pair in pairs for x in pair]
+        dispatch.backend_of(*flat, backend=backend)
+        self.device, self.backend = flat[0].device, backend
+        stored = _common_dtype(flat, metric)
+        self.dtype = torch.float64 if stored == torch.float64 else torch.float32
+        self.pairs = [(a.to(stored).contiguous(), b.to(stored).contiguous()) for a, b in pairs]
         self.shape = (len(pairs[0][0]), len(pairs[0][1]))
         for a, b in self.pairs:
             if (len(a), len(b)) != self.shape or a.shape[1] != b.shape[1]:
@@ -80,7 +90,10 @@ class FactorCost:
         self.metric, self.tile = metric, (int(tile[0]), int(tile[1]))
         self.depth = sum(a.shape[1] for a, _ in self.pairs)
         # An entry's size, and the sum of the sizes of its terms, are at most this, by row.
-        self._size = self._sizes()
+        self._terms = self._sizes()
+        self._size = self._terms.cpu().numpy()
+        # l2 is an inner product but for terms of rows and of columns.
+        self._squares = [_squares(self.pairs, side) for side in (0, 1)] if metric == "l2" else []
         largest = float(self._size.max(initial=0.0))
         if not largest < torch.finfo(self.dtype).max / 4:
             raise ValueError(f"factors: their products overflow {self.dtype}; pass float64 or scale them")
@@ -88,16 +101,16 @@ class FactorCost:
     @property
     def T(self) -> FactorCost:
         """The transposed cost; the factors are shared."""
-        return FactorCost([(b, a) for a, b in self.pairs], self.metric, self.tile)
+        return FactorCost([(b, a) for a, b in self.pairs], self.metric, self.tile, self.backend)
 
-    def _sizes(self) -> np.ndarray:
-        total = np.zeros(self.shape[0])
+    def _sizes(self) -> torch.Tensor:
+        total = torch.zeros(self.shape[0], dtype=torch.float64, device=self.device)
         if 0 in self.shape:
             return total
         order = 1 if self.metric == "l1" else 2
         for a, b in self.pairs:
             rows, columns = (
-                torch.linalg.vector_norm(x, ord=order, dim=1, dtype=torch.float64).numpy() for x in (a, b)
+                torch.linalg.vector_norm(x, ord=order, dim=1, dtype=torch.float64) for x in (a, b)
             )
             if self.metric == "dot":
                 total += rows * columns.max()
@@ -106,20 +119,6 @@ class FactorCost:
             else:
                 total += rows + columns.max()
         return total
-
-    def tile_error(self, v: np.ndarray) -> np.ndarray:
-        """(n,) bound on the rounding of a tile's ``c - v``: ``gamma_(d+4)`` times the terms' size, v's rounding.
-
-        Terms below the smallest normal number may be flushed to zero: each adds at most that number.
-        """
-        info = torch.finfo(self.dtype)
-        unit = (self.depth + 8) * info.eps
-        largest = float(np.abs(v[np.isfinite(v)]).max(initial=0.0))
-        return (
-            unit / (1 - unit) * self._size
-            + 4 * info.eps * (self._size + largest)
-            + 4 * (self.depth + 4) * info.tiny
-        )
 
     def entry_error(self) -> np.ndarray:
         """(n,) bound on the rounding of :meth:`entries`, in float64."""
@@ -133,6 +132,12 @@ class FactorCost:
         return self._rescored(rows, cols[:, None].astype(np.int32), 1.0)[:, 0]
 
     def _rescored(self, rows: np.ndarray, items: np.ndarray, sign: float) -> np.ndarray:
+        if self.device.type != "cpu":
+            from fastmatch.kernels.reference.cost_rows import entries
+
+            at, which = (torch.from_numpy(x.astype(np.int64)).to(self.device) for x in (rows, items))
+            found = entries(self.pairs, at, which, self.metric)
+            return torch.where(which < 0, found, sign * found).cpu().numpy()
         from fastmatch.kernels.cpu.cost_rows import DISTANCES, rescore
 
         out = np.zeros(items.shape)
@@ -147,24 +152,49 @@ class FactorCost:
             )
         return out
 
-    def _tile(
-        self, a: list[torch.Tensor], lo: int, hi: int, v: torch.Tensor, sign: float, room: torch.Tensor
-    ) -> torch.Tensor:
-        """sign * value - v of some rows (given as their factors) and of columns lo..hi; l2 up to the rows' own norms."""
-        # One buffer for all tiles: fresh pages would cost as much as the product.
-        out = room[: len(a[0]) * (hi - lo)].view(len(a[0]), hi - lo)
-        torch.neg(v[lo:hi].expand_as(out), out=out)
-        for left, (_, b) in zip(a, self.pairs, strict=True):
-            right = b[lo:hi]
-            if self.metric == "dot":
-                out.addmm_(left, right.T, alpha=sign)
-            elif self.metric == "l2":
-                out.addmm_(left, right.T, alpha=-2 * sign)
-                out += sign * right.square().sum(1)
-                out += sign * left.square().sum(1, keepdim=True)
-            else:
-                out.add_(torch.cdist(left, right, p=1), alpha=sign)
-        return out
+    def _nearest(
+        self, v: np.ndarray, k: int, rows: np.ndarray, sign: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(indices (r, k), bound (r,) float64): lists as tiles see them, and a valid bound on the rest."""
+        whole = len(rows) and rows[-1] - rows[0] + 1 == len(rows) and bool((np.diff(rows) == 1).all())
+        index = slice(int(rows[0]), int(rows[-1]) + 1) if whole else torch.from_numpy(rows).to(self.device)
+        duals = torch.from_numpy(np.ascontiguousarray(v, np.float64)).to(self.device)
+        left = [a[index] for a, _ in self.pairs]
+        sizes = self._terms[index]
+        if self.metric == "l1":
+            return self._nearest_l1(left, duals, k, sizes, sign)
+        # dispatch computes c = -(A . B); sign |a - b|^2 - v = -(2 sign a . b) - (v - sign |b|^2) + sign |a|^2.
+        scale = -sign if self.metric == "dot" else 2 * sign
+        if self.metric == "l2":
+            duals = duals - sign * self._squares[1]
+        if scale != 1:
+            left = [scale * a for a in left]
+        factors = [(a, b) for a, (_, b) in zip(left, self.pairs, strict=True)]
+        backend = self.backend
+        if self.device.type != "cpu" and backend is None:
+            backend = "reference" if self.dtype == torch.float64 or k > LONGEST else "triton"
+        found, _, bound = dispatch.row_topk(factors, duals, k, sizes=sizes, tile=self.tile, backend=backend)
+        bound = bound.double()
+        if self.metric == "l2":
+            bound = bound + sign * self._squares[0][index]
+        return found, bound
+
+    def _nearest_l1(
+        self, left: list[torch.Tensor], duals: torch.Tensor, k: int, sizes: torch.Tensor, sign: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        from fastmatch.kernels.cpu.cost_rows import smallest
+        from fastmatch.kernels.reference.cost_rows import product_error
+
+        v = duals.to(self.dtype)
+
+        def fill(rows: slice, columns: slice, out: torch.Tensor) -> None:
+            torch.neg(v[columns].expand_as(out), out=out)
+            for a, (_, b) in zip(left, self.pairs, strict=True):
+                out.add_(torch.cdist(a[rows], b[columns], p=1), alpha=sign)
+
+        values, items = smallest((len(left[0]), len(v)), k + 1, self.tile, self.dtype, fill)
+        error = product_error(sizes, duals, self.depth, self.dtype)
+        return torch.from_numpy(items[:, :k]), torch.from_numpy(values[:, k]).double() - error
 
     def row_topk(
         self, v: np.ndarray, k: int, rows: np.ndarray | None = None, sign: float = 1.0
@@ -181,43 +211,13 @@ class FactorCost:
             (items (r, k) int32, costs (r, k) float64, bound (r,) float64), by rising computed ``c - v``; -1
             and inf where a row has fewer than k columns, and inf for a bound with nothing outside.
         """
-        from fastmatch.kernels.cpu.cost_rows import merge_tile
-
         n, m = self.shape
         rows = np.arange(n) if rows is None else np.asarray(rows, np.int64)
         k = min(k, m)
-        kept = k + 1
-        scalar = np.float64 if self.dtype == torch.float64 else np.float32
-        duals = torch.from_numpy(np.ascontiguousarray(v)).to(self.dtype)
-        error = self.tile_error(v)[rows]
-        items_out = np.empty((len(rows), k), np.int32)
-        costs_out = np.empty((len(rows), k))
-        bound = np.empty(len(rows))
-        height, width = self.tile
-        room = torch.empty(min(height, len(rows)) * min(width, m), dtype=self.dtype)
-        for lo in range(0, len(rows), height):
-            part = rows[lo : lo + height]
-            whole = len(part) and part[-1] - part[0] + 1 == len(part) and bool((np.diff(part) == 1).all())
-            index = slice(int(part[0]), int(part[-1]) + 1) if whole else torch.from_numpy(part)
-            left = [a[index] for a, _ in self.pairs]
-            values = np.full((len(part), kept), np.inf, scalar)
-            items = np.full((len(part), kept), -1, np.int32)
-            for first in range(0, m, width):
-                tile = self._tile(left, first, min(first + width, m), duals, sign, room).numpy()
-                over_rows(
-                    len(part),
-                    tile.size // 8,  # most of a tile is passed over by one comparison of vectors
-                    lambda a, b, tile=tile, first=first, values=values, items=items: merge_tile(
-                        tile, a, b, first, values, items
-                    ),
-                )
-            here = slice(lo, lo + len(part))
-            items_out[here] = items[:, :k]
-            costs_out[here] = self._rescored(part, items_out[here], sign)
-            bound[here] = values[:, k] - error[here]
-        if k == m:
-            bound[:] = np.inf
-        return items_out, costs_out, bound
+        found, bound = self._nearest(v, k, rows, sign)
+        items = found.cpu().numpy().astype(np.int32, copy=False)
+        outside = np.full(len(rows), np.inf) if k == m else bound.cpu().numpy()
+        return items, self._rescored(rows, items, sign), outside
 
     def row_min(self, v: np.ndarray, sign: float = 1.0, k: int = 4) -> np.ndarray:
         """(n,) least ``sign * value_ij - v_j``: never above the true one but for float64's rounding.
@@ -240,7 +240,7 @@ class FactorCost:
         if len(rows) and self.dtype == torch.float32:
             # Ties within the tiles' rounding: once more with tiles in float64.
             doubled = FactorCost(
-                [(a[torch.from_numpy(rows)].double(), b.double()) for a, b in self.pairs],
+                [(a[torch.from_numpy(rows).to(a.device)].double(), b.double()) for a, b in self.pairs],
                 self.metric,
                 self.tile,
             )
@@ -249,7 +249,7 @@ class FactorCost:
 
     def dense(self) -> np.ndarray:
         """The whole matrix in float64."""
-        total = torch.zeros(self.shape, dtype=torch.float64)
+        total = torch.zeros(self.shape, dtype=torch.float64, device=self.device)
         for a, b in self.pairs:
             a, b = a.double(), b.double()
             if self.metric == "l1":
@@ -259,10 +259,24 @@ class FactorCost:
                 if self.metric == "l2":
                     total += a.square().sum(1, keepdim=True)
                     total += b.square().sum(1)
-        return total.numpy()
+        return total.cpu().numpy()
 
 
-def _factor(x: Any) -> torch.Tensor:
+def _squares(pairs: list[tuple[torch.Tensor, torch.Tensor]], side: int) -> torch.Tensor:
+    """Squared norms of the rows of one side, summed over the pairs, in float64."""
+    return torch.stack([pair[side].double().square().sum(1) for pair in pairs]).sum(0)
+
+
+def _common_dtype(factors: list[torch.Tensor], metric: str) -> torch.dtype:
+    """One type for all: half precision stays what it is where the GPU multiplies it as it is."""
+    dtypes = {x.dtype for x in factors}
+    if torch.float64 in dtypes:
+        return torch.float64
+    half = len(dtypes) == 1 and metric == "dot" and factors[0].device.type != "cpu"
+    return next(iter(dtypes)) if half else torch.float32
+
+
+def _factor(x: Any, metric: str) -> torch.Tensor:
     if isinstance(x, np.ndarray):
         x = np.ascontiguousarray(x)
         x = torch.tensor(x) if not x.flags.writeable else torch.from_numpy(x)
@@ -270,5 +284,4 @@ def _factor(x: Any) -> torch.Tensor:
         raise TypeError(f"factors: expected floating-point matrices, got {getattr(x, 'dtype', type(x))}")
     if x.ndim != 2:
         raise ValueError(f"factors: expected matrices, got {x.ndim} dimensions")
-    x = x.detach().cpu()
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+    return x.detach().cpu() if metric == "l1" else x.detach()

@@ -230,8 +230,8 @@ def norm_shift(cost: FactorCost, sign: float) -> np.ndarray:
         return np.zeros(m)
     norms = np.zeros((2, max(n, m)))
     for a, b in cost.pairs:
-        norms[0, :n] += a.double().square().sum(1).numpy()
-        norms[1, :m] += b.double().square().sum(1).numpy()
+        norms[0, :n] += a.double().square().sum(1).cpu().numpy()
+        norms[1, :m] += b.double().square().sum(1).cpu().numpy()
     squares = norms[1, :m]
     if not squares.max() > 0:
         return np.zeros(m)

@@ -10,10 +10,19 @@ k log(m / k) times a row.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
+import torch
+from fastmatch.kernels.cpu.parallel import over_rows
+from fastmatch.kernels.reference.cost_rows import product_error, term_sizes
+from fastmatch.kernels.reference.gain import gathered
 from numba import njit
 
-__all__ = ["DISTANCES", "merge_tile", "rescore"]
+__all__ = ["DISTANCES", "TILE", "merge_tile", "rescore", "row_min", "row_topk", "smallest"]
+
+TILE = (1024, 8192)
+"""Rows and columns of a tile: 32 MB in float32, large enough for BLAS on all cores."""
 
 CHUNK = 64
 DISTANCES = {"dot": 0, "l2": 1, "l1": 2}
@@ -80,3 +89,104 @@ def rescore(A, B, rows, items, lo, hi, metric, scale, out):  # pragma: no cover 
                 for q in range(a.shape[0]):
                     total += abs(np.float64(a[q]) - np.float64(b[q]))
             out[r, e] += scale * total
+
+
+def smallest(
+    shape: tuple[int, int],
+    kept: int,
+    tile: Sequence[int],
+    dtype: torch.dtype,
+    fill: Callable[[slice, slice, torch.Tensor], None],
+) -> tuple[np.ndarray, np.ndarray]:
+    """The ``kept`` smallest values of each row and their columns, rising; inf and -1 where there are fewer.
+
+    ``fill(rows, columns, out)`` writes the values of one tile.
+    """
+    n, m = shape
+    height, width = tile
+    # One buffer for all tiles: fresh pages would cost as much as the product.
+    room = torch.empty(min(height, n) * min(width, m), dtype=dtype)
+    values = torch.full((n, kept), torch.inf, dtype=dtype).numpy()
+    items = np.full((n, kept), -1, np.int32)
+    for top in range(0, n, height):
+        rows = slice(top, min(top + height, n))
+        count = rows.stop - top
+        best, item = values[rows], items[rows]
+        for first in range(0, m, width):
+            columns = slice(first, min(first + width, m))
+            out = room[: count * (columns.stop - first)].view(count, columns.stop - first)
+            fill(rows, columns, out)
+            entries = out.numpy()
+            over_rows(
+                count,
+                out.numel() // 8,  # most of a tile is passed over by one comparison of vectors
+                lambda lo, hi, x=entries, first=first, best=best, item=item: merge_tile(
+                    x, lo, hi, first, best, item
+                ),
+            )
+    return values, items
+
+
+def _smallest_products(factors, v, kept, b_index, contraction_index, tile):
+    dtype = torch.float64 if factors[0][0].dtype == torch.float64 else torch.float32
+    duals = v.to(dtype)
+    contractions = contraction_index or [None] * len(factors)
+
+    def fill(rows: slice, columns: slice, out: torch.Tensor) -> None:
+        torch.neg(duals[columns].expand_as(out), out=out)
+        for (a, b), inner in zip(factors, contractions, strict=True):
+            if b_index is None:
+                right = gathered(b[columns], None, inner)
+            else:
+                right = gathered(b, b_index[columns], inner)
+            out.addmm_(a[rows].to(dtype), right.to(dtype).T, alpha=-1)
+
+    return smallest((len(factors[0][0]), len(v)), kept, tile or TILE, dtype, fill)
+
+
+def row_topk(
+    factors: list[tuple[torch.Tensor, torch.Tensor]],
+    v: torch.Tensor,
+    k: int,
+    *,
+    b_index: torch.Tensor | None = None,
+    contraction_index: list[torch.Tensor | None] | None = None,
+    precision: str = "ieee",
+    sizes: torch.Tensor | None = None,
+    tile: Sequence[int] = (),
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Arguments and result as in the reference; products in float32 (float64 for float64), whatever ``precision``.
+
+    Half-precision factors are widened a tile at a time, and B is gathered a tile at a time.
+    """
+    values, items = _smallest_products(factors, v, k + 1, b_index, contraction_index, tile)
+    value, index = torch.from_numpy(values), torch.from_numpy(items[:, :k].astype(np.int64))
+    duals = v.to(value.dtype)
+    listed = index >= 0
+    if len(v):
+        shift = torch.where(listed, duals[index.clamp(min=0)], 0)
+        costs = torch.where(listed, value[:, :k] + shift, torch.inf)
+    else:
+        costs = value[:, :k].clone()
+    outside = value[:, k]
+    if k == 0 and len(v):
+        outside = torch.full_like(outside, -torch.inf)
+    if sizes is None:
+        sizes = term_sizes(factors, contraction_index)
+    depth = sum(a.shape[1] for a, _ in factors)
+    bound = (outside.double() - product_error(sizes, v, depth, value.dtype)).to(value.dtype)
+    below = bound.nextafter(bound.new_tensor(-torch.inf))
+    return index, costs, torch.where(outside.isfinite(), below, outside)
+
+
+def row_min(
+    factors: list[tuple[torch.Tensor, torch.Tensor]],
+    v: torch.Tensor,
+    *,
+    b_index: torch.Tensor | None = None,
+    contraction_index: list[torch.Tensor | None] | None = None,
+    precision: str = "ieee",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per row the smallest ``c_ij - v_j`` as computed and its column; arguments as :func:`row_topk`."""
+    values, items = _smallest_products(factors, v, 1, b_index, contraction_index, ())
+    return torch.from_numpy(values)[:, 0], torch.from_numpy(items[:, 0].astype(np.int64))

@@ -43,14 +43,16 @@ def _encode(value, half):
     if half == BFLOAT16:
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         return np.uint16(0x7FC0) if np.isnan(value) else np.uint16(rounded)
-    magnitude = np.float32(abs(value))
-    small = np.uint32(np.float32(magnitude * np.float32(2.0**-112)).view(np.uint32))
-    rounded = (small + 0xFFF + ((small >> 13) & 1)) >> 13
-    if magnitude >= np.float32(65520):
-        rounded = 0x7C00
-    if np.isnan(value):
-        rounded = 0x7E00
-    return np.uint16(rounded | ((bits >> 16) & 0x8000))
+    # No product: one that falls below float32's normal numbers costs a hundred cycles.
+    magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
+    odd = np.uint32(np.uint32(magnitude >> np.uint32(13)) & np.uint32(1))
+    rounded = np.uint32(np.uint32(magnitude + np.uint32(0xC8000FFF) + odd) >> np.uint32(13))
+    # Below 2^-14 adding 0.5 brings the last place to 2^-24, float16's own, with the hardware's rounding.
+    shifted = np.float32(magnitude.view(np.float32) + np.float32(0.5)).view(np.uint32)
+    rounded = np.uint32(shifted - np.uint32(0x3F000000)) if magnitude < np.uint32(0x38800000) else rounded
+    rounded = np.uint32(0x7C00) if magnitude >= np.uint32(0x477FF000) else rounded  # 65520 and inf
+    rounded = np.uint32(0x7E00) if magnitude > np.uint32(0x7F800000) else rounded  # NaN
+    return np.uint16(rounded | np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(0x8000)))
 
 
 @numba.njit(cache=True, nogil=True)
@@ -63,6 +65,17 @@ def _stage(weight, source, half, row):
             row[j] = _decode(weight[source, j], BFLOAT16)
         else:
             row[j] = _decode(weight[source, j], FLOAT16)
+
+
+@numba.njit(cache=True, nogil=True)
+def _add_half_run(weight, source, half, alpha, fresh, row):
+    """``row (+)= alpha *`` one run of a half-precision weight, straight from memory; ``fresh`` overwrites."""
+    for j in range(row.shape[0]):
+        if half == BFLOAT16:
+            value = alpha * _decode(weight[source, j], BFLOAT16)
+        else:
+            value = alpha * _decode(weight[source, j], FLOAT16)
+        row[j] = value if fresh else row[j] + value
 
 
 @numba.njit(parallel=True, cache=True, nogil=True)
@@ -90,15 +103,12 @@ def _merge(weights, alphas, rows, columns, half, sums, out, tasks):
                         for j in range(length):
                             row[j] += alpha * weight[source, j]
                     continue
-                _stage(weight, source, half, staged)
                 if index.shape[0] == 0:
-                    if k == 0:
-                        for j in range(length):
-                            row[j] = alpha * staged[j]
-                    else:
-                        for j in range(length):
-                            row[j] += alpha * staged[j]
-                elif k == 0:
+                    if half is not None:
+                        _add_half_run(weight, source, half, alpha, k == 0, row)
+                    continue
+                _stage(weight, source, half, staged)
+                if k == 0:
                     for j in range(length):
                         row[j] = alpha * staged[index[j]]
                 else:

@@ -18,9 +18,12 @@ Ties go to the lower column. Deterministic. NaN counts as +inf; entries of +inf 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
+from fastmatch.kernels.reference.cost_rows import term_sizes
 from fastmatch.kernels.triton.gain import check_dtypes, grouped_tile
 from fastmatch.kernels.triton.product import product_tile
 from fastmatch.kernels.triton.tiles import (
@@ -154,30 +157,25 @@ def product_error(
     v: torch.Tensor,
     precision: str,
     contraction_index: list[torch.Tensor | None] | None = None,
+    sizes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """(n,) float64: a bound on the rounding error of every computed ``c_ij - v_j`` of row i.
 
     ``(relative error of a product + gamma_terms) sum_k |a_ik| max_j |b_jk|`` by Cauchy and Schwarz, and the
-    rounding of v to float32 and of the subtraction. Reads each factor once.
+    rounding of v to float32 and of the subtraction. Reads each factor once, unless ``sizes`` (what
+    :func:`term_sizes` returns) is given.
     """
     key = precision_of(factors[0][0].dtype, precision)
     relative, passes = ROUNDOFF[key]
     terms = passes * sum(a.shape[1] for a, _ in factors) + 4
     # Matrix units may cut off where they add, which costs twice the unit roundoff.
     relative += terms * 2.0**-23 / (1 - terms * 2.0**-23)
-    scale = torch.zeros(factors[0][0].shape[0], dtype=torch.float64, device=v.device)
-    for position, pair in enumerate(factors):
-        index = None if contraction_index is None else contraction_index[position]
-        repeats = 1 if index is None or index.numel() == 0 else int(torch.bincount(index).max())
-        # What is not finite has no rounding error; NaN and inf follow their own policy.
-        rows, columns = (
-            torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).nan_to_num(0, 0, 0) for x in pair
-        )
-        if columns.numel():
-            scale += rows * columns.max() * repeats**0.5
+    scale = term_sizes(factors, contraction_index) if sizes is None else sizes
     finite = v[v.isfinite()].abs().double()
     largest = float(finite.max()) if finite.numel() else 0.0
-    return relative * scale * (1 + 2.0**-20) + 2.0**-22 * (scale + largest)
+    # Terms below the smallest normal number may be flushed to zero.
+    tiny = 4 * terms * 2.0**-126
+    return relative * scale * (1 + 2.0**-20) + 2.0**-22 * (scale + largest) + tiny
 
 
 def select_tiles(candidates: int) -> Tiles:
@@ -276,6 +274,8 @@ def row_topk(
     b_index: torch.Tensor | None = None,
     contraction_index: list[torch.Tensor | None] | None = None,
     precision: str = "ieee",
+    sizes: torch.Tensor | None = None,
+    tile: Sequence[int] = (),
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Per row k columns of smallest ``c_ij - v_j``, and a lower bound on ``c_ij - v_j`` outside the list.
 
@@ -286,6 +286,8 @@ def row_topk(
         b_index: (m,) int64, or None.
         contraction_index: per pair (d,) int64, or None.
         precision: "ieee", "tf32", "bf16x3"; half-precision factors are multiplied as they are.
+        sizes: (n,) float64, what :func:`term_sizes` returns, if it is known.
+        tile: of the CPU's; tiles here are picked by :func:`matmul_tiles`.
 
     Returns:
         (indices (n, k) int64, costs c (n, k) float32, bound (n,) float32), by rising ``c - v``; where a row
@@ -294,7 +296,7 @@ def row_topk(
     index, _, cost, outside = _reduce(factors, v, k, b_index, contraction_index, precision)
     if cost.numel() == 0 and outside.numel() and len(v):
         outside = torch.full_like(outside, -float("inf"))  # k = 0: everything is outside
-    error = product_error(factors, v, precision, contraction_index)
+    error = product_error(factors, v, precision, contraction_index, sizes)
     bound = (outside.double() - error).float()
     return (
         index,

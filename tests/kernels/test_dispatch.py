@@ -4,7 +4,6 @@ import sys
 
 import pytest
 import torch
-from fastmatch.kernels import dispatch
 from fastmatch.kernels.dispatch import backend_of
 
 
@@ -52,12 +51,3 @@ def test_the_device_chooses():
         backend_of(x, meta)
     with pytest.raises(ValueError, match="backend: expected one of"):
         backend_of(x, backend="cuda")
-
-
-@pytest.mark.parametrize("backend", [None, "cpu", "reference"])
-def test_row_reductions_say_where_they_are_on_the_cpu(backend):
-    factors, v = [(torch.ones(3, 2), torch.ones(4, 2))], torch.zeros(4)
-    with pytest.raises(NotImplementedError, match="FactorCost"):
-        dispatch.row_topk(factors, v, 2, backend=backend)
-    with pytest.raises(NotImplementedError, match="FactorCost"):
-        dispatch.row_min(factors, v, backend=backend)

@@ -82,6 +82,19 @@ def test_half_precision_numbers_survive_the_cpu_twin(dtype):
     torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_cpu_twin_rounds_halves_to_even_as_torch_does(dtype):
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(dtype)
+    other = every.flip(0).roll(int(torch.randint(1 << 16, (), generator=fresh_generator())))
+    for partner in (torch.roll(every, 1), other):
+        # Means of neighbours are exact halfway points of the type; means of strangers are anything.
+        got = permute_merge([every, partner], [0.5, 0.5], backend="cpu")
+        wanted = (0.5 * every.float() + 0.5 * partner.float()).to(dtype)
+        assert torch.equal(got.isnan(), wanted.isnan())
+        whole = ~wanted.isnan()
+        assert torch.equal(got.view(torch.int16)[whole], wanted.view(torch.int16)[whole])
+
+
 def test_float64_sums_in_float64_on_cpu():
     generator = fresh_generator()
     a, b = (torch.randn(5, 7, generator=generator, dtype=torch.float64) for _ in range(2))

@@ -3,10 +3,11 @@ import torch
 from fastmatch.kernels.dispatch import row_min, row_topk
 from fastmatch.kernels.reference.gain import gathered
 from fastmatch.kernels.triton import cost_rows
-from kernel_cases import DEVICE, fresh_generator, normal, strided
+from kernel_cases import BACKENDS, DEVICE, fresh_generator, normal, strided
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 INF = float("inf")
+ALL = pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 
 
 def values_of(factors, v, b_index=None, contractions=None):
@@ -51,6 +52,7 @@ def check(result, factors, v, k, precision="ieee", **indices):
         )
 
 
+@ALL
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("n", "m", "depths", "k"),
@@ -63,29 +65,30 @@ def check(result, factors, v, k, precision="ieee", **indices):
         (2, 40, (0,), 2),
     ],
 )
-def test_shortlists_against_float64(dtype, n, m, depths, k):
+def test_shortlists_against_float64(backend, dtype, n, m, depths, k):
     generator = fresh_generator()
     factors = [(normal(generator, n, d, dtype=dtype), normal(generator, m, d, dtype=dtype)) for d in depths]
     v = normal(generator, m)
-    check(row_topk(factors, v, k, backend="triton"), factors, v, k)
-    value, column = row_min(factors, v, backend="triton")
+    check(row_topk(factors, v, k, backend=backend), factors, v, k)
+    value, column = row_min(factors, v, backend=backend)
     true = values_of(factors, v)
     error = cost_rows.product_error(factors, v, "ieee")
     assert torch.all((value.double() - true.amin(1)).abs() <= error)
     assert torch.all((true.gather(1, column[:, None])[:, 0] - true.amin(1)).abs() <= 2 * error)
 
 
-def test_reordered_rows_and_contraction_axes():
+@ALL
+def test_reordered_rows_and_contraction_axes(backend):
     generator = fresh_generator()
     factors = [(normal(generator, 40, d), normal(generator, 50, d)) for d in (33, 6)]
     v = normal(generator, 70)
     rows = torch.randint(50, (70,), generator=generator).to(DEVICE)
     inner = [torch.randperm(33, generator=generator).to(DEVICE), None]
     indices = {"b_index": rows, "contraction_index": inner}
-    check(row_topk(factors, v, 5, **indices, backend="triton"), factors, v, 5, **indices)
+    check(row_topk(factors, v, 5, **indices, backend=backend), factors, v, 5, **indices)
     repeated = [torch.randint(33, (33,), generator=generator).to(DEVICE), None]
     indices = {"b_index": rows, "contraction_index": repeated}
-    check(row_topk(factors, v, 5, **indices, backend="triton"), factors, v, 5, **indices)
+    check(row_topk(factors, v, 5, **indices, backend=backend), factors, v, 5, **indices)
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16x3"])
@@ -116,10 +119,11 @@ def test_the_error_bound_covers_what_the_hardware_formats_drop(precision):
     assert torch.all(error > bound / 1e4), "a bound that is far from what happens says nothing"
 
 
-def test_strides():
+@ALL
+def test_strides(backend):
     generator = fresh_generator()
     a, b, v = normal(generator, 33, 8), normal(generator, 40, 8), normal(generator, 40)
-    check(row_topk([(strided(a), b.T.contiguous().T)], strided(v), 3, backend="triton"), [(a, b)], v, 3)
+    check(row_topk([(strided(a), b.T.contiguous().T)], strided(v), 3, backend=backend), [(a, b)], v, 3)
 
 
 def test_ties_go_to_the_lower_column():
@@ -134,13 +138,14 @@ def test_ties_go_to_the_lower_column():
     assert torch.all(bound > -4.001)
 
 
+@ALL
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy inside the interpreter
-def test_what_is_not_finite_is_not_listed_but_minus_infinity_is():
+def test_what_is_not_finite_is_not_listed_but_minus_infinity_is(backend):
     generator = fresh_generator()
     a, b, v = normal(generator, 5, 4).abs(), normal(generator, 40, 4), torch.zeros(40, device=DEVICE)
     b[3, 0], b[7, 1], b[9, 1] = float("nan"), INF, -INF
     v[11] = -INF
-    index, costs, _ = row_topk([(a, b)], v, 40, backend="triton")
+    index, costs, _ = row_topk([(a, b)], v, 40, backend=backend)
     assert torch.all(index[:, 0] == 7)
     assert torch.all(costs[:, 0] == -INF)
     for column in (3, 9, 11):
@@ -149,15 +154,16 @@ def test_what_is_not_finite_is_not_listed_but_minus_infinity_is():
     assert torch.all(costs[:, 37:] == INF)
 
 
-def test_no_columns_no_rows_and_an_empty_list():
+@ALL
+def test_no_columns_no_rows_and_an_empty_list(backend):
     a, b = torch.ones(3, 4, device=DEVICE), torch.ones(6, 4, device=DEVICE)
     v = torch.zeros(6, device=DEVICE)
-    index, costs, bound = row_topk([(a, b[:0])], v[:0], 2, backend="triton")
+    index, costs, bound = row_topk([(a, b[:0])], v[:0], 2, backend=backend)
     assert torch.all(index == -1)
     assert torch.all(costs == INF)
     assert torch.all(bound == INF)
-    assert row_topk([(a[:0], b)], v, 2, backend="triton")[0].shape == (0, 2)
-    index, _, bound = row_topk([(a, b)], v, 0, backend="triton")
+    assert row_topk([(a[:0], b)], v, 2, backend=backend)[0].shape == (0, 2)
+    index, _, bound = row_topk([(a, b)], v, 0, backend=backend)
     assert index.shape == (3, 0)
     assert torch.all(bound == -INF)
 
@@ -178,14 +184,15 @@ def test_more_columns_than_the_selection_holds_is_an_error(monkeypatch):
         row_topk([(torch.ones(2, 2), torch.ones(99, 2))], torch.ones(99), 4, backend="triton")
 
 
-def test_compiles_without_a_graph_break():
+@ALL
+def test_compiles_without_a_graph_break(backend):
     generator = fresh_generator()
     a, b, v = normal(generator, 9, 7), normal(generator, 8, 7), normal(generator, 8)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def lists(a, b, v):
-        index, costs, bound = row_topk([(a * 1, b)], v, 3, backend="triton")
-        value, column = row_min([(a * 1, b)], v, backend="triton")
+        index, costs, bound = row_topk([(a * 1, b)], v, 3, backend=backend)
+        value, column = row_min([(a * 1, b)], v, backend=backend)
         return index, costs + 0, bound, value, column
 
     got = lists(a, b, v)
