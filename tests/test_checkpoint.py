@@ -96,7 +96,7 @@ def test_only_named_groups_move(folder):
 
 
 def test_streamed_matching_is_matching(folder, monkeypatch):
-    monkeypatch.setattr("fastmatch.matching.weights.BLOCK", 100)
+    monkeypatch.setattr("fastmatch.matching.gains.BLOCK", 100)
     spec = trace_config(folder / "a")
     a, b = Checkpoint(folder / "a"), Checkpoint(folder / "b")
     held = match_weights(dict(a), dict(b), spec, seed=3)
