@@ -47,6 +47,8 @@ def works(n, target):
         yield f"gain, d = {DEPTH}", precision, roofline.gain(n, n, DEPTH, size)
         work = roofline.cost_rows(n, n, DEPTH, SHORTLIST, precision, target, size)
         yield f"cost_rows, d = {DEPTH}, k = {SHORTLIST}", precision, work
+        work = roofline.row_softmin(n, n, DEPTH, precision, target, size)
+        yield f"row_softmin, d = {DEPTH}", precision, work
         if precision != "half":
             yield f"moments, {SAMPLES} samples", precision, roofline.moments(SAMPLES, n, n)
     yield "permute_merge, two n x n float32", "ieee", roofline.permute_merge(n * n, 2)

@@ -11,6 +11,7 @@ k log(m / k) times a row.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from fastmatch.kernels.reference.cost_rows import product_error, term_sizes
 from fastmatch.kernels.reference.gain import gathered
 from numba import njit
 
-__all__ = ["DISTANCES", "TILE", "merge_tile", "rescore", "row_min", "row_topk", "smallest"]
+__all__ = ["DISTANCES", "TILE", "each_tile", "merge_tile", "products", "rescore", "row_min", "row_topk", "smallest"]
 
 TILE = (1024, 8192)
 """Rows and columns of a tile: 32 MB in float32, large enough for BLAS on all cores."""
@@ -91,6 +92,31 @@ def rescore(A, B, rows, items, lo, hi, metric, scale, out):  # pragma: no cover 
             out[r, e] += scale * total
 
 
+def each_tile(
+    shape: tuple[int, int],
+    tile: Sequence[int],
+    dtype: torch.dtype,
+    fill: Callable[[slice, slice, torch.Tensor], None],
+    take: Callable[[np.ndarray, int, int, int, int], None],
+    work: float,
+) -> None:
+    """Forms a matrix tile by tile: ``fill(rows, columns, out)`` writes one, ``take(tile, top, first, lo, hi)`` reads its
+    rows lo..hi, on several cores; its first row and column are ``top`` and ``first``. ``work``: of an entry, for the split.
+    """
+    n, m = shape
+    height, width = tile
+    # One buffer for all tiles: fresh pages would cost as much as the product.
+    room = torch.empty(min(height, n) * min(width, m), dtype=dtype)
+    for top in range(0, n, height):
+        rows = slice(top, min(top + height, n))
+        count = rows.stop - top
+        for first in range(0, m, width):
+            columns = slice(first, min(first + width, m))
+            out = room[: count * (columns.stop - first)].view(count, columns.stop - first)
+            fill(rows, columns, out)
+            over_rows(count, int(out.numel() * work), partial(take, out.numpy(), top, first))
+
+
 def smallest(
     shape: tuple[int, int],
     kept: int,
@@ -102,34 +128,25 @@ def smallest(
 
     ``fill(rows, columns, out)`` writes the values of one tile.
     """
-    n, m = shape
-    height, width = tile
-    # One buffer for all tiles: fresh pages would cost as much as the product.
-    room = torch.empty(min(height, n) * min(width, m), dtype=dtype)
-    values = torch.full((n, kept), torch.inf, dtype=dtype).numpy()
-    items = np.full((n, kept), -1, np.int32)
-    for top in range(0, n, height):
-        rows = slice(top, min(top + height, n))
-        count = rows.stop - top
-        best, item = values[rows], items[rows]
-        for first in range(0, m, width):
-            columns = slice(first, min(first + width, m))
-            out = room[: count * (columns.stop - first)].view(count, columns.stop - first)
-            fill(rows, columns, out)
-            entries = out.numpy()
-            over_rows(
-                count,
-                out.numel() // 8,  # most of a tile is passed over by one comparison of vectors
-                lambda lo, hi, x=entries, first=first, best=best, item=item: merge_tile(
-                    x, lo, hi, first, best, item
-                ),
-            )
+    values = torch.full((shape[0], kept), torch.inf, dtype=dtype).numpy()
+    items = np.full((shape[0], kept), -1, np.int32)
+
+    def take(entries: np.ndarray, top: int, first: int, lo: int, hi: int) -> None:
+        rows = slice(top, top + len(entries))
+        merge_tile(entries, lo, hi, first, values[rows], items[rows])
+
+    # Most of a tile is passed over by one comparison of vectors.
+    each_tile(shape, tile, dtype, fill, take, 1 / 8)
     return values, items
 
 
-def _smallest_products(factors, v, kept, b_index, contraction_index, tile):
-    dtype = torch.float64 if factors[0][0].dtype == torch.float64 else torch.float32
-    duals = v.to(dtype)
+def products(
+    factors: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    duals: torch.Tensor,
+    b_index: torch.Tensor | None = None,
+    contraction_index: Sequence[torch.Tensor | None] | None = None,
+) -> Callable[[slice, slice, torch.Tensor], None]:
+    """What writes a tile of ``c - v`` in the duals' dtype, ``c = -sum_k A_k B_k^T``."""
     contractions = contraction_index or [None] * len(factors)
 
     def fill(rows: slice, columns: slice, out: torch.Tensor) -> None:
@@ -139,8 +156,14 @@ def _smallest_products(factors, v, kept, b_index, contraction_index, tile):
                 right = gathered(b[columns], None, inner)
             else:
                 right = gathered(b, b_index[columns], inner)
-            out.addmm_(a[rows].to(dtype), right.to(dtype).T, alpha=-1)
+            out.addmm_(a[rows].to(out.dtype), right.to(out.dtype).T, alpha=-1)
 
+    return fill
+
+
+def _smallest_products(factors, v, kept, b_index, contraction_index, tile):
+    dtype = torch.float64 if factors[0][0].dtype == torch.float64 else torch.float32
+    fill = products(factors, v.to(dtype), b_index, contraction_index)
     return smallest((len(factors[0][0]), len(v)), kept, tile or TILE, dtype, fill)
 
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastmatch.kernels.triton import channel_affine, cost_rows, gain, moments, permute_merge
+from fastmatch.kernels.triton import channel_affine, cost_rows, gain, moments, permute_merge, row_softmin
 from fastmatch.kernels.triton.tiles import CROSS, MATMUL, TARGETS, Target, Tiles
 
 __all__ = ["Case", "Compiled", "cases", "compile_case"]
@@ -157,6 +157,22 @@ def _matmul_cases(target: Target) -> Iterator[Case]:
                     tiles,
                     matrix,
                 )
+                if not gathered:
+                    yield Case(
+                        "row_softmin",
+                        variant,
+                        precision,
+                        row_softmin._softmin_kernel,
+                        {
+                            **{k: v for k, v in common.items() if k != "b_index_ptr"},
+                            "v_ptr": "*fp32:16",
+                            "part_ptr": "*fp32:16",
+                            "temperature": "fp32",
+                            **constants,
+                        },
+                        tiles,
+                        matrix,
+                    )
 
 
 def _cross_cases(target: Target) -> Iterator[Case]:

@@ -18,6 +18,7 @@ OPS = {
     "moments, no product",
     "permute_merge",
     "channel_affine",
+    "row_softmin",
 }
 
 
@@ -47,7 +48,7 @@ def check(rows):
 def test_one_variant_of_every_kernel(tmp_path, target):
     rows = compiled(tmp_path, target, "--quick")
     assert {r["op"] for r in rows} >= OPS
-    for op in ("gain", "cost_rows"):
+    for op in ("gain", "cost_rows", "row_softmin"):
         precisions = {r["precision"] for r in rows if r["op"] == op and r["matrix_expected"]}
         assert precisions >= {"tf32", "bf16x3", "half"}
     check(rows)
