@@ -21,11 +21,23 @@ SLICE = 1 << 19
 """Units of work (bids, columns popped, 1/32 columns read) between returns to Python, where Ctrl-C is heard: some
 50 ms."""
 
-EASY = 0.25
-"""Share of rows left free by row reduction up to which shortest paths are tried before an auction."""
+EASY = 0.2
+"""Share of rows left free by column and row reduction up to which shortest paths need no auction before them."""
 
-FEW = 0.1
-"""Share of rows whose best column is taken up to which lists are made on demand instead of all at once."""
+TIED = 0.5
+"""Share of rows left free by column reduction above which columns may share their minima; random entries leave 1/e."""
+
+PATIENCE = 16
+"""Rows that may turn out to share no minimum before the search for such is given up."""
+
+SHORT = 0.02
+"""eps of the short auction, in spreads of the listed costs."""
+
+LEFT_OVER = 1024
+"""The short auction ends when one row in so many is still free: a path finds its column sooner."""
+
+WAR = 32
+"""A short auction that is stopped with more than one row in so many still free was a price war: eps is too small."""
 
 READS_BEFORE_AUCTION = 4
 """Whole-matrix reads that shortest paths may cost before the auction is called in."""
@@ -86,34 +98,36 @@ class _Solve:
     """The arrays of one solve (named as in fastmatch.kernels.cpu.lap) and the steps on them."""
 
     def __init__(self, problem: Dense, start: np.ndarray | None) -> None:
-        from fastmatch.kernels.cpu import lap
+        from fastmatch.kernels.cpu import lap, lap_rows
 
-        self.lap = lap
+        self.lap, self.passes = lap, lap_rows
         self.cost, self.sign = problem.matrix, problem.sign
         n, m = self.n, self.m = self.cost.shape
         self.counts = np.zeros(4, np.int64)
-        # No list yet: a bound of -inf makes a row be read when it is first asked for.
-        self.listed = False
-        self.near = np.full((n, lap.K), -1, np.intp)
-        self.near_cost = np.full((n, lap.K), np.inf)
+        # Empty lists: a row that is matched without one is read when a search first wants more than its bound.
+        self.near = np.zeros((n, lap_rows.CAPACITY), np.int32)
+        self.near_cost = np.full((n, lap_rows.CAPACITY), np.inf, self.cost.dtype)
         self.bound = np.full(n, -np.inf)
         self.row_of = np.full(m, -1, np.intp)
         self.col_of = np.full(n, -1, np.intp)
         self.cost_of = np.zeros(n)
+        self.row_at = np.full(m, -1, np.intp)
+        self.at_minima = False  # whether the first duals are the columns' minima
         self.finite = True
         self.v = self._first_duals(start)
 
     def _first_duals(self, start: np.ndarray | None) -> np.ndarray:
         """Column minima (square; zero where the problem is not, since unmatched columns keep the largest dual)."""
-        minima = []
-        sums = np.empty(self.n)
+        parts: list[tuple[np.ndarray, np.ndarray]] = []
+        sums: list[float] = []
 
         def read(lo: int, hi: int) -> None:
-            least = np.full(self.m, np.inf)
-            self.lap.first_read(self.cost, self.sign, lo, hi, least, sums)
-            minima.append(least)
+            least, row_at = np.full(self.m, np.inf), np.full(self.m, -1, np.intp)
+            sums.append(self.passes.column_minima(self.cost, self.sign, lo, hi, least, row_at))
+            parts.append((least, row_at))
 
         over_rows(self.n, self.cost.size, read)
+        self.counts[self.lap.READS] += self.n
         # A sum is finite only if every entry is, short of overflow: only otherwise is there more to find out.
         self.finite = bool(np.isfinite(sums).all())
         if not self.finite:
@@ -122,7 +136,13 @@ class _Solve:
             return np.zeros(self.m)
         if start is not None and np.isfinite(start).all():
             return np.array(start, dtype=np.float64)
-        least = np.minimum.reduce(minima)
+        least, row_at = parts[0]
+        for other, at in parts[1:]:
+            row_at = np.where(other < least, at, row_at)
+            least = np.minimum(least, other)
+        self.row_at = row_at
+        self.at_minima = True
+        self.bound.fill(0.0)  # of c - v, under these duals and all lower ones
         return np.where(np.isfinite(least), least, 0.0)
 
     @property
@@ -138,52 +158,54 @@ class _Solve:
         rows, cols = self.constant() if can_bid else (np.zeros(0, np.intp),) * 2
         self.col_of[rows] = self.lap.ASIDE
         self.v[cols] = -np.inf
-        least = self.match_best()
-        if self.free() == 0 and len(rows) == 0:
-            return self.col_of, least, self.v, self.counts  # the duals have not moved: least is u
-        if len(rows) < self.n:
-            if self.free() > FEW * self.n:
-                self.list_rows()
-                self.reduce()
-            if not can_bid:
-                self.augment(None)
-            elif self.free() > EASY * self.n or not self.augment(READS_BEFORE_AUCTION * self.n):
-                self.scaled_auction()
-                self.reduce()
-                self.augment(None)
+        self.lap.column_reduction(self.cost, self.sign, self.v, self.row_at, *self.matching)
+        if self.at_minima and self.free() > TIED * self.n:
+            self.lap.tie_reduction(self.cost, self.sign, self.v, PATIENCE, *self.matching, self.counts)
+        self.list_rows(self.free_rows())
+        self.match_free()
+        calm = True
+        if can_bid and self.free() > EASY * self.n:
+            self.list_rows(self.unlisted_rows())
+            calm = self.short_auction()
+            self.match_tight()
+        self.reduce_rows()
+        if not calm or not self.augment(READS_BEFORE_AUCTION * self.n if can_bid else None):
+            self.scaled_auction()
+            self.match_tight()
+            self.reduce_rows()
+            self.augment(None)
         if len(rows):
             self.bring_back(rows, cols)
-        u = np.empty(self.n)
-        over_rows(
-            self.n,
-            self.cost.size,
-            lambda lo, hi: self.lap.row_minima(self.cost, self.sign, lo, hi, self.v, u),
-        )
-        return self.col_of, u, self.v, self.counts
+        return self.col_of, self.row_duals(), self.v, self.counts
 
-    def match_best(self) -> np.ndarray:
-        """Matches rows to the columns that are best for them, first come; returns the rows' least c - v."""
-        least, column = np.empty(self.n), np.empty(self.n, np.intp)
+    def row_duals(self) -> np.ndarray:
+        """The least c - v of every row."""
+        u = np.zeros(self.n)
+        read: list[int] = []
         over_rows(
             self.n,
             self.cost.size,
-            lambda lo, hi: self.lap.row_best(self.cost, self.sign, lo, hi, self.v, least, column),
+            lambda lo, hi: read.append(
+                self.lap.row_duals(self.cost, self.sign, lo, hi, self.v, *self.lists, u)
+            ),
         )
-        rows = np.flatnonzero((self.col_of == self.lap.FREE) & (column >= 0))
-        cols, first = np.unique(column[rows], return_index=True)
-        rows = rows[first]
-        self.col_of[rows], self.row_of[cols] = cols, rows
-        self.cost_of[rows] = self.sign * self.cost[rows, cols].astype(np.float64)
-        return least
+        self.counts[self.lap.READS] += sum(read)
+        return u
 
-    def list_rows(self) -> None:
-        """All shortlists in one read on all cores."""
-        self.listed = True
-        over_rows(
-            self.n,
-            self.cost.size,
-            lambda lo, hi: self.lap.shortlists(self.cost, self.sign, lo, hi, self.v, *self.lists),
-        )
+    def list_rows(self, rows: np.ndarray) -> None:
+        """The shortlists of some rows, read once, on all cores."""
+        self.counts[self.lap.READS] += len(rows)
+
+        def read(lo: int, hi: int) -> None:
+            self.passes.shortlists(self.cost, self.sign, rows[lo:hi], self.v, *self.lists)
+
+        over_rows(len(rows), len(rows) * self.m, read)
+
+    def free_rows(self) -> np.ndarray:
+        return np.flatnonzero(self.col_of == self.lap.FREE)
+
+    def unlisted_rows(self) -> np.ndarray:
+        return np.flatnonzero((self.near_cost[:, 0] == np.inf) & (self.col_of != self.lap.ASIDE))
 
     def constant(self) -> tuple[np.ndarray, np.ndarray]:
         """Equally many constant rows and constant columns (dead units), or none of either.
@@ -192,15 +214,19 @@ class _Solve:
         fills with equal columns, and the auction creeps by eps.
         """
         some = np.linspace(0, self.n - 1, 8).astype(np.intp)
-        sample = self.cost[:, some]
-        rows = np.flatnonzero((sample == sample[:, :1]).all(axis=1))
-        sample = self.cost[some]
-        cols = np.flatnonzero((sample == sample[:1]).all(axis=0))
+        cols = np.flatnonzero((self.cost[some] == self.cost[some[0]]).all(axis=0))
+        rows = np.flatnonzero(self.cost[:, 0] == self.cost[:, -1]) if len(cols) else cols
         rows = np.array([i for i in rows if (self.cost[i] == self.cost[i, 0]).all()], dtype=np.intp)
-        for lo in range(0, self.n, 256):
-            if not len(rows) or not len(cols):
-                return np.zeros(0, np.intp), np.zeros(0, np.intp)
-            cols = cols[(self.cost[lo : lo + 256, cols] == self.cost[0, cols]).all(axis=0)]
+        if not len(rows) or not len(cols):
+            return np.zeros(0, np.intp), np.zeros(0, np.intp)
+        same = np.ones(len(cols), np.bool_)
+        values = self.cost[0, cols]
+        over_rows(
+            self.n,
+            self.n * len(cols),
+            lambda lo, hi: self.passes.constant_columns(self.cost, lo, hi, cols, values, same),
+        )
+        cols = cols[same]
         count = min(len(rows), len(cols))
         return rows[:count], cols[:count]
 
@@ -217,7 +243,7 @@ class _Solve:
         self.v[cols] = top
         # No list knows these columns: nothing outside a list is now less than what they offer.
         np.minimum(self.bound, value - top, out=self.bound)
-        self.near[rows] = -1
+        self.near_cost[rows] = np.inf
         self.bound[rows] = value - top
         matched = np.flatnonzero(self.col_of >= 0)
         columns = self.col_of[matched]
@@ -228,19 +254,26 @@ class _Solve:
         self.augment(None)
 
     def free(self) -> int:
-        return int((self.col_of == self.lap.FREE).sum())
+        return len(self.free_rows())
 
     def drop(self) -> None:
         """Forgets the matching; the duals stay."""
         self.row_of.fill(-1)
         self.col_of[self.col_of != self.lap.ASIDE] = self.lap.FREE
 
-    def reduce(self) -> None:
-        """Matches what the duals allow, then two passes of augmenting row reduction."""
+    def match_tight(self) -> None:
+        """Matches rows to columns among their best, from nothing; the duals stay."""
         self.drop()
-        self.lap.row_reduction(self.cost, self.sign, self.v, *self.lists, *self.matching, self.counts)
+        self.match_free()
+
+    def match_free(self) -> None:
+        """Matches free rows to free columns among their best; nothing else moves."""
+        self.lap.row_reduction(self.v, *self.lists, *self.matching)
+
+    def reduce_rows(self) -> None:
+        """Two passes of augmenting row reduction (Jonker and Volgenant 1987)."""
         for _ in range(2):
-            free = np.flatnonzero(self.col_of == self.lap.FREE)
+            free = self.free_rows()
             if len(free):
                 self.bid(self.stack(free), len(free), 0.0, 2 * len(free))
 
@@ -259,14 +292,32 @@ class _Solve:
             bids -= part
         return top
 
+    def spread(self) -> float:
+        """How far listed costs lie apart, the unit of the auctions' eps."""
+        listed = self.near_cost[np.isfinite(self.near_cost)].astype(np.float64)
+        largest = np.abs(listed).max(initial=0.0)
+        return float((listed / largest).std() * largest) if largest > 0 else 0.0  # squares of 1e200 overflow
+
+    def short_auction(self) -> bool:
+        """One phase at a small eps: near-optimal duals make the searches after it short. False for a price war."""
+        eps = SHORT * self.spread()
+        if not eps > 0:
+            return True
+        self.drop()
+        everyone = self.free_rows()
+        stack, top = self.stack(everyone), len(everyone)
+        for _ in range(BIDS_BEFORE_RAISE):
+            top = self.bid(stack, top, eps, self.n)
+            if top <= self.n // LEFT_OVER:
+                break
+        return top <= self.n // WAR
+
     def scaled_auction(self) -> None:
         """eps-scaling: phases of falling eps that keep the duals and drop the matching."""
         self.drop()
-        if not self.listed:
-            self.list_rows()
-        everyone = np.flatnonzero(self.col_of == self.lap.FREE)
-        listed = self.near_cost[everyone, : self.lap.K // 2]
-        spread = float(listed[np.isfinite(listed)].std()) if np.isfinite(listed).any() else 0.0
+        self.list_rows(self.unlisted_rows())
+        everyone = self.free_rows()
+        spread = self.spread()
         if not spread > 0:
             return
         eps = spread
@@ -286,14 +337,15 @@ class _Solve:
         """Shortest augmenting paths for every free row; False if ``reads`` rows were read before the end."""
         n, m = self.n, self.m
         key, where = np.full(n + m, np.inf), np.full(n + m, -1, np.intp)
-        heap, touched = np.empty(n + m, np.intp), np.empty(n + m, np.intp)
+        heap, touched = np.empty(n + m, np.intp), np.empty(2 * (n + m), np.intp)
         came_from, scanned, base_of = np.empty(m, np.intp), np.empty(m, np.intp), np.empty(n)
+        read_in = np.full(n, -1, np.intp)
         before = int(self.counts[self.lap.READS])
         row = 0
         while row < n:
             row = self.lap.augment(
                 self.cost, self.sign, self.v, *self.lists, *self.matching, row, SLICE // 4, self.counts,
-                key, heap, where, came_from, base_of, touched, scanned,
+                key, heap, where, came_from, base_of, touched, scanned, read_in,
             )  # fmt: skip
             if row < 0:
                 raise Infeasible(

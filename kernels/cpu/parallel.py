@@ -9,8 +9,9 @@ from itertools import pairwise
 
 __all__ = ["over_rows", "threads"]
 
-WORTH_A_THREAD = 200_000
-"""Entries of work below which another thread costs more than it saves."""
+WORTH_A_THREAD = 1 << 22
+"""Entries of work below which another thread costs more than it saves: to wake a sleeping core takes up to half a
+millisecond, in which another reads a few million."""
 
 
 def threads() -> int:
