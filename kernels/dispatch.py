@@ -41,6 +41,9 @@ HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 PENDING = 4096
 """Samples that small batches wait for before a cross product is added to: its memory would cost more."""
 
+RELAXED = 0.3
+"""Part of Sinkhorn's first temperature below which its steps may be over-relaxed."""
+
 Factors = Sequence[tuple[Tensor, Tensor]]
 
 
@@ -666,6 +669,7 @@ def sinkhorn_duals(
     temperatures: Sequence[float],
     *,
     v: Tensor | None = None,
+    relaxation: float = 1.0,
     precision: str = "tf32",
     backend: str | None = None,
 ) -> Tensor:
@@ -681,6 +685,8 @@ def sinkhorn_duals(
         factors, precision, backend: as for :func:`gain`; as many rows as columns.
         temperatures: in the unit of the costs, above 0; see ``bench/results/duals.md``.
         v: (n,) where to start; zeros by default.
+        relaxation: below 2; at temperatures under RELAXED of the first, each half step goes so many times as far. About
+            1.8 saves half of the steps and more (Thibault et al. 2017); at high temperatures it diverges.
 
     Returns:
         (n,) float32 (float64 for float64 factors).
@@ -690,6 +696,8 @@ def sinkhorn_duals(
     """
     for k, temperature in enumerate(temperatures):
         _check_temperature(f"temperatures[{k}]", temperature)
+    if not 0 < relaxation < 2:
+        raise ValueError(f"relaxation: expected a number between 0 and 2, got {relaxation}")
     a, b, _, (n, m), _ = _check_factors(factors, None, None, backend)
     if n != m:
         raise ValueError(f"factors: expected as many rows as columns, got {n} and {m}")
@@ -698,9 +706,13 @@ def sinkhorn_duals(
     _check_duals(duals, m, a[0].device)
     duals = duals.to(dtype)
     turned = list(zip(b, a, strict=True))
+    rows = None
     for temperature in temperatures:
-        rows = row_softmin(factors, duals, temperature, precision=precision, backend=backend)
-        duals = row_softmin(turned, rows, temperature, precision=precision, backend=backend)
+        reach = relaxation if temperature < RELAXED * temperatures[0] else 1.0
+        fresh = row_softmin(factors, duals, temperature, precision=precision, backend=backend)
+        rows = fresh if rows is None else torch.lerp(rows, fresh, reach)
+        fresh = row_softmin(turned, rows, temperature, precision=precision, backend=backend)
+        duals = torch.lerp(duals, fresh, reach)
     return duals
 
 

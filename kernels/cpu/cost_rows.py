@@ -20,7 +20,17 @@ from fastmatch.kernels.reference.cost_rows import product_error, term_sizes
 from fastmatch.kernels.reference.gain import gathered
 from numba import njit
 
-__all__ = ["DISTANCES", "TILE", "each_tile", "merge_tile", "products", "rescore", "row_min", "row_topk", "smallest"]
+__all__ = [
+    "DISTANCES",
+    "TILE",
+    "each_tile",
+    "merge_tile",
+    "products",
+    "rescore",
+    "row_min",
+    "row_topk",
+    "smallest",
+]
 
 TILE = (1024, 8192)
 """Rows and columns of a tile: 32 MB in float32, large enough for BLAS on all cores."""

@@ -100,4 +100,3 @@ def row_softmin(
     with np.errstate(divide="ignore", invalid="ignore"):  # rows without a finite minimum
         out = np.where(np.isfinite(least), least - temperature * np.log(total), least)
     return torch.from_numpy(out.astype(np.float32))
-

@@ -23,7 +23,9 @@ def allowed(factors, v, temperature, precision="ieee"):
 @ALL
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("temperature", [1e-3, 0.7, 300.0])
-@pytest.mark.parametrize(("n", "m", "depths"), [(70, 45, (33,)), (33, 131, (7, 20)), (1, 1, (1,)), (2, 40, (0,))])
+@pytest.mark.parametrize(
+    ("n", "m", "depths"), [(70, 45, (33,)), (33, 131, (7, 20)), (1, 1, (1,)), (2, 40, (0,))]
+)
 def test_against_float64(backend, dtype, temperature, n, m, depths):
     g = fresh_generator()
     factors = [(normal(g, n, d, dtype=dtype), strided(normal(g, m, d, dtype=dtype))) for d in depths]
@@ -102,6 +104,20 @@ def test_sinkhorn_duals_are_the_plain_iteration(backend, dtype):
 
 
 @ALL
+def test_relaxed_steps_go_further_the_same_way_and_arrive_sooner(backend):
+    g = fresh_generator()
+    a, b = normal(g, 50, 12), normal(g, 50, 12)
+    temperatures = [3.0] + 8 * [0.6]
+    steps = {}
+    for relaxation in (1.0, 1.5):
+        v = sinkhorn_duals([(a, b)], temperatures, relaxation=relaxation, precision="ieee", backend=backend)
+        u = row_softmin([(a, b)], v, 0.6, backend=backend)
+        again = row_softmin([(b, a)], u, 0.6, backend=backend)
+        steps[relaxation] = float((again - v).abs().max())
+    assert steps[1.5] < steps[1.0]
+
+
+@ALL
 def test_compiles_without_a_graph_break(backend):
     g = fresh_generator()
     a, b, v = normal(g, 9, 7), normal(g, 9, 7), normal(g, 9)
@@ -120,6 +136,7 @@ def test_compiles_without_a_graph_break(backend):
         (lambda a, b, v: row_softmin([(a, b)], v[:2], 1.0), "v: expected 4"),
         (lambda a, b, v: row_softmin([(a, b)], v, 1.0, precision="fp8"), "precision: expected one of"),
         (lambda a, b, v: sinkhorn_duals([(a, b)], [1.0]), "factors: expected as many rows as columns, got 3 and 4"),
+        (lambda a, b, v: sinkhorn_duals([(b, b)], [1.0], relaxation=2.0), "relaxation: expected a number between 0 and 2"),
         (lambda a, b, v: sinkhorn_duals([(b, b)], [1.0, INF]), r"temperatures\[1\]: expected a finite number"),
     ],
 )  # fmt: skip
