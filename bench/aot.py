@@ -101,7 +101,8 @@ def main(arguments=None):
             "IEEE float32 has no matrix instruction on NVIDIA. Bytes and FLOP are of one step of one program.",
             "",
             f"{len(rows)} configurations, {len(faults)} with a fault "
-            "(spills, shared memory over the target's, no matrix instruction or 16-byte load where expected).",
+            "(spills, shared memory over the target's, no matrix instruction or 16-byte load where expected). "
+            "Unaligned: nothing is known of pointers, sizes and strides, so loads are narrow and more addresses are held.",
         ]
         for r, found in faults:
             lines.append(f"- {r.target}: {r.op}, {r.variant}, {r.precision}, {r.tiles}: {'; '.join(found)}")

@@ -211,14 +211,12 @@ class FactorCost:
         from fastmatch.kernels.cpu.cost_rows import smallest
         from fastmatch.kernels.reference.cost_rows import product_error
 
-        v = duals.to(self.dtype)
-
         def fill(rows: slice, columns: slice, out: torch.Tensor) -> None:
-            torch.neg(v[columns].expand_as(out), out=out)
+            out.zero_()
             for a, (_, b) in zip(left, self.pairs, strict=True):
                 out.add_(torch.cdist(a[rows], b[columns], p=1), alpha=sign)
 
-        values, items = smallest((len(left[0]), len(v)), k + 1, self.tile, self.dtype, fill)
+        values, items = smallest(len(left[0]), duals.to(self.dtype), k + 1, self.tile, fill)
         error = product_error(sizes, duals, self.depth, self.dtype)
         return torch.from_numpy(items[:, :k]), torch.from_numpy(values[:, k]).double() - error
 

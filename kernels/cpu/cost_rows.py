@@ -1,6 +1,6 @@
 """Row reductions of ``c_ij - v_j`` for costs given by factors, on CPU: BLAS tiles, then a streamed top-k.
 
-Tiles of x = c - v come from the caller's BLAS in the factors' own precision; these kernels keep, per row, the k smallest
+Tiles of c come from the caller's BLAS in the factors' own precision; these kernels keep, per row, the k smallest ``c - v``
 with their columns, and afterwards compute the costs of what was kept again, in float64 from the factors. So
 what the solver sees is exact to float64; the tiles' rounding only lowers the bound on what was not kept.
 
@@ -40,8 +40,8 @@ DISTANCES = {"dot": 0, "l2": 1, "l1": 2}
 
 
 @njit(nogil=True, cache=True)
-def merge_tile(tile, lo, hi, first, values, items):  # pragma: no cover - compiled
-    """Merges rows lo..hi of ``tile``, whose columns are first, first + 1, ..., into sorted lists.
+def merge_tile(tile, v, lo, hi, first, values, items):  # pragma: no cover - compiled
+    """Merges rows lo..hi of ``tile - v``, whose columns are first, first + 1, ..., into sorted lists.
 
     ``values`` and ``items`` are (rows, k): the k smallest seen so far, rising; inf and -1 where fewer. NaN never enters.
     """
@@ -56,12 +56,12 @@ def merge_tile(tile, lo, hi, first, values, items):  # pragma: no cover - compil
             if stop - at == chunk:
                 hits = 0
                 for lane in range(CHUNK):
-                    hits += x[at + np.uintp(lane)] < worst
+                    hits += x[at + np.uintp(lane)] - v[at + np.uintp(lane)] < worst
                 if hits == 0:
                     at = stop
                     continue
             while at < stop:
-                y = x[at]
+                y = x[at] - v[at]
                 if y < worst:
                     e = last
                     while e > 0 and best[e - one] > y:
@@ -128,53 +128,53 @@ def each_tile(
 
 
 def smallest(
-    shape: tuple[int, int],
+    n: int,
+    v: torch.Tensor,
     kept: int,
     tile: Sequence[int],
-    dtype: torch.dtype,
     fill: Callable[[slice, slice, torch.Tensor], None],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The ``kept`` smallest values of each row and their columns, rising; inf and -1 where there are fewer.
+    """The ``kept`` smallest of ``c - v`` of n rows and their columns, rising; inf and -1 where there are fewer.
 
-    ``fill(rows, columns, out)`` writes the values of one tile.
+    ``fill(rows, columns, out)`` writes one tile of c in v's dtype.
     """
-    values = torch.full((shape[0], kept), torch.inf, dtype=dtype).numpy()
-    items = np.full((shape[0], kept), -1, np.int32)
+    values = torch.full((n, kept), torch.inf, dtype=v.dtype).numpy()
+    items = np.full((n, kept), -1, np.int32)
+    duals = v.numpy()
 
     def take(entries: np.ndarray, top: int, first: int, lo: int, hi: int) -> None:
         rows = slice(top, top + len(entries))
-        merge_tile(entries, lo, hi, first, values[rows], items[rows])
+        merge_tile(entries, duals[first:], lo, hi, first, values[rows], items[rows])
 
     # Most of a tile is passed over by one comparison of vectors.
-    each_tile(shape, tile, dtype, fill, take, 1 / 8)
+    each_tile((n, len(v)), tile, v.dtype, fill, take, 1 / 8)
     return values, items
 
 
 def products(
     factors: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    duals: torch.Tensor,
     b_index: torch.Tensor | None = None,
     contraction_index: Sequence[torch.Tensor | None] | None = None,
 ) -> Callable[[slice, slice, torch.Tensor], None]:
-    """What writes a tile of ``c - v`` in the duals' dtype, ``c = -sum_k A_k B_k^T``."""
+    """What writes a tile of ``c = -sum_k A_k B_k^T`` in the tile's dtype."""
     contractions = contraction_index or [None] * len(factors)
 
     def fill(rows: slice, columns: slice, out: torch.Tensor) -> None:
-        torch.neg(duals[columns].expand_as(out), out=out)
-        for (a, b), inner in zip(factors, contractions, strict=True):
+        for k, ((a, b), inner) in enumerate(zip(factors, contractions, strict=True)):
             if b_index is None:
                 right = gathered(b[columns], None, inner)
             else:
                 right = gathered(b, b_index[columns], inner)
-            out.addmm_(a[rows].to(out.dtype), right.to(out.dtype).T, alpha=-1)
+            # The first product overwrites: filling the tile beforehand would be another pass over it.
+            out.addmm_(a[rows].to(out.dtype), right.to(out.dtype).T, beta=int(k > 0), alpha=-1)
 
     return fill
 
 
 def _smallest_products(factors, v, kept, b_index, contraction_index, tile):
     dtype = torch.float64 if factors[0][0].dtype == torch.float64 else torch.float32
-    fill = products(factors, v.to(dtype), b_index, contraction_index)
-    return smallest((len(factors[0][0]), len(v)), kept, tile or TILE, dtype, fill)
+    fill = products(factors, b_index, contraction_index)
+    return smallest(len(factors[0][0]), v.to(dtype), kept, tile or TILE, fill)
 
 
 def row_topk(

@@ -37,8 +37,8 @@ def _exp(x):  # pragma: no cover - compiled
 
 
 @njit(nogil=True, cache=True)
-def add_tile(tile, lo, hi, temperature, least, total):  # pragma: no cover - compiled
-    """Adds rows lo..hi of ``tile`` to their running least value and sum of exponentials."""
+def add_tile(tile, v, lo, hi, temperature, least, total):  # pragma: no cover - compiled
+    """Adds rows lo..hi of ``tile - v`` to their running least value and sum of exponentials."""
     width, lanes, one = np.uintp(tile.shape[1]), np.uintp(LANES), np.uintp(1)
     whole = width - width % lanes
     low, part = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
@@ -49,15 +49,16 @@ def add_tile(tile, lo, hi, temperature, least, total):  # pragma: no cover - com
         at = np.uintp(0)
         while at < whole:
             for lane in range(LANES):
-                y = x[at + np.uintp(lane)]
+                y = x[at + np.uintp(lane)] - v[at + np.uintp(lane)]
                 low[lane] = y if y < low[lane] else low[lane]
             at += lanes
         best = least[i]
         for lane in range(LANES):
             best = min(best, np.float64(low[lane]))
         while at < width:
-            if x[at] < best:
-                best = np.float64(x[at])
+            y = x[at] - v[at]
+            if y < best:
+                best = np.float64(y)
             at += one
         if np.isinf(best):  # nothing yet, or -inf, which stays
             least[i] = best
@@ -70,10 +71,10 @@ def add_tile(tile, lo, hi, temperature, least, total):  # pragma: no cover - com
         at = np.uintp(0)
         while at < whole:
             for lane in range(LANES):
-                part[lane] += _exp((shift - x[at + np.uintp(lane)]) * rate)
+                part[lane] += _exp((shift - (x[at + np.uintp(lane)] - v[at + np.uintp(lane)])) * rate)
             at += lanes
         while at < width:
-            part[0] += _exp((shift - x[at]) * rate)
+            part[0] += _exp((shift - (x[at] - v[at])) * rate)
             at += one
         for lane in range(LANES):
             total[i] += np.float64(part[lane])
@@ -90,13 +91,13 @@ def row_softmin(
     if factors[0][0].dtype == torch.float64:
         return reference.row_softmin(factors, v, temperature)
     n = len(factors[0][0])
-    least, total = np.full(n, np.inf), np.zeros(n)
+    least, total, duals = np.full(n, np.inf), np.zeros(n), v.float().numpy()
 
     def add(tile: np.ndarray, top: int, first: int, lo: int, hi: int) -> None:
         rows = slice(top, top + len(tile))
-        add_tile(tile, lo, hi, temperature, least[rows], total[rows])
+        add_tile(tile, duals[first:], lo, hi, temperature, least[rows], total[rows])
 
-    each_tile((n, len(v)), TILE, torch.float32, products(factors, v.float()), add, 1)
+    each_tile((n, len(v)), TILE, torch.float32, products(factors), add, 1)
     with np.errstate(divide="ignore", invalid="ignore"):  # rows without a finite minimum
         out = np.where(np.isfinite(least), least - temperature * np.log(total), least)
     return torch.from_numpy(out.astype(np.float32))
