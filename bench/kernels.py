@@ -216,16 +216,24 @@ def bench_cost_rows(repeats, tiny):
         def composed(a=a, b=b, v=v):
             return (-(a @ b.T) - v).topk(k, dim=1, largest=False)
 
+        def soft(a=a, b=b, v=v):
+            return dispatch.row_softmin([(a, b)], v, 1.0, backend="cpu")
+
+        def soft_composed(a=a, b=b, v=v):
+            return -(a @ b.T + v).logsumexp(1)
+
         index, costs, _ = ours()
         close("row_topk", costs - v[index], composed().values, 1e-3)
-        mine, theirs, least = alternate([ours, composed, bare], repeats)
-        yield {
-            "operation": "cost_rows",
-            "case": f"row_topk, {n} x {n} x {d}, k = {k}",
-            "ms": 1e3 * mine,
-            "times the bare GEMM": mine / least,
-            "times faster than torch": theirs / mine,
-        }
+        close("row_softmin", soft(), soft_composed(), 1e-3)
+        *pairs, least = alternate([ours, composed, soft, soft_composed, bare], repeats)
+        for name, mine, theirs in (("row_topk", *pairs[:2]), ("row_softmin", *pairs[2:])):
+            yield {
+                "operation": "cost_rows",
+                "case": f"{name}, {n} x {n} x {d}" + (f", k = {k}" if name == "row_topk" else ""),
+                "ms": 1e3 * mine,
+                "times the bare GEMM": mine / least,
+                "times faster than torch": theirs / mine,
+            }
 
 
 def bench_channel_affine(repeats, tiny):

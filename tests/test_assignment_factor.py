@@ -137,3 +137,50 @@ def test_bad_input():
         solve(ones, method="lists")
     with pytest.raises(ValueError, match="warm_start: expected 3 duals"):
         solve(FactorCost([(ones, ones)]), warm_start=solve(ones[:2]))
+
+
+@pytest.mark.parametrize("metric", ["dot", "l2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("maximize", [False, True])
+def test_beginning_again_from_sinkhorns_duals_is_exact(metric, dtype, maximize, monkeypatch):
+    from fastmatch.assignment import lists
+
+    g = np.random.default_rng(fresh_seed())
+    pairs = [tuple(torch.from_numpy(x).to(dtype) for x in factors(g, "log-normal", 150, 150, 8))]
+    cost = FactorCost(pairs, metric)
+    begun = []
+    real = FactorCost.sinkhorn_duals
+    monkeypatch.setattr(
+        FactorCost, "sinkhorn_duals", lambda self, *given: begun.append(1) or real(self, *given)
+    )
+    monkeypatch.setattr(lists, "EASY", -1.0)  # always
+    monkeypatch.setattr(lists.ListSolve, "scaled_auction", lambda self: None)
+    found = solve(cost, maximize=maximize, method="lists")
+    assert begun
+    matrix = cost.dense()
+    assert found.objective == pytest.approx(matrix[scipy_lsa(matrix, maximize)].sum(), rel=1e-10)
+    gap, bound = certificate(cost, found, maximize=maximize)
+    assert abs(gap) <= bound
+    assert found.stats["reads"] <= 150, "duals near the optimum leave next to nothing to read again"
+
+
+def test_refills_beyond_one_a_row_begin_again(monkeypatch):
+    from fastmatch.assignment import lists
+
+    g = np.random.default_rng(fresh_seed())
+    cost = FactorCost([factors(g, "log-normal", 200, 200, 4)])
+    begun = []
+    monkeypatch.setattr(lists, "PATIENCE", 0.0)
+    monkeypatch.setattr(lists, "EASY", 1.0)
+    monkeypatch.setattr(lists, "K", 2)
+    monkeypatch.setattr(lists.ListSolve, "soften", lambda self: begun.append(int(self.counts[0])))
+    found = solve(cost, method="lists")
+    assert begun, "the path search was given up for better duals"
+    matrix = cost.dense()
+    assert found.objective == pytest.approx(matrix[scipy_lsa(matrix)].sum(), rel=1e-10)
+
+
+def test_sinkhorns_duals_of_l1_are_refused_by_name():
+    cost = FactorCost([(np.ones((3, 2), np.float32), np.ones((3, 2), np.float32))], "l1")
+    with pytest.raises(ValueError, match="metric: Sinkhorn's duals take 'dot' or 'l2', got 'l1'"):
+        cost.sinkhorn_duals(np.zeros(3), [1.0])

@@ -33,3 +33,12 @@ def test_every_kernel_is_checked_and_timed(tmp_path, backend, rows):
     table = [line for line in out.read_text().splitlines() if line.startswith("| ")][1:]
     assert len(table) == rows
     assert all(float(line.split("|")[4]) <= 1 for line in table), "a result outside its bound was recorded"
+
+
+def test_the_simulation_of_first_duals_runs():
+    script = SCRIPT.with_name("duals.py")
+    done = subprocess.run(
+        [sys.executable, str(script), "--tiny"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 2 * 8, "two instances from eight starts"
