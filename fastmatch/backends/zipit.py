@@ -85,7 +85,7 @@ def match_tensors_zipit(
         ignored: arguments of ZipIt's other matching functions.
 
     Raises:
-        ValueError: ``a`` is not above 0, or no pair is left to merge.
+        ValueError: ``a`` is not above 0, or ``r`` leaves no feature.
     """
     count, n = _models(metric["covariance"] if "covariance" in metric else metric["cossim"], r)
     given = _correlation(metric["covariance"]) if "covariance" in metric else metric["cossim"]

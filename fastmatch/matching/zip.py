@@ -6,6 +6,9 @@ import numpy as np
 
 __all__ = ["zip_units"]
 
+LAST = np.float32(-1e30)
+"""Similarity of a pair that is only merged when no other is left."""
+
 
 def zip_units(
     similarity: np.ndarray, count: int, remaining: int, a: float = 0.3, b: float = 0.125
@@ -17,10 +20,11 @@ def zip_units(
         count: number of models.
         remaining: merged units to end with; they are numbered by their first member.
         a: a merged unit is as similar to a third as the less similar of its parts, times this; above 0.
-        b: after this share of its even share of merges within itself, a model only merges with others.
+        b: after this share of its even share of merges within itself, a model only merges with others, for as
+            long as there are any.
 
     Raises:
-        ValueError: ``a`` is not above 0, or no pair is left to merge.
+        ValueError: ``a`` is not above 0, or ``remaining`` not at least 1.
 
     Cost: O((count n)^2) where partners change rarely: only rows whose partner was merged look again.
     """
@@ -49,9 +53,7 @@ def _zip(
         first = int(best.argmax())
         value = float(best[first])
         if value == -np.inf:
-            raise ValueError(
-                f"r: no pair is left to merge with {n - len(values)} features; lower r or raise b"
-            )
+            raise ValueError(f"remaining: expected at least 1, got {remaining}; no pair is left to merge")
         values.append(value)
         kept, gone = sorted((first, int(partner[first])))
         root[root == gone] = kept
@@ -66,7 +68,8 @@ def _zip(
             budget[origin[kept]] -= 1
             if budget[origin[kept]] <= 0:
                 spent = np.flatnonzero(origin == origin[kept])
-                similarity[np.ix_(spent, spent)] = -np.inf
+                block = np.ix_(spent, spent)
+                similarity[block] = np.minimum(similarity[block], LAST)
                 look[spent] = True
         column = similarity[:, kept]
         better = (column > best) | ((column == best) & (kept < partner))

@@ -109,7 +109,7 @@ def merge_partial(
     start_at: str | int = 0,
     apart: Sequence[str] = (),
     weights: Sequence[float] | None = None,
-    a: float = 0.3,
+    a: float | None = None,
     b: float = 0.125,
     gamma: float = 0.1,
     read: str = "after",
@@ -138,7 +138,8 @@ def merge_partial(
             before the layer that first produces it stays apart.
         apart: names of further groups whose layers stay apart, wherever they are.
         weights: one a model, positive, of sum one; equal ones where left out.
-        a, b: of ``"zip"``, see :func:`fastmatch.matching.zip.zip_units`.
+        a, b: of ``"zip"``, see :func:`fastmatch.matching.zip.zip_units`. ``a`` is 0.3 for two models, as
+            published, and 1 for more, where a merged pair must stay open to the third model's unit.
         gamma: of ``"cca"``: what is added to the covariances' diagonals, as a share of their mean.
         read: ``"after"`` or ``"before"`` the nonlinearity, as in :func:`fastmatch.align`.
         forward: how to run a model on a batch.
@@ -154,12 +155,15 @@ def merge_partial(
             ``torch.fx`` cannot follow the model.
         TypeError: something that is no module.
 
-    Memory: per merged group one (N n, N n) float64 matrix; ``"cca"`` keeps n x n maps at the boundary.
+    Memory: per merged group one (N n, N n) float64 matrix, or to permute N - 1 of (n, n); ``"cca"`` keeps n x n
+    maps at the boundary.
     """
     if len(models) < 2:
         raise ValueError(f"models: expected at least two, got {len(models)}")
     if rule not in RULES:
         raise ValueError(f"rule: expected one of {RULES}, got {rule!r}")
+    if a is None:
+        a = 0.3 if len(models) == 2 else 1.0
     if not a > 0:
         raise ValueError(f"a: expected a number above 0, got {a}")
     if not gamma >= 0:
@@ -175,7 +179,7 @@ def merge_partial(
     for k, state in enumerate(states):
         check_same_architecture(states[0], state, "models[0]", f"models[{k}]")
         check_finite(state, f"models[{k}]")
-    structure = trace_graph(copy_module(models[0]), example_inputs)
+    structure = trace_graph(copy_module(models[0]).eval(), example_inputs)
     plan = Rewiring(structure, start_at, apart)
     if verify:
         _verify(plan, example_inputs, alphas)
@@ -189,7 +193,7 @@ def merge_partial(
     elif data is None:
         raise ValueError(f"data: needed by rule {rule!r}, which matches activations")
     else:
-        moments = _joint_moments(copies, plan, data, read, forward, progress)
+        moments = _read_moments(copies, plan, rule, data, read, forward, progress)
         maps = {name: maps_by(rule, found, alphas, **options) for name, found in moments.items()}
     model = rewire(plan, copies, maps, alphas)
     kept = tuple(name for name, _ in model.named_parameters() if name.startswith("apart."))
@@ -217,19 +221,24 @@ def _verify(plan: Rewiring, example_inputs: Any, weights: Sequence[float]) -> No
         )
 
 
-def _joint_moments(
+def _read_moments(
     copies: Sequence[nn.Module],
     plan: Rewiring,
+    rule: str,
     data: Iterable[Any],
     read: str,
     forward: Forward,
     progress: bool | None,
-) -> dict[str, CrossMoments]:
-    """Per group the moments of all models' units side by side, in one read of the data."""
+) -> dict[str, list[CrossMoments]]:
+    """Per group the moments that the rule asks for, in one read of the data.
+
+    To permute, those of the first model's units with each other's; else one, of all units side by side.
+    """
     spec = plan.structure.spec
     chosen = {choose_taps(spec, name, read, "last")[0]: name for name in plan.joined}
-    moments = {name: CrossMoments() for name in plan.joined}
     rows: dict[str, list[torch.Tensor]] = {name: [] for name in plan.joined}
+    count = len(copies) - 1 if rule == "permute" else 1
+    moments = {name: [CrossMoments() for _ in range(count)] for name in plan.joined}
 
     def keep(tap: Tap, tensor: torch.Tensor) -> None:
         rows[chosen[tap]].append(unit_rows(tensor, tap.axis, spec.groups[tap.group].size))
@@ -240,11 +249,15 @@ def _joint_moments(
                 with TapReader(chosen, keep, read=read):
                     forward(copy, batch)
             for name, parts in rows.items():
-                joint = torch.cat([part.to(parts[0].device) for part in parts], dim=1)
-                moments[name].update(joint, joint)
+                if rule == "permute":
+                    for found, part in zip(moments[name], parts[1:], strict=True):
+                        found.update(parts[0], part)
+                else:
+                    joint = torch.cat([part.to(parts[0].device) for part in parts], dim=1)
+                    moments[name][0].update(joint, joint)
                 parts.clear()
     for name, found in moments.items():
-        if not all(bool(torch.isfinite(v).all()) for v in found.variance):
+        if not all(bool(torch.isfinite(v).all()) for m in found for v in m.variance):
             raise ValueError(
                 f"data: activations of group {name!r} hold NaN or infinity; look for them in the inputs, "
                 "or for overflow in the models"

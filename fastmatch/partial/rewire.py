@@ -185,6 +185,7 @@ class _Builder:
     def _copy(self, node: fx.Node, k: int | None) -> fx.Node:
         """The node with model k's weights, or with merged ones for None."""
         new = self.graph.node_copy(node, lambda n: self._as_one(n) if k is None else self._as_many(n)[k])
+        new.type = None  # annotations may be text, which does not pickle
         if node.op in ("call_module", "get_attr"):
             source = self.merged if k is None else self.copies[k]
             new.target = f"merged.{node.target}" if k is None else f"apart.{k}.{node.target}"
@@ -235,7 +236,7 @@ def _merged(
     for k, copy in enumerate(copies):
         state = copy.state_dict()
         states.append({name: _mapped(name, tensor, structure, maps, k) for name, tensor in state.items()})
-    return with_state(structure.module, merge_states(states, weights))
+    return with_state(copies[0], merge_states(states, weights))
 
 
 def _mapped(

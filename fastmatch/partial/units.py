@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastmatch.assignment import linear_sum_assignment
+from fastmatch.matching.activations import best_permutation
 from fastmatch.matching.zip import zip_units
 from fastmatch.moments import CrossMoments
 from fastmatch.spec import Axis
@@ -105,36 +105,32 @@ def identity_maps(size: int, weights: Sequence[float]) -> UnitMaps:
 
 def maps_by(
     rule: str,
-    moments: CrossMoments,
+    moments: Sequence[CrossMoments],
     weights: Sequence[float],
     *,
-    a: float = 0.3,
-    b: float = 0.125,
-    gamma: float = 0.1,
+    a: float,
+    b: float,
+    gamma: float,
 ) -> UnitMaps:
-    """The maps of one group by a rule of :data:`RULES`.
+    """The maps of one group by a rule of :data:`RULES` that looks at activations.
 
     Args:
         rule: its name.
-        moments: of the models' activations side by side with themselves, (samples, N n).
+        moments: to permute, those of the first model's activations with each other's; else one, of all
+            models' side by side, (samples, N n), with themselves.
         weights: one a model, positive, of sum one.
         a, b: of ``"zip"``, see :func:`fastmatch.matching.zip.zip_units`.
         gamma: of ``"cca"``: added to the covariances' diagonals, as a share of their mean.
     """
-    if rule == "cca":
-        return _canonical(moments.similarity("covariance"), len(weights), gamma)
-    similarity = moments.similarity("correlation")
-    n = len(similarity) // len(weights)
-    if rule == "identity":
-        return identity_maps(n, weights)
     if rule == "permute":
-        tie = 1e-9 * torch.eye(n, dtype=similarity.dtype, device=similarity.device)
-        blocks = [similarity[:n, k * n : (k + 1) * n] + tie for k in range(1, len(weights))]
-        found = [linear_sum_assignment(block, maximize=True)[1].cpu() for block in blocks]
-        return _clusters([torch.arange(n), *(perm.argsort() for perm in found)], weights)
-    joined = _without_ties(similarity, len(weights)).cpu().numpy().astype(np.float32)
-    columns = torch.from_numpy(zip_units(joined, len(weights), n, a, b)[0]).long()
-    return _clusters(list(columns.chunk(len(weights))), weights)
+        found = [best_permutation(m.similarity("correlation")) for m in moments]
+        return _clusters([torch.arange(len(found[0])), *(perm.argsort() for perm in found)], weights)
+    (joint,) = moments
+    if rule == "cca":
+        return _canonical(joint.similarity("covariance"), len(weights), gamma)
+    similarity = _without_ties(joint.similarity("correlation"), len(weights)).cpu().numpy().astype(np.float32)
+    columns = torch.from_numpy(zip_units(similarity, len(weights), len(similarity) // len(weights), a, b)[0])
+    return _clusters(list(columns.long().chunk(len(weights))), weights)
 
 
 def _without_ties(similarity: torch.Tensor, count: int) -> torch.Tensor:

@@ -22,7 +22,7 @@ class Structure:
     """A traced graph and where the units lie in it.
 
     Attributes:
-        module: the model as ``torch.fx`` sees it, in eval mode; shares the model's parameters.
+        module: the model as ``torch.fx`` sees it; shares the model's parameters.
         spec: the groups, as :meth:`PermutationSpec.trace` finds them.
         values: node name -> the (axis, group) pairs of the tensor it computes.
         containers: names of nodes that compute a tuple, list or dict of tensors.
@@ -54,7 +54,7 @@ class _Watching(fx.Interpreter):
 
 
 def trace_graph(model: nn.Module, example_inputs: Any) -> Structure:
-    """The graph of ``model``, from ``torch.fx``, with units on its values, from one run on the example.
+    """The graph of a ``model`` in eval mode, from ``torch.fx``, with units on its values from one run.
 
     Raises:
         TypeError: not a module.
@@ -94,16 +94,10 @@ def _symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
         for name, p in parameters.items()
         if name not in given and p.default is not inspect.Parameter.empty
     }
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        model.eval()
-        module = fx.symbolic_trace(model, concrete_args=constants or None)
+        return fx.symbolic_trace(model, concrete_args=constants or None)
     except Exception as error:  # whatever the model's own code does with a proxy
         raise ValueError(
             f"models: torch.fx cannot follow the forward pass of {type(model).__name__} ({error}); a partial "
             "merge rewires it and needs one without control flow on values"
         ) from error
-    finally:
-        for owner, mode in modes:
-            owner.training = mode
-    return module
