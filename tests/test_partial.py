@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 from itertools import pairwise
 
+import partial as bench
 import pytest
 import torch
 from networks import NETWORKS, build, fresh_seed, mlp
@@ -102,7 +104,7 @@ def test_a_planted_permutation_is_undone_by_every_matching_rule():
     torch.manual_seed(seed)
     # Without ReLU no unit is dead: of dead ones nobody can tell which is which.
     a = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Tanh(), nn.Conv2d(8, 12, 3, groups=2), nn.Tanh(), nn.Flatten(),
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Tanh(), nn.Conv2d(8, 12, 3), nn.Tanh(), nn.Flatten(),
         nn.Linear(192, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 5),
     ).double().eval()  # fmt: skip
     x = torch.randn(2, 3, 8, 8, dtype=DOUBLE)
@@ -364,3 +366,15 @@ def test_on_digits_partial_zip_beats_merging_everything():
     assert losses[3] < losses[0]
     assert losses[4] < losses[0]
     assert losses[4] <= max(ends)
+
+
+def test_the_page_holds_the_committed_run():
+    record = json.loads(bench.RESULT.read_text())
+    assert bench.table(record) in bench.PAGE.read_text()
+    assert bench.PICTURE.stat().st_size > 1000
+    assert record["machine"]["versions"]["torch"]
+    found = bench.means(record["rows"])
+    # Nothing apart costs one model, all apart is the ensemble.
+    for rule in ("identity", "permute", "zip"):
+        assert found[rule, "-", 0]["parameters"] == found[rule, "-", 0]["flops"] == 1
+        assert found[rule, "-", 5]["accuracy"] == found["ensemble", "-", None]["accuracy"]

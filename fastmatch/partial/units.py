@@ -178,7 +178,7 @@ def _canonical(covariance: torch.Tensor, count: int, gamma: float) -> UnitMaps:
         root_b, inverse_b = _roots(covariance[k * n : (k + 1) * n, k * n : (k + 1) * n], gamma)
         cross = inverse_a @ covariance[:n, k * n : (k + 1) * n] @ inverse_b
         # A little of the identity: where neither model varies, units stay what they are.
-        left, _, right = torch.linalg.svd(cross + 1e-6 * torch.eye(n, dtype=cross.dtype, device=cross.device))
+        left, _, right = torch.linalg.svd(cross + 1e-9 * torch.eye(n, dtype=cross.dtype, device=cross.device))
         merge.append((root_a @ left @ right @ inverse_b).cpu())
         unmerge.append((root_b @ right.T @ left.T @ inverse_a).cpu())
     return UnitMaps(
