@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from fastmatch.batches import evaluating
 from fastmatch.merge import check_weights
@@ -52,6 +51,8 @@ def cost_of(model: nn.Module, example_inputs: Any) -> Cost:
     Example:
         >>> fm.cost_of(found.model, x).flops / fm.cost_of(model_a, x).flops
     """
+    from torch.utils.flop_counter import FlopCounterMode  # loads triton
+
     args, kwargs = arguments_of(example_inputs, None)
     with evaluating(model), FlopCounterMode(display=False) as counter:
         model(*args, **kwargs)

@@ -66,8 +66,9 @@ class _Matrix(nn.Module):
         self.matrix = nn.Parameter(matrix, requires_grad=False)
 
     def forward(self, values: torch.Tensor, dim: int) -> torch.Tensor:
-        mapped = torch.tensordot(self.matrix.to(values.dtype), values, dims=([1], [dim]))
-        return mapped.movedim(0, dim)
+        front = values.movedim(dim, 0)
+        mapped = self.matrix.to(values.dtype) @ front.reshape(len(front), -1)
+        return mapped.view(front.shape).movedim(0, dim)
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,8 @@ def maps_by(
         return _canonical(joint.similarity("covariance"), len(weights), gamma)
     similarity = _without_ties(joint.similarity("correlation"), len(weights)).cpu().numpy().astype(np.float32)
     columns = torch.from_numpy(zip_units(similarity, len(weights), len(similarity) // len(weights), a, b)[0])
-    return _clusters(list(columns.long().chunk(len(weights))), weights)
+    # Each its own memory: torch.export saves whole tensors.
+    return _clusters([part.clone() for part in columns.long().chunk(len(weights))], weights)
 
 
 def _without_ties(similarity: torch.Tensor, count: int) -> torch.Tensor:
