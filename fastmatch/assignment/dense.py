@@ -22,13 +22,22 @@ SLICE = 1 << 19
 50 ms."""
 
 EASY = 0.2
-"""Share of rows left free by row reduction up to which shortest paths need no auction before them."""
+"""Share of rows left free by column and row reduction up to which shortest paths need no auction before them."""
 
-FEW = 0.1
-"""Share of rows left free by column reduction up to which lists are made on demand instead of all at once."""
+TIED = 0.5
+"""Share of rows left free by column reduction above which columns may share their minima; random entries leave 1/e."""
+
+PATIENCE = 16
+"""Rows that may turn out to share no minimum before the search for such is given up."""
 
 SHORT = 0.02
 """eps of the short auction, in spreads of the listed costs."""
+
+LEFT_OVER = 1024
+"""The short auction ends when one row in so many is still free: a path finds its column sooner."""
+
+WAR = 32
+"""A short auction that is stopped with more than one row in so many still free was a price war: eps is too small."""
 
 READS_BEFORE_AUCTION = 4
 """Whole-matrix reads that shortest paths may cost before the auction is called in."""
@@ -95,8 +104,7 @@ class _Solve:
         self.cost, self.sign = problem.matrix, problem.sign
         n, m = self.n, self.m = self.cost.shape
         self.counts = np.zeros(4, np.int64)
-        # No list yet: a bound of -inf makes a row be read when it is first asked for.
-        self.listed = False
+        # Empty lists: a row that is matched without one is read when a search first wants more than its bound.
         self.near = np.zeros((n, lap_rows.CAPACITY), np.int32)
         self.near_cost = np.full((n, lap_rows.CAPACITY), np.inf, self.cost.dtype)
         self.bound = np.full(n, -np.inf)
@@ -104,6 +112,7 @@ class _Solve:
         self.col_of = np.full(n, -1, np.intp)
         self.cost_of = np.zeros(n)
         self.row_at = np.full(m, -1, np.intp)
+        self.at_minima = False  # whether the first duals are the columns' minima
         self.finite = True
         self.v = self._first_duals(start)
 
@@ -132,6 +141,8 @@ class _Solve:
             row_at = np.where(other < least, at, row_at)
             least = np.minimum(least, other)
         self.row_at = row_at
+        self.at_minima = True
+        self.bound.fill(0.0)  # of c - v, under these duals and all lower ones
         return np.where(np.isfinite(least), least, 0.0)
 
     @property
@@ -148,14 +159,17 @@ class _Solve:
         self.col_of[rows] = self.lap.ASIDE
         self.v[cols] = -np.inf
         self.lap.column_reduction(self.cost, self.sign, self.v, self.row_at, *self.matching)
-        if self.free() > FEW * self.n:
-            self.list_rows()
+        if self.at_minima and self.free() > TIED * self.n:
+            self.lap.tie_reduction(self.cost, self.sign, self.v, PATIENCE, *self.matching, self.counts)
+        self.list_rows(self.free_rows())
+        self.match_free()
+        calm = True
+        if can_bid and self.free() > EASY * self.n:
+            self.list_rows(self.unlisted_rows())
+            calm = self.short_auction()
             self.match_tight()
-            if can_bid and self.free() > EASY * self.n:
-                self.short_auction()
-                self.match_tight()
-            self.reduce_rows()
-        if self.free() and not self.augment(READS_BEFORE_AUCTION * self.n if can_bid else None):
+        self.reduce_rows()
+        if not calm or not self.augment(READS_BEFORE_AUCTION * self.n if can_bid else None):
             self.scaled_auction()
             self.match_tight()
             self.reduce_rows()
@@ -165,7 +179,7 @@ class _Solve:
         return self.col_of, self.row_duals(), self.v, self.counts
 
     def row_duals(self) -> np.ndarray:
-        """The least c - v of every row. One that was never read holds a column's minimum: its dual is 0."""
+        """The least c - v of every row."""
         u = np.zeros(self.n)
         read: list[int] = []
         over_rows(
@@ -178,15 +192,20 @@ class _Solve:
         self.counts[self.lap.READS] += sum(read)
         return u
 
-    def list_rows(self) -> None:
-        """All shortlists in one read on all cores."""
-        self.listed = True
-        self.counts[self.lap.READS] += self.n
-        over_rows(
-            self.n,
-            self.cost.size,
-            lambda lo, hi: self.passes.shortlists(self.cost, self.sign, lo, hi, self.v, *self.lists),
-        )
+    def list_rows(self, rows: np.ndarray) -> None:
+        """The shortlists of some rows, read once, on all cores."""
+        self.counts[self.lap.READS] += len(rows)
+
+        def read(lo: int, hi: int) -> None:
+            self.passes.shortlists(self.cost, self.sign, rows[lo:hi], self.v, *self.lists)
+
+        over_rows(len(rows), len(rows) * self.m, read)
+
+    def free_rows(self) -> np.ndarray:
+        return np.flatnonzero(self.col_of == self.lap.FREE)
+
+    def unlisted_rows(self) -> np.ndarray:
+        return np.flatnonzero((self.near_cost[:, 0] == np.inf) & (self.col_of != self.lap.ASIDE))
 
     def constant(self) -> tuple[np.ndarray, np.ndarray]:
         """Equally many constant rows and constant columns (dead units), or none of either.
@@ -235,7 +254,7 @@ class _Solve:
         self.augment(None)
 
     def free(self) -> int:
-        return int((self.col_of == self.lap.FREE).sum())
+        return len(self.free_rows())
 
     def drop(self) -> None:
         """Forgets the matching; the duals stay."""
@@ -243,14 +262,18 @@ class _Solve:
         self.col_of[self.col_of != self.lap.ASIDE] = self.lap.FREE
 
     def match_tight(self) -> None:
-        """Matches rows to free columns among their best, from nothing; the duals stay."""
+        """Matches rows to columns among their best, from nothing; the duals stay."""
         self.drop()
-        self.lap.row_reduction(self.cost, self.sign, self.v, *self.lists, *self.matching, self.counts)
+        self.match_free()
+
+    def match_free(self) -> None:
+        """Matches free rows to free columns among their best; nothing else moves."""
+        self.lap.row_reduction(self.v, *self.lists, *self.matching)
 
     def reduce_rows(self) -> None:
         """Two passes of augmenting row reduction (Jonker and Volgenant 1987)."""
         for _ in range(2):
-            free = np.flatnonzero(self.col_of == self.lap.FREE)
+            free = self.free_rows()
             if len(free):
                 self.bid(self.stack(free), len(free), 0.0, 2 * len(free))
 
@@ -275,20 +298,25 @@ class _Solve:
         largest = np.abs(listed).max(initial=0.0)
         return float((listed / largest).std() * largest) if largest > 0 else 0.0  # squares of 1e200 overflow
 
-    def short_auction(self) -> None:
-        """One phase at a small eps: near-optimal duals make the searches after it short."""
+    def short_auction(self) -> bool:
+        """One phase at a small eps: near-optimal duals make the searches after it short. False for a price war."""
         eps = SHORT * self.spread()
-        if eps > 0:
-            self.drop()
-            everyone = np.flatnonzero(self.col_of == self.lap.FREE)
-            self.bid(self.stack(everyone), len(everyone), eps, BIDS_BEFORE_RAISE * self.n)
+        if not eps > 0:
+            return True
+        self.drop()
+        everyone = self.free_rows()
+        stack, top = self.stack(everyone), len(everyone)
+        for _ in range(BIDS_BEFORE_RAISE):
+            top = self.bid(stack, top, eps, self.n)
+            if top <= self.n // LEFT_OVER:
+                break
+        return top <= self.n // WAR
 
     def scaled_auction(self) -> None:
         """eps-scaling: phases of falling eps that keep the duals and drop the matching."""
         self.drop()
-        if not self.listed:
-            self.list_rows()
-        everyone = np.flatnonzero(self.col_of == self.lap.FREE)
+        self.list_rows(self.unlisted_rows())
+        everyone = self.free_rows()
         spread = self.spread()
         if not spread > 0:
             return

@@ -14,7 +14,7 @@ Arrays that belong to one solve, allocated by the caller:
 v              (m,) float64      column duals
 near           (n, CAPACITY) i4  shortlist columns
 near_cost      like near, C's    their costs c, in C's dtype; inf behind the last
-bound          (n,) float64      least c - v outside the list when it was read; inf if nothing is outside, -inf before
+bound          (n,) float64      least c - v outside the list when it was read; inf if nothing is outside
 row_of         (m,) intp         row matched to a column, -1 if free
 col_of         (n,) intp         column matched to a row; FREE, or ASIDE for a row left out for now
 cost_of        (n,) float64      cost of a row's match
@@ -57,6 +57,7 @@ __all__ = [
     "row_duals",
     "row_reduction",
     "sift_up",
+    "tie_reduction",
 ]
 
 FREE, ASIDE = -1, -3
@@ -66,31 +67,73 @@ READS, BIDS, POPS, SEARCHES = range(4)
 
 @njit(nogil=True, cache=True)
 def column_reduction(C, sign, v, row_at, row_of, col_of, cost_of):  # pragma: no cover - compiled
-    """Gives columns to the rows that have their minima, first come (Jonker and Volgenant 1987); returns how many."""
-    count = 0
+    """Gives columns to the rows that have their minima, first come (Jonker and Volgenant 1987)."""
     for j in range(v.shape[0]):
         i = row_at[j]
         if i >= 0 and v[j] > -np.inf and col_of[i] == FREE:
             row_of[j] = i
             col_of[i] = j
             cost_of[i] = sign * np.float64(C[i, j])
-            count += 1
-    return count
+
+
+@njit(nogil=True, cache=True)
+def tie_reduction(C, sign, v, patience, row_of, col_of, cost_of, counts):  # pragma: no cover - compiled
+    """Gives free rows a free column whose minimum they share, as entries with few values have; v are column minima.
+
+    Each row is read as far as the first such column, from a place of its own. Ends once ``patience`` rows more
+    than found one have not.
+    """
+    m = v.shape[0]
+    signs, zero = splat(sign), splat(0.0)
+    scanned = 0
+    for i in range(col_of.shape[0]):
+        if col_of[i] != FREE:
+            continue
+        if patience < 0:
+            break
+        patience -= 1
+        row = C[i]
+        start = i * WIDTH * 5 % m
+        start -= start % WIDTH
+        for half in range(2):
+            lo, hi = (start, m) if half == 0 else (0, start)
+            for j in range(lo, hi, WIDTH):
+                scanned += WIDTH
+                if j + WIDTH <= m:
+                    bits = bits_not_above(difference(signs, load(row, j), load(v, j)), zero)
+                else:
+                    bits = (1 << (m - j)) - 1
+                while bits != 0:
+                    column = j + first_bit(bits)
+                    bits &= bits - 1
+                    x = sign * np.float64(row[column])
+                    if row_of[column] < 0 and x == v[column]:
+                        row_of[column] = i
+                        col_of[i] = column
+                        cost_of[i] = x
+                        patience += 2
+                        break
+                if col_of[i] != FREE:
+                    break
+            if col_of[i] != FREE:
+                break
+    counts[READS] += scanned // m
 
 
 @njit(nogil=True, cache=True)
 def row_duals(C, sign, lo, hi, v, near, near_cost, bound, u):  # pragma: no cover - compiled
     """u_i = the least c - v of rows lo..hi, by their lists where these can tell; returns how many rows were read.
 
-    A row without a list keeps what u holds.
+    A matched row without a list has the least at its column: the bound.
     """
     read = 0
     for i in range(lo, hi):
-        if bound[i] > -np.inf:
-            u[i], _place, _second = _two_best(v, near[i], near_cost[i])
-            if u[i] > bound[i]:
-                u[i] = row_minimum(C[i], sign, v)
-                read += 1
+        u[i], _place, _second = _two_best(v, near[i], near_cost[i])
+        if u[i] == np.inf:
+            u[i] = bound[i]
+        elif u[i] > bound[i]:
+            u[i] = row_minimum(C[i], sign, v)
+            read += 1
     return read
 
 
@@ -157,26 +200,20 @@ def auction(
 
 
 @njit(nogil=True, cache=True)
-def row_reduction(C, sign, v, near, near_cost, bound, row_of, col_of, cost_of, counts):  # pragma: no cover
-    """Matches every free row that has a free column among its best, at no change of the duals; returns how many are left."""
-    left = 0
+def row_reduction(v, near, near_cost, bound, row_of, col_of, cost_of):  # pragma: no cover - compiled
+    """Matches every free row that has a free column among its best, at no change of the duals."""
     for i in range(col_of.shape[0]):
         if col_of[i] != FREE:
             continue
         first, _place, _second = _two_best(v, near[i], near_cost[i])
         if first < np.inf and first <= bound[i]:
-            # Any free column among the equally good will do.
-            for e in range(CAPACITY):
+            for e in range(CAPACITY):  # any free column among the equally good will do
                 j = near[i, e]
                 if row_of[j] < 0 and near_cost[i, e] - v[j] == first:
                     row_of[j] = i
                     col_of[i] = j
                     cost_of[i] = near_cost[i, e]
                     break
-        if col_of[i] != FREE:
-            continue
-        left += 1
-    return left
 
 
 # An indexed binary heap: items are columns 0..m-1 and markers m..m+n-1 (row i's list ends here).
@@ -312,22 +349,26 @@ def augment(
                     break
                 i = item - m
                 here = base_of[i]
+                values, shift = C[i], splat(here)
+                # Free columns first: what is not nearer than the nearest need not be looked at. If they are few,
+                # that is quick, and one as near as the marker ends the search.
+                again = read_in[i] == source
+                if again or frees < m >> 3:
+                    for f in range(frees):
+                        j = free[f]
+                        x = here + (sign * np.float64(values[j]) - v[j])
+                        if x < best:
+                            came_from[j] = i
+                            best, goal = x, j
+                    if best <= key[item]:
+                        break
                 counts[READS] += 1
                 work += m >> 5
-                if read_in[i] != source:
+                if not again:
                     list_row(C, sign, i, v, room, near, near_cost, bound)
                     read_in[i] = source
                     row, base = i, here
                     break
-                values, shift = C[i], splat(here)
-                for f in range(
-                    frees
-                ):  # the nearest free column first: what is not nearer need not be looked at
-                    j = free[f]
-                    x = here + (sign * np.float64(values[j]) - v[j])
-                    if x < best:
-                        came_from[j] = i
-                        best, goal = x, j
                 below = splat(best)
                 for first in range(0, m, WIDTH):
                     if first + WIDTH <= m:

@@ -2,172 +2,250 @@
 
 Each is solved by column reduction, augmenting row reduction and shortest augmenting paths over the whole row
 (Jonker and Volgenant 1987): at these sizes a row is a few vectors, and a list would cost more than it saves.
+
+The costs of one problem are ``sign * c``: ``c`` is flat, row i at ``start + i * width`` with the width a whole number of
+vectors; what is beyond the columns is forbidden. Differences to the column duals v are float64, and so are column and row
+numbers where they travel with values in vectors.
 """
 
 from __future__ import annotations
 
 import numpy as np
+from fastmatch.kernels.cpu.simd import (
+    WIDTH,
+    bits_not_above,
+    chosen,
+    difference,
+    first_bit,
+    greatest,
+    instead_of,
+    lane,
+    least,
+    load,
+    plus,
+    smallest,
+    splat,
+    store,
+)
 from numba import njit
 
 __all__ = ["solve_stack"]
 
+SOLVED, WRONG, INFEASIBLE = 0, 1, 2
 
-# No NaN reaches these functions, and the sign of zero is nothing to them: that much leave lets minima vectorize.
-LEAVE = {"nnan", "nsz"}
+ROUNDS, STEPS = 2, 1
+"""Rounds of row reduction, and steps in each, in rows: more would be price wars that a path settles sooner."""
+
+ALL = (1 << WIDTH) - 1
+
+
+@njit(nogil=True, cache=True, forceinline=True)
+def _column_minima(c, start, sign, n, m, v):  # pragma: no cover - compiled
+    """v = the least cost of every column; whether every entry of the m columns is finite."""
+    width = v.shape[0]
+    signs, zero, none = splat(sign), splat(0.0), splat(np.inf)
+    finite = True
+    for j in range(0, width, WIDTH):
+        low, other, faults, extra = none, none, zero, zero  # faults: NaN where 0 times an entry is
+        at = start + j
+        for _ in range(n // 2):
+            x = difference(signs, load(c, at), zero)
+            y = difference(signs, load(c, at + width), zero)
+            low = least(x, low)
+            other = least(y, other)
+            faults = plus(faults, difference(zero, x, zero))
+            extra = plus(extra, difference(zero, y, zero))
+            at += 2 * width
+        if n % 2:
+            x = difference(signs, load(c, at), zero)
+            low = least(x, low)
+            faults = plus(faults, difference(zero, x, zero))
+        padding = ALL << min(m - j, WIDTH)
+        finite &= (bits_not_above(plus(faults, extra), zero) | padding) & ALL == ALL
+        store(v, j, least(low, other))
+    return finite
+
+
+@njit(nogil=True, cache=True, forceinline=True)
+def _match_minima(c, start, sign, n, v, row_of, col_of, free):  # pragma: no cover - compiled
+    """Gives rows a free column whose minimum they have; lists the others in ``free`` and returns how many."""
+    width = v.shape[0]
+    signs, zero = splat(sign), splat(0.0)
+    kept = 0
+    for i in range(n):
+        at = start + i * width
+        for j in range(0, width, WIDTH):
+            bits = bits_not_above(difference(signs, load(c, at + j), load(v, j)), zero)
+            while bits != 0 and row_of[j + first_bit(bits)] >= 0:
+                bits &= bits - 1
+            if bits != 0:
+                col_of[i] = j + first_bit(bits)
+                row_of[col_of[i]] = i
+                break
+        if col_of[i] < 0:
+            free[kept] = i
+            kept += 1
+    return kept
+
+
+@njit(nogil=True, cache=True, forceinline=True)
+def _two_least(c, at, sign, v):  # pragma: no cover - compiled
+    """(the least of c - v, its column, the second least, a column of that if it is the same) of the row at ``at``."""
+    signs, none = splat(sign), splat(np.inf)
+    first, second, column = none, none, splat(0.0)
+    here, step = splat(0.0), splat(np.float64(WIDTH))
+    for j in range(0, v.shape[0], WIDTH):
+        x = difference(signs, load(c, at + j), load(v, j))
+        second = least(greatest(first, x), second)
+        column = chosen(x, first, here, column)
+        first = least(x, first)
+        here = plus(here, step)
+    lowest = smallest(first)
+    limit = splat(lowest)
+    holders = bits_not_above(first, limit)
+    k = first_bit(holders)
+    j = np.int64(lane(column, k)) + k
+    others = holders & (holders - 1)
+    if others != 0:
+        k = first_bit(others)
+        return lowest, j, lowest, np.int64(lane(column, k)) + k
+    return lowest, j, smallest(instead_of(first, limit, second)), j
+
+
+@njit(nogil=True, cache=True, forceinline=True)
+def _reduce_rows(c, start, sign, n, v, row_of, col_of, free, waiting):  # pragma: no cover - compiled
+    """Augmenting row reduction of the rows in ``free``; returns how many are left there.
+
+    A row takes its best column and lowers its dual to where its second best is as good.
+    """
+    at, kept, steps = 0, 0, 0
+    while at < waiting:
+        i = free[at]
+        at += 1
+        steps += 1
+        first, j, second, tied = _two_least(c, start + i * v.shape[0], sign, v)
+        if second == first and row_of[j] >= 0:
+            j = tied
+        old = row_of[j]
+        if not second < np.inf or (old >= 0 and (second == first or steps > STEPS * n)):
+            free[kept] = i
+            kept += 1
+            continue
+        v[j] -= second - first
+        row_of[j] = i
+        col_of[i] = j
+        if old >= 0:
+            col_of[old] = -1
+            at -= 1
+            free[at] = old
+    return kept
+
+
+@njit(nogil=True, cache=True, forceinline=True)
+def _relax(c, at, sign, w, base, i, dist, came_from):  # pragma: no cover - compiled
+    """Distances through row i; (the least of all, its column). Columns already scanned have w = -inf, dist = inf."""
+    signs, shift, row = splat(sign), splat(base), splat(np.float64(i))
+    nearest, column = splat(np.inf), splat(0.0)
+    here, step = splat(0.0), splat(np.float64(WIDTH))
+    for j in range(0, w.shape[0], WIDTH):
+        x = plus(shift, difference(signs, load(c, at + j), load(w, j)))
+        old = load(dist, j)
+        store(came_from, j, chosen(x, old, row, load(came_from, j)))
+        x = least(x, old)
+        store(dist, j, x)
+        column = chosen(x, nearest, here, column)
+        nearest = least(x, nearest)
+        here = plus(here, step)
+    low = smallest(nearest)
+    k = first_bit(bits_not_above(nearest, splat(low)))
+    return low, np.int64(lane(column, k)) + k
+
+
+@njit(nogil=True, cache=True, forceinline=True)
+def _augment(
+    c, start, sign, v, row_of, col_of, source, w, dist, came_from, scanned, final
+):  # pragma: no cover
+    """One shortest augmenting path, from row ``source``; False if there is none."""
+    width = v.shape[0]
+    for j in range(width):
+        w[j] = v[j]
+        dist[j] = np.inf
+    scans = 0
+    i, base = source, 0.0
+    while True:
+        low, j = _relax(c, start + i * width, sign, w, base, i, dist, came_from)
+        if not low < np.inf:
+            return False
+        if row_of[j] < 0:
+            break
+        scanned[scans] = j
+        final[scans] = low
+        scans += 1
+        dist[j] = np.inf
+        w[j] = -np.inf
+        i = row_of[j]
+        base = low - (sign * np.float64(c[start + i * width + j]) - v[j])
+    for s in range(scans):
+        v[scanned[s]] += final[s] - low
+    while True:
+        i = np.int64(came_from[j])
+        row_of[j] = i
+        following = col_of[i]
+        col_of[i] = j
+        j = following
+        if i == source:
+            return True
 
 
 @njit(nogil=True, cache=True)
-def _load(C, sign, c):  # pragma: no cover - compiled
-    """c = sign * C in float64; False for NaN or -inf."""
-    wrong = 0
+def _wrong(C, sign):  # pragma: no cover - compiled
+    """Whether a problem holds NaN or an infinity that forbids nothing."""
     for i in range(C.shape[0]):
         for j in range(C.shape[1]):
-            x = sign * np.float64(C[i, j])
-            c[i, j] = x
-            wrong += not (x > -np.inf)
-    return wrong == 0
-
-
-@njit(nogil=True, cache=True, fastmath=LEAVE)
-def _least_difference(row, v, work):  # pragma: no cover - compiled
-    """work = row - v; its minimum."""
-    least = np.inf
-    for j in range(np.uintp(v.shape[0])):
-        x = row[j] - v[j]
-        work[j] = x
-        least = x if x < least else least
-    return least
-
-
-@njit(nogil=True, cache=True, fastmath=LEAVE)
-def _least(x):  # pragma: no cover - compiled
-    least = np.inf
-    for j in range(np.uintp(x.shape[0])):
-        least = x[j] if x[j] < least else least
-    return least
-
-
-@njit(nogil=True, cache=True, fastmath=LEAVE)
-def _relax(row, w, base, i, dist, came_from):  # pragma: no cover - compiled
-    """Distances through row i; the least of all columns not yet scanned (those have w = -inf and dist = inf)."""
-    least = np.inf
-    for j in range(np.uintp(w.shape[0])):
-        x = base + (row[j] - w[j])
-        d = dist[j]
-        shorter = x < d
-        came_from[j] = i if shorter else came_from[j]
-        d = x if shorter else d
-        dist[j] = d
-        least = d if d < least else least
-    return least
-
-
-@njit(nogil=True, cache=True)
-def _where(x, value):  # pragma: no cover - compiled
-    """The first place of a value that occurs."""
-    j = np.uintp(0)
-    while x[j] != value:
-        j += np.uintp(1)
-    return j
+            if not sign * C[i, j] > -np.inf:
+                return True
+    return False
 
 
 @njit(nogil=True, cache=True)
 def solve_stack(C, sign, lo, hi, out, bad):  # pragma: no cover - compiled
-    """Solves problems lo..hi of the stack C (batch, n, m), n <= m: out[b, i] is row i's column.
+    """Solves problems lo..hi of the contiguous stack C (batch, n, m), n <= m: out[b, i] is row i's column.
 
     bad[b] is 1 for NaN or an infinity of the wrong sign, 2 where forbidden entries leave no assignment, else 0.
     """
     n, m = C.shape[1], C.shape[2]
-    c = np.empty((n, m))
-    v, w, dist, final = np.empty(m), np.empty(m), np.empty(m), np.empty(m)
-    row_of, col_of = np.empty(m, np.int64), np.empty(n, np.int64)
-    came_from, scanned = np.empty(m, np.int64), np.empty(m, np.int64)
-    free = np.empty(n, np.int64)
+    width = (m + WIDTH - 1) // WIDTH * WIDTH
+    c = C.reshape(C.size) if m == width else np.full(n * width, sign * np.inf).astype(C.dtype)
+    v, w, dist, final = np.zeros(width), np.empty(width), np.empty(width), np.empty(width)
+    came_from = np.zeros(width)
+    row_of, col_of = np.empty(width, np.int64), np.empty(n, np.int64)
+    scanned, free = np.empty(width, np.int64), np.empty(n, np.int64)
     for b in range(lo, hi):
-        bad[b] = 0
-        if not _load(C[b], sign, c):
-            bad[b] = 1
-            continue
-        row_of[:] = -1
-        col_of[:] = -1
-        v[:] = 0.0
-        if n == m:
-            v[:] = np.inf
+        start = b * n * m
+        if m != width:
+            start = 0
             for i in range(n):
-                for j in range(m):
-                    v[j] = c[i, j] if c[i, j] < v[j] else v[j]
-            for j in range(m):
-                if not v[j] < np.inf:
-                    v[j] = 0.0
+                c[i * width : i * width + m] = C[b, i]
+        bad[b] = SOLVED
+        finite = _column_minima(c, start, sign, n, m, v)
+        if not finite and _wrong(C[b], sign):
+            bad[b] = WRONG
+            continue
+        for j in range(width):
+            row_of[j] = -1
+            if n != m or not v[j] < np.inf:
+                v[j] = 0.0
+        waiting = n
         for i in range(n):
             free[i] = i
-        waiting = n
-        # Row reduction (ARR); its steps are bounded, since with float ties it need not end.
-        for _ in range(2):
-            queue, at, kept, steps = waiting, 0, 0, 0
-            while at < queue:
-                i = free[at]
-                at += 1
-                steps += 1
-                first = _least_difference(c[i], v, dist)
-                if not first < np.inf:
-                    free[kept] = i
-                    kept += 1
-                    continue
-                j = _where(dist, first)
-                dist[j] = np.inf
-                second = _least(dist)
-                if second == first and row_of[j] >= 0:
-                    j = _where(dist, first)  # a tie: perhaps its other column is free
-                old = row_of[j]
-                if (old >= 0 and (second == first or steps > 4 * n)) or not second < np.inf:
-                    free[kept] = i
-                    kept += 1
-                    continue
-                v[j] -= second - first
-                row_of[j] = i
-                col_of[i] = j
-                if old >= 0:
-                    col_of[old] = -1
-                    at -= 1
-                    free[at] = old
-            waiting = kept
+            col_of[i] = -1
+        if n == m:
+            waiting = _match_minima(c, start, sign, n, v, row_of, col_of, free)
+        for _ in range(ROUNDS):
+            waiting = _reduce_rows(c, start, sign, n, v, row_of, col_of, free, waiting)
         for e in range(waiting):
-            source = free[e]
-            w[:] = v
-            dist[:] = np.inf
-            scans = 0
-            i, base, goal = source, 0.0, -1
-            low = 0.0
-            while True:
-                least = _relax(c[i], w, base, i, dist, came_from)
-                if not least < np.inf:
-                    break
-                low = least
-                j = np.int64(_where(dist, least))
-                if row_of[j] < 0:
-                    goal = j
-                    break
-                scanned[scans] = j
-                final[scans] = least
-                scans += 1
-                dist[j] = np.inf
-                w[j] = -np.inf
-                i = row_of[j]
-                base = low - (c[i, j] - v[j])
-            if goal < 0:
-                bad[b] = 2
+            if not _augment(c, start, sign, v, row_of, col_of, free[e], w, dist, came_from, scanned, final):
+                bad[b] = INFEASIBLE
                 break
-            for s in range(scans):
-                v[scanned[s]] += final[s] - low
-            j = goal
-            while True:
-                i = came_from[j]
-                row_of[j] = i
-                following = col_of[i]
-                col_of[i] = j
-                j = following
-                if i == source:
-                    break
         for i in range(n):
             out[b, i] = col_of[i]

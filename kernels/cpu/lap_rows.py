@@ -338,8 +338,8 @@ def _select(row, sign, v, found, where, bits, values, items):  # pragma: no cove
 
 
 @njit(nogil=True, cache=True)
-def shortlists(C, sign, lo, hi, v, near, near_cost, bound):  # pragma: no cover - compiled
-    """The shortlists of rows lo..hi: one read of them."""
+def shortlists(C, sign, rows, v, near, near_cost, bound):  # pragma: no cover - compiled
+    """The shortlists of ``rows``: one read of each."""
     work = workspace(v.shape[0])
-    for i in range(lo, hi):
+    for i in rows:
         list_row(C, sign, i, v, work, near, near_cost, bound)

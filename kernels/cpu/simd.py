@@ -26,11 +26,13 @@ __all__ = [
     "WIDTH",
     "bits_below",
     "bits_not_above",
+    "chosen",
     "difference",
     "first_bit",
     "gather",
     "greatest",
     "instead_of",
+    "lane",
     "least",
     "load",
     "load_part",
@@ -234,6 +236,27 @@ def instead_of(typing: Any, a: Any, limit: Any, b: Any) -> Any:
         return builder.select(builder.fcmp_ordered("<=", a, limit), b, a)
 
     return _vector(_vector, _vector, _vector), code
+
+
+@intrinsic
+def chosen(typing: Any, a: Any, b: Any, x: Any, y: Any) -> Any:
+    """x in the lanes where a < b, y in the others."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        a, b, x, y = args
+        return builder.select(builder.fcmp_ordered("<", a, b), x, y)
+
+    return _vector(_vector, _vector, _vector, _vector), code
+
+
+@intrinsic
+def lane(typing: Any, a: Any, k: Any) -> Any:
+    """The value in lane k."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.extract_element(*args)
+
+    return types.float64(_vector, types.int64), code
 
 
 @intrinsic
