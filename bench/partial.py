@@ -40,7 +40,7 @@ def measure(seeds: int) -> list[dict]:
     everything = [training.inputs]
     x, rows = test.inputs[:1], []
     for seed in range(seeds):
-        pair = [train(network(2 * seed + k), training, epochs=30, seed=2 * seed + k, lr=2e-3) for k in (0, 1)]
+        pair = [train(network(2 * seed + k), training, epochs=20, seed=2 * seed + k, lr=2e-3) for k in (0, 1)]
         whole = fm.cost_of(pair[0], x)
 
         def note(
@@ -145,8 +145,8 @@ def main(seeds: int = 3) -> None:
     record = {"network": NETWORK, "seeds": seeds, "machine": machine(), "rows": measure(seeds)}
     RESULT.write_text(json.dumps(record, indent=1) + "\n")
     page = PAGE.read_text()
-    marked = re.compile(r"(<!-- partial table[^>]*-->\n).*?(\n<!-- end of partial table -->)", re.DOTALL)
-    PAGE.write_text(marked.sub(lambda m: m[1] + table(record) + m[2], page))
+    marked = re.compile(r"(<!-- partial table[^>]*-->\n).*?(<!-- end of partial table -->)", re.DOTALL)
+    PAGE.write_text(marked.sub(lambda m: m[1] + table(record) + "\n" + m[2], page))
     draw(record)
     print(table(record))
 

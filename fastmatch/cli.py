@@ -315,7 +315,9 @@ def parser() -> argparse.ArgumentParser:
     _calibration_arguments(command)
     command.set_defaults(run=curve_command)
 
-    command = commands.add_parser("partial", help="merge checkpoints from a layer on; keep those before apart")
+    command = commands.add_parser(
+        "partial", help="merge checkpoints from a layer on; keep those before apart"
+    )
     command.add_argument("checkpoints", nargs="+", help="two or more of one architecture")
     command.add_argument("--model", required=True, help="module:callable that builds the network")
     command.add_argument("--input-shape", help="shape of an example input, such as 2,3,32,32")

@@ -307,6 +307,38 @@ def test_reset_works_for_every_rule_and_repair_says_why_not_for_cca():
         found.endpoint_statistics([a, b], data)
 
 
+class Optional(nn.Module):
+    """Takes a mask or none, and a number that keeps its default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(12, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(
+        self, x: torch.Tensor, mask: torch.Tensor | None = None, *, scale: float = 2.0
+    ) -> torch.Tensor:
+        x = torch.relu(self.first(x))
+        if mask is not None:
+            x = x * mask
+        return self.last(torch.relu(self.second(x)) * scale)
+
+
+def test_inputs_by_position_by_name_and_left_out():
+    torch.manual_seed(fresh_seed())
+    a, x = Optional().double(), torch.randn(30, 12, dtype=DOUBLE)
+    mask = torch.rand(30, 8, dtype=DOUBLE)
+    examples = (
+        ((x,), {}, x),
+        ((x, mask), {}, (x, mask)),
+        ((), {"x": x, "mask": mask}, {"x": x, "mask": mask}),
+    )
+    for args, kwargs, example in examples:
+        data = [x] if isinstance(example, torch.Tensor) else None
+        model = fm.merge_partial([a, a], example, data, rule="zip" if data else "identity", start_at=1).model
+        with torch.no_grad():
+            torch.testing.assert_close(model(*args, **kwargs), a(*args, **kwargs))
+
+
 class Branching(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -339,6 +371,8 @@ def test_what_it_cannot_do_is_said():
         given = {"models": [a, b], "example_inputs": x, "data": data, **arguments}
         with pytest.raises(ValueError, match=message):
             fm.merge_partial(**given)
+    with pytest.raises(ValueError, match="models: expected the 2 that were merged, got 1"):
+        fm.merge_partial([a, b], x, data).endpoint_statistics([a], data)
     with pytest.raises(TypeError, match=r"models\[1\]: expected a torch module"):
         fm.merge_partial([a, b.state_dict()], x, data)
     with pytest.raises(ValueError, match="control flow"):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fastmatch.batches import Forward, batches_of, check_module, default_forward, evaluating
+from fastmatch.batches import Forward, batches_of, check_module, default_forward, device_of, evaluating
 from fastmatch.matching.activations import READ, choose_taps, unit_rows
 from fastmatch.merge import check_weights, copy_module, remember_weights
 from fastmatch.moments import ChannelMoments, CrossMoments
@@ -20,7 +20,7 @@ from fastmatch.spec import PermutationSpec, Tap
 from fastmatch.spec.graph import trace_graph
 from fastmatch.spec.taps import TapReader
 from fastmatch.spec.trace import arguments_of
-from fastmatch.states import check_finite, check_same_architecture, state_of
+from fastmatch.states import State, check_finite, check_same_architecture, state_of
 from fastmatch.verify import in_double, largest_difference, outputs_of
 
 __all__ = ["PartialMerge", "merge_partial"]
@@ -36,7 +36,7 @@ class PartialMerge:
     Attributes:
         model: a ``torch.fx.GraphModule`` in eval mode; what is kept apart is ``apart.0``, ``apart.1``, ...,
             the rest ``merged``.
-        rule: one of :data:`fastmatch.matching.units.RULES`.
+        rule: one of :data:`fastmatch.partial.units.RULES`.
         weights: one a model.
         spec: the groups that were traced.
         apart: names of the parameters that are kept once a model, in ``model``.
@@ -65,7 +65,7 @@ class PartialMerge:
         too: those of a zipped unit are the mean over its members.
 
         Raises:
-            ValueError: the rule mixes units (``"cca"``): the spread of a mixture takes covariances that are
+            ValueError: another number of models; or the rule mixes units (``"cca"``): the spread of a mixture takes covariances that are
                 not kept. ``method="reset"`` needs no endpoints and works.
         """
         if any(maps.spread is None for maps in self.maps.values()):
@@ -73,6 +73,8 @@ class PartialMerge:
                 f"rule {self.rule!r} mixes units, whose spread takes covariances of layers that are not kept; "
                 'renormalize with method="reset", which needs no endpoints, or merge by another rule'
             )
+        if len(models) != len(self.weights):
+            raise ValueError(f"models: expected the {len(self.weights)} that were merged, got {len(models)}")
         measured = endpoint_statistics(models, data, samples=samples).calls
         known = {name for name, _ in self.model.named_modules()}
         tables: list[dict[str, Calls]] = []
@@ -184,7 +186,9 @@ def merge_partial(
     if verify:
         _verify(plan, example_inputs, alphas)
     graph = structure.module.graph
-    copies = [structure.module, *(fx.GraphModule(copy_module(m).eval(), graph) for m in models[1:])]
+    device = device_of(structure.module)
+    others = (copy_module(m).eval().to(device) for m in models[1:])
+    copies = [structure.module, *(fx.GraphModule(model, graph) for model in others)]
     options = {"a": a, "b": b, "gamma": gamma}
     if rule == "identity":
         maps = _identity(plan, alphas)
@@ -195,6 +199,7 @@ def merge_partial(
     else:
         moments = _read_moments(copies, plan, rule, data, read, forward, progress)
         maps = {name: maps_by(rule, found, alphas, **options) for name, found in moments.items()}
+    maps = {name: found.to(device, _precise(states[0])) for name, found in maps.items()}
     model = rewire(plan, copies, maps, alphas)
     kept = tuple(name for name, _ in model.named_parameters() if name.startswith("apart."))
     remember_weights(model, alphas)
@@ -202,8 +207,14 @@ def merge_partial(
 
 
 def _identity(plan: Rewiring, weights: Sequence[float]) -> dict[str, UnitMaps]:
-    groups = plan.structure.spec.groups
-    return {name: identity_maps(groups[name].size, weights) for name in plan.joined}
+    groups, device = plan.structure.spec.groups, device_of(plan.structure.module)
+    return {name: identity_maps(groups[name].size, weights).to(device, torch.float64) for name in plan.joined}
+
+
+def _precise(state: State) -> torch.dtype:
+    """The type of the parameters, float32 at least."""
+    first = next((t.dtype for t in state.values() if t.is_floating_point()), torch.float32)
+    return torch.promote_types(first, torch.float32)
 
 
 def _verify(plan: Rewiring, example_inputs: Any, weights: Sequence[float]) -> None:

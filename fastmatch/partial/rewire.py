@@ -40,7 +40,6 @@ class Rewiring:
         unknown = [name for name in apart if name not in groups]
         if unknown:
             raise ValueError(f"apart: unknown group {unknown[0]!r}; there are {groups}")
-        self._modules = dict(structure.module.named_modules(remove_duplicate=False))
         self._state = structure.module.state_dict()
         cut = self._cut(start_at, groups)
         self.many: set[str] = set()

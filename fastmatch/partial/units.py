@@ -89,6 +89,12 @@ class UnitMaps:
     variance: tuple[nn.Module, ...]
     spread: tuple[nn.Module, ...] | None
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> UnitMaps:
+        """Moves the maps there; matrices and scales take the type."""
+        for unit_map in (*self.leave, *self.enter, *self.read, *self.variance):
+            unit_map.to(device, dtype)
+        return self
+
 
 def on_axis(unit_map: nn.Module, tensor: torch.Tensor, axis: Axis, size: int) -> torch.Tensor:
     """``tensor`` with the map applied to the group of ``size`` units that lies at ``axis``."""
@@ -178,11 +184,9 @@ def _canonical(covariance: torch.Tensor, count: int, gamma: float) -> UnitMaps:
     merge, unmerge = [torch.eye(n, dtype=torch.float64)], [torch.eye(n, dtype=torch.float64)]
     for k in range(1, count):
         root_b, inverse_b = _roots(covariance[k * n : (k + 1) * n, k * n : (k + 1) * n], gamma)
-        cross = inverse_a @ covariance[:n, k * n : (k + 1) * n] @ inverse_b
-        # A little of the identity: where neither model varies, units stay what they are.
-        left, _, right = torch.linalg.svd(cross + 1e-9 * torch.eye(n, dtype=cross.dtype, device=cross.device))
-        merge.append((root_a @ left @ right @ inverse_b).cpu())
-        unmerge.append((root_b @ right.T @ left.T @ inverse_a).cpu())
+        turn = _orthogonal(inverse_a @ covariance[:n, k * n : (k + 1) * n] @ inverse_b)
+        merge.append((root_a @ turn @ inverse_b).cpu())
+        unmerge.append((root_b @ turn.T @ inverse_a).cpu())
     return UnitMaps(
         leave=tuple(_Matrix(m) for m in merge),
         enter=tuple(_Matrix(u.T.contiguous()) for u in unmerge),
@@ -190,6 +194,14 @@ def _canonical(covariance: torch.Tensor, count: int, gamma: float) -> UnitMaps:
         variance=tuple(_Matrix(m.square()) for m in merge),
         spread=None,
     )
+
+
+def _orthogonal(cross: torch.Tensor) -> torch.Tensor:
+    """The orthogonal matrix nearest to ``cross``; where that says nothing (singular values of zero), to the identity."""
+    left, values, right = torch.linalg.svd(cross)
+    known = int((values > 1e-6 * values[:1].clamp(min=1e-300)).sum())
+    u, _, v = torch.linalg.svd(left[:, known:].T @ right[known:].T)
+    return left[:, :known] @ right[:known] + left[:, known:] @ u @ v @ right[known:]
 
 
 def _roots(covariance: torch.Tensor, gamma: float) -> tuple[torch.Tensor, torch.Tensor]:

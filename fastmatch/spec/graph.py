@@ -65,7 +65,7 @@ def trace_graph(model: nn.Module, example_inputs: Any) -> Structure:
     args, kwargs = arguments_of(example_inputs, None)
     module = _symbolic(model, args, kwargs)
     names = [node.target for node in module.graph.nodes if node.op == "placeholder"]
-    inputs = [*args, *(kwargs[name] for name in names[len(args) :])]
+    inputs = [*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs)]
     watching: list[_Watching] = []
 
     def run(tracer: Tracer, *values: Any) -> Any:
