@@ -4,6 +4,7 @@ from fastmatch.align import Alignment, align, align_many
 from fastmatch.analysis import distances, layer_table, running_statistics
 from fastmatch.interpolate import Curve, Scores, Triangle, evaluate, interpolate, score, triangle
 from fastmatch.merge import merge
+from fastmatch.partial import Cost, Ensemble, PartialMerge, cost_of, merge_partial
 from fastmatch.records import Table
 from fastmatch.renorm import (
     EndpointStatistics,
@@ -21,9 +22,12 @@ from fastmatch.verify import Verification, verify
 __all__ = [
     "Alignment",
     "Axis",
+    "Cost",
     "Curve",
     "EndpointStatistics",
+    "Ensemble",
     "Group",
+    "PartialMerge",
     "PermutationSpec",
     "Plan",
     "Scores",
@@ -32,12 +36,14 @@ __all__ = [
     "Verification",
     "align",
     "align_many",
+    "cost_of",
     "distances",
     "endpoint_statistics",
     "evaluate",
     "interpolate",
     "layer_table",
     "merge",
+    "merge_partial",
     "normalize_biases",
     "plan_renormalization",
     "remove_biases",

@@ -1,4 +1,6 @@
-"""The command line: ``fastmatch align``, ``verify``, ``inspect``, ``renormalize``, ``curve``, ``demo``, ``study``, ``bench``."""
+"""The command line: ``fastmatch align``, ``verify``, ``inspect``, ``renormalize``, ``curve``, ``partial``,
+``demo``, ``study``, ``bench``.
+"""
 
 from __future__ import annotations
 
@@ -187,6 +189,22 @@ def curve_command(args: argparse.Namespace) -> None:
     )  # fmt: skip
 
 
+def partial_command(args: argparse.Namespace) -> None:
+    """Merges checkpoints from a layer on and writes the result as an exported program."""
+    from fastmatch.partial.command import merge_files
+    from fastmatch.renorm.command import loader_of
+
+    model, built = build_model(args.model)
+    data = args.data and loader_of(callable_from(args.data, "--data"), "--data")
+    print(
+        merge_files(
+            model, example_from(args.input_shape, built), args.checkpoints, data, args.out, rule=args.rule,
+            start_at=args.keep if args.start_at is None else args.start_at, apart=args.apart,
+            weights=args.weights, method=args.renormalize, force=args.force,
+        )
+    )  # fmt: skip
+
+
 def study_command(args: argparse.Namespace) -> None:
     """Measures the paper's claims in small and prints how each fares."""
     from fastmatch.study import run
@@ -296,6 +314,24 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--plot", help="also draw it: .png, .svg or .pdf")
     _calibration_arguments(command)
     command.set_defaults(run=curve_command)
+
+    command = commands.add_parser(
+        "partial", help="merge checkpoints from a layer on; keep those before apart"
+    )
+    command.add_argument("checkpoints", nargs="+", help="two or more of one architecture")
+    command.add_argument("--model", required=True, help="module:callable that builds the network")
+    command.add_argument("--input-shape", help="shape of an example input, such as 2,3,32,32")
+    command.add_argument("--data", help="module:callable that returns a loader")
+    command.add_argument("--rule", default="permute", choices=("identity", "permute", "zip", "cca"))
+    start = command.add_mutually_exclusive_group()
+    start.add_argument("--start-at", help="the group that is merged first, see `fastmatch inspect`")
+    start.add_argument("--keep", type=int, default=0, help="or how many groups before it stay apart")
+    command.add_argument("--apart", nargs="+", default=[], help="further groups that stay apart")
+    command.add_argument("--weights", nargs="+", type=float, help="one a checkpoint, of sum one")
+    command.add_argument("--renormalize", metavar="METHOD", help="repair, rescale, reshift or reset after")
+    command.add_argument("--out", required=True, help="file to write: .pt2, for torch.export.load")
+    command.add_argument("--force", action="store_true", help="replace output files that exist")
+    command.set_defaults(run=partial_command)
 
     command = commands.add_parser(
         "study", help="the paper's claims in small: one HTML report, claim by claim"

@@ -16,7 +16,7 @@ from fastmatch.spec import Permutations, PermutationSpec
 from fastmatch.spec.trace import arguments_of, tensors_returned
 from fastmatch.states import state_of
 
-__all__ = ["Verification", "verify"]
+__all__ = ["Verification", "in_double", "largest_difference", "outputs_of", "verify"]
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,11 @@ def verify(
             does not run in float64 or returns nothing that could be compared.
     """
     args, keywords = arguments_of(example_inputs, kwargs)
-    args, keywords = _double(args), _double(keywords)
+    args, keywords = in_double(args), in_double(keywords)
     double = copy.deepcopy(model).double().eval()
     generator = torch.Generator().manual_seed(seed)
     try:
-        expected = _run(double, args, keywords)
+        expected = outputs_of(double, args, keywords)
     except RuntimeError as error:
         raise ValueError(
             f"model: does not run in float64 on the example inputs ({error}); "
@@ -85,17 +85,18 @@ def verify(
     return Verification(error, tuple(spec.groups))
 
 
-def _double(value: Any) -> Any:
+def in_double(value: Any) -> Any:
+    """A nest of tensors with its floating point ones in float64."""
     if isinstance(value, torch.Tensor):
         return value.double() if value.is_floating_point() else value
     if isinstance(value, Mapping):
-        return {k: _double(v) for k, v in value.items()}
+        return {k: in_double(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_double(v) for v in value)
+        return type(value)(in_double(v) for v in value)
     return value
 
 
-def _run(model: nn.Module, args: Any, kwargs: Any) -> list[torch.Tensor]:
+def outputs_of(model: nn.Module, args: Any, kwargs: Any) -> list[torch.Tensor]:
     """Every output as float64; integers and truth values count too."""
     with torch.no_grad():
         outputs = [t.detach() for t in tensors_returned(model(*args, **kwargs))]
@@ -111,8 +112,13 @@ def _error(
     expected: list[torch.Tensor],
 ) -> float:
     moved = with_state(model, apply_permutations(state_of(model, "model"), spec, permutations))
+    return largest_difference(expected, outputs_of(moved, args, kwargs))
+
+
+def largest_difference(expected: list[torch.Tensor], outputs: list[torch.Tensor]) -> float:
+    """The largest difference of outputs relative to the largest expected one; infinity where they cannot agree."""
     worst = 0.0
-    for old, new in zip(expected, _run(moved, args, kwargs), strict=True):
+    for old, new in zip(expected, outputs, strict=True):
         # An error of NaN would compare as no error: what is not finite must be the same, the rest is measured.
         finite = torch.isfinite(old)
         if old.shape != new.shape or not torch.equal(old[~finite].nan_to_num(), new[~finite].nan_to_num()):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from networks import NETWORKS, build, fresh_seed
+from scipy.optimize import linear_sum_assignment
 from test_matching_weights import TRAINED, trained
 
 import fastmatch as fm
@@ -14,6 +15,7 @@ from fastmatch.matching.activations import (
     READ,
     SEVERAL,
     SIMILARITIES,
+    best_permutation,
     choose_taps,
     match_activations,
     unit_rows,
@@ -179,3 +181,27 @@ def test_sequential_matching_earns_what_one_read_earns(name):
         moved = fm.Alignment(found.permutations, spec.select([group])).apply(moved)
         earned += found.objective[1]
     assert match_activations(a, b, spec, data).objective[1] == pytest.approx(earned, rel=1e-9)
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 60])
+def test_of_equally_good_permutations_one_leaves_more_units_alone(size):
+    generator = torch.Generator().manual_seed(fresh_seed())
+    alive = torch.rand(size, generator=generator, dtype=torch.float64) > 0.4
+    rows = torch.randn(200, size, generator=generator, dtype=torch.float64) * alive
+    gain = rows.T @ rows  # dead units are alike to all, alive ones most like themselves
+    assert torch.equal(best_permutation(gain), torch.arange(size))
+    # Few values, many ties, no planted identity: still the optimum.
+    gain = torch.randint(-2, 3, (size, size), generator=generator).double()
+    perm = best_permutation(gain)
+    best = gain.numpy()[linear_sum_assignment(gain.numpy(), maximize=True)].sum()
+    assert torch.equal(perm.sort().values, torch.arange(size))
+    assert float(gain[torch.arange(size), perm].sum()) == best
+
+
+def test_dead_units_of_a_model_matched_with_itself_stay():
+    seed = fresh_seed()
+    model, x = build("mlp", seed)
+    with torch.no_grad():
+        model.get_parameter("0.bias")[::3] = -100.0  # under a ReLU: never fires
+    found = fm.align(model, model, x, data=[torch.randn(64, 12)])
+    assert torch.equal(found.permutations["0"], torch.arange(24))

@@ -86,7 +86,7 @@ def solve_dense(
     Raises:
         Infeasible: forbidden entries leave no assignment.
 
-    Memory: 16 (index, cost) pairs a row, and a few vectors, beside the matrix.
+    Memory: 24 (index, cost) pairs a row, and a few vectors, beside the matrix.
     """
     return _Solve(problem, start).run()
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from fastmatch.assignment import solve
+from fastmatch.matching.zip import zip_units
 
 __all__ = ["match_tensors_identity", "match_tensors_permute", "match_tensors_zipit"]
 
@@ -84,17 +85,13 @@ def match_tensors_zipit(
         ignored: arguments of ZipIt's other matching functions.
 
     Raises:
-        ValueError: ``a`` is not above 0, or no pair is left to merge.
+        ValueError: ``a`` is not above 0, or ``r`` leaves no feature.
     """
-    if not a > 0:
-        raise ValueError(f"a: expected a number above 0, got {a}")
     count, n = _models(metric["covariance"] if "covariance" in metric else metric["cossim"], r)
     given = _correlation(metric["covariance"]) if "covariance" in metric else metric["cossim"]
     remaining = int(count * n * (1 - r) + 1e-4)
-    budget = int((count * n - remaining) // count * b + 1e-4)
     similarity = given.detach().cpu().numpy().astype(np.float32, copy=True)
-    root, values = _zip(similarity, np.arange(count * n) // n, remaining, a, np.full(count, budget))
-    column = np.unique(root, return_inverse=True)[1]
+    column, values = zip_units(similarity, count, remaining, a, b)
     unmerge = torch.nn.functional.one_hot(torch.from_numpy(column), remaining).float().to(given.device)
     if print_merges:
         within = [int((unmerge[k * n : (k + 1) * n].sum(dim=0) > 1).sum()) for k in range(count)]
@@ -142,48 +139,3 @@ def _with_bias(block: torch.Tensor) -> torch.Tensor:
     padded = torch.nn.functional.pad(block, (0, 1, 0, 1))
     padded[-1, -1] = 1
     return padded
-
-
-def _zip(
-    similarity: np.ndarray, origin: np.ndarray, remaining: int, a: float, budget: np.ndarray
-) -> tuple[np.ndarray, list[float]]:
-    """(feature that each one ended in, similarity of each pair); the matrix is used up.
-
-    Each row's best partner is kept, and only rows whose partner was merged look again.
-    """
-    n = len(similarity)
-    np.fill_diagonal(similarity, -np.inf)
-    root = np.arange(n)
-    partner = similarity.argmax(axis=1)
-    best = similarity[root, partner]
-    values: list[float] = []
-    for _ in range(n - remaining):
-        first = int(best.argmax())
-        value = float(best[first])
-        if value == -np.inf:
-            raise ValueError(
-                f"r: no pair is left to merge with {n - len(values)} features; lower r or raise b"
-            )
-        values.append(value)
-        kept, gone = sorted((first, int(partner[first])))
-        root[root == gone] = kept
-        merged = np.minimum(similarity[kept], similarity[gone]) * np.float32(a)
-        for k, row in ((gone, np.float32(-np.inf)), (kept, merged)):
-            similarity[k] = row
-            similarity[:, k] = row
-        best[gone] = -np.inf
-        look = (partner == kept) | (partner == gone)
-        look[kept] = True
-        if origin[kept] == origin[gone]:
-            budget[origin[kept]] -= 1
-            if budget[origin[kept]] <= 0:
-                spent = np.flatnonzero(origin == origin[kept])
-                similarity[np.ix_(spent, spent)] = -np.inf
-                look[spent] = True
-        column = similarity[:, kept]
-        better = (column > best) | ((column == best) & (kept < partner))
-        partner[better], best[better] = kept, column[better]
-        rows = np.flatnonzero(look)
-        partner[rows] = similarity[rows].argmax(axis=1)
-        best[rows] = similarity[rows, partner[rows]]
-    return root, values

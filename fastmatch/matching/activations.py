@@ -22,7 +22,7 @@ from fastmatch.progress import progress_bar
 from fastmatch.spec import Axis, Permutations, PermutationSpec, Tap
 from fastmatch.spec.taps import TapReader
 
-__all__ = ["READ", "SEVERAL", "SIMILARITIES", "match_activations", "similarities"]
+__all__ = ["READ", "SEVERAL", "SIMILARITIES", "best_permutation", "match_activations", "similarities"]
 
 SIMILARITIES = (*POOLED, "batch-correlation")
 """How alike two units are: of pooled moments, or as published (:class:`BatchPearson`)."""
@@ -76,11 +76,33 @@ def match_activations(
     permutations: Permutations = {}
     before = after = 0.0
     for name, gain in progress_bar(list(gains.items()), "assignment", show=progress):
-        col_ind = linear_sum_assignment(gain, maximize=True)[1]
+        col_ind = best_permutation(gain)
         before += float(gain.diagonal().sum())
-        after += float(gain.gather(1, col_ind[:, None]).sum())
-        permutations[name] = col_ind.cpu()
+        after += float(gain.cpu().gather(1, col_ind[:, None]).sum())
+        permutations[name] = col_ind
     return Matching(permutations, "activations", (before, after), solves=len(spec.groups))
+
+
+def best_permutation(gain: torch.Tensor) -> torch.Tensor:
+    """The permutation of largest gain; of equally good ones, one that leaves more units where they are.
+
+    Units alike in all that was read (dead ones, say) may differ upstream, so that a model matched with itself
+    should be left alone. After the assignment, unit i takes its own column where exchanging two loses nothing.
+    """
+    perm = linear_sum_assignment(gain, maximize=True)[1].cpu()
+    matrix, units = gain.cpu(), torch.arange(len(gain))
+    owner = perm.argsort()  # who holds the column of unit i
+
+    def loss(i: torch.Tensor) -> torch.Tensor:
+        return matrix[i, perm[i]] + matrix[owner[i], i] - matrix[i, i] - matrix[owner[i], perm[i]]
+
+    tolerance = 1e-12 * float(matrix.abs().max()) if len(matrix) else 0.0
+    for i in units[(perm != units) & (loss(units) <= tolerance)]:
+        if perm[i] != i and loss(i) <= tolerance:
+            other, column = owner[i].clone(), perm[i].clone()
+            perm[other], owner[column] = column, other
+            perm[i], owner[i] = i, i
+    return perm
 
 
 def similarities(

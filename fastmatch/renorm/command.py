@@ -14,7 +14,7 @@ from fastmatch.merge import copy_module
 from fastmatch.renorm import plan_renormalization, renormalize
 from fastmatch.states import check_finite, check_same_architecture, state_of
 
-__all__ = ["curve_files", "loader_of", "renormalize_file"]
+__all__ = ["curve_files", "load_into", "loader_of", "renormalize_file"]
 
 
 def loader_of(builder: Callable[[], Any], option: str) -> Iterable[Any]:
@@ -27,7 +27,8 @@ def loader_of(builder: Callable[[], Any], option: str) -> Iterable[Any]:
     return data
 
 
-def _loaded(model: nn.Module, path: str) -> nn.Module:
+def load_into(model: nn.Module, path: str) -> nn.Module:
+    """A copy of ``model`` in eval mode that holds the checkpoint at ``path``."""
     state = load_state(path)
     check_same_architecture(state_of(model, "--model"), state, "--model", path)
     check_finite(state, path)
@@ -52,8 +53,8 @@ def renormalize_file(
     """Renormalizes the checkpoint at ``path`` and writes it to ``out``; says what was done."""
     check_format(out, "--out", TORCH_SUFFIXES | {".safetensors"})
     check_target(out, force=force)
-    merged = _loaded(model, path)
-    ends = [_loaded(model, end) for end in endpoints]
+    merged = load_into(model, path)
+    ends = [load_into(model, end) for end in endpoints]
     plan = plan_renormalization(merged, method)
     if plan.method != "reset" and not ends:
         raise ValueError(f"--endpoints: needed for method {plan.method!r}")
@@ -84,7 +85,7 @@ def curve_files(
     for target in [out, *([plot] if plot else [])]:
         check_target(target, force=force)
     curve = interpolate(
-        _loaded(model, a), _loaded(model, b), data, points=points,
+        load_into(model, a), load_into(model, b), data, points=points,
         renormalize=method, calibration=calibration, mode=mode, samples=samples,
     )  # fmt: skip
     curve.table().to_csv(out, force=force)

@@ -405,9 +405,11 @@ def _contract(
         unify(x, y, name)
     labels = [*batch, a[-2], b[-1]]
     if tr.is_data(left) and not tr.is_data(right):
+        tr.mark_contracted(b[-2])
         tr.tap("consumed", left, positions[0], a, dims=(left.ndim - 1,))
         tr.tap("produced", out, -1, labels, dims=(len(labels) - 1,))
     elif tr.is_data(right) and not tr.is_data(left):
+        tr.mark_contracted(a[-1])
         tr.tap("consumed", right, positions[1], b, dims=(right.ndim - 2,))
         tr.tap("produced", out, -1, labels, dims=(len(labels) - 2,))
     return labels
@@ -447,6 +449,7 @@ def _linear(tr: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     bias = args[2] if len(args) > 2 else kwargs.get("bias")
     if bias is not None:
         unify(weight[0], tr.labels(bias)[0], name)
+    tr.mark_contracted(weight[1])
     tr.tap("consumed", data, 0, inputs, dims=(len(inputs) - 1,))
     tr.tap("produced", out, -1, labels, dims=(len(labels) - 1,))
     tr.set(out, labels)
@@ -487,6 +490,7 @@ def _convolution(tr: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str,
         unify(result, tr.labels(bias)[0], name)
     spatial = fresh(out.shape[lead + 1 :], f"{name} (spatial)")
     labels = [*x[:lead], result, *spatial]
+    tr.mark_contracted(w[0] if transposed else w[1])
     tr.tap("consumed", data, 0, x, dims=(lead,))
     tr.tap("produced", out, -1, labels, dims=(lead,))
     tr.set(out, labels)

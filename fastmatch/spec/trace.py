@@ -7,7 +7,7 @@ not pinned and lies on a parameter is a permutation group.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
@@ -66,6 +66,7 @@ class Tracer(TorchDispatchMode):
         self._labels: dict[int, tuple[torch.Tensor, list[Label]]] = {}
         self._data: set[int] = set()
         self._used: set[int] = set()
+        self._contracted: set[int] = set()
         self._op, self._op_name = -1, ""
         self.taps: list[_RawTap] = []
 
@@ -98,6 +99,19 @@ class Tracer(TorchDispatchMode):
     def was_used(self, tensor: torch.Tensor) -> bool:
         """Whether an operation read the tensor."""
         return id(tensor) in self._used
+
+    def mark_contracted(self, label: Label) -> None:
+        """Says that a product with data sums over this dimension of a parameter: units enter there."""
+        self._contracted.add(id(label))
+
+    def contracted(self, tensor: torch.Tensor) -> list[int]:
+        """The dimensions of a parameter at which units enter, as far as products with it have shown."""
+        return [d for d, label in enumerate(self.labels(tensor)) if id(label) in self._contracted]
+
+    def note(self, name: str, tensor: torch.Tensor) -> None:
+        """Keeps the labels of a named value of the forward pass as taps of role ``"value"``."""
+        for dim, label in enumerate(self.labels(tensor)):
+            self.taps.append(_RawTap(self._op, name, "value", -1, label, dim))
 
     def tap(
         self,
@@ -199,6 +213,20 @@ def trace(
     model: nn.Module, example_inputs: Any, *, kwargs: Mapping[str, Any] | None = None
 ) -> PermutationSpec:
     """The permutation groups of ``model``; see :meth:`fastmatch.spec.PermutationSpec.trace`."""
+    return run_traced(model, example_inputs, kwargs=kwargs)[0]
+
+
+def run_traced(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    run: Callable[..., Any] | None = None,
+) -> tuple[PermutationSpec, frozenset[tuple[str, int]]]:
+    """The groups, and the (parameter, dimension) pairs at which units enter.
+
+    ``run(tracer, *args, **kwargs)`` runs the model where a plain call will not do.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch module, got {type(model).__name__}")
     state: dict[str, torch.Tensor] = {
@@ -216,7 +244,7 @@ def trace(
         tracer.mark_data(tensor)
     with _untouched(model):
         with tracer:
-            output = model(*args, **keywords)
+            output = run(tracer, *args, **keywords) if run else model(*args, **keywords)
         returned = tensors_returned(output)
         if not returned:
             raise ValueError(
@@ -229,7 +257,8 @@ def trace(
             if not tracer.was_used(tensor):
                 for label in tracer.labels(tensor):
                     pin(label, UNUSED)
-        return _spec_of(tracer, state)
+        inputs = frozenset((name, dim) for name, t in state.items() for dim in tracer.contracted(t))
+        return _spec_of(tracer, state), inputs
 
 
 def _label_state(tracer: Tracer, state: Mapping[str, torch.Tensor]) -> None:
