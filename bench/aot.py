@@ -47,6 +47,8 @@ def works(n, target):
         yield f"gain, d = {DEPTH}", precision, roofline.gain(n, n, DEPTH, size)
         work = roofline.cost_rows(n, n, DEPTH, SHORTLIST, precision, target, size)
         yield f"cost_rows, d = {DEPTH}, k = {SHORTLIST}", precision, work
+        work = roofline.row_softmin(n, n, DEPTH, precision, target, size)
+        yield f"row_softmin, d = {DEPTH}", precision, work
         if precision != "half":
             yield f"moments, {SAMPLES} samples", precision, roofline.moments(SAMPLES, n, n)
     yield "permute_merge, two n x n float32", "ieee", roofline.permute_merge(n * n, 2)
@@ -99,7 +101,8 @@ def main(arguments=None):
             "IEEE float32 has no matrix instruction on NVIDIA. Bytes and FLOP are of one step of one program.",
             "",
             f"{len(rows)} configurations, {len(faults)} with a fault "
-            "(spills, shared memory over the target's, no matrix instruction or 16-byte load where expected).",
+            "(spills, shared memory over the target's, no matrix instruction or 16-byte load where expected). "
+            "Unaligned: nothing is known of pointers, sizes and strides, so loads are narrow and more addresses are held.",
         ]
         for r, found in faults:
             lines.append(f"- {r.target}: {r.op}, {r.variant}, {r.precision}, {r.tiles}: {'; '.join(found)}")

@@ -27,7 +27,10 @@ from fastmatch.assignment import FactorCost, linear_sum_assignment, solve, solve
 
 RESULTS = Path(__file__).parent / "results" / "assignment.json"
 CACHE = Path(__file__).parent.parent / "out" / "bench"
-KINDS = ("gaussian", "uniform", "factors 256", "log-normal 32", "sibling 1", "dead", "ties")
+KINDS = (
+    "gaussian", "uniform", "factors 8", "factors 256", "factors 1024", "log-normal 8", "log-normal 32",
+    "log-normal 256", "sibling 0", "sibling 1", "sibling 3", "dead", "ties",
+)  # fmt: skip
 OURS = "fastmatch"
 
 
@@ -186,7 +189,7 @@ def table(kept: dict) -> str:
             + " | ".join(cells)
             + f" | {r.get('ratio', math.nan):.2f} | {reads:.2f} |"
         )
-    for least in (512, 2048, 8192):
+    for least in (256, 512, 2048, 8192):
         ratios = [r["ratio"] for r in rows if r["n"] >= least and "ratio" in r]
         if ratios:
             lines += [
@@ -214,7 +217,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("command", choices=["run", "report"])
     parser.add_argument("--parts", nargs="*", default=["dense", "factor", "stack"])
-    parser.add_argument("--sizes", nargs="*", type=int, default=[512, 2048, 4096, 8192, 16384])
+    parser.add_argument("--sizes", nargs="*", type=int, default=[256, 512, 1024, 2048, 4096, 8192, 16384])
     parser.add_argument("--budget", type=float, default=60.0, help="seconds a solver may take for a row")
     parser.add_argument("--factor", type=int, default=65536)
     parser.add_argument("--batch", type=int, default=65536)

@@ -258,8 +258,8 @@ def bench_channel_affine(repeats, tiny):
             }
 
 
-def markdown(record):
-    lines = ["# The CPU twins", "", record["machine"], ""]
+def markdown(record, title):
+    lines = [f"# {title}", "", record["machine"], ""]
     for operation in dict.fromkeys(r["operation"] for r in record["rows"]):
         rows = [r for r in record["rows"] if r["operation"] == operation]
         keys = [k for k in rows[0] if k != "operation"]
@@ -289,20 +289,22 @@ def main(arguments=None):
         for row in function(2 if options.tiny else options.repeats, options.tiny):
             rows.append(row)
             print({k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-    import numba
-
-    model = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), "")
-    machine = (
-        f"{model or platform.machine()}, {torch.get_num_threads()} threads, shared with other work; torch "
-        f"{torch.__version__}, numba {numba.__version__}, Python {platform.python_version()}. Median of {options.repeats} "
-        "alternating calls; ratios are within the run."
-    )
-    record = {"machine": machine, "rows": rows}
+    record = {"machine": f"{machine()} Median of {options.repeats} alternating calls; ratios are within the run.", "rows": rows}  # fmt: skip
     if not options.tiny:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / "kernels.json").write_text(json.dumps(record, indent=1) + "\n")
-        (RESULTS / "kernels.md").write_text(markdown(record))
+        (RESULTS / "kernels.md").write_text(markdown(record, "The CPU twins"))
     return 0
+
+
+def machine():
+    import numba
+
+    model = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), "")
+    return (
+        f"{model or platform.machine()}, {torch.get_num_threads()} threads, shared with other work; torch "
+        f"{torch.__version__}, numba {numba.__version__}, Python {platform.python_version()}."
+    )
 
 
 def _cpuinfo():

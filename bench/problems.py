@@ -91,47 +91,58 @@ def problem(kind: str, n: int, m: int | None = None, seed: int = 0) -> np.ndarra
 
 
 def trained_gains(width: int, cache: Path) -> dict[str, np.ndarray]:
-    """Costs of the middle layer of two MLPs trained on digits: weight gain, correlation, covariance (negated).
+    """Costs of the last hidden layer of two nets trained on digits: weight gain, correlation, covariance (negated).
 
-    The nets are trained once for a width (seeds 0 and 1) and their costs kept under ``cache``.
+    For an MLP and for a convolutional net, ``width`` units in that layer. The nets are trained once for a width
+    (seeds 0 and 1) and their costs kept under ``cache``.
     """
-    path = cache / f"mlp_{width}.npz"
+    path = cache / f"trained_{width}.npz"
     if path.exists():
         with np.load(path) as kept:
             return dict(kept)
     import torch
     from sklearn.datasets import load_digits
+    from torch import nn
 
     x, y = load_digits(return_X_y=True)
     x, y = torch.tensor(x / 16, dtype=torch.float32), torch.tensor(y)
-    weights, hidden = [], []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        first, second, last = (
-            torch.nn.Linear(64, width),
-            torch.nn.Linear(width, width),
-            torch.nn.Linear(width, 10),
-        )
-        net = torch.nn.Sequential(first, torch.nn.ReLU(), second, torch.nn.ReLU(), last)
-        descent = torch.optim.Adam(net.parameters(), 1e-3)
-        for _ in range(8):
-            for part in torch.randperm(len(x)).split(128):
-                descent.zero_grad()
-                torch.nn.functional.cross_entropy(net(x[part]), y[part]).backward()
-                descent.step()
-        with torch.no_grad():
-            weights.append((second.weight.clone(), last.weight.clone()))
-            hidden.append(torch.relu(second(torch.relu(first(x)))))
-    (w0, o0), (w1, o1) = weights
-    h0, h1 = (h - h.mean(0) for h in hidden)
-    covariance = h0.T @ h1 / len(x)
-    norms = [h.norm(dim=0).clamp_min(1e-12) / len(x) ** 0.5 for h in (h0, h1)]
-    costs = {
-        "MLP weights": -(w0 @ w1.T + o0.T @ o1),
-        "MLP correlation": -(covariance / norms[0][:, None] / norms[1]),
-        "MLP covariance": -covariance,
-    }
-    kept = {name: cost.numpy() for name, cost in costs.items()}
+    builders = {
+        "MLP": lambda: (
+            nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()),
+            nn.Sequential(nn.Linear(width, 10)),
+            2,
+        ),
+        "conv net": lambda: (
+            nn.Sequential(
+                nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, width // 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+                nn.Conv2d(width // 8, width, 3, padding=1), nn.ReLU(),
+            ),
+            nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10)),
+            4,
+        ),
+    }  # fmt: skip
+    kept: dict[str, np.ndarray] = {}
+    for name, build in builders.items():
+        weights, hidden = [], []
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            body, head, layer = build()
+            descent = torch.optim.Adam([*body.parameters(), *head.parameters()], 1e-3)
+            for _ in range(6):
+                for part in torch.randperm(len(x)).split(128):
+                    descent.zero_grad()
+                    nn.functional.cross_entropy(head(body(x[part])), y[part]).backward()
+                    descent.step()
+            with torch.no_grad():
+                weights.append((body[layer].weight.flatten(1), head[-1].weight))
+                hidden.append(body(x[:400]).reshape(400, width, -1).movedim(1, 2).reshape(-1, width))
+        (w0, o0), (w1, o1) = weights
+        h0, h1 = (h - h.mean(0) for h in hidden)
+        covariance = h0.T @ h1 / len(h0)
+        norms = [h.norm(dim=0).clamp_min(1e-12) / len(h) ** 0.5 for h in (h0, h1)]
+        kept[f"{name} weights"] = -(w0 @ w1.T + o0.T @ o1).detach().numpy()
+        kept[f"{name} correlation"] = -(covariance / norms[0][:, None] / norms[1]).numpy()
+        kept[f"{name} covariance"] = -covariance.numpy()
     cache.mkdir(parents=True, exist_ok=True)
     np.savez(path, **kept)
     return kept

@@ -8,6 +8,7 @@ from typing import Any, overload
 import numpy as np
 import torch
 
+from fastmatch.assignment.compiling import prepared
 from fastmatch.assignment.solve import prepare_values
 from fastmatch.kernels.cpu.parallel import threads
 
@@ -48,6 +49,13 @@ def solve_batched(costs: Any, maximize: bool = False) -> Any:
     transposed = rows > columns
     given = np.ascontiguousarray(stack.transpose(0, 2, 1)) if transposed else np.ascontiguousarray(stack)
     n, m = given.shape[1:]
+    prepared(
+        f"the kernels for stacks of {given.dtype}",
+        ("stack", given.dtype.char),
+        lambda: solve_stack(
+            np.zeros((1, 2, 2), given.dtype), 1.0, 0, 1, np.zeros((1, 2), np.int64), np.zeros(1, np.int8)
+        ),
+    )
     out = np.zeros((batch, n), np.int64)
     bad = np.zeros(batch, np.int8)
     if out.size:

@@ -5,17 +5,14 @@ See docs/assignment.md for why a lazy shortlist is exact and what each step cost
 
 from __future__ import annotations
 
-import logging
-import time
 from dataclasses import dataclass
 
 import numpy as np
 
+from fastmatch.assignment.compiling import prepared
 from fastmatch.kernels.cpu.parallel import over_rows
 
 __all__ = ["Dense", "Infeasible", "check_entries", "solve_dense"]
-
-LOG = logging.getLogger("fastmatch.assignment")
 
 SLICE = 1 << 19
 """Units of work (bids, columns popped, 1/32 columns read) between returns to Python, where Ctrl-C is heard: some
@@ -89,7 +86,7 @@ def solve_dense(
     Raises:
         Infeasible: forbidden entries leave no assignment.
 
-    Memory: 16 (index, cost) pairs a row, and a few vectors, beside the matrix.
+    Memory: 24 (index, cost) pairs a row, and a few vectors, beside the matrix.
     """
     return _Solve(problem, start).run()
 
@@ -357,22 +354,12 @@ class _Solve:
 
 
 def compile_kernels(dtype: np.dtype) -> None:
-    """Compiles (or loads from the cache) the kernels for one dtype, with a line if that takes a while."""
-    if dtype.char in _READY:
-        return
+    """Makes the kernels for one dtype ready, with a line if they have to be compiled."""
 
-    LOG.info("preparing the assignment kernels for %s (compiled once per installation, then loaded)", dtype)
-    begin = time.perf_counter()
-    _READY.add(dtype.char)
-    tiny = np.array([[1.0, 2.0, 3.0], [2.0, 4.0, 7.0], [3.0, 6.0, 9.5]], dtype=dtype)
-    solve = _Solve(Dense(tiny, 1.0), None)
-    solve.run()
-    solve.scaled_auction()
-    seconds = time.perf_counter() - begin
-    if seconds > 1:
-        LOG.info(
-            "compiled the assignment kernels for %s in %.1f s; later processes load them", dtype, seconds
-        )
+    def run_tiny() -> None:
+        tiny = np.array([[1.0, 2.0, 3.0], [2.0, 4.0, 7.0], [3.0, 6.0, 9.5]], dtype=dtype)
+        solve = _Solve(Dense(tiny, 1.0), None)
+        solve.run()
+        solve.scaled_auction()
 
-
-_READY: set[str] = set()
+    prepared(f"the assignment kernels for {dtype}", ("dense", dtype.char), run_tiny)

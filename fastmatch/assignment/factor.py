@@ -159,25 +159,51 @@ class FactorCost:
         whole = len(rows) and rows[-1] - rows[0] + 1 == len(rows) and bool((np.diff(rows) == 1).all())
         index = slice(int(rows[0]), int(rows[-1]) + 1) if whole else torch.from_numpy(rows).to(self.device)
         duals = torch.from_numpy(np.ascontiguousarray(v, np.float64)).to(self.device)
-        left = [a[index] for a, _ in self.pairs]
         sizes = self._terms[index]
         if self.metric == "l1":
-            return self._nearest_l1(left, duals, k, sizes, sign)
-        # dispatch computes c = -(A . B); sign |a - b|^2 - v = -(2 sign a . b) - (v - sign |b|^2) + sign |a|^2.
-        scale = -sign if self.metric == "dot" else 2 * sign
-        if self.metric == "l2":
-            duals = duals - sign * self._squares[1]
-        if scale != 1:
-            left = [scale * a for a in left]
-        factors = [(a, b) for a, (_, b) in zip(left, self.pairs, strict=True)]
+            return self._nearest_l1([a[index] for a, _ in self.pairs], duals, k, sizes, sign)
+        factors, duals = self._as_products(duals, sign, index)
         backend = self.backend
-        if self.device.type != "cpu" and backend is None:
-            backend = "reference" if self.dtype == torch.float64 or k > LONGEST else "triton"
+        if self._in_float64() or (self.device.type != "cpu" and backend is None and k > LONGEST):
+            backend = "reference"
         found, _, bound = dispatch.row_topk(factors, duals, k, sizes=sizes, tile=self.tile, backend=backend)
         bound = bound.double()
         if self.metric == "l2":
             bound = bound + sign * self._squares[0][index]
         return found, bound
+
+    def _as_products(
+        self, duals: torch.Tensor, sign: float, rows: slice | torch.Tensor = slice(None)
+    ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
+        """(factors, duals) under which dispatch's ``c = -(A . B)`` is ``sign * value - v``, up to a term of rows.
+
+        ``sign |a - b|^2 - v = -(2 sign a . b) - (v - sign |b|^2) + sign |a|^2``.
+        """
+        scale = -sign if self.metric == "dot" else 2 * sign
+        if self.metric == "l2":
+            duals = duals - sign * self._squares[1]
+        return [(a[rows] if scale == 1 else scale * a[rows], b) for a, b in self.pairs], duals
+
+    def sinkhorn_duals(
+        self, v: np.ndarray, temperatures: Sequence[float], sign: float = 1.0, relaxation: float = 1.0
+    ) -> np.ndarray:
+        """(m,) float64 column duals of the minimisation of ``sign * value``, from ``v``: see
+        :func:`fastmatch.kernels.dispatch.sinkhorn_duals`. Square costs, not "l1".
+        """
+        if self.metric == "l1":
+            raise ValueError("metric: Sinkhorn's duals take 'dot' or 'l2', got 'l1'")
+        factors, start = self._as_products(torch.from_numpy(v).to(self.device), sign)
+        backend = "reference" if self._in_float64() else self.backend
+        duals = dispatch.sinkhorn_duals(
+            factors, temperatures, v=start, relaxation=relaxation, backend=backend
+        ).double()
+        if self.metric == "l2":
+            duals = duals + sign * self._squares[1]
+        return duals.cpu().numpy()
+
+    def _in_float64(self) -> bool:
+        """Whether the device's kernels cannot read these factors, and the reference must."""
+        return self.device.type != "cpu" and self.backend is None and self.dtype == torch.float64
 
     def _nearest_l1(
         self, left: list[torch.Tensor], duals: torch.Tensor, k: int, sizes: torch.Tensor, sign: float
@@ -185,14 +211,12 @@ class FactorCost:
         from fastmatch.kernels.cpu.cost_rows import smallest
         from fastmatch.kernels.reference.cost_rows import product_error
 
-        v = duals.to(self.dtype)
-
         def fill(rows: slice, columns: slice, out: torch.Tensor) -> None:
-            torch.neg(v[columns].expand_as(out), out=out)
+            out.zero_()
             for a, (_, b) in zip(left, self.pairs, strict=True):
                 out.add_(torch.cdist(a[rows], b[columns], p=1), alpha=sign)
 
-        values, items = smallest((len(left[0]), len(v)), k + 1, self.tile, self.dtype, fill)
+        values, items = smallest(len(left[0]), duals.to(self.dtype), k + 1, self.tile, fill)
         error = product_error(sizes, duals, self.depth, self.dtype)
         return torch.from_numpy(items[:, :k]), torch.from_numpy(values[:, k]).double() - error
 

@@ -20,6 +20,10 @@ SLICE = 1 << 20
 EASY = 0.3
 RAISE, LOWER, LAST = 5.0, 8.0, 0.015
 SAMPLE = 256
+PATIENCE = 1.0
+"""Refills per row after which shortest paths are given up for better duals: a pass over the cost."""
+SOFTEST, HARDEST, STEPS, RELAXATION = 1.0, 0.003, 40, 1.8
+"""Sinkhorn's first and last temperature, in standard deviations of the costs: see bench/results/duals.md."""
 BATCH = 4096
 """Rows read at once at most, between which Ctrl-C is heard."""
 
@@ -28,10 +32,10 @@ def solve_lists(
     cost: FactorCost, sign: float, start: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Solves the minimisation of ``sign * cost``, n <= m; returns (col_of, u, v, counts), as the dense solver."""
-    return _ListSolve(cost, sign, start).run()
+    return ListSolve(cost, sign, start).run()
 
 
-class _ListSolve:
+class ListSolve:
     """The arrays of one solve (named as in fastmatch.kernels.cpu.lap_lists) and the steps on them."""
 
     def __init__(self, cost: FactorCost, sign: float, start: np.ndarray | None) -> None:
@@ -69,10 +73,11 @@ class _ListSolve:
         return self.row_of, self.col_of, self.cost_of
 
     def run(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        everyone = np.arange(self.n)
-        for lo in range(0, self.n, BATCH):
-            self._fill(everyone[lo : lo + BATCH])
+        self.fill()
         self.reduce()
+        soft = self.n == self.m > 1 and self.cost.metric != "l1"
+        if soft and (self.free() > EASY * self.n or not self.augment(PATIENCE * self.n)):
+            self.soften()
         if self.n == self.m > 1 and self.free() > EASY * self.n:
             self.scaled_auction()
             self.reduce()
@@ -81,6 +86,26 @@ class _ListSolve:
 
     def free(self) -> int:
         return int((self.col_of < 0).sum())
+
+    def fill(self) -> None:
+        """First lists of all rows, at the duals as they are."""
+        self.start, self.used = np.arange(self.n, dtype=np.int64) * self.k, self.n * self.k
+        self.length.fill(self.k)
+        everyone = np.arange(self.n)
+        for lo in range(0, self.n, BATCH):
+            self._fill(everyone[lo : lo + BATCH])
+
+    def soften(self) -> None:
+        """Begins again from Sinkhorn's duals, which leave the paths little to do: what they cost is known beforehand."""
+        spread = sampled_spread(self.cost)
+        if not spread > 0:
+            return
+        temperatures = (spread * np.geomspace(SOFTEST, HARDEST, STEPS)).tolist()
+        duals = self.cost.sinkhorn_duals(self._first_duals(None), temperatures, self.sign, RELAXATION)
+        if np.isfinite(duals).all():
+            self.v = duals
+            self.fill()
+            self.reduce()
 
     def _fill(self, rows: np.ndarray) -> None:
         """First lists: the pool holds them in order."""
@@ -196,8 +221,11 @@ class _ListSolve:
             self.col_of.fill(-1)
             self.bid(everyone, eps, 1000 * self.n)
 
-    def augment(self) -> None:
-        """Sweeps of shortest augmenting paths over the free rows; what they wait for is read between sweeps."""
+    def augment(self, reads: float = np.inf) -> bool:
+        """Sweeps of shortest augmenting paths over the free rows; what they wait for is read between sweeps.
+
+        False if that would take more than ``reads`` refills in all.
+        """
         n, m = self.n, self.m
         key, where = np.full(n + m, np.inf), np.full(n + m, -1, np.int64)
         heap, touched = np.empty(n + m, np.int64), np.empty(n + m, np.int64)
@@ -206,7 +234,7 @@ class _ListSolve:
         while True:
             sources = np.flatnonzero(self.col_of < 0)
             if not len(sources):
-                return
+                return True
             at, waits = 0, 0
             while at < len(sources):
                 at, waits = self.lap.augment(
@@ -215,8 +243,17 @@ class _ListSolve:
                 )  # fmt: skip
             rows = self.pending[:waits].copy()
             self.waiting[rows] = 0
+            if self.counts[self.lap.READS] + len(rows) > reads:
+                return False
             if len(rows):
                 self.read(rows, True)
+
+
+def sampled_spread(cost: FactorCost) -> float:
+    """The standard deviation of some of the entries."""
+    g = np.random.default_rng(0)
+    rows, cols = (g.integers(size, size=16 * SAMPLE) for size in cost.shape)
+    return float(cost.entries(rows, cols).std())
 
 
 def norm_shift(cost: FactorCost, sign: float) -> np.ndarray:

@@ -102,8 +102,9 @@ def solve(
         ValueError: NaN, an infinity of the wrong sign, no feasible assignment, or an unknown method.
         TypeError: entries that are no real numbers.
 
-    Cost: three reads of the matrix and what shortest paths or the auction read again; memory 16
-    (index, cost) pairs a row.
+    Cost: one read of the matrix where most rows share a column's minimum, as in siblings; two for independent
+    entries; and the rows that paths or the auction read again (``stats["reads"]`` counts rows). Memory: 24
+    (index, cost) pairs a row beside the matrix.
     """
     if method not in METHODS:
         raise ValueError(f"method: expected one of {METHODS}, got {method!r}")

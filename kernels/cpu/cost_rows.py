@@ -1,6 +1,6 @@
 """Row reductions of ``c_ij - v_j`` for costs given by factors, on CPU: BLAS tiles, then a streamed top-k.
 
-Tiles of x = c - v come from the caller's BLAS in the factors' own precision; these kernels keep, per row, the k smallest
+Tiles of c come from the caller's BLAS in the factors' own precision; these kernels keep, per row, the k smallest ``c - v``
 with their columns, and afterwards compute the costs of what was kept again, in float64 from the factors. So
 what the solver sees is exact to float64; the tiles' rounding only lowers the bound on what was not kept.
 
@@ -11,6 +11,7 @@ k log(m / k) times a row.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,7 +20,17 @@ from fastmatch.kernels.reference.cost_rows import product_error, term_sizes
 from fastmatch.kernels.reference.gain import gathered
 from numba import njit
 
-__all__ = ["DISTANCES", "TILE", "merge_tile", "rescore", "row_min", "row_topk", "smallest"]
+__all__ = [
+    "DISTANCES",
+    "TILE",
+    "each_tile",
+    "merge_tile",
+    "products",
+    "rescore",
+    "row_min",
+    "row_topk",
+    "smallest",
+]
 
 TILE = (1024, 8192)
 """Rows and columns of a tile: 32 MB in float32, large enough for BLAS on all cores."""
@@ -29,8 +40,8 @@ DISTANCES = {"dot": 0, "l2": 1, "l1": 2}
 
 
 @njit(nogil=True, cache=True)
-def merge_tile(tile, lo, hi, first, values, items):  # pragma: no cover - compiled
-    """Merges rows lo..hi of ``tile``, whose columns are first, first + 1, ..., into sorted lists.
+def merge_tile(tile, v, lo, hi, first, values, items):  # pragma: no cover - compiled
+    """Merges rows lo..hi of ``tile - v``, whose columns are first, first + 1, ..., into sorted lists.
 
     ``values`` and ``items`` are (rows, k): the k smallest seen so far, rising; inf and -1 where fewer. NaN never enters.
     """
@@ -45,12 +56,12 @@ def merge_tile(tile, lo, hi, first, values, items):  # pragma: no cover - compil
             if stop - at == chunk:
                 hits = 0
                 for lane in range(CHUNK):
-                    hits += x[at + np.uintp(lane)] < worst
+                    hits += x[at + np.uintp(lane)] - v[at + np.uintp(lane)] < worst
                 if hits == 0:
                     at = stop
                     continue
             while at < stop:
-                y = x[at]
+                y = x[at] - v[at]
                 if y < worst:
                     e = last
                     while e > 0 and best[e - one] > y:
@@ -91,57 +102,79 @@ def rescore(A, B, rows, items, lo, hi, metric, scale, out):  # pragma: no cover 
             out[r, e] += scale * total
 
 
-def smallest(
+def each_tile(
     shape: tuple[int, int],
-    kept: int,
     tile: Sequence[int],
     dtype: torch.dtype,
     fill: Callable[[slice, slice, torch.Tensor], None],
-) -> tuple[np.ndarray, np.ndarray]:
-    """The ``kept`` smallest values of each row and their columns, rising; inf and -1 where there are fewer.
-
-    ``fill(rows, columns, out)`` writes the values of one tile.
+    take: Callable[[np.ndarray, int, int, int, int], None],
+    work: float,
+) -> None:
+    """Forms a matrix tile by tile: ``fill(rows, columns, out)`` writes one, ``take(tile, top, first, lo, hi)`` reads its
+    rows lo..hi, on several cores; its first row and column are ``top`` and ``first``. ``work``: of an entry, for the split.
     """
     n, m = shape
     height, width = tile
     # One buffer for all tiles: fresh pages would cost as much as the product.
     room = torch.empty(min(height, n) * min(width, m), dtype=dtype)
-    values = torch.full((n, kept), torch.inf, dtype=dtype).numpy()
-    items = np.full((n, kept), -1, np.int32)
     for top in range(0, n, height):
         rows = slice(top, min(top + height, n))
         count = rows.stop - top
-        best, item = values[rows], items[rows]
         for first in range(0, m, width):
             columns = slice(first, min(first + width, m))
             out = room[: count * (columns.stop - first)].view(count, columns.stop - first)
             fill(rows, columns, out)
-            entries = out.numpy()
-            over_rows(
-                count,
-                out.numel() // 8,  # most of a tile is passed over by one comparison of vectors
-                lambda lo, hi, x=entries, first=first, best=best, item=item: merge_tile(
-                    x, lo, hi, first, best, item
-                ),
-            )
+            over_rows(count, int(out.numel() * work), partial(take, out.numpy(), top, first))
+
+
+def smallest(
+    n: int,
+    v: torch.Tensor,
+    kept: int,
+    tile: Sequence[int],
+    fill: Callable[[slice, slice, torch.Tensor], None],
+) -> tuple[np.ndarray, np.ndarray]:
+    """The ``kept`` smallest of ``c - v`` of n rows and their columns, rising; inf and -1 where there are fewer.
+
+    ``fill(rows, columns, out)`` writes one tile of c in v's dtype.
+    """
+    values = torch.full((n, kept), torch.inf, dtype=v.dtype).numpy()
+    items = np.full((n, kept), -1, np.int32)
+    duals = v.numpy()
+
+    def take(entries: np.ndarray, top: int, first: int, lo: int, hi: int) -> None:
+        rows = slice(top, top + len(entries))
+        merge_tile(entries, duals[first:], lo, hi, first, values[rows], items[rows])
+
+    # Most of a tile is passed over by one comparison of vectors.
+    each_tile((n, len(v)), tile, v.dtype, fill, take, 1 / 8)
     return values, items
 
 
-def _smallest_products(factors, v, kept, b_index, contraction_index, tile):
-    dtype = torch.float64 if factors[0][0].dtype == torch.float64 else torch.float32
-    duals = v.to(dtype)
+def products(
+    factors: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    b_index: torch.Tensor | None = None,
+    contraction_index: Sequence[torch.Tensor | None] | None = None,
+) -> Callable[[slice, slice, torch.Tensor], None]:
+    """What writes a tile of ``c = -sum_k A_k B_k^T`` in the tile's dtype."""
     contractions = contraction_index or [None] * len(factors)
 
     def fill(rows: slice, columns: slice, out: torch.Tensor) -> None:
-        torch.neg(duals[columns].expand_as(out), out=out)
-        for (a, b), inner in zip(factors, contractions, strict=True):
+        for k, ((a, b), inner) in enumerate(zip(factors, contractions, strict=True)):
             if b_index is None:
                 right = gathered(b[columns], None, inner)
             else:
                 right = gathered(b, b_index[columns], inner)
-            out.addmm_(a[rows].to(dtype), right.to(dtype).T, alpha=-1)
+            # The first product overwrites: filling the tile beforehand would be another pass over it.
+            out.addmm_(a[rows].to(out.dtype), right.to(out.dtype).T, beta=int(k > 0), alpha=-1)
 
-    return smallest((len(factors[0][0]), len(v)), kept, tile or TILE, dtype, fill)
+    return fill
+
+
+def _smallest_products(factors, v, kept, b_index, contraction_index, tile):
+    dtype = torch.float64 if factors[0][0].dtype == torch.float64 else torch.float32
+    fill = products(factors, b_index, contraction_index)
+    return smallest(len(factors[0][0]), v.to(dtype), kept, tile or TILE, fill)
 
 
 def row_topk(

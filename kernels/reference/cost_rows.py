@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from fastmatch.kernels.reference.gain import gathered
 
-__all__ = ["cost", "entries", "product_error", "row_min", "row_topk", "term_sizes"]
+__all__ = ["cost", "entries", "product_error", "row_min", "row_topk", "term_sizes", "value_rows"]
 
 ENTRIES = 1 << 24
 """Entries computed at a time: 128 MB."""
@@ -79,7 +79,7 @@ def product_error(sizes: torch.Tensor, v: torch.Tensor, depth: int, dtype: torch
     return unit / (1 - unit) * sizes + 4 * info.eps * (sizes + largest) + 4 * (depth + 4) * info.tiny
 
 
-def _values(factors: Factors, v, b_index, contraction_index):
+def value_rows(factors: Factors, v, b_index, contraction_index):
     """(rows, c - v) in float64, a few rows at a time; NaN becomes inf."""
     contractions = contraction_index or [None] * len(factors)
     right = [
@@ -126,7 +126,7 @@ def row_topk(
     index = torch.full((n, k), -1, dtype=torch.int64, device=v.device)
     costs = torch.full((n, k), torch.inf, dtype=torch.float64, device=v.device)
     outside = torch.full((n,), torch.inf, dtype=torch.float64, device=v.device)
-    for rows, value in _values(factors, v, b_index, contraction_index):
+    for rows, value in value_rows(factors, v, b_index, contraction_index):
         best, where = value.topk(min(k + 1, m), dim=1, largest=False)
         if k < m:
             outside[rows] = best[:, k] if k else -torch.inf
@@ -157,7 +157,7 @@ def row_min(
     least = torch.full((n,), torch.inf, dtype=dtype, device=v.device)
     column = torch.full((n,), -1, dtype=torch.int64, device=v.device)
     if len(v):
-        for rows, value in _values(factors, v, b_index, contraction_index):
+        for rows, value in value_rows(factors, v, b_index, contraction_index):
             best, where = value.min(dim=1)
             least[rows], column[rows] = best.to(dtype), torch.where(best < torch.inf, where, -1)
     return least, column

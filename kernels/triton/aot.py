@@ -11,11 +11,11 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fastmatch.kernels.triton import channel_affine, cost_rows, gain, moments, permute_merge
+from fastmatch.kernels.triton import channel_affine, cost_rows, gain, moments, permute_merge, row_softmin
 from fastmatch.kernels.triton.tiles import CROSS, MATMUL, TARGETS, Target, Tiles
 
 __all__ = ["Case", "Compiled", "cases", "compile_case"]
@@ -157,6 +157,22 @@ def _matmul_cases(target: Target) -> Iterator[Case]:
                     tiles,
                     matrix,
                 )
+                if not gathered:
+                    yield Case(
+                        "row_softmin",
+                        variant,
+                        precision,
+                        row_softmin._softmin_kernel,
+                        {
+                            **{k: v for k, v in common.items() if k != "b_index_ptr"},
+                            "v_ptr": "*fp32:16",
+                            "part_ptr": "*fp32:16",
+                            "temperature": "fp32",
+                            **constants,
+                        },
+                        tiles,
+                        matrix,
+                    )
 
 
 def _cross_cases(target: Target) -> Iterator[Case]:
@@ -340,8 +356,35 @@ def _memory_cases(target: Target) -> Iterator[Case]:
 
 
 def cases(target: Target) -> list[Case]:
-    """Every configuration that the launchers may pick on ``target``, for aligned data."""
-    return [*_matmul_cases(target), *_cross_cases(target), *_memory_cases(target)]
+    """Every configuration that the launchers may pick on ``target``: aligned data, and strides and pointers of any kind."""
+    bfloat = [*_matmul_cases(target), *_cross_cases(target), *_memory_cases(target)]
+    aligned = bfloat + [_float16(case) for case in bfloat if _uses(case, "*bf16")]
+    return aligned + [_unaligned(case) for case in bfloat]
+
+
+def _uses(case: Case, pointer: str) -> bool:
+    return any(isinstance(v, str) and v.startswith(pointer) for v in _flat(case.arguments.values()))
+
+
+def _retyped(value: Any, old: str, new: str) -> Any:
+    """``value`` with a part of its type names replaced, inside tuples too."""
+    if isinstance(value, tuple):
+        return tuple(_retyped(v, old, new) for v in value)
+    return value.replace(old, new) if isinstance(value, str) else value
+
+
+def _float16(case: Case) -> Case:
+    arguments = {k: _retyped(v, "*bf16", "*fp16") for k, v in case.arguments.items()}
+    named = case.variant.replace("bf16", "fp16")
+    return replace(
+        case, arguments=arguments, variant=named if named != case.variant else f"{case.variant}, fp16"
+    )
+
+
+def _unaligned(case: Case) -> Case:
+    """The same for pointers, sizes and strides of which nothing is known: right, with narrow loads."""
+    arguments = {k: _retyped(v, DIVISIBLE, "") for k, v in case.arguments.items()}
+    return replace(case, arguments=arguments, variant=f"{case.variant}, unaligned", wide=False)
 
 
 def _source(case: Case) -> Any:
@@ -368,8 +411,7 @@ def _source(case: Case) -> Any:
 
 def _tile_work(case: Case) -> tuple[int, int]:
     """(bytes loaded, FLOP) of one step of one program: a step of the contraction, or one block of memory."""
-    half = any(isinstance(v, str) and v.startswith("*bf16") for v in _flat(case.arguments.values()))
-    size = 2 if half else 4
+    size = 2 if _uses(case, "*bf16") or _uses(case, "*fp16") else 4
     t = case.tiles
     if case.precision != "-":
         return (t.rows + t.columns) * t.depth * size, 2 * t.rows * t.columns * t.depth

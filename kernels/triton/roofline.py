@@ -12,7 +12,7 @@ from fastmatch.kernels.triton.cost_rows import few_of
 from fastmatch.kernels.triton.moments import CHUNK
 from fastmatch.kernels.triton.tiles import Target, ceil_div, matmul_tiles
 
-__all__ = ["Work", "channel_affine", "cost_rows", "gain", "moments", "permute_merge"]
+__all__ = ["Work", "channel_affine", "cost_rows", "gain", "moments", "permute_merge", "row_softmin"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,12 @@ def cost_rows(n: int, m: int, d: int, k: int, precision: str, target: Target, si
     few = few_of(k, tiles_n)
     candidates = n * tiles_n * (8 * few + 4)
     return Work((n * d + m * d) * size + 2 * candidates + 12 * n * k, 2 * n * m * d, 4 * few * n * m)
+
+
+def row_softmin(n: int, m: int, d: int, precision: str, target: Target, size: int = 4) -> Work:
+    """Products as :func:`gain`; one number per row and tile; a minimum, an exponential and a sum an entry."""
+    parts = ceil_div(m, matmul_tiles(n, m, precision, target).columns)
+    return Work((n * d + m * d) * size + 8 * n * parts, 2 * n * m * d, 8 * n * m)
 
 
 def moments(samples: int, channels_a: int, channels_b: int, size: int = 4) -> Work:
