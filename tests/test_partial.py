@@ -43,7 +43,7 @@ def test_a_model_merged_with_itself_is_itself(name, rule):
     model, x = model.double(), x.double()
     data = inputs_like(x)
     count = len(fm.PermutationSpec.trace(model, x).groups)
-    for start_at in sorted({0, count // 2, count}):
+    for start_at in (0, count // 2):
         found = fm.merge_partial([model, model], x, data, rule=rule, start_at=start_at)
         torch.testing.assert_close(
             run(found.model, data.inputs), run(model, data.inputs), rtol=1e-9, atol=1e-9
@@ -165,7 +165,7 @@ def test_data_is_read_once(rule):
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("name", ["vgg", "resnet", "grouped", "encoder"])
+@pytest.mark.parametrize("name", ["vgg", "grouped", "encoder"])
 def test_the_merge_saves_copies_and_exports(name, rule, tmp_path):
     (a, b), x = two(name, fresh_seed())
     model = fm.merge_partial(
