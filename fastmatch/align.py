@@ -13,9 +13,12 @@ from torch import nn
 
 from fastmatch.batches import Forward, default_forward
 from fastmatch.files import load_permutations, save_permutations
+from fastmatch.fisher import diagonal_fisher
 from fastmatch.matching.activations import match_activations
+from fastmatch.matching.fisher import match_fisher
 from fastmatch.matching.mix import match_mix
 from fastmatch.matching.multi import anchored, match_mean, match_universe
+from fastmatch.matching.straight_through import match_straight_through
 from fastmatch.matching.weights import Matching, match_weights
 from fastmatch.merge import with_state
 from fastmatch.permute import apply_permutations, check_permutations, compose, invert
@@ -23,7 +26,10 @@ from fastmatch.spec import Permutations, PermutationSpec
 from fastmatch.states import State, check_finite, check_same_architecture, check_spec, state_of
 from fastmatch.verify import verify as verify_spec
 
-__all__ = ["MANY", "Alignment", "align", "align_many"]
+__all__ = ["MANY", "METHODS", "Alignment", "align", "align_many"]
+
+METHODS = ("weights", "activations", "fisher", "straight-through")
+"""How :func:`align` looks for the permutations."""
 
 MANY = ("reference", "chain", "mean", "universe")
 """How several models are brought into one order, see :func:`align_many`."""
@@ -88,6 +94,7 @@ def align(
     example_inputs: Any = None,
     *,
     data: Iterable[Any] | None = None,
+    method: str | None = None,
     spec: PermutationSpec | None = None,
     groups: list[str] | None = None,
     start: Mapping[str, torch.Tensor] | None = None,
@@ -115,6 +122,10 @@ def align(
         example_inputs: what ``model_a`` is traced on: a tensor, or a tuple of positional inputs. Not needed
             with ``spec``, except to verify it.
         data: a loader of inputs or (inputs, targets); given one, activations are matched, in one read.
+        method: one of :data:`METHODS`. ``"weights"`` where left out, ``"activations"`` with data. ``"fisher"``
+            weighs parameters by both networks' Fisher information, from one read of (inputs, targets) for each
+            network; ``"straight-through"`` trains on (inputs, targets) towards the least loss of the midpoint.
+            Their options are in :mod:`fastmatch.matching.fisher` and :mod:`fastmatch.matching.straight_through`.
         spec: which axes move together, instead of tracing.
         groups: names of the groups to match; all where left out.
         start, seed, max_sweeps, tolerance, include: of weight matching, see
@@ -166,25 +177,35 @@ def align(
         "start": start, "seed": seed, "max_sweeps": max_sweeps, "tolerance": tolerance, "include": include,
         "progress": progress,
     }  # fmt: skip
-    if data is None:
-        if mix is not None:
-            raise ValueError("mix: needs data, from which the activations' share comes")
+    if method is None:
+        method = "weights" if data is None else "activations"
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
+    if mix is not None and (data is None or method != "activations"):
+        raise ValueError("mix: needs data, from which the activations' share comes, and no other method")
+    if method == "weights":
         matching = match_weights(a, b, spec, **by_weights)
+        return Alignment(matching.permutations, spec, matching)
+    if data is None:
+        raise ValueError(f"data: method {method!r} needs a loader")
+    if not isinstance(model_a, nn.Module) or not isinstance(model_b, nn.Module):
+        raise TypeError("data: the models are run on it; give modules, not state dicts")
+    by_activations: dict[str, Any] = {
+        "similarity": similarity, "read": read, "several": several, "forward": forward, "progress": progress,
+    }  # fmt: skip
+    if method == "fisher":
+        fishers = [diagonal_fisher(model, data, progress=progress) for model in (model_a, model_b)]
+        matching = match_fisher(a, b, spec, *fishers, **by_weights)
+    elif method == "straight-through":
+        matching = match_straight_through(model_a, model_b, spec, data, **by_weights)
+    elif mix is not None:
+        matching = match_mix(
+            model_a, model_b, spec, data, alpha=mix, weights=by_weights, activations=by_activations
+        )
+    elif start is not None:
+        raise ValueError("start: activation matching solves each group once and takes no start")
     else:
-        if not isinstance(model_a, nn.Module) or not isinstance(model_b, nn.Module):
-            raise TypeError("data: activation matching runs the models; give modules, not state dicts")
-        by_activations: dict[str, Any] = {
-            "similarity": similarity, "read": read, "several": several, "forward": forward,
-            "progress": progress,
-        }  # fmt: skip
-        if mix is not None:
-            matching = match_mix(
-                model_a, model_b, spec, data, alpha=mix, weights=by_weights, activations=by_activations
-            )
-        elif start is not None:
-            raise ValueError("start: activation matching solves each group once and takes no start")
-        else:
-            matching = match_activations(model_a, model_b, spec, data, **by_activations)
+        matching = match_activations(model_a, model_b, spec, data, **by_activations)
     return Alignment(matching.permutations, spec, matching)
 
 

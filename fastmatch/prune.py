@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from fastmatch.batches import Forward, batches_of, default_forward, device_of, evaluating, split_batch
+from fastmatch.batches import Forward, batches_of, default_forward, evaluating
+from fastmatch.fisher import diagonal_fisher
 from fastmatch.interpolate import evaluate
 from fastmatch.merge import copy_module
 from fastmatch.progress import progress_bar
@@ -117,36 +117,6 @@ def input_norms(
         name: total.sqrt().to(layers[name].weight.dtype).view(1, -1, *[1] * (layers[name].weight.ndim - 2))
         for name, total in sums.items()
     }
-
-
-def diagonal_fisher(
-    model: nn.Module, data: Iterable[Any], *, progress: bool | None = None
-) -> dict[str, torch.Tensor]:
-    """Parameter name -> mean over samples of the squared gradient of a sample's log-likelihood (empirical Fisher).
-
-    Per-sample gradients by ``torch.func``; memory of one gradient a sample of a batch. ``weight ** 2 * fisher`` is
-    the score of diagonal-Fisher (optimal brain damage) pruning.
-    """
-    parameters = {n: p.detach() for n, p in model.named_parameters()}
-    buffers = {n: b.detach() for n, b in model.named_buffers()}
-
-    def loss(values: dict[str, torch.Tensor], x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        output = torch.func.functional_call(model, (values, buffers), (x[None],))
-        return F.cross_entropy(output, y[None])
-
-    gradient = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0), randomness="different")
-    totals = {n: torch.zeros_like(p) for n, p in parameters.items()}
-    count = 0
-    with evaluating(model):
-        for batch in batches_of(data, "diagonal Fisher", progress=progress):
-            x, y = split_batch(batch)
-            if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
-                raise ValueError("data: expected (inputs, targets) pairs of tensors")
-            device = device_of(model)
-            for name, g in gradient(parameters, x.to(device), y.to(device)).items():
-                totals[name] += g.square().sum(0)
-            count += len(x)
-    return {name: total / count for name, total in totals.items()}
 
 
 def accuracy_by_sparsity(

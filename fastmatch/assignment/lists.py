@@ -17,6 +17,10 @@ K = 48
 """Entries of a first list: longer than the dense solver's, since a longer list costs little beside the product."""
 
 SLICE = 1 << 20
+FEW = 0.05
+"""Share of rows left free by row reduction above which a short auction pays."""
+SHORT, BIDS, LEFT_OVER = 0.02, 16, 1024
+"""The short auction's eps, in spreads of the listed costs; bids a row at most; the share of rows it leaves to the paths."""
 EASY = 0.3
 RAISE, LOWER, LAST = 5.0, 8.0, 0.015
 SAMPLE = 256
@@ -75,6 +79,9 @@ class ListSolve:
     def run(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         self.fill()
         self.reduce()
+        if self.n == self.m > 1 and self.free() > FEW * self.n:
+            self.short_auction()
+            self.reduce()
         soft = self.n == self.m > 1 and self.cost.metric != "l1"
         if soft and (self.free() > EASY * self.n or not self.augment(PATIENCE * self.n)):
             self.soften()
@@ -180,31 +187,46 @@ class ListSolve:
             if len(free):
                 self.bid(free, 0.0, 2 * len(free))
 
-    def bid(self, rows: np.ndarray, eps: float, bids: int) -> bool:
-        """The auction among ``rows``; rows passed over are read together and bid again. False if bids ran out."""
+    def bid(self, rows: np.ndarray, eps: float, bids: int, enough: int = 0) -> bool:
+        """The auction among ``rows``; rows passed over are read together and bid again. False if bids ran out.
+
+        Ends once ``enough`` rows or fewer are left, which would take more bids than all before them.
+        """
         stack = np.zeros(self.n, np.int64)
-        while len(rows):
+        while len(rows) > enough:
             top = len(rows)
             stack[:top] = rows[::-1]
             waits = 0
-            while top > 0:
+            while top > enough:
                 if bids <= 0:
                     return False
-                part = min(bids, SLICE)
+                part = min(bids, SLICE, self.n if enough else SLICE)
                 top, waits = self.lap.auction(
                     *self.lists, *self.matching, stack, top, eps, part, self.pending, waits, self.counts
                 )
                 bids -= part
             rows = self.pending[:waits].copy()
-            if len(rows):
+            if len(rows) > enough:
                 self.read(rows, False)
                 # A row whose fresh list still does not settle its bid (ties) is left to the paths.
                 rows = rows[self.live(rows) >= min(2, self.m)]
         return True
 
+    def spread(self) -> float:
+        """How far listed costs lie apart, the unit of the auctions' eps."""
+        return float(self.costs[: self.n * self.k].reshape(self.n, self.k)[:, : self.k // 2].std())
+
+    def short_auction(self) -> None:
+        """One phase at a small eps, as in the dense solver: near-optimal duals make the searches after it short."""
+        eps = SHORT * self.spread()
+        if eps > 0:
+            self.row_of.fill(-1)
+            self.col_of.fill(-1)
+            self.bid(np.arange(self.n), eps, BIDS * self.n, self.n // LEFT_OVER)
+
     def scaled_auction(self) -> None:
         """eps-scaling: phases of falling eps that keep the duals and drop the matching."""
-        spread = float(self.costs[: self.n * self.k].reshape(self.n, self.k)[:, : self.k // 2].std())
+        spread = self.spread()
         if not spread > 0:
             return
         everyone = np.arange(self.n)

@@ -7,7 +7,7 @@ similarity matrix, and each group is one independent linear assignment problem.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from torch import nn
 from fastmatch.assignment import linear_sum_assignment
 from fastmatch.batches import Forward, batches_of, default_forward, evaluating
 from fastmatch.matching.batch_pearson import BatchPearson
+from fastmatch.matching.cca import Canonical
 from fastmatch.matching.weights import Matching
 from fastmatch.moments import SIMILARITIES as POOLED
 from fastmatch.moments import CrossMoments
@@ -24,8 +25,11 @@ from fastmatch.spec.taps import TapReader
 
 __all__ = ["READ", "SEVERAL", "SIMILARITIES", "best_permutation", "match_activations", "similarities"]
 
-SIMILARITIES = (*POOLED, "batch-correlation")
-"""How alike two units are: of pooled moments, or as published (:class:`BatchPearson`)."""
+SIMILARITIES = (*POOLED, "batch-correlation", "cca")
+"""How alike two units are: of pooled moments, as published (:class:`BatchPearson`), or whitened (:class:`Canonical`)."""
+
+Moments: TypeAlias = CrossMoments | BatchPearson | Canonical
+OTHERS = {"batch-correlation": BatchPearson, "cca": Canonical}
 
 READ = ("after", "before")
 """Where activations are read: after or before the nonlinearity."""
@@ -53,7 +57,8 @@ def match_activations(
         spec: a traced spec (its taps say where to read).
         data: a loader of inputs or (inputs, targets); read once.
         similarity: ``"correlation"`` (Pearson), ``"covariance"`` or ``"inner"`` product, pooled over all
-            samples; ``"batch-correlation"`` averages over batches as published code does.
+            samples; ``"batch-correlation"`` averages over batches as published code does; ``"cca"`` compares
+            what is left once correlations within each network are undone.
         read: ``"after"`` or ``"before"`` the nonlinearity. A group that meets none is read where the next
             layer takes it in (after), or where its own layer puts it out (before).
         several: which reading counts where a group has several, see :data:`SEVERAL`.
@@ -127,9 +132,7 @@ def similarities(
             raise ValueError(f"{name}: expected one of {allowed}, got {value!r}")
     chosen = {group: choose_taps(spec, group, read, several) for group in spec.groups}
     taps = [t for found in chosen.values() for t in found]
-    moments: dict[Tap, CrossMoments | BatchPearson] = {
-        tap: BatchPearson() if similarity == "batch-correlation" else CrossMoments() for tap in taps
-    }
+    moments: dict[Tap, Moments] = {tap: OTHERS.get(similarity, CrossMoments)() for tap in taps}
     _read_moments(model_a, model_b, spec, moments, read, data, forward, progress)
     gains: dict[str, torch.Tensor] = {}
     for name in spec.groups:
@@ -143,8 +146,8 @@ def similarities(
     return gains
 
 
-def _similarity(moments: CrossMoments | BatchPearson, kind: str) -> torch.Tensor:
-    return moments.similarity() if isinstance(moments, BatchPearson) else moments.similarity(kind)
+def _similarity(moments: Moments, kind: str) -> torch.Tensor:
+    return moments.similarity(kind) if isinstance(moments, CrossMoments) else moments.similarity()
 
 
 def choose_taps(spec: PermutationSpec, group: str, read: str, several: str) -> list[Tap]:
@@ -168,7 +171,7 @@ def _read_moments(
     model_a: nn.Module,
     model_b: nn.Module,
     spec: PermutationSpec,
-    moments: dict[Tap, CrossMoments | BatchPearson],
+    moments: dict[Tap, Moments],
     read: str,
     data: Iterable[Any],
     forward: Forward,

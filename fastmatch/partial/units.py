@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fastmatch.matching.activations import best_permutation
+from fastmatch.matching.cca import roots
 from fastmatch.matching.zip import zip_units
 from fastmatch.moments import CrossMoments
 from fastmatch.spec import Axis
@@ -180,10 +181,10 @@ def _canonical(covariance: torch.Tensor, count: int, gamma: float) -> UnitMaps:
     is its inverse, and both are the identity for the first model.
     """
     n = len(covariance) // count
-    root_a, inverse_a = _roots(covariance[:n, :n], gamma)
+    root_a, inverse_a = roots(covariance[:n, :n], gamma)
     merge, unmerge = [torch.eye(n, dtype=torch.float64)], [torch.eye(n, dtype=torch.float64)]
     for k in range(1, count):
-        root_b, inverse_b = _roots(covariance[k * n : (k + 1) * n, k * n : (k + 1) * n], gamma)
+        root_b, inverse_b = roots(covariance[k * n : (k + 1) * n, k * n : (k + 1) * n], gamma)
         turn = _orthogonal(inverse_a @ covariance[:n, k * n : (k + 1) * n] @ inverse_b)
         merge.append((root_a @ turn @ inverse_b).cpu())
         unmerge.append((root_b @ turn.T @ inverse_a).cpu())
@@ -202,11 +203,3 @@ def _orthogonal(cross: torch.Tensor) -> torch.Tensor:
     known = int((values > 1e-6 * values[:1].clamp(min=1e-300)).sum())
     u, _, v = torch.linalg.svd(left[:, known:].T @ right[known:].T)
     return left[:, :known] @ right[:known] + left[:, known:] @ u @ v @ right[known:]
-
-
-def _roots(covariance: torch.Tensor, gamma: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The square root of a covariance with ``gamma`` times its mean variance on the diagonal, and its inverse."""
-    shift = max(gamma * float(covariance.diagonal().mean()), 1e-12)
-    values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
-    values = (values.clamp(min=0) + shift).sqrt()
-    return (vectors * values) @ vectors.T, (vectors / values) @ vectors.T
