@@ -74,7 +74,7 @@ def dense_rows(sizes: list[int], budget: float, kept: dict) -> list[dict]:
     ours = {OURS: lambda cost: linear_sum_assignment(cost)[1]}
     for dtype in (np.float32, np.float64):
         linear_sum_assignment(np.random.default_rng(0).standard_normal((300, 300)).astype(dtype))
-    rows: list[dict] = []
+    rows = [r for r in kept.get("dense", []) if r["n"] not in sizes]
     kept["dense"] = rows
     out = set()
     for n in sizes:
@@ -173,7 +173,7 @@ def mean_ratio(rows: list[dict], least: int) -> float:
 def table(kept: dict) -> str:
     lines = [f"CPU {kept['machine']['cpu']}, {kept['machine']['cores']} cores, load average {kept['machine']['load']:.1f} at the start (other work on the machine counts in it). Versions: "
              + ", ".join(f"{k} {v}" for k, v in kept["machine"]["versions"].items()) + ".", ""]  # fmt: skip
-    rows = kept.get("dense", [])
+    rows = sorted(kept.get("dense", []), key=lambda r: r["n"])
     names = list(dict.fromkeys(k for r in rows for k in r["seconds"]))
     if rows:
         lines += ["| instance | n | " + " | ".join(names) + " | fastest peer / fastmatch | reads of the matrix |",

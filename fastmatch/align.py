@@ -193,6 +193,13 @@ def align(
     by_activations: dict[str, Any] = {
         "similarity": similarity, "read": read, "several": several, "forward": forward, "progress": progress,
     }  # fmt: skip
+    if method in ("fisher", "straight-through"):
+        for name, given, default in (
+            ("similarity", similarity, "correlation"), ("read", read, "after"), ("several", several, "last"),
+            ("forward", forward, default_forward),
+        ):  # fmt: skip
+            if given != default:
+                raise ValueError(f"{name}: is of activation matching; method {method!r} takes none")
     if method == "fisher":
         fishers = [diagonal_fisher(model, data, progress=progress) for model in (model_a, model_b)]
         matching = match_fisher(a, b, spec, *fishers, **by_weights)

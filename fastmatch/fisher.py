@@ -19,8 +19,12 @@ def diagonal_fisher(
 ) -> dict[str, torch.Tensor]:
     """Parameter name -> mean over samples of the squared gradient of a sample's log-likelihood (empirical Fisher).
 
-    Per-sample gradients by ``torch.func``; memory of one gradient a sample of a batch. ``weight ** 2 * fisher`` is
-    the score of diagonal-Fisher (optimal brain damage) pruning.
+    Per-sample gradients by ``torch.func``; memory of one gradient a sample of a batch. Squares and sums are float32 at
+    least; what underflows in a half-precision backward pass is lost. ``weight ** 2 * fisher`` is the score of
+    diagonal-Fisher (optimal brain damage) pruning.
+
+    Raises:
+        ValueError: ``data`` does not yield pairs of tensors.
     """
     parameters = {n: p.detach() for n, p in model.named_parameters()}
     buffers = {n: b.detach() for n, b in model.named_buffers()}
@@ -30,7 +34,10 @@ def diagonal_fisher(
         return F.cross_entropy(output, y[None])
 
     gradient = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0), randomness="different")
-    totals = {n: torch.zeros_like(p) for n, p in parameters.items()}
+    totals = {
+        n: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+        for n, p in parameters.items()
+    }
     count = 0
     with evaluating(model):
         for batch in batches_of(data, "diagonal Fisher", progress=progress):
@@ -39,6 +46,6 @@ def diagonal_fisher(
                 raise ValueError("data: expected (inputs, targets) pairs of tensors")
             device = device_of(model)
             for name, g in gradient(parameters, x.to(device), y.to(device)).items():
-                totals[name] += g.square().sum(0)
+                totals[name] += g.to(totals[name].dtype).square().sum(0)
             count += len(x)
     return {name: total / count for name, total in totals.items()}

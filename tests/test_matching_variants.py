@@ -57,6 +57,46 @@ def test_the_fisher_objective_is_the_negated_distance_and_never_falls(name):
     assert found.objective[-1] > found.objective[0]
 
 
+@pytest.mark.parametrize("include", ["weights", "affine"])
+def test_only_ratios_of_the_fisher_count(include):
+    seed = fresh_seed()
+    (one, x), (two, _) = build("vgg", seed), build("vgg", seed + 1)
+    spec = fm.PermutationSpec.trace(one, x)
+    a, b = one.state_dict(), two.state_dict()
+    generator = torch.Generator().manual_seed(seed)
+    f, g = random_fisher(a, generator), random_fisher(b, generator)
+    found = match_fisher(a, b, spec, f, g, seed=seed, include=include)
+    small = [{n: v * 2.0**-60 for n, v in x.items()} for x in (f, g)]
+    again = match_fisher(a, b, spec, *small, seed=seed, include=include)
+    assert all(torch.equal(again.permutations[k], p) for k, p in found.permutations.items())
+    assert again.objective[-1] == pytest.approx(found.objective[-1] * 2.0**-60, rel=1e-6)
+    if include == "weights":
+        f, g = ({n: v for n, v in x.items() if v.ndim > 1} for x in (f, g))
+    assert -found.objective[0] == pytest.approx(weighted_distance(a, b, f, g, spec), rel=1e-6)
+
+
+class Tied(torch.nn.Module):
+    """An embedding that is also the head."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Embedding(7, 12)
+        self.hidden = torch.nn.Linear(12, 12)
+        self.head = torch.nn.Linear(12, 7, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, x):
+        return self.head(torch.relu(self.hidden(self.table(x))))
+
+
+def test_tied_parameters_are_trained_as_one():
+    torch.manual_seed(fresh_seed())
+    one, two = Tied(), Tied()
+    x, y = torch.randint(0, 7, (20,)), torch.randint(0, 7, (20,))
+    found = fm.align(one, two, x, data=Batches(x, y, 10), method="straight-through")
+    assert found.matching.objective[1] >= found.matching.objective[0]
+
+
 def test_an_equal_fisher_is_plain_weight_matching():
     seed = fresh_seed()
     (one, x), (two, _) = build("mlp", seed), build("mlp", seed + 1)
@@ -194,10 +234,14 @@ def test_align_takes_them_by_name_and_says_what_is_wrong():
             fm.align(one, two, x, method=method)
         with pytest.raises(ValueError, match="mix: needs data"):
             fm.align(one, two, x, data=data, method=method, mix=0.5)
+        with pytest.raises(ValueError, match="similarity: is of activation matching"):
+            fm.align(one, two, x, data=data, method=method, similarity="inner")
+        with pytest.raises(ValueError, match=r"expected \(inputs, targets\) pairs"):
+            fm.align(one, two, x, data=[x, x], method=method)
     assert fm.align(one, two, x, data=data, method="weights").matching.method == "weights"
     with pytest.raises(ValueError, match="method: expected one of"):
         fm.align(one, two, x, method="guess")
-    with pytest.raises(ValueError, match="epochs: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="epochs: expected a whole number of at least 1, got 0"):
         match_straight_through(one, two, spec, data, epochs=0)
     with pytest.raises(ValueError, match="learning_rate: expected a positive number, got -1"):
         match_straight_through(one, two, spec, data, learning_rate=-1)

@@ -81,6 +81,7 @@ class ListSolve:
         self.reduce()
         if self.n == self.m > 1 and self.free() > FEW * self.n:
             self.short_auction()
+            self.fill()  # one product, and the paths hardly ever wait for a row
             self.reduce()
         soft = self.n == self.m > 1 and self.cost.metric != "l1"
         if soft and (self.free() > EASY * self.n or not self.augment(PATIENCE * self.n)):

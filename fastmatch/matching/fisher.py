@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fastmatch.matching.weights import Matching, match_weights
+from fastmatch.matching.weights import Matching, included, match_weights
 from fastmatch.spec import PermutationSpec
 from fastmatch.states import State, check_spec
 
@@ -45,7 +45,7 @@ def match_fisher(
 
     Returns:
         A :class:`Matching`; its ``objective`` is ``- sum (F_a + P F_b) (a - P b)^2`` over the tensors that the
-        spec moves, and never falls.
+        spec moves and ``include`` takes in, and never falls. Only ratios of the weights matter to the permutations.
 
     Raises:
         ValueError: a Fisher lacks a parameter that the other has, has another shape, or negative entries.
@@ -55,7 +55,10 @@ def match_fisher(
     check_spec(spec, a, "model_a")
     check_spec(spec, b, "model_b")
     moving = {axis.parameter for g in spec.groups.values() for axis in g.axes}
-    names = sorted(name for name in moving if name in fisher_a or name in fisher_b)
+    include = options.get("include", "affine")
+    names = sorted(
+        name for name in moving if (name in fisher_a or name in fisher_b) and included(name, a[name], include)
+    )
     for argument, fisher in (("fisher_a", fisher_a), ("fisher_b", fisher_b)):
         for name in names:
             if name not in fisher or fisher[name].shape != a[name].shape:
@@ -65,13 +68,15 @@ def match_fisher(
                 )
             if not bool((fisher[name] >= 0).all()):
                 raise ValueError(f"{argument}: {name!r} holds negative numbers or NaN")
+    unit = max((float(x[n].double().mean()) for x in (fisher_a, fisher_b) for n in names), default=0.0) or 1.0
     left: dict[str, torch.Tensor] = {}
     right: dict[str, torch.Tensor] = {}
     constant = 0.0
     for name in names:
         work = torch.promote_types(a[name].dtype, torch.float32)
         one, two = a[name].to(work), b[name].to(device=a[name].device, dtype=work)
-        f, g = (x[name].to(one) for x in (fisher_a, fisher_b))
+        # In units of the largest mean: a trained net's Fisher can be 1e-9, and progress is judged by the terms' norms.
+        f, g = (x[name].to(one.device).double().div(unit).to(work) for x in (fisher_a, fisher_b))
         for k, (x, y) in enumerate(
             ((2 * f * one, two), (-f, two * two), (2 * one, g * two), (-one * one, g))
         ):
@@ -79,7 +84,9 @@ def match_fisher(
         constant += float((f.double() * one.double().square()).sum())
         constant += float((g.double() * two.double().square()).sum())
     found = match_weights(left, right, _of_terms(spec, names), **options)
-    return replace(found, method="fisher", objective=tuple(value - constant for value in found.objective))
+    return replace(
+        found, method="fisher", objective=tuple(unit * (value - constant) for value in found.objective)
+    )
 
 
 def _term(k: int, name: str) -> str:

@@ -44,7 +44,8 @@ def match_straight_through(
 
     Begins with weight matching (from ``start``), goes through the data ``epochs`` times with Adam, and measures the
     midpoint's loss before the first and after each of them, in a read of its own: what it returns is the best of
-    these, so never worse on ``data`` than weight matching.
+    these, so never worse on ``data`` than weight matching. Networks run in eval mode, batch norm with the midpoint of
+    both running statistics.
 
     Args:
         model_a, model_b: modules of the traced architecture; A is the reference. Both are left as they are.
@@ -63,8 +64,8 @@ def match_straight_through(
     Raises:
         ValueError: ``epochs`` or ``learning_rate`` is no positive number, or the data yields nothing.
     """
-    if epochs < 1:
-        raise ValueError(f"epochs: expected at least 1, got {epochs}")
+    if not isinstance(epochs, int) or epochs < 1:
+        raise ValueError(f"epochs: expected a whole number of at least 1, got {epochs}")
     if not learning_rate > 0:
         raise ValueError(f"learning_rate: expected a positive number, got {learning_rate}")
     a, b = state_of(model_a, "model_a"), state_of(model_b, "model_b")
@@ -98,7 +99,7 @@ def match_straight_through(
                     _loss_of(model_a, middle, batch, loss).backward()
                 descent.step()
         value = _mean_loss(model_a, _middle(a, b, spec, permutations), data, loss, progress)
-        if value < best:
+        if value < best or best != best:  # anything is better than NaN
             best, chosen = value, permutations
     return Matching(chosen, "straight-through", (-first, -best), sweeps=epochs, solves=solves)
 
@@ -112,12 +113,18 @@ def _middle(a: State, b: State, spec: PermutationSpec, permutations: Permutation
     }
 
 
+def _named(model: nn.Module) -> set[str]:
+    """One name for each parameter and buffer: tied ones have several in a state dict."""
+    return {name for named in (model.named_parameters(), model.named_buffers()) for name, _ in named}
+
+
 def _loss_of(model: nn.Module, state: State, batch: Any, loss: Loss) -> torch.Tensor:
     inputs, targets = split_batch(batch)
     if not isinstance(inputs, torch.Tensor) or not isinstance(targets, torch.Tensor):
         raise ValueError("data: expected (inputs, targets) pairs of tensors")
     device = device_of(model)
-    return loss(torch.func.functional_call(model, dict(state), (inputs.to(device),)), targets.to(device))
+    named = {name: state[name] for name in _named(model) if name in state}
+    return loss(torch.func.functional_call(model, named, (inputs.to(device),)), targets.to(device))
 
 
 def _mean_loss(
@@ -126,7 +133,8 @@ def _mean_loss(
     total, count = 0.0, 0
     with evaluating(model), torch.no_grad():
         for batch in batches_of(data, "loss of the midpoint", progress=progress):
-            size = len(split_batch(batch)[1])
-            total += size * float(_loss_of(model, state, batch, loss))
+            value = float(_loss_of(model, state, batch, loss))
+            size = len(split_batch(batch)[0])
+            total += size * value
             count += size
     return total / count
