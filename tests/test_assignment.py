@@ -128,6 +128,24 @@ def test_forbidden_entries(n, m, maximize):
             solve(infeasible, maximize=maximize)
 
 
+@pytest.mark.parametrize("value", [-9.0, -1.0, 0.0, 9.0])
+@pytest.mark.parametrize(
+    "dead", [(60, 10), (10, 60), (90, 0), (0, 90), (30, 30), (100, 99), (100, 100), (1, 50)]
+)
+def test_dead_units_of_unequal_number(dead, value):
+    """Dead ones may be worse or better than what the live ones have; they are cut out and brought back."""
+    g = np.random.default_rng(fresh_seed())
+    n = 100
+    for _ in range(3):
+        cost = g.standard_normal((n, n)).astype(np.float32)
+        cost[g.permutation(n)[: dead[0]]] = value
+        cost[:, g.permutation(n)[: dead[1]]] = value
+        if g.random() < 0.5 and min(dead) < n:  # what is better than the dead ones is rare
+            cost[g.integers(n), g.integers(n)] = -20.0
+        check(cost)
+        check(-cost, maximize=True)
+
+
 def test_bad_input():
     nan = np.ones((3, 3))
     nan[1, 2] = np.nan

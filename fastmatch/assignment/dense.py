@@ -27,6 +27,9 @@ TIED = 0.5
 PATIENCE = 16
 """Rows that may turn out to share no minimum before the search for such is given up."""
 
+UNEQUAL = 16
+"""Constant rows and columns are cut out where their numbers differ by more than one in so many of the live rows."""
+
 SHORT = 0.02
 """eps of the short auction, in spreads of the listed costs."""
 
@@ -153,6 +156,14 @@ class _Solve:
     def run(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         can_bid = self.n == self.m > 1 and self.finite
         rows, cols = self.constant() if can_bid else (np.zeros(0, np.intp),) * 2
+        if len(rows) and len(cols):
+            if abs(len(rows) - len(cols)) * UNEQUAL > self.n - len(rows):
+                self.solve_live(rows, cols)
+                return self.col_of, self.row_duals(), self.v, self.counts
+            count = min(len(rows), len(cols))
+            rows, cols = rows[:count], cols[:count]
+        else:
+            rows = cols = np.zeros(0, np.intp)
         self.col_of[rows] = self.lap.ASIDE
         self.v[cols] = -np.inf
         self.lap.column_reduction(self.cost, self.sign, self.v, self.row_at, *self.matching)
@@ -205,27 +216,71 @@ class _Solve:
         return np.flatnonzero((self.near_cost[:, 0] == np.inf) & (self.col_of != self.lap.ASIDE))
 
     def constant(self) -> tuple[np.ndarray, np.ndarray]:
-        """Equally many constant rows and constant columns (dead units), or none of either.
+        """The constant rows and the constant columns (dead units).
 
-        All have one value, since each row meets each column. Left in, they tie with everything: every list
-        fills with equal columns, and the auction creeps by eps.
+        If there are both, all have one value, since each row meets each column. Left in, they tie with everything:
+        every list fills with equal columns, and the auction creeps by eps.
         """
         some = np.linspace(0, self.n - 1, 8).astype(np.intp)
         cols = np.flatnonzero((self.cost[some] == self.cost[some[0]]).all(axis=0))
-        rows = np.flatnonzero(self.cost[:, 0] == self.cost[:, -1]) if len(cols) else cols
-        rows = np.array([i for i in rows if (self.cost[i] == self.cost[i, 0]).all()], dtype=np.intp)
+        rows = np.flatnonzero((self.cost[:, some] == self.cost[:, :1]).all(axis=1)) if len(cols) else cols
+        same = np.ones(len(rows), np.bool_)
+        self.passes.constant_rows(self.cost, rows, same)
+        rows = rows[same]
         if not len(rows) or not len(cols):
-            return np.zeros(0, np.intp), np.zeros(0, np.intp)
-        same = np.ones(len(cols), np.bool_)
-        values = self.cost[0, cols]
+            return rows, cols[:0]
+        # A constant row has every constant column's value: only the others have to be asked.
+        others = np.delete(np.arange(self.n), rows)
+        same, values = np.ones(len(cols), np.bool_), self.cost[rows[0], cols]
         over_rows(
-            self.n,
-            self.n * len(cols),
-            lambda lo, hi: self.passes.constant_columns(self.cost, lo, hi, cols, values, same),
+            len(others),
+            len(others) * len(cols),
+            lambda lo, hi: self.passes.constant_columns(self.cost, others[lo:hi], cols, values, same),
         )
-        cols = cols[same]
-        count = min(len(rows), len(cols))
-        return rows[:count], cols[:count]
+        return rows, cols[same]
+
+    def solve_live(self, rows: np.ndarray, cols: np.ndarray) -> None:
+        """Solves what is left without constant rows and columns, and completes that.
+
+        What is left is not square; its unmatched columns (or rows) go to constant rows (or columns), which are
+        indifferent. With value c, column duals t there, and row duals c - t, all of that is tight. Entries of
+        live rows in constant columns, or of constant rows in live columns, may be better than what was found:
+        such rows are freed, and shortest paths finish exactly.
+        """
+        live_rows, live_cols = np.delete(np.arange(self.n), rows), np.delete(np.arange(self.m), cols)
+        value = self.sign * float(self.cost[rows[0], cols[0]])
+        inner = self.cost[np.ix_(live_rows, live_cols)]
+        tall = len(live_rows) > len(live_cols)
+        found, u, v, counts = _Solve(
+            Dense(np.ascontiguousarray(inner.T) if tall else inner, self.sign), None
+        ).run()
+        self.counts += counts
+        if tall:
+            u, v = v, u
+            reach = float(u.max())
+            top = value - reach
+            at_rows, at_cols = found, np.arange(len(found))
+        else:
+            top = float(v.max(initial=-np.inf)) if len(v) else 0.0
+            reach = value - top
+            at_rows, at_cols = np.arange(len(found)), found
+        kept = (u[at_rows] <= reach) & (v[at_cols] <= top)
+        self.v[live_cols], self.v[cols] = np.minimum(v, top), top
+        self.bound[live_rows], self.bound[rows] = np.minimum(u, reach), reach
+        self.take(live_rows[at_rows[kept]], live_cols[at_cols[kept]])
+        # What nobody inside took has the largest dual there: it is as good as a constant one.
+        if tall:
+            spare = np.setdiff1d(live_rows, live_rows[at_rows])
+            self.take(np.concatenate([rows, spare]), cols)
+        else:
+            spare = np.setdiff1d(live_cols, live_cols[at_cols])
+            self.take(rows, np.concatenate([cols, spare]))
+        self.augment(None)
+
+    def take(self, rows: np.ndarray, cols: np.ndarray) -> None:
+        """Matches rows to columns, one by one."""
+        self.col_of[rows], self.row_of[cols] = cols, rows
+        self.cost_of[rows] = self.sign * self.cost[rows, cols].astype(np.float64)
 
     def bring_back(self, rows: np.ndarray, cols: np.ndarray) -> None:
         """Returns constant rows and columns to a problem that was solved without them.

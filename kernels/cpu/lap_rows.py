@@ -28,6 +28,7 @@ __all__ = [
     "CAPACITY",
     "column_minima",
     "constant_columns",
+    "constant_rows",
     "list_row",
     "row_minimum",
     "shortlists",
@@ -109,9 +110,21 @@ def _lane(x, k):  # pragma: no cover - compiled
 
 
 @njit(nogil=True, cache=True)
-def constant_columns(C, lo, hi, cols, values, same):  # pragma: no cover - compiled
-    """Clears same[k] where column cols[k] holds anything but values[k] in rows lo..hi."""
-    for i in range(lo, hi):
+def constant_rows(C, rows, same):  # pragma: no cover - compiled
+    """same[k]: whether row rows[k] holds one value."""
+    for k in range(rows.shape[0]):
+        row = C[rows[k]]
+        same[k] = True
+        for j in range(row.shape[0]):
+            if row[j] != row[0]:
+                same[k] = False
+                break
+
+
+@njit(nogil=True, cache=True)
+def constant_columns(C, rows, cols, values, same):  # pragma: no cover - compiled
+    """Clears same[k] where column cols[k] holds anything but values[k] in some of the rows."""
+    for i in rows:
         for k in range(cols.shape[0]):
             if C[i, cols[k]] != values[k]:
                 same[k] = False
