@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fastmatch.benchmark import add_arguments as add_bench_arguments
+from fastmatch.several import add_arguments as add_several_arguments
 from fastmatch.spec import PermutationSpec
 
 __all__ = ["main"]
@@ -370,6 +371,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--points", type=int, default=7, help="positions on a curve, odd")
     command.add_argument("--epochs", type=int, help="of training, instead of each network's own")
     command.set_defaults(run=study_command)
+    add_several_arguments(commands)
     add_bench_arguments(commands.add_parser("bench", help="run the benchmarks of a checkout and draw them"))
     return root
 
