@@ -21,8 +21,9 @@ RESULTS = Path(__file__).parent / "results" / "start.json"
 CALLS = {
     "solve, float32 matrix": "A.solve(a)",
     "solve, float64 matrix": "A.solve(a.astype(np.float64))",
+    "solve, small float32 matrix": "A.solve(a[:60, :60])",
     "solve_batched, float32": "A.solve_batched(a[None])",
-    "solve, FactorCost by lists": 'A.solve(A.FactorCost([(a, a)]), method="lists")',
+    "solve, FactorCost by lists": 'A.solve(A.FactorCost([(a[:60], a[:60])]), method="lists")',
 }
 
 CODE = """
@@ -35,7 +36,7 @@ def empty(x):
     return x
 
 empty(np.zeros(3, np.float32))
-a = np.random.default_rng(0).standard_normal((60, 60)).astype(np.float32)
+a = np.random.default_rng(0).standard_normal((300, 300)).astype(np.float32)
 wall, cpu = time.perf_counter(), time.process_time()
 {call}
 print(json.dumps([time.perf_counter() - wall, time.process_time() - cpu]))

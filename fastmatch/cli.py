@@ -121,10 +121,19 @@ def align_command(args: argparse.Namespace) -> None:
         from fastmatch.verify import verify
 
         verify(model_b, spec, example)
-    found = align(
-        states[0], states[1], spec=spec, seed=args.seed, max_sweeps=args.max_sweeps,
-        include=args.include, groups=args.groups,
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "spec": spec, "seed": args.seed, "max_sweeps": args.max_sweeps, "include": args.include,
+        "groups": args.groups, "method": args.method,
+    }  # fmt: skip
+    if args.data:
+        from fastmatch.renorm.command import loader_of
+
+        data = loader_of(callable_from(args.data, "--data"), "--data")
+        found = align(model, model_b, data=data, similarity=args.similarity, **options)
+    elif args.method not in (None, "weights"):
+        raise ValueError(f"--data: --method {args.method} needs a loader, as module:callable")
+    else:
+        found = align(states[0], states[1], **options)
     alignment = Alignment(found.permutations, spec, found.matching)
     result = alignment.apply(states[1])
     if args.merge is not None:
@@ -242,7 +251,7 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = root.add_subparsers(dest="command", required=True)
 
-    command = commands.add_parser("align", help="align checkpoint B to checkpoint A by weights")
+    command = commands.add_parser("align", help="align checkpoint B to checkpoint A, by weights or on data")
     command.add_argument(
         "a", help="reference: .safetensors, a torch file of tensors, or a Hugging Face directory"
     )
@@ -258,6 +267,19 @@ def parser() -> argparse.ArgumentParser:
         "--merge", type=float, metavar="W", help="write (1 - W) A + W B instead of aligned B"
     )
     command.add_argument("--permutations", help="also write permutations and spec to this .safetensors file")
+    command.add_argument(
+        "--data",
+        help="module:callable that returns a loader: activations are matched, unless --method says else",
+    )
+    command.add_argument(
+        "--method", choices=("weights", "activations", "fisher", "straight-through"), help="how to match"
+    )
+    command.add_argument(
+        "--similarity",
+        default="correlation",
+        choices=("correlation", "covariance", "inner", "batch-correlation", "cca"),
+        help="of activations",
+    )
     command.add_argument("--groups", nargs="+", help="match only these groups")
     command.add_argument("--include", default="affine", choices=("weights", "affine", "statistics"))
     command.add_argument("--seed", type=int, default=0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastmatch as fm
-from fastmatch.cli import main
+from fastmatch.cli import build_model, main
 from fastmatch.files import load_state, save_state
 
 MODULE = """
@@ -24,6 +24,10 @@ def build_with_inputs():
 
 def broken():
     return 3
+
+def loader():
+    torch.manual_seed(0)
+    return [(torch.randn(64, 6), torch.randint(0, 3, (64,))) for _ in range(2)]
 """
 
 
@@ -32,8 +36,6 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "my_module.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "my_module", raising=False)
-    from fastmatch.cli import build_model
-
     model, x = build_model("my_module:build_with_inputs")
     spec = fm.PermutationSpec.trace(model, x)
     save_state(model.state_dict(), "a.safetensors")
@@ -52,6 +54,27 @@ def test_align_undoes_a_planted_permutation(folder, capsys):
     assert all(torch.equal(aligned[k], v) for k, v in a.items())
     moved = fm.Alignment.load("perms.safetensors").apply(load_state("b.safetensors"))
     assert all(torch.equal(moved[k], v) for k, v in a.items())
+
+
+@pytest.mark.parametrize("options", [[], ["--similarity", "cca"], ["--method", "straight-through"]])
+def test_align_on_data(folder, options, capsys):
+    assert main([*ALIGN, "b_aligned.safetensors", "--data", "my_module:loader", *options]) == 0
+    model, _ = build_model("my_module:build_with_inputs")
+    x = torch.randn(9, 6)
+    outputs = []
+    for path in ("b.safetensors", "b_aligned.safetensors"):
+        model.load_state_dict(load_state(path))
+        outputs.append(model(x))
+    assert torch.allclose(*outputs, atol=1e-5)
+    if "straight-through" in options:  # by weights every unit is found, dead or alive
+        a, aligned = load_state("a.safetensors"), load_state("b_aligned.safetensors")
+        assert all(torch.equal(aligned[k], v) for k, v in a.items())
+
+
+def test_a_method_without_its_data_is_an_error(folder, capsys):
+    assert main([*ALIGN, "c.safetensors", "--method", "fisher"]) == 2
+    assert "--data: --method fisher needs a loader" in capsys.readouterr().err
+    assert not (folder / "c.safetensors").exists()
 
 
 def test_merge_writes_the_average(folder):

@@ -53,18 +53,26 @@ def solve_batched(costs: Any, maximize: bool = False) -> Any:
         f"the kernels for stacks of {given.dtype}",
         ("stack", given.dtype.char),
         lambda: solve_stack(
-            np.zeros((1, 2, 2), given.dtype), 1.0, 0, 1, np.zeros((1, 2), np.int64), np.zeros(1, np.int8)
+            np.zeros((1, 2, 2), given.dtype),
+            1.0,
+            0,
+            1,
+            np.zeros((1, 2), np.int64),
+            np.zeros(1, np.int8),
+            np.zeros((0, 2)),
         ),
     )
     out = np.zeros((batch, n), np.int64)
-    bad = np.zeros(batch, np.int8)
+    bad, no_duals = np.zeros(batch, np.int8), np.zeros((0, m))
     if out.size:
         step = max(1, PIECE // (n * m))
         pieces = [(lo, min(lo + step, batch)) for lo in range(0, batch, step)]
         sign = -1.0 if maximize else 1.0
         pool = ThreadPoolExecutor(min(threads(), len(pieces)))
         try:
-            for done in [pool.submit(solve_stack, given, sign, lo, hi, out, bad) for lo, hi in pieces]:
+            for done in [
+                pool.submit(solve_stack, given, sign, lo, hi, out, bad, no_duals) for lo, hi in pieces
+            ]:
                 done.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, overload
 
 import numpy as np
@@ -11,12 +12,13 @@ from fastmatch.assignment.dense import Dense, check_entries, compile_kernels, so
 from fastmatch.assignment.factor import DenseCost, FactorCost
 from fastmatch.assignment.lists import solve_lists
 from fastmatch.assignment.result import Assignment
+from fastmatch.assignment.small import SMALL, solve_small
 
 __all__ = ["METHODS", "linear_sum_assignment", "select_method", "solve"]
 
-METHODS = ("auto", "shortlist", "lists", "lapjv")
-"""``"shortlist"`` is this package's solver, ``"lapjv"`` the reference (square, finite), ``"lists"``
-the solver of factor costs, which stores no matrix. ``"auto"`` is the first for matrices and small factor costs."""
+METHODS = ("auto", "shortlist", "rows", "lists", "lapjv")
+"""``"shortlist"`` is for matrices, ``"rows"`` for small ones, ``"lists"`` for factor costs, of which it stores no
+matrix; ``"lapjv"`` is the reference (square, finite). ``"auto"`` picks by kind and size of the cost."""
 
 STORED = 1 << 24
 """Entries up to which a factor cost is simply computed and stored, in float64: 128 MB."""
@@ -26,9 +28,10 @@ EXACT = 1 << 53
 
 def select_method(cost: np.ndarray | torch.Tensor | FactorCost | DenseCost) -> str:
     """What ``method="auto"`` will use for ``cost``."""
-    if isinstance(cost, FactorCost) and cost.shape[0] * cost.shape[1] > STORED:
-        return "lists"
-    return "shortlist"
+    if isinstance(cost, FactorCost):
+        return "lists" if cost.shape[0] * cost.shape[1] > STORED else "shortlist"
+    matrix = cost.matrix if isinstance(cost, DenseCost) else cost
+    return "rows" if math.prod(matrix.shape) <= SMALL else "shortlist"
 
 
 def prepare_values(cost: Any) -> np.ndarray:
@@ -113,7 +116,9 @@ def solve(
     if isinstance(cost, FactorCost):
         return _solve_factor(cost, maximize, warm_start, method)
     if method == "lists":
-        raise ValueError("method: 'lists' takes a FactorCost; a matrix is solved by 'shortlist' or 'lapjv'")
+        raise ValueError(
+            "method: 'lists' takes a FactorCost; a matrix is solved by 'shortlist', 'rows' or 'lapjv'"
+        )
     if method == "lapjv":
         return _solve_lapjv(cost, maximize)
     matrix, transposed = prepare(cost)
@@ -121,12 +126,17 @@ def solve(
     sign = -1.0 if maximize else 1.0
     if n == 0:
         return _empty(m, transposed)
-    compile_kernels(matrix.dtype)
     start = _first_duals(warm_start, m, sign, transposed)
-    col_of, u, v, counts = solve_dense(Dense(matrix, sign), start)
+    if method == "auto":
+        method = select_method(matrix)
+    if method == "rows":
+        col_of, u, v, counts = solve_small(matrix, sign)
+    else:
+        compile_kernels(matrix.dtype)
+        col_of, u, v, counts = solve_dense(Dense(matrix, sign), start)
     rows = np.arange(n)
     matched = sign * matrix[rows, col_of].astype(np.float64)
-    return _finish(matched, col_of, u, v, _gap(matched, u, v, col_of), sign, transposed, "shortlist", counts)
+    return _finish(matched, col_of, u, v, _gap(matched, u, v, col_of), sign, transposed, method, counts)
 
 
 def _solve_factor(cost: FactorCost, maximize: bool, warm_start: Assignment | None, method: str) -> Assignment:
@@ -140,6 +150,8 @@ def _solve_factor(cost: FactorCost, maximize: bool, warm_start: Assignment | Non
     if n == 0:
         return _empty(m, transposed)
     start = _first_duals(warm_start, m, sign, transposed)
+    if method == "rows":
+        raise ValueError("cost: method 'rows' takes a matrix, not a FactorCost")
     if method == "auto":
         method = select_method(cost)
     solved = solve_lists(given, sign, start) if method == "lists" else _solve_stored(given, sign, start)

@@ -11,6 +11,7 @@ numbers where they travel with values in vectors.
 from __future__ import annotations
 
 import numpy as np
+from fastmatch.kernels.cpu.lap_rows import row_minimum
 from fastmatch.kernels.cpu.simd import (
     WIDTH,
     bits_not_above,
@@ -29,7 +30,7 @@ from fastmatch.kernels.cpu.simd import (
 )
 from numba import njit
 
-__all__ = ["solve_stack"]
+__all__ = ["INFEASIBLE", "SOLVED", "WRONG", "row_minima", "solve_stack"]
 
 SOLVED, WRONG, INFEASIBLE = 0, 1, 2
 
@@ -208,8 +209,17 @@ def _wrong(C, sign):  # pragma: no cover - compiled
 
 
 @njit(nogil=True, cache=True)
-def solve_stack(C, sign, lo, hi, out, bad):  # pragma: no cover - compiled
+def row_minima(C, sign, v, u):  # pragma: no cover - compiled
+    """u = the least c - v of every row."""
+    for i in range(C.shape[0]):
+        u[i] = row_minimum(C[i], sign, v)
+
+
+@njit(nogil=True, cache=True)
+def solve_stack(C, sign, lo, hi, out, bad, duals):  # pragma: no cover - compiled
     """Solves problems lo..hi of the contiguous stack C (batch, n, m), n <= m: out[b, i] is row i's column.
+
+    ``duals`` (batch, m) takes the column duals, those of unmatched columns the largest; (0, m) takes none.
 
     bad[b] is 1 for NaN or an infinity of the wrong sign, 2 where forbidden entries leave no assignment, else 0.
     """
@@ -249,3 +259,5 @@ def solve_stack(C, sign, lo, hi, out, bad):  # pragma: no cover - compiled
                 break
         for i in range(n):
             out[b, i] = col_of[i]
+        if duals.shape[0] > 0:
+            duals[b] = v[:m]
