@@ -69,29 +69,40 @@ def example_from(shape: str | None, built: Any) -> Any:
     return torch.randn(*sizes, generator=torch.Generator().manual_seed(0))
 
 
-def align_command(args: argparse.Namespace) -> None:
-    """Aligns two checkpoints and writes the second one aligned, or the merge of both."""
-    if args.model is None or any(Path(path).is_dir() for path in (args.a, args.b)):
-        from fastmatch.checkpoint.commands import align_directories
+def check_outputs(args: argparse.Namespace, *, folder: bool = False) -> None:
+    """Refuses outputs of ``align`` that exist, share a file, or end in what could not be read back."""
+    from fastmatch.files import TORCH_SUFFIXES, check_format, check_target
 
-        align_directories(args)
-        return
-    import copy
-
-    from fastmatch.align import Alignment, align
-    from fastmatch.files import TORCH_SUFFIXES, check_format, check_target, load_state, save_state
-    from fastmatch.merge import merge_states
-    from fastmatch.states import check_finite, check_same_architecture, state_of
-
-    out = Path(args.out)
-    targets = [out, *([Path(args.permutations)] if args.permutations else [])]
+    targets = [Path(args.out), *([Path(args.permutations)] if args.permutations else [])]
     if len({path.resolve() for path in targets}) < len(targets):
         raise ValueError(f"--permutations: {args.permutations} is the same file as --out; each needs its own")
-    check_format(out, "--out", TORCH_SUFFIXES | {".safetensors"})
+    if not folder:
+        check_format(targets[0], "--out", TORCH_SUFFIXES | {".safetensors"})
     for path in targets[1:]:
         check_format(path, "--permutations", {".safetensors"})
     for path in targets:
         check_target(path, force=args.force)
+
+
+def align_command(args: argparse.Namespace) -> None:
+    """Aligns two checkpoints and writes the second one aligned, or the merge of both."""
+    if args.streamed or args.model is None or any(Path(path).is_dir() for path in (args.a, args.b)):
+        from fastmatch.checkpoint.commands import align_streamed
+
+        align_streamed(args)
+        return
+    for option in ("dtype", "device", "resume"):
+        if getattr(args, option):
+            raise ValueError(f"--{option}: for files needs --streamed")
+    import copy
+
+    from fastmatch.align import Alignment, align
+    from fastmatch.files import load_state, save_state
+    from fastmatch.merge import merge_states
+    from fastmatch.states import check_finite, check_same_architecture, state_of
+
+    check_outputs(args)
+    out = Path(args.out)
     model, built = build_model(args.model)
     example = example_from(args.input_shape, built)
     states = [load_state(path) for path in (args.a, args.b)]
@@ -278,10 +289,13 @@ def parser() -> argparse.ArgumentParser:
         "--no-verify", action="store_true", help="do not prove that B's function is unchanged"
     )
     command.add_argument("--force", action="store_true", help="replace output files that exist")
-    command.add_argument("--dtype", help="directories: write in this type, such as bfloat16")
-    command.add_argument("--device", default="cpu", help="directories: where gains are computed")
     command.add_argument(
-        "--resume", action="store_true", help="directories: go on from the journal of a killed run"
+        "--streamed", action="store_true", help="files: read tensors when they are needed, as of directories"
+    )
+    command.add_argument("--dtype", help="streamed: write in this type, such as bfloat16")
+    command.add_argument("--device", help="streamed: where gains are computed, the CPU where left out")
+    command.add_argument(
+        "--resume", action="store_true", help="streamed: go on from the journal of a killed run"
     )
     command.set_defaults(run=align_command)
 

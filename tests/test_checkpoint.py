@@ -185,6 +185,72 @@ def test_single_files(tmp_path, suffix):
     assert verify_checkpoints(*paths[:2], model=model, example_inputs=x).error < 1e-12
 
 
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """a and b in both formats, and a module that builds their network."""
+    model, x = build("mlp", 0)
+    spec = fm.PermutationSpec.trace(model, x)
+    moved = fm.Alignment(spec.random(), spec).apply(model.state_dict())
+    for suffix in ("pt", "safetensors"):
+        save_state(model.state_dict(), tmp_path / f"a.{suffix}")
+        save_state(moved, tmp_path / f"b.{suffix}")
+    (tmp_path / "streamed_mlp.py").write_text(
+        "from networks import build\ndef make():\n    return build('mlp', 1)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "streamed_mlp", raising=False)
+    return model.state_dict()
+
+
+MODEL = ["--model", "streamed_mlp:make"]
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+@pytest.mark.parametrize("written", ["pt", "safetensors"])
+def test_the_command_streams_single_files(files, tmp_path, monkeypatch, suffix, written):
+    mapped = []
+    load = load_state
+
+    def noted(path, *, mmap=False):
+        mapped.append(mmap)
+        return load(path, mmap=mmap)
+
+    monkeypatch.setattr("fastmatch.files.load_state", noted)
+    monkeypatch.setattr("fastmatch.checkpoint.reader.load_state", noted)
+    arguments = ["align", f"a.{suffix}", f"b.{suffix}", *MODEL, "--streamed", "--out", f"out.{written}"]
+    assert main([*arguments, "--permutations", "p.safetensors"]) == 0
+    assert mapped == [True, True] * (suffix == "pt")  # safetensors are read tensor by tensor, never whole
+    found = load_state(f"out.{written}")
+    assert all(torch.equal(found[k], v) for k, v in files.items())
+    moved = fm.Alignment.load("p.safetensors").apply(load_state(f"b.{suffix}"))
+    assert all(torch.equal(moved[k], v) for k, v in files.items())
+    assert not journal_path(f"out.{written}").exists()
+
+
+def test_the_command_streams_a_merge_in_another_type(files):
+    arguments = ["align", "a.safetensors", "b.safetensors", *MODEL, "--streamed", "--out", "out.safetensors"]
+    assert main([*arguments, "--merge", "0.5", "--dtype", "bfloat16"]) == 0
+    found = load_state("out.safetensors")
+    assert all(torch.equal(found[k], v.bfloat16()) for k, v in files.items())
+
+
+@pytest.mark.parametrize(("extra", "message"), [
+    (["--dtype", "bfloat16"], "--dtype: for files needs --streamed"),
+    (["--device", "cpu"], "--device: for files needs --streamed"),
+    (["--resume"], "--resume: for files needs --streamed"),
+    (["--streamed", "--permutations", "out.pt"], "same file as --out"),
+    (["--streamed", "--permutations", "p.pt"], "--permutations: expected a file ending in .safetensors"),
+    (["--streamed", "--out", "out.ckpt"], "--out: expected a file ending in"),
+    (["--streamed", "--out", "a.pt"], "a.pt exists"),
+    (["--streamed", "--out", "a.pt", "--force"], "is one of the inputs"),
+])  # fmt: skip
+def test_what_streaming_files_cannot_do_is_refused(files, tmp_path, capsys, extra, message):
+    before = names(tmp_path)
+    assert main(["align", "a.pt", "b.pt", *MODEL, "--out", "out.pt", *extra]) == 2
+    assert message in capsys.readouterr().err
+    assert [n for n in names(tmp_path) if n != "__pycache__"] == before
+
+
 class _Evil:
     def __reduce__(self):
         return os.mkdir, ("evil",)

@@ -1,4 +1,4 @@
-"""``fastmatch align`` for directories and ``fastmatch verify``."""
+"""``fastmatch align`` for what is streamed, and ``fastmatch verify``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastmatch.checkpoint.align import align_checkpoints
 from fastmatch.checkpoint.verify import verify_checkpoints
 from fastmatch.spec import PermutationSpec
 
-__all__ = ["align_directories", "verify_paths"]
+__all__ = ["align_streamed", "verify_paths"]
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
@@ -23,23 +23,23 @@ def _dtype(name: str | None) -> torch.dtype | None:
     return dtype
 
 
-def align_directories(args: argparse.Namespace) -> None:
-    """Aligns two directories tensor by tensor."""
-    if not (Path(args.a).is_dir() and Path(args.b).is_dir()):
+def align_streamed(args: argparse.Namespace) -> None:
+    """Aligns two directories or files tensor by tensor."""
+    from fastmatch.cli import build_model, check_outputs, example_from
+
+    folder = Path(args.a).is_dir() and Path(args.b).is_dir()
+    if args.model is None and not folder:
         raise ValueError(
             f"--model: needed unless both {args.a} and {args.b} are directories with a config.json"
         )
+    check_outputs(args, folder=folder)
     spec: PermutationSpec | None = None
     if args.model is not None:
-        from fastmatch.cli import build_model, example_from
-
         model, built = build_model(args.model)
         spec = PermutationSpec.trace(model, example_from(args.input_shape, built))
-    if args.permutations and Path(args.permutations).exists() and not args.force:
-        raise FileExistsError(f"{args.permutations} exists; choose another path, or pass --force")
     alignment = align_checkpoints(
         args.a, args.b, args.out, spec=spec, groups=args.groups, merge=args.merge, dtype=_dtype(args.dtype),
-        device=args.device, resume=args.resume, seed=args.seed, max_sweeps=args.max_sweeps,
+        device=args.device or "cpu", resume=args.resume, seed=args.seed, max_sweeps=args.max_sweeps,
         include=args.include, force=args.force,
     )  # fmt: skip
     if args.permutations:
