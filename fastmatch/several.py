@@ -6,6 +6,7 @@ Each is the library call of that name with files for models; a table goes to a C
 from __future__ import annotations
 
 import argparse
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,9 @@ def _data(args: argparse.Namespace) -> Any:
     return loader_of(callable_from(args.data, "--data"), "--data")
 
 
-def _check_targets(args: argparse.Namespace, paths: list[str], suffixes: set[str], option: str) -> None:
+def _check_targets(
+    args: argparse.Namespace, paths: list[str], suffixes: AbstractSet[str], option: str
+) -> None:
     if len({Path(p).resolve() for p in paths}) < len(paths):
         raise ValueError(f"{option}: expected a file of its own for each output, got {paths}")
     for path in paths:
