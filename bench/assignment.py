@@ -69,17 +69,20 @@ def keep(kept: dict) -> None:
     RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
 
 
-def dense_rows(sizes: list[int], budget: float, kept: dict) -> list[dict]:
-    peers = solvers()[0]
+def dense_rows(
+    sizes: list[int], budget: float, kept: dict, names: list[str] | None, kinds: list[str] | None
+) -> list[dict]:
+    peers = {k: f for k, f in solvers()[0].items() if names is None or k in names}
     ours = {OURS: lambda cost: linear_sum_assignment(cost)[1]}
     for dtype in (np.float32, np.float64):
         linear_sum_assignment(np.random.default_rng(0).standard_normal((300, 300)).astype(dtype))
-    rows = [r for r in kept.get("dense", []) if r["n"] not in sizes]
+    asked = kinds or KINDS
+    rows = [r for r in kept.get("dense", []) if r["n"] not in sizes or (kinds and r["kind"] not in kinds)]
     kept["dense"] = rows
     out = set()
     for n in sizes:
-        trained = trained_gains(n, CACHE) if n in (512, 2048) else {}
-        for kind in (*KINDS, *trained):
+        trained = trained_gains(n, CACHE) if n in (512, 2048) and not kinds else {}
+        for kind in (*asked, *trained):
             cost = trained[kind] if kind in trained else problem(kind, n, seed=1)
             row = {"kind": kind, "n": n, "dtype": str(cost.dtype), "seconds": {}, "wrong": {}}
             values = {}
@@ -219,6 +222,8 @@ def main() -> None:
     parser.add_argument("--parts", nargs="*", default=["dense", "factor", "stack"])
     parser.add_argument("--sizes", nargs="*", type=int, default=[256, 512, 1024, 2048, 4096, 8192, 16384])
     parser.add_argument("--budget", type=float, default=60.0, help="seconds a solver may take for a row")
+    parser.add_argument("--peers", nargs="*", help="ask only these: at large sizes most take minutes")
+    parser.add_argument("--kinds", nargs="*", help="only these instances; the other rows stay")
     parser.add_argument("--factor", type=int, default=65536)
     parser.add_argument("--batch", type=int, default=65536)
     given = parser.parse_args()
@@ -228,7 +233,7 @@ def main() -> None:
         if "factor" in given.parts:  # first: peak memory is the process's
             kept["factor"] = factor_rows(given.factor, 256)
         if "dense" in given.parts:
-            dense_rows(given.sizes, given.budget, kept)
+            dense_rows(given.sizes, given.budget, kept, given.peers, given.kinds)
         if "stack" in given.parts:
             kept["stack"] = [stack_row(given.batch, 128)]
         keep(kept)
