@@ -98,26 +98,32 @@ def test_every_kind_at_a_size_that_takes_every_step(kind):
 
 @pytest.mark.parametrize("kind", ["gaussian", "log-normal 8", "ties", "dead", "integers near 2^24"])
 @pytest.mark.parametrize(("n", "m"), [(300, 300), (200, 260)])
-def test_what_must_not_change_the_objective(kind, n, m):
+@pytest.mark.parametrize("method", ["shortlist", "rows"])
+def test_what_must_not_change_the_objective(kind, n, m, method):
     seed = fresh_seed()
     g = np.random.default_rng(seed)
     cost = problem(kind, n, m, seed).astype(np.float64)
     value = check(cost).objective
     close = {"rel": 1e-12, "abs": 1e-9}
-    assert solve(cost[g.permutation(n)][:, g.permutation(m)]).objective == pytest.approx(value, **close)
-    assert solve(cost.T).objective == pytest.approx(value, **close)
-    assert solve(-cost, maximize=True).objective == pytest.approx(-value, **close)
-    assert solve(cost * 1024.0).objective == pytest.approx(value * 1024, **close)
+    assert solve(cost[g.permutation(n)][:, g.permutation(m)], method=method).objective == pytest.approx(
+        value, **close
+    )
+    assert solve(cost.T, method=method).objective == pytest.approx(value, **close)
+    assert solve(-cost, maximize=True, method=method).objective == pytest.approx(-value, **close)
+    assert solve(cost * 1024.0, method=method).objective == pytest.approx(value * 1024, **close)
     rows, cols = g.integers(-9, 9, n), g.integers(-9, 9, m)
-    shifted = solve(cost + rows[:, None]).objective - (rows.sum())
+    shifted = solve(cost + rows[:, None], method=method).objective - (rows.sum())
     assert shifted == pytest.approx(value, rel=1e-9, abs=1e-6)
     if n == m:
-        assert solve(cost + cols[None]).objective - cols.sum() == pytest.approx(value, rel=1e-9, abs=1e-6)
+        assert solve(cost + cols[None], method=method).objective - cols.sum() == pytest.approx(
+            value, rel=1e-9, abs=1e-6
+        )
 
 
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize(("n", "m"), [(40, 40), (30, 45), (45, 30), (200, 200)])
-def test_forbidden_entries(n, m, maximize):
+@pytest.mark.parametrize("method", ["shortlist", "rows"])
+def test_forbidden_entries(n, m, maximize, method):
     g = np.random.default_rng(fresh_seed())
     worst = -np.inf if maximize else np.inf
     for share in (0.1, 0.5, 0.9):
@@ -127,13 +133,13 @@ def test_forbidden_entries(n, m, maximize):
         cost[side, g.permutation(max(n, m))[: len(side)] if n <= m else side] = 5.0
         if n > m:
             cost[g.permutation(n)[: len(side)], side] = 5.0
-        found = solve(cost, maximize=maximize)
+        found = solve(cost, maximize=maximize, method=method)
         best = exact(cost, *scipy_lsa(cost, maximize))
         assert found.objective == pytest.approx(best, rel=1e-6)
         assert found.gap <= found.gap_bound
     for infeasible in (np.full((n, m), worst), np.where(np.arange(m) < 2, 1.0, worst) * np.ones((n, 1))):
         with pytest.raises(ValueError, match="no assignment avoids the forbidden"):
-            solve(infeasible, maximize=maximize)
+            solve(infeasible, maximize=maximize, method=method)
 
 
 @pytest.mark.parametrize("value", [-9.0, -1.0, 0.0, 9.0])
@@ -224,8 +230,9 @@ def test_the_input_is_left_alone_and_not_copied():
     for cost in (problem("dead", 300), np.asfortranarray(problem("dead", 300))):
         before = cost.copy()
         cost.flags.writeable = False
-        solve(cost)
-        solve(cost, maximize=True)
+        for method in ("shortlist", "rows"):
+            solve(cost, method=method)
+            solve(cost, maximize=True, method=method)
         assert np.array_equal(cost, before)
     from fastmatch.assignment.solve import prepare
 
@@ -235,19 +242,21 @@ def test_the_input_is_left_alone_and_not_copied():
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "log-normal 32", "ties", "dead"])
-def test_warm_equals_cold(kind):
+@pytest.mark.parametrize("method", ["shortlist", "rows"])
+def test_warm_equals_cold(kind, method):
     seed = fresh_seed()
     g = np.random.default_rng(seed)
     cost = problem(kind, 400, seed=seed)
-    cold = solve(cost)
-    again = solve(cost, warm_start=cold)
+    cold = solve(cost, method=method)
+    again = solve(cost, warm_start=cold, method=method)
     assert again.objective == pytest.approx(cold.objective, rel=1e-12)
     changed = cost + (g.random(cost.shape) < 0.01) * g.standard_normal(cost.shape).astype(np.float32)
-    warm = solve(changed, warm_start=cold)
+    warm = solve(changed, warm_start=cold, method=method)
     assert warm.gap <= warm.gap_bound
-    assert warm.objective == pytest.approx(solve(changed).objective, rel=1e-12)
-    turned = solve(-changed.T, maximize=True)
-    assert solve(-changed.T, maximize=True, warm_start=turned).objective == pytest.approx(turned.objective)
+    assert warm.objective == pytest.approx(solve(changed, method=method).objective, rel=1e-12)
+    turned = solve(-changed.T, maximize=True, method=method)
+    again = solve(-changed.T, maximize=True, warm_start=turned, method=method)
+    assert again.objective == pytest.approx(turned.objective)
 
 
 def test_a_planted_permutation_of_a_large_problem():
@@ -269,13 +278,14 @@ def test_methods_agree():
     assert solve(cost[:1, :1], method="lapjv").col_ind.tolist() == [0]
 
 
-def test_two_threads_do_not_share_state():
+@pytest.mark.parametrize("method", ["shortlist", "rows"])
+def test_two_threads_do_not_share_state(method):
     costs = [problem("gaussian", 400, seed=k) for k in range(4)]
-    alone = [solve(c).objective for c in costs]
+    alone = [solve(c, method=method).objective for c in costs]
     together: list[float] = [0.0] * 4
 
     def work(k: int) -> None:
-        together[k] = solve(costs[k]).objective
+        together[k] = solve(costs[k], method=method).objective
 
     threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
     for t in threads:

@@ -25,8 +25,19 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_a_factor_cost_does_not_load_torchs_compiler():
+    code = (
+        "import sys, numpy as np; from fastmatch.assignment import FactorCost, solve; a = np.eye(60);"
+        "solve(FactorCost([(a, a)]), method='lists'); print('torch._dynamo' in sys.modules)"
+    )
+    assert run(code).stdout.strip() == "False"
+
+
 def test_compiling_is_announced_and_loading_is_not(tmp_path):
-    code = "import numpy as np; from fastmatch.assignment import solve; solve(np.eye(300, dtype=np.float32))"
+    code = (
+        "import numpy as np; from fastmatch.assignment import solve;"
+        "solve(np.eye(300, dtype=np.float32), method='shortlist')"
+    )
     first = run(code, NUMBA_CACHE_DIR=str(tmp_path))
     assert "compiling the assignment kernels for float32" in first.stderr
     assert list(tmp_path.rglob("*.nbi"))
@@ -58,7 +69,7 @@ except KeyboardInterrupt:
 LONG = {
     "matrix": (
         "x, y = (g.standard_normal((3000, 8), np.float32) * np.exp(g.standard_normal((3000, 1))).astype(np.float32)"
-        " for _ in range(2)); c = x @ y.T; solve(c[:300, :300])",
+        " for _ in range(2)); c = x @ y.T; solve(c[:300, :300], method='shortlist')",
         "solve(c)",
     ),
     "stack": (
@@ -137,7 +148,7 @@ import numpy as np
 from fastmatch.assignment import solve
 n = int(sys.argv[1])
 g = np.random.default_rng(0)
-solve(g.standard_normal((600, 600), np.float32))
+solve(g.standard_normal((600, 600), np.float32), method="shortlist")
 cost = np.empty((n, n), np.float32)
 for row in cost:
     row[:] = g.standard_normal(n, np.float32)

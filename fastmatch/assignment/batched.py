@@ -60,6 +60,7 @@ def solve_batched(costs: Any, maximize: bool = False) -> Any:
             np.zeros((1, 2), np.int64),
             np.zeros(1, np.int8),
             np.zeros((0, 2)),
+            np.zeros(4, np.int64),
         ),
     )
     out = np.zeros((batch, n), np.int64)
@@ -71,7 +72,8 @@ def solve_batched(costs: Any, maximize: bool = False) -> Any:
         pool = ThreadPoolExecutor(min(threads(), len(pieces)))
         try:
             for done in [
-                pool.submit(solve_stack, given, sign, lo, hi, out, bad, no_duals) for lo, hi in pieces
+                pool.submit(solve_stack, given, sign, lo, hi, out, bad, no_duals, np.zeros(4, np.int64))
+                for lo, hi in pieces
             ]:
                 done.result()
         finally:

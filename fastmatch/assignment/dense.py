@@ -30,8 +30,11 @@ PATIENCE = 16
 UNEQUAL = 16
 """Constant rows and columns are cut out where their numbers differ by more than one in so many of the live rows."""
 
-SHORT = 0.02
-"""eps of the short auction, in spreads of the listed costs."""
+GAPS, STEP = 0.15, 0.2
+"""The first short auction's eps, in mean differences between a row's least two, and the factor to the next one's."""
+
+HARD, PHASES = 0.1, 6
+"""Share of rows left free by a short auction and row reduction above which another one pays; such auctions at most."""
 
 LEFT_OVER = 1024
 """The short auction ends when one row in so many is still free: a path finds its column sooner."""
@@ -39,11 +42,12 @@ LEFT_OVER = 1024
 WAR = 32
 """A short auction that is stopped with more than one row in so many still free was a price war: eps is too small."""
 
-READS_BEFORE_AUCTION = 4
-"""Whole-matrix reads that shortest paths may cost before the auction is called in."""
+READS_BEFORE_AUCTION = 32
+"""Whole-matrix reads that shortest paths may cost before the auction is called in again."""
 
-BIDS_BEFORE_RAISE = 16
-"""Bids a row in the first auction phase before its eps is raised: a price war means that eps is too small."""
+BIDS_BEFORE_RAISE = 64
+"""Bids a row in a short auction, or in the first phase of the scaled one before its eps is raised: a price war means
+that eps is too small."""
 
 RAISE, LOWER, LAST = 5.0, 10.0, 0.011
 """Factors between auction phases, and where they end, in standard deviations of the shortlisted costs."""
@@ -169,14 +173,17 @@ class _Solve:
         self.lap.column_reduction(self.cost, self.sign, self.v, self.row_at, *self.matching)
         if self.at_minima and self.free() > TIED * self.n:
             self.lap.tie_reduction(self.cost, self.sign, self.v, PATIENCE, *self.matching, self.counts)
+            if can_bid and self.free() > TIED * self.n:
+                # A few rows have the minima of most columns: such duals take longer to undo than none.
+                self.v[self.v > -np.inf] = 0.0
+                self.drop()
         self.list_rows(self.free_rows())
         self.match_free()
         calm = True
         if can_bid and self.free() > EASY * self.n:
-            self.list_rows(self.unlisted_rows())
-            calm = self.short_auction()
-            self.match_tight()
-        self.reduce_rows()
+            calm = self.short_auctions()
+        else:
+            self.reduce_rows()
         if not calm or not self.augment(READS_BEFORE_AUCTION * self.n if can_bid else None):
             self.scaled_auction()
             self.match_tight()
@@ -350,19 +357,37 @@ class _Solve:
         largest = np.abs(listed).max(initial=0.0)
         return float((listed / largest).std() * largest) if largest > 0 else 0.0  # squares of 1e200 overflow
 
-    def short_auction(self) -> bool:
-        """One phase at a small eps: near-optimal duals make the searches after it short. False for a price war."""
-        eps = SHORT * self.spread()
-        if not eps > 0:
-            return True
+    def refresh(self) -> float:
+        """The mean difference between a row's best two; reads the rows whose lists no longer tell them, if these are many."""
+        stale = np.zeros(self.n, np.bool_)
+        gap = self.lap.best_two(self.v, *self.lists, self.col_of, stale)
+        if stale.sum() > HARD * self.n:
+            self.list_rows(np.flatnonzero(stale))
+        return float(gap)
+
+    def short_auctions(self) -> bool:
+        """Phases at small eps: near-optimal duals make the searches after them short. False for a price war."""
+        self.list_rows(self.unlisted_rows())
+        eps = GAPS * self.refresh()
         self.drop()
-        everyone = self.free_rows()
-        stack, top = self.stack(everyone), len(everyone)
-        for _ in range(BIDS_BEFORE_RAISE):
-            top = self.bid(stack, top, eps, self.n)
-            if top <= self.n // LEFT_OVER:
+        for _ in range(PHASES):
+            if not 0 < eps < np.inf:
                 break
-        return top <= self.n // WAR
+            free = self.free_rows()
+            stack, top = self.stack(free), len(free)
+            for _ in range(BIDS_BEFORE_RAISE):
+                top = self.bid(stack, top, eps, self.n)
+                if top <= self.n // LEFT_OVER:
+                    break
+            self.refresh()
+            self.match_tight()
+            if top > self.n // WAR:
+                return False
+            self.reduce_rows()
+            if self.free() <= HARD * self.n:
+                break
+            eps *= STEP
+        return True
 
     def scaled_auction(self) -> None:
         """eps-scaling: phases of falling eps that keep the duals and drop the matching."""

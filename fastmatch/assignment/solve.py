@@ -105,9 +105,9 @@ def solve(
         ValueError: NaN, an infinity of the wrong sign, no feasible assignment, or an unknown method.
         TypeError: entries that are no real numbers.
 
-    Cost: one read of the matrix where most rows share a column's minimum, as in siblings; two for independent
-    entries; and the rows that paths or the auction read again (``stats["reads"]`` counts rows). Memory: 24
-    (index, cost) pairs a row beside the matrix.
+    Cost: beyond 2^20 entries, one read of the matrix where most rows share a column's minimum, as in siblings; two
+    for independent entries; and the rows that paths or the auction read again (``stats["reads"]`` counts rows).
+    Memory: 24 (index, cost) pairs a row beside the matrix.
     """
     if method not in METHODS:
         raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
@@ -130,7 +130,7 @@ def solve(
     if method == "auto":
         method = select_method(matrix)
     if method == "rows":
-        col_of, u, v, counts = solve_small(matrix, sign)
+        col_of, u, v, counts = solve_small(matrix, sign, start)
     else:
         compile_kernels(matrix.dtype)
         col_of, u, v, counts = solve_dense(Dense(matrix, sign), start)

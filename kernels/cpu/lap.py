@@ -52,6 +52,7 @@ __all__ = [
     "SEARCHES",
     "auction",
     "augment",
+    "best_two",
     "column_reduction",
     "pop",
     "row_duals",
@@ -155,6 +156,20 @@ def _two_best(v, items, costs):  # pragma: no cover - compiled
     if holders & (holders - 1) != 0:
         return lowest, first_bit(holders), lowest
     return lowest, first_bit(holders), smallest(instead_of(first, limit, second))
+
+
+@njit(nogil=True, cache=True)
+def best_two(v, near, near_cost, bound, col_of, stale):  # pragma: no cover - compiled
+    """Marks rows whose lists do not tell their best two; returns the mean difference between the two of the others."""
+    total, told = 0.0, 0
+    for i in range(col_of.shape[0]):
+        if col_of[i] != ASIDE:
+            first, _place, second = _two_best(v, near[i], near_cost[i])
+            stale[i] = second > bound[i]
+            if second <= bound[i] and second < np.inf:
+                total += second - first
+                told += 1
+    return total / told if told > 0 else 0.0
 
 
 @njit(nogil=True, cache=True)
