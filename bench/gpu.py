@@ -11,6 +11,7 @@ they show that the script runs, and say nothing about a GPU.
 from __future__ import annotations
 
 import argparse
+import math
 import platform
 import statistics
 import sys
@@ -99,6 +100,7 @@ def run_products(bench, n, d, k):
             (roofline.gain(n, n, d, size), key),
             error,
         )
+        run_softmin(bench, a, b, v, some, exact, precision, asked)
         if bench.backend == "cpu":
             continue  # the CPU twin of cost_rows has a benchmark of its own
         index, cost, bound = dispatch.row_topk([(a, b)], v, k, **options)
@@ -118,6 +120,29 @@ def run_products(bench, n, d, k):
             (roofline.cost_rows(n, n, d, k, key, target, size), key),
             error,
         )
+
+
+def run_softmin(bench, a, b, v, some, exact, precision, asked):
+    from fastmatch.kernels.triton import roofline
+    from fastmatch.kernels.triton.cost_rows import product_error
+    from fastmatch.kernels.triton.tiles import precision_of
+
+    n, d = a.shape
+    t = d**0.5  # the costs' own spread: many terms count
+    options = {"precision": asked, "backend": bench.backend}
+    wanted = -t * ((exact + v.double()) / t).logsumexp(1)
+    allowed = product_error([(a[some], b)], v, asked) + 2.0**-18 * t * (1 + math.log(n))
+    got = dispatch.row_softmin([(a, b)], v, t, **options)[some]
+    key = precision_of(a.dtype, asked)
+    bench.record(
+        "row_softmin",
+        f"{n} x {n} x {d}, t = {t:.3g}",
+        precision,
+        lambda: dispatch.row_softmin([(a, b)], v, t, **options),
+        lambda: -t * (((a @ b.T).float() + v) / t).logsumexp(1),
+        (roofline.row_softmin(n, n, d, key, target_of(bench), a.element_size()), key),
+        float(((got.double() - wanted).abs() / allowed).max()),
+    )
 
 
 def three_passes(a, b):

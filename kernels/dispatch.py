@@ -14,11 +14,13 @@ import importlib
 from collections.abc import Iterable, Sequence
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import torch
 from fastmatch.kernels.reference.channel_affine import METHODS as AFFINE_METHODS
 from fastmatch.kernels.reference.moments import CROSS, Moments, samples_by_channels
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 __all__ = [
     "BACKENDS",
@@ -70,6 +72,18 @@ def backend_of(*tensors: Tensor, backend: str | None = None) -> str:
 
 def _module(backend: str, op: str) -> ModuleType:
     return importlib.import_module(f"fastmatch.kernels.{backend}.{op}")
+
+
+def _run(op: Any, function: Any, a: Sequence[Tensor], b: Sequence[Tensor], *args: Any) -> Any:
+    """An operation that writes to no argument, by its custom op where something traces or differentiates it.
+
+    The first call of a custom op imports all of torch's compiler, most of a second: plain tensors go to the
+    function itself.
+    """
+    plain = not torch.compiler.is_compiling() and not is_in_torch_dispatch_mode()
+    if plain and all(type(x) is Tensor and not x.requires_grad for x in (*a, *b)):
+        return function(a, b, *args)
+    return op(a, b, *args)
 
 
 def _check_precision(precision: str) -> None:
@@ -203,7 +217,7 @@ def _add_moments(
     state: Moments, a: Tensor, b: Tensor | None = None, *, dim: int = 1, precision: str, backend: str
 ) -> None:
     two = b is not None
-    _moments_update(
+    arguments = (
         a,
         b,
         dim,
@@ -215,8 +229,11 @@ def _add_moments(
         state.cross.get("aa"),
         state.cross.get("bb"),
         precision,
-        backend,
     )
+    if torch.compiler.is_compiling():
+        _moments_update(*arguments, backend)
+    else:  # the custom operator costs more than the sums of a small map
+        _module(backend, "moments").update(*arguments)
 
 
 def _leave_pending(state: Moments, rows: tuple[Tensor, ...], add: partial[None]) -> None:
@@ -487,7 +504,6 @@ def gain(
     return out
 
 
-@torch.library.custom_op("fastmatch::row_topk", mutates_args=())
 def _row_topk(
     a: Sequence[Tensor],
     b: Sequence[Tensor],
@@ -512,7 +528,10 @@ def _row_topk(
     )
 
 
-@_row_topk.register_fake
+_row_topk_op = torch.library.custom_op("fastmatch::row_topk", mutates_args=())(_row_topk)
+
+
+@_row_topk_op.register_fake
 def _(
     a, b, v, k, b_index, contraction_index, precision, sizes, tile, backend
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -525,7 +544,6 @@ def _(
     )
 
 
-@torch.library.custom_op("fastmatch::row_min", mutates_args=())
 def _row_min(
     a: Sequence[Tensor],
     b: Sequence[Tensor],
@@ -544,7 +562,10 @@ def _row_min(
     )
 
 
-@_row_min.register_fake
+_row_min_op = torch.library.custom_op("fastmatch::row_min", mutates_args=())(_row_min)
+
+
+@_row_min_op.register_fake
 def _(a, b, v, b_index, contraction_index, precision, backend) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if a[0].dtype == torch.float64 else torch.float32
     n = a[0].shape[0]
@@ -603,7 +624,9 @@ def row_topk(
         )
     if tile is not None and (len(tile) != 2 or min(tile) < 1):
         raise ValueError(f"tile: expected (rows, columns), both at least 1, got {tile}")
-    return _row_topk(a, b, v, k, b_index, contractions, precision, sizes, tile or (), chosen)
+    return _run(
+        _row_topk_op, _row_topk, a, b, v, k, b_index, contractions, precision, sizes, tile or (), chosen
+    )
 
 
 def row_min(
@@ -619,10 +642,9 @@ def row_min(
     _check_precision(precision)
     a, b, contractions, (_, m), chosen = _check_factors(factors, b_index, contraction_index, backend)
     _check_duals(v, m, a[0].device)
-    return _row_min(a, b, v, b_index, contractions, precision, chosen)
+    return _run(_row_min_op, _row_min, a, b, v, b_index, contractions, precision, chosen)
 
 
-@torch.library.custom_op("fastmatch::row_softmin", mutates_args=())
 def _row_softmin(
     a: Sequence[Tensor], b: Sequence[Tensor], v: Tensor, temperature: float, precision: str, backend: str
 ) -> Tensor:
@@ -631,7 +653,10 @@ def _row_softmin(
     )
 
 
-@_row_softmin.register_fake
+_row_softmin_op = torch.library.custom_op("fastmatch::row_softmin", mutates_args=())(_row_softmin)
+
+
+@_row_softmin_op.register_fake
 def _(a, b, v, temperature, precision, backend) -> Tensor:
     dtype = torch.float64 if a[0].dtype == torch.float64 else torch.float32
     return a[0].new_empty(a[0].shape[0], dtype=dtype)
@@ -656,7 +681,7 @@ def row_softmin(
     a, b, _, (_, m), chosen = _check_factors(factors, None, None, backend)
     _check_duals(v, m, a[0].device)
     _check_temperature("temperature", temperature)
-    return _row_softmin(a, b, v, temperature, precision, chosen)
+    return _run(_row_softmin_op, _row_softmin, a, b, v, temperature, precision, chosen)
 
 
 def _check_temperature(name: str, value: float) -> None:

@@ -1,8 +1,8 @@
 """Permute and merge on CPU: every weight read once, the result written once, no permuted copy between.
 
 A weight is seen as (outer, n1, middle, length): whole runs of ``length`` elements move by the first index;
-within a run, blocks of ``block`` elements by the second. One task per run, which stays in cache while its
-elements are gathered. float16, which numba cannot compute with, goes through torch in runs that fit in cache.
+within a run, blocks of ``block`` elements by the second. A task takes as many runs as fill 8 bytes an element,
+which stay in cache: what moves within them moves for all at once, as integers. They are summed in short parts.
 """
 
 from __future__ import annotations
@@ -13,110 +13,104 @@ from collections.abc import Sequence
 import numba
 import numpy as np
 import torch
+from fastmatch.kernels.cpu.half import HALF, decode, encode
 from fastmatch.kernels.reference import permute_merge as reference
 
 __all__ = ["permute_merge"]
 
-BFLOAT16, FLOAT16 = 1, 2
-HALF = {torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
-"""Types that numba cannot compute with come as uint16. For the others ``half`` is None, and numba compiles
-without the branches that it would take."""
+PART = 1024
+"""Elements of a run that are summed before they are written."""
 
 
 @numba.njit(cache=True, nogil=True)
-def _decode(bits, half):
-    """float32 of a bfloat16 or float16 given as uint16."""
-    if half == BFLOAT16:
-        return np.uint32(np.uint32(bits) << 16).view(np.float32)
-    # 2^112 moves float16's exponent bias to float32's, subnormal numbers included.
-    value = np.float32(np.uint32((np.uint32(bits) & 0x7FFF) << 13).view(np.float32) * np.float32(2.0**112))
-    magnitude = np.uint32(np.float32(value).view(np.uint32))
-    if bits & 0x7C00 == 0x7C00:  # inf and NaN
-        magnitude = np.uint32(0x7F800000 | ((np.uint32(bits) & 0x3FF) << 13))
-    return np.uint32(magnitude | ((np.uint32(bits) & 0x8000) << 16)).view(np.float32)
+def _pack(weight, sources, words):
+    """Word j holds element j of each run in ``sources``, the first lowest: 8 bytes are moved for one index."""
+    if sources.shape[0] == 4:
+        a, b, c, d = weight[sources[0]], weight[sources[1]], weight[sources[2]], weight[sources[3]]
+        for j in range(words.shape[0]):
+            low = np.uint64(a[j]) | np.uint64(b[j]) << np.uint64(16)
+            words[j] = low | np.uint64(c[j]) << np.uint64(32) | np.uint64(d[j]) << np.uint64(48)
+    elif sources.shape[0] == 2:
+        a, b = weight[sources[0]], weight[sources[1]]
+        for j in range(words.shape[0]):
+            words[j] = np.uint64(a[j]) | np.uint64(b[j]) << np.uint64(32)
+    else:
+        a = weight[sources[0]]
+        for j in range(words.shape[0]):
+            words[j] = np.uint64(a[j])
 
 
 @numba.njit(cache=True, nogil=True)
-def _encode(value, half):
-    """bfloat16 or float16 bits of a float32, rounded to nearest, ties to even."""
-    bits = np.float32(value).view(np.uint32)
-    if half == BFLOAT16:
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        return np.uint16(0x7FC0) if np.isnan(value) else np.uint16(rounded)
-    # No product: one that falls below float32's normal numbers costs a hundred cycles.
-    magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
-    odd = np.uint32(np.uint32(magnitude >> np.uint32(13)) & np.uint32(1))
-    rounded = np.uint32(np.uint32(magnitude + np.uint32(0xC8000FFF) + odd) >> np.uint32(13))
-    # Below 2^-14 adding 0.5 brings the last place to 2^-24, float16's own, with the hardware's rounding.
-    shifted = np.float32(magnitude.view(np.float32) + np.float32(0.5)).view(np.uint32)
-    rounded = np.uint32(shifted - np.uint32(0x3F000000)) if magnitude < np.uint32(0x38800000) else rounded
-    rounded = np.uint32(0x7C00) if magnitude >= np.uint32(0x477FF000) else rounded  # 65520 and inf
-    rounded = np.uint32(0x7E00) if magnitude > np.uint32(0x7F800000) else rounded  # NaN
-    return np.uint16(rounded | np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(0x8000)))
+def _gather(words, index, moved):
+    for j in range(index.shape[0]):
+        moved[j] = words[index[j]]
 
 
 @numba.njit(cache=True, nogil=True)
-def _stage(weight, source, half, row):
-    """Reads one run from front to back, which memory does best, into a row that stays in cache."""
-    for j in range(row.shape[0]):
-        if half is None:
-            row[j] = weight[source, j]
-        elif half == BFLOAT16:
-            row[j] = _decode(weight[source, j], BFLOAT16)
-        else:
-            row[j] = _decode(weight[source, j], FLOAT16)
+def _unpack(bits, shift, run):
+    for j in range(run.shape[0]):
+        run[j] = bits[j] if shift is None else bits[j] >> shift
+
+
+@numba.njit(cache=True, nogil=True, fastmath={"contract"})
+def _add(bits, shift, half, alpha, fresh, total):
+    """``total (+)= alpha * the numbers in bits``, words shifted first where ``shift`` is not None; ``fresh`` overwrites."""
+    for j in range(total.shape[0]):
+        value = alpha * decode(bits[j] if shift is None else bits[j] >> shift, half, alpha)
+        total[j] = value if fresh else total[j] + value
 
 
 @numba.njit(cache=True, nogil=True)
-def _add_half_run(weight, source, half, alpha, fresh, row):
-    """``row (+)= alpha *`` one run of a half-precision weight, straight from memory; ``fresh`` overwrites."""
-    for j in range(row.shape[0]):
-        if half == BFLOAT16:
-            value = alpha * _decode(weight[source, j], BFLOAT16)
-        else:
-            value = alpha * _decode(weight[source, j], FLOAT16)
-        row[j] = value if fresh else row[j] + value
+def _write(total, half, run):
+    for j in range(run.shape[0]):
+        run[j] = encode(total[j], half)
 
 
 @numba.njit(parallel=True, cache=True, nogil=True)
-def _merge(weights, alphas, rows, columns, half, sums, out, tasks):
-    """out (R, L) = sum_k alphas[k] * weights[k][rows[k]][:, columns[k]].
+def _merge(weights, alphas, rows, columns, half, lanes, out, tasks):
+    """out (R, L) = sum_k alphas[k] * weights[k][rows[k]][:, columns[k]]; an empty index leaves an axis in place.
 
-    Sums run in ``sums``: the result itself where it has the type for it, else one row a task.
+    Weights and result are unsigned integers, ``lanes`` of them to 8 bytes.
     """
     runs, length = out.shape
-    per_task = (runs + tasks - 1) // tasks
+    count = len(weights)
+    groups = (runs + lanes - 1) // lanes
+    width = np.uint64(64 // lanes)
+    only_moved = count == 1 and alphas[0] == 1.0
     for task in numba.prange(tasks):
-        staged = np.empty(length, alphas.dtype)
-        for r in range(task * per_task, min((task + 1) * per_task, runs)):
-            row = sums[r] if half is None else sums[task]
-            for k in range(len(weights)):
-                weight = weights[k]
-                alpha = alphas[k]
-                source = rows[k][r]
-                index = columns[k]
-                if index.shape[0] == 0 and half is None:
-                    if k == 0:
-                        for j in range(length):
-                            row[j] = alpha * weight[source, j]
+        words = np.empty(length, np.uint64)
+        moved = np.empty((count, length), np.uint64)
+        sources = np.empty(lanes, np.int64)
+        total = np.empty(PART, alphas.dtype)
+        for group in range(groups * task // tasks, groups * (task + 1) // tasks):
+            first = group * lanes
+            last = min(first + lanes, runs)
+            for k in range(count):
+                if columns[k].shape[0] > 0:
+                    # The last group may be short: its last run stands for those missing.
+                    for g in range(lanes):
+                        sources[g] = rows[k][min(first + g, runs - 1)]
+                    _pack(weights[k], sources, words)
+                    _gather(words, columns[k], moved[k])
+            for r in range(first, last):
+                shift = np.uint64(r - first) * width
+                if only_moved:
+                    if columns[0].shape[0] == 0:
+                        _unpack(weights[0][rows[0][r]], None, out[r])
                     else:
-                        for j in range(length):
-                            row[j] += alpha * weight[source, j]
+                        _unpack(moved[0], shift, out[r])
                     continue
-                if index.shape[0] == 0:
-                    if half is not None:
-                        _add_half_run(weight, source, half, alpha, k == 0, row)
-                    continue
-                _stage(weight, source, half, staged)
-                if k == 0:
-                    for j in range(length):
-                        row[j] = alpha * staged[index[j]]
-                else:
-                    for j in range(length):
-                        row[j] += alpha * staged[index[j]]
-            if half is not None:
-                for j in range(length):
-                    out[r, j] = _encode(row[j], half)
+                for start in range(0, length, PART):
+                    # Slices: a loop from 0 is known to need no look at negative indices.
+                    stop = min(start + PART, length)
+                    part = total[: stop - start]
+                    for k in range(count):
+                        if columns[k].shape[0] == 0:
+                            run = weights[k][rows[k][r]]
+                            _add(run[start:stop], None, half, alphas[k], k == 0, part)
+                        else:
+                            _add(moved[k, start:stop], shift, half, alphas[k], k == 0, part)
+                    _write(part, half, out[r, start:stop])
 
 
 def _as_runs(
@@ -176,18 +170,16 @@ def permute_merge(
     ]
     target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
     half = HALF.get(out.dtype)
-    bits = out.dtype if half is None else torch.uint16
-    tasks = min(4 * numba.get_num_threads(), len(rows[0]))
-    result = target.view(-1, length).view(bits).numpy()
+    bits = {2: torch.uint16, 4: torch.uint32, 8: torch.uint64}[out.element_size()]
     _merge(
         tuple(w.contiguous().view(-1, length).view(bits).numpy() for w in weights),
         np.array(alphas, np.float64 if out.dtype == torch.float64 else np.float32),
         tuple(r.numpy() for r in rows),
         tuple(columns),
         half,
-        result if half is None else np.empty((tasks, length), np.float32),
-        result,
-        tasks,
+        8 // out.element_size(),
+        target.view(-1, length).view(bits).numpy(),
+        min(4 * numba.get_num_threads(), len(rows[0])),
     )
     if target is not out:
         out.copy_(target)

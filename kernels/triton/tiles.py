@@ -146,11 +146,9 @@ MATMUL: dict[str, dict[str, tuple[Tiles, ...]]] = {
         "bf16x3": (Tiles(64, 64, 32, 8, 3), Tiles(128, 64, 32, 8, 3)),
         "half": (Tiles(64, 64, 64, 4, 3), Tiles(128, 128, 64, 8, 3)),
     },
+    # One for all: deeper or wider tiles in half precision spill where nothing is known of strides.
     "gfx942": {
-        "ieee": (Tiles(64, 64, 32, 4, 2), Tiles(128, 64, 32, 8, 2)),
-        "tf32": (Tiles(64, 64, 32, 4, 2), Tiles(128, 64, 32, 8, 2)),
-        "bf16x3": (Tiles(64, 64, 32, 4, 2), Tiles(128, 64, 32, 8, 2)),
-        "half": (Tiles(64, 64, 64, 4, 2), Tiles(128, 128, 64, 8, 2)),
+        p: (Tiles(64, 64, 32, 4, 2), Tiles(128, 64, 32, 8, 2)) for p in ("ieee", "tf32", "bf16x3", "half")
     },
     "interpreter": {
         p: (Tiles(32, 32, 32, 4, 1), Tiles(64, 64, 64, 4, 1)) for p in ("ieee", "tf32", "bf16x3", "half")
@@ -160,7 +158,7 @@ MATMUL["sm_90"] = {**MATMUL["sm_80"], "bf16x3": (Tiles(64, 64, 32, 4, 3), Tiles(
 MATMUL["sm_100"] = dict(MATMUL["sm_90"])
 
 _UNITS = (Tiles(64, 64, 32, 4, 3), Tiles(128, 64, 32, 8, 2))
-_AMD = (Tiles(64, 64, 32, 4, 2), Tiles(128, 64, 32, 8, 2))
+_AMD = (Tiles(64, 64, 32, 8, 2), Tiles(128, 64, 16, 8, 2))
 CROSS: dict[str, dict[str, tuple[Tiles, ...]]] = {
     # Moments keep statistics and two shifts in registers beside the product: 128 x 128 would spill.
     "sm_80": {

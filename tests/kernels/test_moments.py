@@ -69,6 +69,21 @@ def test_one_batch_in_every_layout(backend, shape_a, shape_b):
         check(state, a, b)
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("batch", "side"), [(7, 3), (3, 40)])
+def test_pieces_and_blocks_of_the_cpu_twin_meet(monkeypatch, batch, side, channels_last):
+    """More samples than a piece takes, and than a float32 sum takes, in one batch entry or in several."""
+    from fastmatch.kernels.cpu import moments as twin
+
+    monkeypatch.setattr(twin, "ROWS", 16)
+    monkeypatch.setattr(twin, "LEAST", 8)
+    monkeypatch.setattr(twin, "PIECE", 50 * 6)
+    generator = fresh_generator()
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    a, b = (normal(generator, batch, c, side, side).cpu().contiguous(memory_format=layout) for c in (6, 4))
+    check(moments(a + 2, b - 1, cross=("ab", "aa", "bb"), backend="cpu"), a + 2, b - 1)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_inputs_are_taken_as_they_are(backend, dtype):

@@ -126,6 +126,9 @@ def test_merging_in_place(backend):
     got = permute_merge([a, b], [0.5, 0.5], [None, rows], [None, columns], out=a, backend=backend)
     assert got is a
     torch.testing.assert_close(a, wanted, rtol=1e-6, atol=1e-6)
+    kept, into = a.clone(), b.clone()
+    permute_merge([a, into], [0.25, 0.75], [rows, None], [columns, None], out=into, backend=backend)
+    torch.testing.assert_close(into, 0.25 * kept[rows][:, columns] + 0.75 * b, rtol=1e-6, atol=1e-6)
     with pytest.raises(ValueError, match="out: shares memory"):
         permute_merge([a, b], [0.5, 0.5], [None, rows], out=b, backend=backend)
 
