@@ -72,11 +72,11 @@ class Alignment:
 
     def invert(self) -> Alignment:
         """The alignment that undoes this one."""
-        return Alignment(invert(self.permutations), self.spec)
+        return Alignment(invert(self.permutations, self.spec), self.spec)
 
     def compose(self, then: Alignment) -> Alignment:
         """One alignment equal to applying this one and then ``then``."""
-        return Alignment(compose(self.permutations, then.permutations), self.spec)
+        return Alignment(compose(self.permutations, then.permutations, self.spec), self.spec)
 
     def save(self, path: str | Path, *, force: bool = False) -> None:
         """Writes permutations and spec as .safetensors; an existing file is replaced only with ``force``."""
@@ -97,6 +97,7 @@ def align(
     method: str | None = None,
     spec: PermutationSpec | None = None,
     groups: list[str] | None = None,
+    residual: bool = True,
     start: Mapping[str, torch.Tensor] | None = None,
     seed: int = 0,
     max_sweeps: int = 100,
@@ -128,6 +129,7 @@ def align(
             Their options are in :mod:`fastmatch.matching.fisher` and :mod:`fastmatch.matching.straight_through`.
         spec: which axes move together, instead of tracing.
         groups: names of the groups to match; all where left out.
+        residual: False leaves residual streams where they are: they move nearly every weight at once.
         start, seed, max_sweeps, tolerance, include: of weight matching, see
             :func:`fastmatch.matching.weights.match_weights`.
         similarity, read, several, forward: of activation matching, see
@@ -164,6 +166,8 @@ def align(
         spec = PermutationSpec.trace(model_a, example_inputs)
     if groups is not None:
         spec = spec.select(groups)
+    if not residual:
+        spec = spec.select([name for name in spec.groups if name not in spec.residual()])
     check_spec(spec, a, "model_a")
     if not spec.groups:
         warnings.warn(
@@ -185,7 +189,7 @@ def align(
         raise ValueError("mix: needs data, from which the activations' share comes, and no other method")
     if method == "weights":
         matching = match_weights(a, b, spec, **by_weights)
-        return Alignment(matching.permutations, spec, matching)
+        return Alignment({**spec.identity(), **matching.permutations}, spec, matching)
     if data is None:
         raise ValueError(f"data: method {method!r} needs a loader")
     if not isinstance(model_a, nn.Module) or not isinstance(model_b, nn.Module):
@@ -213,7 +217,7 @@ def align(
         raise ValueError("start: activation matching solves each group once and takes no start")
     else:
         matching = match_activations(model_a, model_b, spec, data, **by_activations)
-    return Alignment(matching.permutations, spec, matching)
+    return Alignment({**spec.identity(), **matching.permutations}, spec, matching)
 
 
 def align_many(
@@ -292,4 +296,5 @@ def align_many(
         permutations, matching = match_mean(states, spec, max_rounds=max_rounds, **options)
     else:
         permutations, matching = match_universe(states, spec, **options)
-    return [Alignment(p, spec, replace(matching, permutations=p)) for p in anchored(permutations, reference)]
+    found_all = anchored(permutations, reference, spec)
+    return [Alignment(p, spec, replace(matching, permutations=p)) for p in found_all]

@@ -124,7 +124,7 @@ def align_command(args: argparse.Namespace) -> None:
         verify(model_b, spec, example)
     options: dict[str, Any] = {
         "spec": spec, "seed": args.seed, "max_sweeps": args.max_sweeps, "include": args.include,
-        "groups": args.groups, "method": args.method,
+        "groups": args.groups, "residual": args.residual, "method": args.method,
     }  # fmt: skip
     if args.data:
         from fastmatch.renorm.command import loader_of
@@ -282,6 +282,9 @@ def parser() -> argparse.ArgumentParser:
         help="of activations",
     )
     command.add_argument("--groups", nargs="+", help="match only these groups")
+    command.add_argument(
+        "--no-residual", dest="residual", action="store_false", help="leave residual streams where they are"
+    )
     command.add_argument("--include", default="affine", choices=("weights", "affine", "statistics"))
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--max-sweeps", type=int, default=100)

@@ -3,20 +3,38 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from fastmatch.merge import with_state
 from fastmatch.permute import apply_permutations
 from fastmatch.spec import Permutations, PermutationSpec
-from fastmatch.spec.trace import arguments_of, tensors_returned
+from fastmatch.spec.trace import arguments_of, outputs_named, plain_operations
 from fastmatch.states import state_of
 
-__all__ = ["Verification", "in_double", "largest_difference", "outputs_of", "verify"]
+__all__ = ["Verification", "Wide", "in_double", "largest_difference", "outputs_of", "verify"]
+
+
+class Wide(TorchFunctionMode):
+    """Turns a model's own casts to float32 into casts to float64: norms and rotary tables are full of them."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        def widen(value: Any) -> Any:
+            return torch.float64 if value is torch.float32 else value
+
+        if not any(
+            isinstance(x, torch.Tensor) for x in args
+        ):  # a new tensor, such as one to read a file into
+            return func(*args, **(kwargs or {}))
+        func = torch.Tensor.double if func is torch.Tensor.float else func
+        return func(*map(widen, args), **{k: widen(v) for k, v in (kwargs or {}).items()})
 
 
 @dataclass(frozen=True)
@@ -33,6 +51,7 @@ def verify(
     example_inputs: Any,
     *,
     kwargs: Mapping[str, Any] | None = None,
+    outputs: Sequence[str] | None = None,
     seed: int = 0,
     tolerance: float = 1e-10,
 ) -> Verification:
@@ -43,6 +62,7 @@ def verify(
         spec: which axes move together.
         example_inputs: a tensor or a tuple of positional inputs.
         kwargs: keyword inputs.
+        outputs: which outputs to compare, as for :meth:`PermutationSpec.trace`; all where left out.
         seed: of the random permutations.
         tolerance: largest difference allowed, relative to the largest output.
 
@@ -58,7 +78,7 @@ def verify(
     double = copy.deepcopy(model).double().eval()
     generator = torch.Generator().manual_seed(seed)
     try:
-        expected = outputs_of(double, args, keywords)
+        expected = outputs_of(double, args, keywords, outputs)
     except RuntimeError as error:
         raise ValueError(
             f"model: does not run in float64 on the example inputs ({error}); "
@@ -70,12 +90,13 @@ def verify(
             "give other inputs, or pass verify=False to go on without the proof"
         )
     permutations = spec.random(generator)
-    error = _error(double, spec, permutations, args, keywords, expected)
+    error = _error(double, spec, permutations, args, keywords, expected, outputs)
     if not error <= tolerance:
         guilty = {
             name: alone
             for name, perm in permutations.items()
-            if not (alone := _error(double, spec, {name: perm}, args, keywords, expected)) <= tolerance
+            if not (alone := _error(double, spec, {name: perm}, args, keywords, expected, outputs))
+            <= tolerance
         }
         named = ", ".join(f"{n!r} (relative error {e:.2g})" for n, e in guilty.items()) or "several together"
         raise ValueError(
@@ -96,10 +117,12 @@ def in_double(value: Any) -> Any:
     return value
 
 
-def outputs_of(model: nn.Module, args: Any, kwargs: Any) -> list[torch.Tensor]:
-    """Every output as float64; integers and truth values count too."""
-    with torch.no_grad():
-        outputs = [t.detach() for t in tensors_returned(model(*args, **kwargs))]
+def outputs_of(
+    model: nn.Module, args: Any, kwargs: Any, names: Sequence[str] | None = None
+) -> list[torch.Tensor]:
+    """Every output as float64; integers and truth values count too. The model's own casts to float32 are widened."""
+    with torch.no_grad(), Wide(), plain_operations(model, "eager"):
+        outputs = [t.detach() for t in outputs_named(model(*args, **kwargs), names)]
     return [(torch.view_as_real(t) if t.is_complex() else t).to(torch.float64, copy=True) for t in outputs]
 
 
@@ -110,9 +133,10 @@ def _error(
     args: Any,
     kwargs: Any,
     expected: list[torch.Tensor],
+    outputs: Sequence[str] | None,
 ) -> float:
     moved = with_state(model, apply_permutations(state_of(model, "model"), spec, permutations))
-    return largest_difference(expected, outputs_of(moved, args, kwargs))
+    return largest_difference(expected, outputs_of(moved, args, kwargs, outputs))
 
 
 def largest_difference(expected: list[torch.Tensor], outputs: list[torch.Tensor]) -> float:

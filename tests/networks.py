@@ -194,7 +194,7 @@ class Tied(nn.Module):
 
 
 class Unruly(nn.Module):
-    """An operation without a rule (sort) stands between two layers."""
+    """An operation without a rule (a Fourier transform) stands between two layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -203,7 +203,7 @@ class Unruly(nn.Module):
         self.third = nn.Linear(16, 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.sort(F.relu(self.first(x)), dim=-1).values
+        x = torch.fft.fft(F.relu(self.first(x)), dim=-1).abs()
         return self.third(F.relu(self.second(x)))
 
 
@@ -241,17 +241,26 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, in
         {"stem": 8, "stage1.0.conv1": 8, "stage1.1.conv1": 8, "stage2.0.conv1": 16, "stage2.0.conv2": 16,
          "stage2.1.conv1": 16},
     ),
-    "depthwise separable": (Depthwise, IMAGE, {"stem": 8, "point": 12, "expand": 2}),
+    "depthwise separable": (Depthwise, IMAGE, {"stem": 8, "point": 12, **{f"expand[{k}]": 2 for k in range(12)}}),
     "dense": (Dense, IMAGE, {"stem": 6, "layers.0.2": 4, "layers.1.2": 4, "layers.2.2": 4, "transition": 9}),
     "inception": (Inception, IMAGE, {"one": 4, "three.0": 5, "three.2": 6, "pool.1": 7, "out": 8}),
-    "grouped": (Grouped, IMAGE, {"stem": 3, "stem.2": 4, "grouped": 6}),
+    "grouped": (Grouped, IMAGE, {"stem": 3, **{f"stem.2[{k}]": 4 for k in range(3)}, **{f"grouped[{k}]": 6 for k in range(3)}}),
     "functional": (
-        Functional, VECTOR, {"first": 6, "first.2": 10, "gated": 10, "last": 2, "last.2": 4}
+        Functional, VECTOR, {"first": 6, "first.2": 10, "gated": 10, "last": 2, "last.2[0]": 4, "last.2[1]": 4}
     ),
     "tied": (Tied, VECTOR, {"up": 20}),
     "unruly": (Unruly, VECTOR, {"second": 16}),
     "encoder": (
-        Encoder, VECTOR, {"embed": 16, "body.layers.0.linear1": 24, "body.layers.1.linear1": 24}
+        Encoder,
+        VECTOR,
+        {"embed": 16, **{
+            name: size
+            for layer in ("body.layers.0", "body.layers.1")
+            for name, size in {
+                f"{layer}.self_attn": 4, **{f"{layer}.self_attn.{n}[{k}]": 4 for n in (2, 3) for k in range(4)},
+                f"{layer}.linear1": 24,
+            }.items()
+        }},
     ),
 }  # fmt: skip
 

@@ -42,7 +42,7 @@ def test_a_model_merged_with_itself_is_itself(name, rule):
     model, x = build(name, seed)
     model, x = model.double(), x.double()
     data = inputs_like(x)
-    count = len(fm.PermutationSpec.trace(model, x).groups)
+    count = len(fm.PermutationSpec.trace(model, x).flat().groups)
     for start_at in (0, count // 2):
         found = fm.merge_partial([model, model], x, data, rule=rule, start_at=start_at)
         torch.testing.assert_close(
@@ -69,7 +69,8 @@ def test_named_groups_stay_apart(rule):
 def test_permute_from_the_start_is_align_and_merge(name):
     (a, b), x = two(name, fresh_seed())
     data = inputs_like(x)
-    alignment = fm.align(a, b, x, data=data)
+    spec = fm.PermutationSpec.trace(a, x).flat()  # whole heads stay, their channels move
+    alignment = fm.align(a, b, x, data=data, spec=spec)
     merged = fm.merge([a, alignment.apply(b)], [0.3, 0.7])
     found = fm.merge_partial([a, b], x, data, rule="permute", weights=[0.3, 0.7])
     theirs = merged.state_dict()
@@ -90,7 +91,7 @@ def test_identity_from_the_start_is_a_plain_average(name):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_kept_apart_to_the_end_it_is_the_ensemble(name):
     (a, b), x = two(name, fresh_seed())
-    count = len(fm.PermutationSpec.trace(a, x).groups)
+    count = len(fm.PermutationSpec.trace(a, x).flat().groups)
     # Nothing is merged, so no data is needed.
     found = fm.merge_partial([a, b], x, rule="zip", start_at=count, weights=[0.25, 0.75])
     expected = run(fm.Ensemble([a, b], [0.25, 0.75]), x)
@@ -174,7 +175,7 @@ def test_the_merge_saves_copies_and_exports(name, rule, tmp_path):
         inputs_like(x),
         rule=rule,
         start_at=1,
-        apart=[list(fm.PermutationSpec.trace(a, x).groups)[-1]],
+        apart=[list(fm.PermutationSpec.trace(a, x).flat().groups)[-1]],
     ).model
     expected = run(model, x)
     torch.save(model, tmp_path / "whole.pt")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from networks import NETWORKS, build, fresh_seed
 
 import fastmatch as fm
+from fastmatch.merge import merge_states
 from fastmatch.permute import apply_permutations, compose, invert
 
 
@@ -32,11 +35,31 @@ def test_inverse_and_composition(name):
     p, q = spec.random(generator), spec.random(generator)
     state = model.state_dict()
     there = apply_permutations(state, spec, p)
-    back = apply_permutations(there, spec, invert(p))
+    back = apply_permutations(there, spec, invert(p, spec))
     assert all(torch.equal(back[k], v) for k, v in state.items())
     both = apply_permutations(there, spec, q)
-    at_once = apply_permutations(state, spec, compose(p, q))
+    at_once = apply_permutations(state, spec, compose(p, q, spec))
     assert all(torch.equal(both[k], at_once[k]) for k in state)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_kernel_of_large_tensors_moves_what_torch_does(name, monkeypatch):
+    seed = fresh_seed()
+    model, x = build(name, seed)
+    spec = fm.PermutationSpec.trace(model, x)
+    perms = spec.random(torch.Generator().manual_seed(seed))
+    for dtype in (torch.float32, torch.bfloat16):
+        state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()}
+        plain = apply_permutations(state, spec, perms)
+        merged = merge_states([plain, state], [0.25, 0.75])
+        with monkeypatch.context() as patch:
+            patch.setattr("fastmatch.permute.LARGE", 1)
+            patch.setattr(sys.modules["fastmatch.merge"], "LARGE", 1)  # fm.merge is the function
+            moved = apply_permutations(state, spec, perms)
+            by_kernel = merge_states([plain, state], [0.25, 0.75])
+        for key, tensor in plain.items():
+            assert torch.equal(moved[key], tensor), key
+            torch.testing.assert_close(by_kernel[key], merged[key])
 
 
 def test_ties_stay_ties():

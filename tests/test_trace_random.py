@@ -47,12 +47,13 @@ def taps_checked(net: nn.Module, x: torch.Tensor) -> int:
         for tap in spec.taps:
             places.setdefault((tap.op, tap.role, tap.axis.dim), []).append(tap)
         for (op, role, dim), taps in places.items():
-            values, others = (s[taps[0]].movedim(dim, -1) for s in seen)
-            index = torch.arange(values.shape[-1])
+            values, others = seen[0][taps[0]].clone(), seen[1][taps[0]].movedim(dim, -1)
             for tap in taps:
+                part, index = tap.axis.slice_of(values), torch.arange(values.shape[dim])
                 positions = tap.axis.positions(spec.groups[tap.group].size)
-                index[positions] = index[positions[:, permutations[tap.group], :]]
-            expected = values[..., index].flatten(0, -2).sort(0).values
+                index[positions] = positions[:, permutations[tap.group], :]
+                part.copy_(part.index_select(dim, index))
+            expected = values.movedim(dim, -1).flatten(0, -2).sort(0).values
             torch.testing.assert_close(
                 others.flatten(0, -2).sort(0).values,
                 expected,

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 
 from fastmatch.align import Alignment
 from fastmatch.checkpoint.journal import Journal, fingerprint
-from fastmatch.checkpoint.reader import Checkpoint
-from fastmatch.checkpoint.structure import bind, trace_config
+from fastmatch.checkpoint.names import Layout, Piece, UnderParameterNames, layout_of
+from fastmatch.checkpoint.reader import CONFIG, Checkpoint
+from fastmatch.checkpoint.structure import bind, build_empty, trace_config
 from fastmatch.checkpoint.writer import write_like
 from fastmatch.files import check_target
 from fastmatch.matching.weights import match_weights
@@ -28,17 +29,31 @@ def journal_path(out: str | Path) -> Path:
     return out.parent / f".{out.name}.journal"
 
 
-@dataclass(frozen=True)
+def layout_for(path: str | Path, checkpoint: Checkpoint, spec: PermutationSpec) -> Layout:
+    """Where a checkpoint's tensors lie in what the spec describes: its own names where the spec is in them."""
+    named = {axis.parameter for group in spec.groups.values() for axis in group.axes}
+    if named <= set(checkpoint) or not (Path(path) / CONFIG).is_file():
+        return {name: Piece(name, tensor.shape) for name, tensor in checkpoint.headers.items()}
+    return layout_of(build_empty(path), checkpoint.headers, str(path))
+
+
 class _Output:
     """Gives the tensors to write: B's aligned, or merged with A's, each named in its errors."""
 
-    a: Checkpoint
-    b: Checkpoint
-    alignment: Alignment
-    weight: float | None
+    def __init__(
+        self, a: Checkpoint, b: Checkpoint, layout: Layout, alignment: Alignment, weight: float | None
+    ) -> None:
+        self.a, self.layout, self.alignment, self.weight = a, layout, alignment, weight
+        self.parameters = UnderParameterNames(b, layout)
+        # A file lists the pieces of an expert's two stacks in turn.
+        self.moved = lru_cache(maxsize=2)(self._moved)
+
+    def _moved(self, name: str) -> torch.Tensor:
+        return permute_tensor(self.parameters[name], name, self.alignment.spec, self.alignment.permutations)
 
     def __call__(self, name: str) -> torch.Tensor:
-        moved = permute_tensor(self.b[name], name, self.alignment.spec, self.alignment.permutations)
+        piece = self.layout[name]
+        moved = self.moved(piece.parameter)[piece.index] if piece.index else self._moved(piece.parameter)
         if self.weight is None:
             return moved
         return merge_states([{name: self.a[name]}, {name: moved}], [1 - self.weight, self.weight])[name]
@@ -51,6 +66,7 @@ def align_checkpoints(
     *,
     spec: PermutationSpec | None = None,
     groups: list[str] | None = None,
+    residual: bool = True,
     merge: float | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
@@ -72,6 +88,7 @@ def align_checkpoints(
         out: a directory for a directory, a file for a file; same shards, config and tokenizer copied from B.
         spec: which axes move together; traced from A's config.json where left out.
         groups: names of the groups to match; all where left out.
+        residual: False leaves residual streams where they are: they move nearly every weight at once.
         merge: write ``(1 - merge) A + merge B`` instead of aligned B.
         dtype: element type to write floating point tensors in; their own where left out.
         device: where the gains are computed.
@@ -101,9 +118,13 @@ def align_checkpoints(
         if not Path(a).is_dir():
             raise ValueError(f"spec: needed, since {a} has no config.json beside it to trace")
         spec = trace_config(a)
-    spec = bind(spec, first.headers, str(a))
+    layout = layout_for(a, first, spec)
+    one, two = (UnderParameterNames(checkpoint, layout) for checkpoint in (first, second))
+    spec = bind(spec, one.headers, str(a))
     if groups is not None:
         spec = spec.select(groups)
+    if not residual:
+        spec = spec.select([name for name in spec.groups if name not in spec.residual()])
     if not spec.groups:
         raise ValueError(f"{a}: nothing in it can be permuted")
     for checkpoint in (first, second):
@@ -111,10 +132,10 @@ def align_checkpoints(
     key = fingerprint(first, second, spec, seed=seed, include=include)
     journal = Journal(journal_path(out), key, spec, resume=resume)
     matching = match_weights(
-        first, second, spec, start=journal.permutations, stale=journal.stale, on_solve=journal.add,
+        one, two, spec, start=journal.permutations, stale=journal.stale, on_solve=journal.add,
         seed=seed, max_sweeps=max_sweeps, include=include, progress=progress, streamed=True,
     )  # fmt: skip
     alignment = Alignment(matching.permutations, spec, matching)
-    write_like(second, out, _Output(first, second, alignment, merge), dtype=dtype, force=force)
+    write_like(second, out, _Output(first, second, layout, alignment, merge), dtype=dtype, force=force)
     journal.remove()
     return alignment

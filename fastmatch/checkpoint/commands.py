@@ -38,7 +38,7 @@ def align_streamed(args: argparse.Namespace) -> None:
         model, built = build_model(args.model)
         spec = PermutationSpec.trace(model, example_from(args.input_shape, built))
     alignment = align_checkpoints(
-        args.a, args.b, args.out, spec=spec, groups=args.groups, merge=args.merge, dtype=_dtype(args.dtype),
+        args.a, args.b, args.out, spec=spec, groups=args.groups, residual=args.residual, merge=args.merge, dtype=_dtype(args.dtype),
         device=args.device or "cpu", resume=args.resume, seed=args.seed, max_sweeps=args.max_sweeps,
         include=args.include, force=args.force,
     )  # fmt: skip

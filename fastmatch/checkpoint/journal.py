@@ -37,7 +37,7 @@ class Journal:
     """
 
     def __init__(self, path: Path, key: str, spec: PermutationSpec, *, resume: bool) -> None:
-        self.path = path
+        self.path, self.spec = path, spec
         self.permutations: Permutations = {}
         self.stale: set[str] | None = None
         lines: list[bytes] = []
@@ -59,15 +59,17 @@ class Journal:
                     "repeat that command, or leave --resume out to begin anew"
                 )
             for record in records[1:]:
-                self.permutations[record["group"]] = torch.tensor(record["permutation"])
+                self.permutations |= {g: torch.tensor(p) for g, p in record["permutations"].items()}
                 self.stale = set(record["stale"])
         except (KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
             raise ValueError(f"{self.path}: not a readable journal ({error!r})") from error
         self.permutations = check_permutations(self.permutations, spec, str(self.path))
 
     def add(self, group: str, permutations: Permutations, stale: set[str]) -> None:
-        """Notes a group's permutation and which groups are still to be solved, safe on disk on return."""
-        record = {"group": group, "permutation": permutations[group].tolist(), "stale": sorted(stale)}
+        """Notes what a group and those within it were solved to and which groups are still stale, safe on disk."""
+        solved = [group, *(g.name for g in self.spec.groups.values() if g.within == group)]
+        table = {name: permutations[name].tolist() for name in solved}
+        record = {"permutations": table, "stale": sorted(stale)}
         with self.path.open("ab") as file:
             file.write(json.dumps(record).encode() + b"\n")
             file.flush()

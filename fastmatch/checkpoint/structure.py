@@ -8,9 +8,10 @@ allow; buffers are made as the model makes them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from torch import nn
 
 from fastmatch.checkpoint.reader import CONFIG, read_json
 from fastmatch.spec import PermutationSpec
+from fastmatch.spec.trace import trace
 from fastmatch.states import State
 
-__all__ = ["bind", "build_empty", "config_inputs", "trace_config"]
+__all__ = ["bind", "build_empty", "compared", "config_inputs", "trace_config"]
 
 BATCH, LENGTH = 2, 16
 
@@ -70,31 +72,61 @@ def build_empty(directory: str | Path) -> nn.Module:
     except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
         raise ValueError(f"{path}: no model can be built from it ({error})") from error
     model.config.use_cache = False
+    if hasattr(model, "set_experts_implementation"):
+        # The grouped product of several experts takes no float64, in which functions are compared.
+        model.set_experts_implementation("eager")
     model.tie_weights()
     return model.eval().float()
 
 
 def config_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Small random inputs for a model by its config: tokens, tokens for both sides, or pictures."""
+    """Small random inputs for a model by its config: tokens, pictures, both, spectra or waves, and a decoder's tokens.
+
+    Raises:
+        ValueError: what the model takes is none of these.
+    """
     config: Any = model.config
     generator = torch.Generator().manual_seed(0)
 
     def tokens() -> torch.Tensor:
         return torch.randint(3, config.get_text_config().vocab_size, (BATCH, LENGTH), generator=generator)
 
-    main = getattr(model, "main_input_name", "input_ids")
-    if main == "input_ids":
-        inputs = {"input_ids": tokens()}
-        if getattr(config, "is_encoder_decoder", False):
-            inputs["decoder_input_ids"] = tokens()
-        return inputs
-    if main == "pixel_values" and getattr(config, "num_channels", None):
-        size = getattr(config, "image_size", 64)
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(BATCH, *shape, generator=generator)
+
+    def pictures() -> torch.Tensor:
+        vision = getattr(config, "vision_config", config)
+        size = getattr(vision, "image_size", 64)
         height, width = (size, size) if isinstance(size, int) else size
-        return {main: torch.randn(BATCH, config.num_channels, height, width, generator=generator)}
-    raise ValueError(
-        f"{CONFIG}: no example inputs are known for {type(model).__name__} ({main}); give a spec"
-    )
+        return noise(vision.num_channels, height, width)
+
+    main = getattr(model, "main_input_name", "input_ids")
+    inputs: dict[str, torch.Tensor] = {}
+    if main == "input_ids":
+        inputs = {main: tokens()}
+        # Two towers that are compared need both inputs; a language model that can see runs without pictures.
+        if hasattr(model, "get_text_features") and hasattr(model, "get_image_features"):
+            inputs["pixel_values"] = pictures()
+    elif main == "pixel_values" and hasattr(getattr(config, "vision_config", config), "num_channels"):
+        inputs = {main: pictures()}
+    elif main == "input_features" and hasattr(config, "max_source_positions"):
+        frames = 2 * config.max_source_positions  # a convolution of stride 2 halves them
+        inputs = {main: noise(config.num_mel_bins, frames)}
+    elif main == "input_values" and hasattr(config, "conv_stride"):
+        samples = LENGTH
+        for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
+            samples = (samples - 1) * stride + kernel
+        inputs = {main: noise(samples)}
+    if not inputs:
+        raise ValueError(
+            f"{CONFIG}: no example inputs are known for {type(model).__name__} ({main}); give a spec"
+        )
+    if (
+        getattr(config, "is_encoder_decoder", False)
+        and "decoder_input_ids" in signature(model.forward).parameters
+    ):
+        inputs["decoder_input_ids"] = tokens()
+    return inputs
 
 
 def _fill(model: nn.Module) -> None:
@@ -124,7 +156,16 @@ def trace_config(directory: str | Path) -> PermutationSpec:
     model = build_empty(directory)
     inputs = config_inputs(model)
     _fill(model)
-    return PermutationSpec.trace(model, (), kwargs=inputs)
+    return trace(model, (), kwargs=inputs, outputs=compared)
+
+
+def compared(output: Any) -> list[str] | None:
+    """Which outputs a checkpoint's users compare: the logits of a model with a head, all of one without.
+
+    The hidden states that an encoder and decoder return beside the logits would hold the residual stream in place.
+    """
+    names = list(output) if isinstance(output, Mapping) else []
+    return [name for name in names if name.startswith("logits")] or None
 
 
 def bind(spec: PermutationSpec, state: State, argument: str) -> PermutationSpec:

@@ -10,31 +10,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
+from fastmatch.checkpoint.names import UnderParameterNames, layout_of
 from fastmatch.checkpoint.reader import Checkpoint
-from fastmatch.checkpoint.structure import build_empty, config_inputs
-from fastmatch.spec.trace import arguments_of, plain_operations, tensors_returned
+from fastmatch.checkpoint.structure import build_empty, compared, config_inputs
+from fastmatch.spec.trace import arguments_of, outputs_named, plain_operations
 from fastmatch.states import check_same_architecture
+from fastmatch.verify import Wide
 
 __all__ = ["CheckpointVerification", "verify_checkpoints"]
-
-
-class _Wide(TorchFunctionMode):
-    """Turns a model's own casts to float32 into casts to float64: norms and rotary tables are full of them."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        def widen(value: Any) -> Any:
-            return torch.float64 if value is torch.float32 else value
-
-        if not any(
-            isinstance(x, torch.Tensor) for x in args
-        ):  # a new tensor, such as one to read a file into
-            return func(*args, **(kwargs or {}))
-        func = torch.Tensor.double if func is torch.Tensor.float else func
-        return func(*map(widen, args), **{k: widen(v) for k, v in (kwargs or {}).items()})
 
 
 @dataclass(frozen=True)
@@ -70,18 +54,21 @@ def verify_checkpoints(
     Raises:
         ValueError: the outputs differ, or the checkpoints do not fit the model.
 
-    Memory: a module's own parameters are read just before it runs and dropped after, so the peak is the
+    Memory: a parameter is read when it is asked for and dropped when its module has run, so the peak is the
     largest module's in ``dtype`` plus activations, whatever the model's size.
     """
     first, second = Checkpoint(a), Checkpoint(b)
     check_same_architecture(first.headers, second.headers, str(a), str(b))
+    states: list[Checkpoint | UnderParameterNames] = [first, second]
     if model is None:
         model = build_empty(a)
         example_inputs, kwargs = (), config_inputs(model)
+        layout = layout_of(model, first.headers, str(a))
+        states = [UnderParameterNames(checkpoint, layout) for checkpoint in (first, second)]
     args, keywords = arguments_of(example_inputs, kwargs)
     args = tuple(_cast(x, dtype) for x in args)
     keywords = {k: _cast(v, dtype) for k, v in keywords.items()}
-    old, new = (_run(model, c, args, keywords, dtype) for c in (first, second))
+    old, new = (_run(model, c, args, keywords, dtype) for c in states)
     error = max((_difference(x, y) for x, y in zip(old, new, strict=True)), default=float("inf"))
     if not error <= tolerance:
         raise ValueError(
@@ -106,47 +93,54 @@ def _difference(old: torch.Tensor, new: torch.Tensor) -> float:
 
 
 def _run(
-    model: nn.Module, state: Checkpoint, args: Any, kwargs: Any, dtype: torch.dtype
+    model: nn.Module, state: Checkpoint | UnderParameterNames, args: Any, kwargs: Any, dtype: torch.dtype
 ) -> list[torch.Tensor]:
-    wide = _Wide() if dtype == torch.float64 else nullcontext()
-    with torch.no_grad(), plain_operations(), _streamed(model, state, dtype), wide:
-        outputs = tensors_returned(model(*args, **kwargs))
+    wide = Wide() if dtype == torch.float64 else nullcontext()
+    with torch.no_grad(), plain_operations(model, "eager"), _streamed(model, state, dtype), wide:
+        returned = model(*args, **kwargs)
+        outputs = outputs_named(returned, compared(returned))
     return [t.detach().to(torch.float64, copy=True) for t in outputs]
 
 
 @contextmanager
-def _streamed(model: nn.Module, state: Checkpoint, dtype: torch.dtype) -> Iterator[None]:
-    """Inside, each module's parameters and buffers come from ``state`` while it runs; after, all is put back."""
+def _streamed(
+    model: nn.Module, state: Checkpoint | UnderParameterNames, dtype: torch.dtype
+) -> Iterator[None]:
+    """Inside, a parameter comes from ``state`` when it is asked for, until its module has run; after, all is put back.
+
+    Asked for, and not before its module runs: some modules read the parameters of another one that they never call.
+    """
     names = _names(model, state)
     saved = [(m, dict(m._parameters), dict(m._buffers), m.training) for m in model.modules()]
     handles = []
+    plain = nn.Module.__getattr__
 
-    def load(module: nn.Module, *_: Any) -> None:
-        for owner in _owners(module):
-            for table in (owner._parameters, owner._buffers):
-                for key in table:
-                    name = names.get((id(owner), key))
-                    if name is not None:
-                        tensor = _cast(state[name], dtype)
-                        is_parameter = table is owner._parameters
-                        table[key] = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+    def read(module: nn.Module, key: str) -> Any:
+        value = plain(module, key)
+        name = names.get((id(module), key))
+        if name is None or not isinstance(value, nn.Parameter) or not value.is_meta:
+            return value
+        module._parameters[key] = nn.Parameter(_cast(state[name], dtype), requires_grad=False)
+        return module._parameters[key]
 
     def drop(module: nn.Module, *_: Any) -> None:
-        for owner in _owners(module):
+        for owner in module.modules():
             for key, parameter in owner._parameters.items():
-                if parameter is not None:
+                if parameter is not None and not parameter.is_meta:
                     owner._parameters[key] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
     try:
         model.eval()
+        drop(model)
         for module in model.modules():
             for key, buffer in module._buffers.items():
-                module._buffers[key] = _cast(buffer, dtype)
-            handles.append(module.register_forward_pre_hook(load))
+                name = names.get((id(module), key))
+                module._buffers[key] = _cast(buffer if name is None else state[name], dtype)
             handles.append(module.register_forward_hook(drop))
-            drop(module)
+        nn.Module.__getattr__ = read  # type: ignore[method-assign]
         yield
     finally:
+        nn.Module.__getattr__ = plain
         for handle in handles:
             handle.remove()
         for module, parameters, buffers, training in saved:
@@ -155,12 +149,7 @@ def _streamed(model: nn.Module, state: Checkpoint, dtype: torch.dtype) -> Iterat
             module.training = training
 
 
-def _owners(module: nn.Module) -> list[nn.Module]:
-    """Whose parameters a module's forward reads: its own; torch's attention also reads its projection's."""
-    return list(module.modules()) if isinstance(module, nn.MultiheadAttention) else [module]
-
-
-def _names(model: nn.Module, state: Checkpoint) -> dict[tuple[int, str], str]:
+def _names(model: nn.Module, state: Checkpoint | UnderParameterNames) -> dict[tuple[int, str], str]:
     """(module, own name) -> name in the checkpoint; tied parameters share the one that is there."""
     names: dict[tuple[int, str], str] = {}
     tied: dict[int, str] = {}

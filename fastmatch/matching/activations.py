@@ -16,6 +16,7 @@ from fastmatch.assignment import linear_sum_assignment
 from fastmatch.batches import Forward, batches_of, default_forward, evaluating
 from fastmatch.matching.batch_pearson import BatchPearson
 from fastmatch.matching.cca import Canonical
+from fastmatch.matching.nested import best_orders
 from fastmatch.matching.weights import Matching
 from fastmatch.moments import SIMILARITIES as POOLED
 from fastmatch.moments import CrossMoments
@@ -27,6 +28,9 @@ __all__ = ["READ", "SEVERAL", "SIMILARITIES", "best_permutation", "match_activat
 
 SIMILARITIES = (*POOLED, "batch-correlation", "cca")
 """How alike two units are: of pooled moments, as published (:class:`BatchPearson`), or whitened (:class:`Canonical`)."""
+
+Reading: TypeAlias = tuple[Tap, ...]
+"""Where the activations of a group are read, or of all groups of a family in one tensor."""
 
 Moments: TypeAlias = CrossMoments | BatchPearson | Canonical
 OTHERS = {"batch-correlation": BatchPearson, "cca": Canonical}
@@ -74,18 +78,33 @@ def match_activations(
 
     Memory: per tap one n x n float64 matrix and one batch of activations.
     """
-    gains = similarities(
+    gains = _similarities(
         model_a, model_b, spec, data, similarity=similarity, read=read, several=several, forward=forward,
         progress=progress,
     )  # fmt: skip
-    permutations: Permutations = {}
+    permutations: Permutations = spec.identity()
+    families: dict[str, list[tuple[str, ...]]] = {}
+    for (outer, _), members in spec.families().items():
+        families.setdefault(outer, []).append(members)
     before = after = 0.0
-    for name, gain in progress_bar(list(gains.items()), "assignment", show=progress):
-        col_ind = best_permutation(gain)
-        before += float(gain.diagonal().sum())
-        after += float(gain.cpu().gather(1, col_ind[:, None]).sum())
-        permutations[name] = col_ind
-    return Matching(permutations, "activations", (before, after), solves=len(spec.groups))
+    for name in progress_bar(spec.roots(), "assignment", show=progress):
+        within = [members for members in families.get(name, ()) if members in gains]
+        if within:
+            units = spec.groups[name].size
+            found = [best_orders(gains[members], units) for members in within]
+            value = torch.stack([optima for _, optima in found]).sum(dim=0)
+            outer = best_permutation(value)
+            permutations[name] = outer
+            for members, (orders, _) in zip(within, found, strict=True):
+                before += float(gains[members].diagonal().sum())
+                permutations |= {m: orders[i, outer[i]] for i, m in enumerate(members)}
+            after += float(value.gather(1, outer[:, None]).sum())
+        else:
+            gain = gains[name,]
+            permutations[name] = best_permutation(gain)
+            before += float(gain.diagonal().sum())
+            after += float(gain.cpu().gather(1, permutations[name][:, None]).sum())
+    return Matching(permutations, "activations", (before, after), solves=len(gains))
 
 
 def best_permutation(gain: torch.Tensor) -> torch.Tensor:
@@ -122,7 +141,30 @@ def similarities(
     forward: Forward = default_forward,
     progress: bool | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Per group the (size, size) float64 similarity of A's units to B's; arguments of :func:`match_activations`."""
+    """Per group the (size, size) float64 similarity of A's units to B's; arguments of :func:`match_activations`.
+
+    Groups that hold others are left out: how alike their units are depends on the order of what lies within.
+    """
+    gains = _similarities(
+        model_a, model_b, spec.flat(), data, similarity=similarity, read=read, several=several, forward=forward,
+        progress=progress,
+    )  # fmt: skip
+    return {name: gain for (name,), gain in gains.items()}
+
+
+def _similarities(
+    model_a: nn.Module,
+    model_b: nn.Module,
+    spec: PermutationSpec,
+    data: Iterable[Any],
+    *,
+    similarity: str,
+    read: str,
+    several: str,
+    forward: Forward,
+    progress: bool | None,
+) -> dict[tuple[str, ...], torch.Tensor]:
+    """(group,) or the groups of a family -> the similarity of their units, one group after the other."""
     for name, value, allowed in (
         ("similarity", similarity, SIMILARITIES),
         ("read", read, READ),
@@ -130,20 +172,41 @@ def similarities(
     ):
         if value not in allowed:
             raise ValueError(f"{name}: expected one of {allowed}, got {value!r}")
-    chosen = {group: choose_taps(spec, group, read, several) for group in spec.groups}
-    taps = [t for found in chosen.values() for t in found]
-    moments: dict[Tap, Moments] = {tap: OTHERS.get(similarity, CrossMoments)() for tap in taps}
+    chosen = _readings(spec, read, several)
+    moments: dict[Reading, Moments] = {
+        reading: OTHERS.get(similarity, CrossMoments)() for found in chosen.values() for reading in found
+    }
     _read_moments(model_a, model_b, spec, moments, read, data, forward, progress)
-    gains: dict[str, torch.Tensor] = {}
-    for name in spec.groups:
-        gain = torch.stack([_similarity(moments[tap], similarity) for tap in chosen[name]]).sum(dim=0)
+    gains: dict[tuple[str, ...], torch.Tensor] = {}
+    for names, readings in chosen.items():
+        gain = torch.stack([_similarity(moments[reading], similarity) for reading in readings]).sum(dim=0)
         if not bool(torch.isfinite(gain).all()):
             raise ValueError(
-                f"data: activations of group {name!r} hold NaN or infinity; look for them in the inputs, "
+                f"data: activations of group {names[0]!r} hold NaN or infinity; look for them in the inputs, "
                 "or for overflow in the models"
             )
-        gains[name] = gain
+        gains[names] = gain
     return gains
+
+
+def _readings(spec: PermutationSpec, read: str, several: str) -> dict[tuple[str, ...], list[Reading]]:
+    """Where to read each group, and each family of groups that lie within the units of another."""
+    families = list(spec.families().items())
+    chosen: dict[tuple[str, ...], list[Reading]] = {}
+    for _, members in families:
+        # Whole heads are compared channel by channel: best where their channels keep their order.
+        wide = any(axis.inner > 1 for axis in spec.groups[members[0]].axes)
+        try:
+            lead = choose_taps(spec, members[0], "before" if wide else read, several)
+        except ValueError:  # the rows of an expert are other ones for every token
+            continue
+        by_place = {(t.group, t.op, t.role, t.operand): t for t in spec.taps if t.group in members}
+        chosen[members] = [tuple(by_place[m, t.op, t.role, t.operand] for m in members) for t in lead]
+    held = {outer for (outer, _), members in families if members in chosen}
+    for name in spec.roots():
+        if name not in held:
+            chosen[name,] = [(tap,) for tap in choose_taps(spec, name, read, several)]
+    return chosen
 
 
 def _similarity(moments: Moments, kind: str) -> torch.Tensor:
@@ -171,28 +234,32 @@ def _read_moments(
     model_a: nn.Module,
     model_b: nn.Module,
     spec: PermutationSpec,
-    moments: dict[Tap, Moments],
+    moments: dict[Reading, Moments],
     read: str,
     data: Iterable[Any],
     forward: Forward,
     progress: bool | None,
 ) -> None:
-    """One read of the data with both models; fills ``moments`` at its taps."""
-    taps = list(moments)
+    """One read of the data with both models; fills ``moments`` at their taps."""
+    taps = [reading[0] for reading in moments]  # the others of a family are read from the same tensor
+    readings = {reading[0]: reading for reading in moments}
     rows_a: dict[Tap, torch.Tensor] = {}
 
+    def rows(tap: Tap, tensor: torch.Tensor) -> torch.Tensor:
+        parts = [unit_rows(tensor, t.axis, spec.groups[t.group].size) for t in readings[tap]]
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
     def keep(tap: Tap, tensor: torch.Tensor) -> None:
-        rows_a[tap] = unit_rows(tensor, tap.axis, spec.groups[tap.group].size)
+        rows_a[tap] = rows(tap, tensor)
 
     def pair(tap: Tap, tensor: torch.Tensor) -> None:
-        rows_b = unit_rows(tensor, tap.axis, spec.groups[tap.group].size)
-        moments[tap].update(rows_a.pop(tap), rows_b)
+        moments[readings[tap]].update(rows_a.pop(tap), rows(tap, tensor))
 
     with evaluating(model_a, model_b):
         for batch in batches_of(data, "activation matching", progress=progress):
-            with TapReader(taps, keep, read=read):
+            with TapReader(taps, keep, read=read, model=model_a):
                 forward(model_a, batch)
-            with TapReader(taps, pair, read=read):
+            with TapReader(taps, pair, read=read, model=model_b):
                 forward(model_b, batch)
 
 
@@ -201,7 +268,7 @@ def unit_rows(tensor: torch.Tensor, axis: Axis, size: int) -> torch.Tensor:
 
     Always a copy, since the network may go on to write into ``tensor`` in place.
     """
-    rows = tensor.detach().movedim(axis.dim, -1)
+    rows = axis.slice_of(tensor.detach()).movedim(axis.dim, -1)
     if axis.is_whole(size, rows.shape[-1]):
         rows = rows.reshape(-1, size)
         return (

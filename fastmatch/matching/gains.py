@@ -8,22 +8,23 @@ groups on the tensor's other axes. When m of those units have moved since, the s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
-from fastmatch.permute import dimension_indices, permute_tensor
+from fastmatch.permute import dimension_indices, moved_positions, permute_tensor
 from fastmatch.spec import Axis, Group, Permutations, PermutationSpec
 from fastmatch.states import State, headers_of
 
 __all__ = ["Gains", "unit_rows"]
 
-WORTHWHILE = 0.5
+WORTHWHILE = 0.9
 """Share of a gain's operations above which it is built anew."""
 
-UPDATES = 16
-"""Updates in a row before a gain is built anew, so that their float32 rounding does not pile up."""
+UPDATES = 64
+"""Updates in a row before a gain is built anew, so that their float32 rounding does not pile up: it grows like the
+root of their number, and is that of a build twice over after some 16 (MLP and VGG16, measured)."""
 
 BLOCK = 1 << 23
 """Numbers of a tensor that enter a gain in one piece: copies in the gain's dtype stay small beside it."""
@@ -33,7 +34,7 @@ def unit_rows(
     tensor: torch.Tensor, axis: Axis, size: int, dtype: torch.dtype, units: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The (units, features) matrix of one axis: everything that belongs to a unit, in its row; all units for None."""
-    front = tensor.movedim(axis.dim, 0)
+    front = axis.slice_of(tensor).movedim(axis.dim, 0)
     if axis.is_whole(size, front.shape[0]):
         front = front if units is None else front[units.to(tensor.device)]
         return front.to(dtype).reshape(len(front), -1)
@@ -53,12 +54,25 @@ def _pieces(a: torch.Tensor, b: torch.Tensor, axis: Axis) -> Iterator[tuple[torc
     yield from zip(a.split(step, dim), b.split(step, dim), strict=True)
 
 
+Order = Mapping[int, torch.Tensor]
+"""Dimension -> which of B's positions stand along it; dimensions left out stay as they are."""
+
+
+@dataclass(frozen=True)
+class _Change:
+    """The share of a tensor that moved, along which dimension, and which positions; an infinite share has to be built anew."""
+
+    share: float
+    dim: int
+    units: torch.Tensor
+
+
 @dataclass
 class _Kept:
-    """A gain, the permutations it was computed under, and the updates since it was built."""
+    """A gain, how B's columns were ordered when it was computed, one entry an axis, and the updates since it was built."""
 
     gain: torch.Tensor
-    permutations: Permutations
+    orders: Sequence[Order]
     updates: int = 0
 
 
@@ -77,26 +91,26 @@ class Gains:
 
     def of(self, group: Group, axes: Sequence[Axis], permutations: Permutations) -> torch.Tensor:
         """The (n, n) gain of a group over ``axes`` under the others' permutations; not to be written to."""
+        if any(self.spec.has_slices(axis.parameter) for axis in axes):
+            # What moves in slices only has no one order of columns that an update could follow.
+            return self._build(group, axes, permutations, None)
+        orders = [dimension_indices(axis.parameter, self.spec, permutations, skip=axis) for axis in axes]
         kept = self.kept.get(group.name)
         if kept is not None and kept.updates < UPDATES:
-            changes = [self._change(axis, kept.permutations, permutations) for axis in axes]
-            operations = sum(
-                self.a[x.parameter].numel() * share for x, (share, _, _) in zip(axes, changes, strict=True)
-            )
-            if operations < WORTHWHILE * sum(self.a[x.parameter].numel() for x in axes):
-                for axis, (share, dim, moved) in zip(axes, changes, strict=True):
-                    if share:
-                        self._update(kept.gain, group, axis, dim, moved, kept.permutations, permutations)
-                        kept.updates += 1
-                kept.permutations = dict(permutations)
+            changes = [self._change(*case) for case in zip(axes, kept.orders, orders, strict=True)]
+            sizes = [math.prod(self.spec.shapes[axis.parameter]) for axis in axes]
+            if sum(n * c.share for n, c in zip(sizes, changes, strict=True)) < WORTHWHILE * sum(sizes):
+                moves = list(zip(axes, changes, kept.orders, orders, strict=True))
+                self._update(kept, group, [move for move in moves if move[1].share])
+                kept.orders = orders
                 return kept.gain
         gain = self._build(group, axes, permutations, None if kept is None else kept.gain)
         size = gain.numel() * gain.element_size()
         if kept is not None:
-            self.kept[group.name] = _Kept(gain, dict(permutations))
+            self.kept[group.name] = _Kept(gain, orders)
         elif size <= self.budget:
             self.budget -= size
-            self.kept[group.name] = _Kept(gain, dict(permutations))
+            self.kept[group.name] = _Kept(gain, orders)
         return gain
 
     def _build(
@@ -122,13 +136,14 @@ class Gains:
         dtype = torch.float64 if wide else torch.float32
         vectors: list[tuple[torch.Tensor, torch.Tensor]] = []
         for axis in axes:
-            whole_a = self.a[axis.parameter]
-            whole_b = permute_tensor(
-                self.b[axis.parameter], axis.parameter, self.spec, permutations, skip=axis
+            whole_a = axis.slice_of(self.a[axis.parameter])
+            whole_b = axis.slice_of(
+                permute_tensor(self.b[axis.parameter], axis.parameter, self.spec, permutations, skip=axis)
             )
+            within = replace(axis, at=())
             for part_a, part_b in _pieces(whole_a, whole_b, axis):
-                rows_a = unit_rows(part_a, axis, group.size, dtype)
-                rows_b = unit_rows(part_b, axis, group.size, dtype).to(rows_a.device)
+                rows_a = unit_rows(part_a, within, group.size, dtype)
+                rows_b = unit_rows(part_b, within, group.size, dtype).to(rows_a.device)
                 if rows_a.shape[1] == 1:
                     vectors.append((rows_a, rows_b))
                 else:
@@ -136,44 +151,38 @@ class Gains:
         if vectors:
             yield torch.cat([x for x, _ in vectors], 1), torch.cat([y for _, y in vectors], 1)
 
-    def _change(self, axis: Axis, then: Permutations, now: Permutations) -> tuple[float, int, torch.Tensor]:
-        """(share of the tensor that moved, along which dimension, which positions).
+    def _change(self, axis: Axis, then: Order, now: Order) -> _Change:
+        """What has moved in B; along more than one other dimension it is no change, and the gain is built anew."""
+        moved = moved_positions(now, then, self.spec.shapes[axis.parameter])
+        if not moved:
+            return _Change(0.0, -1, torch.zeros(0, dtype=torch.long))
+        dim, units = moved.popitem()
+        whole = bool(moved) or dim == axis.dim
+        return _Change(math.inf if whole else len(units) / self.spec.shapes[axis.parameter][dim], dim, units)
 
-        What is no change along one other dimension has an infinite share: the gain is built anew.
-        """
-        before = dimension_indices(axis.parameter, self.spec, then, skip=axis)
-        after = dimension_indices(axis.parameter, self.spec, now, skip=axis)
-        share, along, moved = 0.0, -1, torch.zeros(0, dtype=torch.long)
-        for dim in before.keys() | after.keys():
-            length = self.spec.shapes[axis.parameter][dim]
-            positions = torch.arange(length)
-            changed = torch.nonzero(before.get(dim, positions) != after.get(dim, positions)).flatten()
-            if len(changed):
-                several = along >= 0 or dim == axis.dim
-                share, along, moved = math.inf if several else len(changed) / length, dim, changed
-        return share, along, moved
+    def _update(self, kept: _Kept, group: Group, moves: Sequence[tuple[Axis, _Change, Order, Order]]) -> None:
+        """Adds ``A[:, moved] @ (B[:, now] - B[:, then]).T`` of all axes in one product: the gain is read and written once."""
+        factors = [self._moved_rows(group, kept.gain, *move) for move in moves]
+        if factors:
+            rows_a, rows_b = factors[0]
+            if len(factors) > 1:
+                rows_a, rows_b = (torch.cat([factor[side] for factor in factors], 1) for side in range(2))
+            kept.gain.addmm_(rows_a, rows_b.T)
+            kept.updates += 1
 
-    def _update(
-        self,
-        gain: torch.Tensor,
-        group: Group,
-        axis: Axis,
-        dim: int,
-        moved: torch.Tensor,
-        then: Permutations,
-        now: Permutations,
-    ) -> None:
-        """Adds ``A[:, moved] @ (B[:, now] - B[:, then]).T`` along ``dim``."""
-        a, b = self.a[axis.parameter], self.b[axis.parameter]
-        positions = torch.arange(self.spec.shapes[axis.parameter][dim])
+    def _moved_rows(
+        self, group: Group, gain: torch.Tensor, axis: Axis, change: _Change, then: Order, now: Order
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(A's columns that moved, B's as they are less B's as they were), (n, features) each."""
+        a, b, dim, units = self.a[axis.parameter], self.b[axis.parameter], change.dim, change.units
         parts = []
-        for permutations in (now, then):
-            indices = dimension_indices(axis.parameter, self.spec, permutations, skip=axis)
-            part = b.index_select(dim, indices.pop(dim, positions)[moved].to(b.device)).to(gain.dtype)
-            for other, index in indices.items():
-                part = part.index_select(other, index.to(part.device))
+        for order in (now, then):
+            picked = order[dim][units] if dim in order else units
+            part = b.index_select(dim, picked.to(b.device)).to(gain.dtype)
+            for other, index in order.items():
+                if other != dim:
+                    part = part.index_select(other, index.to(part.device))
             parts.append(part)
-        step = parts[0].sub_(parts[1]) if parts[0].dtype != b.dtype else parts[0] - parts[1]
-        a = a.index_select(dim, moved.to(a.device))
-        rows_a, rows_b = (unit_rows(x, axis, group.size, gain.dtype) for x in (a, step))
-        gain.addmm_(rows_a, rows_b.T.to(gain.device))
+        a = a.index_select(dim, units.to(a.device))
+        rows_a, rows_b = (unit_rows(x, axis, group.size, gain.dtype) for x in (a, parts[0] - parts[1]))
+        return rows_a, rows_b.to(gain.device)

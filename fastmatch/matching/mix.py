@@ -42,6 +42,7 @@ def match_mix(
     """
     if not 0 <= alpha < 1:
         raise ValueError(f"alpha: expected a number from 0 to below 1 (activations alone), got {alpha}")
+    spec = spec.flat()
     options = dict(weights or {})
     a, b = state_of(model_a, "model_a"), state_of(model_b, "model_b")
     gains = similarities(model_a, model_b, spec, data, **(activations or {}))

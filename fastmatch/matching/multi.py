@@ -7,6 +7,7 @@ pairs at once over one map a model into a shared order, by Frank-Wolfe (C2M3, Cr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -120,7 +121,7 @@ def match_universe(
     group with the gradient as gain and goes to the best of :data:`STEPS` points towards that vertex, the
     present one among them: the relaxed objective never falls. At the end each map goes to its nearest
     permutation (or all to the identity, where that is better), and :func:`match_mean` improves what single
-    models can still gain.
+    models can still gain, groups that hold others among them: the universe keeps those in place.
 
     Returns:
         One dict of permutations a model, into the universe; a :class:`Matching` with the pairwise objective
@@ -132,10 +133,11 @@ def match_universe(
         raise ValueError(f"max_steps: expected at least 1, got {max_steps}")
     names = _moving(states, spec, include)
     tensors = [{n: s[n].double() for n in names} for s in states]
-    maps = [[torch.eye(g.size, dtype=torch.float64) for g in spec.groups.values()] for _ in states]
+    flat = spec.flat()
+    maps = [[torch.eye(g.size, dtype=torch.float64) for g in flat.groups.values()] for _ in states]
     solves = 0
     for _ in progress_bar(range(max_steps), "Frank-Wolfe", show=progress):
-        value, gradients = _gradient(tensors, spec, maps)
+        value, gradients = _gradient(tensors, flat, maps)
         vertices = [[_vertex(g) for g in model] for model in gradients]
         solves += sum(map(len, vertices))
         points = [
@@ -143,13 +145,18 @@ def match_universe(
             for t in torch.linspace(0, 1, STEPS, dtype=torch.float64)[1:].tolist()
         ]
         with torch.no_grad():
-            values = [float(_relaxed(tensors, spec, point)) for point in points]
+            values = [float(_relaxed(tensors, flat, point)) for point in points]
         best = int(np.argmax(values))
         if not values[best] > value + tolerance * abs(value):
             break
         maps = points[best]
     rounded = [
-        {g: linear_sum_assignment(m, maximize=True)[1] for g, m in zip(spec.groups, model, strict=True)}
+        {
+            **spec.identity(),
+            **{
+                g: linear_sum_assignment(m, maximize=True)[1] for g, m in zip(flat.groups, model, strict=True)
+            },
+        }
         for model in maps
     ]
     identity = [spec.identity() for _ in states]
@@ -208,6 +215,11 @@ def _relaxed(
 
 def _mix_axis(tensor: torch.Tensor, axis: Axis, matrix: torch.Tensor) -> torch.Tensor:
     """``tensor`` with the units of one axis replaced by mixtures: ``new[i] = sum_j matrix[i, j] old[j]``."""
+    if axis.at:
+        whole = tensor.clone()
+        part = axis.slice_of(whole)
+        part.copy_(_mix_axis(part.clone(), replace(axis, at=()), matrix))
+        return whole
     front = tensor.movedim(axis.dim, 0)
     positions = axis.positions(len(matrix))  # (outer, size, inner)
     mixed = torch.einsum("ij,ojk...->oik...", matrix, front[positions])
@@ -215,7 +227,7 @@ def _mix_axis(tensor: torch.Tensor, axis: Axis, matrix: torch.Tensor) -> torch.T
     return front.index_copy(0, positions.flatten(), mixed).movedim(0, axis.dim)
 
 
-def anchored(permutations: list[Permutations], reference: int) -> list[Permutations]:
+def anchored(permutations: list[Permutations], reference: int, spec: PermutationSpec) -> list[Permutations]:
     """The same relative order of all models, with the reference left as it is."""
-    back = invert(permutations[reference])
-    return [compose(p, back) for p in permutations]
+    back = invert(permutations[reference], spec)
+    return [compose(p, back, spec) for p in permutations]

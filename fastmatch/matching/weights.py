@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 import torch
 
 from fastmatch.assignment import Assignment, solve
-from fastmatch.matching.gains import Gains, unit_rows
-from fastmatch.permute import check_permutations, permute_tensor
+from fastmatch.matching.gains import Gains
+from fastmatch.matching.inner import change_of_inner, inner
+from fastmatch.matching.nested import match_nested
+from fastmatch.permute import check_permutations, dimension_indices, permute_tensor
 from fastmatch.progress import progress_bar
 from fastmatch.spec import Axis, Group, Permutations, PermutationSpec
 from fastmatch.states import State, check_spec, headers_of
@@ -24,9 +26,6 @@ __all__ = ["INCLUDE", "Matching", "match_weights", "objective", "weight_scale"]
 INCLUDE = ("weights", "affine", "statistics")
 """What enters the gain, each adding to the one before: matrices and kernels; biases, norm scales and
 shifts (Git Re-Basin's choice); running statistics of batch norm (some published ports)."""
-
-PIECE = 1 << 20
-"""Numbers at a time in float64: the copies stay near the processor, and few operations wait for their threads."""
 
 KEPT = 2
 """Gains kept between solves, at most, in sizes of one model: as much as both models together."""
@@ -72,14 +71,15 @@ def objective(a: State, b: State, spec: PermutationSpec, permutations: Permutati
     total, headers = 0.0, headers_of(a)
     for name in {axis.parameter for g in spec.groups.values() for axis in g.axes}:
         if included(name, headers[name], include):
-            total += _inner(a[name], permute_tensor(b[name], name, spec, permutations))
+            total += _inner(a, b, spec, name, permutations)
     return total
 
 
-def _inner(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The inner product in float64, a piece at a time so that the copies stay in the processor's cache."""
-    pairs = zip(a.flatten().split(PIECE), b.to(a.device).flatten().split(PIECE), strict=True)
-    return sum(float(torch.dot(x.double(), y.double())) for x, y in pairs)
+def _inner(a: State, b: State, spec: PermutationSpec, name: str, permutations: Permutations) -> float:
+    """The inner product of one tensor of A's with the permuted B's."""
+    if spec.has_slices(name):
+        return inner(a[name], permute_tensor(b[name], name, spec, permutations), {})
+    return inner(a[name], b[name], dimension_indices(name, spec, permutations))
 
 
 @dataclass
@@ -93,12 +93,23 @@ class _Problem:
     permutations: Permutations
     bonus: Mapping[str, torch.Tensor] = field(default_factory=dict)
     self_coupled: set[str] = field(default_factory=set)
+    members: dict[str, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for group in self.spec.groups.values():
-            names = [axis.parameter for axis in self.axes(group)]
-            if len(names) != len(set(names)):
+            dims = {(axis.parameter, axis.dim) for axis in self.axes(group)}
+            if len(dims) != len({name for name, _ in dims}):
                 self.self_coupled.add(group.name)
+            self.members.setdefault(self.root(group.name), []).append(group.name)
+
+    def root(self, name: str) -> str:
+        """The group that a group lies within, itself if none: the one that it is solved together with."""
+        return self.spec.groups[name].within or name
+
+    def coupled(self, root: str) -> set[str]:
+        """The roots that share a tensor with ``root`` or a group within it, without itself."""
+        names = {g for member in self.members[root] for g in self.spec.neighbours(member)}
+        return {self.root(g) for g in names} - {root}
 
     def axes(self, group: Group) -> list[Axis]:
         headers = headers_of(self.a)
@@ -117,44 +128,25 @@ class _Problem:
         matrix = self.bonus[name]
         return float(matrix.double().gather(1, permutation.to(matrix.device)[:, None]).sum())
 
-    def improvement(self, group: Group, new: torch.Tensor) -> float:
-        """What the objective gains by moving ``group`` to ``new``, exact to float64 rounding."""
-        old = self.permutations[group.name]
-        earned = self.bonus_of(group.name, new) - self.bonus_of(group.name, old)
-        if group.name in self.self_coupled:
-            # Both axes of one tensor move with this group: the gain matrix is only a linearisation.
-            names = sorted({axis.parameter for axis in self.axes(group)})
-            moved = {**self.permutations, group.name: new}
-            return earned + sum(self._inner(n, moved) - self._inner(n, self.permutations) for n in names)
-        # Only the units that move, in float64: float32 gains alone could promise progress that is rounding.
-        units = torch.nonzero(new != old).flatten()
-        if not len(units):  # nothing to read again
-            return earned
-        return earned + sum(self._step(axis, group.size, units, old, new) for axis in self.axes(group))
+    def improvement(self, new: Permutations) -> float:
+        """What the objective gains by moving the groups of ``new`` to it, exact to float64 rounding.
 
-    def _step(
-        self, axis: Axis, size: int, units: torch.Tensor, old: torch.Tensor, new: torch.Tensor
-    ) -> float:
-        """The inner product of A's ``units`` with B's ``new`` minus its ``old`` ones, on one axis."""
-        a, b = self.a[axis.parameter], self.b[axis.parameter]
-        whole, total = axis.is_whole(size, a.shape[axis.dim]), 0.0
-        if not whole:
-            b = permute_tensor(b, axis.parameter, self.spec, self.permutations, skip=axis)
-        for part in units.split(max(1, PIECE * size // a.numel())):
-            if whole:
-                rows = a.index_select(axis.dim, part.to(a.device)).double()
-                step = b.index_select(axis.dim, new[part].to(b.device)).double()
-                step -= b.index_select(axis.dim, old[part].to(b.device)).double()
-                step = permute_tensor(step, axis.parameter, self.spec, self.permutations, skip=axis)
+        float32 gains alone could promise progress that is rounding, and are only a linearisation where both
+        axes of one tensor move with the group.
+        """
+        changed = {name: p for name, p in new.items() if not torch.equal(p, self.permutations[name])}
+        moved = {**self.permutations, **changed}
+        total = 0.0
+        for name, p in changed.items():
+            total += self.bonus_of(name, p) - self.bonus_of(name, self.permutations[name])
+        for name in sorted({x.parameter for group in changed for x in self.axes(self.spec.groups[group])}):
+            if self.spec.has_slices(name):
+                now, then = (_inner(self.a, self.b, self.spec, name, p) for p in (moved, self.permutations))
+                total += now - then
             else:
-                rows = unit_rows(a, axis, size, torch.float64, part)
-                step = unit_rows(b, axis, size, torch.float64, new[part])
-                step -= unit_rows(b, axis, size, torch.float64, old[part])
-            total += float(torch.dot(rows.flatten(), step.to(rows.device).flatten()))
+                orders = (dimension_indices(name, self.spec, p) for p in (moved, self.permutations))
+                total += change_of_inner(self.a[name], self.b[name], *orders)
         return total
-
-    def _inner(self, name: str, permutations: Permutations) -> float:
-        return _inner(self.a[name], permute_tensor(self.b[name], name, self.spec, permutations))
 
 
 def match_weights(
@@ -219,7 +211,7 @@ def match_weights(
     check_spec(spec, headers_of(b), "model_b")
     problem = _Problem(a, b, spec, include, check_permutations(start or {}, spec, "start"), bonus or {})
     gains = Gains(a, b, spec, budget=0 if streamed else KEPT * problem.size())
-    names = list(spec.groups)
+    names = spec.roots()
     threshold = tolerance * weight_scale(a, b, spec, include)
     generator = np.random.default_rng(seed)
     orders = orders or (generator.permutation(len(names)).tolist() for _ in range(max_sweeps))
@@ -243,17 +235,20 @@ def match_weights(
             axes = problem.axes(group)
             if not axes:  # nothing of this group enters the gain
                 continue
-            gain = gains.of(group, axes, problem.permutations)
-            if name in problem.bonus:
-                gain = gain + problem.bonus[name].to(gain)
-            solved[name] = solve(gain, maximize=True, warm_start=solved.get(name))
-            new = torch.from_numpy(solved[name].col_ind)
+            if len(problem.members[name]) > 1:
+                new = match_nested(a, b, spec, name, axes, problem.permutations)
+            else:
+                gain = gains.of(group, axes, problem.permutations)
+                if name in problem.bonus:
+                    gain = gain + problem.bonus[name].to(gain)
+                solved[name] = solve(gain, maximize=True, warm_start=solved.get(name))
+                new = {name: torch.from_numpy(solved[name].col_ind)}
             solves += 1
-            gained = problem.improvement(group, new)
+            gained = problem.improvement(new)
             if gained > threshold:
-                problem.permutations[name] = new
+                problem.permutations |= new
                 current += gained
-                stale |= spec.neighbours(name)
+                stale |= problem.coupled(name)
                 if name in problem.self_coupled:
                     stale.add(name)
             if on_solve is not None:
@@ -278,5 +273,5 @@ def weight_scale(a: State, b: State, spec: PermutationSpec, include: str) -> flo
     for name in {x.parameter for g in spec.groups.values() for x in problem.axes(g)}:
         for k, state in enumerate((a, b)):
             tensor = state[name]
-            squares[k] += _inner(tensor, tensor)
+            squares[k] += inner(tensor, tensor, {})
     return (squares[0] * squares[1]) ** 0.5

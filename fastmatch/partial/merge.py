@@ -126,7 +126,7 @@ def merge_partial(
         >>> logits = found.model(x)
 
     At the boundary the models' activations are joined in merged units. ``start_at=0`` merges everything:
-    with ``rule="permute"`` that is :func:`fastmatch.align` and :func:`fastmatch.merge`. ``start_at=len(spec.groups)``
+    with ``rule="permute"`` that is :func:`fastmatch.align` and :func:`fastmatch.merge`. ``start_at=len(spec.flat().groups)``
     keeps everything apart and averages the outputs: the ensemble.
 
     Args:
@@ -136,7 +136,7 @@ def merge_partial(
             ``rule="identity"``, nor where nothing is merged.
         rule: ``"identity"``; ``"permute"`` (by correlation, to the first model); ``"zip"`` (ZipIt, Stoica et al.
             2023: the most similar units become one, within a model too); ``"cca"`` (CCA-Merge, Horoi et al. 2024).
-        start_at: a group's name, or its position among ``PermutationSpec.trace(model, x).groups``: what runs
+        start_at: a group's name, or its position among ``PermutationSpec.trace(model, x).flat().groups``: what runs
             before the layer that first produces it stays apart.
         apart: names of further groups whose layers stay apart, wherever they are.
         weights: one a model, positive, of sum one; equal ones where left out.

@@ -23,7 +23,7 @@ class Structure:
 
     Attributes:
         module: the model as ``torch.fx`` sees it; shares the model's parameters.
-        spec: the groups, as :meth:`PermutationSpec.trace` finds them.
+        spec: the groups, as :meth:`PermutationSpec.trace` finds them but for those that hold others (heads).
         values: node name -> the (axis, group) pairs of the tensor it computes.
         containers: names of nodes that compute a tuple, list or dict of tensors.
         inputs: the (parameter, dimension) pairs at which units enter; elsewhere they leave.
@@ -77,6 +77,7 @@ def trace_graph(model: nn.Module, example_inputs: Any) -> Structure:
     except RuntimeError as error:
         raise ValueError(f"example_inputs: the model does not run on them ({error})") from error
     values: dict[str, list[tuple[Axis, str]]] = {name: [] for name in watching[0].tensors}
+    spec = spec.flat()
     for tap in spec.taps:
         if tap.role == "value":
             values[tap.op_name].append((tap.axis, tap.group))

@@ -10,11 +10,14 @@ view's labels are parts of its base's labels. What cannot be expressed is pinned
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
-__all__ = ["Label", "Place", "pin", "places", "product", "split_product", "split_sum", "sum_of", "unify"]
+__all__ = [
+    "NOWHERE", "Label", "Occurrence", "Place", "find", "is_pinned", "occurrences", "pin", "places", "product",
+    "pure_leaves", "segments", "split_product", "split_sum", "sum_of", "unify",
+]  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -25,6 +28,7 @@ class Label:
     kind: str = "leaf"  # "leaf", "same", "product" (factors, outermost first) or "sum" (segments)
     parts: list[Label] = field(default_factory=list)
     pinned: str | None = None
+    follows: Label | None = None  # rows picked by indices into this label: each row knows its position there
 
 
 def find(label: Label) -> Label:
@@ -32,6 +36,14 @@ def find(label: Label) -> Label:
     while label.kind == "same":
         label = label.parts[0]
     return label
+
+
+def is_pinned(label: Label) -> bool:
+    """Whether nothing of ``label`` can move."""
+    label = find(label)
+    if label.kind == "leaf":
+        return label.pinned is not None or label.size <= 1
+    return all(is_pinned(part) for part in label.parts)
 
 
 def _define(leaf: Label, kind: str, parts: list[Label]) -> None:
@@ -222,42 +234,109 @@ def _pin_both(a: Label, b: Label, reason: str) -> None:
     pin(b, reason)
 
 
+NOWHERE = -1
+"""The start of a place that the fields of an axis cannot describe."""
+
+
 @dataclass(frozen=True)
 class Place:
-    """Where a leaf lies along an axis; the fields are those of :class:`fastmatch.spec.Axis`."""
+    """Where a leaf lies along an axis; the fields are those of :class:`fastmatch.spec.Axis`.
+
+    ``instead`` is the id of the leaf in whose place this one was read, 0 if none.
+    """
 
     leaf: Label
     start: int
     outer: int
     stride: int
     inner: int
+    instead: int = 0
 
 
-def places(label: Label) -> list[Place]:
-    """Every leaf of an axis and where it lies; leaves that no such place can describe are pinned."""
-    return list(_places(label, Place(label, 0, 1, 0, 1)))
+def places(
+    label: Label, held: Mapping[int, int] | None = None, swap: Mapping[int, Label] | None = None
+) -> list[Place]:
+    """Every leaf of an axis and where it lies; leaves that no such place can describe are pinned.
+
+    Args:
+        label: of the axis.
+        held: leaf (by id) -> a position along it: only what lies there.
+        swap: leaf (by id) -> the label to read in its place.
+
+    Raises:
+        ValueError: something is held, and what lies there is no such place.
+    """
+    return list(_places(label, Place(label, 0, 1, 0, 1), held or {}, swap or {}))
 
 
-def _places(label: Label, at: Place) -> Iterator[Place]:
-    label = find(label)
+def _places(label: Label, at: Place, held: Mapping[int, int], swap: Mapping[int, Label]) -> Iterator[Place]:
+    label, instead = find(label), at.instead
+    if id(label) in swap:
+        label, instead = find(swap[id(label)]), id(label)
     if label.kind == "leaf":
-        yield Place(label, at.start, at.outer, at.stride, at.inner)
+        yield replace(at, leaf=label, instead=instead)
     elif label.kind == "sum":
         offset = 0
         for part in label.parts:
-            yield from _places(part, Place(part, at.start + offset * at.inner, at.outer, at.stride, at.inner))
+            inside = replace(at, leaf=part, start=at.start + offset * at.inner, instead=instead)
+            yield from _places(part, inside, held, swap)
             offset += part.size
     else:
-        before, after = 1, label.size
+        parts, step, steps = factors(label), label.size * at.inner, []
+        for part in parts:
+            step //= part.size
+            steps.append(step)
+        fixed = [held.get(id(find(part))) for part in parts]
+        start = at.start + sum(f * step for f, step in zip(fixed, steps, strict=True) if f is not None)
+        outer, stride = at.outer, at.stride
+        for k, part in enumerate(parts):
+            if fixed[k] is not None:
+                continue
+            inside = Place(part, start, outer, stride, steps[k], instead)
+            if all(f is None for f in fixed[k + 1 :]):
+                yield from _places(part, inside, held, swap)
+            else:  # its units lie apart from each other, inside what is held
+                yield from (Place(x.leaf, NOWHERE, 1, 0, 1, instead) for x in occurrences(part))
+            if outer > 1 and stride != part.size * steps[k]:
+                # Two repeats with different strides in front of what follows: an Axis has only one.
+                for rest in parts[k + 1 :]:
+                    if held:
+                        raise ValueError("a factor is repeated at two strides")
+                    pin(rest, "a factor repeated at two strides")
+            outer, stride = outer * part.size, steps[k]
+
+
+@dataclass(frozen=True)
+class Occurrence:
+    """A leaf in one dimension, and the leaves that are factors of the same positions."""
+
+    leaf: Label
+    beside: tuple[Label, ...]
+
+
+def pure_leaves(label: Label) -> list[Label]:
+    """The leaves that every position of ``label`` has a coordinate in: its factors that are not sums."""
+    followed = []
+    while label.kind == "same":
+        followed += [label.follows] if label.follows is not None else []
+        label = label.parts[0]
+    followed += [label.follows] if label.follows is not None else []
+    leaves = [leaf for part in label.parts for leaf in pure_leaves(part)] if label.kind == "product" else []
+    if label.kind == "leaf" and label.size > 1:
+        leaves = [label]
+    return leaves + [leaf for label in followed for leaf in pure_leaves(label)]
+
+
+def occurrences(label: Label, beside: tuple[Label, ...] = ()) -> Iterator[Occurrence]:
+    """Every leaf of one dimension with the leaves beside it, once for each segment that it lies in."""
+    label = find(label)
+    if label.kind == "leaf":
+        if label.size > 1:
+            yield Occurrence(label, beside)
+    elif label.kind == "sum":
         for part in label.parts:
-            after //= part.size
-            inner = at.inner * after
-            outer, stride = at.outer, at.stride
-            if before > 1:
-                step = part.size * inner
-                if outer > 1 and stride != before * step:
-                    # Two repeats with different strides in front: an Axis has only one.
-                    pin(part, "a factor repeated at two strides")
-                outer, stride = outer * before, step
-            yield from _places(part, Place(part, at.start, outer, stride, inner))
-            before *= part.size
+            yield from occurrences(part, beside)
+    else:
+        for k, part in enumerate(label.parts):
+            others = [x for j, other in enumerate(label.parts) if j != k for x in pure_leaves(other)]
+            yield from occurrences(part, (*beside, *others))

@@ -201,10 +201,10 @@ def _elementwise(tr: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str,
             if label.size != out_shape[offset + dim]:
                 continue  # broadcast: alike along this axis
             seen = labels[offset + dim]
-            if seen is None:
-                labels[offset + dim] = label
-            else:
+            if seen is not None:
                 unify(seen, label, name)
+            if seen is None or label.follows is not None:
+                labels[offset + dim] = label
     result = [label if label is not None else Label(n) for label, n in zip(labels, out_shape, strict=True)]
     if not tr.knows(out):
         tr.set(out, result)
@@ -255,6 +255,9 @@ def _regroup(tr: Tracer, name: str, source: torch.Tensor, out: torch.Tensor) -> 
                 given.append(sizes[j])
                 right *= sizes[j]
                 j += 1
+        if len(taken) == len(given) == 1:
+            result += taken
+            continue
         split = split_product(taken, given)
         if split is None:
             for label in taken:
@@ -273,6 +276,28 @@ def _view(tr: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], 
 def _singleton(tr: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     kept = iter([label for label in tr.labels(args[0]) if label.size != 1])
     tr.set(out, [Label(1) if n == 1 else next(kept) for n in out.shape])
+
+
+@rule("as_strided", "as_strided_")
+def _as_strided(tr: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    labels = tr.labels(args[0])
+    # Only other strides for axes of one position: pooling marks its results as channels-last that way.
+    if [x.size for x in labels] != list(args[1]):
+        raise NotImplementedError("another view of the memory")
+    tr.set(out, labels)
+
+
+@rule("view_as_complex", "_conj", "resolve_conj", "conj_physical")
+def _complex(tr: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    labels = tr.labels(args[0])
+    for label in labels[out.ndim :]:
+        pin(label, name)  # real and imaginary part
+    tr.set(out, labels[: out.ndim])
+
+
+@rule("view_as_real", "_view_as_real")
+def _real(tr: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    tr.set(out, [*tr.labels(args[0]), Label(2, pinned=name)])
 
 
 @rule("t", "transpose", "permute", "numpy_T", "swapaxes", "t_", "transpose_", "swapaxes_")
@@ -304,23 +329,6 @@ def _repeat(tr: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     labels = tr.labels(args[0])
     padded = [Label(1)] * (out.ndim - len(labels)) + labels
     tr.set(out, [product([Label(n // x.size), x]) for x, n in zip(padded, out.shape, strict=True)])
-
-
-@rule("select")
-def _select(tr: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-    labels = tr.labels(args[0])
-    dim = args[1] % len(labels)
-    pin(labels[dim], name)
-    tr.set(out, labels[:dim] + labels[dim + 1 :])
-
-
-@rule("unbind")
-def _unbind(tr: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-    labels = tr.labels(args[0])
-    dim = _dim(args, kwargs, 1, 0) % len(labels)
-    pin(labels[dim], name)
-    for part in out:
-        tr.set(part, labels[:dim] + labels[dim + 1 :])
 
 
 def _cut(name: str, label: Label, sizes: Sequence[int]) -> list[Label]:
@@ -403,6 +411,9 @@ def _contract(
     batch = a[:-2]
     for x, y in zip(batch, b[:-2], strict=True):
         unify(x, y, name)
+    batch = [y if y.follows is not None else x for x, y in zip(batch, b[:-2], strict=True)]
+    tr.contract(a[-1], batch)
+    tr.contract(b[-2], batch)
     labels = [*batch, a[-2], b[-1]]
     if tr.is_data(left) and not tr.is_data(right):
         tr.mark_contracted(b[-2])
@@ -424,6 +435,7 @@ def _mm(tr: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], ou
 def _mv(tr: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     a, b = tr.labels(args[0]), tr.labels(args[1])
     unify(a[-1], b[0], name)
+    tr.contract(a[-1])
     tr.set(out, a[:-1])
 
 
@@ -449,6 +461,7 @@ def _linear(tr: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     bias = args[2] if len(args) > 2 else kwargs.get("bias")
     if bias is not None:
         unify(weight[0], tr.labels(bias)[0], name)
+    tr.contract(inputs[-1])
     tr.mark_contracted(weight[1])
     tr.tap("consumed", data, 0, inputs, dims=(len(inputs) - 1,))
     tr.tap("produced", out, -1, labels, dims=(len(labels) - 1,))
@@ -485,7 +498,9 @@ def _convolution(tr: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str,
             return
         unify(channels[0], filters[0], name)
         unify(channels[1], per_group, name)
+        tr.contract(per_group, [filters[0]])
         result = outer
+    tr.contract(x[lead])
     if bias is not None:
         unify(result, tr.labels(bias)[0], name)
     spatial = fresh(out.shape[lead + 1 :], f"{name} (spatial)")
@@ -517,6 +532,7 @@ def _batch_norm(tr: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str, 
 def _layer_norm(tr: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     labels = tr.labels(args[0])
     count = len(args[1])
+    tr.mixed(labels, set(range(len(labels) - count, len(labels))))
     for tensor in args[2:4]:
         if isinstance(tensor, torch.Tensor):
             for mine, label in zip(labels[-count:], tr.labels(tensor), strict=True):
@@ -538,6 +554,7 @@ def _group_norm(tr: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str, 
     if split is None:
         pin(labels[1], name)
         split = fresh((groups, labels[1].size // groups), name)
+    tr.contract(split[0])
     first, *others = tensors_in(out)
     tr.set(first, labels)
     for tensor in others:
@@ -546,7 +563,60 @@ def _group_norm(tr: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str, 
 
 @rule("_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax")
 def _softmax(tr: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-    tr.set(out, tr.labels(args[0]))  # symmetric along its axis
+    labels = tr.labels(args[0])
+    dim = _dim(args, kwargs, 1, -1) % max(len(labels), 1)
+    tr.mixed(labels, {dim})
+    tr.set(out, labels)  # symmetric along its axis
+
+
+@rule(
+    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_attention_math", "_scaled_dot_product_attention_math_for_mps",
+    "_scaled_dot_product_fused_attention_overrideable", "scaled_dot_product_attention",
+)  # fmt: skip
+def _attention(tr: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    query, key, value = (tr.labels(t) for t in args[:3])
+    lead = len(query) - 3
+    for d in range(lead):
+        unify(query[d], key[d], name)
+    for d in range(lead + 1):
+        unify(key[d], value[d], name)
+    # Several query heads may share a key head: they lie next to each other.
+    shared = [key[lead].size, query[lead].size // key[lead].size]
+    split = split_product([query[lead]], shared)
+    if split is None:
+        pin(query[lead], name)
+        pin(key[lead], name)
+    else:
+        unify(split[0], key[lead], name)
+    unify(query[-1], key[-1], name)
+    unify(key[-2], value[-2], name)
+    tr.contract(query[-1], query[: lead + 1])
+    tr.contract(key[-1], key[: lead + 1])
+    tr.contract(key[-2], key[: lead + 1])
+    causal = kwargs.get("is_causal", args[4] if len(args) > 4 and isinstance(args[4], bool) else False)
+    if causal or any(arg is True for arg in args[3:]):
+        pin(query[-2], name)
+        pin(key[-2], name)
+    masks = [t for t in tensors_in((args[3:], kwargs)) if t.ndim >= 2]
+    scores = [*query[:-1], key[-2]]
+    for mask in masks:
+        _add_broadcast(tr, name, mask, scores)
+    first, *others = tensors_in(out)
+    tr.set(first, [*query[:-1], value[-1]])
+    for tensor in others:
+        tr.set(tensor, fresh(tensor.shape, name))
+
+
+@rule("_weight_norm_interface", "_weight_norm")
+def _weight_norm(tr: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    labels = tr.labels(args[0])
+    dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % len(labels)
+    _add_broadcast(tr, name, args[1], labels)
+    for tensor in tensors_in(out):
+        tr.set(tensor, [x if x.size == n else Label(n) for x, n in zip(labels, tensor.shape, strict=True)])
+    tr.contract(labels[dim])
 
 
 @rule(

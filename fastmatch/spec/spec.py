@@ -8,7 +8,7 @@ reads these classes; :mod:`fastmatch.spec.trace` makes them from a model.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -28,7 +28,9 @@ class Axis:
     ``start + o * stride + i * inner + k`` for ``o < outer`` and ``k < inner``. The plain case
     (``start=0, outer=1, inner=1``) is a dimension whose length is the group's size. ``inner`` is the
     block of a flatten (49 for 512x7x7), ``start`` the segment of a concatenation, ``outer`` and
-    ``stride`` a factor that repeats in front (groups of a grouped convolution, heads).
+    ``stride`` a factor that repeats in front (groups of a grouped convolution, heads). ``at`` holds
+    (dimension, start, length) of other dimensions: the units lie only in that slice of the tensor
+    (the hidden units of one expert, in a tensor that stacks all experts').
     """
 
     parameter: str
@@ -37,6 +39,13 @@ class Axis:
     outer: int = 1
     stride: int = 0
     inner: int = 1
+    at: tuple[tuple[int, int, int], ...] = ()
+
+    def slice_of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The part of the parameter that the units lie in: a view with as many dimensions, the whole without ``at``."""
+        for dim, start, length in self.at:
+            tensor = tensor.narrow(dim, start, length)
+        return tensor
 
     def positions(self, size: int) -> torch.Tensor:
         """LongTensor (outer, size, inner): the positions of every unit along the dimension."""
@@ -52,7 +61,7 @@ class Axis:
 
     def is_whole(self, size: int, length: int) -> bool:
         """Whether the group is the whole dimension, one position a unit."""
-        return self.start == 0 and self.outer == 1 and self.inner == 1 and size == length
+        return self.start == 0 and self.outer == 1 and self.inner == 1 and size == length and not self.at
 
     def label(self) -> str:
         """Short form for tables: ``fc.weight:1`` or ``fc.weight:1[0+49]``."""
@@ -62,16 +71,25 @@ class Axis:
             text += f", block {self.inner}" if self.inner > 1 else ""
             text += f", {self.outer} times every {self.stride}" if self.outer > 1 else ""
             text += "]"
+        for dim, start, length in self.at:
+            text += f" in {start}:{start + length} of axis {dim}"
         return text
 
 
 @dataclass(frozen=True)
 class Group:
-    """Hidden units that move together: ``size`` units at every one of ``axes``."""
+    """Hidden units that move together: ``size`` units at every one of ``axes``.
+
+    With ``within``, the units lie inside unit ``block`` of that group: channels inside a head. Their permutation is
+    that of what lies there *after* the outer group has moved: block ``i`` of the result is block ``outer[i]`` of
+    the model, its units in the order of this group's permutation.
+    """
 
     name: str
     size: int
     axes: tuple[Axis, ...]
+    within: str = ""
+    block: int = -1
 
 
 @dataclass(frozen=True)
@@ -134,6 +152,8 @@ class PermutationSpec:
         for name, group in self.groups.items():
             if name != group.name:
                 raise ValueError(f"groups: key {name!r} does not match the group's own name {group.name!r}")
+            if group.within and group.within not in self.groups:
+                raise ValueError(f"group {name!r} lies within {group.within!r}, which is no group")
             for axis in group.axes:
                 shape = self.shapes.get(axis.parameter)
                 if shape is None:
@@ -149,7 +169,12 @@ class PermutationSpec:
 
     @classmethod
     def trace(
-        cls, model: torch.nn.Module, example_inputs: Any, *, kwargs: Mapping[str, Any] | None = None
+        cls,
+        model: torch.nn.Module,
+        example_inputs: Any,
+        *,
+        kwargs: Mapping[str, Any] | None = None,
+        outputs: Sequence[str] | None = None,
     ) -> PermutationSpec:
         """The spec of ``model``, from the ATen operations it runs on ``example_inputs``.
 
@@ -160,14 +185,16 @@ class PermutationSpec:
             model: any torch module; it is run once in eval mode without gradients and left as it was.
             example_inputs: a tensor, or a tuple of positional inputs. A batch of 2 is enough.
             kwargs: keyword inputs.
+            outputs: which of the model's outputs are held in place, by attribute or key (``["logits"]``); all of
+                them where left out, the hidden states that some models return beside them included.
 
         Raises:
-            ValueError: the model has no parameters, or does not run on the example.
+            ValueError: the model has no parameters, does not run on the example, or returns no such output.
         """
         from fastmatch.spec.trace import trace
 
         try:
-            return trace(model, example_inputs, kwargs=kwargs)
+            return trace(model, example_inputs, kwargs=kwargs, outputs=outputs)
         except RuntimeError as error:
             raise ValueError(f"example_inputs: the model does not run on them ({error})") from error
 
@@ -175,10 +202,57 @@ class PermutationSpec:
         """Every (axis, group name) of one parameter; empty when nothing moves in it."""
         return self._by_parameter.get(parameter, ())
 
+    def has_slices(self, parameter: str) -> bool:
+        """Whether some group moves in a slice of the parameter only."""
+        return any(axis.at for axis, _ in self.axes_of(parameter))
+
     def neighbours(self, group: str) -> set[str]:
         """The groups that share a parameter with ``group``, without itself."""
         names = {g for axis in self.groups[group].axes for _, g in self.axes_of(axis.parameter)}
         return names - {group}
+
+    def families(self) -> dict[tuple[str, int], tuple[str, ...]]:
+        """(outer group, running number) -> the groups within it, one for each of its units, in order.
+
+        A group of heads may have several families: its query heads' channels, its value channels.
+        """
+        found: dict[tuple[str, int], list[str]] = {}
+        counts: dict[str, int] = {}
+        for name, group in self.groups.items():
+            if group.within:
+                counts[group.within] = counts.get(group.within, 0) + (group.block == 0)
+                found.setdefault((group.within, counts[group.within] - 1), []).append(name)
+        return {key: tuple(names) for key, names in found.items()}
+
+    def roots(self) -> list[str]:
+        """The groups that lie within no other."""
+        return [name for name, group in self.groups.items() if not group.within]
+
+    def residual(self) -> tuple[str, ...]:
+        """The groups that several layers with different inputs write to: residual streams, tied through all of them.
+
+        Read from the taps, so empty for a spec that was not traced.
+        """
+        consumed: dict[int, set[str]] = {}
+        produced: dict[str, set[int]] = {}
+        for tap in self.taps:
+            if tap.role == "consumed":
+                consumed.setdefault(tap.op, set()).add(tap.group)
+            elif tap.role == "produced":
+                produced.setdefault(tap.group, set()).add(tap.op)
+        holding = {group.within for group in self.groups.values()}
+        return tuple(
+            name
+            for name, group in self.groups.items()
+            if not group.within
+            and name not in holding
+            and len({frozenset(consumed.get(op, ())) for op in produced.get(name, ())}) > 1
+        )
+
+    def flat(self) -> PermutationSpec:
+        """Without groups that hold others: what lies within them moves where it is, for methods that solve no pairs."""
+        outer = {group.within for group in self.groups.values()}
+        return self.select([name for name in self.groups if name not in outer])
 
     def select(self, names: list[str] | tuple[str, ...]) -> PermutationSpec:
         """The same spec with only the named groups free to move."""
@@ -186,6 +260,13 @@ class PermutationSpec:
         if missing:
             raise ValueError(f"groups: {missing} not in the spec; it has {list(self.groups)}")
         keep = {n: self.groups[n] for n in self.groups if n in set(names)}
+        whole = {
+            member
+            for (outer, _), family in self.families().items()
+            if outer in keep and keep.keys() >= set(family)
+            for member in family
+        }
+        keep = {n: g if n in whole else replace(g, within="", block=-1) for n, g in keep.items()}
         return replace(self, groups=keep, taps=tuple(t for t in self.taps if t.group in keep))
 
     def identity(self) -> Permutations:
@@ -201,10 +282,7 @@ class PermutationSpec:
         return json.dumps(
             {
                 "format": "fastmatch-spec-1",
-                "groups": [
-                    {"name": g.name, "size": g.size, "axes": [_axis_to_list(a) for a in g.axes]}
-                    for g in self.groups.values()
-                ],
+                "groups": [_group_to_dict(g) for g in self.groups.values()],
                 "shapes": {k: list(v) for k, v in self.shapes.items()},
                 "pins": [[p.parameter, p.dim, p.reason] for p in self.pins],
                 "taps": [
@@ -222,12 +300,17 @@ class PermutationSpec:
             if data["format"] != "fastmatch-spec-1":
                 raise ValueError(f"unknown format {data['format']!r}")
             groups = {
-                g["name"]: Group(g["name"], int(g["size"]), tuple(Axis(*a) for a in g["axes"]))
+                g["name"]: Group(
+                    g["name"],
+                    int(g["size"]),
+                    tuple(_axis_from_list(a) for a in g["axes"]),
+                    *g.get("within", ()),
+                )
                 for g in data["groups"]
             }
             shapes = {k: tuple(int(n) for n in v) for k, v in data["shapes"].items()}
             pins = tuple(Pin(*p) for p in data["pins"])
-            taps = tuple(Tap(*[*t[:5], Axis(*t[5])]) for t in data["taps"])
+            taps = tuple(Tap(*[*t[:5], _axis_from_list(t[5])]) for t in data["taps"])
         except (KeyError, TypeError, IndexError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"not a fastmatch spec: {error!r}") from error
         return cls(groups, shapes, pins, taps)
@@ -247,5 +330,16 @@ class PermutationSpec:
         return "\n".join(lines)
 
 
+def _group_to_dict(g: Group) -> dict[str, Any]:
+    table = {"name": g.name, "size": g.size, "axes": [_axis_to_list(a) for a in g.axes]}
+    return {**table, "within": [g.within, g.block]} if g.within else table
+
+
 def _axis_to_list(a: Axis) -> list[Any]:
-    return [a.parameter, a.dim, a.start, a.outer, a.stride, a.inner]
+    plain = [a.parameter, a.dim, a.start, a.outer, a.stride, a.inner]
+    return [*plain, [list(x) for x in a.at]] if a.at else plain
+
+
+def _axis_from_list(values: list[Any]) -> Axis:
+    at = tuple((int(dim), int(start), int(length)) for dim, start, length in (values[6:] or [[]])[0])
+    return Axis(*values[:6], at)

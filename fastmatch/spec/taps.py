@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmatch.spec.spec import Tap
@@ -22,13 +23,19 @@ class TapReader(TorchDispatchMode):
         receive: called as ``receive(tap, tensor)`` the moment the tensor is there; it must copy what it
             keeps, since the model may write into the tensor afterwards.
         read: ``"before"`` or ``"after"`` the nonlinearity, for taps at one.
+        model: the one that will run; it takes the operations that it was traced with.
 
     Raises:
         RuntimeError: the model ran another operation where a tap expects one, or ended before a tap.
     """
 
     def __init__(
-        self, taps: Iterable[Tap], receive: Callable[[Tap, torch.Tensor], None], *, read: str = "after"
+        self,
+        taps: Iterable[Tap],
+        receive: Callable[[Tap, torch.Tensor], None],
+        *,
+        read: str = "after",
+        model: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self._taps: dict[int, list[Tap]] = {}
@@ -36,7 +43,7 @@ class TapReader(TorchDispatchMode):
             self._taps.setdefault(tap.op, []).append(tap)
         self._receive, self._read = receive, read
         self._op = -1
-        self._plain = plain_operations()
+        self._plain = plain_operations(model)
 
     def __enter__(self) -> TapReader:
         self._plain.__enter__()
