@@ -611,9 +611,10 @@ def _attention(tr: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str, A
 
 @rule("_weight_norm_interface", "_weight_norm")
 def _weight_norm(tr: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-    labels = tr.labels(args[0])
-    dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % len(labels)
-    _add_broadcast(tr, name, args[1], labels)
+    direction, magnitude, *dims = args
+    labels = tr.labels(direction)
+    dim = (dims[0] if dims else kwargs.get("dim", 0)) % len(labels)
+    _add_broadcast(tr, name, magnitude, labels)
     for tensor in tensors_in(out):
         tr.set(tensor, [x if x.size == n else Label(n) for x, n in zip(labels, tensor.shape, strict=True)])
     tr.contract(labels[dim])

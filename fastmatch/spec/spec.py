@@ -342,4 +342,4 @@ def _axis_to_list(a: Axis) -> list[Any]:
 
 def _axis_from_list(values: list[Any]) -> Axis:
     at = tuple((int(dim), int(start), int(length)) for dim, start, length in (values[6:] or [[]])[0])
-    return Axis(*values[:6], at)
+    return Axis(*values[:6], at=at)
