@@ -85,6 +85,7 @@ def dense_rows(
         for kind in (*asked, *trained):
             cost = trained[kind] if kind in trained else problem(kind, n, seed=1)
             row = {"kind": kind, "n": n, "dtype": str(cost.dtype), "seconds": {}, "wrong": {}}
+            row["machine"] = kept["machine"]["cpu"]
             values = {}
             for name, solver in {**ours, **peers}.items():
                 if (kind, name) in out:
@@ -114,7 +115,7 @@ def dense_rows(
     return rows
 
 
-def factor_rows(n: int, d: int) -> list[dict]:
+def factor_rows(n: int, d: int, cpu: str) -> list[dict]:
     rows = []
     g = np.random.default_rng(2)
     for kind in ("independent", "sibling"):
@@ -135,7 +136,7 @@ def factor_rows(n: int, d: int) -> list[dict]:
         taken = time.perf_counter() - start
         rows.append(
             {
-                "kind": kind, "n": n, "d": d, "seconds": taken, "product_seconds": product, "ratio": taken / product,
+                "kind": kind, "n": n, "d": d, "machine": cpu, "seconds": taken, "product_seconds": product, "ratio": taken / product,
                 "gap": found.gap, "gap_bound": found.gap_bound, "stats": dict(found.stats),
                 "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             }
@@ -144,7 +145,7 @@ def factor_rows(n: int, d: int) -> list[dict]:
     return rows
 
 
-def stack_row(batch: int, n: int) -> dict:
+def stack_row(batch: int, n: int, cpu: str) -> dict:
     stack = np.random.default_rng(3).standard_normal((batch, n, n)).astype(np.float32)
     solve_batched(stack[:2])
     seconds, values = {}, {}
@@ -160,6 +161,7 @@ def stack_row(batch: int, n: int) -> dict:
     row = {
         "batch": batch,
         "n": n,
+        "machine": cpu,
         "seconds": seconds,
         "fastest": fastest,
         "ratio": others[fastest] / seconds[OURS],
@@ -177,6 +179,13 @@ def table(kept: dict) -> str:
     lines = [f"CPU {kept['machine']['cpu']}, {kept['machine']['cores']} cores, load average {kept['machine']['load']:.1f} at the start (other work on the machine counts in it). Versions: "
              + ", ".join(f"{k} {v}" for k, v in kept["machine"]["versions"].items()) + ".", ""]  # fmt: skip
     rows = sorted(kept.get("dense", []), key=lambda r: r["n"])
+    # Rows may come from several sittings: a ratio is of one sitting always, the processor is said by row.
+    processors = list(
+        dict.fromkeys(r["machine"] for part in ("dense", "factor", "stack") for r in kept.get(part, []))
+    )
+    mark = {name: "" if len(processors) == 1 else f" [{i}]" for i, name in enumerate(processors, 1)}
+    if len(processors) > 1:
+        lines += ["Rows measured on: " + ", ".join(f"{name}{mark[name]}" for name in processors) + ".", ""]
     names = list(dict.fromkeys(k for r in rows for k in r["seconds"]))
     if rows:
         lines += ["| instance | n | " + " | ".join(names) + " | fastest peer / fastmatch | reads of the matrix |",
@@ -188,7 +197,7 @@ def table(kept: dict) -> str:
         ]
         reads = r["stats"]["reads"] / r["n"]
         lines.append(
-            f"| {r['kind']} | {r['n']} | "
+            f"| {r['kind']}{mark[r['machine']]} | {r['n']} | "
             + " | ".join(cells)
             + f" | {r.get('ratio', math.nan):.2f} | {reads:.2f} |"
         )
@@ -207,10 +216,10 @@ def table(kept: dict) -> str:
         ]
         for r in kept["factor"]:
             lines.append(
-                f"| {r['kind']} | {r['n']} | {r['d']} | {r['seconds']:.1f} | {r['product_seconds']:.1f} | {r['ratio']:.2f} | {r['gap']:.1e} | {r['gap_bound']:.1e} | {r['peak_mb']:.0f} |"
+                f"| {r['kind']}{mark[r['machine']]} | {r['n']} | {r['d']} | {r['seconds']:.1f} | {r['product_seconds']:.1f} | {r['ratio']:.2f} | {r['gap']:.1e} | {r['gap_bound']:.1e} | {r['peak_mb']:.0f} |"
             )
     for r in kept.get("stack", []):
-        lines += ["", f"{r['batch']} problems of {r['n']} x {r['n']}: "
+        lines += ["", f"{r['batch']} problems of {r['n']} x {r['n']}{mark[r['machine']]}: "
                   + ", ".join(f"{k} {t:.2f} s" for k, t in r["seconds"].items())
                   + f"; fastest peer / fastmatch {r['ratio']:.2f}."]  # fmt: skip
     return "\n".join(lines) + "\n"
@@ -231,11 +240,11 @@ def main() -> None:
     if given.command == "run":
         kept["machine"] = machine()
         if "factor" in given.parts:  # first: peak memory is the process's
-            kept["factor"] = factor_rows(given.factor, 256)
+            kept["factor"] = factor_rows(given.factor, 256, kept["machine"]["cpu"])
         if "dense" in given.parts:
             dense_rows(given.sizes, given.budget, kept, given.peers, given.kinds)
         if "stack" in given.parts:
-            kept["stack"] = [stack_row(given.batch, 128)]
+            kept["stack"] = [stack_row(given.batch, 128, kept["machine"]["cpu"])]
         keep(kept)
     RESULTS.with_suffix(".md").write_text(table(kept))
 
