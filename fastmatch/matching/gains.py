@@ -69,10 +69,10 @@ class _Change:
 
 @dataclass
 class _Kept:
-    """A gain, how B's columns were ordered when it was computed, one entry an axis, and the updates since it was built."""
+    """A gain, how B's columns were ordered along each axis when it was computed, and the updates since it was built."""
 
     gain: torch.Tensor
-    orders: Sequence[Order]
+    orders: Mapping[Axis, Order]
     updates: int = 0
 
 
@@ -94,14 +94,21 @@ class Gains:
         if any(self.spec.has_slices(axis.parameter) for axis in axes):
             # What moves in slices only has no one order of columns that an update could follow.
             return self._build(group, axes, permutations, None)
-        orders = [dimension_indices(axis.parameter, self.spec, permutations, skip=axis) for axis in axes]
+        orders = {
+            axis: dimension_indices(axis.parameter, self.spec, permutations, skip=axis) for axis in axes
+        }
         kept = self.kept.get(group.name)
-        if kept is not None and kept.updates < UPDATES:
-            changes = [self._change(*case) for case in zip(axes, kept.orders, orders, strict=True)]
-            sizes = [math.prod(self.spec.shapes[axis.parameter]) for axis in axes]
-            if sum(n * c.share for n, c in zip(sizes, changes, strict=True)) < WORTHWHILE * sum(sizes):
-                moves = list(zip(axes, changes, kept.orders, orders, strict=True))
-                self._update(kept, group, [move for move in moves if move[1].share])
+        if kept is not None and kept.updates < UPDATES and kept.orders.keys() <= orders.keys():
+            changes = {axis: self._change(axis, then, orders[axis]) for axis, then in kept.orders.items()}
+            sizes = {axis: math.prod(self.spec.shapes[axis.parameter]) for axis in changes}
+            if sum(n * changes[axis].share for axis, n in sizes.items()) < WORTHWHILE * sum(sizes.values()):
+                moves = [
+                    (axis, change, kept.orders[axis], orders[axis])
+                    for axis, change in changes.items()
+                    if change.share
+                ]
+                self._update(kept, group, moves)
+                self._add(kept.gain, group, [x for x in axes if x not in kept.orders], permutations)
                 kept.orders = orders
                 return kept.gain
         gain = self._build(group, axes, permutations, None if kept is None else kept.gain)
@@ -123,6 +130,13 @@ class Gains:
             out.addmm_(rows_a, rows_b.T, beta=min(k, 1))
         assert out is not None, f"group {group.name!r} was given no axes"
         return out
+
+    def _add(
+        self, gain: torch.Tensor, group: Group, axes: Sequence[Axis], permutations: Permutations
+    ) -> None:
+        """Adds the share of axes that are new to a gain."""
+        for rows_a, rows_b in self._pairs(group, axes, permutations):
+            gain.addmm_(rows_a.to(gain.dtype), rows_b.T.to(gain.dtype))
 
     def _pairs(
         self, group: Group, axes: Sequence[Axis], permutations: Permutations
