@@ -21,3 +21,7 @@ def test_the_weight_matching_figures_are_the_committed_runs():
     text = (ROOT / "README.md").read_text()
     for side in ("published", "fastmatch"):
         assert f"{record[side]['objective']:.4f}" in text
+
+
+def test_the_placement_table_is_the_committed_runs():
+    assert (ROOT / "bench/results/placement.md").read_text() in (ROOT / "docs/matching.md").read_text()
