@@ -112,12 +112,12 @@ def _blocks(tiles: Tiles) -> dict[str, int]:
     return {"BLOCK_M": tiles.rows, "BLOCK_N": tiles.columns, "BLOCK_K": tiles.depth}
 
 
-def _matmul_cases(target: Target) -> Iterator[Case]:
-    for precision, both in MATMUL[target.name].items():
+def _matmul_cases(target: Target, which: slice) -> Iterator[Case]:
+    for precision, sizes in MATMUL[target.name].items():
         dtype = "bf16" if precision == "half" else "fp32"
         asked = "ieee" if precision == "half" else precision
         matrix = precision != "ieee" or target.backend == "hip"
-        for tiles in both:
+        for tiles in dict.fromkeys(sizes[which]):
             for variant, gathered, count in (
                 ("plain", False, 1),
                 ("gathered", True, 1),
@@ -175,10 +175,10 @@ def _matmul_cases(target: Target) -> Iterator[Case]:
                     )
 
 
-def _cross_cases(target: Target) -> Iterator[Case]:
-    for precision, both in CROSS[target.name].items():
+def _cross_cases(target: Target, which: slice) -> Iterator[Case]:
+    for precision, sizes in CROSS[target.name].items():
         for tiles, (layout_name, layout), dtype, statistics in itertools.product(
-            dict.fromkeys(both), LAYOUTS.items(), ("fp32", "bf16"), (True, False)
+            dict.fromkeys(sizes[which]), LAYOUTS.items(), ("fp32", "bf16"), (True, False)
         ):
             yield Case(
                 "moments" if statistics else "moments, one model",
@@ -357,9 +357,13 @@ def _memory_cases(target: Target) -> Iterator[Case]:
 
 def cases(target: Target) -> list[Case]:
     """Every configuration that the launchers may pick on ``target``: aligned data, and strides and pointers of any kind."""
-    bfloat = [*_matmul_cases(target), *_cross_cases(target), *_memory_cases(target)]
-    aligned = bfloat + [_float16(case) for case in bfloat if _uses(case, "*bf16")]
-    return aligned + [_unaligned(case) for case in bfloat]
+    memory = list(_memory_cases(target))
+    known, unknown = (
+        [*_matmul_cases(target, which), *_cross_cases(target, which), *memory]
+        for which in (slice(2), slice(2, 3))
+    )
+    aligned = known + [_float16(case) for case in known if _uses(case, "*bf16")]
+    return aligned + [_unaligned(case) for case in unknown]
 
 
 def _uses(case: Case, pointer: str) -> bool:
@@ -511,13 +515,16 @@ def _run(*command: str) -> str:
 
 
 def compile_all(names: list[str], quick: bool) -> list[Compiled]:
-    """All cases of the named targets; ``quick`` keeps one variant of each operation, precision and target."""
+    """All cases of the named targets; ``quick`` keeps one variant of each operation and precision, and of each product
+    an unaligned one."""
     results = []
     for name in names:
         seen = set()
         for case in cases(TARGETS[name]):
-            key = (case.op, case.precision, "half" in case.precision)
-            if quick and (key in seen or (case.precision != "-" and case.tiles.rows == 64)):
+            product, unaligned = case.precision != "-", case.variant.endswith("unaligned")
+            key = (case.op, case.precision, unaligned)
+            small = case.tiles.rows == 64 and not unaligned
+            if quick and (key in seen or (product and small) or (unaligned and not product)):
                 continue
             seen.add(key)
             results.append(compile_case(case, TARGETS[name]))

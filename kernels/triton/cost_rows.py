@@ -31,6 +31,7 @@ from fastmatch.kernels.triton.tiles import (
     Tiles,
     ceil_div,
     dot_precision,
+    factors_aligned,
     matmul_tiles,
     precision_of,
     target_of,
@@ -206,7 +207,7 @@ def _reduce(
         return index, best, cost, outside
     v32 = v.float().contiguous()
     key = precision_of(a[0].dtype, precision)
-    tiles = matmul_tiles(n, m, key, target)
+    tiles = matmul_tiles(n, m, key, target, aligned=factors_aligned(*a, *b))
     tiles_n = ceil_div(m, tiles.columns)
     few = few_of(min(k, m), tiles_n)
     candidates = tiles_n * few

@@ -16,6 +16,7 @@ from fastmatch.kernels.triton.product import product_tile
 from fastmatch.kernels.triton.tiles import (
     ceil_div,
     dot_precision,
+    factors_aligned,
     matmul_tiles,
     precision_of,
     target_of,
@@ -117,7 +118,7 @@ def gain(
         out.copy_(wide)
         return
     key = precision_of(a[0].dtype, precision)
-    tiles = matmul_tiles(n, m, key, target)
+    tiles = matmul_tiles(n, m, key, target, aligned=factors_aligned(*a, *b))
     _gain_kernel[(ceil_div(n, tiles.rows) * ceil_div(m, tiles.columns),)](
         tuple(a),
         tuple(b),

@@ -32,6 +32,7 @@ from fastmatch.kernels.triton.tiles import (
     Tiles,
     ceil_div,
     dot_precision,
+    is_aligned,
     matmul_tiles,
     target_of,
 )
@@ -271,7 +272,9 @@ def _cross(
     b, b_sizes, b_strides, b_stride_c, b_dims = sample_layout(b, dim)
     channels_a, channels_b = cross.shape
     samples = a_sizes[0] * a_sizes[1] * a_sizes[2]
-    tiles = matmul_tiles(channels_a, channels_b, precision, target, CROSS)
+    numbers = (*a_sizes, *a_strides, a_stride_c, *b_sizes, *b_strides, b_stride_c)
+    aligned = is_aligned((a, b), numbers)
+    tiles = matmul_tiles(channels_a, channels_b, precision, target, CROSS, aligned=aligned)
     grid = (ceil_div(channels_a, tiles.rows), ceil_div(channels_b, tiles.columns))
     # One chunk a program: a loop over chunks would keep the accumulator's addresses in registers.
     chunks = ceil_div(samples, CHUNK)

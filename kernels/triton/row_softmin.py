@@ -19,7 +19,14 @@ from fastmatch.kernels.reference.row_softmin import soft_minimum
 from fastmatch.kernels.triton.cost_rows import GROUP
 from fastmatch.kernels.triton.gain import check_dtypes, grouped_tile
 from fastmatch.kernels.triton.product import product_tile
-from fastmatch.kernels.triton.tiles import ceil_div, dot_precision, matmul_tiles, precision_of, target_of
+from fastmatch.kernels.triton.tiles import (
+    ceil_div,
+    dot_precision,
+    factors_aligned,
+    matmul_tiles,
+    precision_of,
+    target_of,
+)
 
 __all__ = ["row_softmin"]
 
@@ -90,7 +97,7 @@ def row_softmin(
     n, m = len(a[0]), len(v)
     target = target_of(v.device)
     key = precision_of(a[0].dtype, precision)
-    tiles = matmul_tiles(n, m, key, target)
+    tiles = matmul_tiles(n, m, key, target, aligned=factors_aligned(*a, *b))
     tiles_n = ceil_div(m, tiles.columns)
     part = torch.empty(n, tiles_n, device=v.device)
     if part.numel():

@@ -1,11 +1,14 @@
 """Tile sizes, picked in plain Python from shapes, precision and target, and what is known of the targets.
 
 No autotuner: it needs a driver, and what it may pick could not be compiled and inspected ahead of time.
-Every choice for a product is one of ``MATMUL[target][precision]`` or ``CROSS``; tests compile all of them.
+Every choice for a product is one of ``MATMUL[target][precision]`` or ``CROSS``: for small shapes, for wide ones, and
+for data of which no alignment is known, where each thread holds many addresses: larger tiles spill there. Tests
+compile all of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +24,8 @@ __all__ = [
     "Tiles",
     "ceil_div",
     "dot_precision",
+    "factors_aligned",
+    "is_aligned",
     "matmul_tiles",
     "precision_of",
     "target_of",
@@ -136,45 +141,56 @@ class Tiles:
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
-MATMUL: dict[str, dict[str, tuple[Tiles, ...]]] = {
-    # Small shapes first, wide ones second. IEEE float32 has no matrix unit on NVIDIA: smaller tiles, whose
-    # accumulators and operands fit the registers.
+_ANY = Tiles(128, 64, 32, 8, 2)
+MATMUL: dict[str, dict[str, tuple[Tiles, Tiles, Tiles]]] = {
+    # IEEE float32 has no matrix unit on NVIDIA: smaller tiles, whose accumulators and operands fit the registers.
     "sm_80": {
-        "ieee": (Tiles(64, 64, 16, 8, 3), Tiles(128, 64, 16, 8, 3)),
-        "tf32": (Tiles(64, 64, 32, 4, 3), Tiles(128, 128, 32, 8, 3)),
+        "ieee": (Tiles(64, 64, 16, 8, 3), Tiles(128, 64, 16, 8, 3), Tiles(128, 64, 16, 8, 2)),
+        "tf32": (Tiles(64, 64, 32, 4, 3), Tiles(128, 128, 32, 8, 3), _ANY),
         # Both halves of each factor are in registers here, where wgmma and tcgen05 read shared memory.
-        "bf16x3": (Tiles(64, 64, 32, 8, 3), Tiles(128, 64, 32, 8, 3)),
-        "half": (Tiles(64, 64, 64, 4, 3), Tiles(128, 128, 64, 8, 3)),
+        "bf16x3": (Tiles(64, 64, 32, 8, 3), Tiles(128, 64, 32, 8, 3), _ANY),
+        "half": (Tiles(64, 64, 64, 4, 3), Tiles(128, 128, 64, 8, 3), _ANY),
     },
     # One for all: deeper or wider tiles in half precision spill where nothing is known of strides.
     "gfx942": {
-        p: (Tiles(64, 64, 32, 4, 2), Tiles(128, 64, 32, 8, 2)) for p in ("ieee", "tf32", "bf16x3", "half")
+        p: (Tiles(64, 64, 32, 4, 2), Tiles(128, 64, 32, 8, 2), _ANY)
+        for p in ("ieee", "tf32", "bf16x3", "half")
     },
     "interpreter": {
-        p: (Tiles(32, 32, 32, 4, 1), Tiles(64, 64, 64, 4, 1)) for p in ("ieee", "tf32", "bf16x3", "half")
+        p: (Tiles(32, 32, 32, 4, 1), Tiles(64, 64, 64, 4, 1), Tiles(32, 32, 32, 4, 1))
+        for p in ("ieee", "tf32", "bf16x3", "half")
     },
 }
-MATMUL["sm_90"] = {**MATMUL["sm_80"], "bf16x3": (Tiles(64, 64, 32, 4, 3), Tiles(128, 128, 32, 8, 3))}
-MATMUL["sm_100"] = dict(MATMUL["sm_90"])
+MATMUL["sm_90"] = {
+    **MATMUL["sm_80"],
+    # Four warps, or two pairs of factors spill.
+    "ieee": (Tiles(64, 64, 16, 4, 3), *MATMUL["sm_80"]["ieee"][1:]),
+    "bf16x3": (Tiles(64, 64, 32, 4, 3), Tiles(128, 128, 32, 8, 3), _ANY),
+}
+MATMUL["sm_100"] = {
+    **MATMUL["sm_90"],
+    "ieee": MATMUL["sm_80"]["ieee"],
+    "tf32": (*MATMUL["sm_90"]["tf32"][:2], Tiles(64, 64, 32, 4, 2)),
+}
 
-_UNITS = (Tiles(64, 64, 32, 4, 3), Tiles(128, 64, 32, 8, 2))
-_AMD = (Tiles(64, 64, 32, 8, 2), Tiles(128, 64, 16, 8, 2))
-CROSS: dict[str, dict[str, tuple[Tiles, ...]]] = {
+_UNITS = (Tiles(64, 64, 32, 4, 3), Tiles(128, 64, 32, 8, 2), Tiles(64, 64, 32, 8, 2))
+_AMD = (Tiles(64, 64, 32, 8, 2), Tiles(128, 64, 16, 8, 2), Tiles(128, 64, 16, 8, 2))
+CROSS: dict[str, dict[str, tuple[Tiles, Tiles, Tiles]]] = {
     # Moments keep statistics and two shifts in registers beside the product: 128 x 128 would spill.
     "sm_80": {
-        "ieee": (Tiles(64, 64, 16, 4, 3), Tiles(128, 64, 16, 8, 3)),
+        "ieee": (Tiles(64, 64, 16, 4, 3), Tiles(128, 64, 16, 8, 3), Tiles(64, 64, 16, 8, 2)),
         "tf32": _UNITS,
-        "bf16x3": _UNITS,
+        "bf16x3": (*_UNITS[:2], Tiles(64, 64, 16, 4, 2)),
     },
     "sm_100": {
-        "ieee": (Tiles(64, 64, 16, 8, 3), Tiles(64, 64, 16, 8, 3)),
+        "ieee": (Tiles(64, 64, 16, 8, 3), Tiles(64, 64, 16, 8, 3), Tiles(64, 64, 16, 8, 1)),
         "tf32": _UNITS,
-        "bf16x3": _UNITS,
+        "bf16x3": (*_UNITS[:2], Tiles(64, 64, 16, 4, 2)),
     },
     "gfx942": {"ieee": _AMD, "tf32": _AMD, "bf16x3": _AMD},
     "interpreter": {p: MATMUL["interpreter"][p] for p in PRECISIONS},
 }
-CROSS["sm_90"] = dict(CROSS["sm_80"])
+CROSS["sm_90"] = {**CROSS["sm_80"], "bf16x3": _UNITS}
 
 WIDE = 1024
 """From so many rows and columns the larger tile is used: 64 tiles of 128 x 128."""
@@ -192,13 +208,32 @@ def matmul_tiles(
     columns: int,
     precision: str,
     target: Target,
-    table: dict[str, dict[str, tuple[Tiles, ...]]] = MATMUL,
+    table: dict[str, dict[str, tuple[Tiles, Tiles, Tiles]]] = MATMUL,
+    *,
+    aligned: bool = True,
 ) -> Tiles:
     """The tile for a (rows, columns) output; ``precision`` as :func:`precision_of` gives it."""
-    small, wide = table[target.name][precision]
+    small, wide, unaligned = table[target.name][precision]
+    if not aligned:
+        return unaligned
     if target is INTERPRETER:
         return small if min(rows, columns) < 256 else wide
     return wide if min(rows, columns) >= WIDE else small
+
+
+def is_aligned(tensors: Iterable[torch.Tensor], numbers: Iterable[int]) -> bool:
+    """Whether Triton will know of pointers, strides and sizes what 16-byte loads need: it looks for multiples of 16.
+
+    Args:
+        tensors: what is read by pointer.
+        numbers: strides and sizes; 0 and 1 are constants to the compiler.
+    """
+    return all(x.data_ptr() % 16 == 0 for x in tensors) and all(k in (0, 1) or k % 16 == 0 for k in numbers)
+
+
+def factors_aligned(*factors: torch.Tensor) -> bool:
+    """:func:`is_aligned` of (rows, depth) factors."""
+    return is_aligned(factors, [k for x in factors for k in (*x.stride(), x.shape[1])])
 
 
 def dot_precision(precision: str, target: Target) -> str:

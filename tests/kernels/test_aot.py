@@ -35,9 +35,10 @@ def compiled(tmp_path, target, *options):
 
 def check(rows):
     for row in rows:
-        # On NVIDIA's targets, what is known of no pointer and no stride may spill: slower, and listed in the table.
-        allowed = row["target"] != "gfx942" and "unaligned" in row["variant"] and row["spills"] > 0
-        assert row["faults"] == ([f"{row['spills']} spills"] if allowed else []), row
+        # Passes over memory may spill on NVIDIA's where no pointer and no stride is known: slower, and listed in the table.
+        allowed = row["target"] != "gfx942" and "unaligned" in row["variant"] and row["precision"] == "-"
+        spilled = [f"{row['spills']} spills"] if row["spills"] and allowed else []
+        assert row["faults"] == spilled, row
         assert row["shared"] <= row["shared_limit"]
         assert row["matrix"] > 0 or not row["matrix_expected"]
         assert row["wide_loads"] > 0 or not row["wide_expected"]

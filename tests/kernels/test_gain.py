@@ -141,3 +141,23 @@ A, B = torch.ones(3, 2), torch.ones(4, 2)
 def test_bad_input_is_named(factors, options, error, match):
     with pytest.raises(error, match=match):
         gain(factors, **options)
+
+
+def test_only_whole_vectors_count_as_aligned():
+    from fastmatch.kernels.triton.tiles import MATMUL, TARGETS, factors_aligned, matmul_tiles
+
+    whole = torch.zeros(40, 64)
+    assert factors_aligned(whole, whole[3:])
+    for other in (
+        whole[:, 1:],
+        whole[:, :63],
+        whole.T,
+        torch.zeros(40, 63),
+        whole.flatten()[1:2497].view(39, 64),
+    ):
+        assert not factors_aligned(whole, other)
+    small, wide, unaligned = MATMUL["sm_90"]["half"]
+    target = TARGETS["sm_90"]
+    assert matmul_tiles(64, 4096, "half", target) == small
+    assert matmul_tiles(4096, 4096, "half", target) == wide
+    assert matmul_tiles(4096, 4096, "half", target, aligned=False) == unaligned
