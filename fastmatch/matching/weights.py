@@ -292,8 +292,9 @@ def match_weights(
         current = problem.value()
         if current < trace[0]:
             problem.permutations, current, stale = before, trace[0], set(names)
-            for name in unplaced if on_solve is not None else ():
-                on_solve(name, problem.permutations, stale)
+            if on_solve is not None:
+                for name in unplaced:
+                    on_solve(name, problem.permutations, stale)
         trace.append(current)
     while stale and sweeps < max_sweeps:
         picks = next(orders, None)
