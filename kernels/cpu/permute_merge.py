@@ -1,8 +1,8 @@
 """Permute and merge on CPU: every weight read once, the result written once, no permuted copy between.
 
 A weight is seen as (outer, n1, middle, length): whole runs of ``length`` elements move by the first index;
-within a run, blocks of ``block`` elements by the second. A task takes as many runs as fill 8 bytes an element,
-which stay in cache: what moves within them moves for all at once, as integers. They are summed in short parts.
+within a run, blocks of ``block`` elements by the second. Runs are taken as many at a time as fill 16 bytes an
+element: what moves within them moves for all at once, as integers, in cache. More than two are summed in short parts.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numba
 import numpy as np
 import torch
 from fastmatch.kernels.cpu.half import HALF, decode, encode
+from fastmatch.kernels.cpu.lanes import BYTES, transpose
 from fastmatch.kernels.reference import permute_merge as reference
 
 __all__ = ["permute_merge"]
@@ -21,65 +22,82 @@ __all__ = ["permute_merge"]
 PART = 1024
 """Elements of a run that are summed before they are written."""
 
-
-@numba.njit(cache=True, nogil=True)
-def _pack(weight, sources, words):
-    """Word j holds element j of each run in ``sources``, the first lowest: 8 bytes are moved for one index."""
-    if sources.shape[0] == 4:
-        a, b, c, d = weight[sources[0]], weight[sources[1]], weight[sources[2]], weight[sources[3]]
-        for j in range(words.shape[0]):
-            low = np.uint64(a[j]) | np.uint64(b[j]) << np.uint64(16)
-            words[j] = low | np.uint64(c[j]) << np.uint64(32) | np.uint64(d[j]) << np.uint64(48)
-    elif sources.shape[0] == 2:
-        a, b = weight[sources[0]], weight[sources[1]]
-        for j in range(words.shape[0]):
-            words[j] = np.uint64(a[j]) | np.uint64(b[j]) << np.uint64(32)
-    else:
-        a = weight[sources[0]]
-        for j in range(words.shape[0]):
-            words[j] = np.uint64(a[j])
+BLOCK = 16
+"""Neighbouring elements from which on a block that moves is copied by itself rather than gathered."""
 
 
 @numba.njit(cache=True, nogil=True)
-def _gather(words, index, moved):
-    for j in range(index.shape[0]):
-        moved[j] = words[index[j]]
+def _move_columns(weight, sources, columns, words, moved):
+    """``moved[g] = weight[sources[g]][columns]`` for as many runs as there are lanes.
+
+    Row j of ``words`` holds element j of each run, so one look at an index moves an element of all of them.
+    """
+    length, lanes = words.shape
+    whole = length - length % lanes
+    for j in range(0, whole, lanes):
+        transpose(weight, sources, 0, j, words, j, 0)
+    for j in range(whole, length):
+        for g in range(lanes):
+            words[j, g] = weight[sources[g], j]
+    for j in range(0, whole, lanes):
+        transpose(words, columns, j, 0, moved, 0, j)
+    for j in range(whole, length):
+        for g in range(lanes):
+            moved[g, j] = words[columns[j], g]
 
 
 @numba.njit(cache=True, nogil=True)
-def _unpack(bits, shift, run):
+def _move_blocks(run, starts, block, near, moved):
+    """Blocks of ``block`` elements of a run, from where each of ``starts`` says.
+
+    The run is read in order first: memory gives short blocks here and there at a third of its speed.
+    """
+    _copy(run, near)
+    for i in range(starts.shape[0]):
+        _copy(near[starts[i] : starts[i] + block], moved[i * block : (i + 1) * block])
+
+
+@numba.njit(cache=True, nogil=True)
+def _copy(bits, run):
     for j in range(run.shape[0]):
-        run[j] = bits[j] if shift is None else bits[j] >> shift
+        run[j] = bits[j]
 
 
 @numba.njit(cache=True, nogil=True, fastmath={"contract"})
-def _add(bits, shift, half, alpha, fresh, total):
-    """``total (+)= alpha * the numbers in bits``, words shifted first where ``shift`` is not None; ``fresh`` overwrites."""
+def _mean_of_two(x, y, half, alpha, beta, run):
+    """``run = alpha x + beta y`` in one loop, so that memory is waited for while numbers are converted."""
+    for j in range(run.shape[0]):
+        run[j] = encode(alpha * decode(x[j], half, alpha) + beta * decode(y[j], half, beta), half)
+
+
+@numba.njit(cache=True, nogil=True, fastmath={"contract"})
+def _add(bits, half, alpha, fresh, total):
+    """``total (+)= alpha * the numbers in bits``; ``fresh`` overwrites."""
     for j in range(total.shape[0]):
-        value = alpha * decode(bits[j] if shift is None else bits[j] >> shift, half, alpha)
+        value = alpha * decode(bits[j], half, alpha)
         total[j] = value if fresh else total[j] + value
 
 
 @numba.njit(cache=True, nogil=True)
-def _write(total, half, run):
-    for j in range(run.shape[0]):
-        run[j] = encode(total[j], half)
+def _write(total, half, bits):
+    for j in range(bits.shape[0]):
+        bits[j] = encode(total[j], half)
 
 
 @numba.njit(parallel=True, cache=True, nogil=True)
-def _merge(weights, alphas, rows, columns, half, lanes, out, tasks):
+def _merge(weights, alphas, rows, columns, block, half, out, in_place, tasks):
     """out (R, L) = sum_k alphas[k] * weights[k][rows[k]][:, columns[k]]; an empty index leaves an axis in place.
 
-    Weights and result are unsigned integers, ``lanes`` of them to 8 bytes.
+    Weights and result are unsigned integers. ``columns`` are of elements where ``block`` is 1, else the starts of blocks.
     """
     runs, length = out.shape
     count = len(weights)
+    lanes = BYTES // out.itemsize
     groups = (runs + lanes - 1) // lanes
-    width = np.uint64(64 // lanes)
     only_moved = count == 1 and alphas[0] == 1.0
     for task in numba.prange(tasks):
-        words = np.empty(length, np.uint64)
-        moved = np.empty((count, length), np.uint64)
+        words = np.empty((length, lanes) if block == 1 else (1, length), out.dtype)
+        moved = np.empty((count, lanes, length), out.dtype)
         sources = np.empty(lanes, np.int64)
         total = np.empty(PART, alphas.dtype)
         for group in range(groups * task // tasks, groups * (task + 1) // tasks):
@@ -87,18 +105,25 @@ def _merge(weights, alphas, rows, columns, half, lanes, out, tasks):
             last = min(first + lanes, runs)
             for k in range(count):
                 if columns[k].shape[0] > 0:
-                    # The last group may be short: its last run stands for those missing.
-                    for g in range(lanes):
-                        sources[g] = rows[k][min(first + g, runs - 1)]
-                    _pack(weights[k], sources, words)
-                    _gather(words, columns[k], moved[k])
-            for r in range(first, last):
-                shift = np.uint64(r - first) * width
-                if only_moved:
-                    if columns[0].shape[0] == 0:
-                        _unpack(weights[0][rows[0][r]], None, out[r])
+                    if block > 1:
+                        for r in range(first, last):
+                            target = out[r] if only_moved else moved[k, r - first]
+                            _move_blocks(weights[k][rows[k][r]], columns[k], block, words[0], target)
                     else:
-                        _unpack(moved[0], shift, out[r])
+                        # The last group may be short: its last run stands for those missing.
+                        for g in range(lanes):
+                            sources[g] = rows[k][min(first + g, runs - 1)]
+                        _move_columns(weights[k], sources, columns[k], words, moved[k])
+            for r in range(first, last):
+                x = moved[0, r - first] if columns[0].shape[0] else weights[0][rows[0][r]]
+                if only_moved:
+                    if block == 1 or columns[0].shape[0] == 0:
+                        _copy(x, out[r])
+                    continue
+                # Where the result takes a weight's place, no loop over both could use vectors.
+                if count == 2 and not in_place:
+                    y = moved[1, r - first] if columns[1].shape[0] else weights[1][rows[1][r]]
+                    _mean_of_two(x, y, half, alphas[0], alphas[1], out[r])
                     continue
                 for start in range(0, length, PART):
                     # Slices: a loop from 0 is known to need no look at negative indices.
@@ -107,9 +132,9 @@ def _merge(weights, alphas, rows, columns, half, lanes, out, tasks):
                     for k in range(count):
                         if columns[k].shape[0] == 0:
                             run = weights[k][rows[k][r]]
-                            _add(run[start:stop], None, half, alphas[k], k == 0, part)
                         else:
-                            _add(moved[k, start:stop], shift, half, alphas[k], k == 0, part)
+                            run = moved[k, r - first]
+                        _add(run[start:stop], half, alphas[k], k == 0, part)
                     _write(part, half, out[r, start:stop])
 
 
@@ -162,23 +187,24 @@ def permute_merge(
     two = any(index is not None for index in second)
     *_, length, block = _as_runs(shape, dims, blocks, two)
     rows = [source_runs(shape, index, dims, blocks, two) for index in first]
-    # Unsigned, so that no negative index has to be looked for.
-    none = np.empty(0, np.uint32)
-    columns = [
-        none if index is None else reference.expand_blocks(index, block).numpy().astype(np.uint32)
-        for index in second
-    ]
+    if block < BLOCK:
+        columns = [None if index is None else reference.expand_blocks(index, block) for index in second]
+        block = 1
+    else:
+        columns = [None if index is None else index * block for index in second]
     target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
-    half = HALF.get(out.dtype)
+    sources = [w.contiguous() for w in weights]
     bits = {2: torch.uint16, 4: torch.uint32, 8: torch.uint64}[out.element_size()]
     _merge(
-        tuple(w.contiguous().view(-1, length).view(bits).numpy() for w in weights),
+        tuple(w.view(-1, length).view(bits).numpy() for w in sources),
         np.array(alphas, np.float64 if out.dtype == torch.float64 else np.float32),
         tuple(r.numpy() for r in rows),
-        tuple(columns),
-        half,
-        8 // out.element_size(),
+        # Unsigned, so that no negative index has to be looked for.
+        tuple(np.empty(0, np.uint32) if c is None else c.numpy().astype(np.uint32) for c in columns),
+        block,
+        HALF.get(out.dtype),
         target.view(-1, length).view(bits).numpy(),
+        any(w.data_ptr() == target.data_ptr() for w in sources),
         min(4 * numba.get_num_threads(), len(rows[0])),
     )
     if target is not out:
