@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of every configuration that the launchers may pick, and what can be read from it.
+"""Ahead-of-time compilation of the kernels' configurations, and what can be read from the machine code.
 
 Registers, spills, shared memory and the instruction mix need no GPU: Triton compiles for a named target, and
 its wheel carries NVIDIA's cuobjdump; AMD's assembly states the same numbers itself.
@@ -6,46 +6,19 @@ its wheel carries NVIDIA's cuobjdump; AMD's assembly states the same numbers its
 
 from __future__ import annotations
 
-import itertools
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fastmatch.kernels.triton import channel_affine, cost_rows, gain, moments, permute_merge, row_softmin
-from fastmatch.kernels.triton.tiles import CROSS, MATMUL, TARGETS, Target, Tiles
+from fastmatch.kernels.triton.cases import DIVISIBLE, Case, cases
+from fastmatch.kernels.triton.tiles import TARGETS, Target
 
-__all__ = ["Case", "Compiled", "cases", "compile_case"]
+__all__ = ["Case", "Compiled", "cases", "compile_all", "compile_case"]
 
-DIVISIBLE = ":16"
-"""Suffix of a type that is declared a multiple of 16, as Triton finds at launch for pointers and most strides."""
 MATRIX = {"sm_80": r"mma\.sync", "sm_90": r"wgmma\.mma_async", "sm_100": r"tcgen05\.mma", "gfx942": r"v_mfma"}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One kernel with the types of its arguments and its constants.
-
-    Attributes:
-        op, variant: names for the table.
-        precision: of the products, or "-".
-        arguments: name -> type ("*fp32:16", "i32", ...), a constant, or a tuple of these.
-        tiles: what the launcher passes on.
-        matrix: whether the matrix units are expected to be used.
-        wide: whether 16-byte loads are expected.
-    """
-
-    op: str
-    variant: str
-    precision: str
-    kernel: Any
-    arguments: dict[str, Any]
-    tiles: Tiles
-    matrix: bool
-    wide: bool = True
 
 
 @dataclass(frozen=True)
@@ -71,7 +44,6 @@ class Compiled:
     wide_expected: bool
     tile_bytes: int
     tile_flops: int
-    instructions: dict[str, int] = field(default_factory=dict)
 
     @property
     def faults(self) -> list[str]:
@@ -92,303 +64,6 @@ class Compiled:
     def row(self) -> dict[str, Any]:
         """Everything as plain values."""
         return {**asdict(self), "faults": self.faults}
-
-
-def _pair(dtype: str, gathered: bool, count: int) -> dict[str, Any]:
-    pointer, size = f"*{dtype}:16", "i32:16"
-    index = "*i64:16" if gathered else None
-    return {
-        "a_ptrs": (pointer,) * count,
-        "b_ptrs": (pointer,) * count,
-        "depths": (size,) * count,
-        "a_strides": ((size, 1),) * count,
-        "b_strides": ((size, 1),) * count,
-        "contraction_ptrs": (index,) * count,
-        "b_index_ptr": index,
-    }
-
-
-def _blocks(tiles: Tiles) -> dict[str, int]:
-    return {"BLOCK_M": tiles.rows, "BLOCK_N": tiles.columns, "BLOCK_K": tiles.depth}
-
-
-def _matmul_cases(target: Target, which: slice) -> Iterator[Case]:
-    for precision, sizes in MATMUL[target.name].items():
-        dtype = "bf16" if precision == "half" else "fp32"
-        asked = "ieee" if precision == "half" else precision
-        matrix = precision != "ieee" or target.backend == "hip"
-        for tiles in dict.fromkeys(sizes[which]):
-            for variant, gathered, count in (
-                ("plain", False, 1),
-                ("gathered", True, 1),
-                ("two pairs", False, 2),
-            ):
-                common = {**_pair(dtype, gathered, count), "n": "i32:16", "m": "i32:16"}
-                constants = {"K": count, "PRECISION": asked, "GROUP": 8, **_blocks(tiles)}
-                yield Case(
-                    "gain",
-                    variant,
-                    precision,
-                    gain._gain_kernel,
-                    {
-                        **common,
-                        "out_ptr": "*fp32:16",
-                        "out_stride": "i32:16",
-                        "ACCUMULATE": count == 2,
-                        **constants,
-                    },
-                    tiles,
-                    matrix,
-                )
-                yield Case(
-                    "cost_rows",
-                    variant,
-                    precision,
-                    cost_rows._candidates_kernel,
-                    {
-                        **common,
-                        "v_ptr": "*fp32:16",
-                        "value_ptr": "*fp32:16",
-                        "column_ptr": "*i32:16",
-                        "cutoff_ptr": "*fp32:16",
-                        "few": "i32",
-                        **constants,
-                    },
-                    tiles,
-                    matrix,
-                )
-                if not gathered:
-                    yield Case(
-                        "row_softmin",
-                        variant,
-                        precision,
-                        row_softmin._softmin_kernel,
-                        {
-                            **{k: v for k, v in common.items() if k != "b_index_ptr"},
-                            "v_ptr": "*fp32:16",
-                            "part_ptr": "*fp32:16",
-                            "temperature": "fp32",
-                            **constants,
-                        },
-                        tiles,
-                        matrix,
-                    )
-
-
-def _cross_cases(target: Target, which: slice) -> Iterator[Case]:
-    for precision, sizes in CROSS[target.name].items():
-        for tiles, (layout_name, layout), dtype, statistics in itertools.product(
-            dict.fromkeys(sizes[which]), LAYOUTS.items(), ("fp32", "bf16"), (True, False)
-        ):
-            yield Case(
-                "moments" if statistics else "moments, one model",
-                f"{layout_name}, {dtype}",
-                precision,
-                moments._cross_kernel,
-                {
-                    "a_ptr": f"*{dtype}:16",
-                    "b_ptr": f"*{dtype}:16",
-                    "a_sizes": layout["sizes"],
-                    "a_strides": layout["strides"],
-                    "a_stride_c": layout["stride_c"],
-                    "b_sizes": layout["sizes"],
-                    "b_strides": layout["strides"],
-                    "b_stride_c": layout["stride_c"],
-                    "shift_a_ptr": "*fp32:16",
-                    "shift_b_ptr": "*fp32:16",
-                    "stats_a_ptr": "*fp64:16",
-                    "stats_b_ptr": "*fp64:16",
-                    "cross_ptr": "*fp64:16",
-                    "channels_a": "i32:16",
-                    "channels_b": "i32:16",
-                    "samples": "i32:16",
-                    "first": "i32:16",
-                    "STATS": statistics,
-                    "DIMS_A": layout["dims"],
-                    "DIMS_B": layout["dims"],
-                    "PRECISION": precision,
-                    "CHUNK": moments.CHUNK,
-                    "BLOCK_A": tiles.rows,
-                    "BLOCK_B": tiles.columns,
-                    "BLOCK_T": tiles.depth,
-                },
-                tiles,
-                precision != "ieee" or target.backend == "hip",
-                # A tile of half-precision numbers gives each thread of a shallow tile less than 16 bytes.
-                dtype == "fp32" or tiles.depth >= 32,
-            )
-
-
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "contiguous map": {
-        "sizes": (1, "i32:16", "i32:16"),
-        "strides": (0, "i32:16", 1),
-        "stride_c": "i32:16",
-        "dims": 2,
-    },
-    "channels last": {"sizes": (1, 1, "i32:16"), "strides": (0, 0, "i32:16"), "stride_c": 1, "dims": 1},
-}
-
-
-def _memory_cases(target: Target) -> Iterator[Case]:
-    for dtype in ("fp32", "bf16"):
-        for variant, layout in LAYOUTS.items():
-            stride_c = 1 if layout["stride_c"] == 1 else 16
-            tiles = moments.stats_tiles(stride_c)
-            shape = {
-                "x_ptr": f"*{dtype}:16",
-                "sizes": layout["sizes"],
-                "strides": layout["strides"],
-                "stride_c": layout["stride_c"],
-                "channels": "i32:16",
-                "samples": "i32:16",
-                "DIMS": layout["dims"],
-            }
-            yield Case(
-                "moments, no product",
-                f"{variant}, {dtype}",
-                "-",
-                moments._stats_kernel,
-                {
-                    **shape,
-                    "shift_ptr": "*fp32:16",
-                    "stats_ptr": "*fp64:16",
-                    "span": "i32:16",
-                    "CHUNK": moments.CHUNK,
-                    "BLOCK_C": tiles.rows,
-                    "BLOCK_T": tiles.depth,
-                },
-                tiles,
-                False,
-            )
-            for samples in (256, 8192, 1 << 20):
-                tiles, held = channel_affine.channel_tiles(samples, stride_c)
-                if samples == 8192 and not held:
-                    continue
-                for method in range(3):
-                    yield Case(
-                        "channel_affine",
-                        f"{variant}, {dtype}, {samples} samples, method {method}",
-                        "-",
-                        channel_affine._channel_affine_kernel,
-                        {
-                            **shape,
-                            "out_ptr": f"*{dtype}:16",
-                            "out_sizes": layout["sizes"],
-                            "out_strides": layout["strides"],
-                            "out_stride_c": layout["stride_c"],
-                            "goal_mean_ptr": "*fp32:16",
-                            "goal_std_ptr": "*fp32:16",
-                            "mean_ptr": "*fp64:16",
-                            "variance_ptr": "*fp64:16",
-                            "eps": "fp32",
-                            "OUT_DIMS": layout["dims"],
-                            "METHOD": method,
-                            "HELD": held,
-                            "BLOCK_C": tiles.rows,
-                            "BLOCK_T": tiles.depth,
-                        },
-                        tiles,
-                        False,
-                        samples != 256 or stride_c == 1,
-                    )
-        for variant, first, second in (
-            ("average", (None, None), (None, None)),
-            ("rows", (None, "*i64:16"), (None, None)),
-            ("rows and columns", (None, "*i64:16"), (None, "*i64:16")),
-            ("one weight, rows and columns", ("*i64:16",), ("*i64:16",)),
-        ):
-            count = len(first)
-            tiles, steps = permute_merge.run_tiles(8192, second[-1] is not None)
-            yield Case(
-                "permute_merge",
-                f"{variant}, {dtype}",
-                "-",
-                permute_merge._permute_merge_kernel,
-                {
-                    "weight_ptrs": (f"*{dtype}:16",) * count,
-                    "alphas": ("fp32",) * count,
-                    "first_ptrs": first,
-                    "second_ptrs": second,
-                    "out_ptr": f"*{dtype}:16",
-                    "runs": "i32:16",
-                    "n1": "i32:16",
-                    "middle": 1,
-                    "length": "i32:16",
-                    "block1": 1,
-                    "block2": 1,
-                    "K": count,
-                    "BLOCK_R": tiles.rows,
-                    "BLOCK_L": tiles.columns,
-                    "STEPS": steps,
-                },
-                tiles,
-                False,
-            )
-    for candidates in (64, 2048, cost_rows.MAX_CANDIDATES):
-        tiles = cost_rows.select_tiles(candidates)
-        yield Case(
-            "cost_rows, selection",
-            f"{candidates} candidates",
-            "-",
-            cost_rows._select_kernel,
-            {
-                "value_ptr": "*fp32:16",
-                "column_ptr": "*i32:16",
-                "cutoff_ptr": "*fp32:16",
-                "v_ptr": "*fp32:16",
-                "index_ptr": "*i64:16",
-                "best_ptr": "*fp32:16",
-                "cost_ptr": "*fp32:16",
-                "bound_ptr": "*fp32:16",
-                "n": "i32",
-                "k": "i32",
-                "candidates": "i32:16",
-                "tiles_n": "i32:16",
-                "BLOCK_R": tiles.rows,
-                "BLOCK_C": tiles.columns,
-                "BLOCK_T": max(tiles.columns // 4, 2),
-            },
-            tiles,
-            False,
-            candidates > 64,
-        )
-
-
-def cases(target: Target) -> list[Case]:
-    """Every configuration that the launchers may pick on ``target``: aligned data, and strides and pointers of any kind."""
-    memory = list(_memory_cases(target))
-    known, unknown = (
-        [*_matmul_cases(target, which), *_cross_cases(target, which), *memory]
-        for which in (slice(2), slice(2, 3))
-    )
-    aligned = known + [_float16(case) for case in known if _uses(case, "*bf16")]
-    return aligned + [_unaligned(case) for case in unknown]
-
-
-def _uses(case: Case, pointer: str) -> bool:
-    return any(isinstance(v, str) and v.startswith(pointer) for v in _flat(case.arguments.values()))
-
-
-def _retyped(value: Any, old: str, new: str) -> Any:
-    """``value`` with a part of its type names replaced, inside tuples too."""
-    if isinstance(value, tuple):
-        return tuple(_retyped(v, old, new) for v in value)
-    return value.replace(old, new) if isinstance(value, str) else value
-
-
-def _float16(case: Case) -> Case:
-    arguments = {k: _retyped(v, "*bf16", "*fp16") for k, v in case.arguments.items()}
-    named = case.variant.replace("bf16", "fp16")
-    return replace(
-        case, arguments=arguments, variant=named if named != case.variant else f"{case.variant}, fp16"
-    )
-
-
-def _unaligned(case: Case) -> Case:
-    """The same for pointers, sizes and strides of which nothing is known: right, with narrow loads."""
-    arguments = {k: _retyped(v, DIVISIBLE, "") for k, v in case.arguments.items()}
-    return replace(case, arguments=arguments, variant=f"{case.variant}, unaligned", wide=False)
 
 
 def _source(case: Case) -> Any:
@@ -415,20 +90,12 @@ def _source(case: Case) -> Any:
 
 def _tile_work(case: Case) -> tuple[int, int]:
     """(bytes loaded, FLOP) of one step of one program: a step of the contraction, or one block of memory."""
-    size = 2 if _uses(case, "*bf16") or _uses(case, "*fp16") else 4
+    size = 2 if case.uses("*bf16", "*fp16") else 4
     t = case.tiles
     if case.precision != "-":
         return (t.rows + t.columns) * t.depth * size, 2 * t.rows * t.columns * t.depth
     inputs = case.arguments.get("K", 1)
     return t.rows * t.columns * t.depth * size * inputs, 0
-
-
-def _flat(values: Any) -> Iterator[Any]:
-    for value in values:
-        if isinstance(value, tuple):
-            yield from _flat(value)
-        else:
-            yield value
 
 
 def compile_case(case: Case, target: Target) -> Compiled:
@@ -501,17 +168,14 @@ def _read_cubin(cubin: bytes) -> tuple[int, int, str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = _run(str(tool), "--dump-resource-usage", file.name)
-        sass = _run(str(tool), "-sass", file.name)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+        # One call for both: it takes half a second, as long as the compilation.
+        command = [str(tool), "-sass", "--dump-resource-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     if found is None:
-        raise ValueError(f"cuobjdump: expected REG and STACK, got {usage!r}")
-    spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
-    return int(found.group(1)), max(spills, int(found.group(2)) // 4), sass
-
-
-def _run(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        raise ValueError(f"cuobjdump: expected REG and STACK, got {text[:1000]!r}")
+    spills = len(re.findall(r"\b(?:LDL|STL)\b", text))
+    return int(found.group(1)), max(spills, int(found.group(2)) // 4), text
 
 
 def compile_all(names: list[str], quick: bool) -> list[Compiled]:

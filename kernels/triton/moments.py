@@ -163,7 +163,6 @@ def _stats_kernel(
     stats_ptr,  # (splits, 3, C) float64
     channels,
     samples,
-    span,
     DIMS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -172,7 +171,9 @@ def _stats_kernel(
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     split = tl.program_id(1).to(tl.int64)
     shift = tl.load(shift_ptr + channel, mask=channel < channels, other=0.0)
-    begin = split * span
+    # Sample numbers are of the type of ``samples``: they are divided by sizes, which takes a call in 64 bits.
+    span = tl.cdiv(tl.cdiv(samples, CHUNK), tl.num_programs(1)) * CHUNK
+    begin = tl.program_id(1) * span
     stop = tl.minimum(begin + span, samples)
     for chunk in range(begin, stop, CHUNK):
         end = tl.minimum(chunk + CHUNK, stop)
@@ -215,12 +216,10 @@ def sample_layout(
     return x, (1,) * pad + tuple(sizes), (0,) * pad + tuple(strides), x.stride(dim), dims
 
 
-def _splits(tiles: int, samples: int, target: Target) -> tuple[int, int]:
-    """(splits, span): enough programs for two waves, each of whole chunks."""
-    chunks = max(ceil_div(samples, CHUNK), 1)
+def _splits(tiles: int, chunks: int, target: Target) -> int:
+    """Into how many programs the chunks of samples are split: at most two waves, as even as whole chunks allow."""
     splits = min(chunks, max(2 * target.processors // tiles, 1))
-    span = ceil_div(chunks, splits) * CHUNK
-    return ceil_div(samples, span), span
+    return ceil_div(chunks, ceil_div(chunks, splits))
 
 
 def stats_tiles(stride_c: int) -> Tiles:
@@ -234,7 +233,7 @@ def _stats(x: torch.Tensor, dim: int, shift: torch.Tensor, stats: torch.Tensor, 
     samples = sizes[0] * sizes[1] * sizes[2]
     tiles = stats_tiles(stride_c)
     blocks = ceil_div(channels, tiles.rows)
-    splits, span = _splits(blocks, samples, target)
+    splits = _splits(blocks, max(ceil_div(samples, CHUNK), 1), target)
     parts = stats[None] if splits == 1 else stats.new_zeros(splits, 3, channels)
     _stats_kernel[(blocks, splits)](
         x,
@@ -245,7 +244,6 @@ def _stats(x: torch.Tensor, dim: int, shift: torch.Tensor, stats: torch.Tensor, 
         parts,
         channels,
         samples,
-        span,
         DIMS=dims,
         CHUNK=CHUNK,
         BLOCK_C=tiles.rows,
