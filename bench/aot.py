@@ -2,6 +2,7 @@
 
     python bench/aot.py                    all targets -> bench/results/aot.md
     python bench/aot.py --json out.json --target sm_90 --quick
+    python bench/aot.py --also other.json  the table also says what another version of Triton made: the JSON of its run
 
 Needs no GPU. The times at the end are a roofline on paper: predicted, not measured.
 """
@@ -73,11 +74,34 @@ def predictions():
     return lines
 
 
+def findings(version, rows):
+    """A paragraph that counts what this version of Triton compiled, and a list of the faults; ``rows`` as in the JSON."""
+    faulty = [r for r in rows if r["faults"]]
+    targets = ", ".join(f"{name} {count}" for name, count in Counter(r["target"] for r in rows).items())
+    lines = [f"Triton {version}: {len(rows)} configurations ({targets}), {len(faulty)} with a fault.", ""]
+    for r in faulty:
+        named = f"{r['target']}: {r['op']}, {r['variant']}, {r['precision']}, {r['tiles']}"
+        lines.append(f"- {named}: {'; '.join(r['faults'])}")
+    return [*lines, ""] if faulty else lines
+
+
+def other_versions(files):
+    """Findings of other versions of Triton, from what their runs wrote: one file or several of each version."""
+    rows = {}
+    for file in files:
+        record = json.loads(file.read_text())
+        rows.setdefault(record["triton"], []).extend(record["rows"])
+    return [line for version in rows for line in findings(version, rows[version])]
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", action="append", choices=sorted(NAMES))
     parser.add_argument("--quick", action="store_true", help="one variant per operation and precision")
     parser.add_argument("--json", type=Path, help="write rows there instead of the table")
+    parser.add_argument(
+        "--also", type=Path, action="append", default=[], help="JSON of another version's run, for the table"
+    )
     options = parser.parse_args(arguments)
 
     import triton
@@ -88,9 +112,9 @@ def main(arguments=None):
 
     targets = options.target or list(NAMES)
     rows = compile_all(targets, options.quick)
-    faults = [(r, r.faults) for r in rows if r.faults]
+    plain = [r.row() for r in rows]
     if options.json:
-        options.json.write_text(json.dumps([r.row() for r in rows], indent=1))
+        options.json.write_text(json.dumps({"triton": triton.__version__, "rows": plain}, indent=1))
     else:
         lines = [
             "# The Triton kernels, compiled ahead of time",
@@ -100,13 +124,14 @@ def main(arguments=None):
             "code (cuobjdump; AMD's assembly). Occupancy is resident warps over the most a multiprocessor takes. "
             "IEEE float32 has no matrix instruction on NVIDIA. Bytes and FLOP are of one step of one program.",
             "",
-            f"{len(rows)} configurations, {len(faults)} with a fault "
-            "(spills, shared memory over the target's, no matrix instruction or 16-byte load where expected). "
-            "Unaligned: nothing is known of pointers, sizes and strides, so loads are narrow and more addresses are held.",
+            "A fault is a spill, shared memory over the target's, or no matrix instruction or 16-byte load where one is "
+            "expected. Unaligned: nothing is known of pointers, sizes and strides, so loads are narrow and more "
+            "addresses are held.",
+            "",
+            *findings(triton.__version__, plain),
+            *other_versions(options.also),
         ]
-        for r, found in faults:
-            lines.append(f"- {r.target}: {r.op}, {r.variant}, {r.precision}, {r.tiles}: {'; '.join(found)}")
-        lines += ["", "## Predicted times (roofline, not measured)", ""]
+        lines += ["## Predicted times (roofline, not measured)", ""]
         lines += [
             "Least time at the published peak rates and bandwidth, and what limits it. TF32 and bf16x3 use matrix "
             "units; cost_rows adds the time of its picks on the ordinary units.",
@@ -123,10 +148,8 @@ def main(arguments=None):
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text("\n".join(lines) + "\n")
         print(RESULTS)
-    print(f"{len(rows)} configurations: {dict(Counter(r.target for r in rows))}, {len(faults)} with a fault")
-    for r, found in faults:
-        print(f"  {r.target}: {r.op}, {r.variant}, {r.precision}, {r.tiles}: {'; '.join(found)}")
-    return 1 if faults else 0
+    print("\n".join(findings(triton.__version__, plain)).rstrip())
+    return 1 if any(r.faults for r in rows) else 0
 
 
 if __name__ == "__main__":
