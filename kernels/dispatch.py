@@ -37,6 +37,7 @@ __all__ = [
 
 BACKENDS = ("triton", "cpu", "reference")
 PRECISIONS = ("ieee", "tf32", "bf16x3")
+ROW_PRECISIONS = (*PRECISIONS, "bf16")
 
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -86,9 +87,9 @@ def _run(op: Any, function: Any, a: Sequence[Tensor], b: Sequence[Tensor], *args
     return op(a, b, *args)
 
 
-def _check_precision(precision: str) -> None:
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision: expected one of {PRECISIONS}, got {precision!r}")
+def _check_precision(precision: str, allowed: tuple[str, ...] = PRECISIONS) -> None:
+    if precision not in allowed:
+        raise ValueError(f"precision: expected one of {allowed}, got {precision!r}")
 
 
 def _check_floating(name: str, tensor: Tensor) -> None:
@@ -579,6 +580,15 @@ def _check_duals(v: Tensor, m: int, device: torch.device) -> None:
         )
 
 
+def _check_screening(precision: str, dtype: torch.dtype, backend: str) -> None:
+    if precision != "bf16" or backend == "reference":
+        return
+    if backend != "cpu":
+        raise ValueError(f"precision: 'bf16' is of backend 'cpu', got {backend!r}, which takes {PRECISIONS}")
+    if dtype == torch.float64:
+        raise ValueError("precision: 'bf16' takes factors of at most float32, got torch.float64")
+
+
 def row_topk(
     factors: Factors,
     v: Tensor,
@@ -597,11 +607,15 @@ def row_topk(
     outside the list is at least the bound, rounding included.
 
     Args:
-        factors, b_index, contraction_index, precision, backend: as for :func:`gain`.
+        factors, b_index, contraction_index, backend: as for :func:`gain`.
+        precision: as for :func:`gain`, or "bf16" for factors up to float32 on "cpu": one product of factors rounded to
+            bfloat16, each entry lowered by a bound on what the rounding took. Costs and minima are then at most the
+            true ones (but for float32's rounding), the bound as valid as ever. For processors with bfloat16 matrix
+            units; slow elsewhere.
         v: (m,) column duals; -inf keeps a column out of every list.
         k: how many, at least 0.
         sizes: (n,) float64, ``sum_k |a_ik| max_j |b_jk|`` or more, where the caller knows it: the bound needs it, and
-            computing it reads the factors once more.
+            computing it reads the factors once more. "bf16" has no use for it.
         tile: rows and columns computed at a time on "cpu"; the other backends have their own.
 
     Returns:
@@ -610,10 +624,11 @@ def row_topk(
     Raises:
         ValueError, TypeError: shapes, types, indices or options that do not fit.
     """
-    _check_precision(precision)
+    _check_precision(precision, ROW_PRECISIONS)
     if k < 0:
         raise ValueError(f"k: expected at least 0, got {k}")
     a, b, contractions, (n, m), chosen = _check_factors(factors, b_index, contraction_index, backend)
+    _check_screening(precision, a[0].dtype, chosen)
     _check_duals(v, m, a[0].device)
     if sizes is not None and (
         sizes.shape != (n,) or sizes.dtype != torch.float64 or sizes.device != v.device
@@ -639,8 +654,9 @@ def row_min(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Per row the smallest ``c_ij - v_j`` (n,) and its column (n,) int64; arguments as :func:`row_topk`."""
-    _check_precision(precision)
+    _check_precision(precision, ROW_PRECISIONS)
     a, b, contractions, (_, m), chosen = _check_factors(factors, b_index, contraction_index, backend)
+    _check_screening(precision, a[0].dtype, chosen)
     _check_duals(v, m, a[0].device)
     return _run(_row_min_op, _row_min, a, b, v, b_index, contractions, precision, chosen)
 

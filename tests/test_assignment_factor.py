@@ -184,3 +184,80 @@ def test_sinkhorns_duals_of_l1_are_refused_by_name():
     cost = FactorCost([(np.ones((3, 2), np.float32), np.ones((3, 2), np.float32))], "l1")
     with pytest.raises(ValueError, match="metric: Sinkhorn's duals take 'dot' or 'l2', got 'l1'"):
         cost.sinkhorn_duals(np.zeros(3), [1.0])
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "log-normal", "sibling", "dead", "integers", "one norm"])
+@pytest.mark.parametrize("metric", ["dot", "l2"])
+@pytest.mark.parametrize(("n", "m"), [(120, 120), (60, 100), (100, 60)])
+def test_screening_in_bfloat16_is_as_exact(kind, metric, n, m):
+    g = np.random.default_rng(fresh_seed())
+    maximize = bool(g.random() < 0.5)
+    pairs = [factors(g, kind, n, m, d) for d in (12, 3)]
+    plain = solve(FactorCost(pairs, metric), maximize=maximize, method="lists")
+    cost = FactorCost(pairs, metric, tile=(64, 100), precision="bf16")
+    found = solve(cost, maximize=maximize, method="lists")
+    assert found.objective == pytest.approx(plain.objective, rel=1e-12)
+    assert found.gap <= found.gap_bound == pytest.approx(plain.gap_bound, rel=0.5)
+    gap, bound = certificate(cost, found, maximize=maximize)
+    assert -bound <= gap <= bound
+
+
+def test_screening_rounds_the_factors_once_and_reads_little_in_float32(monkeypatch):
+    from fastmatch.kernels.cpu import cost_rows
+
+    g = np.random.default_rng(fresh_seed())
+    cost = FactorCost([factors(g, "sibling", 300, 300, 48)], precision="bf16")
+    made, rows = [], {"bf16": 0, "ieee": 0}
+    screening_pair, lists = cost_rows.screening_pair, FactorCost._lists
+    monkeypatch.setattr(cost_rows, "screening_pair", lambda pairs: made.append(1) or screening_pair(pairs))
+
+    def counted(self, v, k, which, sign, precision):
+        rows[precision] += len(which)
+        return lists(self, v, k, which, sign, precision)
+
+    monkeypatch.setattr(FactorCost, "_lists", counted)
+    found = solve(cost, maximize=True, method="lists")
+    assert found.gap <= found.gap_bound
+    assert len(made) == 1
+    assert rows["bf16"] >= 600, "first lists and the certificate"
+    assert rows["ieee"] < 0.2 * rows["bf16"]
+
+
+def test_what_bfloat16_leaves_open_is_read_in_float32_and_then_in_float64(monkeypatch):
+    g = np.random.default_rng(fresh_seed())
+    order = []
+    lists = FactorCost._lists
+
+    def recorded(self, v, k, which, sign, precision):
+        order.append(("float64" if self.dtype == torch.float64 else precision, len(which)))
+        return lists(self, v, k, which, sign, precision)
+
+    monkeypatch.setattr(FactorCost, "_lists", recorded)
+    a = 1 + 1e-3 * g.random((50, 3)).astype(np.float32)  # apart in float32, not in bfloat16
+    b = 1 + 1e-3 * g.random((60, 3)).astype(np.float32)
+    cost = FactorCost([(a, b)], precision="bf16")
+    cost.row_topk(np.zeros(60), 5)
+    assert order == [("bf16", 50), ("ieee", 50)]
+    order.clear()
+    exact = whole([(a, b)], "dot")
+    np.testing.assert_allclose(cost.row_min(np.zeros(60)), exact.min(axis=1), rtol=1e-12)
+    assert order[:3] == [("bf16", 50), ("bf16", 50), ("ieee", 50)]
+    order.clear()
+    level = FactorCost([(np.ones((5, 3), np.float32), np.ones((60, 3), np.float32))], precision="bf16")
+    np.testing.assert_allclose(level.row_min(np.zeros(60)), 3, rtol=1e-12)
+    assert [name for name, _ in order][:5] == ["bf16", "bf16", "ieee", "ieee", "float64"]
+
+
+def test_a_precision_that_does_not_fit_is_refused():
+    ones = np.ones((3, 2), np.float32)
+    with pytest.raises(ValueError, match=r"precision: expected one of \('ieee', 'bf16'\), got 'tf32'"):
+        FactorCost([(ones, ones)], precision="tf32")
+    with pytest.raises(
+        ValueError, match="precision: 'bf16' takes 'dot' or 'l2' of at most float32, got 'l1'"
+    ):
+        FactorCost([(ones, ones)], "l1", precision="bf16")
+    with pytest.raises(ValueError, match=r"of at most float32, got 'dot' of torch\.float64"):
+        FactorCost([(ones.astype(np.float64), ones)], precision="bf16")
+    with pytest.raises(ValueError, match="precision: 'bf16' needs backend 'cpu', got reference"):
+        FactorCost([(ones, ones)], backend="reference", precision="bf16")
+    assert FactorCost([(ones, ones)], precision="bf16").T.precision == "bf16"

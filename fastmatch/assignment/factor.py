@@ -17,6 +17,11 @@ __all__ = ["DenseCost", "FactorCost"]
 TILE = (1024, 8192)
 """Rows and columns of a tile on the CPU: 32 MB in float32, large enough for BLAS on all cores."""
 
+PRECISIONS = ("ieee", "bf16")
+
+CERTAIN = 0.5
+"""Share of a bfloat16 list that its bound must leave certain; rows with less are read in float32 at once."""
+
 LONGEST = 1 << 10
 """Entries a row that the Triton kernel selects; longer lists, which few rows ask for, are sorted in float64."""
 
@@ -53,9 +58,14 @@ class FactorCost:
         metric: "dot", "l2" (squared Euclidean distance) or "l1".
         tile: rows and columns computed at a time on the CPU.
         backend: of the row reductions, as in :func:`fastmatch.kernels.dispatch.row_topk`; None: by the device.
+        precision: of the tiles, "ieee" (the factors' own) or "bf16": rows are screened by products of factors rounded to
+            bfloat16, and read in float32 where these leave too much open. Results are as exact. It is for CPUs with
+            bfloat16 matrix units (elsewhere it is slow), "dot" and "l2", factors of at most float32, and shows where rows
+            are read at all: costs that ``method="auto"`` stores are not. See docs/kernels.md for when it should pay.
 
     Raises:
-        ValueError: factors that do not fit together or are not finite; an unknown metric.
+        ValueError: factors that do not fit together or are not finite; an unknown metric; a precision that is unknown
+            or does not take these factors.
         TypeError: factors that are no floating-point matrices.
     """
 
@@ -65,7 +75,10 @@ class FactorCost:
         metric: str = "dot",
         tile: tuple[int, int] = TILE,
         backend: str | None = None,
+        precision: str = "ieee",
     ) -> None:
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision: expected one of {PRECISIONS}, got {precision!r}")
         if metric not in ("dot", "l2", "l1"):
             raise ValueError(f"metric: expected 'dot', 'l2' or 'l1', got {metric!r}")
         if not len(factors):
@@ -78,6 +91,8 @@ class FactorCost:
         self.device, self.backend = flat[0].device, backend
         stored = _common_dtype(flat, metric)
         self.dtype = torch.float64 if stored == torch.float64 else torch.float32
+        self.metric, self.precision = metric, precision
+        self._check_precision()
         self.pairs = [(a.to(stored).contiguous(), b.to(stored).contiguous()) for a, b in pairs]
         self.shape = (len(pairs[0][0]), len(pairs[0][1]))
         for a, b in self.pairs:
@@ -87,13 +102,15 @@ class FactorCost:
                 )
             if not (bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all())):
                 raise ValueError("factors: hold NaN or infinity")
-        self.metric, self.tile = metric, (int(tile[0]), int(tile[1]))
+        self.tile = (int(tile[0]), int(tile[1]))
         self.depth = sum(a.shape[1] for a, _ in self.pairs)
         # An entry's size, and the sum of the sizes of its terms, are at most this, by row.
         self._terms = self._sizes()
         self._size = self._terms.cpu().numpy()
         # l2 is an inner product but for terms of rows and of columns.
         self._squares = [_squares(self.pairs, side) for side in (0, 1)] if metric == "l2" else []
+        # By sign: what screening multiplies, made on first use.
+        self._screens: dict[float, tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]] = {}
         largest = float(self._size.max(initial=0.0))
         if not largest < torch.finfo(self.dtype).max / 4:
             raise ValueError(f"factors: their products overflow {self.dtype}; pass float64 or scale them")
@@ -101,7 +118,20 @@ class FactorCost:
     @property
     def T(self) -> FactorCost:
         """The transposed cost; the factors are shared."""
-        return FactorCost([(b, a) for a, b in self.pairs], self.metric, self.tile, self.backend)
+        return FactorCost(
+            [(b, a) for a, b in self.pairs], self.metric, self.tile, self.backend, self.precision
+        )
+
+    def _check_precision(self) -> None:
+        """Screening is of the CPU twin, of inner products and of factors that float32 holds."""
+        if self.precision != "bf16":
+            return
+        if self.device.type != "cpu" or self.backend not in (None, "cpu"):
+            raise ValueError(f"precision: 'bf16' needs backend 'cpu', got {self.backend or self.device}")
+        if self.metric == "l1" or self.dtype == torch.float64:
+            raise ValueError(
+                f"precision: 'bf16' takes 'dot' or 'l2' of at most float32, got {self.metric!r} of {self.dtype}"
+            )
 
     def _sizes(self) -> torch.Tensor:
         total = torch.zeros(self.shape[0], dtype=torch.float64, device=self.device)
@@ -153,7 +183,7 @@ class FactorCost:
         return out
 
     def _nearest(
-        self, v: np.ndarray, k: int, rows: np.ndarray, sign: float
+        self, v: np.ndarray, k: int, rows: np.ndarray, sign: float, precision: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(indices (r, k), bound (r,) float64): lists as tiles see them, and a valid bound on the rest."""
         whole = len(rows) and rows[-1] - rows[0] + 1 == len(rows) and bool((np.diff(rows) == 1).all())
@@ -162,14 +192,34 @@ class FactorCost:
         sizes = self._terms[index]
         if self.metric == "l1":
             return self._nearest_l1([a[index] for a, _ in self.pairs], duals, k, sizes, sign)
-        factors, duals = self._as_products(duals, sign, index)
-        backend = self.backend
-        if self._in_float64() or (self.device.type != "cpu" and backend is None and k > LONGEST):
-            backend = "reference"
-        found, _, bound = dispatch.row_topk(factors, duals, k, sizes=sizes, tile=self.tile, backend=backend)
+        if precision == "bf16":
+            found, bound = self._screened(duals, k, index, sign)
+        else:
+            factors, duals = self._as_products(duals, sign, index)
+            backend = self.backend
+            if self._in_float64() or (self.device.type != "cpu" and backend is None and k > LONGEST):
+                backend = "reference"
+            found, _, bound = dispatch.row_topk(
+                factors, duals, k, sizes=sizes, tile=self.tile, backend=backend
+            )
         bound = bound.double()
         if self.metric == "l2":
             bound = bound + sign * self._squares[0][index]
+        return found, bound
+
+    def _screened(
+        self, duals: torch.Tensor, k: int, index: slice | torch.Tensor, sign: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """dispatch's ``row_topk`` at precision "bf16", but the factors are rounded once for all calls."""
+        from fastmatch.kernels.cpu.cost_rows import screened_topk, screening_pair
+        from fastmatch.kernels.reference.cost_rows import term_sizes
+
+        if sign not in self._screens:
+            pair = screening_pair(self._as_products(duals, sign)[0])
+            self._screens[sign] = pair, term_sizes([pair])
+        (left, right), sizes = self._screens[sign]
+        shifted = self._shifted(duals, sign)
+        found, _, bound = screened_topk((left[index], right), shifted, k, sizes[index], self.tile)
         return found, bound
 
     def _as_products(
@@ -180,9 +230,11 @@ class FactorCost:
         ``sign |a - b|^2 - v = -(2 sign a . b) - (v - sign |b|^2) + sign |a|^2``.
         """
         scale = -sign if self.metric == "dot" else 2 * sign
-        if self.metric == "l2":
-            duals = duals - sign * self._squares[1]
-        return [(a[rows] if scale == 1 else scale * a[rows], b) for a, b in self.pairs], duals
+        factors = [(a[rows] if scale == 1 else scale * a[rows], b) for a, b in self.pairs]
+        return factors, self._shifted(duals, sign)
+
+    def _shifted(self, duals: torch.Tensor, sign: float) -> torch.Tensor:
+        return duals - sign * self._squares[1] if self.metric == "l2" else duals
 
     def sinkhorn_duals(
         self, v: np.ndarray, temperatures: Sequence[float], sign: float = 1.0, relaxation: float = 1.0
@@ -235,10 +287,22 @@ class FactorCost:
             (items (r, k) int32, costs (r, k) float64, bound (r,) float64), by rising computed ``c - v``; -1
             and inf where a row has fewer than k columns, and inf for a bound with nothing outside.
         """
-        n, m = self.shape
-        rows = np.arange(n) if rows is None else np.asarray(rows, np.int64)
+        rows = np.arange(self.shape[0]) if rows is None else np.asarray(rows, np.int64)
+        items, costs, bound = self._lists(v, k, rows, sign, self.precision)
+        if self.precision == "bf16":
+            certain = (costs - v[items] <= bound[:, None]).sum(axis=1)
+            again = np.flatnonzero(certain < CERTAIN * items.shape[1])
+            if len(again):
+                items[again], costs[again], bound[again] = self._lists(v, k, rows[again], sign, "ieee")
+        return items, costs, bound
+
+    def _lists(
+        self, v: np.ndarray, k: int, rows: np.ndarray, sign: float, precision: str
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What :meth:`row_topk` returns, from tiles in one precision."""
+        m = self.shape[1]
         k = min(k, m)
-        found, bound = self._nearest(v, k, rows, sign)
+        found, bound = self._nearest(v, k, rows, sign, precision)
         items = found.cpu().numpy().astype(np.int32, copy=False)
         outside = np.full(len(rows), np.inf) if k == m else bound.cpu().numpy()
         return items, self._rescored(rows, items, sign), outside
@@ -247,20 +311,12 @@ class FactorCost:
         """(n,) least ``sign * value_ij - v_j``: never above the true one but for float64's rounding.
 
         The k smallest as tiles see them are computed again in float64; where the bound on the others does not
-        settle the minimum, the row is read again with a longer list.
+        settle the minimum, the row is read again with a longer list, and then at the next higher precision.
         """
-        n, m = self.shape
-        out = np.empty(n)
-        rows = np.arange(n)
-        while len(rows):
-            items, costs, bound = self.row_topk(v, k, rows, sign)
-            least = np.where(items >= 0, costs - v[items], np.inf).min(axis=1)
-            settled = least <= bound
-            out[rows] = np.minimum(least, bound)
-            rows = rows[~settled]
-            if k >= min(m, 32):
-                break
-            k = min(m, 8 * k)
+        out = np.empty(self.shape[0])
+        rows = np.arange(self.shape[0])
+        for precision in ("bf16", "ieee") if self.precision == "bf16" else ("ieee",):
+            rows = self._settle(v, k, rows, sign, precision, out)
         if len(rows) and self.dtype == torch.float32:
             # Ties within the tiles' rounding: once more with tiles in float64.
             doubled = FactorCost(
@@ -270,6 +326,22 @@ class FactorCost:
             )
             out[rows] = np.maximum(out[rows], doubled.row_min(v, sign, 1))
         return out
+
+    def _settle(
+        self, v: np.ndarray, k: int, rows: np.ndarray, sign: float, precision: str, out: np.ndarray
+    ) -> np.ndarray:
+        """Writes valid minima of ``rows`` to ``out``; returns the rows whose minimum lists of 32 leave open."""
+        m = self.shape[1]
+        while len(rows):
+            items, costs, bound = self._lists(v, k, rows, sign, precision)
+            least = np.where(items >= 0, costs - v[items], np.inf).min(axis=1)
+            settled = least <= bound
+            out[rows] = np.minimum(least, bound)
+            rows = rows[~settled]
+            if k >= min(m, 32):
+                break
+            k = min(m, 8 * k)
+        return rows
 
     def dense(self) -> np.ndarray:
         """The whole matrix in float64."""

@@ -4,6 +4,9 @@ Tiles of c come from the caller's BLAS in the factors' own precision; these kern
 with their columns, and afterwards compute the costs of what was kept again, in float64 from the factors. So
 what the solver sees is exact to float64; the tiles' rounding only lowers the bound on what was not kept.
 
+Precision "bf16" is for processors with bfloat16 matrix units: products of rounded factors, each raised by a bound on
+what the rounding of its own two rows may have taken from it. So every ``c - v`` computed is at most the true one.
+
 Work on a tile: one compare an entry, a vector of them at a time; an insertion only where one hits, about
 k log(m / k) times a row.
 """
@@ -18,7 +21,8 @@ import torch
 from fastmatch.kernels.cpu.parallel import over_rows
 from fastmatch.kernels.reference.cost_rows import product_error, term_sizes
 from fastmatch.kernels.reference.gain import gathered
-from numba import njit
+from numba import njit, types
+from numba.extending import overload
 
 __all__ = [
     "DISTANCES",
@@ -29,7 +33,10 @@ __all__ = [
     "rescore",
     "row_min",
     "row_topk",
+    "screened_topk",
+    "screening_pair",
     "smallest",
+    "upper_products",
 ]
 
 TILE = (1024, 8192)
@@ -38,12 +45,34 @@ TILE = (1024, 8192)
 CHUNK = 64
 DISTANCES = {"dot": 0, "l2": 1, "l1": 2}
 
+BALANCE = 16.0
+"""Power of two that makes the columns of norms in a screening pair small beside the factors themselves: see there."""
+
+
+def cost_of(x):
+    """The cost that an entry of a tile says: itself, or the least that a bfloat16 inner product allows."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(cost_of, inline="always")
+def _cost_of(x):
+    if isinstance(x, types.Float):
+        return lambda x: x
+
+    def lowest(x):  # pragma: no cover - compiled
+        # The inner product was rounded to nearest: it is off by at most 2^-8 of itself. Exact in float32.
+        inner = np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
+        return -inner - np.float32(2.0**-8) * abs(inner)
+
+    return lowest
+
 
 @njit(nogil=True, cache=True)
 def merge_tile(tile, v, lo, hi, first, values, items):  # pragma: no cover - compiled
     """Merges rows lo..hi of ``tile - v``, whose columns are first, first + 1, ..., into sorted lists.
 
     ``values`` and ``items`` are (rows, k): the k smallest seen so far, rising; inf and -1 where fewer. NaN never enters.
+    A tile of uint16 holds the bits of bfloat16 inner products: see :func:`cost_of`.
     """
     width, chunk, one = np.uintp(tile.shape[1]), np.uintp(CHUNK), np.uintp(1)
     last = np.uintp(values.shape[1] - 1)
@@ -56,12 +85,12 @@ def merge_tile(tile, v, lo, hi, first, values, items):  # pragma: no cover - com
             if stop - at == chunk:
                 hits = 0
                 for lane in range(CHUNK):
-                    hits += x[at + np.uintp(lane)] - v[at + np.uintp(lane)] < worst
+                    hits += cost_of(x[at + np.uintp(lane)]) - v[at + np.uintp(lane)] < worst
                 if hits == 0:
                     at = stop
                     continue
             while at < stop:
-                y = x[at] - v[at]
+                y = cost_of(x[at]) - v[at]
                 if y < worst:
                     e = last
                     while e > 0 and best[e - one] > y:
@@ -133,10 +162,11 @@ def smallest(
     kept: int,
     tile: Sequence[int],
     fill: Callable[[slice, slice, torch.Tensor], None],
+    stored: torch.dtype | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The ``kept`` smallest of ``c - v`` of n rows and their columns, rising; inf and -1 where there are fewer.
 
-    ``fill(rows, columns, out)`` writes one tile of c in v's dtype.
+    ``fill(rows, columns, out)`` writes one tile of c, in v's dtype or as ``stored``: see :func:`merge_tile`.
     """
     values = torch.full((n, kept), torch.inf, dtype=v.dtype).numpy()
     items = np.full((n, kept), -1, np.int32)
@@ -147,7 +177,7 @@ def smallest(
         merge_tile(entries, duals[first:], lo, hi, first, values[rows], items[rows])
 
     # Most of a tile is passed over by one comparison of vectors.
-    each_tile((n, len(v)), tile, v.dtype, fill, take, 1 / 8)
+    each_tile((n, len(v)), tile, stored or v.dtype, fill, take, 1 / 8)
     return values, items
 
 
@@ -171,6 +201,79 @@ def products(
     return fill
 
 
+def screening_pair(factors: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """bfloat16 (n, e), (m, e), e the factors' depths and 2 for each: inner products are never below the true sum.
+
+    With a' the rounded a, ``a.b - a'.b' = (a - a').b + a'.(b - b')``, by Cauchy and Schwarz at most
+    ``|a - a'| |b| + |a'| |b - b'|``: two more terms of the inner product. Their four norms are in float64 and rounded
+    upwards. What is left is the rounding of float32 sums of these terms and of the result.
+    """
+    left, right = [], []
+    for a, b in factors:
+        (near_a, lost_a), (near_b, lost_b) = _rounded(a), _rounded(b)
+        # |a - a'| is some 2^-9 of |a|: with both scaled the other way, no column adds much to a row's norm.
+        left += [near_a, _above(BALANCE * lost_a), _above(_norms(near_a) / BALANCE)]
+        right += [near_b, _above(_norms(b) / BALANCE), _above(BALANCE * lost_b)]
+    return torch.cat(left, 1), torch.cat(right, 1)
+
+
+def _rounded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x in bfloat16, (n,) norms of what that leaves of each row).
+
+    Matrix units take subnormal numbers as zero, so they are set to zero here, where it counts as a loss; and what is
+    finite stays finite.
+    """
+    info = torch.finfo(torch.bfloat16)
+    x = x.float()
+    near = torch.where(x.isfinite(), x.clamp(info.min, info.max), x).bfloat16()
+    near.masked_fill_(near.abs() < info.tiny, 0)
+    return near, _norms(x - near)  # exact in float32
+
+
+def _norms(x: torch.Tensor) -> torch.Tensor:
+    """(n,) float64 norms of the rows; rows that are not finite count as 0, as in ``term_sizes``."""
+    return torch.linalg.vector_norm(x.float(), dim=1, dtype=torch.float64).nan_to_num(0, 0, 0)
+
+
+def _above(x: torch.Tensor) -> torch.Tensor:
+    """(n, 1) bfloat16 not below x >= 0 (n,). Never zero, whose product with an overflow would be NaN."""
+    return (x * (1 + 2.0**-7)).clamp(min=torch.finfo(torch.bfloat16).tiny).bfloat16()[:, None]
+
+
+def upper_products(a: torch.Tensor, b: torch.Tensor) -> Callable[[slice, slice, torch.Tensor], None]:
+    """What writes the bits of a tile of ``a b^T``, bfloat16 (n, e) and (m, e), to a uint16 tile."""
+
+    def fill(rows: slice, columns: slice, out: torch.Tensor) -> None:
+        torch.mm(a[rows], b[columns].T, out=out.view(torch.bfloat16))
+
+    return fill
+
+
+def _smallest_screened(
+    pair: tuple[torch.Tensor, torch.Tensor], v: torch.Tensor, kept: int, tile: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    return smallest(len(pair[0]), v.float(), kept, tile or TILE, upper_products(*pair), torch.uint16)
+
+
+def screened_topk(
+    pair: tuple[torch.Tensor, torch.Tensor],
+    v: torch.Tensor,
+    k: int,
+    sizes: torch.Tensor,
+    tile: Sequence[int] = (),
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """:func:`row_topk` at precision "bf16", from a :func:`screening_pair` and its ``term_sizes``, kept by the caller."""
+    values, items = _smallest_screened(pair, v, k + 1, tile)
+    return _lists(values, items, v, k, product_error(sizes, v, pair[0].shape[1], torch.float32))
+
+
+def _gathered_pair(factors, b_index, contraction_index) -> tuple[torch.Tensor, torch.Tensor]:
+    contractions = contraction_index or [None] * len(factors)
+    return screening_pair(
+        [(a, gathered(b, b_index, inner)) for (a, b), inner in zip(factors, contractions, strict=True)]
+    )
+
+
 def _smallest_products(factors, v, kept, b_index, contraction_index, tile):
     dtype = torch.float64 if factors[0][0].dtype == torch.float64 else torch.float32
     fill = products(factors, b_index, contraction_index)
@@ -188,11 +291,26 @@ def row_topk(
     sizes: torch.Tensor | None = None,
     tile: Sequence[int] = (),
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Arguments and result as in the reference; products in float32 (float64 for float64), whatever ``precision``.
+    """Arguments and result as in the reference; products in float32 (float64 for float64), but for ``precision="bf16"``.
 
-    Half-precision factors are widened a tile at a time, and B is gathered a tile at a time.
+    Half-precision factors are widened a tile at a time, and B is gathered a tile at a time. At "bf16" the factors are
+    rounded, and B gathered, once; costs too are at most the true ones then, and ``sizes`` are of no use.
     """
+    if precision == "bf16":
+        pair = _gathered_pair(factors, b_index, contraction_index)
+        return screened_topk(pair, v, k, term_sizes([pair]), tile)
     values, items = _smallest_products(factors, v, k + 1, b_index, contraction_index, tile)
+    if sizes is None:
+        sizes = term_sizes(factors, contraction_index)
+    depth = sum(a.shape[1] for a, _ in factors)
+    error = product_error(sizes, v, depth, torch.from_numpy(values).dtype)
+    return _lists(values, items, v, k, error)
+
+
+def _lists(
+    values: np.ndarray, items: np.ndarray, v: torch.Tensor, k: int, error: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What :func:`row_topk` returns, from the k + 1 smallest ``c - v`` of each row and a bound on their rounding."""
     value, index = torch.from_numpy(values), torch.from_numpy(items[:, :k].astype(np.int64))
     duals = v.to(value.dtype)
     listed = index >= 0
@@ -204,10 +322,7 @@ def row_topk(
     outside = value[:, k]
     if k == 0 and len(v):
         outside = torch.full_like(outside, -torch.inf)
-    if sizes is None:
-        sizes = term_sizes(factors, contraction_index)
-    depth = sum(a.shape[1] for a, _ in factors)
-    bound = (outside.double() - product_error(sizes, v, depth, value.dtype)).to(value.dtype)
+    bound = (outside.double() - error).to(value.dtype)
     below = bound.nextafter(bound.new_tensor(-torch.inf))
     return index, costs, torch.where(outside.isfinite(), below, outside)
 
@@ -221,5 +336,8 @@ def row_min(
     precision: str = "ieee",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Per row the smallest ``c_ij - v_j`` as computed and its column; arguments as :func:`row_topk`."""
-    values, items = _smallest_products(factors, v, 1, b_index, contraction_index, ())
+    if precision == "bf16":
+        values, items = _smallest_screened(_gathered_pair(factors, b_index, contraction_index), v, 1, ())
+    else:
+        values, items = _smallest_products(factors, v, 1, b_index, contraction_index, ())
     return torch.from_numpy(values)[:, 0], torch.from_numpy(items[:, 0].astype(np.int64))
