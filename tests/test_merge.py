@@ -8,6 +8,7 @@ from networks import build, fresh_seed
 from torch import nn
 
 import fastmatch as fm
+from fastmatch.merge import merge_states, with_state
 
 
 def test_weights_dtypes_and_counters():
@@ -37,6 +38,33 @@ def test_state_dicts_and_one_model():
     alone = fm.merge([model])
     assert isinstance(alone, nn.Module)
     assert alone is not model
+
+
+def test_a_merged_module_takes_the_merged_tensors_over_and_keeps_what_its_parameters_were():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6, bias=False)
+            self.second.weight = self.first.weight
+            self.first.bias.requires_grad_(False)
+            self.conv = nn.Conv2d(2, 4, 3).to(memory_format=torch.channels_last)
+            self.register_buffer("steps", torch.zeros(3))
+
+    one, two = Tied(), Tied()
+    before = {k: v.clone() for k, v in one.state_dict().items()}
+    state = merge_states([one.state_dict(), two.state_dict()])
+    new = with_state(one, state)
+    assert new.second.weight is new.first.weight
+    assert isinstance(new.first.weight, nn.Parameter)
+    assert new.first.weight.requires_grad
+    assert not new.first.bias.requires_grad
+    assert new.first.bias.data_ptr() == state["first.bias"].data_ptr()
+    assert new.conv.weight.is_contiguous(memory_format=torch.channels_last)
+    assert len(list(new.parameters())) == len(list(one.parameters()))
+    for name, tensor in new.state_dict().items():
+        torch.testing.assert_close(tensor, state[name])
+        assert torch.equal(one.state_dict()[name], before[name])
+        assert tensor.data_ptr() != one.state_dict()[name].data_ptr()
 
 
 def test_bad_input():
