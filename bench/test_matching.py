@@ -86,8 +86,14 @@ def test_by_activations(benchmark, name, width, quick):
     def a_pass_a_layer():
         return activation_matching_by_layer(*models, layers, lambda: (x for x, _ in data))[0]
 
+    def forward_alone():
+        """What any single pass costs before a statistic is taken: no row can be further ahead of this one."""
+        with torch.no_grad():
+            for x, _ in data:
+                models[0](x), models[1](x)
+
     def check(peer, ours, theirs):
-        for group, columns in theirs.items():
+        for group, columns in (theirs or {}).items():
             similarity = correlations[group]
             rows = torch.arange(len(columns))
             mine, other = (
@@ -97,9 +103,13 @@ def test_by_activations(benchmark, name, width, quick):
 
     reads = data.reads
     match_activations(*models, spec, data, read="before", progress=False)
+    passes = data.reads - reads
     compare(
         benchmark, suite="matching", instance=f"{name}, activations", size=width, check=check, rounds=3 if quick else 1,
-        peers={"torch float64, one pass": one_pass, "torch float64, a pass a layer": a_pass_a_layer}, passes=data.reads - reads,
+        passes=passes, peers={
+            "torch float64, one pass": one_pass, "torch float64, a pass a layer": a_pass_a_layer,
+            "the forward passes alone": forward_alone,
+        },
         ours=lambda: match_activations(*models, spec, data, read="before", progress=False),
         neurons=sum(g.size for g in spec.groups.values()),
     )  # fmt: skip
