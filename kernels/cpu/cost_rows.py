@@ -31,6 +31,7 @@ __all__ = [
     "merge_tile",
     "products",
     "rescore",
+    "round_rows",
     "row_min",
     "row_topk",
     "screened_topk",
@@ -210,29 +211,50 @@ def screening_pair(factors: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tupl
     """
     left, right = [], []
     for a, b in factors:
-        (near_a, lost_a), (near_b, lost_b) = _rounded(a), _rounded(b)
+        (near_a, _, kept_a, lost_a), (near_b, whole_b, _, lost_b) = _rounded(a), _rounded(b)
         # |a - a'| is some 2^-9 of |a|: with both scaled the other way, no column adds much to a row's norm.
-        left += [near_a, _above(BALANCE * lost_a), _above(_norms(near_a) / BALANCE)]
-        right += [near_b, _above(_norms(b) / BALANCE), _above(BALANCE * lost_b)]
+        left += [near_a, _above(BALANCE * lost_a), _above(kept_a / BALANCE)]
+        right += [near_b, _above(whole_b / BALANCE), _above(BALANCE * lost_b)]
     return torch.cat(left, 1), torch.cat(right, 1)
 
 
-def _rounded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x in bfloat16, (n,) norms of what that leaves of each row).
+def _rounded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x (n, d) in bfloat16, and (n,) float64 norms of its rows, of the rounded ones, and of the difference.
 
-    Matrix units take subnormal numbers as zero, so they are set to zero here, where it counts as a loss; and what is
+    Rows that are not finite count as 0, as in ``term_sizes``.
+    """
+    x = x.float().contiguous()
+    near, squares = torch.empty(x.shape, dtype=torch.uint16), torch.empty(3, len(x), dtype=torch.float64)
+    over_rows(len(x), x.numel(), partial(round_rows, x.numpy(), near.numpy(), squares.numpy()))
+    whole, kept, lost = squares.sqrt().nan_to_num(0, 0, 0)
+    return near.view(torch.bfloat16), whole, kept, lost
+
+
+@njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+def round_rows(x, near, squares, lo, hi):  # pragma: no cover - compiled
+    """near[i] = bits of the float32 x[i] rounded to bfloat16; squares[:, i] = |x_i|^2, |near_i|^2, |x_i - near_i|^2.
+
+    Matrix units take subnormal numbers as zero, so they become zero here, where it counts as a loss; and what is
     finite stays finite.
     """
-    info = torch.finfo(torch.bfloat16)
-    x = x.float()
-    near = torch.where(x.isfinite(), x.clamp(info.min, info.max), x).bfloat16()
-    near.masked_fill_(near.abs() < info.tiny, 0)
-    return near, _norms(x - near)  # exact in float32
-
-
-def _norms(x: torch.Tensor) -> torch.Tensor:
-    """(n,) float64 norms of the rows; rows that are not finite count as 0, as in ``term_sizes``."""
-    return torch.linalg.vector_norm(x.float(), dim=1, dtype=torch.float64).nan_to_num(0, 0, 0)
+    infinity, largest, normal = np.uint32(0x7F800000), np.uint32(0x7F7F0000), np.uint32(0x00800000)
+    for i in range(lo, hi):
+        row, bits, out = x[i], x[i].view(np.uint32), near[i]
+        whole, kept, lost = 0.0, 0.0, 0.0
+        for q in range(row.shape[0]):
+            size = bits[q] & np.uint32(0x7FFFFFFF)
+            # To nearest, ties to even: a carry into the exponent is right as it is.
+            up = np.uint32(0x7FFF) + ((size >> np.uint32(16)) & np.uint32(1))
+            nearest = np.uint32(size + up) & np.uint32(0xFFFF0000)
+            nearest = min(nearest, largest) if nearest >= normal else np.uint32(0)
+            nearest = nearest if size < infinity else size | (np.uint32(size > infinity) << np.uint32(22))
+            nearest |= bits[q] & np.uint32(0x80000000)
+            out[q] = np.uint16(nearest >> np.uint32(16))
+            exact, rounded = np.float64(row[q]), np.float64(np.uint32(nearest).view(np.float32))
+            whole += exact * exact
+            kept += rounded * rounded
+            lost += (exact - rounded) * (exact - rounded)
+        squares[0, i], squares[1, i], squares[2, i] = whole, kept, lost
 
 
 def _above(x: torch.Tensor) -> torch.Tensor:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from fastmatch.kernels.cpu.cost_rows import merge_tile, screening_pair
+from fastmatch.kernels.cpu.cost_rows import merge_tile, round_rows, screening_pair
 from fastmatch.kernels.dispatch import row_min, row_topk
 from fastmatch.kernels.reference import cost_rows as reference
 from fastmatch.kernels.reference.gain import gathered
@@ -193,6 +197,21 @@ def test_every_bfloat16_number_is_lowered_by_its_rounding():
     np.testing.assert_allclose(values[~normal, 0], expected[~normal], rtol=0, atol=1e-40)
 
 
+@pytest.mark.parametrize("low", [0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+def test_rounding_is_to_nearest_but_for_infinity_and_subnormals(low):
+    x = torch.from_numpy(((np.arange(1 << 16, dtype=np.uint32) << 16) | low).view(np.float32).copy())
+    info = torch.finfo(torch.bfloat16)
+    expected = torch.where(x.isfinite(), x.clamp(info.min, info.max), x).bfloat16()
+    expected.masked_fill_(expected.abs() < info.tiny, 0)
+    near, squares = np.empty((1 << 16, 1), np.uint16), np.empty((3, 1 << 16))
+    round_rows(x[:, None].numpy(), near, squares, 0, 1 << 16)
+    got = torch.from_numpy(near).view(torch.bfloat16)[:, 0]
+    assert ((got == expected) | (got.isnan() & expected.isnan())).all()
+    finite = x.isfinite().numpy()
+    for square, values in zip(squares, (x, expected, x.double() - expected.double()), strict=True):
+        np.testing.assert_allclose(square[finite], values.double().square().numpy()[finite], rtol=1e-12)
+
+
 def test_minus_infinity_among_the_duals_keeps_a_column_out():
     g = np.random.default_rng(fresh_seed())
     a, b = adverse(g, "gaussian", 10, 30, 8)
@@ -216,6 +235,8 @@ def test_screening_takes_what_it_can():
         with pytest.raises(ValueError, match="precision: expected one of"):
             reduce([(ones, ones)], v, precision="fp8")
         assert reduce([(ones, ones)], v, precision="bf16", backend="reference")[0].shape[0] == 3
+        assert reduce([(ones[:0], ones)], v, precision="bf16")[0].shape[0] == 0
+        assert reduce([(ones, ones[:0])], v[:0], precision="bf16")[-1].shape[0] == 3
 
 
 @pytest.mark.parametrize("metric", ["dot", "l2"])
@@ -244,3 +265,11 @@ def test_screened_factor_costs_answer_as_exactly(metric, kind):
             np.testing.assert_allclose(
                 cost.row_min(duals, sign), given.min(axis=1), rtol=1e-12, atol=1e-12 * size
             )
+
+
+def test_the_counts_of_screening_run():
+    script = Path(__file__).parents[2] / "bench" / "screening.py"
+    command = [sys.executable, str(script), "--tiny", "--repeats", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) >= 2
