@@ -2,7 +2,6 @@ import itertools
 
 import pytest
 import torch
-from fastmatch.kernels import dispatch
 from fastmatch.kernels.dispatch import moments
 from fastmatch.kernels.reference.moments import samples_by_channels
 from kernel_cases import BACKENDS, DEVICE, fresh_generator, normal, strided
@@ -140,7 +139,7 @@ def test_batches_and_merged_states_equal_one_batch(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_small_batches_wait_and_are_not_overwritten(backend, monkeypatch):
-    monkeypatch.setattr(dispatch, "PENDING", 64)
+    monkeypatch.setattr("fastmatch.kernels.entries.moments.PENDING", 64)
     generator = fresh_generator()
     a, b = normal(generator, 100, 5), normal(generator, 100, 4)
     buffer_a, buffer_b = torch.empty_like(a[:10]), torch.empty_like(b[:10])

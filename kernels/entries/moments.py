@@ -1,0 +1,174 @@
+"""The entry of ``moments``: batches of two models' activations, small ones put together first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+import torch
+from fastmatch.kernels.entries.backend import backend_of, check_floating, check_precision, module_of
+from fastmatch.kernels.reference.moments import CROSS, Moments, samples_by_channels
+from torch import Tensor
+
+__all__ = ["PENDING", "moments"]
+
+HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+
+PENDING = 4096
+"""Samples that small batches wait for before a cross product is added to: its memory would cost more."""
+
+
+@torch.library.custom_op("fastmatch::moments_update", mutates_args=("stats_a", "stats_b", "ab", "aa", "bb"))
+def _moments_update(
+    a: Tensor,
+    b: Tensor | None,
+    dim: int,
+    shift_a: Tensor,
+    shift_b: Tensor | None,
+    stats_a: Tensor,
+    stats_b: Tensor | None,
+    ab: Tensor | None,
+    aa: Tensor | None,
+    bb: Tensor | None,
+    precision: str,
+    backend: str,
+) -> None:
+    module_of(backend, "moments").update(a, b, dim, shift_a, shift_b, stats_a, stats_b, ab, aa, bb, precision)
+
+
+@_moments_update.register_fake
+def _(a, b, dim, shift_a, shift_b, stats_a, stats_b, ab, aa, bb, precision, backend) -> None:
+    return None
+
+
+def moments(
+    a: Tensor,
+    b: Tensor | None = None,
+    *,
+    dim: int = 1,
+    cross: Iterable[str] | None = None,
+    state: Moments | None = None,
+    precision: str = "ieee",
+    backend: str | None = None,
+) -> Moments:
+    """Adds a batch of one or two models' activations to ``state``, in one read, and returns it.
+
+    Batches of few samples are copied and wait until a product over them is worth its n x n accumulator.
+
+    Example:
+        >>> state = None
+        >>> for a, b in batches:
+        ...     state = moments(a, b, state=state)
+        >>> state.correlation(), state.mean(0), state.variance(1), state.off(0)
+
+    Args:
+        a, b: (B, C, *spatial) activations of the two models on the same samples, channels at ``dim``; any
+            strides; float32, bfloat16, float16 (float64 not on "triton"). Channel counts may differ. NaN and
+            inf reach the statistics of their own channel only (its row and column of a cross product).
+        dim: where the channels lie.
+        cross: cross products to keep, of "ab", "aa", "bb"; "ab" where there are two models. Fixed by the
+            first batch.
+        state: what earlier calls returned; changed in place. None starts anew.
+        precision: of float32 products: "ieee", "tf32", "bf16x3". On CPU always float32.
+        backend: see :func:`backend_of`.
+
+    Returns:
+        The :class:`Moments`, float64.
+
+    Raises:
+        ValueError: sample counts, channel counts or options do not fit.
+        TypeError: activations that are not floating point.
+    """
+    check_precision(precision)
+    models = {"a": a} if b is None else {"a": a, "b": b}
+    for name, x in models.items():
+        check_floating(name, x)
+        if not -x.ndim <= dim < x.ndim:
+            raise ValueError(f"{name}: expected a dimension {dim}, got shape {tuple(x.shape)}")
+    count = a.numel() // a.shape[dim] if a.shape[dim] else 0
+    if b is not None:
+        dim_b = dim % b.ndim
+        if a.ndim != b.ndim or any(a.shape[d] != b.shape[d] for d in range(a.ndim) if d != dim_b):
+            raise ValueError(
+                f"b: expected the samples of a, shape {tuple(a.shape)} but for dimension {dim}, "
+                f"got {tuple(b.shape)}"
+            )
+    chosen = backend_of(*models.values(), backend=backend)
+    if chosen == "triton":
+        # Here already: a small batch may be added much later.
+        for name, x in models.items():
+            if x.dtype not in HALF_AND_SINGLE:
+                raise TypeError(
+                    f"{name}: expected one of {HALF_AND_SINGLE} on the Triton backend, got {x.dtype}"
+                )
+    if state is None:
+        names = tuple(cross) if cross is not None else ("ab",) if b is not None else ()
+        unknown = [n for n in names if n not in CROSS or (b is None and n != "aa")]
+        if unknown:
+            raise ValueError(
+                f"cross: expected names of {CROSS if b is not None else ('aa',)}, got {unknown[0]!r}"
+            )
+        if count == 0:
+            raise ValueError(
+                f"a: expected at least one sample in the first batch, got shape {tuple(a.shape)}"
+            )
+        state = Moments.empty(a.detach(), None if b is None else b.detach(), dim=dim, cross=names)
+    else:
+        got = tuple(x.shape[dim] for x in models.values())
+        expected = tuple(s.shape[0] for s in state.shifts)
+        if got != expected:
+            raise ValueError(f"a, b: expected {expected} channels as in state, got {got}")
+    if count == 0:
+        return state
+    add = partial(_add_moments, precision=precision, backend=chosen)
+    if state.cross and count < PENDING // 4 and not torch.compiler.is_compiling():
+        rows = tuple(_own_rows(x.detach(), dim) for x in models.values())
+        _leave_pending(state, rows, add)
+    else:
+        add(state, a.detach(), None if b is None else b.detach(), dim=dim)
+    state.count += count
+    return state
+
+
+def _add_moments(
+    state: Moments, a: Tensor, b: Tensor | None = None, *, dim: int = 1, precision: str, backend: str
+) -> None:
+    two = b is not None
+    arguments = (
+        a,
+        b,
+        dim,
+        state.shifts[0],
+        state.shifts[1] if two else None,
+        state.stats[0],
+        state.stats[1] if two else None,
+        state.cross.get("ab"),
+        state.cross.get("aa"),
+        state.cross.get("bb"),
+        precision,
+    )
+    if torch.compiler.is_compiling():
+        _moments_update(*arguments, backend)
+    else:  # the custom operator costs more than the sums of a small map
+        module_of(backend, "moments").update(*arguments)
+
+
+def _leave_pending(state: Moments, rows: tuple[Tensor, ...], add: partial[None]) -> None:
+    """Keeps a small batch until there are enough of its kind."""
+    kind = [x.dtype for x in rows]
+    if state.pending and (
+        not isinstance(state.add, partial)
+        or state.add.keywords != add.keywords
+        or kind != [x.dtype for x in state.pending[-1]]
+    ):
+        state.settle()
+    state.add = add
+    state.pending.append(rows)
+    if sum(len(part[0]) for part in state.pending) >= PENDING:
+        state.settle()
+
+
+def _own_rows(x: Tensor, dim: int) -> Tensor:
+    """(samples, C), never sharing memory with ``x``, which a network may overwrite."""
+    rows = samples_by_channels(x, dim)
+    return rows.clone() if rows.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() else rows
