@@ -30,8 +30,10 @@ td:first-child,th:first-child,td:nth-child(2),th:nth-child(2){text-align:left}im
 
 
 def rows_of(run: dict[str, Any]) -> list[dict[str, Any]]:
-    """What every benchmark kept, in the order of the suites and by size."""
+    """What every benchmark kept, in the order of the suites and by size; ``number`` says in which run."""
+    numbers = {time: number for number, time in enumerate(run["runs"], start=1)}
     rows = [b["extra_info"] for b in run["benchmarks"] if "suite" in b["extra_info"]]
+    rows = [row | {"number": numbers[row["run"]]} for row in rows]
     return sorted(rows, key=lambda r: (SUITES.index(r["suite"]), r["instance"], r["size"]))
 
 
@@ -86,12 +88,14 @@ def figure(rows: list[dict[str, Any]], suite: str, field: str) -> Figure:
 
 def ratio_table(rows: list[dict[str, Any]]) -> list[list[str]]:
     """Suite, instance, size, our time, memory, neurons a second, then each peer's time over ours."""
-    table = [["suite", "instance", "size", "seconds", "peak MB", "neurons/s", "passes", "peer / fastmatch"]]
+    table = [
+        ["suite", "instance", "size", "run", "seconds", "peak MB", "neurons/s", "passes", "peer / fastmatch"]
+    ]
     for row in rows:
         ratios = ", ".join(f"{name} {ratio:.2f}" for name, ratio in row["ratios"].items())
         peak = row["peak_mb"][OURS]
         table.append(
-            [row["suite"], row["instance"], f"{row['size']:g}", f"{row['seconds'][OURS]:.4g}",
+            [row["suite"], row["instance"], f"{row['size']:g}", str(row["number"]), f"{row['seconds'][OURS]:.4g}",
              "-" if peak is None else f"{peak:.0f}",
              f"{row['neurons_per_second']:.3g}" if "neurons_per_second" in row else "-",
              str(row.get("passes", "-")), ratios or "-"]
@@ -139,12 +143,21 @@ def comparison(rows: list[dict[str, Any]], earlier: list[dict[str, Any]]) -> lis
 
 
 def machine_text(run: dict[str, Any]) -> str:
-    info = run["machine_info"]["fastmatch"]
-    versions = ", ".join(f"{k} {v}" for k, v in info["versions"].items())
-    return (
-        f"{info['cpu']}, {info['cores']} cores, {info['torch_threads']} torch threads, load {info['load']:.1f} at the start; "
-        f"{versions}; run {run['datetime'][:16]}{', small sizes (--quick)' if info['quick'] else ''}"
-    )
+    """Machine, versions and time of every run whose rows are here; numbered where there are several, as in the table."""
+    texts = []
+    for number, (time, info) in enumerate(run["runs"].items(), start=1):
+        versions = ", ".join(f"{k} {v}" for k, v in info["versions"].items())
+        texts.append(
+            f"{f'Run {number}: ' if len(run['runs']) > 1 else ''}{info['cpu']}, {info['cores']} cores, "
+            f"{info['torch_threads']} torch threads, load {info['load']:.1f} at the start; "
+            f"{versions}; run {time[:16]}{', small sizes (--quick)' if info['quick'] else ''}"
+        )
+    return "\n\n".join(texts)
+
+
+def machines(run: dict[str, Any]) -> list[str]:
+    """A paragraph a run."""
+    return [f"<p>{html.escape(text)}</p>" for text in machine_text(run).split("\n\n")]
 
 
 def as_html(table: list[list[str]]) -> str:
@@ -164,13 +177,13 @@ def page(run: dict[str, Any], earlier: dict[str, Any] | None, pictures: Path | N
     rows = rows_of(run)
     parts = [
         "<!doctype html><meta charset='utf-8'><title>fastmatch benchmarks</title>", f"<style>{STYLE}</style>",
-        "<h1>fastmatch benchmarks</h1>", f"<p>{html.escape(machine_text(run))}</p>",
+        "<h1>fastmatch benchmarks</h1>", *machines(run),
         "<p>Ratios are a peer's time over fastmatch's, paired in one run, medians. Results were checked equal, or "
         "no worse, before they were timed.</p>",
     ]  # fmt: skip
     parts += ["<h2>Ratios</h2>", as_html(ratio_table(rows))]
     if earlier is not None:
-        parts += ["<h2>Against an earlier run</h2>", f"<p>{html.escape(machine_text(earlier))}</p>"]
+        parts += ["<h2>Against an earlier run</h2>", *machines(earlier)]
         parts.append(as_html(comparison(rows, rows_of(earlier))))
     parts += [
         "<h2>Growth</h2>",

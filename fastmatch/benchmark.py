@@ -9,10 +9,11 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from fastmatch.files import check_target, writing
 
-__all__ = ["SUITES", "add_arguments", "bench_command"]
+__all__ = ["SUITES", "add_arguments", "bench_command", "combined"]
 
 SUITES = ("assignment", "gains", "moments", "matching", "renorm", "apply", "end-to-end", "growth")
 
@@ -28,7 +29,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--compare", metavar="JSON", help="an earlier run to compare with")
     command.add_argument("--pictures", metavar="FOLDER", help="also write the README's plots here")
-    command.add_argument("--force", action="store_true", help="replace the run's JSON if it exists")
+    exists = command.add_mutually_exclusive_group()
+    exists.add_argument("--force", action="store_true", help="replace the run's JSON if it exists")
+    exists.add_argument(
+        "--add",
+        action="store_true",
+        help="keep what it has of other rows: suites of hours, one after the other",
+    )
     command.set_defaults(run=bench_command)
 
 
@@ -46,6 +53,21 @@ def folder() -> Path:
     )
 
 
+def combined(run: dict[str, Any], earlier: dict[str, Any] | None) -> dict[str, Any]:
+    """``run``, and the rows of ``earlier`` that it does not measure anew; ``runs`` says where and when each was measured."""
+    run["runs"] = {run["datetime"]: run["machine_info"]["fastmatch"]}
+    for row in run["benchmarks"]:
+        row["stats"].pop("data", None)  # medians and ratios are in extra_info
+        row["extra_info"]["run"] = run["datetime"]
+    if earlier is not None:
+        measured = {row["fullname"] for row in run["benchmarks"]}
+        kept = [row for row in earlier["benchmarks"] if row["fullname"] not in measured]
+        run["benchmarks"] = kept + run["benchmarks"]
+        names = {row["extra_info"]["run"] for row in kept}
+        run["runs"] = {k: v for k, v in earlier["runs"].items() if k in names} | run["runs"]
+    return run
+
+
 def bench_command(args: argparse.Namespace) -> None:
     """Runs the suites, keeps the JSON without the rounds' raw times, and writes the page.
 
@@ -59,7 +81,9 @@ def bench_command(args: argparse.Namespace) -> None:
     if find_spec("pytest_benchmark") is None:
         raise ImportError("the suites run under pytest-benchmark: pip install 'fastmatch[bench]'")
     bench, out = folder(), Path(args.out)
-    check_target(out, force=args.force)
+    replace = args.force or args.add
+    check_target(out, force=replace)
+    earlier = json.loads(out.read_text()) if args.add and out.is_file() else None
     if args.compare and not Path(args.compare).is_file():
         raise ValueError(f"--compare: no file {args.compare}")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -78,9 +102,8 @@ def bench_command(args: argparse.Namespace) -> None:
         run = json.loads(raw.read_text())
     finally:
         raw.unlink(missing_ok=True)
-    for row in run["benchmarks"]:  # medians and ratios are in extra_info
-        row["stats"].pop("data", None)
-    with writing(out, force=args.force) as temporary:
+    run = combined(run, earlier)
+    with writing(out, force=replace) as temporary:
         temporary.write_text(json.dumps(run, indent=1) + "\n")
     report = [sys.executable, str(bench / "report.py"), str(out), "--html", str(out.with_suffix(".html"))]
     report += ["--markdown", str(out.with_suffix(".md"))]

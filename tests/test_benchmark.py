@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import report
 
-from fastmatch.benchmark import SUITES
+from fastmatch.benchmark import SUITES, combined
 from fastmatch.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -32,11 +32,50 @@ def test_a_suite_runs_is_kept_drawn_and_compared(tmp_path, monkeypatch):
     page = out.with_suffix(".html").read_text()
     assert "data:image/png;base64," in page
     assert "torch, plainly" in page
-    assert "| apply | merge | 512 |" in out.with_suffix(".md").read_text()
+    assert "| apply | merge | 512 | 1 |" in out.with_suffix(".md").read_text()
     assert main(["bench", "apply", "--quick", "--out", str(out)]) == 2  # an existing run is not replaced
     compared = tmp_path / "compared.html"
     report.main([str(out), "--compare", str(out), "--html", str(compared)])
     assert "then / now" in compared.read_text()
+
+
+def fake_run(time, **seconds):
+    """What pytest-benchmark would write of one row a keyword."""
+    machine = {
+        "versions": {"torch": "0"},
+        "cpu": "none",
+        "cores": 2,
+        "torch_threads": 2,
+        "load": 0.5,
+        "quick": False,
+    }
+    rows = [
+        {
+            "fullname": name, "stats": {"data": [1.0], "median": 1.0},
+            "extra_info": {
+                "suite": "apply", "instance": name, "size": 8, "seconds": {"fastmatch": value},
+                "ratios": {"torch": 2.0}, "peak_mb": {"fastmatch": None},
+            },
+        }
+        for name, value in seconds.items()
+    ]  # fmt: skip
+    return {"datetime": time, "machine_info": {"fastmatch": machine}, "benchmarks": rows}
+
+
+def test_rows_of_an_earlier_run_stay_where_they_were_not_measured_anew():
+    first = combined(fake_run("2001-01-01T10:00:00", apply=1.0, merge=2.0), None)
+    both = combined(fake_run("2002-02-02T10:00:00", merge=3.0), json.loads(json.dumps(first)))
+    rows = {row["instance"]: row for row in report.rows_of(both)}
+    assert {k: (r["seconds"]["fastmatch"], r["number"]) for k, r in rows.items()} == {
+        "apply": (1.0, 1),
+        "merge": (3.0, 2),
+    }
+    assert "Run 1: none" in report.machine_text(both)
+    assert "run 2002-02-02T10:00" in report.machine_text(both)
+    assert all("data" not in row["stats"] for row in both["benchmarks"])
+    anew = combined(fake_run("2003-03-03T10:00:00", apply=4.0, merge=5.0), both)
+    assert list(anew["runs"]) == ["2003-03-03T10:00:00"]
+    assert "Run 1" not in report.machine_text(anew)
 
 
 @pytest.mark.parametrize(
