@@ -144,11 +144,19 @@ class Tiles:
 _ANY = Tiles(128, 64, 32, 8, 2)
 MATMUL: dict[str, dict[str, tuple[Tiles, Tiles, Tiles]]] = {
     # IEEE float32 has no matrix unit on NVIDIA: smaller tiles, whose accumulators and operands fit the registers.
+    # Larger ones, or four warps for the small ones, spill on sm_80 with one of Triton 3.7, 3.8 and 3.9.
     "sm_80": {
-        "ieee": (Tiles(64, 64, 16, 8, 3), Tiles(128, 64, 16, 8, 3), Tiles(128, 64, 16, 8, 2)),
-        "tf32": (Tiles(64, 64, 32, 4, 3), Tiles(128, 128, 32, 8, 3), _ANY),
+        "ieee": (Tiles(64, 32, 16, 4, 3), Tiles(128, 64, 16, 8, 2), Tiles(64, 64, 16, 8, 2)),
+        "tf32": (Tiles(64, 64, 32, 8, 3), Tiles(128, 128, 32, 8, 3), _ANY),
         # Both halves of each factor are in registers here, where wgmma and tcgen05 read shared memory.
-        "bf16x3": (Tiles(64, 64, 32, 8, 3), Tiles(128, 64, 32, 8, 3), _ANY),
+        "bf16x3": (Tiles(64, 64, 32, 8, 3), Tiles(128, 64, 16, 8, 4), _ANY),
+        "half": (Tiles(64, 64, 64, 8, 3), Tiles(128, 128, 64, 8, 3), _ANY),
+    },
+    "sm_90": {
+        # Four warps for the small tile, or two pairs of factors spill.
+        "ieee": (Tiles(64, 64, 16, 4, 3), Tiles(128, 64, 16, 8, 3), Tiles(128, 64, 16, 8, 2)),
+        "tf32": (Tiles(64, 64, 32, 4, 3), Tiles(128, 128, 32, 8, 3), _ANY),
+        "bf16x3": (Tiles(64, 64, 32, 4, 3), Tiles(128, 128, 32, 8, 3), _ANY),
         "half": (Tiles(64, 64, 64, 4, 3), Tiles(128, 128, 64, 8, 3), _ANY),
     },
     # One for all: deeper or wider tiles in half precision spill where nothing is known of strides.
@@ -161,15 +169,9 @@ MATMUL: dict[str, dict[str, tuple[Tiles, Tiles, Tiles]]] = {
         for p in ("ieee", "tf32", "bf16x3", "half")
     },
 }
-MATMUL["sm_90"] = {
-    **MATMUL["sm_80"],
-    # Four warps, or two pairs of factors spill.
-    "ieee": (Tiles(64, 64, 16, 4, 3), *MATMUL["sm_80"]["ieee"][1:]),
-    "bf16x3": (Tiles(64, 64, 32, 4, 3), Tiles(128, 128, 32, 8, 3), _ANY),
-}
 MATMUL["sm_100"] = {
     **MATMUL["sm_90"],
-    "ieee": MATMUL["sm_80"]["ieee"],
+    "ieee": (Tiles(64, 64, 16, 8, 3), *MATMUL["sm_90"]["ieee"][1:]),
     "tf32": (*MATMUL["sm_90"]["tf32"][:2], Tiles(64, 64, 32, 4, 2)),
 }
 
