@@ -2,7 +2,9 @@
 
     python bench/aot.py                    all targets -> bench/results/aot.md
     python bench/aot.py --json out.json --target sm_90 --quick
-    python bench/aot.py --also other.json  the table also says what another version of Triton made: the JSON of its run
+    python bench/aot.py --rows a.json --rows b.json --also other.json
+                                           the table of what these runs wrote (a target each, say), and the findings
+                                           of another version of Triton
 
 Needs no GPU. The times at the end are a roofline on paper: predicted, not measured.
 """
@@ -85,6 +87,20 @@ def findings(version, rows):
     return [*lines, ""] if faulty else lines
 
 
+def read_rows(files):
+    """What ``--json`` wrote, by runs of the installed version of Triton."""
+    import triton
+    from fastmatch.kernels.triton.aot import Compiled
+
+    rows = []
+    for file in files:
+        record = json.loads(file.read_text())
+        if record["triton"] != triton.__version__:
+            sys.exit(f"{file}: expected rows by Triton {triton.__version__}, got {record['triton']}")
+        rows += [Compiled(**{k: v for k, v in row.items() if k != "faults"}) for row in record["rows"]]
+    return rows
+
+
 def other_versions(files):
     """Findings of other versions of Triton, from what their runs wrote: one file or several of each version."""
     rows = {}
@@ -100,6 +116,12 @@ def main(arguments=None):
     parser.add_argument("--quick", action="store_true", help="one variant per operation and precision")
     parser.add_argument("--json", type=Path, help="write rows there instead of the table")
     parser.add_argument(
+        "--rows",
+        type=Path,
+        action="append",
+        help="JSON of earlier runs to write the table of, instead of compiling",
+    )
+    parser.add_argument(
         "--also", type=Path, action="append", default=[], help="JSON of another version's run, for the table"
     )
     options = parser.parse_args(arguments)
@@ -110,8 +132,11 @@ def main(arguments=None):
         sys.exit("bench/aot.py: unset TRITON_INTERPRET, the interpreter does not compile")
     from fastmatch.kernels.triton.aot import compile_all
 
-    targets = options.target or list(NAMES)
-    rows = compile_all(targets, options.quick)
+    if options.rows:
+        rows = read_rows(options.rows)
+    else:
+        rows = compile_all(options.target or list(NAMES), options.quick)
+    targets = dict.fromkeys(r.target for r in rows)
     plain = [r.row() for r in rows]
     if options.json:
         options.json.write_text(json.dumps({"triton": triton.__version__, "rows": plain}, indent=1))
