@@ -144,7 +144,7 @@ class Tiles:
 _ANY = Tiles(128, 64, 32, 8, 2)
 MATMUL: dict[str, dict[str, tuple[Tiles, Tiles, Tiles]]] = {
     # IEEE float32 has no matrix unit on NVIDIA: smaller tiles, whose accumulators and operands fit the registers.
-    # Larger ones, or four warps for the small ones, spill on sm_80 with one of Triton 3.7, 3.8 and 3.9.
+    # Those of sm_90 for IEEE, and its small ones for tf32 and half precision, spill on sm_80 with Triton 3.7.1.
     "sm_80": {
         "ieee": (Tiles(64, 32, 16, 4, 3), Tiles(128, 64, 16, 8, 2), Tiles(64, 64, 16, 8, 2)),
         "tf32": (Tiles(64, 64, 32, 8, 3), Tiles(128, 128, 32, 8, 3), _ANY),
