@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba import extending, types
 from numba.core.registry import cpu_target
 
-__all__ = ["BFLOAT16", "FLOAT16", "HALF", "decode", "encode"]
+__all__ = ["BFLOAT16", "FLOAT16", "HALF", "HARDWARE", "decode", "encode"]
 
 BFLOAT16, FLOAT16 = 1, 2
 HALF = {torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
@@ -29,7 +29,8 @@ def _converts_float16() -> bool:
     return "+f16c" in features or triple.startswith(("aarch64", "arm64"))
 
 
-_HARDWARE = _converts_float16()
+HARDWARE = _converts_float16()
+"""Whether float16 is converted by one instruction."""
 
 # Called without its first parameter, the typing context: no checker can know.
 _intrinsic: Any = extending.intrinsic
@@ -84,7 +85,7 @@ def decode(bits, half, like):
         return _view(bits, like)
     if half == BFLOAT16:
         return np.uint32(np.uint32(bits) << 16).view(np.float32)
-    if _HARDWARE:
+    if HARDWARE:
         return _extend(np.uint16(bits))
     return _decode_float16(bits)
 
@@ -99,7 +100,7 @@ def encode(value, half):
         odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
         rounded = np.uint16(np.uint32(np.uint32(bits + np.uint32(0x7FFF)) + odd) >> np.uint32(16))
         return np.uint16(0x7FC0) if np.isnan(value) else rounded
-    if _HARDWARE:
+    if HARDWARE:
         return _truncate(np.float32(value))
     return _encode_float16(value)
 

@@ -2,7 +2,7 @@
 
 A weight is seen as (outer, n1, middle, length): whole runs of ``length`` elements move by the first index;
 within a run, blocks of ``block`` elements by the second. Runs are taken as many at a time as fill 16 bytes an
-element: what moves within them moves for all at once, as integers, in cache. More than two are summed in short parts.
+element: what moves within them moves for all at once, as integers, in cache. Up to two are combined in one loop, more in short parts. A large result is stored past the caches.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import numba
 import numpy as np
 import torch
-from fastmatch.kernels.cpu.half import HALF, decode, encode
+from fastmatch.kernels.cpu import streamed
+from fastmatch.kernels.cpu.half import HALF, HARDWARE, decode, encode
 from fastmatch.kernels.cpu.lanes import BYTES, transpose
 from fastmatch.kernels.reference import permute_merge as reference
 
@@ -24,6 +25,9 @@ PART = 1024
 
 BLOCK = 16
 """Neighbouring elements from which on a block that moves is copied by itself rather than gathered."""
+
+STREAMED = 1 << 23
+"""Bytes of a result from which on it is stored past the caches, which could not hold it."""
 
 
 @numba.njit(cache=True, nogil=True)
@@ -70,6 +74,34 @@ def _mean_of_two(x, y, half, alpha, beta, run):
         run[j] = encode(alpha * decode(x[j], half, alpha) + beta * decode(y[j], half, beta), half)
 
 
+@numba.njit(cache=True, nogil=True)
+def _edges(run):
+    """Where a run's part that can be stored past the caches begins and ends."""
+    lanes = streamed.BYTES // run.itemsize
+    head = min(streamed.misaligned(run), run.shape[0])
+    return head, head + (run.shape[0] - head) // lanes * lanes
+
+
+@numba.njit(cache=True, nogil=True)
+def _copy_past(bits, run):
+    """As :func:`_copy`, past the caches."""
+    head, tail = _edges(run)
+    _copy(bits[:head], run[:head])
+    for j in range(head, tail, streamed.BYTES // run.itemsize):
+        streamed.move(bits, run, j)
+    _copy(bits[tail:], run[tail:])
+
+
+@numba.njit(cache=True, nogil=True)
+def _mean_past(x, y, half, alpha, beta, run):
+    """As :func:`_mean_of_two`, past the caches."""
+    head, tail = _edges(run)
+    _mean_of_two(x[:head], y[:head], half, alpha, beta, run[:head])
+    for j in range(head, tail, streamed.BYTES // run.itemsize):
+        streamed.mean(x, y, half, alpha, beta, run, j)
+    _mean_of_two(x[tail:], y[tail:], half, alpha, beta, run[tail:])
+
+
 @numba.njit(cache=True, nogil=True, fastmath={"contract"})
 def _add(bits, half, alpha, fresh, total):
     """``total (+)= alpha * the numbers in bits``; ``fresh`` overwrites."""
@@ -85,7 +117,7 @@ def _write(total, half, bits):
 
 
 @numba.njit(parallel=True, cache=True, nogil=True)
-def _merge(weights, alphas, rows, columns, block, half, out, in_place, tasks):
+def _merge(weights, alphas, rows, columns, block, half, out, in_place, past, tasks):
     """out (R, L) = sum_k alphas[k] * weights[k][rows[k]][:, columns[k]]; an empty index leaves an axis in place.
 
     Weights and result are unsigned integers. ``columns`` are of elements where ``block`` is 1, else the starts of blocks.
@@ -107,8 +139,8 @@ def _merge(weights, alphas, rows, columns, block, half, out, in_place, tasks):
                 if columns[k].shape[0] > 0:
                     if block > 1:
                         for r in range(first, last):
-                            target = out[r] if only_moved else moved[k, r - first]
-                            _move_blocks(weights[k][rows[k][r]], columns[k], block, words[0], target)
+                            run = weights[k][rows[k][r]]
+                            _move_blocks(run, columns[k], block, words[0], moved[k, r - first])
                     else:
                         # The last group may be short: its last run stands for those missing.
                         for g in range(lanes):
@@ -117,13 +149,18 @@ def _merge(weights, alphas, rows, columns, block, half, out, in_place, tasks):
             for r in range(first, last):
                 x = moved[0, r - first] if columns[0].shape[0] else weights[0][rows[0][r]]
                 if only_moved:
-                    if block == 1 or columns[0].shape[0] == 0:
+                    if past:
+                        _copy_past(x, out[r])
+                    else:
                         _copy(x, out[r])
                     continue
                 # Where the result takes a weight's place, no loop over both could use vectors.
                 if count == 2 and not in_place:
                     y = moved[1, r - first] if columns[1].shape[0] else weights[1][rows[1][r]]
-                    _mean_of_two(x, y, half, alphas[0], alphas[1], out[r])
+                    if past:
+                        _mean_past(x, y, half, alphas[0], alphas[1], out[r])
+                    else:
+                        _mean_of_two(x, y, half, alphas[0], alphas[1], out[r])
                     continue
                 for start in range(0, length, PART):
                     # Slices: a loop from 0 is known to need no look at negative indices.
@@ -136,6 +173,8 @@ def _merge(weights, alphas, rows, columns, block, half, out, in_place, tasks):
                             run = moved[k, r - first]
                         _add(run[start:stop], half, alphas[k], k == 0, part)
                     _write(part, half, out[r, start:stop])
+        if past:
+            streamed.fence()
 
 
 def _as_runs(
@@ -194,6 +233,7 @@ def permute_merge(
         columns = [None if index is None else index * block for index in second]
     target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
     sources = [w.contiguous() for w in weights]
+    in_place = any(w.data_ptr() == target.data_ptr() for w in sources)
     bits = {2: torch.uint16, 4: torch.uint32, 8: torch.uint64}[out.element_size()]
     _merge(
         tuple(w.view(-1, length).view(bits).numpy() for w in sources),
@@ -204,7 +244,9 @@ def permute_merge(
         block,
         HALF.get(out.dtype),
         target.view(-1, length).view(bits).numpy(),
-        any(w.data_ptr() == target.data_ptr() for w in sources),
+        in_place,
+        # A result in a weight's place is in the caches when it is written.
+        target.nbytes >= STREAMED and not in_place and (HARDWARE or out.dtype != torch.float16),
         min(4 * numba.get_num_threads(), len(rows[0])),
     )
     if target is not out:

@@ -82,12 +82,45 @@ def test_half_precision_numbers_survive_the_cpu_twin(dtype):
     torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize(("shape", "dims", "blocks"), CASES)
+def test_what_is_stored_past_the_caches_is_what_is_stored_in_them(monkeypatch, dtype, shape, dims, blocks):
+    from fastmatch.kernels.cpu import permute_merge as twin
+
+    generator = fresh_generator()
+    a, b = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    first, second = (
+        torch.randperm(shape[d] // block, generator=generator) if d < len(shape) else None
+        for d, block in zip(dims, blocks, strict=True)
+    )
+    options = {"dims": dims, "blocks": blocks, "backend": "cpu"}
+    for weights, alphas in (([a, b], [0.75, -0.5]), ([b], [1.0])):
+        for rows, columns in ((None, None), (first, None), (None, second), (first, second)):
+            indices = ([None, rows][-len(weights) :], [None, columns][-len(weights) :])
+            wanted = permute_merge(weights, alphas, *indices, **options)
+            # Room before and after each run's aligned part, which begins anywhere.
+            room = torch.full((wanted.numel() + 3,), 7.0, dtype=dtype)
+            out = room[1:-2].view(shape)
+            with monkeypatch.context() as patch:
+                patch.setattr(twin, "STREAMED", 0)
+                permute_merge(weights, alphas, *indices, out=out, **options)
+            torch.testing.assert_close(out, wanted, rtol=torch.finfo(dtype).eps, atol=1e-7)
+            assert (room[:1] == 7).all()
+            assert (room[-2:] == 7).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_the_cpu_twin_rounds_halves_to_even_as_torch_does(dtype):
+def test_the_cpu_twin_rounds_halves_to_even_as_torch_does(monkeypatch, dtype):
     every = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(dtype)
     other = every.flip(0).roll(int(torch.randint(1 << 16, (), generator=fresh_generator())))
-    for partner in (torch.roll(every, 1), other):
+    for partner, past in (
+        (torch.roll(every, 1), False),
+        (other, False),
+        (torch.roll(every, 1), True),
+        (other, True),
+    ):
         # Means of neighbours are exact halfway points of the type; means of strangers are anything.
+        monkeypatch.setattr("fastmatch.kernels.cpu.permute_merge.STREAMED", 0 if past else 1 << 40)
         got = permute_merge([every, partner], [0.5, 0.5], backend="cpu")
         wanted = (0.5 * every.float() + 0.5 * partner.float()).to(dtype)
         assert torch.equal(got.isnan(), wanted.isnan())

@@ -1,0 +1,158 @@
+"""Stores past the caches, for numba: what a large result needs, since nobody reads it before it has left them.
+
+An ordinary store first reads the line that it writes to: a copy moves three times its bytes, not twice. LLVM stores
+past the caches only where it is told to, and does not make vectors of loops that are. So these are its vector
+instructions, 32 bytes at a time. Nothing is checked: positions must be in range.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fastmatch.kernels.cpu.half import BFLOAT16, FLOAT16
+from llvmlite import ir
+from numba import extending, types
+from numba.np.arrayobj import make_array
+
+__all__ = ["BYTES", "fence", "mean", "misaligned", "move"]
+
+BYTES = 32
+"""Of one store, and its alignment."""
+
+# Called without its first parameter, the typing context: no checker can know.
+intrinsic: Any = extending.intrinsic
+
+_I32, _I64 = ir.IntType(32), ir.IntType(64)
+
+
+@intrinsic
+def misaligned(typing: Any, run: Any) -> Any:
+    """Elements of a contiguous run before the first that may be stored to."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        address = builder.ptrtoint(make_array(run)(context, builder, args[0]).data, _I64)
+        before = builder.and_(builder.neg(address), ir.Constant(_I64, BYTES - 1))
+        return builder.udiv(before, ir.Constant(_I64, run.dtype.bitwidth // 8))
+
+    return types.intp(run), code
+
+
+@intrinsic
+def fence(typing: Any) -> Any:
+    """What was stored before is seen by whatever runs after."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), code
+
+
+def _pointer(context: Any, builder: Any, array: Any, value: Any, j: Any) -> Any:
+    element = context.get_data_type(array.dtype)
+    start = builder.gep(make_array(array)(context, builder, value).data, [j])
+    return builder.bitcast(start, ir.VectorType(element, BYTES * 8 // array.dtype.bitwidth).as_pointer())
+
+
+def _read(context: Any, builder: Any, array: Any, value: Any, j: Any) -> Any:
+    return builder.load(_pointer(context, builder, array, value, j), align=array.dtype.bitwidth // 8)
+
+
+def _write(context: Any, builder: Any, array: Any, value: Any, j: Any, vector: Any) -> Any:
+    store = builder.store(vector, _pointer(context, builder, array, value, j), align=BYTES)
+    store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_I32, 1)]))
+    return context.get_dummy_value()
+
+
+@intrinsic
+def move(typing: Any, x: Any, run: Any, j: Any) -> Any:
+    """``run[j : j + 32 bytes] = x[j : ...]``."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _write(context, builder, run, args[1], args[2], _read(context, builder, x, args[0], args[2]))
+
+    return types.void(x, run, types.intp), code
+
+
+def _splat(value: int, like: Any) -> Any:
+    return ir.Constant(like, [value] * like.count)
+
+
+def _decode(builder: Any, bits: Any, half: int | None, number: Any) -> Any:
+    """A vector of integers as the numbers they stand for, of the element type ``number``."""
+    wide = ir.VectorType(number, bits.type.count)
+    if half is None:
+        return builder.bitcast(bits, wide)
+    if half == FLOAT16:
+        return builder.fpext(builder.bitcast(bits, ir.VectorType(ir.HalfType(), bits.type.count)), wide)
+    words = builder.zext(bits, ir.VectorType(_I32, bits.type.count))
+    return builder.bitcast(builder.shl(words, _splat(16, words.type)), wide)
+
+
+def _encode(builder: Any, value: Any, half: int | None, like: Any) -> Any:
+    """The reverse; as :func:`fastmatch.kernels.cpu.half.encode`, to nearest, ties to even."""
+    if half is None:
+        return builder.bitcast(value, like)
+    if half == FLOAT16:
+        return builder.bitcast(builder.fptrunc(value, ir.VectorType(ir.HalfType(), like.count)), like)
+    bits = builder.bitcast(value, ir.VectorType(_I32, like.count))
+    sixteen = _splat(16, bits.type)
+    odd = builder.and_(builder.lshr(bits, sixteen), _splat(1, bits.type))
+    rounded = builder.lshr(builder.add(builder.add(bits, _splat(0x7FFF, bits.type)), odd), sixteen)
+    nan = builder.fcmp_unordered("uno", value, value)
+    return builder.trunc(builder.select(nan, _splat(0x7FC0, bits.type), rounded), like)
+
+
+def _mean_of(half: int | None) -> Callable[..., Any]:
+    @intrinsic
+    def combined(typing: Any, x: Any, y: Any, alpha: Any, beta: Any, run: Any, j: Any) -> Any:
+        def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            number = context.get_value_type(alpha)
+            numbers = [
+                _decode(builder, _read(context, builder, array, value, args[5]), half, number)
+                for array, value in ((x, args[0]), (y, args[1]))
+            ]
+            wide = numbers[0].type
+            factors = []
+            for value in args[2:4]:
+                first = builder.insert_element(ir.Constant(wide, ir.Undefined), value, ir.Constant(_I32, 0))
+                order = _splat(0, ir.VectorType(_I32, wide.count))
+                factors.append(builder.shuffle_vector(first, first, order))
+            name = f"llvm.fmuladd.v{wide.count}f{alpha.bitwidth}"
+            kind = ir.FunctionType(wide, [wide] * 3)
+            function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+            total = builder.call(function, [factors[0], numbers[0], builder.fmul(factors[1], numbers[1])])
+            like = ir.VectorType(context.get_data_type(run.dtype), wide.count)
+            return _write(context, builder, run, args[4], args[5], _encode(builder, total, half, like))
+
+        return types.void(x, y, alpha, beta, run, types.intp), code
+
+    return combined
+
+
+_mean, _mean_bfloat16, _mean_float16 = _mean_of(None), _mean_of(BFLOAT16), _mean_of(FLOAT16)
+
+
+def mean(x: Any, y: Any, half: Any, alpha: Any, beta: Any, run: Any, j: Any) -> None:
+    """``run[j : j + 32 bytes] = alpha x[j : ...] + beta y[j : ...]`` of the numbers that the bits stand for; compiled only."""
+    raise NotImplementedError("for compiled functions")
+
+
+@extending.overload(mean)
+def _compiled_mean(x, y, half, alpha, beta, run, j):
+    # By type, since numba compiles both sides of a branch on a value.
+    if isinstance(half, types.NoneType):
+
+        def code(x, y, half, alpha, beta, run, j):
+            _mean(x, y, alpha, beta, run, j)
+
+    else:
+
+        def code(x, y, half, alpha, beta, run, j):
+            if half == BFLOAT16:
+                _mean_bfloat16(x, y, alpha, beta, run, j)
+            else:
+                _mean_float16(x, y, alpha, beta, run, j)
+
+    return code
