@@ -76,14 +76,16 @@ class CrossMoments:
 
     state: Moments | None = None
 
-    def update(self, a: torch.Tensor, b: torch.Tensor) -> None:
-        """Adds rows: ``a`` of shape (samples, n), ``b`` of shape (samples, m), the same samples."""
-        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[0]:
-            raise ValueError(f"a, b: expected two matrices of equally many rows, got {a.shape} and {b.shape}")
-        if a.shape[0] == 0:
+    def update(self, a: torch.Tensor, b: torch.Tensor, dim: int = 1) -> None:
+        """Adds the same samples of both: channels lie along ``dim``, every other dimension is samples, in any strides."""
+        if a.ndim < 2 or [*a.movedim(dim, -1).shape[:-1]] != [*b.movedim(dim, -1).shape[:-1]]:
+            raise ValueError(
+                f"a, b: expected equally many rows, dimension {dim} aside, got {tuple(a.shape)} and {tuple(b.shape)}"
+            )
+        if a.numel() == 0:
             return
         a, b = (x if x.is_floating_point() else x.float() for x in (a, b.to(a.device)))
-        self.state = dispatch.moments(a, b, state=self.state, backend=_backend(a, b))
+        self.state = dispatch.moments(a, b, dim=dim, state=self.state, backend=_backend(a, b))
 
     @property
     def count(self) -> int:

@@ -76,3 +76,18 @@ def test_moments_refuse_what_they_cannot_use():
     assert moments.count == 3
     with pytest.raises(ValueError, match="similarity: expected one of"):
         moments.similarity("cosine")
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_maps_as_they_lie_give_what_their_rows_give(layout):
+    generator = torch.Generator().manual_seed(fresh_seed())
+    a, b = (torch.randn(6, c, 5, 4, generator=generator).to(memory_format=layout) + 3 for c in (7, 9))
+    maps, rows = CrossMoments(), CrossMoments()
+    for part in (slice(4), slice(4, None)):
+        maps.update(a[part], b[part])
+        rows.update(*(x[part].movedim(1, -1).flatten(0, 2) for x in (a, b)))
+    assert maps.count == rows.count == 120
+    for kind in ("correlation", "covariance", "inner"):
+        torch.testing.assert_close(maps.similarity(kind), rows.similarity(kind), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="dimension 1 aside, got"):
+        maps.update(a, b[:, :, :4])

@@ -243,17 +243,29 @@ def _read_moments(
     """One read of the data with both models; fills ``moments`` at their taps."""
     taps = [reading[0] for reading in moments]  # the others of a family are read from the same tensor
     readings = {reading[0]: reading for reading in moments}
-    rows_a: dict[Tap, torch.Tensor] = {}
+    values_a: dict[Tap, tuple[torch.Tensor, int]] = {}
 
-    def rows(tap: Tap, tensor: torch.Tensor) -> torch.Tensor:
-        parts = [unit_rows(tensor, t.axis, spec.groups[t.group].size) for t in readings[tap]]
-        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+    def values(tap: Tap, tensor: torch.Tensor, *, own: bool) -> tuple[torch.Tensor, int]:
+        """(activations, where their units lie); in memory of their own if they are to be kept while a network runs on."""
+        reading, size = readings[tap], spec.groups[tap.group].size
+        pooled = isinstance(moments[reading], CrossMoments) and len(reading) == 1 and tensor.ndim > 1
+        if pooled and tap.axis.is_whole(size, tensor.shape[tap.axis.dim]):
+            # As they lie in memory: to copy them into rows takes longer than their sums.
+            return tensor.detach().clone() if own else tensor.detach(), tap.axis.dim
+        parts = [unit_rows(tensor, t.axis, spec.groups[t.group].size) for t in reading]
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0], 1
 
     def keep(tap: Tap, tensor: torch.Tensor) -> None:
-        rows_a[tap] = rows(tap, tensor)
+        values_a[tap] = values(tap, tensor, own=True)
 
     def pair(tap: Tap, tensor: torch.Tensor) -> None:
-        moments[readings[tap]].update(rows_a.pop(tap), rows(tap, tensor))
+        a, _ = values_a.pop(tap)
+        b, dim = values(tap, tensor, own=False)
+        found = moments[readings[tap]]
+        if isinstance(found, CrossMoments):
+            found.update(a, b, dim)
+        else:
+            found.update(a, b)
 
     with evaluating(model_a, model_b):
         for batch in batches_of(data, "activation matching", progress=progress):
