@@ -4,7 +4,7 @@
 #   make lint, make types   ruff; the type checker over an installed copy of the package
 #   make nightly            the tests marked slow as well
 #   make docs               the documentation site, into build/site
-#   make bench              every benchmark suite, into bench/results/; hours on two cores, most of them the peers at VGG16 4 x wide
+#   make bench              every benchmark suite, into bench/results/; about an hour on two cores, most of it the peers at VGG16 4 x wide
 VENV   ?= .venv
 PYTHON ?= python3
 WIDTH  ?= 1024

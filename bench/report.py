@@ -143,16 +143,16 @@ def comparison(rows: list[dict[str, Any]], earlier: list[dict[str, Any]]) -> lis
 
 
 def machine_text(run: dict[str, Any]) -> str:
-    """Machine, versions and time of every run whose rows are here; numbered where there are several, as in the table."""
-    texts = []
+    """A paragraph a machine: its versions, and the runs on it, numbered as in the table."""
+    runs_on: dict[str, list[str]] = {}
     for number, (time, info) in enumerate(run["runs"].items(), start=1):
         versions = ", ".join(f"{k} {v}" for k, v in info["versions"].items())
-        texts.append(
-            f"{f'Run {number}: ' if len(run['runs']) > 1 else ''}{info['cpu']}, {info['cores']} cores, "
-            f"{info['torch_threads']} torch threads, load {info['load']:.1f} at the start; "
-            f"{versions}; run {time[:16]}{', small sizes (--quick)' if info['quick'] else ''}"
+        text = f"{info['cpu']}, {info['cores']} cores, {info['torch_threads']} torch threads; {versions}"
+        small = ", small sizes (--quick)" if info["quick"] else ""
+        runs_on.setdefault(text, []).append(
+            f"run {number} of {time[:16]}, load {info['load']:.1f} at its start{small}"
         )
-    return "\n\n".join(texts)
+    return "\n\n".join(f"{text}. R{'; '.join(runs)[1:]}." for text, runs in runs_on.items())
 
 
 def machines(run: dict[str, Any]) -> list[str]:
