@@ -2,7 +2,8 @@
 
 A weight is seen as (outer, n1, middle, length): whole runs of ``length`` elements move by the first index;
 within a run, blocks of ``block`` elements by the second. Runs are taken as many at a time as fill 16 bytes an
-element: what moves within them moves for all at once, as integers, in cache. Up to two are combined in one loop, more in short parts. A large result is stored past the caches.
+element: what moves within them moves for all at once, as integers, in cache. Up to two are combined in one loop, more in
+short parts. A large result is stored past the caches.
 """
 
 from __future__ import annotations
@@ -127,9 +128,12 @@ def _merge(weights, alphas, rows, columns, block, half, out, in_place, past, tas
     lanes = BYTES // out.itemsize
     groups = (runs + lanes - 1) // lanes
     only_moved = count == 1 and alphas[0] == 1.0
+    held = 0  # elements of a run that are held while they move
+    for k in range(count):
+        held = max(held, length if columns[k].shape[0] > 0 else 0)
     for task in numba.prange(tasks):
-        words = np.empty((length, lanes) if block == 1 else (1, length), out.dtype)
-        moved = np.empty((count, lanes, length), out.dtype)
+        words = np.empty((held, lanes) if block == 1 else (1, held), out.dtype)
+        moved = np.empty((count, lanes, held), out.dtype)
         sources = np.empty(lanes, np.int64)
         total = np.empty(PART, alphas.dtype)
         for group in range(groups * task // tasks, groups * (task + 1) // tasks):
@@ -247,7 +251,7 @@ def permute_merge(
         in_place,
         # A result in a weight's place is in the caches when it is written.
         target.nbytes >= STREAMED and not in_place and (HARDWARE or out.dtype != torch.float16),
-        min(4 * numba.get_num_threads(), len(rows[0])),
+        min(4 * numba.get_num_threads(), -(-len(rows[0]) * out.element_size() // BYTES)),
     )
     if target is not out:
         out.copy_(target)
