@@ -258,7 +258,7 @@ def _affine_cases(layouts: dict[str, dict[str, Any]], aligned: bool) -> Iterator
 # Weights and candidates: permute_merge and the selection of cost_rows
 
 
-def _merge_cases() -> Iterator[Case]:
+def _merge_cases(aligned: bool) -> Iterator[Case]:
     two = (None, "*i64:16")
     variants = (
         ("average", 8192, (None, None), (None, None), 1),
@@ -270,7 +270,7 @@ def _merge_cases() -> Iterator[Case]:
     )
     for dtype, (variant, length, first, second, block) in itertools.product(("fp32", "bf16"), variants):
         count = len(first)
-        tiles, steps = permute_merge.run_tiles(length, second[-1] is not None)
+        tiles, steps = permute_merge.run_tiles(length, second[-1] is not None, aligned=aligned)
         yield Case(
             "permute_merge",
             f"{variant}, {dtype}",
@@ -340,7 +340,7 @@ def _known(target: Target, aligned: bool) -> Iterator[Case]:
     yield from _cross_cases(target, which, layouts)
     yield from _stats_cases(layouts)
     yield from _affine_cases(layouts, aligned)
-    yield from _merge_cases()
+    yield from _merge_cases(aligned)
     yield from _selection_cases()
 
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from fastmatch.kernels.triton.tiles import Tiles, ceil_div, target_of
+from fastmatch.kernels.triton.tiles import Tiles, ceil_div, is_aligned, target_of
 
 __all__ = ["permute_merge", "run_tiles", "runs_of"]
 
@@ -86,12 +86,14 @@ def runs_of(
     return numel // length, shape[d1], math.prod(shape[d1 + 1 : d2]), length, blocks[0], blocks[1] * tail
 
 
-def run_tiles(length: int, gathered: bool) -> tuple[Tiles, int]:
+def run_tiles(length: int, gathered: bool, *, aligned: bool = True) -> tuple[Tiles, int]:
     """(tile of runs x elements, steps along a run): 4096 elements a step, whole runs where they are gathered."""
     columns = min(triton.next_power_of_2(length), 4096 if not gathered else 2048)
     rows = max(2048 // columns, 1)
     steps = ceil_div(length, columns) if gathered else 1
-    return Tiles(rows, columns, 1, 4, 1), min(steps, 16)
+    # Eight warps for short gathered runs of any alignment: with four, gfx942 spills scalar registers.
+    warps = 8 if gathered and rows > 1 and not aligned else 4
+    return Tiles(rows, columns, 1, warps, 1), min(steps, 16)
 
 
 def permute_merge(
@@ -118,11 +120,13 @@ def permute_merge(
     if any_first and n1 == 1 and not any_second:
         first, second = second, first  # short runs: the axis was turned into the second
     gathered = any(i is not None for i in second)
-    tiles, steps = run_tiles(length, gathered)
     target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
+    sources = tuple(w.contiguous() for w in weights)
+    aligned = is_aligned((*sources, target), (runs, n1, middle, length, block1, block2))
+    tiles, steps = run_tiles(length, gathered, aligned=aligned)
     grid = (ceil_div(runs, tiles.rows), ceil_div(length, tiles.columns * steps))
     _permute_merge_kernel[grid](
-        tuple(w.contiguous() for w in weights),
+        sources,
         tuple(float(x) for x in alphas),
         tuple(first),
         tuple(second),
