@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from fastmatch.benchmark import combined
+
 OURS = "fastmatch"
 SUITES = ("assignment", "gains", "moments", "matching", "renorm", "apply", "end-to-end", "growth")
 README = {("matching", "seconds"): "bench_matching.png", ("growth", "seconds"): "bench_growth.png"}
@@ -27,6 +29,12 @@ STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em a
 table{border-collapse:collapse;margin:1em 0}td,th{padding:.2em .7em;border-bottom:1px solid #ddd;text-align:right}
 td:first-child,th:first-child,td:nth-child(2),th:nth-child(2){text-align:left}img{max-width:100%}
 .good{color:#06662c}.bad{color:#a11}"""
+
+
+def read_run(file: Path) -> dict[str, Any]:
+    """What ``fastmatch bench`` kept, or what pytest-benchmark wrote by itself."""
+    run = json.loads(file.read_text())
+    return run if "runs" in run else combined(run, None)
 
 
 def rows_of(run: dict[str, Any]) -> list[dict[str, Any]]:
@@ -156,7 +164,7 @@ def machine_text(run: dict[str, Any]) -> str:
 
 
 def machines(run: dict[str, Any]) -> list[str]:
-    """A paragraph a run."""
+    """A paragraph a machine."""
     return [f"<p>{html.escape(text)}</p>" for text in machine_text(run).split("\n\n")]
 
 
@@ -212,8 +220,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--markdown", type=Path, help="also write the tables here")
     parser.add_argument("--pictures", type=Path, help="also write the README's plots into this folder")
     args = parser.parse_args(arguments)
-    run = json.loads(args.run.read_text())
-    earlier = json.loads(args.compare.read_text()) if args.compare else None
+    run = read_run(args.run)
+    earlier = read_run(args.compare) if args.compare else None
     args.html.parent.mkdir(parents=True, exist_ok=True)
     args.html.write_text(page(run, earlier, args.pictures))
     if args.markdown:

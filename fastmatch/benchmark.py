@@ -54,12 +54,15 @@ def folder() -> Path:
 
 
 def combined(run: dict[str, Any], earlier: dict[str, Any] | None) -> dict[str, Any]:
-    """``run``, and the rows of ``earlier`` that it does not measure anew; ``runs`` says where and when each was measured."""
+    """``run`` as pytest-benchmark wrote it, and the rows of ``earlier`` that it does not measure anew; ``runs`` says where
+    and when each was measured.
+    """
     run["runs"] = {run["datetime"]: run["machine_info"]["fastmatch"]}
     for row in run["benchmarks"]:
         row["stats"].pop("data", None)  # medians and ratios are in extra_info
         row["extra_info"]["run"] = run["datetime"]
     if earlier is not None:
+        earlier = earlier if "runs" in earlier else combined(earlier, None)
         measured = {row["fullname"] for row in run["benchmarks"]}
         kept = [row for row in earlier["benchmarks"] if row["fullname"] not in measured]
         run["benchmarks"] = kept + run["benchmarks"]
