@@ -1,8 +1,9 @@
-"""Blocks of a matrix transposed in registers, for numba: 16 bytes of as many rows as they hold elements.
+"""Columns of a matrix moved through words of 16 bytes, for numba: element j of as many rows as fit, side by side.
 
-LLVM does not find vectors in a loop that reads along rows and writes along columns. Like :mod:`simd`, these are its
-own vector instructions, so a machine with other registers gets what it has. Nothing is checked: positions must be
-in range.
+:func:`to_words` turns rows into words, :func:`from_words` words, in whatever order, into rows again. Both transpose in
+registers, two square blocks at a time: LLVM does not find vectors in a loop that reads along rows and writes along
+columns. Like :mod:`simd`, these are its own vector instructions, so a machine with other registers gets what it has.
+Nothing is checked: positions must be in range.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from llvmlite import ir
 from numba import extending, types
 from numba.np.arrayobj import make_array
 
-__all__ = ["BYTES", "transpose"]
+__all__ = ["BYTES", "from_words", "to_words"]
 
 BYTES = 16
-"""Of a vector: what one instruction moves on every machine."""
+"""Of a word: the unit within which one instruction interleaves two vectors on every machine."""
 
 # Called without its first parameter, the typing context: no checker can know.
 intrinsic: Any = extending.intrinsic
@@ -24,58 +25,92 @@ intrinsic: Any = extending.intrinsic
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 
 
-def _pointer(context: Any, builder: Any, array: Any, value: Any, offset: Any) -> Any:
-    """Pointer to 16 bytes at a flat offset of a contiguous array, as a vector of its elements."""
-    element = context.get_data_type(array.dtype)
-    vector = ir.VectorType(element, BYTES // (array.dtype.bitwidth // 8))
+def _lanes(array: Any) -> int:
+    return BYTES * 8 // array.dtype.bitwidth
+
+
+def _pointer(context: Any, builder: Any, array: Any, value: Any, offset: Any, words: int) -> Any:
+    """Pointer to so many words at a flat offset of a contiguous array, as one vector of its elements."""
+    vector = ir.VectorType(context.get_data_type(array.dtype), words * _lanes(array))
     start = builder.gep(make_array(array)(context, builder, value).data, [offset])
     return builder.bitcast(start, vector.as_pointer())
 
 
-def _is_matrix(array: Any) -> bool:
-    return isinstance(array, types.Array) and array.ndim == 2 and array.layout == "C"
+def _entry(context: Any, builder: Any, array: Any, value: Any, place: Any, plus: int) -> Any:
+    """``array[place + plus]`` of a contiguous array of integers, as a position."""
+    data = make_array(array)(context, builder, value).data
+    number = builder.load(builder.gep(data, [builder.add(place, ir.Constant(_I64, plus))]))
+    return context.cast(builder, number, array.dtype, types.intp)
+
+
+def _order(places: list[int]) -> Any:
+    return ir.Constant(ir.VectorType(_I32, len(places)), places)
+
+
+def _transposed(builder: Any, vectors: list[Any]) -> list[Any]:
+    """Two square blocks, one in the first halves of the vectors and one in the second, each transposed."""
+    lanes = len(vectors)
+    # log2(lanes) perfect shuffles of the whole; each is one unpack instruction a vector.
+    low = [block * lanes + k // 2 + (k % 2) * 2 * lanes for block in (0, 1) for k in range(lanes)]
+    for _ in range(lanes.bit_length() - 1):
+        vectors = [
+            builder.shuffle_vector(x, y, _order([k + half for k in low]))
+            for x, y in zip(vectors[: lanes // 2], vectors[lanes // 2 :], strict=True)
+            for half in (0, lanes // 2)
+        ]
+    return vectors
+
+
+def _is_contiguous(array: Any, dimensions: int) -> bool:
+    return isinstance(array, types.Array) and array.ndim == dimensions and array.layout == "C"
 
 
 @intrinsic
-def transpose(
-    typing: Any, source: Any, rows: Any, first: Any, column: Any, target: Any, row: Any, at: Any
-) -> Any:
-    """A square block, transposed: as many rows as 16 bytes hold elements, and 16 bytes of each.
-
-    ``target[row + j, at + i] = source[rows[first + i], column + j]``: contiguous matrices of one unsigned type.
-    """
-    if not (_is_matrix(source) and _is_matrix(target) and source.dtype == target.dtype):
+def to_words(typing: Any, source: Any, starts: Any, column: Any, words: Any) -> Any:
+    """``words[column + j, i] = source.flat[starts[i] + column + j]`` for two words' worth of columns j."""
+    if not (_is_contiguous(source, 2) and _is_contiguous(words, 2) and _is_contiguous(starts, 1)):
         return None
-    if not (isinstance(rows, types.Array) and rows.ndim == 1 and rows.layout == "C"):
-        return None
-    size = source.dtype.bitwidth // 8
-    lanes = BYTES // size
+    lanes = _lanes(source)
+    align = source.dtype.bitwidth // 8
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        wide = (make_array(t)(context, builder, args[k]).shape for t, k in ((source, 0), (target, 4)))
-        source_width, target_width = (builder.extract_value(shape, 1) for shape in wide)
-        numbers = make_array(rows)(context, builder, args[1]).data
         vectors = []
         for i in range(lanes):
-            place = builder.add(args[2], ir.Constant(_I64, i))
-            number = context.cast(
-                builder, builder.load(builder.gep(numbers, [place])), rows.dtype, types.intp
-            )
-            offset = builder.add(builder.mul(number, source_width), args[3])
-            vectors.append(builder.load(_pointer(context, builder, source, args[0], offset), align=size))
-        # log2(lanes) perfect shuffles of the whole block; each is one unpack instruction a vector.
-        low = [k // 2 + (k % 2) * lanes for k in range(lanes)]
-        for _ in range(lanes.bit_length() - 1):
-            shuffled = []
-            for x, y in zip(vectors[: lanes // 2], vectors[lanes // 2 :], strict=True):
-                for half in (0, lanes // 2):
-                    mask = ir.Constant(ir.VectorType(_I32, lanes), [k + half for k in low])
-                    shuffled.append(builder.shuffle_vector(x, y, mask))
-            vectors = shuffled
-        for j, vector in enumerate(vectors):
-            place = builder.add(args[5], ir.Constant(_I64, j))
-            offset = builder.add(builder.mul(place, target_width), args[6])
-            builder.store(vector, _pointer(context, builder, target, args[4], offset), align=size)
+            start = _entry(context, builder, starts, args[1], ir.Constant(_I64, 0), i)
+            offset = builder.add(start, args[2])
+            vectors.append(builder.load(_pointer(context, builder, source, args[0], offset, 2), align=align))
+        for j, vector in enumerate(_transposed(builder, vectors)):
+            for half in (0, lanes):
+                column = builder.add(args[2], ir.Constant(_I64, j + half))
+                place = builder.mul(column, ir.Constant(_I64, lanes))
+                word = builder.shuffle_vector(vector, vector, _order(list(range(half, half + lanes))))
+                builder.store(word, _pointer(context, builder, words, args[3], place, 1), align=align)
         return context.get_dummy_value()
 
-    return types.void(source, rows, types.intp, types.intp, target, types.intp, types.intp), code
+    return types.void(source, starts, types.intp, words), code
+
+
+@intrinsic
+def from_words(typing: Any, words: Any, columns: Any, at: Any, target: Any) -> Any:
+    """``target[i, at + j] = words[columns[at + j], i]`` for two words' worth of columns j."""
+    if not (_is_contiguous(words, 2) and _is_contiguous(target, 2) and _is_contiguous(columns, 1)):
+        return None
+    lanes = _lanes(words)
+    align = words.dtype.bitwidth // 8
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vectors = []
+        for j in range(lanes):
+            pair = []
+            for half in (0, lanes):
+                column = _entry(context, builder, columns, args[1], args[2], j + half)
+                place = builder.mul(column, ir.Constant(_I64, lanes))
+                pair.append(builder.load(_pointer(context, builder, words, args[0], place, 1), align=align))
+            vectors.append(builder.shuffle_vector(*pair, _order(list(range(2 * lanes)))))
+        width = builder.extract_value(make_array(target)(context, builder, args[3]).shape, 1)
+        for i, vector in enumerate(_transposed(builder, vectors)):
+            offset = builder.add(builder.mul(ir.Constant(_I64, i), width), args[2])
+            builder.store(vector, _pointer(context, builder, target, args[3], offset, 2), align=align)
+        return context.get_dummy_value()
+
+    return types.void(words, columns, types.intp, target), code

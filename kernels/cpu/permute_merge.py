@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from fastmatch.kernels.cpu import streamed
 from fastmatch.kernels.cpu.half import HALF, HARDWARE, decode, encode
-from fastmatch.kernels.cpu.lanes import BYTES, transpose
+from fastmatch.kernels.cpu.lanes import BYTES, from_words, to_words
 from fastmatch.kernels.reference import permute_merge as reference
 
 __all__ = ["permute_merge"]
@@ -27,25 +27,29 @@ PART = 1024
 BLOCK = 16
 """Neighbouring elements from which on a block that moves is copied by itself rather than gathered."""
 
+AHEAD = 2048
+"""Bytes ahead of those read at which memory is asked: processors themselves look no further than a page's end."""
+
 STREAMED = 1 << 23
 """Bytes of a result from which on it is stored past the caches, which could not hold it."""
 
 
 @numba.njit(cache=True, nogil=True)
-def _move_columns(weight, sources, columns, words, moved):
-    """``moved[g] = weight[sources[g]][columns]`` for as many runs as there are lanes.
+def _move_columns(weight, starts, columns, words, moved):
+    """``moved[g, j] = weight.flat[starts[g] + columns[j]]`` for as many runs as there are lanes.
 
     Row j of ``words`` holds element j of each run, so one look at an index moves an element of all of them.
     """
     length, lanes = words.shape
-    whole = length - length % lanes
-    for j in range(0, whole, lanes):
-        transpose(weight, sources, 0, j, words, j, 0)
+    whole = length - length % (2 * lanes)
+    flat = weight.reshape(-1)
+    for j in range(0, whole, 2 * lanes):
+        to_words(weight, starts, j, words)
     for j in range(whole, length):
         for g in range(lanes):
-            words[j, g] = weight[sources[g], j]
-    for j in range(0, whole, lanes):
-        transpose(words, columns, j, 0, moved, 0, j)
+            words[j, g] = flat[starts[g] + j]
+    for j in range(0, whole, 2 * lanes):
+        from_words(words, columns, j, moved)
     for j in range(whole, length):
         for g in range(lanes):
             moved[g, j] = words[columns[j], g]
@@ -94,13 +98,25 @@ def _copy_past(bits, run):
 
 
 @numba.njit(cache=True, nogil=True)
-def _mean_past(x, y, half, alpha, beta, run):
-    """As :func:`_mean_of_two`, past the caches."""
+def _mean_past(x, y, half, alpha, beta, run, next_x, next_y):
+    """As :func:`_mean_of_two`, past the caches; ``next_x`` tells whether what follows x in memory is needed next."""
     head, tail = _edges(run)
-    _mean_of_two(x[:head], y[:head], half, alpha, beta, run[:head])
+    ahead_x = AHEAD // run.itemsize if next_x else 0
+    ahead_y = AHEAD // run.itemsize if next_y else 0
+    if head > 0:
+        _mean_of_two(x[:head], y[:head], half, alpha, beta, run[:head])
     for j in range(head, tail, streamed.BYTES // run.itemsize):
+        streamed.ask(x, j + ahead_x)
+        streamed.ask(y, j + ahead_y)
         streamed.mean(x, y, half, alpha, beta, run, j)
-    _mean_of_two(x[tail:], y[tail:], half, alpha, beta, run[tail:])
+    if tail < run.shape[0]:
+        _mean_of_two(x[tail:], y[tail:], half, alpha, beta, run[tail:])
+
+
+@numba.njit(cache=True, nogil=True)
+def _follows(rows, r):
+    """Whether the run that is needed after r's is its neighbour in memory."""
+    return r + 1 < rows.shape[0] and rows[r + 1] == rows[r] + 1
 
 
 @numba.njit(cache=True, nogil=True, fastmath={"contract"})
@@ -133,8 +149,9 @@ def _merge(weights, alphas, rows, columns, block, half, out, in_place, past, tas
         held = max(held, length if columns[k].shape[0] > 0 else 0)
     for task in numba.prange(tasks):
         words = np.empty((held, lanes) if block == 1 else (1, held), out.dtype)
-        moved = np.empty((count, lanes, held), out.dtype)
-        sources = np.empty(lanes, np.int64)
+        # Rows a multiple of 4096 bytes apart would share one set of the cache, which holds hardly more than there are.
+        moved = np.empty((count, lanes, held + 64 // out.itemsize if held else 0), out.dtype)
+        starts = np.empty(lanes, np.int64)
         total = np.empty(PART, alphas.dtype)
         for group in range(groups * task // tasks, groups * (task + 1) // tasks):
             first = group * lanes
@@ -144,14 +161,14 @@ def _merge(weights, alphas, rows, columns, block, half, out, in_place, past, tas
                     if block > 1:
                         for r in range(first, last):
                             run = weights[k][rows[k][r]]
-                            _move_blocks(run, columns[k], block, words[0], moved[k, r - first])
+                            _move_blocks(run, columns[k], block, words[0], moved[k, r - first, :length])
                     else:
                         # The last group may be short: its last run stands for those missing.
                         for g in range(lanes):
-                            sources[g] = rows[k][min(first + g, runs - 1)]
-                        _move_columns(weights[k], sources, columns[k], words, moved[k])
+                            starts[g] = rows[k][min(first + g, runs - 1)] * length
+                        _move_columns(weights[k], starts, columns[k], words, moved[k])
             for r in range(first, last):
-                x = moved[0, r - first] if columns[0].shape[0] else weights[0][rows[0][r]]
+                x = moved[0, r - first, :length] if columns[0].shape[0] else weights[0][rows[0][r]]
                 if only_moved:
                     if past:
                         _copy_past(x, out[r])
@@ -160,9 +177,11 @@ def _merge(weights, alphas, rows, columns, block, half, out, in_place, past, tas
                     continue
                 # Where the result takes a weight's place, no loop over both could use vectors.
                 if count == 2 and not in_place:
-                    y = moved[1, r - first] if columns[1].shape[0] else weights[1][rows[1][r]]
+                    y = moved[1, r - first, :length] if columns[1].shape[0] else weights[1][rows[1][r]]
                     if past:
-                        _mean_past(x, y, half, alphas[0], alphas[1], out[r])
+                        next_x = columns[0].shape[0] == 0 and _follows(rows[0], r)
+                        next_y = columns[1].shape[0] == 0 and _follows(rows[1], r)
+                        _mean_past(x, y, half, alphas[0], alphas[1], out[r], next_x, next_y)
                     else:
                         _mean_of_two(x, y, half, alphas[0], alphas[1], out[r])
                     continue
@@ -201,14 +220,16 @@ def _as_runs(
     )
 
 
-def source_runs(
+def _source_runs(
     shape: torch.Size, index: torch.Tensor | None, dims: Sequence[int], blocks: Sequence[int], two: bool
-) -> torch.Tensor:
+) -> np.ndarray:
     """For every run of the result, the run of the weight that it comes from."""
     outer, n1, middle, _, _ = _as_runs(shape, dims, blocks, two)
-    first = torch.arange(n1) if index is None else reference.expand_blocks(index, blocks[0])
-    runs = torch.arange(outer)[:, None, None] * n1 + first[None, :, None]
-    return (runs * middle + torch.arange(middle)).flatten()
+    if index is None:
+        return np.arange(outer * n1 * middle)
+    first = reference.expand_blocks(index, blocks[0]).numpy()
+    runs = np.arange(outer)[:, None, None] * n1 + first[:, None]
+    return (runs * middle + np.arange(middle)).ravel()
 
 
 def permute_merge(
@@ -229,7 +250,7 @@ def permute_merge(
     shape = out.shape
     two = any(index is not None for index in second)
     *_, length, block = _as_runs(shape, dims, blocks, two)
-    rows = [source_runs(shape, index, dims, blocks, two) for index in first]
+    rows = [_source_runs(shape, index, dims, blocks, two) for index in first]
     if block < BLOCK:
         columns = [None if index is None else reference.expand_blocks(index, block) for index in second]
         block = 1
@@ -238,11 +259,13 @@ def permute_merge(
     target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
     sources = [w.contiguous() for w in weights]
     in_place = any(w.data_ptr() == target.data_ptr() for w in sources)
+    factors = np.array(alphas, np.float64 if out.dtype == torch.float64 else np.float32)
+    factors[np.isnan(factors)] = np.nan  # the one whose bits bfloat16 can hold
     bits = {2: torch.uint16, 4: torch.uint32, 8: torch.uint64}[out.element_size()]
     _merge(
         tuple(w.view(-1, length).view(bits).numpy() for w in sources),
-        np.array(alphas, np.float64 if out.dtype == torch.float64 else np.float32),
-        tuple(r.numpy() for r in rows),
+        factors,
+        tuple(rows),
         # Unsigned, so that no negative index has to be looked for.
         tuple(np.empty(0, np.uint32) if c is None else c.numpy().astype(np.uint32) for c in columns),
         block,

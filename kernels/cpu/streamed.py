@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba import extending, types
 from numba.np.arrayobj import make_array
 
-__all__ = ["BYTES", "fence", "mean", "misaligned", "move"]
+__all__ = ["BYTES", "ask", "fence", "mean", "misaligned", "move"]
 
 BYTES = 32
 """Of one store, and its alignment."""
@@ -49,6 +49,23 @@ def fence(typing: Any) -> Any:
     return types.void(), code
 
 
+@intrinsic
+def ask(typing: Any, x: Any, j: Any) -> Any:
+    """Asks memory for x[j], which may lie beyond the end of x: nothing waits for it, and nothing faults."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        place = builder.gep(make_array(x)(context, builder, args[0]).data, [args[1]])
+        place = builder.bitcast(place, ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [place.type, _I32, _I32, _I32])
+        name = "llvm.prefetch.p0"
+        function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+        # To read, into every cache, data.
+        builder.call(function, [place, *(ir.Constant(_I32, k) for k in (0, 3, 1))])
+        return context.get_dummy_value()
+
+    return types.void(x, types.intp), code
+
+
 def _pointer(context: Any, builder: Any, array: Any, value: Any, j: Any) -> Any:
     element = context.get_data_type(array.dtype)
     start = builder.gep(make_array(array)(context, builder, value).data, [j])
@@ -79,29 +96,44 @@ def _splat(value: int, like: Any) -> Any:
     return ir.Constant(like, [value] * like.count)
 
 
-def _decode(builder: Any, bits: Any, half: int | None, number: Any) -> Any:
-    """A vector of integers as the numbers they stand for, of the element type ``number``."""
+def _decode(builder: Any, bits: Any, half: int | None, number: Any) -> list[Any]:
+    """A vector of integers as the numbers they stand for, of the element type ``number``.
+
+    Of bfloat16 first those at even places, then those at odd ones: a number is the upper half of a float32, so two
+    neighbours come apart by a shift and a mask, where widening them in their order has to move them across lanes.
+    """
     wide = ir.VectorType(number, bits.type.count)
     if half is None:
-        return builder.bitcast(bits, wide)
+        return [builder.bitcast(bits, wide)]
     if half == FLOAT16:
-        return builder.fpext(builder.bitcast(bits, ir.VectorType(ir.HalfType(), bits.type.count)), wide)
-    words = builder.zext(bits, ir.VectorType(_I32, bits.type.count))
-    return builder.bitcast(builder.shl(words, _splat(16, words.type)), wide)
+        return [builder.fpext(builder.bitcast(bits, ir.VectorType(ir.HalfType(), bits.type.count)), wide)]
+    pairs = builder.bitcast(bits, ir.VectorType(_I32, bits.type.count // 2))
+    numbers = ir.VectorType(number, pairs.type.count)
+    even = builder.shl(pairs, _splat(16, pairs.type))
+    odd = builder.and_(pairs, _splat(0xFFFF0000, pairs.type))
+    return [builder.bitcast(part, numbers) for part in (even, odd)]
 
 
-def _encode(builder: Any, value: Any, half: int | None, like: Any) -> Any:
-    """The reverse; as :func:`fastmatch.kernels.cpu.half.encode`, to nearest, ties to even."""
+def _encode(builder: Any, values: list[Any], half: int | None, like: Any) -> Any:
+    """The reverse; as :func:`fastmatch.kernels.cpu.half.encode`, to nearest, ties to even.
+
+    NaN in bfloat16 is not looked for: one that arithmetic makes, or hands on from numbers of this type, has zeros below
+    its upper half, and what rounding adds to those stays there. So must a factor's.
+    """
     if half is None:
-        return builder.bitcast(value, like)
+        return builder.bitcast(values[0], like)
     if half == FLOAT16:
-        return builder.bitcast(builder.fptrunc(value, ir.VectorType(ir.HalfType(), like.count)), like)
-    bits = builder.bitcast(value, ir.VectorType(_I32, like.count))
-    sixteen = _splat(16, bits.type)
-    odd = builder.and_(builder.lshr(bits, sixteen), _splat(1, bits.type))
-    rounded = builder.lshr(builder.add(builder.add(bits, _splat(0x7FFF, bits.type)), odd), sixteen)
-    nan = builder.fcmp_unordered("uno", value, value)
-    return builder.trunc(builder.select(nan, _splat(0x7FC0, bits.type), rounded), like)
+        return builder.bitcast(builder.fptrunc(values[0], ir.VectorType(ir.HalfType(), like.count)), like)
+    rounded = []
+    for value in values:
+        bits = builder.bitcast(value, ir.VectorType(_I32, value.type.count))
+        last = builder.and_(builder.lshr(bits, _splat(16, bits.type)), _splat(1, bits.type))
+        rounded.append(builder.add(builder.add(bits, _splat(0x7FFF, bits.type)), last))
+    even = builder.bitcast(builder.lshr(rounded[0], _splat(16, rounded[0].type)), like)
+    odd = builder.bitcast(rounded[1], like)
+    # The upper halves: those at odd places are where they belong, on a little-endian machine, as numba's are.
+    places = [k + (k % 2) * like.count for k in range(like.count)]
+    return builder.shuffle_vector(even, odd, ir.Constant(ir.VectorType(_I32, like.count), places))
 
 
 def _mean_of(half: int | None) -> Callable[..., Any]:
@@ -109,11 +141,11 @@ def _mean_of(half: int | None) -> Callable[..., Any]:
     def combined(typing: Any, x: Any, y: Any, alpha: Any, beta: Any, run: Any, j: Any) -> Any:
         def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             number = context.get_value_type(alpha)
-            numbers = [
+            xs, ys = (
                 _decode(builder, _read(context, builder, array, value, args[5]), half, number)
                 for array, value in ((x, args[0]), (y, args[1]))
-            ]
-            wide = numbers[0].type
+            )
+            wide = xs[0].type
             factors = []
             for value in args[2:4]:
                 first = builder.insert_element(ir.Constant(wide, ir.Undefined), value, ir.Constant(_I32, 0))
@@ -122,9 +154,12 @@ def _mean_of(half: int | None) -> Callable[..., Any]:
             name = f"llvm.fmuladd.v{wide.count}f{alpha.bitwidth}"
             kind = ir.FunctionType(wide, [wide] * 3)
             function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-            total = builder.call(function, [factors[0], numbers[0], builder.fmul(factors[1], numbers[1])])
-            like = ir.VectorType(context.get_data_type(run.dtype), wide.count)
-            return _write(context, builder, run, args[4], args[5], _encode(builder, total, half, like))
+            totals = [
+                builder.call(function, [factors[0], x_part, builder.fmul(factors[1], y_part)])
+                for x_part, y_part in zip(xs, ys, strict=True)
+            ]
+            like = ir.VectorType(context.get_data_type(run.dtype), BYTES * 8 // run.dtype.bitwidth)
+            return _write(context, builder, run, args[4], args[5], _encode(builder, totals, half, like))
 
         return types.void(x, y, alpha, beta, run, types.intp), code
 

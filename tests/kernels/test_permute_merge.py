@@ -1,3 +1,6 @@
+import math
+import struct
+
 import pytest
 import torch
 from fastmatch.kernels.dispatch import permute_merge
@@ -126,6 +129,16 @@ def test_the_cpu_twin_rounds_halves_to_even_as_torch_does(monkeypatch, dtype):
         assert torch.equal(got.isnan(), wanted.isnan())
         whole = ~wanted.isnan()
         assert torch.equal(got.view(torch.int16)[whole], wanted.view(torch.int16)[whole])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("factor", [math.inf, math.nan, struct.unpack("d", b"\xff" * 8)[0]])
+def test_a_factor_that_is_no_number_follows_arithmetic_too(monkeypatch, dtype, factor):
+    # The last NaN has every bit set: to round it as if it were a number would give zero.
+    monkeypatch.setattr("fastmatch.kernels.cpu.permute_merge.STREAMED", 0)
+    a = torch.tensor([0.0, 1.0, -2.0, math.inf]).to(dtype).repeat(25)
+    got = permute_merge([a, torch.ones_like(a)], [factor, 0.5], backend="cpu")
+    torch.testing.assert_close(got, (factor * a.float() + 0.5).to(dtype), equal_nan=True)
 
 
 def test_float64_sums_in_float64_on_cpu():
