@@ -83,6 +83,21 @@ def test_pieces_and_blocks_of_the_cpu_twin_meet(monkeypatch, batch, side, channe
     check(moments(a + 2, b - 1, cross=("ab", "aa", "bb"), backend="cpu"), a + 2, b - 1)
 
 
+def test_the_cpu_twins_buffers_serve_every_batch_whatever_came_before(monkeypatch):
+    """Larger and smaller than a buffer, products in several parts, in inference mode and out of it."""
+    from fastmatch.kernels.cpu import moments as twin
+
+    monkeypatch.setattr(twin, "PIECE", 4096)
+    monkeypatch.setattr(twin, "_buffers", twin._Buffers())
+    generator = fresh_generator()
+    for samples, channels, inference in ((40, 90, True), (2000, 90, False), (30, 7, True), (5000, 70, False)):
+        a, b = normal(generator, samples, channels).cpu(), normal(generator, samples, channels + 3).cpu()
+        with torch.inference_mode(inference):
+            state = moments(a, b, cross=("ab", "aa", "bb"), backend="cpu").settle()
+        check(state, a, b)
+    assert sum(buffer.numel() for buffer in twin._buffers.kept.values()) <= 3 * 4096
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_inputs_are_taken_as_they_are(backend, dtype):
