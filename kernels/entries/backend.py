@@ -18,6 +18,7 @@ __all__ = [
     "check_floating",
     "check_precision",
     "check_range",
+    "is_plain",
     "module_of",
     "run",
 ]
@@ -52,16 +53,19 @@ def module_of(backend: str, op: str) -> ModuleType:
     return importlib.import_module(f"fastmatch.kernels.{backend}.{op}")
 
 
-def run(op: Any, function: Any, a: Sequence[Tensor], b: Sequence[Tensor], *args: Any) -> Any:
-    """An operation that writes to no argument, by its custom op where something traces or differentiates it.
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether nothing traces or differentiates what is done with ``tensors``: no custom op is needed.
 
-    The first call of a custom op imports all of torch's compiler, most of a second: plain tensors go to the
-    function itself.
+    The first call of a custom op imports all of torch's compiler, most of a second, and each costs a little.
     """
-    plain = not torch.compiler.is_compiling() and not is_in_torch_dispatch_mode()
-    if plain and all(type(x) is Tensor and not x.requires_grad for x in (*a, *b)):
-        return function(a, b, *args)
-    return op(a, b, *args)
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return False
+    return all(type(x) is Tensor and not x.requires_grad for x in tensors)
+
+
+def run(op: Any, function: Any, a: Sequence[Tensor], b: Sequence[Tensor], *args: Any) -> Any:
+    """An operation that writes to no argument, by its custom op only where it must be."""
+    return (function if is_plain(*a, *b) else op)(a, b, *args)
 
 
 def check_precision(precision: str, allowed: tuple[str, ...] = PRECISIONS) -> None:

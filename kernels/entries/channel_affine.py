@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from fastmatch.kernels.entries.backend import backend_of, check_floating, module_of
+from fastmatch.kernels.entries.backend import backend_of, check_floating, is_plain, module_of
 from fastmatch.kernels.reference.channel_affine import METHODS
 from torch import Tensor
 
@@ -81,11 +81,12 @@ def channel_affine(
         raise ValueError(f"out: expected a tensor like x, got {tuple(out.shape)} of {out.dtype}")
     goals = (goal_mean.detach().double(), goal_std.detach().double())
     arguments = (x.detach(), dim, *goals, method, eps, out)
-    if (
+    shares = (
         not torch.compiler.is_compiling()
         and x.untyped_storage().data_ptr() == out.untyped_storage().data_ptr()
-    ):
-        # torch.library knows no output that is also an input; under torch.compile this is never eager.
+    )
+    # torch.library knows no output that is also an input; under torch.compile this is never eager.
+    if shares or is_plain(arguments[0], out):
         mean, variance = module_of(chosen, "channel_affine").channel_affine(*arguments)
     else:
         mean, variance = _channel_affine(*arguments, chosen)

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from fastmatch.kernels.entries.backend import backend_of, check_floating, check_range, module_of
+from fastmatch.kernels.entries.backend import (
+    backend_of,
+    check_floating,
+    check_range,
+    is_plain,
+    module_of,
+)
 from torch import Tensor
 
 __all__ = ["permute_merge"]
@@ -95,8 +101,9 @@ def permute_merge(
     elif out.shape != head.shape or out.dtype != head.dtype or out.device != head.device:
         raise ValueError(f"out: expected a tensor like weights[0], got {tuple(out.shape)} of {out.dtype}")
     arguments = (list(weights), list(alphas), lists[0], lists[1], list(dims), list(blocks), out)
-    if not torch.compiler.is_compiling() and _shares_memory(out, weights, lists):
-        # torch.library knows no output that is also an input; under torch.compile this is never eager.
+    shares = not torch.compiler.is_compiling() and _shares_memory(out, weights, lists)
+    # torch.library knows no output that is also an input; under torch.compile this is never eager.
+    if shares or is_plain(*weights, out):
         module_of(chosen, "permute_merge").permute_merge(*arguments)
         return out
     _permute_merge(*arguments, chosen)
