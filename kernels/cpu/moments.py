@@ -1,9 +1,9 @@
 """Streaming moments on CPU: one read of each activation, float32 products, float64 sums.
 
-A batch is taken in pieces that stay in cache. numba reads a piece once from whatever strides it has, adds its
+A batch is taken in pieces. numba reads a piece once from whatever strides it has, adds its
 sums, squares and off-counts, and writes the shifted values in the layout that the product likes; float32 GEMMs
 over at most ``ROWS`` samples each go to the float64 accumulator. The buffers stay for the next batch, since fresh
-pages cost several times what reading does: at most three of ``PIECE`` entries, 48 MiB, for each thread that calls.
+pages cost several times what reading does: at most three of ``PIECE`` entries, 96 MiB, for each thread that calls.
 Deterministic: no order of summation depends on threads.
 
 Error, per entry of a cross product: float32 rounding of sums of at most ``ROWS`` products,
@@ -26,9 +26,9 @@ __all__ = ["update"]
 ROWS = 4096
 """Samples of one float32 product at most."""
 
-PIECE = 1 << 22
-"""Entries of one model's piece: few enough to be in cache when their product reads them, many enough that threads
-rarely wait for each other."""
+PIECE = 1 << 23
+"""Entries of one model's piece, and of a product: so many that few passes over a wide accumulator are needed and threads
+rarely wait for each other, so few that the buffers can stay."""
 
 LEAST = 1024
 """Samples of a piece at least, where channels are many: each pays for a pass over the float64 accumulator."""

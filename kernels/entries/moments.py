@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 from fastmatch.kernels.entries.backend import backend_of, check_floating, check_precision, module_of
-from fastmatch.kernels.reference.moments import CROSS, Moments, samples_by_channels
+from fastmatch.kernels.reference.moments import CROSS, Moments
 from torch import Tensor
 
 __all__ = ["PENDING", "moments"]
@@ -122,8 +122,7 @@ def moments(
         return state
     add = partial(_add_moments, precision=precision, backend=chosen)
     if state.cross and count < PENDING // 4 and not torch.compiler.is_compiling():
-        rows = tuple(_own_rows(x.detach(), dim) for x in models.values())
-        _leave_pending(state, rows, add)
+        _leave_pending(state, [x.detach().movedim(dim, -1) for x in models.values()], count, add)
     else:
         add(state, a.detach(), None if b is None else b.detach(), dim=dim)
     state.count += count
@@ -153,22 +152,31 @@ def _add_moments(
         module_of(backend, "moments").update(*arguments)
 
 
-def _leave_pending(state: Moments, rows: tuple[Tensor, ...], add: partial[None]) -> None:
-    """Keeps a small batch until there are enough of its kind."""
-    kind = [x.dtype for x in rows]
-    if state.pending and (
-        not isinstance(state.add, partial)
-        or state.add.keywords != add.keywords
-        or kind != [x.dtype for x in state.pending[-1]]
+def _leave_pending(state: Moments, models: list[Tensor], count: int, add: partial[None]) -> None:
+    """Copies a small batch, channels last, behind those of its kind that wait, and adds all once they are enough.
+
+    Never shares memory with the batch, which a network may overwrite.
+    """
+    alike = isinstance(state.add, partial) and state.add.keywords == add.keywords
+    if not alike or any(
+        x.dtype != old.dtype or x.device != old.device
+        for x, old in zip(models, state.pending, strict=False)  # none at first
     ):
         state.settle()
     state.add = add
-    state.pending.append(rows)
-    if sum(len(part[0]) for part in state.pending) >= PENDING:
-        state.settle()
-
-
-def _own_rows(x: Tensor, dim: int) -> Tensor:
-    """(samples, C), never sharing memory with ``x``, which a network may overwrite."""
-    rows = samples_by_channels(x, dim)
-    return rows.clone() if rows.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() else rows
+    needed = state.waiting + count
+    if not state.pending or needed > len(state.pending[0]):
+        # The same memory serves all that follow. A host's costs nothing before it is written to: room for all that
+        # will ever wait. Elsewhere twice what there was.
+        most = PENDING + PENDING // 4
+        room = max(needed, most if models[0].device.type == "cpu" else min(2 * needed, most))
+        with torch.inference_mode(False):  # else no later batch outside of it could be copied here
+            grown = tuple(torch.empty(room, x.shape[-1], dtype=x.dtype, device=x.device) for x in models)
+        for new, old in zip(grown, state.pending, strict=False):  # none at first
+            new[: state.waiting] = old[: state.waiting]
+        state.pending = grown
+    for x, waiting in zip(models, state.pending, strict=True):
+        waiting[state.waiting : needed].view(x.shape).copy_(x)
+    state.waiting = needed
+    if needed >= PENDING:
+        state.add_pending()

@@ -47,27 +47,33 @@ class Moments:
         stats: per model (3, C) float64: shifted sum, shifted sum of squares, and the number of samples in
             which the unit was off (``x <= 0``).
         cross: ``"ab"``, ``"aa"``, ``"bb"`` -> (C, C') float64, shifted cross products, where asked for.
-        pending: small batches as (samples, C) copies that are counted but not yet added: an n x n
-            accumulator is not worth passing through for a few samples. Whatever is derived settles them
-            first; :meth:`settle` before reading ``stats`` or ``cross`` themselves.
+        pending: per model (room, C), whose first ``waiting`` rows are samples of small batches that are counted
+            but not yet added: an n x n accumulator is not worth passing through for a few. Whatever is derived
+            settles them first; :meth:`settle` before reading ``stats`` or ``cross`` themselves.
     """
 
     count: int = 0
     shifts: tuple[torch.Tensor, ...] = ()
     stats: tuple[torch.Tensor, ...] = ()
     cross: dict[str, torch.Tensor] = field(default_factory=dict)
-    pending: list[tuple[torch.Tensor, ...]] = field(default_factory=list, repr=False)
+    pending: tuple[torch.Tensor, ...] = field(default=(), repr=False)
+    waiting: int = 0
     add: Callable[..., None] | None = field(default=None, repr=False)
     """Adds rows of the pending kind; set by whoever leaves them."""
 
     def settle(self) -> Moments:
-        """Adds what is pending, and returns the state."""
-        if self.pending:
-            assert self.add is not None
-            rows = [torch.cat(parts) for parts in zip(*self.pending, strict=True)]
-            self.pending = []
-            self.add(self, *rows)
+        """Adds what is pending, gives its memory back, and returns the state."""
+        self.add_pending()
+        self.pending = ()
         return self
+
+    def add_pending(self) -> None:
+        """Adds what is pending; its memory stays for what comes next."""
+        if self.waiting:
+            assert self.add is not None
+            rows = [x[: self.waiting] for x in self.pending]
+            self.waiting = 0
+            self.add(self, *rows)
 
     @classmethod
     def empty(
@@ -77,11 +83,11 @@ class Moments:
         models = [a] if b is None else [a, b]
         shifts = tuple(_shift_of(x, dim) for x in models)
         options = {"dtype": torch.float64, "device": a.device}
-        stats = tuple(torch.zeros(3, x.shape[dim], **options) for x in models)
         channels = {"a": a.shape[dim], "b": models[-1].shape[dim]}
-        return cls(
-            0, shifts, stats, {c: torch.zeros(channels[c[0]], channels[c[1]], **options) for c in cross}
-        )
+        with torch.inference_mode(False):  # else no later batch outside of it could be added
+            stats = tuple(torch.zeros(3, x.shape[dim], **options) for x in models)
+            products = {c: torch.zeros(channels[c[0]], channels[c[1]], **options) for c in cross}
+        return cls(0, shifts, stats, products)
 
     def merge(self, other: Moments) -> Moments:
         """Both states' samples pooled (Chan, Golub and LeVeque 1983), as if read by one."""

@@ -163,14 +163,25 @@ def test_small_batches_wait_and_are_not_overwritten(backend, monkeypatch):
         buffer_a.copy_(a[start : start + 10])
         buffer_b.copy_(b[start : start + 10])
         state = moments(buffer_a, buffer_b, state=state, backend=backend)
-        waiting.append(len(state.pending))
-    assert waiting == [1, 2, 3, 4, 5, 6, 0, 1, 2, 3]
+        waiting.append(state.waiting)
+    assert waiting == [10, 20, 30, 40, 50, 60, 0, 10, 20, 30]
     half = moments(buffer_a.bfloat16(), buffer_b.bfloat16(), state=state, backend=backend)
-    assert len(half.pending) == 1  # another type: what waited was settled
+    assert half.waiting == 10  # another type: what waited was settled
     a = torch.cat([a, buffer_a.bfloat16().float()])
     b = torch.cat([b, buffer_b.bfloat16().float()])
     check(state, a, b)
-    assert state.pending == []
+    assert (state.waiting, state.pending) == (0, ())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_small_batches_wait_in_inference_mode_and_out_of_it(backend):
+    generator = fresh_generator()
+    a, b = normal(generator, 4, 9, 5, 3), normal(generator, 4, 7, 5, 3)
+    with torch.inference_mode():
+        state = moments(a[:2] + 0, b[:2] + 0, backend=backend)
+    state = moments(a[2:], b[2:], state=state, backend=backend)
+    assert state.waiting == 60
+    check(state, a, b)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
