@@ -10,8 +10,9 @@ from __future__ import annotations
 import numpy as np
 
 from fastmatch.assignment.factor import FactorCost
+from fastmatch.assignment.stored import StoredCost
 
-__all__ = ["solve_lists"]
+__all__ = ["solve_lists", "try_lists"]
 
 K = 48
 """Entries of a first list: longer than the dense solver's, since a longer list costs little beside the product."""
@@ -26,6 +27,8 @@ RAISE, LOWER, LAST = 5.0, 8.0, 0.015
 SAMPLE = 256
 PATIENCE = 1.0
 """Refills per row after which shortest paths are given up for better duals: a pass over the cost."""
+SWEEPS, TIED = 16, 0.1
+"""Sweeps, and the share of rows whose list ends among equal entries, beyond which :func:`try_lists` gives up."""
 SOFTEST, HARDEST, STEPS, RELAXATION = 1.0, 0.003, 40, 1.8
 """Sinkhorn's first and last temperature, in standard deviations of the costs: see bench/results/duals.md."""
 BATCH = 4096
@@ -39,10 +42,21 @@ def solve_lists(
     return ListSolve(cost, sign, start).run()
 
 
+def try_lists(
+    cost: StoredCost, sign: float, start: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
+    """As :func:`solve_lists`, or None where lists do not suit the cost: a stored matrix can be solved otherwise.
+
+    They do not suit where many equal entries end them, or where paths ask for more than :data:`PATIENCE` refills a row
+    or :data:`SWEEPS` rounds of them.
+    """
+    return ListSolve(cost, sign, start).attempt()
+
+
 class ListSolve:
     """The arrays of one solve (named as in fastmatch.kernels.cpu.lap_lists) and the steps on them."""
 
-    def __init__(self, cost: FactorCost, sign: float, start: np.ndarray | None) -> None:
+    def __init__(self, cost: FactorCost | StoredCost, sign: float, start: np.ndarray | None) -> None:
         from fastmatch.kernels.cpu import lap_lists
 
         self.lap, self.cost, self.sign = lap_lists, cost, sign
@@ -66,7 +80,7 @@ class ListSolve:
             return np.zeros(self.m)
         if start is not None and np.isfinite(start).all():
             return np.array(start, np.float64)
-        return norm_shift(self.cost, self.sign)
+        return norm_shift(self.cost, self.sign) if isinstance(self.cost, FactorCost) else np.zeros(self.m)
 
     @property
     def lists(self) -> tuple[np.ndarray, ...]:
@@ -77,20 +91,38 @@ class ListSolve:
         return self.row_of, self.col_of, self.cost_of
 
     def run(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        cost = self.cost
+        assert isinstance(cost, FactorCost)
         self.fill()
-        self.reduce()
-        if self.n == self.m > 1 and self.free() > FEW * self.n:
-            self.short_auction()
-            self.fill()  # one product, and the paths hardly ever wait for a row
-            self.reduce()
-        soft = self.n == self.m > 1 and self.cost.metric != "l1"
+        self.begin()
+        soft = self.n == self.m > 1 and cost.metric != "l1"
         if soft and (self.free() > EASY * self.n or not self.augment(PATIENCE * self.n)):
             self.soften()
         if self.n == self.m > 1 and self.free() > EASY * self.n:
             self.scaled_auction()
             self.reduce()
         self.augment()
+        return self.result()
+
+    def attempt(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
+        """What :func:`try_lists` returns."""
+        self.fill()
+        last = self.costs.reshape(self.n, self.k)[:, -1] - self.v[self.cols.reshape(self.n, self.k)[:, -1]]
+        if (last == self.bound).mean() > TIED:
+            return None
+        self.begin()
+        return self.result() if self.augment(PATIENCE * self.n, SWEEPS) else None
+
+    def result(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         return self.col_of, self.cost.row_min(self.v, self.sign), self.v, self.counts
+
+    def begin(self) -> None:
+        """From first lists to a matching that leaves little to the paths."""
+        self.reduce()
+        if self.n == self.m > 1 and self.free() > FEW * self.n:
+            self.short_auction()
+            self.fill()  # one product, and the paths hardly ever wait for a row
+            self.reduce()
 
     def free(self) -> int:
         return int((self.col_of < 0).sum())
@@ -105,11 +137,13 @@ class ListSolve:
 
     def soften(self) -> None:
         """Begins again from Sinkhorn's duals, which leave the paths little to do: what they cost is known beforehand."""
-        spread = sampled_spread(self.cost)
+        cost = self.cost
+        assert isinstance(cost, FactorCost)
+        spread = sampled_spread(cost)
         if not spread > 0:
             return
         temperatures = (spread * np.geomspace(SOFTEST, HARDEST, STEPS)).tolist()
-        duals = self.cost.sinkhorn_duals(self._first_duals(None), temperatures, self.sign, RELAXATION)
+        duals = cost.sinkhorn_duals(self._first_duals(None), temperatures, self.sign, RELAXATION)
         if np.isfinite(duals).all():
             self.v = duals
             self.fill()
@@ -244,10 +278,10 @@ class ListSolve:
             self.col_of.fill(-1)
             self.bid(everyone, eps, 1000 * self.n)
 
-    def augment(self, reads: float = np.inf) -> bool:
+    def augment(self, reads: float = np.inf, sweeps: float = np.inf) -> bool:
         """Sweeps of shortest augmenting paths over the free rows; what they wait for is read between sweeps.
 
-        False if that would take more than ``reads`` refills in all.
+        False if that would take more than ``reads`` refills in all, or more sweeps.
         """
         n, m = self.n, self.m
         key, where = np.full(n + m, np.inf), np.full(n + m, -1, np.int64)
@@ -266,7 +300,8 @@ class ListSolve:
                 )  # fmt: skip
             rows = self.pending[:waits].copy()
             self.waiting[rows] = 0
-            if self.counts[self.lap.READS] + len(rows) > reads:
+            sweeps -= 1
+            if self.counts[self.lap.READS] + len(rows) > reads or (len(rows) and sweeps < 0):
                 return False
             if len(rows):
                 self.read(rows, True)

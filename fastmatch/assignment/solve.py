@@ -10,18 +10,21 @@ import torch
 
 from fastmatch.assignment.dense import Dense, check_entries, compile_kernels, solve_dense
 from fastmatch.assignment.factor import DenseCost, FactorCost
-from fastmatch.assignment.lists import solve_lists
+from fastmatch.assignment.lists import solve_lists, try_lists
 from fastmatch.assignment.result import Assignment
 from fastmatch.assignment.small import SMALL, solve_small
+from fastmatch.assignment.stored import StoredCost
 
 __all__ = ["METHODS", "linear_sum_assignment", "select_method", "solve"]
 
 METHODS = ("auto", "shortlist", "rows", "lists", "lapjv")
 """``"shortlist"`` is for matrices, ``"rows"`` for small ones, ``"lists"`` for factor costs, of which it stores no
-matrix; ``"lapjv"`` is the reference (square, finite). ``"auto"`` picks by kind and size of the cost."""
+matrix, and for large tensors on a GPU, which stay there (where lists do not suit the cost, ``"shortlist"`` takes over);
+``"lapjv"`` is the reference (square, finite). ``"auto"`` picks by kind, place and size of the cost."""
 
 STORED = 1 << 24
-"""Entries up to which a factor cost is simply computed and stored, in float64: 128 MB."""
+"""Entries up to which a factor cost is simply computed and stored, in float64: 128 MB; and up to which a matrix on a GPU
+comes to the host."""
 
 EXACT = 1 << 53
 
@@ -31,7 +34,13 @@ def select_method(cost: np.ndarray | torch.Tensor | FactorCost | DenseCost) -> s
     if isinstance(cost, FactorCost):
         return "lists" if cost.shape[0] * cost.shape[1] > STORED else "shortlist"
     matrix = cost.matrix if isinstance(cost, DenseCost) else cost
+    if _is_on_gpu(matrix) and math.prod(matrix.shape) > STORED:
+        return "lists"
     return "rows" if math.prod(matrix.shape) <= SMALL else "shortlist"
+
+
+def _is_on_gpu(cost: Any) -> bool:
+    return isinstance(cost, torch.Tensor) and cost.is_cuda and cost.is_floating_point()
 
 
 def prepare_values(cost: Any) -> np.ndarray:
@@ -102,7 +111,8 @@ def solve(
         An :class:`Assignment`: optimal for exactly the matrix as stored; ``gap`` and ``gap_bound`` prove it.
 
     Raises:
-        ValueError: NaN, an infinity of the wrong sign, no feasible assignment, or an unknown method.
+        ValueError: NaN, an infinity of the wrong sign, no feasible assignment, or a method that is unknown or does not
+            take this cost.
         TypeError: entries that are no real numbers.
 
     Cost: beyond 2^20 entries, one read of the matrix where most rows share a column's minimum, as in siblings; two
@@ -115,10 +125,13 @@ def solve(
         cost = np.asarray(cost.matrix) if not isinstance(cost.matrix, torch.Tensor) else cost.matrix
     if isinstance(cost, FactorCost):
         return _solve_factor(cost, maximize, warm_start, method)
+    if method == "auto" and _is_on_gpu(cost):
+        method = select_method(cost)
     if method == "lists":
-        raise ValueError(
-            "method: 'lists' takes a FactorCost; a matrix is solved by 'shortlist', 'rows' or 'lapjv'"
-        )
+        found = _solve_where_it_lies(cost, maximize, warm_start)
+        if found is not None:
+            return found
+        method = "shortlist"
     if method == "lapjv":
         return _solve_lapjv(cost, maximize)
     matrix, transposed = prepare(cost)
@@ -162,6 +175,29 @@ def _solve_factor(cost: FactorCost, maximize: bool, warm_start: Assignment | Non
     largest = float(np.abs(v).max(initial=0.0))
     gap_bound += 3 * float(given.entry_error().sum()) + 16 * np.finfo(np.float64).eps * n * largest
     return _finish(matched, col_of, u, v, (gap, gap_bound), sign, transposed, method, counts)
+
+
+def _solve_where_it_lies(cost: Any, maximize: bool, warm_start: Assignment | None) -> Assignment | None:
+    """The list solver on a tensor's rows, read on its device; None where it does not suit the entries."""
+    if not isinstance(cost, torch.Tensor) or not cost.is_floating_point():
+        raise ValueError(
+            "method: 'lists' takes a FactorCost or a floating-point matrix in a torch tensor; "
+            "other matrices are solved by 'shortlist', 'rows' or 'lapjv'"
+        )
+    if cost.ndim != 2 or cost.numel() == 0:
+        return None
+    transposed = cost.shape[0] > cost.shape[1]
+    given = StoredCost(cost.detach().T if transposed else cost.detach())
+    n, m = given.shape
+    if not given.is_finite():
+        return None  # forbidden entries, or an error that is told where all others are
+    sign = -1.0 if maximize else 1.0
+    solved = try_lists(given, sign, _first_duals(warm_start, m, sign, transposed))
+    if solved is None:
+        return None
+    col_of, u, v, counts = solved
+    matched = sign * given.entries(np.arange(n), col_of)
+    return _finish(matched, col_of, u, v, _gap(matched, u, v, col_of), sign, transposed, "lists", counts)
 
 
 def _solve_stored(given: FactorCost, sign: float, start: np.ndarray | None) -> tuple[np.ndarray, ...]:
