@@ -225,6 +225,26 @@ def run_memory(bench, n):
     )
 
 
+def run_assignment(bench, n):
+    """A stored matrix, solved by reading its rows where it lies, against copying it; predicted: three reads of it."""
+    from fastmatch.kernels.triton import roofline
+
+    from fastmatch.assignment import solve
+
+    matrix = bench.normal(n, n)
+    here, copied = (solve(matrix, method=method) for method in ("lists", "shortlist"))
+    error = abs(here.objective - copied.objective) / (here.gap_bound + copied.gap_bound)
+    bench.record(
+        "solve a stored matrix",
+        f"{n} x {n}",
+        "ieee",
+        lambda: solve(matrix, method="lists"),
+        lambda: solve(matrix, method="shortlist"),
+        (roofline.Work(3 * matrix.nbytes), "ieee"),
+        error,
+    )
+
+
 def target_of(bench):
     """The target that predictions are for: the device's, or an H100 where there is none."""
     from fastmatch.kernels.triton.tiles import TARGETS
@@ -273,6 +293,7 @@ def main(arguments=None):
         run_products(bench, n, 24 if tiny else 4096, 16)
         run_moments(bench, 80 if tiny else 65536, n)
         run_memory(bench, n)
+        run_assignment(bench, n)
     import triton
 
     name = torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()} CPU, backend {backend}"

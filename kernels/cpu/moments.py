@@ -3,7 +3,7 @@
 A batch is taken in pieces. numba reads a piece once from whatever strides it has, adds its
 sums, squares and off-counts, and writes the shifted values in the layout that the product likes; float32 GEMMs
 over at most ``ROWS`` samples each go to the float64 accumulator. The buffers stay for the next batch, since fresh
-pages cost several times what reading does: at most three of ``PIECE`` entries, 96 MiB, for each thread that calls.
+pages cost more than reading: at most three of ``PIECE`` entries, 96 MiB, for each thread that calls.
 Deterministic: no order of summation depends on threads.
 
 Error, per entry of a cross product: float32 rounding of sums of at most ``ROWS`` products,

@@ -11,7 +11,7 @@ import torch
 SCRIPT = Path(__file__).parents[2] / "bench/gpu.py"
 
 
-@pytest.mark.parametrize(("backend", "rows"), [("cpu", 2 * 2 + 2 + 3), ("triton", 3 * 2 + 2 + 3)])
+@pytest.mark.parametrize(("backend", "rows"), [("cpu", 2 * 2 + 2 + 3 + 1), ("triton", 3 * 2 + 2 + 3 + 1)])
 def test_every_kernel_is_checked_and_timed(tmp_path, backend, rows):
     if torch.cuda.is_available() and backend == "triton":
         pytest.skip("the interpreter is for machines without a GPU")
@@ -34,6 +34,14 @@ def test_every_kernel_is_checked_and_timed(tmp_path, backend, rows):
     assert len(table) == rows
     assert sum(line.startswith("| row_softmin") for line in table) == 2, "float32 and half precision"
     assert all(float(line.split("|")[4]) <= 1 for line in table), "a result outside its bound was recorded"
+
+
+def test_the_counts_of_stored_matrices_are_taken():
+    command = [sys.executable, str(SCRIPT.with_name("stored.py")), "--tiny"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "'all equal', 'n': 200, 'lists': 'given up'" in done.stdout
+    assert "'siblings', 'n': 200, 'lists': 'suit'" in done.stdout
 
 
 def test_the_simulation_of_first_duals_runs():
