@@ -196,10 +196,10 @@ def _channels(dtype: str, layout: dict[str, Any]) -> tuple[dict[str, Any], int]:
     }, 1 if layout["stride_c"] == 1 else 16
 
 
-def _stats_cases(layouts: dict[str, dict[str, Any]]) -> Iterator[Case]:
+def _stats_cases(layouts: dict[str, dict[str, Any]], aligned: bool) -> Iterator[Case]:
     for dtype, (variant, layout) in itertools.product(("fp32", "bf16"), layouts.items()):
         shape, stride_c = _channels(dtype, layout)
-        tiles = moments.stats_tiles(stride_c)
+        tiles = moments.stats_tiles(stride_c, aligned=aligned)
         yield Case(
             "moments, no product",
             f"{variant}, {dtype}",
@@ -338,7 +338,7 @@ def _known(target: Target, aligned: bool) -> Iterator[Case]:
     layouts = LAYOUTS if aligned else UNALIGNED_LAYOUTS
     yield from _matmul_cases(target, which)
     yield from _cross_cases(target, which, layouts)
-    yield from _stats_cases(layouts)
+    yield from _stats_cases(layouts, aligned)
     yield from _affine_cases(layouts, aligned)
     yield from _merge_cases(aligned)
     yield from _selection_cases()

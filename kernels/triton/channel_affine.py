@@ -22,7 +22,7 @@ from fastmatch.kernels.triton.tiles import Tiles, ceil_div, is_aligned, target_o
 __all__ = ["HELD", "channel_affine", "channel_tiles"]
 
 HELD = 8192
-"""Elements of one block kept in registers: 64 a thread at 4 warps, 32 at 8."""
+"""Elements of one block kept in registers: 64 a thread at 4 warps, 16 at 16."""
 
 
 @triton.jit
@@ -121,10 +121,10 @@ def channel_tiles(samples: int, stride_c: int, *, aligned: bool = True) -> tuple
     wide = 32 if stride_c == 1 else 1
     whole = triton.next_power_of_2(max(samples, 1))
     if wide * whole <= HELD:
-        # Without alignment each element's address is in registers too: 64 a thread would spill.
-        warps = 4 if aligned or wide * whole <= HELD // 2 else 8
+        # Without alignment each element's address is in registers too: 32 a thread would spill.
+        warps = 4 if aligned or wide * whole <= HELD // 2 else 16
         return Tiles(wide, 1, whole, warps, 1), True
-    return Tiles(wide, 1, 4096 // wide, 4, 2), False
+    return Tiles(wide, 1, 64 if wide > 1 else 4096, 4, 2), False
 
 
 def channel_affine(

@@ -222,17 +222,20 @@ def _splits(tiles: int, chunks: int, target: Target) -> int:
     return ceil_div(chunks, ceil_div(chunks, splits))
 
 
-def stats_tiles(stride_c: int) -> Tiles:
+def stats_tiles(stride_c: int, *, aligned: bool = True) -> Tiles:
     """(channels, -, samples) of one step: along whichever is contiguous."""
-    # Eight warps for channels that are contiguous: with four, half precision spills on sm_90 by Triton 3.7.
-    return Tiles(64, 1, 32, 8, 2) if stride_c == 1 else Tiles(8, 1, 256, 4, 2)
+    if stride_c == 1:
+        # Eight warps: with four, half precision spills on sm_90 by Triton 3.7.
+        return Tiles(64, 1, 32, 8, 2)
+    # Without alignment each element's address is in a register.
+    return Tiles(8 if aligned else 4, 1, 256, 4, 2)
 
 
 def _stats(x: torch.Tensor, dim: int, shift: torch.Tensor, stats: torch.Tensor, target: Target) -> None:
     x, sizes, strides, stride_c, dims = sample_layout(x, dim)
     channels = shift.shape[0]
     samples = sizes[0] * sizes[1] * sizes[2]
-    tiles = stats_tiles(stride_c)
+    tiles = stats_tiles(stride_c, aligned=is_aligned((x,), (*sizes, *strides, stride_c)))
     blocks = ceil_div(channels, tiles.rows)
     splits = _splits(blocks, max(ceil_div(samples, CHUNK), 1), target)
     parts = stats[None] if splits == 1 else stats.new_zeros(splits, 3, channels)

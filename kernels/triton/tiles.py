@@ -169,9 +169,11 @@ MATMUL: dict[str, dict[str, tuple[Tiles, Tiles, Tiles]]] = {
         for p in ("ieee", "tf32", "bf16x3", "half")
     },
 }
+# Those of sm_90 spill here in one variant or another, with one or another of Triton 3.7.1 to 3.9.
 MATMUL["sm_100"] = {
     **MATMUL["sm_90"],
-    "ieee": (Tiles(64, 64, 16, 8, 3), *MATMUL["sm_90"]["ieee"][1:]),
+    "ieee": (Tiles(64, 64, 16, 8, 2), *MATMUL["sm_90"]["ieee"][1:]),
+    "bf16x3": (Tiles(64, 64, 16, 8, 3), *MATMUL["sm_90"]["bf16x3"][1:]),
     "tf32": (*MATMUL["sm_90"]["tf32"][:2], Tiles(64, 64, 32, 4, 2)),
 }
 
@@ -185,7 +187,7 @@ CROSS: dict[str, dict[str, tuple[Tiles, Tiles, Tiles]]] = {
         "bf16x3": (*_UNITS[:2], Tiles(64, 64, 16, 4, 2)),
     },
     "sm_100": {
-        "ieee": (Tiles(64, 64, 16, 8, 3), Tiles(64, 64, 16, 8, 3), Tiles(64, 64, 16, 8, 1)),
+        "ieee": (Tiles(64, 32, 16, 8, 3), Tiles(64, 32, 16, 8, 3), Tiles(64, 32, 16, 8, 1)),
         "tf32": _UNITS,
         "bf16x3": (*_UNITS[:2], Tiles(64, 64, 16, 4, 2)),
     },
