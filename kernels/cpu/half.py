@@ -11,8 +11,9 @@ from typing import Any
 import numba
 import numpy as np
 import torch
+from fastmatch.kernels.cpu.llvm import intrinsic
 from llvmlite import ir
-from numba import extending, types
+from numba import types
 from numba.core.registry import cpu_target
 
 __all__ = ["BFLOAT16", "FLOAT16", "HALF", "HARDWARE", "decode", "encode"]
@@ -32,11 +33,8 @@ def _converts_float16() -> bool:
 HARDWARE = _converts_float16()
 """Whether float16 is converted by one instruction."""
 
-# Called without its first parameter, the typing context: no checker can know.
-_intrinsic: Any = extending.intrinsic
 
-
-@_intrinsic
+@intrinsic
 def _view(typing: Any, bits: Any, like: Any) -> Any:
     """The low bits of an unsigned integer as a number of the type of ``like``, float32 or float64."""
 
@@ -48,7 +46,7 @@ def _view(typing: Any, bits: Any, like: Any) -> Any:
     return like(bits, like), code
 
 
-@_intrinsic
+@intrinsic
 def _bits(typing: Any, value: Any) -> Any:
     """The bits of a float32 or float64 in an unsigned integer of its width."""
 
@@ -58,7 +56,7 @@ def _bits(typing: Any, value: Any) -> Any:
     return (types.uint32 if value == types.float32 else types.uint64)(value), code
 
 
-@_intrinsic
+@intrinsic
 def _extend(typing: Any, bits: Any) -> Any:
     """float32 of float16 bits, one instruction."""
 
@@ -68,7 +66,7 @@ def _extend(typing: Any, bits: Any) -> Any:
     return types.float32(types.uint16), code
 
 
-@_intrinsic
+@intrinsic
 def _truncate(typing: Any, value: Any) -> Any:
     """float16 bits of a float32, one instruction."""
 

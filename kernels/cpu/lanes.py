@@ -10,17 +10,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastmatch.kernels.cpu.llvm import intrinsic, vector_at
 from llvmlite import ir
-from numba import extending, types
+from numba import types
 from numba.np.arrayobj import make_array
 
 __all__ = ["BYTES", "from_words", "to_words"]
 
 BYTES = 16
 """Of a word: the unit within which one instruction interleaves two vectors on every machine."""
-
-# Called without its first parameter, the typing context: no checker can know.
-intrinsic: Any = extending.intrinsic
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 
@@ -29,11 +27,10 @@ def _lanes(array: Any) -> int:
     return BYTES * 8 // array.dtype.bitwidth
 
 
-def _pointer(context: Any, builder: Any, array: Any, value: Any, offset: Any, words: int) -> Any:
-    """Pointer to so many words at a flat offset of a contiguous array, as one vector of its elements."""
-    vector = ir.VectorType(context.get_data_type(array.dtype), words * _lanes(array))
-    start = builder.gep(make_array(array)(context, builder, value).data, [offset])
-    return builder.bitcast(start, vector.as_pointer())
+def _word(context: Any, builder: Any, words: Any, value: Any, column: Any) -> Any:
+    """Pointer to a column's word."""
+    place = builder.mul(column, ir.Constant(_I64, _lanes(words)))
+    return vector_at(context, builder, words, value, place, BYTES)
 
 
 def _entry(context: Any, builder: Any, array: Any, value: Any, place: Any, plus: int) -> Any:
@@ -78,13 +75,14 @@ def to_words(typing: Any, source: Any, starts: Any, column: Any, words: Any) -> 
         for i in range(lanes):
             start = _entry(context, builder, starts, args[1], ir.Constant(_I64, 0), i)
             offset = builder.add(start, args[2])
-            vectors.append(builder.load(_pointer(context, builder, source, args[0], offset, 2), align=align))
+            vectors.append(
+                builder.load(vector_at(context, builder, source, args[0], offset, 2 * BYTES), align=align)
+            )
         for j, vector in enumerate(_transposed(builder, vectors)):
             for half in (0, lanes):
                 column = builder.add(args[2], ir.Constant(_I64, j + half))
-                place = builder.mul(column, ir.Constant(_I64, lanes))
                 word = builder.shuffle_vector(vector, vector, _order(list(range(half, half + lanes))))
-                builder.store(word, _pointer(context, builder, words, args[3], place, 1), align=align)
+                builder.store(word, _word(context, builder, words, args[3], column), align=align)
         return context.get_dummy_value()
 
     return types.void(source, starts, types.intp, words), code
@@ -104,13 +102,14 @@ def from_words(typing: Any, words: Any, columns: Any, at: Any, target: Any) -> A
             pair = []
             for half in (0, lanes):
                 column = _entry(context, builder, columns, args[1], args[2], j + half)
-                place = builder.mul(column, ir.Constant(_I64, lanes))
-                pair.append(builder.load(_pointer(context, builder, words, args[0], place, 1), align=align))
+                pair.append(builder.load(_word(context, builder, words, args[0], column), align=align))
             vectors.append(builder.shuffle_vector(*pair, _order(list(range(2 * lanes)))))
         width = builder.extract_value(make_array(target)(context, builder, args[3]).shape, 1)
         for i, vector in enumerate(_transposed(builder, vectors)):
             offset = builder.add(builder.mul(ir.Constant(_I64, i), width), args[2])
-            builder.store(vector, _pointer(context, builder, target, args[3], offset, 2), align=align)
+            builder.store(
+                vector, vector_at(context, builder, target, args[3], offset, 2 * BYTES), align=align
+            )
         return context.get_dummy_value()
 
     return types.void(words, columns, types.intp, target), code

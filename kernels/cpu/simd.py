@@ -17,8 +17,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastmatch.kernels.cpu.llvm import declared, intrinsic, vector_at
 from llvmlite import ir
-from numba import extending, types
+from numba import types
 from numba.extending import models, register_model
 from numba.np.arrayobj import make_array
 
@@ -42,9 +43,6 @@ __all__ = [
     "splat",
     "store",
 ]
-
-# Called without its first parameter, the typing context: no checker can know.
-intrinsic: Any = extending.intrinsic
 
 WIDTH = 8
 
@@ -80,10 +78,8 @@ def _is_row(array: Any) -> bool:
 
 def _at(context: Any, builder: Any, array: Any, value: Any, index: Any) -> tuple[Any, int]:
     """Pointer to eight elements of a one-dimensional contiguous array, and the alignment one element has."""
-    data = make_array(array)(context, builder, value).data
-    element = context.get_data_type(array.dtype)
-    pointer = builder.gep(data, [index])
-    return builder.bitcast(pointer, ir.VectorType(element, WIDTH).as_pointer()), array.dtype.bitwidth // 8
+    size = array.dtype.bitwidth // 8
+    return vector_at(context, builder, array, value, index, WIDTH * size), size
 
 
 def _widen(builder: Any, value: Any) -> Any:
@@ -115,8 +111,7 @@ def load_part(typing: Any, row: Any, j: Any, count: Any, fill: Any) -> Any:
         lanes = ir.Constant(ir.VectorType(_I64, WIDTH), list(range(WIDTH)))
         mask = builder.icmp_signed("<", lanes, _splat(builder, args[2], _I64))
         name = f"llvm.masked.load.v{WIDTH}f{row.dtype.bitwidth}.p0"
-        kind = ir.FunctionType(narrow, [pointer.type, _I32, mask.type, narrow])
-        function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+        function = declared(builder, name, narrow, [pointer.type, _I32, mask.type, narrow])
         zero = ir.Constant(narrow, None)
         read = builder.call(function, [pointer, ir.Constant(_I32, align), mask, zero])
         return builder.select(mask, _widen(builder, read), _splat(builder, args[3], ir.DoubleType()))
@@ -141,8 +136,7 @@ def gather(typing: Any, row: Any, items: Any, e: Any) -> Any:
         )
         mask = ir.Constant(ir.VectorType(ir.IntType(1), WIDTH), [True] * WIDTH)
         name = f"llvm.masked.gather.v{WIDTH}f64.v{WIDTH}p0"
-        kind = ir.FunctionType(_VECTOR, [pointers.type, _I32, mask.type, _VECTOR])
-        function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+        function = declared(builder, name, _VECTOR, [pointers.type, _I32, mask.type, _VECTOR])
         return builder.call(function, [pointers, ir.Constant(_I32, 8), mask, ir.Constant(_VECTOR, None)])
 
     return _vector(row, items, types.intp), code
@@ -193,9 +187,7 @@ def difference(typing: Any, sign: Any, c: Any, v: Any) -> Any:
     """sign c - v with sign 1 or -1: one rounding, so it may be a fused instruction where there is one."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
-        name = f"llvm.fmuladd.v{WIDTH}f64"
-        function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+        function = declared(builder, f"llvm.fmuladd.v{WIDTH}f64", _VECTOR, [_VECTOR] * 3)
         return builder.call(function, [args[0], args[1], builder.fneg(args[2])])
 
     return _vector(_vector, _vector, _vector), code

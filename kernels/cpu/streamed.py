@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastmatch.kernels.cpu.half import BFLOAT16, FLOAT16
+from fastmatch.kernels.cpu.llvm import declared, intrinsic, vector_at
 from llvmlite import ir
 from numba import extending, types
 from numba.np.arrayobj import make_array
@@ -19,9 +20,6 @@ __all__ = ["BYTES", "ask", "fence", "mean", "misaligned", "move"]
 
 BYTES = 32
 """Of one store, and its alignment."""
-
-# Called without its first parameter, the typing context: no checker can know.
-intrinsic: Any = extending.intrinsic
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 
@@ -56,9 +54,7 @@ def ask(typing: Any, x: Any, j: Any) -> Any:
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         place = builder.gep(make_array(x)(context, builder, args[0]).data, [args[1]])
         place = builder.bitcast(place, ir.IntType(8).as_pointer())
-        kind = ir.FunctionType(ir.VoidType(), [place.type, _I32, _I32, _I32])
-        name = "llvm.prefetch.p0"
-        function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+        function = declared(builder, "llvm.prefetch.p0", ir.VoidType(), [place.type, _I32, _I32, _I32])
         # To read, into every cache, data.
         builder.call(function, [place, *(ir.Constant(_I32, k) for k in (0, 3, 1))])
         return context.get_dummy_value()
@@ -66,18 +62,12 @@ def ask(typing: Any, x: Any, j: Any) -> Any:
     return types.void(x, types.intp), code
 
 
-def _pointer(context: Any, builder: Any, array: Any, value: Any, j: Any) -> Any:
-    element = context.get_data_type(array.dtype)
-    start = builder.gep(make_array(array)(context, builder, value).data, [j])
-    return builder.bitcast(start, ir.VectorType(element, BYTES * 8 // array.dtype.bitwidth).as_pointer())
-
-
 def _read(context: Any, builder: Any, array: Any, value: Any, j: Any) -> Any:
-    return builder.load(_pointer(context, builder, array, value, j), align=array.dtype.bitwidth // 8)
+    return builder.load(vector_at(context, builder, array, value, j, BYTES), align=array.dtype.bitwidth // 8)
 
 
 def _write(context: Any, builder: Any, array: Any, value: Any, j: Any, vector: Any) -> Any:
-    store = builder.store(vector, _pointer(context, builder, array, value, j), align=BYTES)
+    store = builder.store(vector, vector_at(context, builder, array, value, j, BYTES), align=BYTES)
     store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_I32, 1)]))
     return context.get_dummy_value()
 
@@ -152,8 +142,7 @@ def _mean_of(half: int | None) -> Callable[..., Any]:
                 order = _splat(0, ir.VectorType(_I32, wide.count))
                 factors.append(builder.shuffle_vector(first, first, order))
             name = f"llvm.fmuladd.v{wide.count}f{alpha.bitwidth}"
-            kind = ir.FunctionType(wide, [wide] * 3)
-            function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+            function = declared(builder, name, wide, [wide] * 3)
             totals = [
                 builder.call(function, [factors[0], x_part, builder.fmul(factors[1], y_part)])
                 for x_part, y_part in zip(xs, ys, strict=True)
