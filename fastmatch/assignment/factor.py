@@ -12,7 +12,7 @@ import torch
 from fastmatch.kernels import dispatch
 from fastmatch.kernels.cpu.parallel import over_rows
 
-__all__ = ["DenseCost", "FactorCost"]
+__all__ = ["DenseCost", "FactorCost", "row_index"]
 
 TILE = (1024, 8192)
 """Rows and columns of a tile on the CPU: 32 MB in float32, large enough for BLAS on all cores."""
@@ -186,8 +186,7 @@ class FactorCost:
         self, v: np.ndarray, k: int, rows: np.ndarray, sign: float, precision: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(indices (r, k), bound (r,) float64): lists as tiles see them, and a valid bound on the rest."""
-        whole = len(rows) and rows[-1] - rows[0] + 1 == len(rows) and bool((np.diff(rows) == 1).all())
-        index = slice(int(rows[0]), int(rows[-1]) + 1) if whole else torch.from_numpy(rows).to(self.device)
+        index = row_index(rows, self.device)
         duals = torch.from_numpy(np.ascontiguousarray(v, np.float64)).to(self.device)
         sizes = self._terms[index]
         if self.metric == "l1":
@@ -356,6 +355,13 @@ class FactorCost:
                     total += a.square().sum(1, keepdim=True)
                     total += b.square().sum(1)
         return total.cpu().numpy()
+
+
+def row_index(rows: np.ndarray, device: torch.device) -> slice | torch.Tensor:
+    """An index of the rows: a range, which copies nothing, where they follow each other."""
+    if len(rows) and bool((np.diff(rows) == 1).all()):
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return torch.from_numpy(rows).to(device)
 
 
 def _squares(pairs: list[tuple[torch.Tensor, torch.Tensor]], side: int) -> torch.Tensor:

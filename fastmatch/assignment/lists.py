@@ -107,8 +107,8 @@ class ListSolve:
     def attempt(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
         """What :func:`try_lists` returns."""
         self.fill()
-        last = self.costs.reshape(self.n, self.k)[:, -1] - self.v[self.cols.reshape(self.n, self.k)[:, -1]]
-        if (last == self.bound).mean() > TIED:
+        ends = slice(self.k - 1, self.used, self.k)
+        if (self.costs[ends] - self.v[self.cols[ends]] == self.bound).mean() > TIED:
             return None
         self.begin()
         return self.result() if self.augment(PATIENCE * self.n, SWEEPS) else None

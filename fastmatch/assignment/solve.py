@@ -122,10 +122,12 @@ def solve(
     if method not in METHODS:
         raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
     if isinstance(cost, DenseCost):
-        cost = np.asarray(cost.matrix) if not isinstance(cost.matrix, torch.Tensor) else cost.matrix
+        cost = cost.matrix
     if isinstance(cost, FactorCost):
         return _solve_factor(cost, maximize, warm_start, method)
-    if method == "auto" and _is_on_gpu(cost):
+    if not isinstance(cost, torch.Tensor):
+        cost = np.asarray(cost)
+    if method == "auto":
         method = select_method(cost)
     if method == "lists":
         found = _solve_where_it_lies(cost, maximize, warm_start)
@@ -140,8 +142,6 @@ def solve(
     if n == 0:
         return _empty(m, transposed)
     start = _first_duals(warm_start, m, sign, transposed)
-    if method == "auto":
-        method = select_method(matrix)
     if method == "rows":
         col_of, u, v, counts = solve_small(matrix, sign, start)
     else:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from fastmatch.assignment.factor import row_index
+
 __all__ = ["StoredCost"]
 
 ENTRIES = 1 << 25
@@ -36,11 +38,7 @@ class StoredCost:
         step = self._step()
         for lo in range(0, len(rows), step):
             part = rows[lo : lo + step]
-            together = bool((np.diff(part) == 1).all())
-            at = slice(int(part[0]), int(part[-1]) + 1) if together else torch.from_numpy(part)
-            if isinstance(at, torch.Tensor):
-                at = at.to(self.matrix.device)
-            values = self.matrix[at]
+            values = self.matrix[row_index(part, self.matrix.device)]
             yield slice(lo, lo + len(part)), (values if sign > 0 else -values).double()
 
     def is_finite(self) -> bool:
