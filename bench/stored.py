@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from problems import problem
 
 from fastmatch.assignment import solve
 from fastmatch.assignment.lists import try_lists
@@ -26,21 +27,17 @@ from kernels import machine
 RESULTS = Path(__file__).parent / "results"
 
 
-def problems(n, generator):
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator)
+KINDS = ("uniform", "factors 256", "sibling 1", "log-normal 256", "ties", "constant")
+"""Of bench/problems.py."""
 
-    a, b = normal(n, 256), normal(n, 256)
-    sizes = [torch.exp(0.5 * normal(n, 1)) for _ in range(2)]
-    moved = a[torch.randperm(n, generator=generator)]
-    yield "uniform", torch.rand(n, n, generator=generator)
-    yield "products of Gaussian factors", -(a @ b.T)
-    yield "siblings", -(a @ (moved + 0.5 * b).T)
-    yield "log-normal norms", -((sizes[0] * a) @ (sizes[1] * b).T)
-    yield "distances in the plane", torch.cdist(a[:, :2], b[:, :2])
+
+def instances(n):
+    for kind in KINDS:
+        yield kind, torch.from_numpy(problem(kind, n))
+    generator = torch.Generator().manual_seed(0)
+    points = torch.rand(2, n, 2, generator=generator)
+    yield "distances in the plane", torch.cdist(*points)
     yield "sorted rows", torch.rand(n, n, generator=generator).sort(1).values
-    yield "integers below 100", torch.randint(0, 100, (n, n), generator=generator).float()
-    yield "all equal", torch.zeros(n, n)
 
 
 class Timed(StoredCost):
@@ -118,8 +115,8 @@ def main(arguments=None):
     parser.add_argument("--tiny", action="store_true", help="a small size, nothing written")
     options = parser.parse_args(arguments)
     rows = []
-    for kind, matrix in problems(200 if options.tiny else 4096, torch.Generator().manual_seed(0)):
-        rows.append(measure(kind, matrix.contiguous()))
+    for kind, matrix in instances(200 if options.tiny else 4096):
+        rows.append(measure(kind, matrix))
         print({k: round(v, 4) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
     record = {"machine": machine(), "rows": rows}
     if not options.tiny:

@@ -40,8 +40,8 @@ def test_the_counts_of_stored_matrices_are_taken():
     command = [sys.executable, str(SCRIPT.with_name("stored.py")), "--tiny"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "'all equal', 'n': 200, 'lists': 'given up'" in done.stdout
-    assert "'siblings', 'n': 200, 'lists': 'suit'" in done.stdout
+    assert "'constant', 'n': 200, 'lists': 'given up'" in done.stdout
+    assert "'sibling 1', 'n': 200, 'lists': 'suit'" in done.stdout
 
 
 def test_the_simulation_of_first_duals_runs():
