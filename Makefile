@@ -38,12 +38,8 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Checkers do not follow the editable install's hook, so the checker reads an installed copy.
 types: $(VENV)/.installed
-	@rm -rf build/types
-	@$(PIP) install -q --no-deps --target build/types .
-	@cp pyproject.toml build/types/
-	cd build/types && $(abspath $(BIN))/basedpyright --pythonpath $(abspath $(BIN))/python fastmatch
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 docs: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -q

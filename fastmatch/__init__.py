@@ -1,23 +1,27 @@
 """fastmatch: align, merge and renormalize wide networks of the same architecture."""
 
-from fastmatch.align import Alignment, align, align_many
-from fastmatch.analysis import distances, layer_table, running_statistics
-from fastmatch.interpolate import Curve, Scores, Triangle, evaluate, interpolate, score, triangle
-from fastmatch.merge import merge
-from fastmatch.partial import Cost, Ensemble, PartialMerge, cost_of, merge_partial
-from fastmatch.records import Table
+from fastmatch.evaluation.curve import Curve, interpolate
+from fastmatch.evaluation.distances import distances
+from fastmatch.evaluation.layers import layer_table, running_statistics
+from fastmatch.evaluation.scores import Scores, evaluate, score
+from fastmatch.evaluation.table import Table
+from fastmatch.evaluation.triangle import Triangle, triangle
+from fastmatch.matching.align import align, align_many
+from fastmatch.merging.average import merge
+from fastmatch.merging.biases import normalize_biases, remove_biases
+from fastmatch.merging.ensemble import Cost, Ensemble, cost_of
+from fastmatch.merging.partial import PartialMerge, merge_partial
+from fastmatch.permutations.alignment import Alignment
+from fastmatch.permutations.verify import Verification, verify
 from fastmatch.renorm import (
     EndpointStatistics,
     Plan,
     endpoint_statistics,
-    normalize_biases,
     plan_renormalization,
-    remove_biases,
     renormalize,
     renormalize_many,
 )
 from fastmatch.spec import Axis, Group, PermutationSpec
-from fastmatch.verify import Verification, verify
 
 __all__ = [
     "Alignment",

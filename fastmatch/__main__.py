@@ -1,5 +1,5 @@
 """``python -m fastmatch``: the same as the ``fastmatch`` command."""
 
-from fastmatch.cli import main
+from fastmatch.cli.main import main
 
 raise SystemExit(main())

@@ -3,7 +3,7 @@
 from fastmatch.assignment.batched import solve_batched
 from fastmatch.assignment.certificate import certificate
 from fastmatch.assignment.factor import DenseCost, FactorCost
-from fastmatch.assignment.result import Assignment
+from fastmatch.assignment.solution import Assignment
 from fastmatch.assignment.solve import METHODS, linear_sum_assignment, select_method, solve
 
 __all__ = [

@@ -8,9 +8,9 @@ from typing import Any, overload
 import numpy as np
 import torch
 
-from fastmatch.assignment.compiling import prepared
+from fastmatch.assignment._compile import prepared
 from fastmatch.assignment.solve import prepare_values
-from fastmatch.kernels.cpu.parallel import threads
+from fastmatch_kernels._numba.parallel import threads
 
 __all__ = ["solve_batched"]
 
@@ -40,7 +40,7 @@ def solve_batched(costs: Any, maximize: bool = False) -> Any:
             wrong sign, or that no assignment solves.
         TypeError: entries that are no real numbers.
     """
-    from fastmatch.kernels.cpu.lap_batched import solve_stack
+    from fastmatch_kernels.lap.stack import solve_stack
 
     stack = prepare_values(costs)
     if stack.ndim != 3:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastmatch.assignment.compiling import prepared
-from fastmatch.kernels.cpu.parallel import over_rows
+from fastmatch.assignment._compile import prepared
+from fastmatch_kernels._numba.parallel import over_rows
 
 __all__ = ["Dense", "Infeasible", "check_entries", "solve_dense"]
 
@@ -99,10 +99,11 @@ def solve_dense(
 
 
 class _Solve:
-    """The arrays of one solve (named as in fastmatch.kernels.cpu.lap) and the steps on them."""
+    """The arrays of one solve (named as in fastmatch_kernels.lap.dense) and the steps on them."""
 
     def __init__(self, problem: Dense, start: np.ndarray | None) -> None:
-        from fastmatch.kernels.cpu import lap, lap_rows
+        from fastmatch_kernels.lap import dense as lap
+        from fastmatch_kernels.lap import passes as lap_rows
 
         self.lap, self.passes = lap, lap_rows
         self.cost, self.sign = problem.matrix, problem.sign

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastmatch.kernels import dispatch
-from fastmatch.kernels.cpu.parallel import over_rows
+from fastmatch_kernels import ops as kernels
+from fastmatch_kernels._numba.parallel import over_rows
 
 __all__ = ["DenseCost", "FactorCost", "row_index"]
 
@@ -41,7 +41,7 @@ class DenseCost:
 class FactorCost:
     """The (n, m) matrix ``sum_k A_k B_k^T`` (or a sum of distances between rows), in the memory of its factors.
 
-    Factors stay on their device, and rows are read there, through :mod:`fastmatch.kernels.dispatch`: on a GPU by a
+    Factors stay on their device, and rows are read there, through :mod:`fastmatch_kernels`: on a GPU by a
     Triton kernel, on the CPU by its twin. What comes to the host is a few numbers a row. float64 factors on a GPU are
     read in float64 by torch; "l1" is computed on the host.
 
@@ -57,7 +57,7 @@ class FactorCost:
         factors: pairs (n, d_k), (m, d_k), numpy or torch, finite.
         metric: "dot", "l2" (squared Euclidean distance) or "l1".
         tile: rows and columns computed at a time on the CPU.
-        backend: of the row reductions, as in :func:`fastmatch.kernels.dispatch.row_topk`; None: by the device.
+        backend: of the row reductions, as in :func:`fastmatch_kernels.row_topk`; None: by the device.
         precision: of the tiles, "ieee" (the factors' own) or "bf16": rows are screened by products of factors rounded to
             bfloat16, and read in float32 where these leave too much open. Results are as exact. It is for CPUs with
             bfloat16 matrix units (elsewhere it is slow), "dot" and "l2", factors of at most float32, and shows where rows
@@ -87,7 +87,7 @@ class FactorCost:
             raise ValueError(f"tile: expected (rows, columns), both at least 1, got {tile}")
         pairs = [(_factor(a, metric), _factor(b, metric)) for a, b in factors]
         flat = [x for pair in pairs for x in pair]
-        dispatch.backend_of(*flat, backend=backend)
+        kernels.backend_of(*flat, backend=backend)
         self.device, self.backend = flat[0].device, backend
         stored = _common_dtype(flat, metric)
         self.dtype = torch.float64 if stored == torch.float64 else torch.float32
@@ -163,12 +163,12 @@ class FactorCost:
 
     def _rescored(self, rows: np.ndarray, items: np.ndarray, sign: float) -> np.ndarray:
         if self.device.type != "cpu":
-            from fastmatch.kernels.reference.cost_rows import entries
+            from fastmatch_kernels.row_topk.reference import entries
 
             at, which = (torch.from_numpy(x.astype(np.int64)).to(self.device) for x in (rows, items))
             found = entries(self.pairs, at, which, self.metric)
             return torch.where(which < 0, found, sign * found).cpu().numpy()
-        from fastmatch.kernels.cpu.cost_rows import DISTANCES, rescore
+        from fastmatch_kernels.row_topk.cpu import DISTANCES, rescore
 
         out = np.zeros(items.shape)
         for a, b in self.pairs:
@@ -198,7 +198,7 @@ class FactorCost:
             backend = self.backend
             if self._in_float64() or (self.device.type != "cpu" and backend is None and k > LONGEST):
                 backend = "reference"
-            found, _, bound = dispatch.row_topk(
+            found, _, bound = kernels.row_topk(
                 factors, duals, k, sizes=sizes, tile=self.tile, backend=backend
             )
         bound = bound.double()
@@ -210,8 +210,8 @@ class FactorCost:
         self, duals: torch.Tensor, k: int, index: slice | torch.Tensor, sign: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """dispatch's ``row_topk`` at precision "bf16", but the factors are rounded once for all calls."""
-        from fastmatch.kernels.cpu.cost_rows import screened_topk, screening_pair
-        from fastmatch.kernels.reference.cost_rows import term_sizes
+        from fastmatch_kernels.row_topk.cpu import screened_topk, screening_pair
+        from fastmatch_kernels.row_topk.reference import term_sizes
 
         if sign not in self._screens:
             pair = screening_pair(self._as_products(duals, sign)[0])
@@ -239,13 +239,13 @@ class FactorCost:
         self, v: np.ndarray, temperatures: Sequence[float], sign: float = 1.0, relaxation: float = 1.0
     ) -> np.ndarray:
         """(m,) float64 column duals of the minimisation of ``sign * value``, from ``v``: see
-        :func:`fastmatch.kernels.dispatch.sinkhorn_duals`. Square costs, not "l1".
+        :func:`fastmatch_kernels.sinkhorn_duals`. Square costs, not "l1".
         """
         if self.metric == "l1":
             raise ValueError("metric: Sinkhorn's duals take 'dot' or 'l2', got 'l1'")
         factors, start = self._as_products(torch.from_numpy(v).to(self.device), sign)
         backend = "reference" if self._in_float64() else self.backend
-        duals = dispatch.sinkhorn_duals(
+        duals = kernels.sinkhorn_duals(
             factors, temperatures, v=start, relaxation=relaxation, backend=backend
         ).double()
         if self.metric == "l2":
@@ -259,8 +259,8 @@ class FactorCost:
     def _nearest_l1(
         self, left: list[torch.Tensor], duals: torch.Tensor, k: int, sizes: torch.Tensor, sign: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        from fastmatch.kernels.cpu.cost_rows import smallest
-        from fastmatch.kernels.reference.cost_rows import product_error
+        from fastmatch_kernels.row_topk.cpu import smallest
+        from fastmatch_kernels.row_topk.reference import product_error
 
         def fill(rows: slice, columns: slice, out: torch.Tensor) -> None:
             out.zero_()

@@ -8,12 +8,12 @@ from typing import Any, overload
 import numpy as np
 import torch
 
+from fastmatch.assignment.candidate_lists import solve_lists, try_lists
 from fastmatch.assignment.dense import Dense, check_entries, compile_kernels, solve_dense
+from fastmatch.assignment.device import StoredCost
 from fastmatch.assignment.factor import DenseCost, FactorCost
-from fastmatch.assignment.lists import solve_lists, try_lists
-from fastmatch.assignment.result import Assignment
-from fastmatch.assignment.small import SMALL, solve_small
-from fastmatch.assignment.stored import StoredCost
+from fastmatch.assignment.small_dense import SMALL, solve_small
+from fastmatch.assignment.solution import Assignment
 
 __all__ = ["METHODS", "linear_sum_assignment", "select_method", "solve"]
 

@@ -5,7 +5,7 @@ assignment solvers that re-basin code calls, and undoes itself. The modules besi
 hold functions with that library's own signatures and results.
 """
 
-from fastmatch.backends.install import LIBRARIES, Installed, installed
+from fastmatch.backends.patching import LIBRARIES, Installed, installed
 from fastmatch.backends.rebasin import which_rebasin
 
 __all__ = ["LIBRARIES", "Installed", "installed", "which_rebasin"]

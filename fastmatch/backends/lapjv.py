@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastmatch.assignment import solve
-from fastmatch.backends.seam import REFUSED, Seam, is_small
+from fastmatch.backends.patch_target import REFUSED, Seam, is_small
 
 __all__ = ["SEAMS", "replacement"]
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from fastmatch.assignment import solve
-from fastmatch.backends.seam import REFUSED, Seam, is_small
+from fastmatch.backends.patch_target import REFUSED, Seam, is_small
 
 __all__ = ["SEAMS", "replacement"]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fastmatch.backends.seam import Seam
+from fastmatch.backends.patch_target import Seam
 from fastmatch.matching.weights import match_weights
 from fastmatch.spec import Axis, Group, PermutationSpec
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from fastmatch.assignment import solve
-from fastmatch.matching.zip import zip_units
+from fastmatch.merging.zip import zip_units
 
 __all__ = ["match_tensors_identity", "match_tensors_permute", "match_tensors_zipit"]
 

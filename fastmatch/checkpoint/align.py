@@ -7,18 +7,18 @@ from pathlib import Path
 
 import torch
 
-from fastmatch.align import Alignment
+from fastmatch._internal.files import check_target
+from fastmatch._internal.states import check_finite, check_same_architecture
 from fastmatch.checkpoint.journal import Journal, fingerprint
 from fastmatch.checkpoint.names import Layout, Piece, UnderParameterNames, layout_of
 from fastmatch.checkpoint.reader import CONFIG, Checkpoint
 from fastmatch.checkpoint.structure import bind, build_empty, trace_config
 from fastmatch.checkpoint.writer import write_like
-from fastmatch.files import check_target
 from fastmatch.matching.weights import match_weights
-from fastmatch.merge import merge_states
-from fastmatch.permute import permute_tensor
+from fastmatch.merging.average import merge_states
+from fastmatch.permutations.alignment import Alignment
+from fastmatch.permutations.apply import permute_tensor
 from fastmatch.spec import PermutationSpec
-from fastmatch.states import check_finite, check_same_architecture
 
 __all__ = ["align_checkpoints", "journal_path"]
 

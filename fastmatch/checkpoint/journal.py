@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from fastmatch.checkpoint.reader import Checkpoint
-from fastmatch.permute import check_permutations
+from fastmatch.permutations.apply import check_permutations
 from fastmatch.spec import Permutations, PermutationSpec
 
 __all__ = ["Journal", "fingerprint"]

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fastmatch.files import TORCH_SUFFIXES, load_state
+from fastmatch._internal.files import TORCH_SUFFIXES, load_state
 
 __all__ = ["CONFIG", "DTYPES", "INDEX", "Checkpoint", "Entry"]
 

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastmatch._internal.states import State
 from fastmatch.checkpoint.reader import CONFIG, read_json
 from fastmatch.spec import PermutationSpec
 from fastmatch.spec.trace import trace
-from fastmatch.states import State
 
 __all__ = ["bind", "build_empty", "compared", "config_inputs", "trace_config"]
 

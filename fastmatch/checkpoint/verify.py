@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastmatch._internal.states import check_same_architecture
 from fastmatch.checkpoint.names import UnderParameterNames, layout_of
 from fastmatch.checkpoint.reader import Checkpoint
 from fastmatch.checkpoint.structure import build_empty, compared, config_inputs
+from fastmatch.permutations.verify import Wide
 from fastmatch.spec.trace import arguments_of, outputs_named, plain_operations
-from fastmatch.states import check_same_architecture
-from fastmatch.verify import Wide
 
 __all__ = ["CheckpointVerification", "verify_checkpoints"]
 

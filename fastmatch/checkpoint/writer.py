@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
+from fastmatch._internal.files import TORCH_SUFFIXES, check_target, save_state, writing
 from fastmatch.checkpoint.reader import CONFIG, DTYPES, INDEX, Checkpoint, read_json
-from fastmatch.files import TORCH_SUFFIXES, check_target, save_state, writing
 
 __all__ = ["write_like"]
 

@@ -12,17 +12,17 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from fastmatch._internal.batches import Forward, batches_of, default_forward, evaluating
+from fastmatch._internal.progress import progress_bar
 from fastmatch.assignment import linear_sum_assignment
-from fastmatch.batches import Forward, batches_of, default_forward, evaluating
 from fastmatch.matching.batch_pearson import BatchPearson
 from fastmatch.matching.cca import Canonical
 from fastmatch.matching.nested import best_orders
-from fastmatch.matching.weights import Matching
-from fastmatch.moments import SIMILARITIES as POOLED
-from fastmatch.moments import CrossMoments
-from fastmatch.progress import progress_bar
+from fastmatch.permutations.alignment import Matching
 from fastmatch.spec import Axis, Permutations, PermutationSpec, Tap
-from fastmatch.spec.taps import TapReader
+from fastmatch.spec.activation_sites import TapReader
+from fastmatch.statistics.moments import SIMILARITIES as POOLED
+from fastmatch.statistics.moments import CrossMoments
 
 __all__ = ["READ", "SEVERAL", "SIMILARITIES", "best_permutation", "match_activations", "similarities"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastmatch.moments import CrossMoments
+from fastmatch.statistics.moments import CrossMoments
 
 __all__ = ["GAMMA", "Canonical", "roots"]
 

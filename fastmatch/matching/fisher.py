@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 
-from fastmatch.matching.weights import Matching, included, match_weights
+from fastmatch._internal.states import State
+from fastmatch.matching.weights import included, match_weights
+from fastmatch.permutations.alignment import Matching
 from fastmatch.spec import PermutationSpec
-from fastmatch.states import State, check_spec
+from fastmatch.spec.checks import check_spec
 
 __all__ = ["match_fisher"]
 
@@ -40,7 +42,7 @@ def match_fisher(
         a, b: state dicts of the same architecture; A is the reference.
         spec: which axes move together.
         fisher_a, fisher_b: parameter name -> non-negative weights of its shape
-            (:func:`fastmatch.fisher.diagonal_fisher`). Tensors without any (buffers) do not count.
+            (:func:`fastmatch.statistics.fisher.diagonal_fisher`). Tensors without any (buffers) do not count.
         options: of :func:`fastmatch.matching.weights.match_weights`.
 
     Returns:

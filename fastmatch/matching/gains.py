@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fastmatch.permute import dimension_indices, moved_positions, permute_tensor
+from fastmatch._internal.states import State, headers_of
+from fastmatch.permutations.apply import dimension_indices, moved_positions, permute_tensor
 from fastmatch.spec import Axis, Group, Permutations, PermutationSpec
-from fastmatch.states import State, headers_of
 
 __all__ = ["Gains", "unit_rows"]
 

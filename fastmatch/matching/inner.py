@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 import numpy as np
 import torch
 
-from fastmatch.permute import moved_positions
+from fastmatch.permutations.apply import moved_positions
 
 __all__ = ["change_of_inner", "inner"]
 
@@ -22,7 +22,7 @@ NATIVE = (torch.float32, torch.float64)
 """Types that the kernel reads."""
 
 Indices = Mapping[int, torch.Tensor]
-"""Dimension -> the positions to select by; as :func:`fastmatch.permute.dimension_indices` gives them."""
+"""Dimension -> the positions to select by; as :func:`fastmatch.permutations.apply.dimension_indices` gives them."""
 
 
 def inner(a: torch.Tensor, b: torch.Tensor, indices: Indices) -> float:
@@ -64,8 +64,8 @@ def _has_kernel(a: torch.Tensor, b: torch.Tensor, dims: Collection[int]) -> bool
 
 def _on_cpu(a: torch.Tensor, b: torch.Tensor, moved: Indices, now: Indices, then: Indices | None) -> float:
     """By the kernel: over the positions ``moved``, all of a dimension that is not named there."""
-    from fastmatch.kernels.cpu.inner import inner as kernel
-    from fastmatch.kernels.cpu.parallel import over_rows
+    from fastmatch_kernels._numba.parallel import over_rows
+    from fastmatch_kernels.inner_product.cpu import inner as kernel
 
     shape, first, second, columns = a.shape, -1, -1, 1  # -1: nothing moves there
     dims = sorted(now.keys() | (then or {}).keys())

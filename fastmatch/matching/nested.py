@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
+from fastmatch._internal.states import State, headers_of
 from fastmatch.assignment import linear_sum_assignment, solve_batched
-from fastmatch.permute import permute_tensor
+from fastmatch.permutations.apply import permute_tensor
 from fastmatch.spec import Axis, Permutations, PermutationSpec
-from fastmatch.states import State, headers_of
 
 __all__ = ["best_orders", "match_nested"]
 

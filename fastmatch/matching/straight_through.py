@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastmatch.batches import batches_of, device_of, evaluating, split_batch
-from fastmatch.matching.weights import Matching, match_weights
-from fastmatch.permute import apply_permutations
+from fastmatch._internal.batches import batches_of, device_of, evaluating, split_batch
+from fastmatch._internal.states import State, state_of
+from fastmatch.matching.weights import match_weights
+from fastmatch.permutations.alignment import Matching
+from fastmatch.permutations.apply import apply_permutations
 from fastmatch.spec import Permutations, PermutationSpec
-from fastmatch.states import State, state_of
 
 __all__ = ["Loss", "match_straight_through"]
 

@@ -16,16 +16,18 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fastmatch._internal.progress import progress_bar
+from fastmatch._internal.states import State, headers_of
 from fastmatch.assignment import Assignment, solve
 from fastmatch.matching.gains import Gains
 from fastmatch.matching.inner import change_of_inner, inner
 from fastmatch.matching.nested import match_nested
-from fastmatch.permute import check_permutations, dimension_indices, permute_tensor
-from fastmatch.progress import progress_bar
+from fastmatch.permutations.alignment import Matching
+from fastmatch.permutations.apply import check_permutations, dimension_indices, permute_tensor
 from fastmatch.spec import Axis, Group, Permutations, PermutationSpec
-from fastmatch.states import State, check_spec, headers_of
+from fastmatch.spec.checks import check_spec
 
-__all__ = ["INCLUDE", "Matching", "match_weights", "objective", "weight_scale"]
+__all__ = ["INCLUDE", "match_weights", "objective", "weight_scale"]
 
 INCLUDE = ("weights", "affine", "statistics")
 """What enters the gain, each adding to the one before: matrices and kernels; biases, norm scales and
@@ -35,30 +37,6 @@ KEPT = 2
 """Gains kept between solves, at most, in sizes of one model: as much as both models together."""
 
 RUNNING_STATISTICS = ("running_mean", "running_var")
-
-
-@dataclass(frozen=True)
-class Matching:
-    """The outcome of a matching.
-
-    Attributes:
-        permutations: group name -> LongTensor, ``new_b[i] = b[perm[i]]``.
-        method: ``"weights"`` or ``"activations"``.
-        objective: the objective before the first sweep and after every sweep (weights; float64 sums), or
-            the summed similarity of the matched units before and after (activations).
-        sweeps: passes over the groups.
-        solves: assignment problems solved.
-        skipped: solves left out because no neighbour had moved since.
-        converged: no group can improve any more by itself.
-    """
-
-    permutations: Permutations
-    method: str
-    objective: tuple[float, ...]
-    sweeps: int = 1
-    solves: int = 0
-    skipped: int = 0
-    converged: bool = True
 
 
 def included(name: str, tensor: torch.Tensor, include: str) -> bool:

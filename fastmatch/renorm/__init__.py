@@ -1,6 +1,5 @@
 """Renormalization of merged and pruned networks: statistics, plan, calibration, folding, and the data-free forms."""
 
-from fastmatch.renorm.bias import normalize_biases, remove_biases
 from fastmatch.renorm.calibrate import MODES, renormalize, renormalize_many
 from fastmatch.renorm.fold import EPS
 from fastmatch.renorm.plan import METHODS, Plan, plan_renormalization
@@ -14,9 +13,7 @@ __all__ = [
     "EndpointStatistics",
     "Plan",
     "endpoint_statistics",
-    "normalize_biases",
     "plan_renormalization",
-    "remove_biases",
     "renormalize",
     "renormalize_many",
 ]

@@ -28,10 +28,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastmatch.batches import Forward, batches_of, check_module, default_forward, device_of, evaluating
-from fastmatch.merge import check_weights, copy_module, remembered_weights
-from fastmatch.moments import ChannelMoments
-from fastmatch.progress import progress_bar
+from fastmatch._internal.batches import (
+    Forward,
+    batches_of,
+    check_module,
+    default_forward,
+    device_of,
+    evaluating,
+)
+from fastmatch._internal.coefficients import check_weights, remembered_weights
+from fastmatch._internal.modules import copy_module
+from fastmatch._internal.progress import progress_bar
 from fastmatch.renorm.fold import Goal, bring_to_goal, fold
 from fastmatch.renorm.layers import survey
 from fastmatch.renorm.lockstep import Lockstep
@@ -43,6 +50,7 @@ from fastmatch.renorm.plan import (
     plan_renormalization,
 )
 from fastmatch.renorm.statistics import CallCounter, EndpointStatistics, endpoint_statistics
+from fastmatch.statistics.moments import ChannelMoments
 
 __all__ = ["MODES", "renormalize", "renormalize_many"]
 
@@ -87,7 +95,7 @@ def renormalize(
         data: a loader, iterated anew for each read.
         method: ``"repair"``, ``"rescale"``, ``"reshift"``, ``"reset"`` for nets with batch norm, or ``"auto"``
             by the model's norms (see :func:`plan_renormalization`; the choice is logged).
-        weights: the weights that the merge was made with, one an endpoint. :func:`fastmatch.merge` remembers
+        weights: the weights that the merge was made with, one an endpoint. :func:`fastmatch.merging.average` remembers
             them on the module, so that they can be left out.
         mode: one of :data:`MODES`. Joint mode needs large batches, since a batch's statistics stand in for
             the whole data's; sequential mode does not.
@@ -189,7 +197,7 @@ def _weights_of(model: nn.Module, weights: Sequence[float] | None, count: int) -
         return [1.0]
     raise ValueError(
         f"weights: needed for {count} endpoints: the model does not remember how it was merged "
-        "(fastmatch.merge of modules makes one that does)"
+        "(fastmatch.merging.average of modules makes one that does)"
     )
 
 

@@ -7,11 +7,11 @@ import importlib.util
 import torch
 from torch import nn
 
-from fastmatch.kernels.dispatch import channel_affine
-from fastmatch.kernels.reference.channel_affine import affine_of
-from fastmatch.kernels.reference.channel_affine import fold as folded
-from fastmatch.moments import ChannelMoments
 from fastmatch.renorm.layers import Layer, bias_mask, channel_dim, raw_weight
+from fastmatch.statistics.moments import ChannelMoments
+from fastmatch_kernels.channel_affine.reference import affine_of
+from fastmatch_kernels.channel_affine.reference import fold as folded
+from fastmatch_kernels.ops import channel_affine
 
 __all__ = ["EPS", "Goal", "bring_to_goal", "fold"]
 

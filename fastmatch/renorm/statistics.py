@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastmatch.align import Alignment
-from fastmatch.batches import Forward, batches_of, check_module, default_forward, evaluating
-from fastmatch.moments import ChannelMoments
-from fastmatch.permute import dimension_indices
+from fastmatch._internal.batches import Forward, batches_of, check_module, default_forward, evaluating
+from fastmatch.permutations.alignment import Alignment
+from fastmatch.permutations.apply import dimension_indices
 from fastmatch.renorm.fold import EPS, Goal
 from fastmatch.renorm.layers import channel_dim, survey
+from fastmatch.statistics.moments import ChannelMoments
 
 __all__ = ["GOALS", "EndpointStatistics", "endpoint_statistics"]
 

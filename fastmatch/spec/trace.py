@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastmatch.spec.grouping import UNUSED, spec_of
 from fastmatch.spec.labels import Label, find, is_pinned, pin, product, segments, split_sum, sum_of, unify
-from fastmatch.spec.members import UNUSED, spec_of
 from fastmatch.spec.rules import FACTORIES, RULES, fresh, pin_all, tensors_in
 from fastmatch.spec.rules_indexing import KEEPS_POSITIONS, USES_POSITIONS
 from fastmatch.spec.spec import PermutationSpec

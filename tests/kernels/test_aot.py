@@ -26,7 +26,7 @@ OPS = {
 def compiled(tmp_path, target, *options):
     out = tmp_path / "rows.json"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "error", str(ROOT / "bench/aot.py"), "--target", target]
+    command = [sys.executable, "-W", "error", "-m", "bench.reports.aot", "--target", target]
     done = subprocess.run(
         [*command, "--json", str(out), *options], env=environment, capture_output=True, text=True, check=False
     )

@@ -1,8 +1,9 @@
 import pytest
 import torch
-from fastmatch.kernels.dispatch import channel_affine
-from fastmatch.kernels.reference.channel_affine import METHODS, fold
-from kernel_cases import BACKENDS, DEVICE, fresh_generator, normal, strided
+
+from fastmatch_kernels.channel_affine.reference import METHODS, fold
+from fastmatch_kernels.ops import channel_affine
+from helpers.kernel_cases import BACKENDS, DEVICE, fresh_generator, normal, strided
 
 SHAPES = [(7, 5), (300, 33), (3, 19, 5, 7), (2, 65, 11), (1, 1), (2, 3, 4, 1, 5), (2, 2, 90, 100)]
 

@@ -4,7 +4,8 @@ import sys
 
 import pytest
 import torch
-from fastmatch.kernels.dispatch import backend_of
+
+from fastmatch_kernels.ops import backend_of
 
 
 def run(code, **environment):
@@ -21,7 +22,7 @@ def run(code, **environment):
 def test_importing_loads_neither_triton_nor_numba():
     done = run(
         "import sys, torch; before = set(sys.modules)\n"
-        "import fastmatch, fastmatch.kernels.dispatch\n"
+        "import fastmatch, fastmatch_kernels\n"
         "found = {'triton', 'numba'} & (set(sys.modules) - before)\n"
         "assert not found, found\n"
     )
@@ -30,7 +31,7 @@ def test_importing_loads_neither_triton_nor_numba():
 
 def test_triton_asked_for_on_cpu_tensors_is_an_error_not_another_backend():
     done = run(
-        "import torch; from fastmatch.kernels.dispatch import gain\n"
+        "import torch; from fastmatch_kernels.ops import gain\n"
         "gain([(torch.ones(2, 2), torch.ones(2, 2))], backend='triton')\n"
     )
     assert done.returncode != 0

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from fastmatch.kernels import dispatch
-from kernel_cases import DEVICE
-from networks import fresh_seed
 from scipy.optimize import linear_sum_assignment as scipy_lsa
 
 from fastmatch.assignment import FactorCost, certificate, solve
+from fastmatch_kernels import ops as kernels
+from helpers.kernel_cases import DEVICE
+from helpers.networks import fresh_seed
 
 
 def pair(g: np.random.Generator, kind: str, n: int, m: int, d: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,7 +31,7 @@ def test_the_kernel_drives_the_list_solver_to_the_dense_optimum(kind, n, m, metr
     factors = [pair(g, kind, n, m, d) for d in (12, 3)]
     cost = FactorCost(factors, metric, backend="triton")
     backends, crossed = set(), []
-    real = dispatch.row_topk
+    real = kernels.row_topk
 
     def seen(given, v, k, **options):
         backends.add(options["backend"])
@@ -39,7 +39,7 @@ def test_the_kernel_drives_the_list_solver_to_the_dense_optimum(kind, n, m, metr
         crossed.append(found[0].shape)
         return found
 
-    monkeypatch.setattr(dispatch, "row_topk", seen)
+    monkeypatch.setattr(kernels, "row_topk", seen)
     found = solve(cost, maximize=maximize, method="lists")
     # Only exact ties are read once more, in float64, by the plain form.
     assert "triton" in backends

@@ -1,8 +1,9 @@
 import pytest
 import torch
-from fastmatch.kernels.dispatch import gain
-from fastmatch.kernels.reference.gain import gathered, rank_update
-from kernel_cases import BACKENDS, DEVICE, fresh_generator, normal, strided
+
+from fastmatch_kernels.gain.reference import gathered, rank_update
+from fastmatch_kernels.ops import gain
+from helpers.kernel_cases import BACKENDS, DEVICE, fresh_generator, normal, strided
 
 SHAPES = [(1, 1, (1,)), (70, 45, (33,)), (33, 65, (7, 40, 1)), (5, 3, (100,)), (0, 4, (3,)), (4, 3, (0,))]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -144,7 +145,7 @@ def test_bad_input_is_named(factors, options, error, match):
 
 
 def test_only_whole_vectors_count_as_aligned():
-    from fastmatch.kernels.triton.tiles import MATMUL, TARGETS, factors_aligned, matmul_tiles
+    from fastmatch_kernels._triton.tiles import MATMUL, TARGETS, factors_aligned, matmul_tiles
 
     whole = torch.zeros(40, 64)
     assert factors_aligned(whole, whole[3:])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[2] / "bench/gpu.py"
+SCRIPT = Path(__file__).parents[2] / "bench/reports/gpu.py"
 
 
 @pytest.mark.parametrize(("backend", "rows"), [("cpu", 2 * 2 + 2 + 3 + 1), ("triton", 3 * 2 + 2 + 3 + 1)])

@@ -4,7 +4,8 @@ import numba
 import numpy as np
 import pytest
 import torch
-from fastmatch.kernels.cpu import half
+
+from fastmatch_kernels._numba import half
 
 
 @numba.njit

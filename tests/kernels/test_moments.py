@@ -2,9 +2,10 @@ import itertools
 
 import pytest
 import torch
-from fastmatch.kernels.dispatch import moments
-from fastmatch.kernels.reference.moments import samples_by_channels
-from kernel_cases import BACKENDS, DEVICE, fresh_generator, normal, strided
+
+from fastmatch_kernels.moments.reference import samples_by_channels
+from fastmatch_kernels.ops import moments
+from helpers.kernel_cases import BACKENDS, DEVICE, fresh_generator, normal, strided
 
 SHAPES = [  # (shape of A, shape of B)
     ((5, 7), (5, 7)),
@@ -72,7 +73,7 @@ def test_one_batch_in_every_layout(backend, shape_a, shape_b):
 @pytest.mark.parametrize(("batch", "side"), [(7, 3), (3, 40)])
 def test_pieces_and_blocks_of_the_cpu_twin_meet(monkeypatch, batch, side, channels_last):
     """More samples than a piece takes, and than a float32 sum takes, in one batch entry or in several."""
-    from fastmatch.kernels.cpu import moments as twin
+    from fastmatch_kernels.moments import cpu as twin
 
     monkeypatch.setattr(twin, "ROWS", 16)
     monkeypatch.setattr(twin, "LEAST", 8)
@@ -85,7 +86,7 @@ def test_pieces_and_blocks_of_the_cpu_twin_meet(monkeypatch, batch, side, channe
 
 def test_the_cpu_twins_buffers_serve_every_batch_whatever_came_before(monkeypatch):
     """Larger and smaller than a buffer, products in several parts, in inference mode and out of it."""
-    from fastmatch.kernels.cpu import moments as twin
+    from fastmatch_kernels.moments import cpu as twin
 
     monkeypatch.setattr(twin, "PIECE", 4096)
     monkeypatch.setattr(twin, "_buffers", twin._Buffers())
@@ -154,7 +155,7 @@ def test_batches_and_merged_states_equal_one_batch(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_small_batches_wait_and_are_not_overwritten(backend, monkeypatch):
-    monkeypatch.setattr("fastmatch.kernels.entries.moments.PENDING", 64)
+    monkeypatch.setattr("fastmatch_kernels.moments.PENDING", 64)
     generator = fresh_generator()
     a, b = normal(generator, 100, 5), normal(generator, 100, 4)
     buffer_a, buffer_b = torch.empty_like(a[:10]), torch.empty_like(b[:10])

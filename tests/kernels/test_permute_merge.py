@@ -3,9 +3,10 @@ import struct
 
 import pytest
 import torch
-from fastmatch.kernels.dispatch import permute_merge
-from fastmatch.kernels.reference.permute_merge import expand_blocks
-from kernel_cases import BACKENDS, DEVICE, fresh_generator, normal, strided
+
+from fastmatch_kernels.ops import permute_merge
+from fastmatch_kernels.permute_merge.reference import expand_blocks
+from helpers.kernel_cases import BACKENDS, DEVICE, fresh_generator, normal, strided
 
 CASES = [  # shape, dims, blocks
     ((37,), (0, 1), (1, 1)),
@@ -88,7 +89,7 @@ def test_half_precision_numbers_survive_the_cpu_twin(dtype):
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize(("shape", "dims", "blocks"), CASES)
 def test_what_is_stored_past_the_caches_is_what_is_stored_in_them(monkeypatch, dtype, shape, dims, blocks):
-    from fastmatch.kernels.cpu import permute_merge as twin
+    from fastmatch_kernels.permute_merge import cpu as twin
 
     generator = fresh_generator()
     a, b = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
@@ -123,7 +124,7 @@ def test_the_cpu_twin_rounds_halves_to_even_as_torch_does(monkeypatch, dtype):
         (other, True),
     ):
         # Means of neighbours are exact halfway points of the type; means of strangers are anything.
-        monkeypatch.setattr("fastmatch.kernels.cpu.permute_merge.STREAMED", 0 if past else 1 << 40)
+        monkeypatch.setattr("fastmatch_kernels.permute_merge.cpu.STREAMED", 0 if past else 1 << 40)
         got = permute_merge([every, partner], [0.5, 0.5], backend="cpu")
         wanted = (0.5 * every.float() + 0.5 * partner.float()).to(dtype)
         assert torch.equal(got.isnan(), wanted.isnan())
@@ -135,7 +136,7 @@ def test_the_cpu_twin_rounds_halves_to_even_as_torch_does(monkeypatch, dtype):
 @pytest.mark.parametrize("factor", [math.inf, math.nan, struct.unpack("d", b"\xff" * 8)[0]])
 def test_a_factor_that_is_no_number_follows_arithmetic_too(monkeypatch, dtype, factor):
     # The last NaN has every bit set: to round it as if it were a number would give zero.
-    monkeypatch.setattr("fastmatch.kernels.cpu.permute_merge.STREAMED", 0)
+    monkeypatch.setattr("fastmatch_kernels.permute_merge.cpu.STREAMED", 0)
     a = torch.tensor([0.0, 1.0, -2.0, math.inf]).to(dtype).repeat(25)
     got = permute_merge([a, torch.ones_like(a)], [factor, 0.5], backend="cpu")
     torch.testing.assert_close(got, (factor * a.float() + 0.5).to(dtype), equal_nan=True)

@@ -3,9 +3,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from fastmatch.kernels.dispatch import row_softmin, sinkhorn_duals
-from fastmatch.kernels.triton.cost_rows import product_error
-from kernel_cases import BACKENDS, DEVICE, fresh_generator, normal, strided
+
+from fastmatch_kernels.ops import row_softmin, sinkhorn_duals
+from fastmatch_kernels.row_topk.triton import product_error
+from helpers.kernel_cases import BACKENDS, DEVICE, fresh_generator, normal, strided
 
 ALL = pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 INF = float("inf")
@@ -37,7 +38,7 @@ def test_against_float64(backend, dtype, temperature, n, m, depths):
 
 
 def test_several_cpu_tiles_of_columns_agree_with_one(monkeypatch):
-    from fastmatch.kernels.cpu import row_softmin as cpu
+    from fastmatch_kernels.row_softmin import cpu
 
     if DEVICE != "cpu":
         pytest.skip("the CPU twin takes CPU tensors")

@@ -1,0 +1,377 @@
+"""Every configuration of the Triton kernels that the launchers may pick, as the types and constants of a launch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fastmatch_kernels._triton.tiles import CROSS, MATMUL, Target, Tiles
+from fastmatch_kernels.channel_affine import triton as channel_affine
+from fastmatch_kernels.gain import triton as gain
+from fastmatch_kernels.moments import triton as moments
+from fastmatch_kernels.permute_merge import triton as permute_merge
+from fastmatch_kernels.row_softmin import triton as row_softmin
+from fastmatch_kernels.row_topk import triton as cost_rows
+
+__all__ = ["DIVISIBLE", "Case", "cases"]
+
+DIVISIBLE = ":16"
+"""Suffix of a type that is declared a multiple of 16, as Triton finds at launch for pointers and most strides."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel with the types of its arguments and its constants.
+
+    Attributes:
+        op, variant: names for the table.
+        precision: of the products, or "-".
+        arguments: name -> type ("*fp32:16", "i32", ...), a constant, or a tuple of these.
+        tiles: what the launcher passes on.
+        matrix: whether the matrix units are expected to be used.
+        wide: whether 16-byte loads are expected.
+    """
+
+    op: str
+    variant: str
+    precision: str
+    kernel: Any
+    arguments: dict[str, Any]
+    tiles: Tiles
+    matrix: bool
+    wide: bool = True
+
+    def uses(self, *pointers: str) -> bool:
+        """Whether an argument is a pointer to one of these types ("*bf16", ...)."""
+        return any(isinstance(v, str) and v.startswith(pointers) for v in _flat(self.arguments.values()))
+
+
+def _flat(values: Any) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, tuple):
+            yield from _flat(value)
+        else:
+            yield value
+
+
+# Factors: gain, cost_rows and row_softmin
+
+
+def _pair(dtype: str, gathered: bool, count: int) -> dict[str, Any]:
+    pointer, size = f"*{dtype}:16", "i32:16"
+    index = "*i64:16" if gathered else None
+    return {
+        "a_ptrs": (pointer,) * count,
+        "b_ptrs": (pointer,) * count,
+        "depths": (size,) * count,
+        "a_strides": ((size, 1),) * count,
+        "b_strides": ((size, 1),) * count,
+        "contraction_ptrs": (index,) * count,
+        "b_index_ptr": index,
+    }
+
+
+def _matmul_cases(target: Target, which: slice) -> Iterator[Case]:
+    variants = (("plain", False, 1), ("gathered", True, 1), ("two pairs", False, 2))
+    for precision, sizes in MATMUL[target.name].items():
+        dtype = "bf16" if precision == "half" else "fp32"
+        matrix = precision != "ieee" or target.backend == "hip"
+        for tiles, (variant, gathered, count) in itertools.product(dict.fromkeys(sizes[which]), variants):
+            arguments = {
+                **_pair(dtype, gathered, count),
+                "n": "i32:16",
+                "m": "i32:16",
+                "K": count,
+                "PRECISION": "ieee" if precision == "half" else precision,
+                "GROUP": gain.GROUP,
+                "BLOCK_M": tiles.rows,
+                "BLOCK_N": tiles.columns,
+                "BLOCK_K": tiles.depth,
+            }
+            for op, kernel, own in _matmul_kernels(gathered, count):
+                kept = {k: v for k, v in arguments.items() if k in kernel.arg_names}
+                yield Case(op, variant, precision, kernel, {**kept, **own}, tiles, matrix)
+
+
+def _matmul_kernels(gathered: bool, count: int) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """(operation, kernel, the arguments that only it has) of everything that reads a product of factors."""
+    yield (
+        "gain",
+        gain._gain_kernel,
+        {"out_ptr": "*fp32:16", "out_stride": "i32:16", "ACCUMULATE": count == 2},
+    )
+    yield (
+        "cost_rows",
+        cost_rows._candidates_kernel,
+        {
+            "v_ptr": "*fp32:16",
+            "value_ptr": "*fp32:16",
+            "column_ptr": "*i32:16",
+            "cutoff_ptr": "*fp32:16",
+            "few": "i32",
+        },
+    )
+    if not gathered:
+        yield (
+            "row_softmin",
+            row_softmin._softmin_kernel,
+            {"v_ptr": "*fp32:16", "part_ptr": "*fp32:16", "temperature": "fp32"},
+        )
+
+
+# Activations: moments and channel_affine
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "contiguous map": {
+        "sizes": (1, "i32:16", "i32:16"),
+        "strides": (0, "i32:16", 1),
+        "stride_c": "i32:16",
+        "dims": 2,
+    },
+    "channels last": {"sizes": (1, 1, "i32:16"), "strides": (0, 0, "i32:16"), "stride_c": 1, "dims": 1},
+}
+UNALIGNED_LAYOUTS = {
+    **LAYOUTS,
+    # A part of a map, read at intervals: as many sample dimensions as the kernels follow, no stride known.
+    "any strides": {
+        "sizes": ("i32", "i32", "i32"),
+        "strides": ("i32", "i32", "i32"),
+        "stride_c": "i32",
+        "dims": 3,
+    },
+}
+
+
+def _cross_cases(target: Target, which: slice, layouts: dict[str, dict[str, Any]]) -> Iterator[Case]:
+    for precision, sizes in CROSS[target.name].items():
+        for tiles, (layout_name, layout), dtype, statistics in itertools.product(
+            dict.fromkeys(sizes[which]), layouts.items(), ("fp32", "bf16"), (True, False)
+        ):
+            yield Case(
+                "moments" if statistics else "moments, one model",
+                f"{layout_name}, {dtype}",
+                precision,
+                moments._cross_kernel,
+                {
+                    "a_ptr": f"*{dtype}:16",
+                    "b_ptr": f"*{dtype}:16",
+                    "a_sizes": layout["sizes"],
+                    "a_strides": layout["strides"],
+                    "a_stride_c": layout["stride_c"],
+                    "b_sizes": layout["sizes"],
+                    "b_strides": layout["strides"],
+                    "b_stride_c": layout["stride_c"],
+                    "shift_a_ptr": "*fp32:16",
+                    "shift_b_ptr": "*fp32:16",
+                    "stats_a_ptr": "*fp64:16",
+                    "stats_b_ptr": "*fp64:16",
+                    "cross_ptr": "*fp64:16",
+                    "channels_a": "i32:16",
+                    "channels_b": "i32:16",
+                    "samples": "i32:16",
+                    "first": "i32:16",
+                    "STATS": statistics,
+                    "DIMS_A": layout["dims"],
+                    "DIMS_B": layout["dims"],
+                    "PRECISION": precision,
+                    "CHUNK": moments.CHUNK,
+                    "BLOCK_A": tiles.rows,
+                    "BLOCK_B": tiles.columns,
+                    "BLOCK_T": tiles.depth,
+                },
+                tiles,
+                precision != "ieee" or target.backend == "hip",
+                # A tile of half-precision numbers gives each thread of a shallow tile less than 16 bytes.
+                dtype == "fp32" or tiles.depth >= 32,
+            )
+
+
+def _channels(dtype: str, layout: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """(what the passes over one model's activations share, a stride of the channels as their tiles are picked by)."""
+    return {
+        "x_ptr": f"*{dtype}:16",
+        "sizes": layout["sizes"],
+        "strides": layout["strides"],
+        "stride_c": layout["stride_c"],
+        "channels": "i32:16",
+        "samples": "i32:16",
+        "DIMS": layout["dims"],
+    }, 1 if layout["stride_c"] == 1 else 16
+
+
+def _stats_cases(layouts: dict[str, dict[str, Any]], aligned: bool) -> Iterator[Case]:
+    for dtype, (variant, layout) in itertools.product(("fp32", "bf16"), layouts.items()):
+        shape, stride_c = _channels(dtype, layout)
+        tiles = moments.stats_tiles(stride_c, aligned=aligned)
+        yield Case(
+            "moments, no product",
+            f"{variant}, {dtype}",
+            "-",
+            moments._stats_kernel,
+            {
+                **shape,
+                "shift_ptr": "*fp32:16",
+                "stats_ptr": "*fp64:16",
+                "CHUNK": moments.CHUNK,
+                "BLOCK_C": tiles.rows,
+                "BLOCK_T": tiles.depth,
+            },
+            tiles,
+            False,
+        )
+
+
+def _affine_cases(layouts: dict[str, dict[str, Any]], aligned: bool) -> Iterator[Case]:
+    for dtype, (variant, layout), samples in itertools.product(
+        ("fp32", "bf16"), layouts.items(), (256, 8192, 1 << 20)
+    ):
+        shape, stride_c = _channels(dtype, layout)
+        tiles, held = channel_affine.channel_tiles(samples, stride_c, aligned=aligned)
+        if samples == 8192 and not held:
+            continue  # as 2^20 samples
+        for method in range(3):
+            yield Case(
+                "channel_affine",
+                f"{variant}, {dtype}, {samples} samples, method {method}",
+                "-",
+                channel_affine._channel_affine_kernel,
+                {
+                    **shape,
+                    "out_ptr": f"*{dtype}:16",
+                    "out_sizes": layout["sizes"],
+                    "out_strides": layout["strides"],
+                    "out_stride_c": layout["stride_c"],
+                    "goal_mean_ptr": "*fp32:16",
+                    "goal_std_ptr": "*fp32:16",
+                    "mean_ptr": "*fp64:16",
+                    "variance_ptr": "*fp64:16",
+                    "eps": "fp32",
+                    "OUT_DIMS": layout["dims"],
+                    "METHOD": method,
+                    "HELD": held,
+                    "BLOCK_C": tiles.rows,
+                    "BLOCK_T": tiles.depth,
+                },
+                tiles,
+                False,
+                samples != 256 or stride_c == 1,
+            )
+
+
+# Weights and candidates: permute_merge and the selection of cost_rows
+
+
+def _merge_cases(aligned: bool) -> Iterator[Case]:
+    two = (None, "*i64:16")
+    variants = (
+        ("average", 8192, (None, None), (None, None), 1),
+        ("rows", 8192, two, (None, None), 1),
+        ("rows and columns", 8192, two, two, 1),
+        ("one weight, rows and columns", 8192, ("*i64:16",), ("*i64:16",), 1),
+        # Axes apart and channels of several elements, as convolutions have them.
+        ("rows and columns in blocks, runs of 64", 64, two, two, "i32"),
+    )
+    for dtype, (variant, length, first, second, block) in itertools.product(("fp32", "bf16"), variants):
+        count = len(first)
+        tiles, steps = permute_merge.run_tiles(length, second[-1] is not None, aligned=aligned)
+        yield Case(
+            "permute_merge",
+            f"{variant}, {dtype}",
+            "-",
+            permute_merge._permute_merge_kernel,
+            {
+                "weight_ptrs": (f"*{dtype}:16",) * count,
+                "alphas": ("fp32",) * count,
+                "first_ptrs": first,
+                "second_ptrs": second,
+                "out_ptr": f"*{dtype}:16",
+                "runs": "i32:16",
+                "n1": "i32:16",
+                "middle": block,
+                "length": "i32:16",
+                "block1": block,
+                "block2": block,
+                "K": count,
+                "BLOCK_R": tiles.rows,
+                "BLOCK_L": tiles.columns,
+                "STEPS": steps,
+            },
+            tiles,
+            False,
+        )
+
+
+def _selection_cases() -> Iterator[Case]:
+    for candidates in (64, 2048, cost_rows.MAX_CANDIDATES):
+        tiles = cost_rows.select_tiles(candidates)
+        yield Case(
+            "cost_rows, selection",
+            f"{candidates} candidates",
+            "-",
+            cost_rows._select_kernel,
+            {
+                "value_ptr": "*fp32:16",
+                "column_ptr": "*i32:16",
+                "cutoff_ptr": "*fp32:16",
+                "v_ptr": "*fp32:16",
+                "index_ptr": "*i64:16",
+                "best_ptr": "*fp32:16",
+                "cost_ptr": "*fp32:16",
+                "bound_ptr": "*fp32:16",
+                "n": "i32",
+                "k": "i32",
+                "candidates": "i32:16",
+                "tiles_n": "i32:16",
+                "BLOCK_R": tiles.rows,
+                "BLOCK_C": tiles.columns,
+                "BLOCK_T": max(tiles.columns // 4, 2),
+            },
+            tiles,
+            False,
+            candidates > 64,
+        )
+
+
+# All of them
+
+
+def _known(target: Target, aligned: bool) -> Iterator[Case]:
+    """Every case with the tiles for data that is aligned or not, its arguments as for aligned data."""
+    which = slice(2) if aligned else slice(2, 3)
+    layouts = LAYOUTS if aligned else UNALIGNED_LAYOUTS
+    yield from _matmul_cases(target, which)
+    yield from _cross_cases(target, which, layouts)
+    yield from _stats_cases(layouts, aligned)
+    yield from _affine_cases(layouts, aligned)
+    yield from _merge_cases(aligned)
+    yield from _selection_cases()
+
+
+def cases(target: Target) -> list[Case]:
+    """Every configuration that the launchers may pick on ``target``: aligned data, and strides and pointers of any kind."""
+    aligned = list(_known(target, aligned=True))
+    float16 = [_float16(case) for case in aligned if case.uses("*bf16")]
+    return [*aligned, *float16, *(_unaligned(case) for case in _known(target, aligned=False))]
+
+
+def _retyped(value: Any, old: str, new: str) -> Any:
+    """``value`` with a part of its type names replaced, inside tuples too."""
+    if isinstance(value, tuple):
+        return tuple(_retyped(v, old, new) for v in value)
+    return value.replace(old, new) if isinstance(value, str) else value
+
+
+def _float16(case: Case) -> Case:
+    arguments = {k: _retyped(v, "*bf16", "*fp16") for k, v in case.arguments.items()}
+    named = case.variant.replace("bf16", "fp16")
+    return replace(
+        case, arguments=arguments, variant=named if named != case.variant else f"{case.variant}, fp16"
+    )
+
+
+def _unaligned(case: Case) -> Case:
+    """The same for pointers, sizes and strides of which nothing is known: right, with narrow loads."""
+    arguments = {k: _retyped(v, DIVISIBLE, "") for k, v in case.arguments.items()}
+    return replace(case, arguments=arguments, variant=f"{case.variant}, unaligned", wide=False)

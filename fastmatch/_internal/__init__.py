@@ -1,0 +1,1 @@
+"""What every package shares: states, batches, files, progress."""

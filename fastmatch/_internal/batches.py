@@ -1,0 +1,147 @@
+"""What a data loader gives, and how a model is run on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from fastmatch._internal.progress import progress_bar
+
+__all__ = ["Forward", "batches_of", "check_module", "default_forward", "evaluating", "split_batch"]
+
+Forward: TypeAlias = Callable[[nn.Module, Any], Any]
+"""``forward(model, batch)`` runs the model on one item of the loader and returns its output."""
+
+
+def check_module(model: object, argument: str) -> None:
+    """TypeError when what has to be run is no torch module (a state dict, say)."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{argument}: expected a torch module, since it is run on data; got {type(model).__name__}"
+        )
+
+
+def split_batch(batch: Any) -> tuple[Any, Any]:
+    """(inputs, targets) of one item: a pair is taken apart, anything else is inputs alone."""
+    if isinstance(batch, (tuple, list)):
+        if len(batch) == 2:
+            return batch[0], batch[1]
+        if len(batch) == 1:
+            return batch[0], None
+        raise ValueError(f"data: expected inputs or (inputs, targets), got {len(batch)} parts; pass forward=")
+    return batch, None
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {k: _to_device(v, device) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_to_device(v, device) for v in value]
+    return value
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter or buffer; CPU without any."""
+    for tensor in [*model.parameters(), *model.buffers()][:1]:
+        return tensor.device
+    return torch.device("cpu")
+
+
+def default_forward(model: nn.Module, batch: Any) -> Any:
+    """Runs ``model`` on the inputs of ``batch``: a tensor, or a mapping of keyword inputs without labels."""
+    inputs, _ = split_batch(batch)
+    inputs = _to_device(inputs, device_of(model))
+    if isinstance(inputs, Mapping):
+        return model(**{k: v for k, v in inputs.items() if k not in {"label", "labels"}})
+    if isinstance(inputs, list):
+        return model(*inputs)
+    return model(inputs)
+
+
+def _first_tensor(value: Any) -> torch.Tensor | None:
+    if isinstance(value, torch.Tensor):
+        return value if value.ndim else None
+    parts = (
+        value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
+    )
+    return next((t for t in map(_first_tensor, parts) if t is not None), None)
+
+
+def _cut(value: Any, count: int, size: int) -> Any:
+    """The first ``count`` of a batch of ``size`` samples: every tensor that has so many rows."""
+    if isinstance(value, torch.Tensor):
+        return value[:count] if value.ndim and len(value) == size else value
+    if isinstance(value, Mapping):
+        return {k: _cut(v, count, size) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_cut(v, count, size) for v in value]
+    return value
+
+
+def first_samples(data: Iterable[Any], samples: int | None) -> Iterator[Any]:
+    """The batches of ``data`` up to ``samples`` samples, the last one cut; all of them for None."""
+    if samples is None:
+        yield from data
+        return
+    left = samples
+    for batch in data:
+        tensor = _first_tensor(batch)
+        if tensor is None:
+            raise ValueError(
+                f"samples: cannot count those of a batch without tensors, {type(batch).__name__}"
+            )
+        size = len(tensor)
+        yield batch if size <= left else _cut(batch, left, size)
+        left -= size
+        if left <= 0:
+            return
+
+
+def batches_of(
+    data: Iterable[Any], title: str, *, samples: int | None = None, progress: bool | None = None
+) -> Iterator[Any]:
+    """The items of ``data``, read once, under a progress bar; the first ``samples`` samples where given.
+
+    Raises:
+        TypeError: ``data`` cannot be iterated, or is one tensor or one pair instead of batches.
+        ValueError: it yields nothing, or ``samples`` is no positive number.
+    """
+    if samples is not None and samples < 1:
+        raise ValueError(f"samples: expected a positive number, got {samples}")
+    if not isinstance(data, Iterable):
+        raise TypeError(f"data: expected a loader or any iterable of batches, got {type(data).__name__}")
+    if isinstance(data, torch.Tensor):
+        raise TypeError("data: expected batches, got one tensor; give [tensor] or a loader")
+    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(x, torch.Tensor) for x in data):
+        raise TypeError(
+            "data: expected batches, got one pair of tensors; give [(inputs, targets)] or a loader"
+        )
+    empty = True
+    for batch in first_samples(progress_bar(data, title, show=progress), samples):
+        empty = False
+        yield batch
+    if empty:
+        raise ValueError(
+            f"data: yielded no batch in the pass for {title}; a generator yields nothing once it has been read, "
+            "also by an earlier pass of the same call: give a loader or a list of batches"
+        )
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients inside; every module's own mode is put back after."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,35 @@
+"""Merge coefficients: their checks, and the note of them on a merged module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+__all__ = ["check_weights", "remember_weights", "remembered_weights"]
+
+
+_NOTE = "fastmatch_merge_weights"
+
+
+def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
+    """One finite weight a model; equal ones where left out."""
+    if weights is None:
+        return [1.0 / count] * count
+    values = [float(w) for w in weights]
+    if len(values) != count:
+        raise ValueError(f"weights: expected {count}, one a model, got {len(values)}")
+    if not all(abs(w) < float("inf") for w in values):
+        raise ValueError(f"weights: expected finite numbers, got {values}")
+    return values
+
+
+def remember_weights(model: nn.Module, weights: Sequence[float]) -> nn.Module:
+    """Notes on a merge what it is made of, so that renormalization need not be told; copies keep the note."""
+    model.__dict__[_NOTE] = tuple(float(w) for w in weights)
+    return model
+
+
+def remembered_weights(model: nn.Module) -> tuple[float, ...] | None:
+    """The weights a module was merged with; None where it does not remember any."""
+    return model.__dict__.get(_NOTE)

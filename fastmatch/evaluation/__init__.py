@@ -1,0 +1,1 @@
+"""Evaluation: scores, curves, triangles, layer tables, distances."""

@@ -1,0 +1,1 @@
+"""Merging aligned models: averages, partial merges, zipped units."""

@@ -1,0 +1,1 @@
+"""Permutations: apply, invert, compose, verify, save and load."""

@@ -1,0 +1,155 @@
+"""Proof that permuting a network by a spec leaves its function as it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from fastmatch._internal.modules import with_state
+from fastmatch._internal.states import state_of
+from fastmatch.permutations.apply import apply_permutations
+from fastmatch.spec import Permutations, PermutationSpec
+from fastmatch.spec.trace import arguments_of, outputs_named, plain_operations
+
+__all__ = ["Verification", "Wide", "in_double", "largest_difference", "outputs_of", "verify"]
+
+
+class Wide(TorchFunctionMode):
+    """Turns a model's own casts to float32 into casts to float64: norms and rotary tables are full of them."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        def widen(value: Any) -> Any:
+            return torch.float64 if value is torch.float32 else value
+
+        if not any(
+            isinstance(x, torch.Tensor) for x in args
+        ):  # a new tensor, such as one to read a file into
+            return func(*args, **(kwargs or {}))
+        func = torch.Tensor.double if func is torch.Tensor.float else func
+        return func(*map(widen, args), **{k: widen(v) for k, v in (kwargs or {}).items()})
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What :func:`verify` found: the largest relative error of the outputs, and which groups moved."""
+
+    error: float
+    groups: tuple[str, ...]
+
+
+def verify(
+    model: nn.Module,
+    spec: PermutationSpec,
+    example_inputs: Any,
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    outputs: Sequence[str] | None = None,
+    seed: int = 0,
+    tolerance: float = 1e-10,
+) -> Verification:
+    """Moves every group by a random permutation and compares the outputs, in float64.
+
+    Args:
+        model: left as it is; a float64 copy is run twice in eval mode.
+        spec: which axes move together.
+        example_inputs: a tensor or a tuple of positional inputs.
+        kwargs: keyword inputs.
+        outputs: which outputs to compare, as for :meth:`PermutationSpec.trace`; all where left out.
+        seed: of the random permutations.
+        tolerance: largest difference allowed, relative to the largest output.
+
+    Returns:
+        A :class:`Verification`.
+
+    Raises:
+        ValueError: the outputs differ (the groups that change them by themselves are named), or the model
+            does not run in float64 or returns nothing that could be compared.
+    """
+    args, keywords = arguments_of(example_inputs, kwargs)
+    args, keywords = in_double(args), in_double(keywords)
+    double = copy.deepcopy(model).double().eval()
+    generator = torch.Generator().manual_seed(seed)
+    try:
+        expected = outputs_of(double, args, keywords, outputs)
+    except RuntimeError as error:
+        raise ValueError(
+            f"model: does not run in float64 on the example inputs ({error}); "
+            "mend that, or pass verify=False to go on without the proof"
+        ) from error
+    if not any(torch.isfinite(t).any() for t in expected):
+        raise ValueError(
+            "example_inputs: the model returns no finite number on them, so there is nothing to compare; "
+            "give other inputs, or pass verify=False to go on without the proof"
+        )
+    permutations = spec.random(generator)
+    error = _error(double, spec, permutations, args, keywords, expected, outputs)
+    if not error <= tolerance:
+        guilty = {
+            name: alone
+            for name, perm in permutations.items()
+            if not (alone := _error(double, spec, {name: perm}, args, keywords, expected, outputs))
+            <= tolerance
+        }
+        named = ", ".join(f"{n!r} (relative error {e:.2g})" for n, e in guilty.items()) or "several together"
+        raise ValueError(
+            f"spec: permuting changes the network's function; group {named}. Outputs differ by {error:.2g} "
+            f"relative, at most {tolerance:.2g} is allowed"
+        )
+    return Verification(error, tuple(spec.groups))
+
+
+def in_double(value: Any) -> Any:
+    """A nest of tensors with its floating point ones in float64."""
+    if isinstance(value, torch.Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, Mapping):
+        return {k: in_double(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(in_double(v) for v in value)
+    return value
+
+
+def outputs_of(
+    model: nn.Module, args: Any, kwargs: Any, names: Sequence[str] | None = None
+) -> list[torch.Tensor]:
+    """Every output as float64; integers and truth values count too. The model's own casts to float32 are widened."""
+    with torch.no_grad(), Wide(), plain_operations(model, "eager"):
+        outputs = [t.detach() for t in outputs_named(model(*args, **kwargs), names)]
+    return [(torch.view_as_real(t) if t.is_complex() else t).to(torch.float64, copy=True) for t in outputs]
+
+
+def _error(
+    model: nn.Module,
+    spec: PermutationSpec,
+    permutations: Permutations,
+    args: Any,
+    kwargs: Any,
+    expected: list[torch.Tensor],
+    outputs: Sequence[str] | None,
+) -> float:
+    moved = with_state(model, apply_permutations(state_of(model, "model"), spec, permutations))
+    return largest_difference(expected, outputs_of(moved, args, kwargs, outputs))
+
+
+def largest_difference(expected: list[torch.Tensor], outputs: list[torch.Tensor]) -> float:
+    """The largest difference of outputs relative to the largest expected one; infinity where they cannot agree."""
+    worst = 0.0
+    for old, new in zip(expected, outputs, strict=True):
+        # An error of NaN would compare as no error: what is not finite must be the same, the rest is measured.
+        finite = torch.isfinite(old)
+        if old.shape != new.shape or not torch.equal(old[~finite].nan_to_num(), new[~finite].nan_to_num()):
+            return float("inf")
+        if not torch.equal(finite, torch.isfinite(new)):
+            return float("inf")
+        if finite.any():
+            scale = max(float(old[finite].abs().max()), 1e-30)
+            worst = max(worst, float((old - new)[finite].abs().max()) / scale)
+    return worst

@@ -1,0 +1,1 @@
+"""Statistics of activations and gradients: moments, Fisher information."""

@@ -1,0 +1,126 @@
+"""Streaming statistics of activations: per-channel moments, and cross products between two models.
+
+All sums are pooled over every sample exactly as if the data had come in one batch: per batch in the
+data's precision around a shift, across batches in float64 (Chan, Golub and LeVeque 1983). The sums of a batch are
+the kernels'; here is what matching and renormalization ask of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from fastmatch_kernels import ops as kernels
+from fastmatch_kernels.moments.reference import Moments
+
+__all__ = ["SIMILARITIES", "ChannelMoments", "CrossMoments"]
+
+SIMILARITIES = ("correlation", "covariance", "inner")
+
+
+@dataclass
+class ChannelMoments:
+    """Mean and variance per channel, merged over batches.
+
+    Attributes:
+        count: samples seen (batch times positions).
+        mean: (C,) float64.
+        m2: (C,) float64, the sum of squared deviations from the mean.
+    """
+
+    count: int = 0
+    mean: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    m2: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+
+    def update(self, values: torch.Tensor, dim: int = 1) -> None:
+        """Adds a batch whose channels lie along ``dim``; every other dimension is samples."""
+        if not values.is_floating_point():
+            raise TypeError(f"values: expected floating point activations, got {values.dtype}")
+        if values.numel() == 0:
+            return
+        batch = kernels.moments(values, dim=dim, backend=_backend(values))
+        self.merge(ChannelMoments(batch.count, batch.mean(), batch.variance() * batch.count))
+
+    def merge(self, other: ChannelMoments) -> None:
+        """Adds what another has seen, as if the samples had come here."""
+        if self.count == 0:
+            self.count, self.mean, self.m2 = other.count, other.mean, other.m2
+            return
+        total = self.count + other.count
+        delta = other.mean - self.mean
+        self.mean = self.mean + delta * (other.count / total)
+        self.m2 = self.m2 + other.m2 + delta.square() * (self.count * other.count / total)
+        self.count = total
+
+    @property
+    def variance(self) -> torch.Tensor:
+        """(C,) float64, population variance (divided by the count)."""
+        return self.m2 / max(self.count, 1)
+
+    def permuted(self, index: torch.Tensor) -> ChannelMoments:
+        """The statistics of the same layer after its channels are selected by ``index``."""
+        index = index.to(self.mean.device)
+        return ChannelMoments(self.count, self.mean[index], self.m2[index])
+
+
+@dataclass
+class CrossMoments:
+    """Second moments between the activations of two models, over rows that belong together.
+
+    The sums are :func:`fastmatch_kernels.moments`'s: around a shift, products in the activations' precision
+    (float32 at least), sums over batches in float64.
+
+    Memory: n x n float64, and small batches until there are 4096 rows of them.
+    """
+
+    state: Moments | None = None
+
+    def update(self, a: torch.Tensor, b: torch.Tensor, dim: int = 1) -> None:
+        """Adds the same samples of both: channels lie along ``dim``, every other dimension is samples, in any strides."""
+        if a.ndim < 2 or [*a.movedim(dim, -1).shape[:-1]] != [*b.movedim(dim, -1).shape[:-1]]:
+            raise ValueError(
+                f"a, b: expected equally many rows, dimension {dim} aside, got {tuple(a.shape)} and {tuple(b.shape)}"
+            )
+        if a.numel() == 0:
+            return
+        a, b = (x if x.is_floating_point() else x.float() for x in (a, b.to(a.device)))
+        self.state = kernels.moments(a, b, dim=dim, state=self.state, backend=_backend(a, b))
+
+    @property
+    def count(self) -> int:
+        """Rows seen."""
+        return 0 if self.state is None else self.state.count
+
+    def _require(self) -> Moments:
+        if self.state is None:
+            raise ValueError("moments: no sample was read")
+        return self.state
+
+    @property
+    def mean(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Means of A's and B's channels, float64."""
+        return self._require().mean(0), self._require().mean(1)
+
+    @property
+    def variance(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Population variances of A's and B's channels, float64."""
+        return self._require().variance(0), self._require().variance(1)
+
+    def similarity(self, kind: str = "correlation") -> torch.Tensor:
+        """(n, m) float64: Pearson ``"correlation"``, ``"covariance"``, or plain ``"inner"`` product per sample.
+
+        A channel without variance (a dead unit) has correlation 0 with everything.
+        """
+        state = self._require()
+        if kind not in SIMILARITIES:
+            raise ValueError(f"similarity: expected one of {SIMILARITIES}, got {kind!r}")
+        return {"correlation": state.correlation, "covariance": state.covariance, "inner": state.inner}[
+            kind
+        ]()
+
+
+def _backend(*activations: torch.Tensor) -> str | None:
+    """The kernels of the device where it has any for these activations; else their plain form, in float64."""
+    on_gpu = all(x.device.type == "cuda" and x.dtype != torch.float64 for x in activations)
+    return None if on_gpu or activations[0].device.type == "cpu" else "reference"

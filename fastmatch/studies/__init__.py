@@ -1,0 +1,1 @@
+"""The demo, the study of the paper, toy networks and data."""

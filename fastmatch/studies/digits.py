@@ -1,0 +1,83 @@
+"""The digits of scikit-learn as loaders, and a small trainer: for the demo and the tests."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastmatch._internal.progress import progress_bar
+
+__all__ = ["Batches", "digits", "train"]
+
+
+class Batches:
+    """Minibatches of two tensors held in memory; iterating again gives the same order unless it shuffles.
+
+    Attributes:
+        reads: how often it has been iterated, for those who count passes over the data.
+    """
+
+    def __init__(
+        self, inputs: torch.Tensor, targets: torch.Tensor, size: int, generator: torch.Generator | None = None
+    ) -> None:
+        self.inputs, self.targets, self.size, self.generator = inputs, targets, size, generator
+        self.reads = 0
+
+    def __len__(self) -> int:
+        return -(-len(self.inputs) // self.size)
+
+    def __iter__(self):
+        """Yields (inputs, targets); the last batch may be short."""
+        self.reads += 1
+        count = len(self.inputs)
+        order = None if self.generator is None else torch.randperm(count, generator=self.generator)
+        for start in range(0, count, self.size):
+            part = slice(start, start + self.size) if order is None else order[start : start + self.size]
+            yield self.inputs[part], self.targets[part]
+
+
+def digits(batch_size: int = 128) -> tuple[Batches, Batches]:
+    """(train, test) over scikit-learn's 1797 handwritten digits as (B, 1, 8, 8) float32 in [-1, 1].
+
+    Every fourth sample is a test sample. Embedded in scikit-learn: nothing is downloaded.
+
+    Raises:
+        ImportError: scikit-learn is not installed (``pip install fastmatch[demo]``).
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError("the digits come with scikit-learn: pip install 'fastmatch[demo]'") from error
+    flat, labels = load_digits(return_X_y=True)
+    images = torch.tensor(flat, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
+    targets = torch.tensor(labels, dtype=torch.long)
+    test = torch.arange(len(targets)) % 4 == 3
+    return (
+        Batches(images[~test], targets[~test], batch_size),
+        Batches(images[test], targets[test], batch_size),
+    )
+
+
+def train(
+    model: nn.Module,
+    data: Batches,
+    *,
+    epochs: int,
+    seed: int,
+    lr: float = 1e-3,
+    title: str = "training",
+    progress: bool | None = None,
+) -> nn.Module:
+    """Trains ``model`` in place with Adam and a cosine schedule on shuffled minibatches; returns it in eval mode."""
+    shuffled = Batches(data.inputs, data.targets, data.size, torch.Generator().manual_seed(seed))
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(shuffled))
+    model.train()
+    for _ in progress_bar(range(epochs), title, show=progress):
+        for inputs, targets in shuffled:
+            optimizer.zero_grad(set_to_none=True)
+            F.cross_entropy(model(inputs), targets).backward()
+            optimizer.step()
+            schedule.step()
+    return model.eval()

@@ -1,0 +1,187 @@
+"""The study's figures and its HTML report: one file, pictures inside."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from fastmatch.studies.paper.claims import Claim
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["picture", "report"]
+
+Record = dict[str, Any]
+
+COLOURS = {
+    "none": "#888888", "repair": "#1b9e77", "rescale": "#7570b3", "reshift": "#e7298a", "reset": "#1f78b4",
+    "bias": "#d95f02",
+}  # fmt: skip
+MATCHED = {"naive": ":", "weights": "-", "activations": "--"}
+
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 1180px; margin: 2em auto; padding: 0 1em; color: #222 }
+table { border-collapse: collapse; margin: 1em 0 } td, th { border-bottom: 1px solid #ddd; padding: .3em .7em;
+text-align: left; vertical-align: top } .holds { color: #17733f; font-weight: 600 } .not { color: #b3261e;
+font-weight: 600 } img { max-width: 100% } summary { cursor: pointer } small { color: #666 }
+"""
+
+
+def _figure(record: Record, draw: Callable[[Axes, Record, str], None], title: str) -> Figure:
+    """A panel a network."""
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(r["network"] for r in record["curves"]))
+    columns = min(4, len(names))
+    lines = -(-len(names) // columns)
+    figure = Figure(figsize=(3.6 * columns, 3.0 * lines), layout="constrained")
+    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
+    entries: dict[str, Any] = {}
+    for ax, name in zip(panels, names, strict=False):
+        draw(ax, record, name)
+        ax.set_title(name, fontsize=10)
+        ax.grid(alpha=0.25)
+        entries |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    for ax in panels[len(names) :]:
+        ax.set_axis_off()
+    figure.legend(entries.values(), entries, loc="outside lower center", ncol=6, fontsize=8)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def _rows(table: list[Record], **where: Any) -> list[Record]:
+    return [row for row in table if all(row[k] == v for k, v in where.items())]
+
+
+def _average(rows: list[Record], column: str) -> float:
+    return sum(row[column] for row in rows) / len(rows)
+
+
+def _draw_curves(ax: Axes, record: Record, name: str) -> None:
+    width, seed = max(record["widths"]), record["seeds"][0]
+    for row in _rows(record["curves"], network=name, width=width, seed=seed):
+        if row["matched"] == "naive" and row["renormalized"] != "none":
+            continue
+        ax.plot(
+            row["positions"], row["top-1"], MATCHED[row["matched"]], color=COLOURS[row["renormalized"]], lw=1.2,
+            label=f"{row['matched']}, {row['renormalized']}",
+        )  # fmt: skip
+    ax.set_xlabel("λ")
+    ax.set_ylabel("test accuracy")
+
+
+def _draw_widths(ax: Axes, record: Record, name: str) -> None:
+    pairs = dict.fromkeys((r["matched"], r["renormalized"]) for r in _rows(record["curves"], network=name))
+    for matched, method in pairs:
+        if matched == "naive" and method != "none":
+            continue
+        where = {"network": name, "matched": matched, "renormalized": method}
+        points = [
+            _average(_rows(record["curves"], width=w, **where), "accuracy barrier") for w in record["widths"]
+        ]
+        ax.plot(
+            record["widths"], points, MATCHED[matched], marker=".", color=COLOURS[method], lw=1.2,
+            label=f"{matched}, {method}",
+        )  # fmt: skip
+    ax.set_xscale("log", base=2)
+    ax.set_xlabel("width, times the base")
+    ax.set_ylabel("accuracy barrier")
+
+
+def _draw_layers(ax: Axes, record: Record, name: str) -> None:
+    rows = _rows(record["layers"], network=name, seed=record["seeds"][0])
+    for model in dict.fromkeys(r["model"] for r in rows if r["model"] not in ("a", "b")):
+        mine = [r for r in rows if r["model"] == model]
+        matched = model.partition(",")[0]
+        colour = COLOURS["repair" if model.endswith("renormalized") else "none"]
+        ax.plot(
+            [r["depth"] for r in mine], [r["variance ratio"] for r in mine], MATCHED[matched], color=colour,
+            marker=".", label=model,
+        )  # fmt: skip
+    ax.axhline(1, color="black", lw=0.6)
+    ax.set_xlabel("layer")
+    ax.set_ylabel("variance over the ends'")
+
+
+def _draw_pruning(ax: Axes, record: Record, name: str) -> None:
+    rows = _rows(record["pruning"], network=name)
+    at = sorted({r["sparsity"] for r in rows})
+    for column, label, colour in (
+        ("accuracy", "pruned", COLOURS["none"]), ("renormalized accuracy", "renormalized", COLOURS["repair"]),
+    ):  # fmt: skip
+        values = [_average([r for r in rows if r["sparsity"] == s], column) for s in at]
+        ax.plot(at, values, marker=".", label=label, color=colour)
+    ax.set_xlabel("sparsity")
+    ax.set_ylabel("test accuracy")
+
+
+def picture(record: Record) -> Figure:
+    """The barrier against width, a panel a network."""
+    return _figure(record, _draw_widths, "Accuracy barrier against width")
+
+
+def _image(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110, format="png")
+    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+
+
+def _claims(record: Record) -> str:
+    lines = ["<table><tr><th>claim</th><th>here</th><th>cases</th><th>rule and numbers</th></tr>"]
+    for entry in record["claims"]:
+        claim = Claim(**entry)
+        style = {True: "holds", False: "not", None: ""}[claim.holds]
+        numbers = "<br>".join(html.escape(text) for text in claim.numbers)
+        lines.append(
+            f'<tr><td>{html.escape(claim.claim)}</td><td class="{style}">{claim.verdict}</td>'
+            f"<td>{claim.true} of {claim.cases}</td><td>{html.escape(claim.rule)}"
+            f"<details><summary>numbers</summary><small>{numbers}</small></details></td></tr>"
+        )
+    return "\n".join([*lines, "</table>"])
+
+
+def _all_curves(record: Record) -> str:
+    columns = (
+        "network", "width", "seed", "matched", "renormalized", "loss barrier", "accuracy barrier",
+        "midpoint accuracy", "ends accuracy",
+    )  # fmt: skip
+    head = "".join(f"<th>{c}</th>" for c in columns)
+    lines = [f"<details><summary>every curve</summary><table><tr>{head}</tr>"]
+    for row in record["curves"]:
+        cells = (f"{row[c]:.4f}" if isinstance(row[c], float) else str(row[c]) for c in columns)
+        lines.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
+    return "\n".join([*lines, "</table></details>"])
+
+
+def report(record: Record) -> str:
+    """The report as one HTML page."""
+    machine, seconds, samples = record["machine"], record["seconds"], record["samples"]
+    figures = [
+        _figure(
+            record,
+            _draw_curves,
+            f"Accuracy on the line between the two networks, width x{max(record['widths'])}",
+        ),
+        picture(record),
+        _figure(record, _draw_layers, "Variance of the midpoint merges, layer by layer"),
+        _figure(record, _draw_pruning, "Layer-wise magnitude pruning"),
+    ]
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>fastmatch study</title><style>{STYLE}</style></head><body>
+<h1>Model re-basin and renormalization, the claims in small</h1>
+<p>{html.escape(record["data"])}: {samples["train"]} train and {samples["test"]} test samples, calibrated on
+{samples["calibration"]}; widths x{", x".join(map(str, record["widths"]))}; seeds {record["seeds"]};
+{record["mode"]} mode; {record["points"]} points a curve.
+{seconds["wall"]} s ({seconds["processor"]} s of processor time) on {machine["cores"]} cores of
+{html.escape(machine["processor"])}, torch {html.escape(machine["torch"])}, Python {machine["python"]}.
+Claims are judged by code from the numbers below; small networks on small data say how the claims fare here, no more.</p>
+{_claims(record)}
+{"".join(_image(figure) for figure in figures)}
+{_all_curves(record)}
+</body></html>
+"""

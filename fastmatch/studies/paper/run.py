@@ -1,0 +1,262 @@
+"""The study's measurements: pairs trained, matched, merged and renormalized at several widths; pruning; planted permutations."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from fastmatch._internal.files import writing
+from fastmatch._internal.modules import copy_module
+from fastmatch._internal.progress import progress_bar
+from fastmatch.evaluation.curve import Curve, interpolate
+from fastmatch.evaluation.layers import layer_table
+from fastmatch.matching.align import align
+from fastmatch.merging.average import merge
+from fastmatch.merging.biases import normalize_biases
+from fastmatch.permutations.alignment import Alignment
+from fastmatch.renorm import EndpointStatistics, endpoint_statistics, plan_renormalization, renormalize
+from fastmatch.studies.digits import Batches, digits, train
+from fastmatch.studies.networks import NETWORKS, Network
+from fastmatch.studies.paper.claims import judge
+from fastmatch.studies.paper.report import picture, report
+from fastmatch.studies.pruning import accuracy_by_sparsity
+
+__all__ = ["run"]
+
+SAMPLES = 512
+SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+Data = tuple[Batches, Batches]
+
+
+def run(
+    out: str | Path = "study",
+    *,
+    data: tuple[Dataset[Any], Dataset[Any]] | None = None,
+    networks: Sequence[str] | None = None,
+    widths: Sequence[int] = (1, 2, 4, 8),
+    seeds: Sequence[int] = (0,),
+    points: int = 7,
+    epochs: int | None = None,
+    progress: bool | None = None,
+) -> dict[str, Any]:
+    """Measures everything, judges the claims and writes ``study.json``, ``study.png`` and ``study.html``.
+
+    Args:
+        out: a folder; made if missing, files of an earlier run are replaced.
+        data: (train, test) of (image, label) samples, images (C, H, W) of 8 x 8 at least; scikit-learn's digits
+            where left out. They are held in memory.
+        networks: names of :data:`fastmatch.studies.networks.NETWORKS`; all where left out.
+        widths: multiples of the base width.
+        seeds: each gives every configuration a pair of its own.
+        points: positions on a curve; odd, so that the midpoint is one.
+        epochs: of training, instead of each network's own.
+        progress: show bars; None shows them on a terminal.
+
+    Returns:
+        The record, as in ``study.json``.
+    """
+    names = list(NETWORKS) if networks is None else list(networks)
+    for name in names:
+        if name not in NETWORKS:
+            raise ValueError(f"networks: expected some of {list(NETWORKS)}, got {name!r}")
+    if points < 3 or points % 2 == 0:
+        raise ValueError(f"points: expected an odd number of at least 3, got {points}")
+    if not names or not widths or not seeds or min(widths) < 1 or len(set(widths)) < len(widths):
+        raise ValueError(
+            f"widths: expected different positive numbers (and some networks and seeds), got {widths}"
+        )
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    loaders = digits() if data is None else (_batches(data[0], "train"), _batches(data[1], "test"))
+    began, cpu = time.perf_counter(), time.process_time()
+    record: dict[str, Any] = {
+        "data": "scikit-learn digits" if data is None else f"{type(data[0]).__name__} given by the user",
+        "samples": {"train": len(loaders[0].inputs), "test": len(loaders[1].inputs), "calibration": SAMPLES},
+        "widths": sorted(widths), "seeds": list(seeds), "points": points, "mode": "sequential",
+        "machine": {
+            "processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__,
+        },
+        "curves": [], "layers": [], "pruning": [], "planted": [],
+    }  # fmt: skip
+    jobs = [(name, width, seed) for name in names for width in sorted(widths) for seed in seeds]
+    middle = sorted(widths)[len(widths) // 2]
+    for name, width, seed in progress_bar(jobs, "networks", show=progress):
+        pair = _pair(name, width, seed, loaders, epochs)
+        key = {
+            "network": name,
+            "kind": NETWORKS[name].kind,
+            "norm": NETWORKS[name].norm,
+            "width": width,
+            "seed": seed,
+        }
+        alignments = _alignments(pair, loaders[0])
+        for row in _curves(NETWORKS[name], pair, alignments, loaders, points):
+            record["curves"].append({**key, **row})
+        if width == max(widths):
+            record["layers"] += [{**key, **row} for row in _layers(pair, alignments, loaders[0])]
+        if width == middle:
+            record["pruning"] += [{**key, **row} for row in _pruning(pair[0], loaders)]
+            record["planted"].append({**key, **_planted(pair[0], loaders[0], seed)})
+    record["seconds"] = {
+        "wall": round(time.perf_counter() - began, 1), "processor": round(time.process_time() - cpu, 1)
+    }  # fmt: skip
+    record = _rounded(record)
+    record["claims"] = _rounded([asdict(claim) for claim in judge(record)])
+    with writing(out / "study.json", force=True) as path:
+        path.write_text(as_text(record))
+    with writing(out / "study.png", force=True) as path:
+        picture(record).savefig(path, dpi=110, format="png")
+    with writing(out / "study.html", force=True) as path:
+        path.write_text(report(record))
+    return record
+
+
+def _rounded(value: Any) -> Any:
+    """Six significant digits: more would be noise, and the file is kept."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    return [_rounded(v) for v in value] if isinstance(value, (tuple, list)) else value
+
+
+def as_text(record: dict[str, Any]) -> str:
+    """The record as JSON, a line a row."""
+    parts = []
+    for key, value in record.items():
+        text = json.dumps(value)
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            text = "[\n" + ",\n".join(f"  {json.dumps(row)}" for row in value) + "\n ]"
+        parts.append(f" {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _batches(dataset: Dataset[Any], argument: str) -> Batches:
+    """A dataset of (image, label) samples in memory."""
+    samples = [dataset[k] for k in range(len(dataset))]  # pyright: ignore[reportArgumentType]
+    if not samples or not all(isinstance(s, (tuple, list)) and len(s) == 2 for s in samples):
+        raise ValueError(f"data: expected (image, label) samples in the {argument} set")
+    images = torch.stack([torch.as_tensor(image) for image, _ in samples]).float()
+    if images.ndim != 4 or min(images.shape[2:]) < 8:
+        raise ValueError(
+            f"data: expected images (C, H, W) of 8 x 8 at least as tensors, got {tuple(images.shape[1:])}"
+        )
+    return Batches(images, torch.tensor([int(label) for _, label in samples]), 128)
+
+
+def _pair(name: str, width: int, seed: int, loaders: Data, epochs: int | None) -> tuple[nn.Module, nn.Module]:
+    """Two networks of the same architecture, trained apart."""
+    network = NETWORKS[name]
+    shape = tuple(loaders[0].inputs.shape[1:])
+    classes = int(loaders[0].targets.max()) + 1
+    models = []
+    for k in range(2):
+        torch.manual_seed(1000 * seed + k)
+        model = network.make(width, shape, classes)
+        models.append(
+            train(
+                model,
+                loaders[0],
+                epochs=epochs or network.epochs,
+                seed=1000 * seed + k,
+                lr=2e-3,
+                progress=False,
+            )
+        )
+    return models[0], models[1]
+
+
+def _alignments(pair: tuple[nn.Module, nn.Module], data: Batches) -> dict[str, Alignment | None]:
+    example = data.inputs[:2]
+    calibration = Batches(data.inputs[:SAMPLES], data.targets[:SAMPLES], data.size)
+    return {
+        "naive": None,
+        "weights": align(*pair, example, progress=False),
+        "activations": align(*pair, example, data=calibration, progress=False),
+    }
+
+
+def _curves(
+    network: Network,
+    pair: tuple[nn.Module, nn.Module],
+    alignments: dict[str, Alignment | None],
+    loaders: Data,
+    points: int,
+) -> Iterator[dict[str, Any]]:
+    """A row for every matching and renormalization; the endpoints are measured once for all of them."""
+    a, b = pair
+    measured = endpoint_statistics([a, b], loaders[0], samples=SAMPLES, progress=False)
+    for matched, alignment in alignments.items():
+        aligned = b if alignment is None else alignment.apply(b)
+        statistics = measured.permuted(None, alignment)
+        for method in ("none", *network.methods):
+            curve = _curve(method, a, aligned, statistics, loaders, points)
+            yield {
+                "matched": matched, "renormalized": method,
+                "positions": curve.positions, "loss": curve.loss, "top-1": curve.accuracy, "top-5": curve.top5,
+                "loss barrier": curve.barrier, "accuracy barrier": curve.accuracy_barrier,
+                "midpoint accuracy": curve.midpoint[1],
+                "ends accuracy": (curve.accuracy[0] + curve.accuracy[-1]) / 2,
+            }  # fmt: skip
+
+
+def _curve(
+    method: str, a: nn.Module, b: nn.Module, statistics: EndpointStatistics, loaders: Data, points: int
+) -> Curve:
+    train_data, test = loaders
+    if method == "none":
+        return interpolate(a, b, test, points=points, progress=False)
+    if method == "bias":
+
+        def normalized(_merged: nn.Module, weights: tuple[float, ...]) -> nn.Module:
+            return normalize_biases([a, b], weights)
+
+        return interpolate(a, b, test, points=points, transform=normalized, progress=False)
+    return interpolate(
+        a, b, test, points=points, renormalize=method, calibration=train_data, statistics=statistics,
+        mode="sequential", samples=SAMPLES, progress=False,
+    )  # fmt: skip
+
+
+def _layers(
+    pair: tuple[nn.Module, nn.Module], alignments: dict[str, Alignment | None], data: Batches
+) -> list[dict[str, Any]]:
+    """What happens inside the midpoint merges, layer by layer, against the endpoints."""
+    a, b = pair
+    models = {"a": a, "b": b}
+    for matched, alignment in alignments.items():
+        aligned = b if alignment is None else alignment.apply(b)
+        models[matched] = merge([a, aligned])
+        renormalized = renormalize(
+            models[matched], [a, aligned], data, mode="sequential", samples=SAMPLES, progress=False
+        )
+        models[f"{matched}, renormalized"] = renormalized
+    return list(layer_table(models, data, endpoints=["a", "b"], samples=SAMPLES, progress=False).rows)
+
+
+def _pruning(dense: nn.Module, loaders: Data) -> list[dict[str, Any]]:
+    table = accuracy_by_sparsity(
+        dense, *loaders, sparsities=SPARSITIES, samples=SAMPLES, method="auto", progress=False
+    )
+    return [{**row, "method": plan_renormalization(dense).method} for row in table.rows]
+
+
+def _planted(model: nn.Module, data: Batches, seed: int) -> dict[str, int]:
+    """A sibling (one more epoch of training) permuted at random: units that weight matching puts back wrongly."""
+    sibling = train(copy_module(model), data, epochs=1, seed=seed + 7, lr=1e-4, progress=False)
+    found = align(model, sibling, data.inputs[:2], progress=False)
+    planted = Alignment(found.spec.random(torch.Generator().manual_seed(seed)), found.spec)
+    back = planted.compose(align(model, planted.apply(sibling), spec=found.spec, progress=False))
+    wrong = sum(int((p != torch.arange(len(p))).sum()) for p in back.permutations.values())
+    return {"units": sum(len(p) for p in back.permutations.values()), "wrong": wrong}

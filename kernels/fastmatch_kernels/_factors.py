@@ -1,0 +1,73 @@
+"""What the operations on factors check of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from fastmatch_kernels._dispatch import backend_of, check_floating, check_range
+
+__all__ = ["Factors", "check_duals", "check_factors"]
+
+Factors: TypeAlias = Sequence[tuple[Tensor, Tensor]]
+
+
+def check_factors(
+    factors: Factors,
+    b_index: Tensor | None,
+    contraction_index: Tensor | Sequence[Tensor | None] | None,
+    backend: str | None,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor | None], tuple[int, int], str]:
+    """(A's, B's, contraction index of each pair, (n, m), backend), or an error that names what does not fit."""
+    if not factors:
+        raise ValueError("factors: expected at least one pair")
+    a, b = [pair[0] for pair in factors], [pair[1] for pair in factors]
+    for k, pair in enumerate(factors):
+        for x in pair:
+            check_floating(f"factors[{k}]", x)
+        if any(x.ndim != 2 for x in pair) or a[k].shape[1] != b[k].shape[1]:
+            raise ValueError(
+                f"factors[{k}]: expected (n, d) and (m, d), got {tuple(a[k].shape)} and {tuple(b[k].shape)}"
+            )
+        if len(a[k]) != len(a[0]) or len(b[k]) != len(b[0]):
+            raise ValueError(
+                f"factors[{k}]: expected {len(a[0])} and {len(b[0])} rows as factors[0], "
+                f"got {len(a[k])} and {len(b[k])}"
+            )
+        if a[k].dtype != a[0].dtype or b[k].dtype != a[0].dtype:
+            raise TypeError(f"factors[{k}]: expected {a[0].dtype}, got {a[k].dtype} and {b[k].dtype}")
+    if contraction_index is None or isinstance(contraction_index, Tensor):
+        contractions: list[Tensor | None] = [contraction_index] * len(factors)
+    else:
+        contractions = list(contraction_index)
+    if len(contractions) != len(factors):
+        raise ValueError(f"contraction_index: expected {len(factors)}, one a pair, got {len(contractions)}")
+    for k, index in enumerate(contractions):
+        if index is not None:
+            depth = b[k].shape[1]
+            _check_gather(f"contraction_index[{k}]", index, depth, depth)
+    m = len(b[0])
+    if b_index is not None:
+        _check_gather("b_index", b_index, None, m)
+        m = len(b_index)
+    given = [x for x in (b_index, *contractions) if x is not None]
+    return a, b, contractions, (len(a[0]), m), backend_of(*a, *b, *given, backend=backend)
+
+
+def _check_gather(name: str, index: Tensor, length: int | None, size: int) -> None:
+    if index.dtype != torch.int64:
+        raise TypeError(f"{name}: expected int64, got {index.dtype}")
+    if index.ndim != 1 or (length is not None and len(index) != length):
+        raise ValueError(f"{name}: expected {length or 'a vector of'} entries, got {tuple(index.shape)}")
+    check_range(name, index, size)
+
+
+def check_duals(v: Tensor, m: int, device: torch.device) -> None:
+    """ValueError for column duals that do not fit."""
+    if v.shape != (m,) or not v.is_floating_point() or v.device != device:
+        raise ValueError(
+            f"v: expected {m} floating point numbers on {device}, got {tuple(v.shape)} of {v.dtype} on {v.device}"
+        )

@@ -1,0 +1,1 @@
+"""What the Triton kernels share: tile choice and the tiled product."""

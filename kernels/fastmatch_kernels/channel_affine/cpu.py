@@ -1,0 +1,146 @@
+"""Renormalization of a layer's output on CPU: statistics around the first value as shift, then the affine map.
+
+Where positions lie next to each other a task takes one channel through both steps while its values are still
+in cache: one read from memory and one write. Where channels do, every task meets every channel, so all
+statistics come before the map and the data is read twice.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numba
+import numpy as np
+import torch
+
+from fastmatch_kernels.channel_affine import reference
+
+__all__ = ["channel_affine"]
+
+SEGMENT = 128
+"""Samples of one task and one float32 sum, where channels lie next to each other."""
+
+_REASSOCIATE = {"reassoc", "contract"}
+METHOD = {name: i for i, name in enumerate(reference.METHODS)}
+
+
+@numba.njit(cache=True, nogil=True)
+def _affine(mean, variance, goal_mean, goal_std, method, eps):
+    """(centre, scale, goal) with ``z' = (z - centre) scale + goal``: nothing large cancels at the end."""
+    gain = goal_std / math.sqrt(variance + eps)
+    if method == 0:
+        return mean, gain, goal_mean
+    if method == 1:
+        return 0.0, gain, 0.0
+    return mean, 1.0, goal_mean
+
+
+@numba.njit(parallel=True, cache=True, fastmath=_REASSOCIATE)
+def _channel_major(x, goal_mean, goal_std, method, eps, out, mean, variance):
+    """x (B, C, P): positions are near each other."""
+    batch, channels, positions = x.shape
+    count = batch * positions
+    for c in numba.prange(channels):
+        s = x[0, c, 0]
+        total = 0.0
+        square = 0.0
+        for b in range(batch):
+            for p0 in range(0, positions, 4096):
+                part = np.float32(0)
+                part2 = np.float32(0)
+                for p in range(p0, min(p0 + 4096, positions)):
+                    y = x[b, c, p] - s
+                    part += y
+                    part2 += y * y
+                total += part
+                square += part2
+        mean[c] = s + total / count
+        variance[c] = max(square / count - (total / count) ** 2, 0.0)
+        centre, scale, goal = _affine(mean[c], variance[c], goal_mean[c], goal_std[c], method, eps)
+        centre32, scale32, goal32 = np.float32(centre), np.float32(scale), np.float32(goal)
+        for b in range(batch):
+            for p in range(positions):
+                out[b, c, p] = (x[b, c, p] - centre32) * scale32 + goal32
+
+
+@numba.njit(parallel=True, cache=True, fastmath=_REASSOCIATE)
+def _sample_major(x, goal_mean, goal_std, method, eps, out, mean, variance):
+    """x (T, C): channels are near each other, and no task has a channel to itself: two reads."""
+    samples, channels = x.shape
+    segments = (samples + SEGMENT - 1) // SEGMENT
+    partial = np.zeros((segments, 2, channels), np.float32)
+    for segment in numba.prange(segments):
+        total, square = partial[segment, 0], partial[segment, 1]
+        for t in range(segment * SEGMENT, min((segment + 1) * SEGMENT, samples)):
+            for c in range(channels):
+                y = x[t, c] - x[0, c]
+                total[c] += y
+                square[c] += y * y
+    centre = np.empty(channels, np.float32)
+    scale = np.empty(channels, np.float32)
+    goal = np.empty(channels, np.float32)
+    for c in range(channels):
+        total64 = 0.0
+        square64 = 0.0
+        for segment in range(segments):
+            total64 += partial[segment, 0, c]
+            square64 += partial[segment, 1, c]
+        mean[c] = x[0, c] + total64 / samples
+        variance[c] = max(square64 / samples - (total64 / samples) ** 2, 0.0)
+        centre[c], scale[c], goal[c] = _affine(mean[c], variance[c], goal_mean[c], goal_std[c], method, eps)
+    for segment in numba.prange(segments):
+        for t in range(segment * SEGMENT, min((segment + 1) * SEGMENT, samples)):
+            for c in range(channels):
+                out[t, c] = (x[t, c] - centre[c]) * scale[c] + goal[c]
+
+
+def channel_affine(
+    x: torch.Tensor,
+    dim: int,
+    goal_mean: torch.Tensor,
+    goal_std: torch.Tensor,
+    method: str,
+    eps: float,
+    out: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As the reference. float64 and layouts without a (B, C, P) or (T, C) view go through it or a copy."""
+    if x.dtype == torch.float64:
+        return reference.channel_affine(x, dim, goal_mean, goal_std, method, eps, out)
+    work = x.detach().float()
+    view = work.movedim(dim, 1) if work.ndim > 1 else work[None]
+    by_sample = view.stride(1) == 1
+    if by_sample:
+        view = view.movedim(1, -1).reshape(-1, view.shape[1])
+    else:
+        view = view.reshape(view.shape[0], view.shape[1], -1)
+    flat = _same_view(out, dim, by_sample) if out.dtype == torch.float32 else None
+    target = torch.empty_like(view) if flat is None else flat
+    channels = x.shape[dim]
+    mean, variance = torch.empty(channels, dtype=torch.float64), torch.empty(channels, dtype=torch.float64)
+    run = _sample_major if by_sample else _channel_major
+    run(
+        view.numpy(),
+        goal_mean.numpy(),
+        goal_std.numpy(),
+        METHOD[method],
+        eps,
+        target.numpy(),
+        mean.numpy(),
+        variance.numpy(),
+    )
+    if flat is None:
+        moved = out.movedim(dim, -1 if by_sample else 1) if out.ndim > 1 else out
+        moved.copy_(target.reshape(moved.shape))
+    return mean, variance
+
+
+def _same_view(out: torch.Tensor, dim: int, by_sample: bool) -> torch.Tensor | None:
+    """``out`` in the shape the kernel writes, or None where that takes a copy."""
+    view = out.movedim(dim, 1) if out.ndim > 1 else out[None]
+    try:
+        if by_sample:
+            view = view.movedim(1, -1)
+            return view.view(-1, view.shape[-1])
+        return view.view(view.shape[0], view.shape[1], -1)
+    except RuntimeError:
+        return None

@@ -1,0 +1,1 @@
+"""Float64 inner products of permuted tensors."""

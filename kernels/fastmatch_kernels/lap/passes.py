@@ -1,0 +1,359 @@
+"""Passes over the rows of a cost matrix: column minima, and the shortlist of a row.
+
+Costs are ``c = sign * C`` with C (n, m) float32 or float64 and sign 1 or -1: no negated copy is made. Differences
+``c - v`` are float64. Vector instructions come from fastmatch_kernels._numba.simd, since loops over minima stay scalar.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from fastmatch_kernels._numba.simd import (
+    WIDTH,
+    bits_below,
+    bits_not_above,
+    difference,
+    first_bit,
+    least,
+    load,
+    load_part,
+    ones,
+    plus,
+    smallest,
+    splat,
+    store,
+)
+
+__all__ = [
+    "CAPACITY",
+    "column_minima",
+    "constant_columns",
+    "constant_rows",
+    "list_row",
+    "row_minimum",
+    "shortlists",
+    "workspace",
+]
+
+WANTED = 17
+"""Entries a shortlist should have at least."""
+
+CAPACITY = 24
+"""Entries a shortlist has room for: whole vectors, since the cutoff is a bisection and finds a few more than wanted."""
+
+VECTORS = 16
+"""A row is cut into this many stretches; a stretch's eight lanes are as many disjoint sets of its columns. A value
+that is not below WANTED of these sets' minima is not below as many entries, and hardly any more."""
+
+SETS = (VECTORS + 1) * WIDTH  # the last vector is for columns that do not fill one
+BLOCK = 4 * WIDTH
+LARGEST = np.finfo(np.float64).max
+
+
+@njit(nogil=True, cache=True)
+def column_minima(C, sign, lo, hi, least_of, row_at):  # pragma: no cover - compiled
+    """The least c of every column over rows lo..hi and a row that has it; returns a sum of all entries.
+
+    The sum is finite only if every entry is. ``least_of`` starts as inf; ``row_at`` stays where nothing is below that.
+    """
+    m = C.shape[1]
+    whole = m - m % WIDTH
+    signs, zero = splat(sign), splat(0.0)
+    total = 0.0
+    sums = splat(0.0)
+    i = lo
+    while i < hi:
+        if i + 4 <= hi:
+            a, b, c, d = C[i], C[i + 1], C[i + 2], C[i + 3]
+            for j in range(0, whole, WIDTH):
+                p, q, r, s = load(a, j), load(b, j), load(c, j), load(d, j)
+                sums = plus(sums, plus(plus(p, q), plus(r, s)))
+                x = least(
+                    least(difference(signs, p, zero), difference(signs, q, zero)),
+                    least(difference(signs, r, zero), difference(signs, s, zero)),
+                )
+                old = load(least_of, j)
+                lower = bits_below(x, old)
+                if lower != 0:
+                    store(least_of, j, least(x, old))
+                    while lower != 0:
+                        row_at[j + first_bit(lower)] = i
+                        lower &= lower - 1
+            first = whole
+            count = 4
+        else:
+            first = 0
+            count = hi - i
+        for k in range(i, i + count):
+            for j in range(first, m):
+                x = sign * np.float64(C[k, j])
+                total += x
+                if x < least_of[j]:
+                    least_of[j] = x
+                    row_at[j] = k
+        i += count
+    for j in range(whole):  # a block of four rows has it: which one?
+        k = row_at[j]
+        while lo <= k < hi - 1 and sign * np.float64(C[k, j]) != least_of[j]:
+            k += 1
+        row_at[j] = k
+    for k in range(WIDTH):
+        total += _lane(sums, k)
+    return total
+
+
+@njit(nogil=True, cache=True)
+def _lane(x, k):  # pragma: no cover - compiled
+    room = np.empty(WIDTH)
+    store(room, 0, x)
+    return room[k]
+
+
+@njit(nogil=True, cache=True)
+def constant_rows(C, rows, same):  # pragma: no cover - compiled
+    """same[k]: whether row rows[k] holds one value."""
+    for k in range(rows.shape[0]):
+        row = C[rows[k]]
+        same[k] = True
+        for j in range(row.shape[0]):
+            if row[j] != row[0]:
+                same[k] = False
+                break
+
+
+@njit(nogil=True, cache=True)
+def constant_columns(C, rows, cols, values, same):  # pragma: no cover - compiled
+    """Clears same[k] where column cols[k] holds anything but values[k] in some of the rows."""
+    for i in rows:
+        for k in range(cols.shape[0]):
+            if C[i, cols[k]] != values[k]:
+                same[k] = False
+
+
+@njit(nogil=True, cache=True)
+def workspace(m):  # pragma: no cover - compiled
+    """Arrays for :func:`list_row`: minima of sets, blocks that hold candidates, their bits; a sorted list."""
+    blocks = m // BLOCK + 1
+    return (
+        np.empty(SETS),
+        np.empty(blocks + 1, np.int64),
+        np.empty(blocks + 1, np.int64),
+        np.empty(CAPACITY + 1),
+        np.empty(CAPACITY + 1, np.int32),
+    )
+
+
+@njit(nogil=True, cache=True)
+def row_minimum(row, sign, v):  # pragma: no cover - compiled
+    """The least c - v of a row."""
+    m = v.shape[0]
+    signs, none = splat(sign), splat(np.inf)
+    a, b, c, d = none, none, none, none
+    j = 0
+    while j + BLOCK <= m:
+        a = least(difference(signs, load(row, j), load(v, j)), a)
+        b = least(difference(signs, load(row, j + WIDTH), load(v, j + WIDTH)), b)
+        c = least(difference(signs, load(row, j + 2 * WIDTH), load(v, j + 2 * WIDTH)), c)
+        d = least(difference(signs, load(row, j + 3 * WIDTH), load(v, j + 3 * WIDTH)), d)
+        j += BLOCK
+    lowest = smallest(least(least(a, b), least(c, d)))
+    for k in range(j, m):
+        lowest = min(lowest, sign * np.float64(row[k]) - v[k])
+    return lowest
+
+
+@njit(nogil=True, cache=True)
+def _minima(row, sign, v, sets):  # pragma: no cover - compiled
+    """The least c - v of SETS disjoint sets of columns."""
+    m = v.shape[0]
+    vectors = m // WIDTH
+    step = (vectors + VECTORS - 1) // VECTORS * WIDTH
+    signs, none = splat(sign), splat(np.inf)
+    g, start = 0, 0
+    while start + 4 * step <= vectors * WIDTH and g + 4 <= VECTORS:
+        a, b, c, d = none, none, none, none  # four chains at once: one would wait for each minimum
+        for j in range(start, start + step, WIDTH):
+            p, q, r = j + step, j + 2 * step, j + 3 * step
+            a = least(difference(signs, load(row, j), load(v, j)), a)
+            b = least(difference(signs, load(row, p), load(v, p)), b)
+            c = least(difference(signs, load(row, q), load(v, q)), c)
+            d = least(difference(signs, load(row, r), load(v, r)), d)
+        store(sets, g * WIDTH, a)
+        store(sets, (g + 1) * WIDTH, b)
+        store(sets, (g + 2) * WIDTH, c)
+        store(sets, (g + 3) * WIDTH, d)
+        g += 4
+        start += 4 * step
+    while g < VECTORS:
+        a = none
+        for j in range(start, min(start + step, vectors * WIDTH), WIDTH):
+            a = least(difference(signs, load(row, j), load(v, j)), a)
+        store(sets, g * WIDTH, a)
+        g += 1
+        start += step
+    rest = m - vectors * WIDTH
+    last = difference(
+        signs,
+        load_part(row, vectors * WIDTH, rest, sign * np.inf),
+        load_part(v, vectors * WIDTH, rest, 0.0),
+    )
+    store(sets, VECTORS * WIDTH, last)
+
+
+@njit(nogil=True, cache=True)
+def _count(sets, value):  # pragma: no cover - compiled
+    limit = splat(value)
+    count = 0
+    for g in range(0, SETS, WIDTH):
+        count += ones(bits_not_above(load(sets, g), limit))
+    return count
+
+
+@njit(nogil=True, cache=True)
+def _cutoff(sets):  # pragma: no cover - compiled
+    """A value that at least WANTED of the sets do not exceed, and few more; LARGEST where so many are not finite."""
+    low, high = np.inf, 0.0
+    finite = 0
+    for g in range(0, SETS, WIDTH):
+        x = smallest(load(sets, g))
+        low = min(low, x)
+        if x < np.inf:
+            high += x
+            finite += 1
+    if finite == 0:
+        return LARGEST
+    high /= finite
+    count = _count(sets, high)
+    step = high - low
+    while count < WANTED:
+        low = high
+        high += step
+        step *= 2.0
+        if not step > 0.0 or not high < LARGEST:
+            high = LARGEST
+            count = _count(sets, high)
+            break
+        count = _count(sets, high)
+    if count < WANTED:
+        return LARGEST
+    for _ in range(24):
+        if count <= WANTED + 3:
+            break
+        middle = 0.5 * low + 0.5 * high
+        inside = _count(sets, middle)
+        if inside < WANTED:
+            low = middle
+        else:
+            high = middle
+            count = inside
+    return high
+
+
+@njit(nogil=True, cache=True)
+def _block(row, signs, sign, v, j, limit):  # pragma: no cover - compiled
+    """Bit k says whether c - v at column j + k is at most ``limit``; 32 columns, fewer at the row's end."""
+    m = v.shape[0]
+    if j + BLOCK <= m:
+        bits = bits_not_above(difference(signs, load(row, j), load(v, j)), limit)
+        p = j + WIDTH
+        bits |= bits_not_above(difference(signs, load(row, p), load(v, p)), limit) << WIDTH
+        p += WIDTH
+        bits |= bits_not_above(difference(signs, load(row, p), load(v, p)), limit) << (2 * WIDTH)
+        p += WIDTH
+        bits |= bits_not_above(difference(signs, load(row, p), load(v, p)), limit) << (3 * WIDTH)
+        return bits
+    bits = 0
+    for shift in range(0, m - j, WIDTH):
+        p = j + shift
+        count = min(WIDTH, m - p)
+        x = difference(signs, load_part(row, p, count, sign * np.inf), load_part(v, p, count, 0.0))
+        bits |= bits_not_above(x, limit) << shift
+    return bits
+
+
+@njit(nogil=True, cache=True)
+def _candidates(row, sign, v, i, cutoff, where, bits):  # pragma: no cover - compiled
+    """The blocks that hold columns of c - v <= cutoff, and which; returns (blocks, columns).
+
+    Where much ties, what comes first is listed: each row begins elsewhere, so that rows do not list the same.
+    """
+    m = v.shape[0]
+    blocks = (m + BLOCK - 1) // BLOCK
+    limit, signs = splat(cutoff), splat(sign)
+    j = (i * 7) % blocks * BLOCK
+    found = 0
+    for _ in range(blocks):
+        mask = _block(row, signs, sign, v, j, limit)
+        where[found] = j
+        bits[found] = mask
+        found += mask != 0  # no branch: it would be guessed wrong every other time
+        j += BLOCK
+        if j >= m:
+            j = 0
+    columns = 0
+    for f in range(found):
+        columns += ones(bits[f])
+    return found, columns
+
+
+@njit(nogil=True, cache=True)
+def list_row(C, sign, i, v, work, near, near_cost, bound):  # pragma: no cover - compiled
+    """Reads row i and writes its shortlist: columns of least c - v, and a bound that no other column is below.
+
+    Entries that are not finite are never listed; the bound is inf where all others are such.
+    """
+    sets, where, bits, values, items = work
+    row = C[i]
+    _minima(row, sign, v, sets)
+    cutoff = _cutoff(sets)
+    found, columns = _candidates(row, sign, v, i, cutoff, where, bits)
+    if columns > CAPACITY:
+        bound[i] = _select(row, sign, v, found, where, bits, values, items)
+        columns = CAPACITY
+        for e in range(CAPACITY):
+            near[i, e] = items[e]
+            near_cost[i, e] = sign * row[items[e]]
+        return
+    bound[i] = np.inf if cutoff == LARGEST else cutoff
+    e = 0
+    for f in range(found):
+        mask = bits[f]
+        while mask != 0:
+            j = where[f] + first_bit(mask)
+            mask &= mask - 1
+            near[i, e] = j
+            near_cost[i, e] = sign * row[j]
+            e += 1
+    for e in range(columns, CAPACITY):
+        near[i, e] = 0
+        near_cost[i, e] = np.inf
+
+
+@njit(nogil=True, cache=True)
+def _select(row, sign, v, found, where, bits, values, items):  # pragma: no cover - compiled
+    """The CAPACITY candidates of least c - v, in order; returns the next one's value."""
+    values[:] = np.inf
+    for f in range(found):
+        mask = bits[f]
+        while mask != 0:
+            j = where[f] + first_bit(mask)
+            mask &= mask - 1
+            x = sign * np.float64(row[j]) - v[j]
+            if x < values[CAPACITY]:
+                e = CAPACITY
+                while e > 0 and values[e - 1] > x:
+                    values[e] = values[e - 1]
+                    items[e] = items[e - 1]
+                    e -= 1
+                values[e] = x
+                items[e] = j
+    return values[CAPACITY]
+
+
+@njit(nogil=True, cache=True)
+def shortlists(C, sign, rows, v, near, near_cost, bound):  # pragma: no cover - compiled
+    """The shortlists of ``rows``: one read of each."""
+    work = workspace(v.shape[0])
+    for i in rows:
+        list_row(C, sign, i, v, work, near, near_cost, bound)

@@ -1,0 +1,356 @@
+"""Many small assignment problems: one after the other in a core's cache, the lock released.
+
+Rows take their best columns, free ones bid in a short auction (Bertsekas 1988), and augmenting row reduction and shortest
+augmenting paths (Jonker and Volgenant 1987) finish exactly, over whole rows: at these sizes a row is a few vectors, and
+a list would cost more than it saves. There is no column reduction: where a few rows have the least of most
+columns, it leaves duals that take longer to undo than none.
+
+The costs of one problem are ``sign * c``: ``c`` is flat, row i at ``start + i * width`` with the width a whole number of
+vectors; what is beyond the columns is forbidden. Differences to the column duals v are float64, and so are column and row
+numbers where they travel with values in vectors.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from fastmatch_kernels._numba.simd import (
+    WIDTH,
+    bits_not_above,
+    chosen,
+    difference,
+    first_bit,
+    greatest,
+    instead_of,
+    lane,
+    least,
+    load,
+    plus,
+    smallest,
+    splat,
+    store,
+)
+from fastmatch_kernels.lap.dense import BIDS, POPS, READS, SEARCHES
+from fastmatch_kernels.lap.passes import row_minimum
+
+__all__ = ["INFEASIBLE", "SOLVED", "WRONG", "row_minima", "solve_stack"]
+
+SOLVED, WRONG, INFEASIBLE = 0, 1, 2
+
+EASY = 0.15
+"""Share of rows left free by their own minima up to which no auction pays."""
+
+HARD = 0.28
+"""Share of rows left free by a phase of the auction and row reduction above which another phase pays."""
+
+GAPS, LOWER, PHASES = 0.15, 0.2, 3
+"""The auction's first eps, in mean differences between a row's least two; the factor between phases; phases at most."""
+
+MOST = 16
+"""Bids a row at most in a phase: a price war means that eps is too small."""
+
+ROUNDS, STEPS = 2, 0.5
+"""Rounds of row reduction, and steps in each, in rows, beyond one for each free row: more would be price wars that a
+path settles sooner."""
+
+ALL = (1 << WIDTH) - 1
+
+
+@njit(nogil=True, cache=True, forceinline=True)
+def _finite(c, start, n, m, width):  # pragma: no cover - compiled
+    """Whether the sum of all entries of the m columns is finite: each is, then."""
+    zero = splat(0.0)
+    total, other, rest = zero, zero, 0.0
+    for at in range(start, start + n * width, width):
+        j = at
+        while j + 2 * WIDTH <= at + m:
+            total = plus(total, load(c, j))
+            other = plus(other, load(c, j + WIDTH))
+            j += 2 * WIDTH
+        for k in range(j, at + m):
+            rest += np.float64(c[k])
+    total = plus(total, other)
+    return bits_not_above(difference(zero, total, zero), zero) == ALL and rest - rest == 0.0
+
+
+@njit(nogil=True, cache=True, forceinline=True)
+def _match_rows(c, start, sign, n, v, row_of, col_of):  # pragma: no cover - compiled
+    """Gives rows a free column among their best; returns the mean difference between a row's least two c - v."""
+    width = v.shape[0]
+    signs = splat(sign)
+    total = 0.0
+    for i in range(0, n, 2):
+        at = start + i * width
+        other = at + width if i + 1 < n else at
+        one, two = _two_least(c, at, other, sign, v)
+        for k in range(i, min(i + 2, n)):
+            first, j, second, _ = one if k == i else two
+            total += second - first
+            if row_of[j] >= 0 and first == second:
+                at = start + k * width
+                limit = splat(first)
+                for e in range(0, width, WIDTH):
+                    bits = bits_not_above(difference(signs, load(c, at + e), load(v, e)), limit)
+                    while bits != 0 and row_of[e + first_bit(bits)] >= 0:
+                        bits &= bits - 1
+                    if bits != 0:
+                        j = e + first_bit(bits)
+                        break
+            if row_of[j] < 0 and first < np.inf:
+                col_of[k] = j
+                row_of[j] = k
+    return total / n
+
+
+@njit(nogil=True, cache=True, forceinline=True)
+def _two_least(c, at, other, sign, v):  # pragma: no cover - compiled
+    """(the least of c - v, its column, the second least, a column of that if it is the same) of the rows at ``at``, ``other``.
+
+    Of two rows at once: one alone would wait for each minimum.
+    """
+    signs, none = splat(sign), splat(np.inf)
+    first, second, column = none, none, splat(0.0)
+    first2, second2, column2 = none, none, splat(0.0)
+    here, step = splat(0.0), splat(np.float64(WIDTH))
+    for j in range(0, v.shape[0], WIDTH):
+        duals = load(v, j)
+        x = difference(signs, load(c, at + j), duals)
+        y = difference(signs, load(c, other + j), duals)
+        second = least(greatest(first, x), second)
+        second2 = least(greatest(first2, y), second2)
+        column = chosen(x, first, here, column)
+        column2 = chosen(y, first2, here, column2)
+        first = least(x, first)
+        first2 = least(y, first2)
+        here = plus(here, step)
+    return _across(first, second, column), _across(first2, second2, column2)
+
+
+@njit(nogil=True, cache=True, forceinline=True)
+def _across(first, second, column):  # pragma: no cover - compiled
+    """(least, its column, second least, a column of that if it is the same) from those of every lane."""
+    lowest = smallest(first)
+    limit = splat(lowest)
+    holders = bits_not_above(first, limit)
+    k = first_bit(holders)
+    j = np.int64(lane(column, k)) + k
+    others = holders & (holders - 1)
+    if others != 0:
+        k = first_bit(others)
+        return lowest, j, lowest, np.int64(lane(column, k)) + k
+    return lowest, j, smallest(instead_of(first, limit, second)), j
+
+
+@njit(nogil=True, cache=True, forceinline=True)
+def _bid(c, start, sign, v, row_of, col_of, stack, top, eps, limit, counts):  # pragma: no cover - compiled
+    """Gauss-Seidel auction of the rows on ``stack[:top]`` until it is empty or ``limit`` bids are spent.
+
+    A row takes its best column and lowers its dual until the column is ``eps`` worse than the row's second best. With
+    eps = 0, augmenting row reduction, a row whose two best tie is left free. Two rows bid at once: the second's
+    bid is put off if the first one has moved what it rests on.
+    """
+    width = v.shape[0]
+    bids = 0
+    while top > 0 and bids < limit:
+        top -= 1
+        i = stack[top]
+        k = stack[top - 1] if top > 0 else i
+        one, two = _two_least(c, start + i * width, start + k * width, sign, v)
+        first, j, second, tied = one
+        stays = k != i
+        if stays:
+            top -= 1
+            x = sign * np.float64(c[start + k * width + j]) - v[j]
+            stays = x > two[2]
+            if not stays:
+                stack[top] = k
+                top += 1
+        for _ in range(2):
+            bids += 1
+            if second == first and row_of[j] >= 0:
+                j = tied
+            old = row_of[j]
+            if second < np.inf and (old < 0 or eps > 0.0 or second > first):
+                v[j] -= (second - first) + eps
+                row_of[j] = i
+                col_of[i] = j
+                if old >= 0:
+                    col_of[old] = -1
+                    stack[top] = old
+                    top += 1
+            if not stays:
+                break
+            i = k
+            first, j, second, tied = two
+            stays = False
+    counts[BIDS] += bids
+    return top
+
+
+@njit(nogil=True, cache=True, forceinline=True)
+def _free_rows(col_of, stack):  # pragma: no cover - compiled
+    """Puts the free rows on ``stack``, the first on top; returns how many."""
+    top = 0
+    for i in range(col_of.shape[0] - 1, -1, -1):
+        stack[top] = i
+        top += col_of[i] < 0
+    return top
+
+
+@njit(nogil=True, cache=True, forceinline=True)
+def _relax(c, at, sign, w, base, i, dist, came_from):  # pragma: no cover - compiled
+    """Distances through row i; (the least of all, its column). Columns already scanned have w = -inf, dist = inf."""
+    signs, shift, row = splat(sign), splat(base), splat(np.float64(i))
+    nearest, column = splat(np.inf), splat(0.0)
+    here, step = splat(0.0), splat(np.float64(WIDTH))
+    for j in range(0, w.shape[0], WIDTH):
+        x = plus(shift, difference(signs, load(c, at + j), load(w, j)))
+        old = load(dist, j)
+        store(came_from, j, chosen(x, old, row, load(came_from, j)))
+        x = least(x, old)
+        store(dist, j, x)
+        column = chosen(x, nearest, here, column)
+        nearest = least(x, nearest)
+        here = plus(here, step)
+    low = smallest(nearest)
+    k = first_bit(bits_not_above(nearest, splat(low)))
+    return low, np.int64(lane(column, k)) + k
+
+
+@njit(nogil=True, cache=True, forceinline=True)
+def _free_at(dist, taken, low):  # pragma: no cover - compiled
+    """A free column whose distance is ``low``, -1 if there is none."""
+    limit = splat(low)
+    for j in range(0, dist.shape[0], WIDTH):
+        bits = bits_not_above(plus(load(dist, j), load(taken, j)), limit)
+        if bits != 0:
+            return j + first_bit(bits)
+    return -1
+
+
+@njit(nogil=True, cache=True, forceinline=True)
+def _augment(
+    c, start, sign, v, row_of, col_of, taken, source, w, dist, came_from, scanned, final, counts
+):  # pragma: no cover
+    """One shortest augmenting path, from row ``source``; False if there is none."""
+    width = v.shape[0]
+    for j in range(width):
+        w[j] = v[j]
+        dist[j] = np.inf
+    scans = 0
+    i, base, last = source, 0.0, -np.inf
+    while True:
+        low, j = _relax(c, start + i * width, sign, w, base, i, dist, came_from)
+        if not low < np.inf:
+            return False
+        if row_of[j] >= 0 and low == last:  # among ties, a free column ends the search
+            goal = _free_at(dist, taken, low)
+            j = goal if goal >= 0 else j
+        if row_of[j] < 0:
+            break
+        last = low
+        scanned[scans] = j
+        final[scans] = low
+        scans += 1
+        dist[j] = np.inf
+        w[j] = -np.inf
+        i = row_of[j]
+        base = low - (sign * np.float64(c[start + i * width + j]) - v[j])
+    taken[j] = np.inf
+    counts[POPS] += scans
+    counts[SEARCHES] += 1
+    for s in range(scans):
+        v[scanned[s]] += final[s] - low
+    while True:
+        i = np.int64(came_from[j])
+        row_of[j] = i
+        following = col_of[i]
+        col_of[i] = j
+        j = following
+        if i == source:
+            return True
+
+
+@njit(nogil=True, cache=True)
+def _wrong(C, sign):  # pragma: no cover - compiled
+    """Whether a problem holds NaN or an infinity that forbids nothing."""
+    for i in range(C.shape[0]):
+        for j in range(C.shape[1]):
+            if not sign * C[i, j] > -np.inf:
+                return True
+    return False
+
+
+@njit(nogil=True, cache=True)
+def row_minima(C, sign, v, u):  # pragma: no cover - compiled
+    """u = the least c - v of every row."""
+    for i in range(C.shape[0]):
+        u[i] = row_minimum(C[i], sign, v)
+
+
+@njit(nogil=True, cache=True)
+def solve_stack(C, sign, lo, hi, out, bad, duals, counts):  # pragma: no cover - compiled
+    """Solves problems lo..hi of the contiguous stack C (batch, n, m), n <= m: out[b, i] is row i's column.
+
+    ``duals`` (batch, m) holds column duals to start from, where n = m, and takes those found, those of unmatched
+    columns the largest; (0, m) neither gives nor takes any. ``counts`` is as in fastmatch_kernels.lap.dense.
+
+    bad[b] is 1 for NaN or an infinity of the wrong sign, 2 where forbidden entries leave no assignment, else 0.
+    """
+    n, m = C.shape[1], C.shape[2]
+    width = (m + WIDTH - 1) // WIDTH * WIDTH
+    room = np.empty(n * width if m < width else 0, C.dtype)
+    c = C.reshape(C.size) if m == width else room
+    v, w, dist, final = np.zeros(width), np.empty(width), np.empty(width), np.empty(width)
+    came_from, taken = np.zeros(width), np.empty(width)
+    row_of, col_of = np.empty(width, np.int64), np.empty(n, np.int64)
+    scanned, stack = np.empty(width, np.int64), np.empty(n, np.int64)
+    for b in range(lo, hi):
+        start = b * n * m
+        if m != width:
+            start = 0
+            for i in range(n):
+                room[i * width : i * width + m] = C[b, i]
+                room[i * width + m : (i + 1) * width] = sign * np.inf
+        bad[b] = SOLVED
+        finite = _finite(c, start, n, m, width)
+        if not finite and _wrong(C[b], sign):
+            bad[b] = WRONG
+            continue
+        v[:] = 0.0
+        if n == m and duals.shape[0] > 0:
+            v[:m] = duals[b]
+        row_of[:] = -1
+        col_of[:] = -1
+        eps = GAPS * _match_rows(c, start, sign, n, v, row_of, col_of)
+        counts[READS] += 2 * n
+        top = _free_rows(col_of, stack)
+        for phase in range(PHASES if n == m and finite else 0):
+            if top <= (EASY if phase == 0 else HARD) * n or not 0.0 < eps < np.inf:
+                break
+            left = _bid(c, start, sign, v, row_of, col_of, stack, top, eps, MOST * n, counts)
+            row_of[:] = -1
+            col_of[:] = -1
+            top = _free_rows(col_of, stack)
+            _bid(c, start, sign, v, row_of, col_of, stack, top, 0.0, top + int(STEPS * n), counts)
+            top = _free_rows(col_of, stack)
+            if left > 0:
+                break
+            eps *= LOWER
+        for _ in range(ROUNDS):
+            top = _free_rows(col_of, stack)
+            _bid(c, start, sign, v, row_of, col_of, stack, top, 0.0, top + int(STEPS * n), counts)
+        for j in range(width):
+            taken[j] = 0.0 if row_of[j] < 0 else np.inf
+        for e in range(_free_rows(col_of, stack) - 1, -1, -1):
+            if not _augment(
+                c, start, sign, v, row_of, col_of, taken, stack[e], w, dist, came_from, scanned, final, counts
+            ):
+                bad[b] = INFEASIBLE
+                break
+        for i in range(n):
+            out[b, i] = col_of[i]
+        if duals.shape[0] > 0:
+            duals[b] = v[:m]
+    counts[READS] += counts[BIDS] + counts[POPS] + counts[SEARCHES]

@@ -1,0 +1,183 @@
+"""The entry of ``moments``: batches of two models' activations, small ones put together first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fastmatch_kernels._dispatch import backend_of, check_floating, check_precision, module_of
+from fastmatch_kernels.moments.reference import CROSS, Moments
+
+__all__ = ["PENDING", "moments"]
+
+HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+
+PENDING = 4096
+"""Samples that small batches wait for before a cross product is added to: its memory would cost more."""
+
+
+@torch.library.custom_op("fastmatch::moments_update", mutates_args=("stats_a", "stats_b", "ab", "aa", "bb"))
+def _moments_update(
+    a: Tensor,
+    b: Tensor | None,
+    dim: int,
+    shift_a: Tensor,
+    shift_b: Tensor | None,
+    stats_a: Tensor,
+    stats_b: Tensor | None,
+    ab: Tensor | None,
+    aa: Tensor | None,
+    bb: Tensor | None,
+    precision: str,
+    backend: str,
+) -> None:
+    module_of(backend, "moments").update(a, b, dim, shift_a, shift_b, stats_a, stats_b, ab, aa, bb, precision)
+
+
+@_moments_update.register_fake
+def _(a, b, dim, shift_a, shift_b, stats_a, stats_b, ab, aa, bb, precision, backend) -> None:
+    return None
+
+
+def moments(
+    a: Tensor,
+    b: Tensor | None = None,
+    *,
+    dim: int = 1,
+    cross: Iterable[str] | None = None,
+    state: Moments | None = None,
+    precision: str = "ieee",
+    backend: str | None = None,
+) -> Moments:
+    """Adds a batch of one or two models' activations to ``state``, in one read, and returns it.
+
+    Batches of few samples are copied and wait until a product over them is worth its n x n accumulator.
+
+    Example:
+        >>> state = None
+        >>> for a, b in batches:
+        ...     state = moments(a, b, state=state)
+        >>> state.correlation(), state.mean(0), state.variance(1), state.off(0)
+
+    Args:
+        a, b: (B, C, *spatial) activations of the two models on the same samples, channels at ``dim``; any
+            strides; float32, bfloat16, float16 (float64 not on "triton"). Channel counts may differ. NaN and
+            inf reach the statistics of their own channel only (its row and column of a cross product).
+        dim: where the channels lie.
+        cross: cross products to keep, of "ab", "aa", "bb"; "ab" where there are two models. Fixed by the
+            first batch.
+        state: what earlier calls returned; changed in place. None starts anew.
+        precision: of float32 products: "ieee", "tf32", "bf16x3". On CPU always float32.
+        backend: see :func:`backend_of`.
+
+    Returns:
+        The :class:`Moments`, float64.
+
+    Raises:
+        ValueError: sample counts, channel counts or options do not fit.
+        TypeError: activations that are not floating point.
+    """
+    check_precision(precision)
+    models = {"a": a} if b is None else {"a": a, "b": b}
+    for name, x in models.items():
+        check_floating(name, x)
+        if not -x.ndim <= dim < x.ndim:
+            raise ValueError(f"{name}: expected a dimension {dim}, got shape {tuple(x.shape)}")
+    count = a.numel() // a.shape[dim] if a.shape[dim] else 0
+    if b is not None:
+        dim_b = dim % b.ndim
+        if a.ndim != b.ndim or any(a.shape[d] != b.shape[d] for d in range(a.ndim) if d != dim_b):
+            raise ValueError(
+                f"b: expected the samples of a, shape {tuple(a.shape)} but for dimension {dim}, "
+                f"got {tuple(b.shape)}"
+            )
+    chosen = backend_of(*models.values(), backend=backend)
+    if chosen == "triton":
+        # Here already: a small batch may be added much later.
+        for name, x in models.items():
+            if x.dtype not in HALF_AND_SINGLE:
+                raise TypeError(
+                    f"{name}: expected one of {HALF_AND_SINGLE} on the Triton backend, got {x.dtype}"
+                )
+    if state is None:
+        names = tuple(cross) if cross is not None else ("ab",) if b is not None else ()
+        unknown = [n for n in names if n not in CROSS or (b is None and n != "aa")]
+        if unknown:
+            raise ValueError(
+                f"cross: expected names of {CROSS if b is not None else ('aa',)}, got {unknown[0]!r}"
+            )
+        if count == 0:
+            raise ValueError(
+                f"a: expected at least one sample in the first batch, got shape {tuple(a.shape)}"
+            )
+        state = Moments.empty(a.detach(), None if b is None else b.detach(), dim=dim, cross=names)
+    else:
+        got = tuple(x.shape[dim] for x in models.values())
+        expected = tuple(s.shape[0] for s in state.shifts)
+        if got != expected:
+            raise ValueError(f"a, b: expected {expected} channels as in state, got {got}")
+    if count == 0:
+        return state
+    add = partial(_add_moments, precision=precision, backend=chosen)
+    if state.cross and count < PENDING // 4 and not torch.compiler.is_compiling():
+        _leave_pending(state, [x.detach().movedim(dim, -1) for x in models.values()], count, add)
+    else:
+        add(state, a.detach(), None if b is None else b.detach(), dim=dim)
+    state.count += count
+    return state
+
+
+def _add_moments(
+    state: Moments, a: Tensor, b: Tensor | None = None, *, dim: int = 1, precision: str, backend: str
+) -> None:
+    two = b is not None
+    arguments = (
+        a,
+        b,
+        dim,
+        state.shifts[0],
+        state.shifts[1] if two else None,
+        state.stats[0],
+        state.stats[1] if two else None,
+        state.cross.get("ab"),
+        state.cross.get("aa"),
+        state.cross.get("bb"),
+        precision,
+    )
+    if torch.compiler.is_compiling():
+        _moments_update(*arguments, backend)
+    else:  # the custom operator costs more than the sums of a small map
+        module_of(backend, "moments").update(*arguments)
+
+
+def _leave_pending(state: Moments, models: list[Tensor], count: int, add: partial[None]) -> None:
+    """Copies a small batch, channels last, behind those of its kind that wait, and adds all once they are enough.
+
+    Never shares memory with the batch, which a network may overwrite.
+    """
+    alike = isinstance(state.add, partial) and state.add.keywords == add.keywords
+    if not alike or any(
+        x.dtype != old.dtype or x.device != old.device
+        for x, old in zip(models, state.pending, strict=False)  # none at first
+    ):
+        state.settle()
+    state.add = add
+    needed = state.waiting + count
+    if not state.pending or needed > len(state.pending[0]):
+        # The same memory serves all that follow. A host's costs nothing before it is written to: room for all that
+        # will ever wait. Elsewhere twice what there was.
+        most = PENDING + PENDING // 4
+        room = max(needed, most if models[0].device.type == "cpu" else min(2 * needed, most))
+        with torch.inference_mode(False):  # else no later batch outside of it could be copied here
+            grown = tuple(torch.empty(room, x.shape[-1], dtype=x.dtype, device=x.device) for x in models)
+        for new, old in zip(grown, state.pending, strict=False):  # none at first
+            new[: state.waiting] = old[: state.waiting]
+        state.pending = grown
+    for x, waiting in zip(models, state.pending, strict=True):
+        waiting[state.waiting : needed].view(x.shape).copy_(x)
+    state.waiting = needed
+    if needed >= PENDING:
+        state.add_pending()

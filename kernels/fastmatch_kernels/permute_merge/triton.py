@@ -1,0 +1,148 @@
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+# Launches pass plain values for tl.constexpr parameters; tl.static_range is only known to the compiler.
+"""Permute and merge on the GPU: ``out = sum_k alpha_k W_k``, each weight read once, the result written once.
+
+As on CPU a weight is (outer, n1, middle, length): runs of ``length`` elements move by the first index, blocks
+of ``block`` elements within a run by the second. Where elements are gathered within runs, one program takes
+whole runs, so that every sector it touches is used from the first-level cache until nothing of it is left.
+
+Bytes: ``(K + 1)`` times one weight and the indices. Operations: ``2 K`` per element. Deterministic.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from fastmatch_kernels._triton.tiles import Tiles, ceil_div, is_aligned, target_of
+
+__all__ = ["permute_merge", "run_tiles", "runs_of"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@triton.jit
+def _permute_merge_kernel(
+    weight_ptrs,  # K x (outer, n1, middle, length)
+    alphas,  # K numbers
+    first_ptrs,  # K x (n1 / block1,) int64, or None
+    second_ptrs,  # K x (length / block2,) int64, or None
+    out_ptr,  # (outer, n1, middle, length)
+    runs,
+    n1,
+    middle,
+    length,
+    block1,
+    block2,
+    K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    run = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    in_run = run < runs
+    m = run % middle
+    i1 = (run // middle) % n1
+    outer = run // middle // n1
+    for step in range(STEPS):
+        j = (tl.program_id(1) * STEPS + step) * BLOCK_L + tl.arange(0, BLOCK_L)
+        mask = in_run[:, None] & (j < length)[None, :]
+        acc = tl.zeros((BLOCK_R, BLOCK_L), tl.float32)
+        for k in tl.static_range(K):
+            if first_ptrs[k] is None:
+                source = run
+            else:
+                moved = tl.load(first_ptrs[k] + i1 // block1, mask=in_run, other=0)
+                source = (outer * n1 + moved * block1 + i1 % block1) * middle + m
+            if second_ptrs[k] is None:
+                column = j.to(tl.int64)
+            else:
+                moved_block = tl.load(second_ptrs[k] + j // block2, mask=j < length, other=0)
+                column = moved_block * block2 + j % block2
+            value = tl.load(weight_ptrs[k] + source[:, None] * length + column[None, :], mask=mask, other=0.0)
+            acc += alphas[k] * value.to(tl.float32)
+        tl.store(out_ptr + run[:, None] * length + j[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def runs_of(
+    shape: tuple[int, ...], dims: Sequence[int], blocks: Sequence[int], first: bool, second: bool
+) -> tuple[int, int, int, int, int, int]:
+    """(runs, n1, middle, length, block1, block2): how one launch sees a weight of ``shape``."""
+    d1, d2 = dims
+    numel = math.prod(shape)
+    if first and not second:
+        length = math.prod(shape[d1 + 1 :])
+        if length >= 16:
+            return numel // length, shape[d1], 1, length, blocks[0], 1
+        # Runs too short for wide loads: the axis is gathered within longer runs instead.
+        return math.prod(shape[:d1]), 1, 1, shape[d1] * length, 1, blocks[0] * length
+    if not first and not second:
+        return 1, 1, 1, numel, 1, 1
+    tail = math.prod(shape[d2 + 1 :])
+    length = shape[d2] * tail
+    return numel // length, shape[d1], math.prod(shape[d1 + 1 : d2]), length, blocks[0], blocks[1] * tail
+
+
+def run_tiles(length: int, gathered: bool, *, aligned: bool = True) -> tuple[Tiles, int]:
+    """(tile of runs x elements, steps along a run): 4096 elements a step, whole runs where they are gathered."""
+    columns = min(triton.next_power_of_2(length), 4096 if not gathered else 2048)
+    rows = max(2048 // columns, 1)
+    steps = ceil_div(length, columns) if gathered else 1
+    # Eight warps for short gathered runs of any alignment: with four, gfx942 spills scalar registers.
+    warps = 8 if gathered and rows > 1 and not aligned else 4
+    return Tiles(rows, columns, 1, warps, 1), min(steps, 16)
+
+
+def permute_merge(
+    weights: list[torch.Tensor],
+    alphas: list[float],
+    first: list[torch.Tensor | None],
+    second: list[torch.Tensor | None],
+    dims: Sequence[int],
+    blocks: Sequence[int],
+    out: torch.Tensor,
+) -> None:
+    """Writes the merge to ``out``. Arguments as in the reference.
+
+    Raises:
+        TypeError: weights that are not float32, bfloat16 or float16.
+    """
+    if out.dtype not in DTYPES:
+        raise TypeError(f"weights: expected one of {DTYPES} on the Triton backend, got {out.dtype}")
+    target_of(out.device)
+    if out.numel() == 0:
+        return
+    any_first, any_second = (any(i is not None for i in indices) for indices in (first, second))
+    runs, n1, middle, length, block1, block2 = runs_of(tuple(out.shape), dims, blocks, any_first, any_second)
+    if any_first and n1 == 1 and not any_second:
+        first, second = second, first  # short runs: the axis was turned into the second
+    gathered = any(i is not None for i in second)
+    target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
+    sources = tuple(w.contiguous() for w in weights)
+    aligned = is_aligned((*sources, target), (runs, n1, middle, length, block1, block2))
+    tiles, steps = run_tiles(length, gathered, aligned=aligned)
+    grid = (ceil_div(runs, tiles.rows), ceil_div(length, tiles.columns * steps))
+    _permute_merge_kernel[grid](
+        sources,
+        tuple(float(x) for x in alphas),
+        tuple(first),
+        tuple(second),
+        target,
+        runs,
+        n1,
+        middle,
+        length,
+        block1,
+        block2,
+        K=len(weights),
+        BLOCK_R=tiles.rows,
+        BLOCK_L=tiles.columns,
+        STEPS=steps,
+        **tiles.options,
+    )
+    if target is not out:
+        out.copy_(target)

@@ -1,1 +1,0 @@
-"""The obvious form of each operation in plain torch or numpy: what the tests measure against."""

@@ -1,1 +1,0 @@
-"""The operations as Triton kernels, with their launchers."""

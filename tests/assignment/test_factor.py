@@ -1,0 +1,263 @@
+"""Factor costs: the dense matrix's optimum, by both solvers, and its proof."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linear_sum_assignment as scipy_lsa
+
+from fastmatch.assignment import DenseCost, FactorCost, certificate, select_method, solve
+from helpers.networks import fresh_seed
+
+
+def factors(g: np.random.Generator, kind: str, n: int, m: int, d: int) -> tuple[np.ndarray, np.ndarray]:
+    a, b = (g.standard_normal((x, d)).astype(np.float32) for x in (n, m))
+    if kind == "log-normal":
+        a *= np.exp(0.5 * g.standard_normal((n, 1))).astype(np.float32)
+        b *= np.exp(0.5 * g.standard_normal((m, 1))).astype(np.float32)
+    elif kind == "sibling":
+        source = g.permutation(max(n, m))
+        b = np.concatenate([a, b])[source % n][:m] + 0.5 * b
+    elif kind == "dead":
+        a[g.random(n) < 0.2], b[g.random(m) < 0.2] = 0, 0
+    elif kind == "integers":
+        a, b = np.rint(a), np.rint(b)
+    elif kind == "one norm":
+        a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b))
+    return a, b
+
+
+def whole(pairs, metric: str) -> np.ndarray:
+    total = 0.0
+    for a, b in pairs:
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        if metric == "dot":
+            total = total + a @ b.T
+        else:
+            d = a[:, None] - b[None]
+            total = total + ((d**2).sum(-1) if metric == "l2" else np.abs(d).sum(-1))
+    return np.asarray(total)
+
+
+def check(pairs, metric: str, maximize: bool, method: str):
+    cost = FactorCost(pairs, metric, tile=(64, 100))
+    found = solve(cost, maximize=maximize, method=method)
+    matrix = whole(pairs, metric)
+    rows, cols = scipy_lsa(matrix, maximize)
+    size = np.abs(matrix[rows, cols]).sum() + 1e-300
+    assert abs(found.objective - matrix[rows, cols].sum()) <= 1e-11 * size + found.gap_bound
+    assert found.objective == pytest.approx(matrix[found.row_ind, found.col_ind].sum(), rel=1e-10, abs=1e-10)
+    assert len(np.unique(found.col_ind)) == len(found.row_ind) == min(matrix.shape)
+    assert found.gap <= found.gap_bound
+    gap, bound = certificate(cost, found, maximize=maximize)
+    assert -bound <= gap <= bound
+    return found
+
+
+@pytest.mark.parametrize("method", ["auto", "lists"])
+@pytest.mark.parametrize("kind", ["gaussian", "log-normal", "sibling", "dead", "integers", "one norm"])
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (60, 60), (50, 80), (80, 50), (200, 200)])
+def test_the_optimum_of_the_dense_matrix(kind, n, m, method):
+    g = np.random.default_rng(fresh_seed())
+    for metric in ("dot", "l2", "l1"):
+        maximize = bool(g.random() < 0.5)
+        pairs = [factors(g, kind, n, m, d) for d in (12, 3)]
+        check(pairs, metric, maximize, method)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "sibling"])
+def test_lists_at_a_size_that_takes_every_step(kind):
+    g = np.random.default_rng(fresh_seed())
+    pairs = [factors(g, kind, 1000, 1000, 128)]
+    cost = FactorCost(pairs)
+    found = solve(cost, maximize=True, method="lists")
+    best = whole(pairs, "dot")
+    assert found.objective == pytest.approx(best[scipy_lsa(best, True)].sum(), rel=1e-11)
+    assert found.gap <= found.gap_bound
+    warm = solve(cost, maximize=True, method="lists", warm_start=found)
+    assert warm.objective == pytest.approx(found.objective, rel=1e-12)
+
+
+def test_dtypes_and_dense_costs():
+    g = np.random.default_rng(fresh_seed())
+    a, b = factors(g, "integers", 40, 40, 6)
+    value = solve(FactorCost([(a, b)])).objective
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        pair = (torch.from_numpy(a).to(dtype), torch.from_numpy(b).to(dtype))
+        assert solve(FactorCost([pair])).objective == value
+    assert solve(DenseCost(a @ b.T)).objective == value
+    assert solve(FactorCost([(a, b)], "l2")).objective == solve(whole([(a, b)], "l2")).objective
+    assert solve(FactorCost([(a[:0], b)])).row_ind.size == 0
+
+
+def test_indices_do_not_overflow_beyond_46341():
+    # 50,000 columns and rows, 2.5e9 entries: never stored; an l1 line is solved by sorting.
+    n = 50_000
+    g = np.random.default_rng(fresh_seed())
+    cost = FactorCost([(g.random((40, 1)).astype(np.float32), g.random((n, 1)).astype(np.float32))])
+    assert select_method(FactorCost([(np.ones((n, 1)), np.ones((n, 1)))])) == "lists"
+    items, costs, _ = cost.row_topk(np.zeros(n), 3)
+    assert costs == pytest.approx(cost.entries(np.repeat(np.arange(40), 3), items.ravel()).reshape(40, 3))
+    found = solve(cost, method="lists")
+    assert found.gap <= found.gap_bound
+    assert found.col_ind.max() < n
+
+
+@pytest.mark.slow
+def test_fifty_thousand_rows_and_columns():
+    n = 50_000
+    g = np.random.default_rng(fresh_seed())
+    a = g.standard_normal((n, 32), np.float32)
+    planted = g.permutation(n)
+    found = solve(FactorCost([(a, a[planted])], "l2"))
+    assert np.array_equal(planted[found.col_ind], np.arange(n))
+    assert found.gap <= found.gap_bound
+
+
+def test_bad_input():
+    ones = np.ones((3, 2), np.float32)
+    with pytest.raises(ValueError, match="metric: expected 'dot', 'l2' or 'l1'"):
+        FactorCost([(ones, ones)], "cosine")
+    with pytest.raises(ValueError, match="at least one pair"):
+        FactorCost([])
+    with pytest.raises(ValueError, match="tile: expected"):
+        FactorCost([(ones, ones)], tile=(0, 5))
+    with pytest.raises(ValueError, match=r"factors: expected \(3, d\)"):
+        FactorCost([(ones, np.ones((3, 4), np.float32))])
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        FactorCost([(ones * np.nan, ones)])
+    with pytest.raises(ValueError, match="overflow"):
+        FactorCost([(ones * 1e30, ones * 1e30)])
+    with pytest.raises(TypeError, match="floating-point"):
+        FactorCost([(np.ones((3, 2), int), ones)])
+    with pytest.raises(ValueError, match="takes a matrix"):
+        solve(FactorCost([(ones, ones)]), method="lapjv")
+    with pytest.raises(ValueError, match="takes a FactorCost"):
+        solve(ones, method="lists")
+    with pytest.raises(ValueError, match="warm_start: expected 3 duals"):
+        solve(FactorCost([(ones, ones)]), warm_start=solve(ones[:2]))
+
+
+@pytest.mark.parametrize("metric", ["dot", "l2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("maximize", [False, True])
+def test_beginning_again_from_sinkhorns_duals_is_exact(metric, dtype, maximize, monkeypatch):
+    from fastmatch.assignment import candidate_lists as lists
+
+    g = np.random.default_rng(fresh_seed())
+    pairs = [tuple(torch.from_numpy(x).to(dtype) for x in factors(g, "log-normal", 150, 150, 8))]
+    cost = FactorCost(pairs, metric)
+    begun = []
+    real = FactorCost.sinkhorn_duals
+    monkeypatch.setattr(
+        FactorCost, "sinkhorn_duals", lambda self, *given: begun.append(1) or real(self, *given)
+    )
+    monkeypatch.setattr(lists, "EASY", -1.0)  # always
+    monkeypatch.setattr(lists.ListSolve, "scaled_auction", lambda self: None)
+    found = solve(cost, maximize=maximize, method="lists")
+    assert begun
+    matrix = cost.dense()
+    assert found.objective == pytest.approx(matrix[scipy_lsa(matrix, maximize)].sum(), rel=1e-10)
+    gap, bound = certificate(cost, found, maximize=maximize)
+    assert abs(gap) <= bound
+    assert found.stats["reads"] <= 150, "duals near the optimum leave next to nothing to read again"
+
+
+def test_refills_beyond_one_a_row_begin_again(monkeypatch):
+    from fastmatch.assignment import candidate_lists as lists
+
+    g = np.random.default_rng(fresh_seed())
+    cost = FactorCost([factors(g, "log-normal", 200, 200, 4)])
+    begun = []
+    monkeypatch.setattr(lists, "PATIENCE", 0.0)
+    monkeypatch.setattr(lists, "EASY", 1.0)
+    monkeypatch.setattr(lists, "K", 2)
+    monkeypatch.setattr(lists.ListSolve, "soften", lambda self: begun.append(int(self.counts[0])))
+    found = solve(cost, method="lists")
+    assert begun, "the path search was given up for better duals"
+    matrix = cost.dense()
+    assert found.objective == pytest.approx(matrix[scipy_lsa(matrix)].sum(), rel=1e-10)
+
+
+def test_sinkhorns_duals_of_l1_are_refused_by_name():
+    cost = FactorCost([(np.ones((3, 2), np.float32), np.ones((3, 2), np.float32))], "l1")
+    with pytest.raises(ValueError, match="metric: Sinkhorn's duals take 'dot' or 'l2', got 'l1'"):
+        cost.sinkhorn_duals(np.zeros(3), [1.0])
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "log-normal", "sibling", "dead", "integers", "one norm"])
+@pytest.mark.parametrize("metric", ["dot", "l2"])
+@pytest.mark.parametrize(("n", "m"), [(120, 120), (60, 100), (100, 60)])
+def test_screening_in_bfloat16_is_as_exact(kind, metric, n, m):
+    g = np.random.default_rng(fresh_seed())
+    maximize = bool(g.random() < 0.5)
+    pairs = [factors(g, kind, n, m, d) for d in (12, 3)]
+    plain = solve(FactorCost(pairs, metric), maximize=maximize, method="lists")
+    cost = FactorCost(pairs, metric, tile=(64, 100), precision="bf16")
+    found = solve(cost, maximize=maximize, method="lists")
+    assert found.objective == pytest.approx(plain.objective, rel=1e-12)
+    assert found.gap <= found.gap_bound == pytest.approx(plain.gap_bound, rel=0.5)
+    gap, bound = certificate(cost, found, maximize=maximize)
+    assert -bound <= gap <= bound
+
+
+def test_screening_rounds_the_factors_once_and_reads_little_in_float32(monkeypatch):
+    from fastmatch_kernels.row_topk import cpu as cost_rows
+
+    g = np.random.default_rng(fresh_seed())
+    cost = FactorCost([factors(g, "sibling", 300, 300, 48)], precision="bf16")
+    made, rows = [], {"bf16": 0, "ieee": 0}
+    screening_pair, lists = cost_rows.screening_pair, FactorCost._lists
+    monkeypatch.setattr(cost_rows, "screening_pair", lambda pairs: made.append(1) or screening_pair(pairs))
+
+    def counted(self, v, k, which, sign, precision):
+        rows[precision] += len(which)
+        return lists(self, v, k, which, sign, precision)
+
+    monkeypatch.setattr(FactorCost, "_lists", counted)
+    found = solve(cost, maximize=True, method="lists")
+    assert found.gap <= found.gap_bound
+    assert len(made) == 1
+    assert rows["bf16"] >= 600, "first lists and the certificate"
+    assert rows["ieee"] < 0.2 * rows["bf16"]
+
+
+def test_what_bfloat16_leaves_open_is_read_in_float32_and_then_in_float64(monkeypatch):
+    g = np.random.default_rng(fresh_seed())
+    order = []
+    lists = FactorCost._lists
+
+    def recorded(self, v, k, which, sign, precision):
+        order.append(("float64" if self.dtype == torch.float64 else precision, len(which)))
+        return lists(self, v, k, which, sign, precision)
+
+    monkeypatch.setattr(FactorCost, "_lists", recorded)
+    a = 1 + 1e-3 * g.random((50, 3)).astype(np.float32)  # apart in float32, not in bfloat16
+    b = 1 + 1e-3 * g.random((60, 3)).astype(np.float32)
+    cost = FactorCost([(a, b)], precision="bf16")
+    cost.row_topk(np.zeros(60), 5)
+    assert order == [("bf16", 50), ("ieee", 50)]
+    order.clear()
+    exact = whole([(a, b)], "dot")
+    np.testing.assert_allclose(cost.row_min(np.zeros(60)), exact.min(axis=1), rtol=1e-12)
+    assert order[:3] == [("bf16", 50), ("bf16", 50), ("ieee", 50)]
+    order.clear()
+    level = FactorCost([(np.ones((5, 3), np.float32), np.ones((60, 3), np.float32))], precision="bf16")
+    np.testing.assert_allclose(level.row_min(np.zeros(60)), 3, rtol=1e-12)
+    assert [name for name, _ in order][:5] == ["bf16", "bf16", "ieee", "ieee", "float64"]
+
+
+def test_a_precision_that_does_not_fit_is_refused():
+    ones = np.ones((3, 2), np.float32)
+    with pytest.raises(ValueError, match=r"precision: expected one of \('ieee', 'bf16'\), got 'tf32'"):
+        FactorCost([(ones, ones)], precision="tf32")
+    with pytest.raises(
+        ValueError, match="precision: 'bf16' takes 'dot' or 'l2' of at most float32, got 'l1'"
+    ):
+        FactorCost([(ones, ones)], "l1", precision="bf16")
+    with pytest.raises(ValueError, match=r"of at most float32, got 'dot' of torch\.float64"):
+        FactorCost([(ones.astype(np.float64), ones)], precision="bf16")
+    with pytest.raises(ValueError, match="precision: 'bf16' needs backend 'cpu', got reference"):
+        FactorCost([(ones, ones)], backend="reference", precision="bf16")
+    assert FactorCost([(ones, ones)], precision="bf16").T.precision == "bf16"

@@ -1,0 +1,193 @@
+"""How the solvers behave in a process: compilation and its line, Ctrl-C, the lock, memory, indices beyond 2^31."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from fastmatch.assignment import FactorCost, solve
+from helpers.networks import fresh_seed
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+
+def test_a_factor_cost_does_not_load_torchs_compiler():
+    code = (
+        "import sys, numpy as np; from fastmatch.assignment import FactorCost, solve; a = np.eye(60);"
+        "solve(FactorCost([(a, a)]), method='lists'); print('torch._dynamo' in sys.modules)"
+    )
+    assert run(code).stdout.strip() == "False"
+
+
+def test_compiling_is_announced_and_loading_is_not(tmp_path):
+    code = (
+        "import numpy as np; from fastmatch.assignment import solve;"
+        "solve(np.eye(300, dtype=np.float32), method='shortlist')"
+    )
+    first = run(code, NUMBA_CACHE_DIR=str(tmp_path))
+    assert "compiling the assignment kernels for float32" in first.stderr
+    assert list(tmp_path.rglob("*.nbi"))
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nbc")}
+    run(code, NUMBA_CACHE_DIR=str(tmp_path))
+    assert {
+        path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nbc")
+    } == files  # nothing compiled again
+
+
+INTERRUPTED = """
+import _thread, signal, threading, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
+import numpy as np
+from fastmatch.assignment import FactorCost, solve, solve_batched
+g = np.random.default_rng(0)
+{setup}
+asked = []
+def interrupt():
+    asked.append(time.process_time())
+    _thread.interrupt_main()
+threading.Timer(0.7, interrupt).start()
+try:
+    while not asked or time.process_time() - asked[0] < 20:
+        {call}
+    raise SystemExit("not interrupted")
+except KeyboardInterrupt:
+    print(time.process_time() - asked[0])
+"""
+
+LONG = {
+    "matrix": (
+        "x, y = (g.standard_normal((3000, 8), np.float32) * np.exp(g.standard_normal((3000, 1))).astype(np.float32)"
+        " for _ in range(2)); c = x @ y.T; solve(c[:300, :300], method='shortlist')",
+        "solve(c)",
+    ),
+    "stack": (
+        "c = g.standard_normal((8000, 64, 64), np.float32); solve_batched(c[:1])",
+        "solve_batched(c)",
+    ),
+    "factors": (
+        "c = FactorCost([tuple(g.standard_normal((6000, 8), np.float32) for _ in range(2))]);"
+        " solve(FactorCost([(np.eye(9), np.eye(9))]), method='lists')",
+        "solve(c, method='lists')",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_an_interrupt_is_heard_within_a_second_of_work(kind):
+    setup, call = LONG[kind]
+    done = run(INTERRUPTED.format(setup=setup, call=call))
+    # Processor time, which other work on the machine does not lengthen.
+    assert float(done.stdout) < 1.0
+
+
+def test_the_lock_is_released_while_a_kernel_runs():
+    """Another thread goes on ticking inside one kernel call; it would stand still if the lock were held."""
+    from fastmatch_kernels.lap import dense as lap
+    from fastmatch_kernels.lap import passes as lap_rows
+
+    seed = fresh_seed()
+    n = 700
+    g = np.random.default_rng(seed)
+    cost = np.outer(np.arange(1.0, n + 1), np.arange(1.0, n + 1))[g.permutation(n)]  # long paths
+    solve(cost[:5, :5], method="shortlist")
+    v = cost.min(axis=0)
+    near, near_cost = np.zeros((n, lap_rows.CAPACITY), np.int32), np.full((n, lap_rows.CAPACITY), np.inf)
+    bound = np.zeros(n)
+    lap_rows.shortlists(cost, 1.0, np.arange(n), v, near, near_cost, bound)
+    row_of, col_of, cost_of = np.full(n, -1), np.full(n, -1), np.zeros(n)
+    state = [np.full(2 * n, np.inf), np.empty(2 * n, np.intp), np.full(2 * n, -1), np.empty(n, np.intp), np.empty(n),
+             np.empty(4 * n, np.intp), np.empty(n, np.intp), np.full(n, -1)]  # fmt: skip
+    ticks: list[float] = []
+    over = threading.Event()
+
+    def tick() -> None:
+        while not over.is_set():
+            ticks.append(time.perf_counter())
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    begin = time.perf_counter()
+    done = lap.augment(
+        cost,
+        1.0,
+        v,
+        near,
+        near_cost,
+        bound,
+        row_of,
+        col_of,
+        cost_of,
+        0,
+        1 << 60,
+        np.zeros(4, np.int64),
+        *state,
+    )
+    end = time.perf_counter()
+    over.set()
+    thread.join()
+    assert done == n
+    inside = [t for t in ticks if begin < t < end]
+    assert len(inside) >= 3, (end - begin, len(ticks))
+
+
+MEMORY = """
+import resource, sys
+import numpy as np
+from fastmatch.assignment import solve
+n = int(sys.argv[1])
+g = np.random.default_rng(0)
+solve(g.standard_normal((600, 600), np.float32), method="shortlist")
+cost = np.empty((n, n), np.float32)
+for row in cost:
+    row[:] = g.standard_normal(n, np.float32)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+found = solve(cost)
+assert found.gap <= found.gap_bound
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / cost.nbytes)
+"""
+
+
+@pytest.mark.parametrize("n", [4096, pytest.param(16384, marks=pytest.mark.slow)])
+def test_a_solve_adds_a_fifth_of_the_matrix_at_most(n):
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(n)], capture_output=True, text=True, check=True)
+    assert float(done.stdout) <= 0.2
+
+
+@pytest.mark.slow
+def test_a_planted_permutation_of_fifty_thousand(monkeypatch):
+    """50,000 x 50,000 entries have indices beyond 2^31; none of them is stored."""
+    seed = fresh_seed()
+    g = np.random.default_rng(seed)
+    n = 50_000
+    rows = g.standard_normal((n, 16), np.float32)
+    planted = g.permutation(n)
+    found = solve(FactorCost([(rows, rows[planted])], metric="l2"), method="lists")
+    assert np.array_equal(planted[found.col_ind], np.arange(n))
+    assert found.gap <= found.gap_bound
+
+
+@pytest.mark.slow
+def test_a_permuted_copy_of_twenty_thousand():
+    seed = fresh_seed()
+    g = np.random.default_rng(seed)
+    n = 20_000
+    rows = g.standard_normal((n, 64), np.float32)
+    planted = g.permutation(n)
+    found = solve(FactorCost([(rows, rows[planted])]), maximize=True)
+    assert np.array_equal(planted[found.col_ind], np.arange(n))
+    assert found.gap <= found.gap_bound

@@ -1,0 +1,150 @@
+"""Curves and barriers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastmatch as fm
+from fastmatch.studies.digits import Batches
+from helpers.networks import build, fresh_seed
+
+
+def classify(count: int = 50) -> Batches:
+    return Batches(torch.randn(count, 12), torch.randint(5, (count,)), 16)
+
+
+def test_the_curve_is_what_plain_evaluation_says():
+    seed = fresh_seed()
+    (a, _), (b, _) = build("mlp", seed), build("mlp", seed + 1)
+    data = classify()
+    a.train()
+    curve = fm.interpolate(a, b, data, points=5)
+    assert a.training
+    assert data.reads == 5
+    assert curve.positions == (0.0, 0.25, 0.5, 0.75, 1.0)
+    for position, loss, accuracy in zip(curve.positions, curve.loss, curve.accuracy, strict=True):
+        middle = fm.merge([a, b], [1 - position, position]).eval()
+        with torch.no_grad():
+            out = middle(data.inputs)
+        assert loss == pytest.approx(float(F.cross_entropy(out, data.targets)), rel=1e-5)
+        assert accuracy == pytest.approx(float((out.argmax(1) == data.targets).float().mean()))
+    assert curve.barrier == pytest.approx(max(0, max(curve.loss) - (curve.loss[0] + curve.loss[-1]) / 2))
+    assert curve.midpoint == (curve.loss[2], curve.accuracy[2])
+
+
+def test_barriers_of_known_curves():
+    curve = fm.Curve((0.0, 0.5, 1.0), (1.0, 4.0, 2.0), (0.9, 0.2, 0.7))
+    assert curve.barrier == 2.5
+    assert curve.accuracy_barrier == pytest.approx(0.6)
+    assert fm.Curve((0.0, 0.5, 1.0), (1.0, 0.5, 1.0), (0.5, 0.9, 0.5)).barrier == 0.0
+
+
+def test_the_transform_changes_what_lies_between():
+    (a, _), (b, _) = build("mlp", 0), build("mlp", 1)
+    data = classify()
+    seen = []
+
+    def transform(model, weights):
+        seen.append(weights)
+        return a
+
+    curve = fm.interpolate(a, b, data, points=4, transform=transform)
+    assert [round(w, 3) for _, w in seen] == [0.333, 0.667]
+    assert curve.loss[1] == curve.loss[2] == curve.loss[0]
+
+
+def test_plot_writes_a_picture(tmp_path):
+    curve = fm.Curve((0.0, 0.5, 1.0), (1.0, 4.0, 2.0), (0.9, 0.2, 0.7))
+    ax = curve.plot(tmp_path / "curve.png", label="naive")
+    curve.plot(ax=ax, metric="loss", label="again")
+    assert len(ax.lines) == 2
+    assert (tmp_path / "curve.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(ValueError, match="metric: expected"):
+        curve.plot(metric="f1")
+
+
+def test_bad_input():
+    model, _ = build("mlp", 0)
+    with pytest.raises(ValueError, match="points: expected at least 3"):
+        fm.interpolate(model, model, classify(), points=2)
+    with pytest.raises(ValueError, match="yielded no batch"):
+        fm.evaluate(model, [])
+    with pytest.raises(ValueError, match="pairs to evaluate on"):
+        fm.evaluate(model, [torch.randn(3, 12)])
+    with pytest.raises(ValueError, match="got 3 parts"):
+        fm.evaluate(model, [(1, 2, 3)])
+
+
+def test_top5_and_the_curves_table():
+    (a, _), (b, _) = build("mlp", fresh_seed()), build("mlp", fresh_seed())
+    wide = torch.nn.Linear(5, 9)
+    a, b = (torch.nn.Sequential(m, wide) for m in (a, b))
+    data = Batches(torch.randn(50, 12), torch.randint(9, (50,)), 16)
+    curve = fm.interpolate(a, b, data, points=3)
+    with torch.no_grad():
+        order = a.eval()(data.inputs).argsort(1, descending=True)[:, :5]
+    among = float((order == data.targets[:, None]).any(1).float().mean())
+    assert curve.top5[0] == pytest.approx(among)
+    assert curve.table().column("top-5") == list(curve.top5)
+    assert curve.table().column("top-1") == list(curve.accuracy)
+    assert fm.score(a, data) == (curve.loss[0], curve.accuracy[0], curve.top5[0])
+
+
+@pytest.mark.parametrize("mode", ["joint", "sequential"])
+def test_a_renormalized_curve_calibrates_all_points_in_one_read(mode):
+    seed = fresh_seed()
+    (a, _), (b, _) = build("mlp", seed), build("mlp", seed + 1)
+    data, calibration = classify(), classify(32)
+    curve = fm.interpolate(
+        a, b, data, points=5, renormalize="repair", calibration=calibration, mode=mode, samples=30
+    )
+    assert calibration.reads == 2  # the ends, then all points
+    statistics = fm.endpoint_statistics([a, b], calibration, samples=30)
+    calibration.reads = 0
+    again = fm.interpolate(
+        a, b, data, points=5, renormalize="repair", calibration=calibration, statistics=statistics,
+        mode=mode, samples=30,
+    )  # fmt: skip
+    assert calibration.reads == 1
+    assert again == curve
+    one = fm.renormalize(
+        fm.merge([a, b], [0.75, 0.25]), statistics, calibration, "repair", mode=mode, samples=30
+    )
+    assert curve.loss[1] == pytest.approx(fm.evaluate(one, data)[0])
+    with pytest.raises(ValueError, match="expected calibration data"):
+        fm.interpolate(a, b, data, renormalize="repair")
+
+
+def test_the_triangle_of_three_models(tmp_path):
+    seed = fresh_seed()
+    models = [build("mlp", seed + k)[0] for k in range(3)]
+    data = classify()
+    found = fm.triangle(models, data, points=4)
+    assert len(found.weights) == len(found.scores) == 10
+    for weights, scores in zip(found.weights, found.scores, strict=True):
+        assert sum(weights) == pytest.approx(1)
+        assert scores.loss == pytest.approx(fm.evaluate(fm.merge(models, weights), data)[0], rel=1e-5)
+    side = fm.interpolate(models[0], models[1], data, points=4)
+    edge = [s.loss for w, s in zip(found.weights, found.scores, strict=True) if w[2] == 0]
+    assert edge == pytest.approx(list(side.loss), rel=1e-5)
+    corners = [fm.evaluate(m, data)[0] for m in models]
+    rise = max(
+        s.loss - sum(w * c for w, c in zip(row, corners, strict=True))
+        for row, s in zip(found.weights, found.scores, strict=True)
+    )
+    assert found.barrier == pytest.approx(max(0.0, rise), rel=1e-4, abs=1e-6)
+    assert found.table().columns == ["a", "b", "c", "loss", "top-1", "top-5"]
+    found.plot(tmp_path / "triangle.png", metric="accuracy")
+    assert (tmp_path / "triangle.png").read_bytes()[:4] == b"\x89PNG"
+    calibration = classify(32)
+    renewed = fm.triangle(models, data, points=3, renormalize="repair", calibration=calibration)
+    assert calibration.reads == 2
+    assert len(renewed.scores) == 6
+    with pytest.raises(ValueError, match="models: expected three"):
+        fm.triangle(models[:2], data)
+    with pytest.raises(ValueError, match="points: expected at least 2"):
+        fm.triangle(models, data, points=1)
+    with pytest.raises(ValueError, match="metric: expected"):
+        found.plot(metric="f1")

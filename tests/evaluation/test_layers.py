@@ -1,0 +1,130 @@
+"""Analyses against plain computations."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import fastmatch as fm
+from fastmatch.studies.digits import Batches
+from helpers.networks import build, fresh_seed
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 7), nn.ReLU(), nn.Linear(7, 4)).double()
+
+
+def test_the_layer_table_is_what_plain_computation_says():
+    torch.manual_seed(fresh_seed())
+    models = {"a": net(), "b": net(), "merged": net()}
+    with torch.no_grad():
+        models["merged"][0].weight[:3], models["merged"][0].bias[:3] = 0, -1  # three dead units
+    models["merged"].train()
+    data = Batches(torch.randn(40, 6).double(), torch.zeros(40), 16)
+    table = fm.layer_table(models, data, endpoints=["a", "b"], weights=[0.25, 0.75])
+    assert data.reads == 1
+    assert models["merged"].training
+    assert len(table) == 9
+    variances: dict[tuple[str, str], float] = {}
+    features: dict[tuple[str, str], float] = {}
+    for row in table.rows:
+        model, k = models[row["model"]], int(row["layer"])
+        with torch.no_grad():
+            z, at_zero = (model[: k + 1](x) for x in (data.inputs, torch.zeros(1, 6).double()))
+        variances[row["model"], row["layer"]] = float(z.var(0, correction=0).mean())
+        features[row["model"], row["layer"]] = float((z - at_zero).abs().mean())
+        assert row["variance"] == pytest.approx(float(z.var(0, correction=0).mean()))
+        assert row["mean |z|"] == pytest.approx(float(z.abs().mean()))
+        assert row["|z(x) - z(0)|"] == pytest.approx(float((z - at_zero).abs().mean()))
+        assert row["dead inputs"] == pytest.approx(
+            float((model[:k](data.inputs) == 0).all(0).double().mean())
+        )
+        assert row["depth"] == k // 2 + 1
+    for row in table.where(model="merged").rows:
+        for column, values in (("variance ratio", variances), ("feature ratio", features)):
+            goal = 0.25 * values["a", row["layer"]] + 0.75 * values["b", row["layer"]]
+            assert row[column] == pytest.approx(values["merged", row["layer"]] / goal)
+    assert table.where(model="merged", layer="2").column("dead inputs")[0] >= 3 / 9
+
+
+def test_layers_of_convolutions_and_a_budget():
+    model = build("resnet", fresh_seed())[0]
+    data = Batches(torch.randn(20, 3, 16, 16), torch.zeros(20), 8)
+    table = fm.layer_table({"m": model}, data, samples=5)
+    (row,) = table.where(layer="stem").rows
+    with torch.no_grad():
+        z = model.stem(data.inputs[:5])
+    assert row["variance"] == pytest.approx(float(z.var((0, 2, 3), correction=0).mean()), rel=1e-5)
+    assert row["dead inputs"] == 0
+
+
+def test_running_statistics_before_and_after_reset():
+    merged = build("vgg", fresh_seed())[0]
+    after = fm.renormalize(merged, None, [torch.randn(16, 3, 16, 16)], "reset")
+    table = fm.running_statistics({"before": merged, "after": after})
+    assert table.column("norm") == ["features.1", "features.5"] * 2
+    for row in table.rows:
+        norm = (merged if row["model"] == "before" else after).get_submodule(row["norm"])
+        assert row["mean running variance"] == pytest.approx(float(norm.running_var.mean()))
+        assert row["mean |running mean|"] == pytest.approx(float(norm.running_mean.abs().mean()))
+    with pytest.raises(ValueError, match="none has batch norm"):
+        fm.running_statistics({"m": build("mlp", 0)[0]})
+
+
+def test_distances():
+    torch.manual_seed(fresh_seed())
+    start, a = build("vgg", fresh_seed())[0], build("vgg", fresh_seed())[0]
+    same = copy.deepcopy(a)
+    same.features[1].running_mean += 1  # no weight
+    table = fm.distances({"start": start, "a": a, "same": same.state_dict()})
+    expected = sum(
+        float((p.detach().double() - q.detach().double()).square().sum())
+        for p, q in zip(start.parameters(), a.parameters(), strict=True)
+    )
+    assert table.where(first="start", second="a").column("distance") == [pytest.approx(expected**0.5)]
+    assert table.where(first="a", second="same").column("relative") == [0.0]
+    with pytest.raises(ValueError, match="at least two"):
+        fm.distances({"a": a})
+    with pytest.raises(ValueError, match=r"models\['m'\]: has no tensor"):
+        fm.distances({"a": a, "m": build("mlp", 0)[0]})
+
+
+def test_tables_are_plain_records(tmp_path):
+    table = fm.Table(({"x": 1, "y": 0.5}, {"x": 2, "y": 0.25}))
+    assert str(table).splitlines()[2] == "| 1 | 0.5  |"
+    table.to_csv(tmp_path / "t.csv")
+    assert (tmp_path / "t.csv").read_text().split() == ["x,y", "1,0.5", "2,0.25"]
+    with pytest.raises(FileExistsError, match="force"):
+        table.to_csv(tmp_path / "t.csv")
+    with pytest.raises(ValueError, match=r"name: expected one of \['x', 'y'\]"):
+        table.column("z")
+    pandas = pytest.importorskip("pandas")
+    assert isinstance(table.to_pandas(), pandas.DataFrame)
+    assert list(table.to_pandas()["y"]) == [0.5, 0.25]
+
+
+def test_tables_draw_themselves(tmp_path):
+    rows = tuple(
+        {"model": m, "depth": d, "v": d * k, "w": 1.0} for k, m in enumerate("ab") for d in (1, 2, 3)
+    )
+    table = fm.Table(rows)
+    ax = table.plot("depth", "v", by="model", path=tmp_path / "v.png")
+    assert [line.get_label() for line in ax.lines] == ["a", "b"]
+    assert list(ax.lines[1].get_ydata()) == [1, 2, 3]
+    assert (tmp_path / "v.png").read_bytes()[:4] == b"\x89PNG"
+    both = table.where(model="a").plot("depth", "v", "w")
+    assert [line.get_label() for line in both.lines] == ["v", "w"]
+    with pytest.raises(ValueError, match="columns: expected at least one"):
+        table.plot("depth")
+    with pytest.raises(ValueError, match="name: expected one of"):
+        table.plot("depth", "u")
+
+
+def test_a_layer_table_of_unknown_endpoints_is_refused():
+    with pytest.raises(ValueError, match="endpoints: 'b' is none of the models"):
+        fm.layer_table({"a": net()}, [torch.randn(2, 6).double()], endpoints=["b"])
+    with pytest.raises(TypeError, match="expected a torch module"):
+        fm.layer_table({"a": net().state_dict()}, [torch.randn(2, 6).double()])

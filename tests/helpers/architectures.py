@@ -1,0 +1,134 @@
+"""Writes docs/architectures.md, what is found in every family: ``python tests/architectures.py``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fastmatch.spec import PermutationSpec
+from helpers.families import FAMILIES, GAPS, KINDS, UNMOVED, Family, kinds_of, missing, sites_of
+
+PAGE = Path(__file__).parents[2] / "docs/architectures.md"
+COLUMNS = {
+    "hidden": "hidden units", "residual": "residual streams", "heads": "heads", "KV groups": "KV groups",
+    "query heads": "query heads", "head channels": "channels of heads", "query-key channels": "channels of queries",
+    "experts": "experts", "latent": "latents", "other": "other",
+}  # fmt: skip
+
+TEXT = """# Architectures
+
+What tracing finds in the families that people merge. Each is a small model of
+[transformers](https://github.com/huggingface/transformers) with random weights in float64; `tests/families.py` has
+their sizes. `tests/test_families.py` permutes every group of each at random and compares the outputs on new inputs
+(at most 1e-9 of the largest), and this page is written by `python tests/architectures.py` from the same traces.
+
+## Groups
+
+The number of groups of each kind, in models of two layers a stack (or two stages of two blocks). A dash is a kind that
+the architecture holds in place, **gap** one that could move and is not found, *part* one that is found in some layers
+only; a blank is a kind that the architecture does not have. *Hidden units* are those of MLPs, experts, convolution
+blocks and state-space mixers; *channels of heads* those of values and output projections inside a head; *channels of
+queries* those inside a head that only queries and keys share; *latents* are the ranks of low-rank projections and the
+states of Mamba; *other* are first and last convolutions. A parameter of these small models counts as moved when any of
+its axes is. The last column is attention as `scaled_dot_product_attention`, where the class has it: how many of the
+groups are found there too.
+"""
+
+HELD = """
+## Held by the architecture
+
+"""
+
+MISSED = """
+## Gaps
+
+Units that could move, and the operation that holds them.
+
+"""
+
+PINS = """
+## Pinned axes
+
+How many axes of parameters no group moves at all, by the operation that holds them. Vocabularies, classes and inputs
+are what the outside of a network sees; a *constant* is a table that the model computes, such as rotary frequencies or
+a mask. Positions of convolution kernels are left out.
+
+"""
+
+
+def traced(family: Family, attention: str) -> tuple[nn.Module, PermutationSpec]:
+    model = family.build(0, attention)
+    return model, PermutationSpec.trace(model, (), kwargs=family.inputs(torch.Generator().manual_seed(0)))
+
+
+def share_moved(model: nn.Module, spec: PermutationSpec) -> float:
+    """The share of a model's parameters in tensors of which some axis moves."""
+    parameters = dict(model.named_parameters())
+    moved = sum(p.numel() for name, p in parameters.items() if spec.axes_of(name))
+    return moved / sum(p.numel() for p in parameters.values())
+
+
+def cells(family: Family, spec: PermutationSpec) -> list[str]:
+    """The number of groups of every kind, or why there is none."""
+    counts = Counter(kinds_of(family, spec).values())
+    sites, lacking = sites_of(family, spec), missing(family, spec)
+    row = []
+    for kind in [*KINDS, "other"]:
+        text = str(counts[kind]) if counts[kind] else ""
+        if (family.name, kind) in UNMOVED:
+            text = "–"
+        elif lacking.get(kind):
+            text = f"{text} *part*" if len(lacking[kind]) < len(sites[kind]) else "**gap**"
+        row.append(text)
+    return row
+
+
+def fused(family: Family, spec: PermutationSpec) -> str:
+    """How many groups of ordinary attention are groups of the fused one as well."""
+    if "sdpa" not in family.attentions:
+        return ""
+    same = {frozenset(g.axes) for g in traced(family, "sdpa")[1].groups.values()}
+    found = sum(frozenset(g.axes) in same for g in spec.groups.values())
+    return "all" if found == len(spec.groups) == len(same) else f"{found} of {len(spec.groups)}"
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    header = list(header)
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def reasons(listed: dict[tuple[str, str], str]) -> str:
+    """A table of (family, kind) -> reason with the families of one reason and kind together."""
+    together: dict[tuple[str, str], list[str]] = {}
+    for (name, kind), reason in listed.items():
+        together.setdefault((COLUMNS[kind], reason), []).append(name)
+    return table(
+        ["kind", "held by", "families"],
+        [[kind, reason, ", ".join(names)] for (kind, reason), names in together.items()],
+    )
+
+
+def page() -> str:
+    """The whole page."""
+    groups, pins = [], []
+    fewer = False
+    for family in FAMILIES:
+        model, spec = traced(family, "eager")
+        other = fused(family, spec)
+        fewer = fewer or " of " in other
+        share = f"{100 * share_moved(model, spec):.1f} %"
+        groups.append([family.name, *cells(family, spec), share, other])
+        count = Counter(pin.reason for pin in spec.pins)
+        pins.append([family.name, ", ".join(f"{reason} {n}" for reason, n in sorted(count.items()))])
+    header = ["family", *(COLUMNS[kind] for kind in [*KINDS, "other"]), "parameters moved", "fused attention"]
+    text = TEXT + "\n" + table(header, groups) + HELD + reasons(UNMOVED) + MISSED + reasons(GAPS)
+    return text + PINS + table(["family", "axes pinned by"], pins)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())

@@ -1,0 +1,207 @@
+"""Activation matching: planted permutations, one read of the data, every kind of similarity and reading."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linear_sum_assignment
+
+import fastmatch as fm
+from fastmatch.matching.activations import (
+    READ,
+    SEVERAL,
+    SIMILARITIES,
+    best_permutation,
+    choose_taps,
+    match_activations,
+    unit_rows,
+)
+from fastmatch.matching.batch_pearson import BatchPearson
+from fastmatch.spec import Axis
+from fastmatch.studies.digits import Batches, digits
+from helpers.networks import NETWORKS, build, fresh_seed
+from helpers.trained import TRAINED, trained
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_planted_permutation_of_a_trained_network_is_recovered(name):
+    seed = fresh_seed()
+    model, x = trained(name, seed)
+    data, _ = digits()
+    spec = fm.PermutationSpec.trace(model, x)
+    planted = fm.Alignment(spec.random(torch.Generator().manual_seed(seed)), spec)
+    permuted = planted.apply(model)
+    data.reads = 0
+    found = fm.align(model, permuted, x, data=data)
+    assert data.reads == 1
+    # Units that never fire are all alike to the data: any order of them is a right answer.
+    aligned = found.apply(permuted)
+    dead = dead_units(model, spec, data)
+    for group, perm in found.permutations.items():
+        wrong = perm != planted.invert().permutations[group]
+        assert not bool((wrong & ~dead[group]).any()), group
+    with torch.no_grad():
+        torch.testing.assert_close(aligned(data.inputs), model(data.inputs), rtol=1e-4, atol=1e-4)
+
+
+def dead_units(model, spec, data, read="after", several="last"):
+    from fastmatch.spec.activation_sites import TapReader
+
+    dead: dict[str, torch.Tensor] = {}
+
+    def look(tap, tensor):
+        rows = unit_rows(tensor, tap.axis, spec.groups[tap.group].size)
+        silent = rows.std(dim=0) == 0
+        dead[tap.group] = silent & dead.get(tap.group, silent)
+
+    taps = [t for g in spec.groups for t in choose_taps(spec, g, read, several)]
+    with torch.no_grad(), TapReader(taps, look, read=read):
+        model(data.inputs)
+    return dead
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize("read", READ)
+@pytest.mark.parametrize("several", SEVERAL)
+def test_every_variant_recovers_a_random_resnet(similarity, read, several):
+    seed = fresh_seed()
+    model, _ = build("resnet", seed)
+    data = Batches(torch.randn(24, 3, 16, 16), torch.zeros(24), 10)  # the last batch is short
+    spec = fm.PermutationSpec.trace(model, data.inputs[:2])
+    planted = fm.Alignment(spec.random(), spec)
+    found = match_activations(
+        model, planted.apply(model), spec, data, similarity=similarity, read=read, several=several
+    )
+    if similarity == "correlation":  # self-similarity is largest there; elsewhere a louder unit may win
+        dead = dead_units(model, spec, data, read, several)
+        for group, perm in found.permutations.items():
+            wrong = perm != planted.invert().permutations[group]
+            assert not bool((wrong & ~dead[group]).any()), group
+    assert found.objective[1] >= found.objective[0]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_can_be_matched_by_activations(name):
+    model, x = build(name, fresh_seed())
+    data = [torch.randn(50, *x.shape[1:]) for _ in range(2)]
+    found = fm.align(model, model, x, data=data)
+    assert found.matching is not None
+    assert found.permutations.keys() == found.spec.groups.keys()
+    assert found.matching.method == "activations"
+
+
+def test_rows_follow_the_axis():
+    tensor = torch.arange(2 * 24 * 3).reshape(2, 24, 3).float()
+    rows = unit_rows(tensor, Axis("", 1, inner=4), 6)
+    assert rows.shape == (2 * 3 * 4, 6)
+    assert set(rows[:, 5].tolist()) == set(tensor[:, 20:24].flatten().tolist())
+    rows = unit_rows(tensor, Axis("", 1, outer=4, stride=6), 6)
+    assert set(rows[:, 5].tolist()) == set(tensor[:, 5::6].flatten().tolist())
+    plain = torch.zeros(3, 4)
+    kept = unit_rows(plain, Axis("", 1), 4)
+    plain.fill_(1)  # the network writes in place afterwards
+    assert float(kept.sum()) == 0
+
+
+def test_bad_input():
+    model, x = build("mlp", 0)
+    spec = fm.PermutationSpec.trace(model, x)
+    with pytest.raises(ValueError, match="yielded no batch"):
+        fm.align(model, model, x, data=[])
+    with pytest.raises(ValueError, match="similarity: expected one of"):
+        fm.align(model, model, x, data=[x], similarity="cosine")
+    with pytest.raises(ValueError, match="read: expected one of"):
+        fm.align(model, model, x, data=[x], read="inside")
+    with pytest.raises(ValueError, match="no place to read"):
+        fm.align(model, model, data=[x], spec=fm.PermutationSpec(spec.groups, spec.shapes))
+    with pytest.raises(TypeError, match="give modules"):
+        fm.align(model.state_dict(), model.state_dict(), spec=spec, data=[x])
+    with pytest.raises(TypeError, match="data: expected a loader"):
+        fm.align(model, model, x, data=3)
+
+
+def test_batch_correlation_is_the_published_formula():
+    generator = np.random.default_rng(fresh_seed())
+    batches = [(generator.normal(3, 1, (n, 5)), generator.normal(-1, 2, (n, 4))) for n in (9, 9, 3)]
+    moments = BatchPearson()
+    for a, b in batches:
+        moments.update(torch.from_numpy(a), torch.from_numpy(b))
+    expected = np.zeros((5, 4))
+    for i in range(5):
+        for j in range(4):
+            mean_a, mean_b = (np.mean([p[k][:, c].mean() for p in batches]) for k, c in ((0, i), (1, j)))
+            std_a, std_b = (np.mean([p[k][:, c].std(ddof=1) for p in batches]) for k, c in ((0, i), (1, j)))
+            product = np.mean([(a[:, i] * b[:, j]).mean() for a, b in batches])
+            expected[i, j] = (product - mean_a * mean_b) / (std_a * std_b + 1e-4)
+    np.testing.assert_allclose(moments.similarity().numpy(), expected, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="needs two samples; a batch gave 1"):
+        moments.update(torch.zeros(1, 5), torch.zeros(1, 4))
+    with pytest.raises(ValueError, match="no sample was read"):
+        BatchPearson().similarity()
+
+
+def test_batch_correlation_recovers_a_planted_permutation_in_one_read():
+    seed = fresh_seed()
+    model, x = trained("mlp", seed)
+    data, _ = digits()
+    data.size = 337  # equal batches
+    spec = fm.PermutationSpec.trace(model, x)
+    planted = fm.Alignment(spec.random(torch.Generator().manual_seed(seed)), spec)
+    permuted = planted.apply(model)
+    data.reads = 0
+    aligned = fm.align(model, permuted, x, data=data, similarity="batch-correlation").apply(permuted)
+    assert data.reads == 1
+    with torch.no_grad():
+        torch.testing.assert_close(aligned(data.inputs), model(data.inputs), rtol=1e-4, atol=1e-4)
+
+
+def test_data_that_is_no_loader_or_holds_nan():
+    model, x = build("mlp", 0)
+    with pytest.raises(TypeError, match="got one tensor"):
+        fm.align(model, model, x, data=x)
+    with pytest.raises(TypeError, match="got one pair of tensors"):
+        fm.align(model, model, x, data=(x, torch.zeros(len(x))))
+    with pytest.raises(ValueError, match="data: activations of group '0' hold NaN"):
+        fm.align(model, model, x, data=[torch.full((4, 12), float("nan"))])
+
+
+@pytest.mark.parametrize("name", ["mlp", "vgg", "resnet"])
+def test_sequential_matching_earns_what_one_read_earns(name):
+    # Permuting earlier layers leaves the function alone, so what later layers measure does not depend on it.
+    seed = fresh_seed()
+    (a, x), (b, _) = build(name, seed), build(name, seed + 1)
+    data = [torch.randn(32, *x.shape[1:], dtype=torch.float64)]
+    a, b = a.double(), b.double()
+    spec = fm.PermutationSpec.trace(a, x.double())
+    earned = 0.0
+    moved = b
+    for group in spec.groups:
+        found = match_activations(a, moved, spec.select([group]), data)
+        moved = fm.Alignment(found.permutations, spec.select([group])).apply(moved)
+        earned += found.objective[1]
+    assert match_activations(a, b, spec, data).objective[1] == pytest.approx(earned, rel=1e-9)
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 60])
+def test_of_equally_good_permutations_one_leaves_more_units_alone(size):
+    generator = torch.Generator().manual_seed(fresh_seed())
+    alive = torch.rand(size, generator=generator, dtype=torch.float64) > 0.4
+    rows = torch.randn(200, size, generator=generator, dtype=torch.float64) * alive
+    gain = rows.T @ rows  # dead units are alike to all, alive ones most like themselves
+    assert torch.equal(best_permutation(gain), torch.arange(size))
+    # Few values, many ties, no planted identity: still the optimum.
+    gain = torch.randint(-2, 3, (size, size), generator=generator).double()
+    perm = best_permutation(gain)
+    best = gain.numpy()[linear_sum_assignment(gain.numpy(), maximize=True)].sum()
+    assert torch.equal(perm.sort().values, torch.arange(size))
+    assert float(gain[torch.arange(size), perm].sum()) == best
+
+
+def test_dead_units_of_a_model_matched_with_itself_stay():
+    seed = fresh_seed()
+    model, x = build("mlp", seed)
+    with torch.no_grad():
+        model.get_parameter("0.bias")[::3] = -100.0  # under a ReLU: never fires
+    found = fm.align(model, model, x, data=[torch.randn(64, 12)])
+    assert torch.equal(found.permutations["0"], torch.arange(24))

@@ -1,0 +1,117 @@
+"""align(): what it refuses, what it leaves alone, what comes out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import fastmatch as fm
+from helpers.networks import build, fresh_seed
+
+
+def test_modules_and_state_dicts_give_the_same():
+    seed = fresh_seed()
+    (a, x), (b, _) = build("vgg", seed), build("vgg", seed + 1)
+    before = {k: v.clone() for k, v in b.state_dict().items()}
+    by_module = fm.align(a, b, x, seed=3)
+    by_state = fm.align(a.state_dict(), b.state_dict(), spec=by_module.spec, seed=3)
+    assert all(torch.equal(p, by_state.permutations[k]) for k, p in by_module.permutations.items())
+    aligned = by_module.apply(b)
+    states = by_module.apply(b.state_dict())
+    assert all(torch.equal(v, states[k]) for k, v in aligned.state_dict().items())
+    assert all(torch.equal(v, before[k]) for k, v in b.state_dict().items())
+    with torch.no_grad():
+        torch.testing.assert_close(aligned(x), b(x), rtol=1e-4, atol=1e-5)
+
+
+def test_groups_narrow_the_work():
+    (a, x), (b, _) = build("vgg", 0), build("vgg", 1)
+    found = fm.align(a, b, x, groups=["classifier.0"])
+    assert list(found.permutations) == ["classifier.0"]
+    with pytest.raises(ValueError, match="not in the spec"):
+        fm.align(a, b, x, groups=["classifier.9"])
+
+
+def test_architectures_that_differ():
+    a, x = build("mlp", 0)
+    wider = nn.Sequential(nn.Linear(12, 30), *list(a)[1:])
+    with pytest.raises(ValueError, match=r"'0.weight' has shape \(30, 12\), model_a has \(24, 12\)"):
+        fm.align(a, wider, x)
+    with pytest.raises(ValueError, match=r"model_b: has no tensor '5.weight'"):
+        fm.align(a, a[:5], x)
+    with pytest.raises(ValueError, match=r"model_b: has tensor '6.weight', which model_a has not"):
+        fm.align(a, nn.Sequential(*a, nn.Linear(5, 5)), x)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(value):
+    a, x = build("mlp", 0)
+    b, _ = build("mlp", 1)
+    with torch.no_grad():
+        b[2].weight[3, 4] = value
+    with pytest.raises(ValueError, match=r"model_b: tensor '2.weight' holds 1 NaN or infinite"):
+        fm.align(a, b, x)
+    with pytest.raises(ValueError, match=r"model_a: tensor '2.weight'"):
+        fm.align(b, a, x)
+
+
+def test_large_finite_weights_are_fine():
+    a, _ = build("mlp", 0)
+    with torch.no_grad():
+        a[2].weight.fill_(3e38)  # the sum overflows float32, the weights do not
+    from fastmatch._internal.states import check_finite
+
+    check_finite(a.state_dict(), "model_a")
+
+
+def test_missing_pieces():
+    a, x = build("mlp", 0)
+    spec = fm.PermutationSpec.trace(a, x)
+    state = a.state_dict()
+    with pytest.raises(ValueError, match="spec: state dicts cannot be traced"):
+        fm.align(state, state, x)
+    with pytest.raises(ValueError, match="example_inputs: needed"):
+        fm.align(a, a)
+    with pytest.raises(TypeError, match="model_a: expected a torch module or a state dict, got int"):
+        fm.align(3, a, x)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="entry 'k' is str"):
+        fm.align({"k": "v"}, state, spec=spec)  # type: ignore[dict-item]
+    other = {k: tuple(v.shape) for k, v in build("vgg", 0)[0].state_dict().items()}
+    foreign = fm.PermutationSpec(fm.PermutationSpec.trace(*build("vgg", 0)).groups, other)
+    with pytest.raises(ValueError, match=r"has no tensor 'features.0.weight', which the spec's group"):
+        fm.align(state, state, spec=foreign)
+    with pytest.raises(ValueError, match="start: activation matching"):
+        fm.align(a, a, x, data=[x], start={})
+
+
+def test_specs_that_do_not_hold_together():
+    group = fm.Group("h", 4, (fm.Axis("w", 0),))
+    with pytest.raises(ValueError, match="names parameter 'w'"):
+        fm.PermutationSpec({"h": group}, {})
+    with pytest.raises(ValueError, match="does not fit w:0"):
+        fm.PermutationSpec({"h": group}, {"w": (3,)})
+    with pytest.raises(ValueError, match="does not match the group's own name"):
+        fm.PermutationSpec({"g": group}, {"w": (4,)})
+
+
+def test_the_repr_is_one_short_line():
+    (a, x), (b, _) = build("mlp", 0), build("mlp", 1)
+    found = fm.align(a, b, x)
+    assert len(repr(found)) < 120
+    assert repr(found).startswith("Alignment(2 groups, ")
+    assert "of 48 units moved, weights objective" in repr(found)
+    assert repr(found.compose(found.invert())) == "Alignment(2 groups, 0 of 48 units moved)"
+
+
+def test_a_spec_in_which_nothing_can_move_is_warned_of():
+    model = nn.Sequential(nn.Linear(4, 3))
+    with pytest.warns(UserWarning, match="no group of units is free to move"):
+        fm.align(model, model, torch.randn(2, 4))
+
+
+def test_names_that_a_wrapper_prefixed():
+    a, x = build("mlp", 0)
+    prefixed = {f"module.{k}": v for k, v in a.state_dict().items()}
+    with pytest.raises(ValueError, match=r"model_b: every name starts with 'module.'"):
+        fm.align(a.state_dict(), prefixed, spec=fm.PermutationSpec.trace(a, x))

@@ -1,0 +1,100 @@
+"""Gains that follow their neighbours are the gains built anew, in every architecture and for every kind of move."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastmatch as fm
+from fastmatch.matching import gains as gains_module
+from fastmatch.matching.gains import Gains, unit_rows
+from fastmatch.matching.weights import match_weights
+from fastmatch.permutations.apply import permute_tensor
+from helpers.networks import NETWORKS, build, fresh_seed
+
+
+def direct(a, b, spec, group, axes, perms):
+    """The definition, in float64."""
+    total = torch.zeros(group.size, group.size, dtype=torch.float64)
+    for axis in axes:
+        moved = permute_tensor(b[axis.parameter], axis.parameter, spec, perms, skip=axis)
+        rows = (unit_rows(x, axis, group.size, torch.float64) for x in (a[axis.parameter], moved))
+        total += next(rows) @ next(rows).T
+    return total
+
+
+def few_moves(perms, generator):
+    """The permutations after a cycle of three units in one group."""
+    names = list(perms)
+    name = names[int(torch.randint(len(names), (1,), generator=generator))]
+    picked = torch.randperm(len(perms[name]), generator=generator)[:3]
+    perms[name] = perms[name].clone()
+    perms[name][picked] = perms[name][picked.roll(1)]
+    return perms
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_followed_gains_are_the_gains(name, monkeypatch):
+    monkeypatch.setattr(gains_module, "WORTHWHILE", 2.0)  # update wherever an update is possible
+    seed = fresh_seed()
+    (one, x), (two, _) = build(name, seed), build(name, seed + 1)
+    spec = fm.PermutationSpec.trace(one, x)
+    a, b = one.state_dict(), two.state_dict()
+    axes = {n: [x for x in g.axes if a[x.parameter].is_floating_point()] for n, g in spec.groups.items()}
+    generator = torch.Generator().manual_seed(seed)
+    perms = spec.random(generator)
+    gains = Gains(a, b, spec, budget=2**30)
+    for turn in range(12):
+        for group in spec.groups.values():
+            got = gains.of(group, axes[group.name], perms)
+            want = direct(a, b, spec, group, axes[group.name], perms)
+            scale = 1e-5 * float(want.abs().max() + 1)
+            assert float((got.double() - want).abs().max()) <= scale, (group.name, turn)
+        perms = spec.random(generator) if turn == 6 else few_moves(perms, generator)
+
+
+def test_updates_are_taken_counted_and_end(monkeypatch):
+    (one, x), (two, _) = build("mlp", 1), build("mlp", 2)
+    spec = fm.PermutationSpec.trace(one, x)
+    gains = Gains(one.state_dict(), two.state_dict(), spec, budget=2**30)
+    built = []
+    build_gain = gains._build
+    monkeypatch.setattr(gains, "_build", lambda *args: built.append(1) or build_gain(*args))
+    group = next(iter(spec.groups.values()))
+    other = list(spec.groups)[1]
+    perms = spec.identity()
+    for _ in range(gains_module.UPDATES + 2):
+        gains.of(group, group.axes, perms)
+        perms = dict(perms)
+        perms[other] = perms[other].clone()
+        perms[other][:2] = perms[other][:2].flip(0)
+    assert len(built) == 2  # the first, and one after so many updates
+
+
+def test_what_does_not_fit_the_budget_is_built_each_time_and_gives_the_same_matching(monkeypatch):
+    seed = fresh_seed()
+    (one, x), (two, _) = build("resnet", seed), build("resnet", seed + 1)
+    spec = fm.PermutationSpec.trace(one, x)
+    a, b = one.state_dict(), two.state_dict()
+    kept = match_weights(a, b, spec, seed=seed)
+    monkeypatch.setattr("fastmatch.matching.weights.KEPT", 0)
+    fresh = match_weights(a, b, spec, seed=seed)
+    assert kept.objective[-1] == pytest.approx(fresh.objective[-1], rel=1e-6)
+    gains = Gains(a, b, spec, budget=0)
+    group = next(iter(spec.groups.values()))
+    gains.of(group, group.axes[:1], spec.identity())
+    assert gains.kept == {}
+
+
+def test_the_order_of_groups_can_be_given():
+    (one, x), (two, _) = build("mlp", 1), build("mlp", 2)
+    spec = fm.PermutationSpec.trace(one, x)
+    a, b = one.state_dict(), two.state_dict()
+    forward = match_weights(a, b, spec, orders=iter([[0, 1]] * 100))
+    backward = match_weights(a, b, spec, orders=iter([[1, 0]] * 100))
+    assert forward.converged
+    assert backward.converged
+    assert forward.objective[1] != backward.objective[1]
+    ended = match_weights(a, b, spec, orders=iter([[0, 1]]))
+    assert ended.objective == forward.objective[:2]
+    assert not ended.converged

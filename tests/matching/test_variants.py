@@ -1,0 +1,254 @@
+"""Fisher-weighted, straight-through and whitened matching: objectives as stated, planted permutations, reads, errors."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+import fastmatch as fm
+from fastmatch.matching.activations import similarities
+from fastmatch.matching.fisher import match_fisher
+from fastmatch.matching.straight_through import match_straight_through
+from fastmatch.statistics.fisher import diagonal_fisher
+from fastmatch.studies.digits import Batches, digits
+from helpers.networks import build, fresh_seed
+from helpers.trained import TRAINED, trained
+
+
+def random_fisher(state, generator):
+    """Positive weights for every parameter, and none for buffers."""
+    return {
+        name: torch.rand(value.shape, generator=generator)
+        for name, value in state.items()
+        if value.is_floating_point() and "running" not in name
+    }
+
+
+def weighted_distance(a, b, f, g, spec):
+    names = {axis.parameter for group in spec.groups.values() for axis in group.axes}
+    return sum(
+        float(((f[n].double() + g[n].double()) * (a[n].double() - b[n].double()).square()).sum())
+        for n in names
+        if n in f
+    )
+
+
+@pytest.mark.parametrize("name", ["mlp", "vgg", "resnet"])
+def test_the_fisher_objective_is_the_negated_distance_and_never_falls(name):
+    seed = fresh_seed()
+    (one, x), (two, _) = build(name, seed), build(name, seed + 1)
+    spec = fm.PermutationSpec.trace(one, x)
+    a, b = one.state_dict(), two.state_dict()
+    generator = torch.Generator().manual_seed(seed)
+    f, g = random_fisher(a, generator), random_fisher(b, generator)
+    found = match_fisher(a, b, spec, f, g, seed=seed)
+    assert found.converged
+    assert all(later >= earlier for earlier, later in itertools.pairwise(found.objective))
+    moved = [fm.Alignment(found.permutations, spec).apply(dict(b)), *[dict(g)]]
+    for group in spec.groups.values():  # the Fisher of B moves with its parameters
+        assert len(found.permutations[group.name]) == group.size
+    with_buffers = {**{n: torch.zeros(s) for n, s in spec.shapes.items()}, **g}
+    moved[1] = fm.Alignment(found.permutations, spec).apply(with_buffers)
+    scale = weighted_distance(a, b, f, g, spec)
+    assert -found.objective[0] == pytest.approx(scale, rel=1e-6)
+    assert -found.objective[-1] == pytest.approx(weighted_distance(a, moved[0], f, moved[1], spec), rel=1e-6)
+    assert found.objective[-1] > found.objective[0]
+
+
+@pytest.mark.parametrize("include", ["weights", "affine"])
+def test_only_ratios_of_the_fisher_count(include):
+    seed = fresh_seed()
+    (one, x), (two, _) = build("vgg", seed), build("vgg", seed + 1)
+    spec = fm.PermutationSpec.trace(one, x)
+    a, b = one.state_dict(), two.state_dict()
+    generator = torch.Generator().manual_seed(seed)
+    f, g = random_fisher(a, generator), random_fisher(b, generator)
+    found = match_fisher(a, b, spec, f, g, seed=seed, include=include)
+    small = [{n: v * 2.0**-60 for n, v in x.items()} for x in (f, g)]
+    again = match_fisher(a, b, spec, *small, seed=seed, include=include)
+    assert all(torch.equal(again.permutations[k], p) for k, p in found.permutations.items())
+    assert again.objective[-1] == pytest.approx(found.objective[-1] * 2.0**-60, rel=1e-6)
+    if include == "weights":
+        f, g = ({n: v for n, v in x.items() if v.ndim > 1} for x in (f, g))
+    assert -found.objective[0] == pytest.approx(weighted_distance(a, b, f, g, spec), rel=1e-6)
+
+
+class Tied(torch.nn.Module):
+    """An embedding that is also the head."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Embedding(7, 12)
+        self.hidden = torch.nn.Linear(12, 12)
+        self.head = torch.nn.Linear(12, 7, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, x):
+        return self.head(torch.relu(self.hidden(self.table(x))))
+
+
+def test_tied_parameters_are_trained_as_one():
+    torch.manual_seed(fresh_seed())
+    one, two = Tied(), Tied()
+    x, y = torch.randint(0, 7, (20,)), torch.randint(0, 7, (20,))
+    found = fm.align(one, two, x, data=Batches(x, y, 10), method="straight-through")
+    assert found.matching.objective[1] >= found.matching.objective[0]
+
+
+def test_an_equal_fisher_is_plain_weight_matching():
+    seed = fresh_seed()
+    (one, x), (two, _) = build("mlp", seed), build("mlp", seed + 1)
+    spec = fm.PermutationSpec.trace(one, x)
+    a, b = one.state_dict(), two.state_dict()
+    ones = {n: torch.full_like(v, 0.5) for n, v in a.items()}
+    plain = fm.align(one, two, spec=spec, seed=seed)
+    found = match_fisher(a, b, spec, ones, ones, seed=seed)
+    assert all(torch.equal(found.permutations[k], p) for k, p in plain.permutations.items())
+
+
+@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("method", ["fisher", "straight-through"])
+def test_a_planted_permutation_is_recovered(name, method):
+    seed = fresh_seed()
+    model, x = trained(name, seed)
+    train, _ = digits()
+    data = Batches(*(part[:256] for part in next(iter_all(train))), 128)
+    spec = fm.PermutationSpec.trace(model, x)
+    planted = fm.Alignment(spec.random(torch.Generator().manual_seed(seed)), spec)
+    if method == "fisher":
+        # Units on which the output does not hang weigh nothing: a floor keeps them apart.
+        b = planted.apply(model).state_dict()
+        f = {n: v + 1e-3 * v.mean() + 1e-9 for n, v in diagonal_fisher(model, data).items()}
+        zeros = {n: torch.zeros(s) for n, s in spec.shapes.items()}
+        g = {n: v for n, v in planted.apply({**zeros, **f}).items() if n in f}
+        found = match_fisher(model.state_dict(), b, spec, f, g, seed=seed)
+    else:
+        found = match_straight_through(model, planted.apply(model), spec, data, epochs=1, seed=seed)
+    for group, perm in found.permutations.items():
+        assert torch.equal(perm, planted.invert().permutations[group]), group
+
+
+def iter_all(batches):
+    parts = list(batches)
+    yield torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
+
+
+def test_straight_through_is_no_worse_than_weight_matching_and_reads_as_said():
+    seed = fresh_seed()
+    (one, x), (two, _) = trained("mlp", seed), trained("mlp", seed + 1)
+    data, _ = digits()
+    spec = fm.PermutationSpec.trace(one, x)
+    for model in (one, two):
+        model.zero_grad(set_to_none=True)  # what training left
+    before = {n: v.clone() for model in (one, two) for n, v in model.state_dict().items()}
+    data.reads = 0
+    found = match_straight_through(one, two, spec, data, epochs=2, seed=seed)
+    assert data.reads == 5
+    plain = fm.align(one, two, spec=spec, seed=seed)
+
+    def midpoint_loss(permutations):
+        aligned = fm.Alignment(permutations, spec).apply(two)
+        return fm.evaluate(fm.merge([one, aligned]), data)[0]
+
+    assert -found.objective[0] == pytest.approx(midpoint_loss(plain.permutations), rel=1e-5)
+    assert -found.objective[1] == pytest.approx(midpoint_loss(found.permutations), rel=1e-5)
+    assert found.objective[1] >= found.objective[0]
+    after = {n: v for model in (one, two) for n, v in model.state_dict().items()}
+    assert all(torch.equal(v, after[n]) for n, v in before.items())
+    assert all(p.grad is None for model in (one, two) for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["mlp", "vgg"])
+def test_whitened_similarity_is_its_formula(name):
+    seed = fresh_seed()
+    (one, x), (two, _) = build(name, seed), build(name, seed + 1)
+    data = Batches(torch.randn(40, *x.shape[1:]), torch.zeros(40), 16)
+    spec = fm.PermutationSpec.trace(one, x)
+    rows: dict[str, list[torch.Tensor]] = {}
+
+    class Kept:
+        """Keeps the rows that the similarity is given."""
+
+        def __init__(self):
+            self.a, self.b = [], []
+            rows[str(len(rows))] = [self]
+
+        def update(self, a, b):
+            self.a.append(a.double())
+            self.b.append(b.double())
+
+        def similarity(self):
+            a, b = torch.cat(self.a), torch.cat(self.b)
+            a, b = a - a.mean(0), b - b.mean(0)
+
+            def whitener(x):
+                cov = x.T @ x / len(x)
+                cov = cov + 0.1 * cov.diagonal().mean() * torch.eye(len(cov), dtype=cov.dtype)
+                values, vectors = torch.linalg.eigh(cov)
+                return vectors @ torch.diag(values.rsqrt()) @ vectors.T
+
+            return whitener(a) @ (a.T @ b / len(a)) @ whitener(b)
+
+    from fastmatch.matching import activations
+
+    found = similarities(one, two, spec, data, similarity="cca")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(activations.OTHERS, "cca", Kept)
+        expected = similarities(one, two, spec, data, similarity="cca")
+    for group, gain in found.items():
+        assert torch.allclose(gain, expected[group], atol=1e-5), group
+        assert float(torch.linalg.matrix_norm(gain, 2)) <= 1 + 1e-6  # canonical correlations
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_whitened_matching_undoes_a_planted_permutation(name):
+    seed = fresh_seed()
+    model, x = trained(name, seed)
+    data, _ = digits()
+    spec = fm.PermutationSpec.trace(model, x)
+    planted = fm.Alignment(spec.random(torch.Generator().manual_seed(seed)), spec)
+    other = planted.apply(model)
+    data.reads = 0
+    found = fm.align(model, other, x, data=data, similarity="cca")
+    assert data.reads == 1
+    truth = planted.invert().permutations
+    gains = similarities(model, other, spec, data, similarity="cca")
+    for group, perm in found.permutations.items():
+        units = torch.arange(len(perm))
+        # Units that never fire are alike to the data; all others are found.
+        alive = gains[group][units, truth[group]].abs() > 1e-6
+        assert torch.equal(perm[alive], truth[group][alive]), group
+
+
+def test_align_takes_them_by_name_and_says_what_is_wrong():
+    (one, x), (two, _) = build("mlp", 0), build("mlp", 1)
+    data = Batches(torch.randn(20, *x.shape[1:]), torch.randint(0, 3, (20,)), 10)
+    spec = fm.PermutationSpec.trace(one, x)
+    for method in ("fisher", "straight-through"):
+        found = fm.align(one, two, x, data=data, method=method)
+        assert found.matching is not None
+        assert found.matching.method == method
+        with pytest.raises(ValueError, match=f"data: method '{method}' needs a loader"):
+            fm.align(one, two, x, method=method)
+        with pytest.raises(ValueError, match="mix: needs data"):
+            fm.align(one, two, x, data=data, method=method, mix=0.5)
+        with pytest.raises(ValueError, match="similarity: is of activation matching"):
+            fm.align(one, two, x, data=data, method=method, similarity="inner")
+        with pytest.raises(ValueError, match=r"expected \(inputs, targets\) pairs"):
+            fm.align(one, two, x, data=[x, x], method=method)
+    assert fm.align(one, two, x, data=data, method="weights").matching.method == "weights"
+    with pytest.raises(ValueError, match="method: expected one of"):
+        fm.align(one, two, x, method="guess")
+    with pytest.raises(ValueError, match="epochs: expected a whole number of at least 1, got 0"):
+        match_straight_through(one, two, spec, data, epochs=0)
+    with pytest.raises(ValueError, match="learning_rate: expected a positive number, got -1"):
+        match_straight_through(one, two, spec, data, learning_rate=-1)
+    state = one.state_dict()
+    fisher = {n: torch.ones_like(v) for n, v in state.items()}
+    name = next(iter(fisher))
+    with pytest.raises(ValueError, match=f"fisher_b: expected weights of shape .* for '{name}', got nothing"):
+        match_fisher(state, state, spec, fisher, {n: v for n, v in fisher.items() if n != name})
+    with pytest.raises(ValueError, match=f"fisher_a: '{name}' holds negative numbers or NaN"):
+        match_fisher(state, state, spec, {**fisher, name: -fisher[name]}, fisher)

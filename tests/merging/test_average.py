@@ -1,0 +1,93 @@
+"""Weighted averages of models and state dicts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import fastmatch as fm
+from fastmatch._internal.modules import with_state
+from fastmatch.merging.average import merge_states
+from helpers.networks import build, fresh_seed
+
+
+def test_weights_dtypes_and_counters():
+    seed = fresh_seed()
+    models = [build("vgg", seed + k)[0] for k in range(3)]
+    for model, steps in zip(models, (5, 7, 9), strict=True):
+        model.features[1].num_batches_tracked.fill_(steps)
+    merged = fm.merge(models, weights=[0.5, 0.2, 0.3])
+    states = [m.state_dict() for m in models]
+    for name, tensor in merged.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            assert tensor.dtype == torch.long
+            assert int(tensor) == int(states[0][name])
+            continue
+        expected = sum(w * s[name].double() for w, s in zip((0.5, 0.2, 0.3), states, strict=True))
+        torch.testing.assert_close(tensor.double(), expected, rtol=1e-6, atol=1e-6)
+    half = fm.merge([m.half() for m in models])
+    assert all(v.dtype == torch.float16 for k, v in half.state_dict().items() if "num_batches" not in k)
+
+
+def test_state_dicts_and_one_model():
+    model, _ = build("mlp", 0)
+    state = model.state_dict()
+    merged = fm.merge([state, state], weights=[0.25, 0.75])
+    assert isinstance(merged, dict)
+    assert all(torch.allclose(v, state[k]) and v is not state[k] for k, v in merged.items())
+    alone = fm.merge([model])
+    assert isinstance(alone, nn.Module)
+    assert alone is not model
+
+
+def test_a_merged_module_takes_the_merged_tensors_over_and_keeps_what_its_parameters_were():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6, bias=False)
+            self.second.weight = self.first.weight
+            self.first.bias.requires_grad_(False)
+            self.conv = nn.Conv2d(2, 4, 3).to(memory_format=torch.channels_last)
+            self.register_buffer("steps", torch.zeros(3))
+
+    one, two = Tied(), Tied()
+    before = {k: v.clone() for k, v in one.state_dict().items()}
+    state = merge_states([one.state_dict(), two.state_dict()])
+    new = with_state(one, state)
+    assert new.second.weight is new.first.weight
+    assert isinstance(new.first.weight, nn.Parameter)
+    assert new.first.weight.requires_grad
+    assert not new.first.bias.requires_grad
+    assert new.first.bias.data_ptr() == state["first.bias"].data_ptr()
+    assert new.conv.weight.is_contiguous(memory_format=torch.channels_last)
+    assert len(list(new.parameters())) == len(list(one.parameters()))
+    for name, tensor in new.state_dict().items():
+        torch.testing.assert_close(tensor, state[name])
+        assert torch.equal(one.state_dict()[name], before[name])
+        assert tensor.data_ptr() != one.state_dict()[name].data_ptr()
+
+
+def test_bad_input():
+    model, _ = build("mlp", 0)
+    with pytest.raises(ValueError, match="models: expected at least one"):
+        fm.merge([])
+    with pytest.raises(ValueError, match="weights: expected 2, one a model, got 1"):
+        fm.merge([model, model], weights=[1.0])
+    with pytest.raises(ValueError, match="finite"):
+        fm.merge([model, model], weights=[1.0, float("nan")])
+    with pytest.raises(ValueError, match=r"models\[1\]: tensor '0.weight' has shape \(30, 12\)"):
+        fm.merge([model, nn.Sequential(nn.Linear(12, 30), *list(model)[1:])])
+    with pytest.raises(TypeError, match=r"models\[1\]: expected a torch module or a state dict, got str"):
+        fm.merge([model, "b"])  # type: ignore[list-item]
+
+
+def test_weights_that_do_not_sum_to_one_are_warned_of_and_nan_is_named():
+    model, _ = build("mlp", 0)
+    with pytest.warns(UserWarning, match="weights sum to 1.5, not one"):
+        fm.merge([model, model], weights=[0.5, 1.0])
+    broken, _ = build("mlp", 0)
+    with torch.no_grad():
+        broken[0].weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"models\[1\]: tensor '0.weight' holds 1 NaN"):
+        fm.merge([model, broken])

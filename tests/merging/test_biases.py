@@ -1,0 +1,62 @@
+"""The data-free forms: biases by powers of the weights, biases removed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import fastmatch as fm
+from helpers.networks import build, fresh_seed
+
+
+def test_biases_take_the_power_of_their_depth_and_all_else_is_the_average():
+    seed = fresh_seed()
+    ends = [build("vgg", seed + k)[0] for k in range(2)]
+    weights = [0.3, 0.7]
+    new = fm.normalize_biases(ends, weights)
+    merged = fm.merge(ends, weights).state_dict()
+    depths = {"features.0.bias": 1, "features.4.bias": 2, "classifier.0.bias": 3, "classifier.3.bias": 4}
+    for name, tensor in new.state_dict().items():
+        h = depths.get(name)
+        if h is None:
+            assert torch.equal(tensor, merged[name]), name  # norms and running statistics too, nothing zeroed
+        else:
+            expected = sum(w**h * e.state_dict()[name] for w, e in zip(weights, ends, strict=True))
+            torch.testing.assert_close(tensor, expected)
+
+
+def test_a_network_merged_with_silence_keeps_its_argmax():
+    """With b = 0, weights and biases scale so that the output is exactly alpha^L times the network's."""
+    torch.manual_seed(fresh_seed())
+    a = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 9), nn.ReLU(), nn.Linear(9, 4)).double()
+    silent = {name: torch.zeros_like(t) for name, t in a.state_dict().items()}
+    mixed = fm.normalize_biases([dict(a.state_dict()), silent], [0.5, 0.5])
+    half = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 9), nn.ReLU(), nn.Linear(9, 4)).double()
+    half.load_state_dict(mixed)
+    x = torch.randn(20, 6).double()
+    torch.testing.assert_close(half(x), a(x) / 8)
+
+
+def test_removal_zeroes_the_last_biases_only():
+    model, _ = build("vgg", fresh_seed())
+    new = fm.remove_biases(model, last=2).state_dict()
+    for name, tensor in model.state_dict().items():
+        if name in ("classifier.0.bias", "classifier.3.bias"):
+            assert not new[name].any()
+        else:
+            assert torch.equal(new[name], tensor)
+    every = fm.remove_biases(model.state_dict())
+    assert sum(not t.any() for t in every.values() if t.is_floating_point()) == 4
+
+
+def test_bad_input():
+    model, _ = build("mlp", 0)
+    with pytest.raises(ValueError, match="last: expected 0 to 3"):
+        fm.remove_biases(model, last=4)
+    with pytest.raises(ValueError, match="weights of 0 at least"):
+        fm.normalize_biases([model, model], [1.5, -0.5])
+    with pytest.raises(ValueError, match="models: expected at least one"):
+        fm.normalize_biases([])
+    with pytest.raises(TypeError, match="expected a torch module or a state dict"):
+        fm.remove_biases(3)

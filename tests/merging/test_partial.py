@@ -1,0 +1,415 @@
+"""Partial merging: function preserved where it must be, equal to what it generalises, a module like any other."""
+
+from __future__ import annotations
+
+import copy
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+import bench.reports.partial as bench
+import fastmatch as fm
+from fastmatch.merging.units import RULES
+from fastmatch.renorm import endpoint_statistics
+from fastmatch.studies.digits import Batches, digits, train
+from helpers.networks import NETWORKS, build, fresh_seed, mlp
+
+DOUBLE = torch.float64
+
+
+def inputs_like(x: torch.Tensor, count: int = 96) -> Batches:
+    """Random data of two batches, the last one short; in float64."""
+    return Batches(torch.randn(count, *x.shape[1:], dtype=DOUBLE), torch.zeros(count), 64)
+
+
+def two(name: str, seed: int, count: int = 2) -> tuple[list[nn.Module], torch.Tensor]:
+    built = [build(name, seed + k) for k in range(count)]
+    return [model.double() for model, _ in built], built[0][1].double()
+
+
+def run(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(x)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_model_merged_with_itself_is_itself(name, rule):
+    seed = fresh_seed()
+    model, x = build(name, seed)
+    model, x = model.double(), x.double()
+    data = inputs_like(x)
+    count = len(fm.PermutationSpec.trace(model, x).flat().groups)
+    for start_at in (0, count // 2):
+        found = fm.merge_partial([model, model], x, data, rule=rule, start_at=start_at)
+        torch.testing.assert_close(
+            run(found.model, data.inputs), run(model, data.inputs), rtol=1e-9, atol=1e-9
+        )
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_named_groups_stay_apart(rule):
+    (a, b), x = two("resnet", fresh_seed())
+    data = inputs_like(x)
+    found = fm.merge_partial([a, a], x, data, rule=rule, apart=["stage1.0.conv1", "stage2.0.conv2"])
+    torch.testing.assert_close(run(found.model, x), run(a, x), rtol=1e-9, atol=1e-9)
+    found = fm.merge_partial([a, b], x, data, rule=rule, apart=["stage1.0.conv1"])
+    # Bit for bit what each model had.
+    for k, model in enumerate((a, b)):
+        kept = f"apart.{k}.stage1.0.conv1.weight"
+        assert kept in found.apart
+        assert torch.equal(found.model.get_parameter(kept), model.get_parameter("stage1.0.conv1.weight"))
+    assert "merged.stage1.0.conv1.weight" not in dict(found.model.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["mlp", "vgg", "resnet", "resnet with layer norm", "encoder"])
+def test_permute_from_the_start_is_align_and_merge(name):
+    (a, b), x = two(name, fresh_seed())
+    data = inputs_like(x)
+    spec = fm.PermutationSpec.trace(a, x).flat()  # whole heads stay, their channels move
+    alignment = fm.align(a, b, x, data=data, spec=spec)
+    merged = fm.merge([a, alignment.apply(b)], [0.3, 0.7])
+    found = fm.merge_partial([a, b], x, data, rule="permute", weights=[0.3, 0.7])
+    theirs = merged.state_dict()
+    ours = {n.removeprefix("merged."): t for n, t in found.model.state_dict().items()}
+    assert ours.keys() == theirs.keys()
+    for key in ours:
+        assert torch.equal(ours[key], theirs[key]), key
+    assert torch.equal(run(found.model, x), run(merged, x))
+
+
+@pytest.mark.parametrize("name", ["mlp", "vgg", "resnet", "dense", "functional", "encoder"])
+def test_identity_from_the_start_is_a_plain_average(name):
+    (a, b, c), x = two(name, fresh_seed(), count=3)
+    found = fm.merge_partial([a, b, c], x, rule="identity")
+    assert torch.equal(run(found.model, x), run(fm.merge([a, b, c]), x))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_kept_apart_to_the_end_it_is_the_ensemble(name):
+    (a, b), x = two(name, fresh_seed())
+    count = len(fm.PermutationSpec.trace(a, x).flat().groups)
+    # Nothing is merged, so no data is needed.
+    found = fm.merge_partial([a, b], x, rule="zip", start_at=count, weights=[0.25, 0.75])
+    expected = run(fm.Ensemble([a, b], [0.25, 0.75]), x)
+    torch.testing.assert_close(run(found.model, x), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(expected, 0.25 * run(a, x) + 0.75 * run(b, x), rtol=1e-12, atol=1e-12)
+    assert not found.maps
+
+
+def test_a_planted_permutation_is_undone_by_every_matching_rule():
+    seed = fresh_seed()
+    torch.manual_seed(seed)
+    # Without ReLU no unit is dead: of dead ones nobody can tell which is which.
+    a = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Tanh(), nn.Conv2d(8, 12, 3), nn.Tanh(), nn.Flatten(),
+        nn.Linear(192, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 5),
+    ).double().eval()  # fmt: skip
+    x = torch.randn(2, 3, 8, 8, dtype=DOUBLE)
+    spec = fm.PermutationSpec.trace(a, x)
+    planted = fm.Alignment(spec.random(torch.Generator().manual_seed(seed)), spec)
+    data = inputs_like(x)
+    for rule in ("permute", "zip", "cca"):
+        for start_at in (0, 1):
+            found = fm.merge_partial([a, planted.apply(a), a], x, data, rule=rule, start_at=start_at)
+            torch.testing.assert_close(run(found.model, x), run(a, x), rtol=1e-7, atol=1e-7)
+
+
+def test_zip_merges_units_within_a_model():
+    """A holds every unit twice, B two kinds: pairs within the models lose nothing, pairs across must."""
+    seed = fresh_seed()
+    torch.manual_seed(seed)
+    half_a, half_b = (nn.Linear(6, 8).double() for _ in range(2))
+
+    def doubled(half: nn.Linear) -> nn.Module:
+        model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)).double()
+        with torch.no_grad():
+            for source, target in ((half.weight, model[0].weight), (half.bias, model[0].bias)):
+                target.copy_(torch.cat([source, source]))
+        return model
+
+    a, b = doubled(half_a), doubled(half_b)
+    x = torch.randn(200, 6, dtype=DOUBLE)
+    apart = run(fm.Ensemble([a, b]), x)
+    exact = fm.merge_partial([a, b], x, [x], rule="zip", b=1.0)
+    torch.testing.assert_close(run(exact.model, x), apart, rtol=1e-10, atol=1e-10)
+    across = fm.merge_partial([a, b], x, [x], rule="permute")
+    assert (run(across.model, x) - apart).abs().max() > 1e-3
+
+
+def test_zip_maps_average_and_take_apart():
+    """sum_k w_k R_k U_k = I, whatever the clusters and weights."""
+    (a, b, c), x = two("mlp", fresh_seed(), count=3)
+    weights = [0.5, 0.2, 0.3]
+    for rule in RULES:
+        found = fm.merge_partial([a, b, c], x, inputs_like(x), rule=rule, weights=weights, b=0.5)
+        for group, maps in found.maps.items():
+            eye = torch.eye(found.spec.groups[group].size, dtype=DOUBLE)
+            there_and_back = [
+                w * leave(read(eye, 0), 0)
+                for w, leave, read in zip(weights, maps.leave, maps.read, strict=True)
+            ]
+            torch.testing.assert_close(sum(there_and_back), eye, rtol=1e-8, atol=1e-8)
+            for enter, read in zip(maps.enter, maps.read, strict=True):
+                torch.testing.assert_close(enter(eye, 0), read(eye, 0).T)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_data_is_read_once(rule):
+    (a, b, c), x = two("vgg", fresh_seed(), count=3)
+    data = inputs_like(x, 80)
+    fm.merge_partial([a, b, c], x, data, rule=rule, start_at=1)
+    assert data.reads == (0 if rule == "identity" else 1)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", ["vgg", "grouped", "encoder"])
+def test_the_merge_saves_copies_and_exports(name, rule, tmp_path):
+    (a, b), x = two(name, fresh_seed())
+    model = fm.merge_partial(
+        [a, b],
+        x,
+        inputs_like(x),
+        rule=rule,
+        start_at=1,
+        apart=[list(fm.PermutationSpec.trace(a, x).flat().groups)[-1]],
+    ).model
+    expected = run(model, x)
+    torch.save(model, tmp_path / "whole.pt")
+    assert torch.equal(run(torch.load(tmp_path / "whole.pt", weights_only=False), x), expected)
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert torch.equal(run(other, x), expected)
+    exported = torch.export.export(model, (x,)).module()
+    torch.testing.assert_close(run(exported, x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_merge_runs_at_other_batch_sizes_and_trains():
+    (a, b), x = two("resnet", fresh_seed())
+    model = fm.merge_partial([a, b], x, inputs_like(x), rule="zip", start_at=2).model
+    assert not model.training
+    assert run(model, torch.cat([x] * 3)).shape == (6, 10)
+    model(x).square().sum().backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if n.startswith("apart."))
+
+
+def test_cost_of_apart_and_merged():
+    (a, b), x = two("mlp", fresh_seed())
+    single, pair = fm.cost_of(a, x), fm.cost_of(fm.Ensemble([a, b]), x)
+    assert (pair.parameters, pair.flops) == (2 * single.parameters, 2 * single.flops)
+    costs = [
+        fm.cost_of(fm.merge_partial([a, b], x, inputs_like(x), rule="zip", start_at=k).model, x)
+        for k in range(3)
+    ]
+    assert costs[0] == single
+    assert costs[2] == pair
+    layers = {n: sum(p.numel() for p in m.parameters()) for n, m in a.named_children()}
+    assert costs[1].parameters == single.parameters + layers["0"]
+    # Two products of a batch of 2: 12 x 24 once more than one network.
+    assert costs[1].flops == single.flops + 2 * 2 * 12 * 24
+    assert all(low.flops <= high.flops for low, high in pairwise(costs))
+
+
+def test_shared_and_twice_used_modules_keep_their_ties():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.block, self.head = nn.Linear(12, 20), nn.Linear(20, 20), nn.Linear(20, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = torch.relu(self.block(torch.relu(self.up(x))))
+            return self.head(torch.relu(self.block(x)))
+
+    torch.manual_seed(fresh_seed())
+    a, b, x = Twice().double(), Twice().double(), torch.randn(64, 12, dtype=DOUBLE)
+    found = fm.merge_partial([a, b], x, [x], rule="permute")
+    assert sum(p.numel() for p in found.model.parameters()) == sum(p.numel() for p in a.parameters())
+    (tied, other), x = two("tied", fresh_seed())
+    found = fm.merge_partial([tied, other], x, inputs_like(x))
+    assert fm.cost_of(found.model, x).parameters == fm.cost_of(tied, x).parameters
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_types_stay(dtype):
+    (a, b), x = two("mlp", fresh_seed())
+    x = x.to(dtype)
+    for rule in RULES:
+        model = fm.merge_partial(
+            [a.to(dtype), b.to(dtype)], x, [torch.randn(64, 12).to(dtype)], rule=rule, start_at=1
+        ).model
+        assert {p.dtype for n, p in model.named_parameters() if n.startswith(("apart", "merged"))} == {dtype}
+        assert run(model, x).dtype == dtype
+
+
+def test_models_are_left_as_they_are():
+    (a, b), x = two("vgg", fresh_seed())
+    a.train()
+    b.requires_grad_(False)
+    before = copy.deepcopy(a.state_dict())
+    fm.merge_partial([a, b], x, inputs_like(x), rule="cca", start_at=1)
+    assert a.training
+    assert all(module.training for module in a.modules())
+    assert not any(p.requires_grad for p in b.parameters())
+    for name, tensor in a.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("rule", ["identity", "permute", "zip"])
+def test_renormalizing_a_partial_merge(rule):
+    """Of a model with itself REPAIR is the identity; of two, every layer reaches its goal."""
+    (a, b), x = two("vgg without norm", fresh_seed())
+    data = [1e4 * torch.randn(64, *x.shape[1:], dtype=DOUBLE)]  # beside such variances eps is nothing
+    same = fm.merge_partial([a, a], x, data, rule=rule, start_at=1)
+    repaired = fm.renormalize(same.model, same.endpoint_statistics([a, a], data), data, "repair")
+    torch.testing.assert_close(run(repaired, x), run(a, x), rtol=1e-8, atol=1e-8)
+    found = fm.merge_partial([a, b], x, data, rule=rule, start_at=1)
+    endpoints = found.endpoint_statistics([a, b], data)
+    repaired = fm.renormalize(found.model, endpoints, data, "repair")
+    goals = endpoints.goals(found.weights)
+    reached = endpoint_statistics([repaired], data).goals([1.0])
+    assert goals.keys() == reached.keys()
+    assert {name.split(".")[0] for name in goals} == {"apart", "merged"}
+    for name in goals:
+        for goal, now in zip(goals[name], reached[name], strict=True):
+            torch.testing.assert_close(now, goal, rtol=1e-6, atol=1e-6)
+
+
+def test_permuted_statistics_are_those_of_aligned_endpoints():
+    (a, b), x = two("vgg without norm", fresh_seed())
+    data = inputs_like(x)
+    found = fm.merge_partial([a, b], x, data)
+    alignment = fm.align(a, b, x, data=data)
+    expected = fm.endpoint_statistics([a, alignment.apply(b)], data).goals([0.5, 0.5])
+    goals = found.endpoint_statistics([a, b], data).goals([0.5, 0.5])
+    assert goals.keys() == {f"merged.{name}" for name in expected}
+    for name, pair in expected.items():
+        for theirs, ours in zip(pair, goals[f"merged.{name}"], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_reset_works_for_every_rule_and_repair_says_why_not_for_cca():
+    (a, b), x = two("vgg", fresh_seed())
+    data = inputs_like(x)
+    found = fm.merge_partial([a, b], x, data, rule="cca", start_at=1)
+    reset = fm.renormalize(found.model, None, data, "reset")
+    norm = reset.get_submodule("merged.features.5")
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert norm.running_var is not None
+    assert bool((norm.running_var > 0).all())
+    assert bool(torch.isfinite(run(reset, x)).all())
+    with pytest.raises(ValueError, match="'cca' mixes units"):
+        found.endpoint_statistics([a, b], data)
+
+
+class Optional(nn.Module):
+    """Takes a mask or none, and a number that keeps its default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(12, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(
+        self, x: torch.Tensor, mask: torch.Tensor | None = None, *, scale: float = 2.0
+    ) -> torch.Tensor:
+        x = torch.relu(self.first(x))
+        if mask is not None:
+            x = x * mask
+        return self.last(torch.relu(self.second(x)) * scale)
+
+
+def test_inputs_by_position_by_name_and_left_out():
+    torch.manual_seed(fresh_seed())
+    a, x = Optional().double(), torch.randn(30, 12, dtype=DOUBLE)
+    mask = torch.rand(30, 8, dtype=DOUBLE)
+    examples = (
+        ((x,), {}, x),
+        ((x, mask), {}, (x, mask)),
+        ((), {"x": x, "mask": mask}, {"x": x, "mask": mask}),
+    )
+    for args, kwargs, example in examples:
+        data = [x] if isinstance(example, torch.Tensor) else None
+        model = fm.merge_partial([a, a], example, data, rule="zip" if data else "identity", start_at=1).model
+        with torch.no_grad():
+            torch.testing.assert_close(model(*args, **kwargs), a(*args, **kwargs))
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(12, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) if x.sum() > 0 else self.layer(-x)
+
+
+def test_what_it_cannot_do_is_said():
+    (a, b), x = two("mlp", fresh_seed())
+    data = inputs_like(x)
+    wrong = {
+        "models: expected at least two": {"models": [a]},
+        "rule: expected one of": {"rule": "union"},
+        "start_at: unknown group 'nowhere'": {"start_at": "nowhere"},
+        "start_at: expected a position of 0 to 2": {"start_at": 3},
+        "apart: unknown group 'nowhere'": {"apart": ["nowhere"]},
+        "weights: expected positive numbers": {"weights": [1.5, -0.5]},
+        "weights: expected 2": {"weights": [1.0]},
+        "a: expected a number above 0": {"a": 0.0},
+        "gamma: expected": {"gamma": -1.0},
+        "read: expected one of": {"read": "sideways"},
+        "data: needed by rule 'permute'": {"data": None},
+        "data: yielded no batch": {"data": []},
+        "activations of group '0' hold NaN": {"data": [torch.full((4, 12), float("nan"), dtype=DOUBLE)]},
+        "models\\[1\\]: tensor '0.weight' has shape": {"models": [a, mlp(8).double()]},
+    }
+    for message, arguments in wrong.items():
+        given = {"models": [a, b], "example_inputs": x, "data": data, **arguments}
+        with pytest.raises(ValueError, match=message):
+            fm.merge_partial(**given)
+    with pytest.raises(ValueError, match="models: expected the 2 that were merged, got 1"):
+        fm.merge_partial([a, b], x, data).endpoint_statistics([a], data)
+    with pytest.raises(TypeError, match=r"models\[1\]: expected a torch module"):
+        fm.merge_partial([a, b.state_dict()], x, data)
+    with pytest.raises(ValueError, match="control flow"):
+        fm.merge_partial([Branching(), Branching()], torch.randn(2, 12), data)
+
+
+def test_on_digits_partial_zip_beats_merging_everything():
+    """Two conv nets trained apart: the more layers stay apart, the nearer the merge is to the ensemble."""
+    seed = fresh_seed()
+    training, test = digits(256)
+    models = []
+    for k in range(2):
+        torch.manual_seed(seed + k)
+        net = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 32), nn.ReLU(), nn.Linear(32, 10),
+        )  # fmt: skip
+        models.append(train(net, training, epochs=8, seed=seed + k, lr=3e-3))
+    losses = []
+    for start_at in range(5):
+        found = fm.merge_partial(models, test.inputs[:2], training, rule="zip", start_at=start_at)
+        losses.append(fm.evaluate(found.model, test)[0])
+    print(losses)
+    ends = [fm.evaluate(model, test)[0] for model in models]
+    assert losses[3] < losses[0]
+    assert losses[4] < losses[0]
+    assert losses[4] <= max(ends)
+
+
+def test_the_page_holds_the_committed_run():
+    record = json.loads(bench.RESULT.read_text())
+    assert bench.table(record) in bench.PAGE.read_text()
+    assert bench.PICTURE.stat().st_size > 1000
+    assert record["machine"]["versions"]["torch"]
+    found = bench.means(record["rows"])
+    # Nothing apart costs one model, all apart is the ensemble.
+    for rule in ("identity", "permute", "zip"):
+        assert found[rule, "-", 0]["parameters"] == found[rule, "-", 0]["flops"] == 1
+        assert found[rule, "-", 5]["accuracy"] == found["ensemble", "-", None]["accuracy"]

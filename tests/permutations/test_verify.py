@@ -1,0 +1,93 @@
+"""Verification names the group that changes the function."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import fastmatch as fm
+from fastmatch.spec import Axis, Group
+from helpers.networks import build, fresh_seed
+
+
+def test_a_wrong_spec_is_an_error_that_names_the_group():
+    model, x = build("mlp", fresh_seed())
+    spec = fm.PermutationSpec.trace(model, x)
+    good = spec.groups["0"]
+    bad = Group("broken", 24, (Axis("2.weight", 0), Axis("2.bias", 0)))
+    wrong = fm.PermutationSpec({"0": good, "broken": bad}, spec.shapes)
+    with pytest.raises(ValueError, match="'broken'") as error:
+        fm.verify(model, wrong, x)
+    assert "'0'" not in str(error.value)
+    with pytest.raises(ValueError, match="'broken'"):
+        fm.align(model, model, x, spec=wrong)
+    assert fm.align(model, model, x, spec=wrong, verify=False).spec is wrong
+
+
+def test_the_model_is_left_alone_and_dtype_too():
+    model, x = build("resnet", fresh_seed())
+    model.train().half()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    spec = fm.PermutationSpec.trace(model.float(), x)
+    model.half()
+    assert fm.verify(model, spec, x).error < 1e-10
+    assert model.training
+    assert all(
+        torch.equal(v, before[k]) and v.dtype == before[k].dtype for k, v in model.state_dict().items()
+    )
+
+
+def test_a_network_that_makes_nan_of_a_permutation_is_caught():
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = torch.nn.Linear(12, 8), torch.nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.second(self.first(x)) / (self.first.weight[0, 0] == self.start)
+
+    model = Net().eval()
+    model.start = model.first.weight[0, 0].item()  # type: ignore[assignment]
+    spec = fm.PermutationSpec(
+        {"h": Group("h", 8, (Axis("first.weight", 0), Axis("first.bias", 0), Axis("second.weight", 1)))},
+        {k: tuple(v.shape) for k, v in model.state_dict().items()},
+    )
+    with pytest.raises(ValueError, match="'h'"):
+        fm.verify(model, spec, torch.randn(2, 12), seed=1)
+
+
+class Returns(nn.Module):
+    """A network with its output handed on through a function."""
+
+    def __init__(self, wrap) -> None:
+        super().__init__()
+        self.first, self.second, self.wrap = nn.Linear(12, 8), nn.Linear(8, 5), wrap
+
+    def forward(self, x):
+        return self.wrap(self.second(torch.relu(self.first(x))))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda y: torch.cat([y, torch.full((len(y), 1), float("nan"), dtype=y.dtype)], 1),
+        lambda y: torch.cat([y, torch.full((len(y), 1), float("inf"), dtype=y.dtype)], 1),
+        lambda y: (y * 1000).long(),
+        lambda y: torch.complex(y, y),
+    ],
+    ids=["nan beside numbers", "inf beside numbers", "integers", "complex"],
+)
+def test_a_wrong_spec_is_caught_whatever_the_output_holds(wrap):
+    model, x = Returns(wrap), torch.randn(4, 12)
+    right = fm.PermutationSpec.trace(model, x)
+    assert fm.verify(model, right, x).groups == ("first",)
+    wrong = fm.PermutationSpec({"first": Group("first", 8, (Axis("first.weight", 0),))}, right.shapes)
+    with pytest.raises(ValueError, match="group 'first'"):
+        fm.verify(model, wrong, x)
+
+
+def test_an_output_without_a_finite_number_proves_nothing():
+    model, x = Returns(lambda y: y * float("nan")), torch.randn(4, 12)
+    with pytest.raises(ValueError, match="no finite number"):
+        fm.verify(model, fm.PermutationSpec.trace(model, x), x)

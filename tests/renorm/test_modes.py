@@ -1,0 +1,389 @@
+"""Sequential mode, several merges at once, the plan, goals, budgets, and what is left alone."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastmatch as fm
+from fastmatch.renorm.fold import EPS, fold
+from fastmatch.renorm.layers import channel_dim, survey
+from fastmatch.renorm.lockstep import Lockstep
+from fastmatch.statistics.moments import ChannelMoments
+from fastmatch.studies.digits import Batches
+from helpers.networks import ChannelLayerNorm, ResNet, build, fresh_seed
+
+FOLDED = ("repair", "rescale", "reshift")
+
+
+def loader(count: int = 40, size: int = 16) -> Batches:
+    return Batches(torch.randn(count, 3, 16, 16, dtype=torch.float64), torch.zeros(count), size)
+
+
+def pair(name: str) -> list[nn.Module]:
+    seed = fresh_seed()
+    return [build(name, seed + k)[0].double() for k in range(2)]
+
+
+class Twice(nn.Module):
+    """One linear layer called twice, on inputs of other statistics each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.shared, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.first(x))
+        return self.last(F.relu(self.shared(F.relu(3 * self.shared(x) + 1))))
+
+
+def outputs_of(model: nn.Module, name: str, data) -> torch.Tensor:
+    rows: list[torch.Tensor] = []
+    layer = model.get_submodule(name)
+
+    def hook(_module, _inputs, z):
+        rows.append(z.detach().clone().movedim(channel_dim(layer, z), -1).flatten(0, -2))
+
+    handle = layer.register_forward_hook(hook)
+    with torch.no_grad():
+        for x, _ in data:
+            model(x)
+    handle.remove()
+    return torch.cat(rows)
+
+
+def sequential_reference(model, ends, data, method, weights):
+    """One full pass a layer, in forward order, with every layer before already folded."""
+    new = copy.deepcopy(model)
+    order: list[str] = []
+    handles = [
+        layer.register_forward_hook(lambda *_, name=name: order.append(name))
+        for name, layer in survey(new)[0].items()
+    ]
+    with torch.no_grad():
+        new(next(iter(data))[0])
+    for handle in handles:
+        handle.remove()
+    for name in order:
+        theirs = [outputs_of(end, name, data) for end in ends]
+        mean = sum(w * z.mean(0) for w, z in zip(weights, theirs, strict=True))
+        std = sum(w * (z.var(0, correction=0) + EPS).sqrt() for w, z in zip(weights, theirs, strict=True))
+        z = outputs_of(new, name, data)
+        moments = ChannelMoments(len(z), z.mean(0), z.var(0, correction=0) * len(z))
+        fold(new.get_submodule(name), moments, (mean, std), method)
+    return new
+
+
+@pytest.mark.parametrize("method", FOLDED)
+@pytest.mark.parametrize("name", ["vgg without norm", "resnet with layer norm", "inception"])
+def test_sequential_mode_matches_a_pass_for_every_layer(method, name):
+    ends = pair(name)
+    data = loader(40, 16)  # the last batch is short
+    merged = fm.merge(ends, [0.3, 0.7])
+    plain = sequential_reference(merged, ends, data, method, [0.3, 0.7])
+    data.reads = 0
+    ours = fm.renormalize(merged, ends, data, method, mode="sequential")
+    assert data.reads == 2  # once for the endpoints, once for every layer of the merge
+    x = data.inputs[:4]
+    torch.testing.assert_close(ours(x), plain(x), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("size", [1, 7, 40])
+@pytest.mark.parametrize("method", FOLDED)
+def test_sequential_repair_of_identical_models_is_the_identity_at_any_batch_size(method, size):
+    (a, _) = pair("vgg without norm")
+    data = loader(40, size)
+    same = fm.renormalize(fm.merge([a, copy.deepcopy(a)]), [a, a], data, method, mode="sequential")
+    x = data.inputs[:4]
+    torch.testing.assert_close(same(x), a(x), rtol=1e-9, atol=1e-12)
+
+
+def test_sequential_reset_leaves_every_norm_at_what_reaches_it():
+    merged = fm.merge(pair("resnet"))
+    data = loader(40, 16)
+    new = fm.renormalize(merged, None, data, "reset", mode="sequential")
+    assert data.reads == 1
+    for name, norm in new.named_modules():
+        if not isinstance(norm, nn.BatchNorm2d):
+            continue
+        seen = []
+        handle = norm.register_forward_pre_hook(lambda _, x, seen=seen: seen.append(x[0].clone()))
+        with torch.no_grad():
+            for x, _ in data:
+                new(x)
+        handle.remove()
+        rows = torch.cat(seen).movedim(1, -1).flatten(0, -2)
+        torch.testing.assert_close(norm.running_mean, rows.mean(0), rtol=1e-8, atol=1e-10, msg=name)
+        torch.testing.assert_close(norm.running_var, rows.var(0), rtol=1e-8, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("mode", ["joint", "sequential"])
+def test_a_module_called_twice_has_goals_for_each_call(mode):
+    torch.manual_seed(fresh_seed())
+    a = Twice().double()
+    data = Batches(torch.randn(30, 6).double(), torch.zeros(30), 30 if mode == "joint" else 7)
+    statistics = fm.endpoint_statistics([a], data)
+    assert len(statistics.calls[0]["shared"]) == 2
+    with torch.no_grad():
+        first = F.linear(F.relu(a.first(data.inputs)), a.shared.weight, a.shared.bias)
+        both = torch.cat([first, a.shared(F.relu(3 * first + 1))])
+    torch.testing.assert_close(statistics.models[0]["shared"].mean, both.mean(0))
+    torch.testing.assert_close(statistics.models[0]["shared"].variance, both.var(0, correction=0))
+    same = fm.renormalize(a, statistics, data, "repair", mode=mode)
+    torch.testing.assert_close(same(data.inputs), a(data.inputs), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["joint", "sequential"])
+@pytest.mark.parametrize("method", ["repair", "reset"])
+def test_all_points_of_a_curve_are_calibrated_in_one_read(mode, method):
+    ends = pair("vgg")
+    data = loader(40, 16)
+    weights = [[0.75, 0.25], [0.5, 0.5], [0.25, 0.75]]
+    merges = [fm.merge(ends, w) for w in weights]
+    statistics = fm.endpoint_statistics(ends, data)
+    data.reads = 0
+    together = fm.renormalize_many(merges, statistics, data, method, mode=mode)
+    assert data.reads == 1
+    for new, merge in zip(together, merges, strict=True):
+        alone = fm.renormalize(merge, statistics, data, method, mode=mode)
+        for name, tensor in new.state_dict().items():
+            torch.testing.assert_close(tensor, alone.state_dict()[name], msg=name)
+
+
+def test_statistics_permuted_are_those_of_the_permuted_model_and_join():
+    a, b = pair("resnet with layer norm")
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    spec = fm.PermutationSpec.trace(b, x)
+    alignment = fm.Alignment(spec.random(), spec)
+    data = loader()
+    measured = fm.endpoint_statistics([a, alignment.apply(b)], data)
+    data.reads = 0
+    apart = fm.endpoint_statistics([a], data) + fm.endpoint_statistics([b], data)
+    assert data.reads == 2
+    moved = apart.permuted(None, alignment)
+    assert data.reads == 2
+    for theirs, ours in zip(measured.models, moved.models, strict=True):
+        for name, moments in theirs.items():
+            torch.testing.assert_close(ours[name].mean, moments.mean, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(ours[name].variance, moments.variance, rtol=1e-9, atol=1e-12)
+    with pytest.raises(ValueError, match="alignments: expected 2"):
+        apart.permuted(alignment)
+    with pytest.raises(ValueError, match="the same layers"):
+        apart + fm.endpoint_statistics(pair("vgg"), data)
+
+
+def test_a_merge_remembers_its_weights_and_forgetting_is_an_error():
+    ends = pair("vgg without norm")
+    data = loader()
+    merged = fm.merge(ends, [0.2, 0.8])
+    told = fm.renormalize(merged, ends, data, "repair", weights=[0.2, 0.8])
+    for remembering in (merged, copy.deepcopy(merged)):
+        left_out = fm.renormalize(remembering, ends, data, "repair")
+        x = data.inputs[:2]
+        assert torch.equal(left_out(x), told(x))
+    assert set(merged.state_dict()) == set(ends[0].state_dict())
+    with pytest.raises(ValueError, match=r"merged of 2 with weights \[0.2, 0.8\], got 1"):
+        fm.renormalize(merged, ends[:1], data, "repair")
+    with pytest.raises(ValueError, match="weights: needed for 2 endpoints"):
+        fm.renormalize(ends[0], ends, data, "repair")
+
+
+@pytest.mark.parametrize(("weights", "options", "expected"), [
+    ([0.2, 0.3, 0.5], {}, [0.2, 0.3, 0.5]),
+    ([0.2, 0.3, 0.5], {"goal": "average"}, [1 / 3] * 3),
+    ([1.0, 1.0, -0.5], {}, [1.0, 1.0, -0.5]),
+])  # fmt: skip
+def test_goals_of_several_endpoints(weights, options, expected):
+    seed = fresh_seed()
+    ends = [build("mlp", seed + k)[0] for k in range(3)]
+    statistics = fm.endpoint_statistics(ends, [torch.randn(50, 12)])
+    plain = statistics.goals(weights, **options)
+    wide = statistics.goals(weights, factor=2.0, **options)
+    for name, (mean, std) in plain.items():
+        moments = [m[name] for m in statistics.models]
+        torch.testing.assert_close(mean, sum(w * m.mean for w, m in zip(expected, moments, strict=True)))
+        spread = sum(w * (m.variance + EPS).sqrt() for w, m in zip(expected, moments, strict=True))
+        torch.testing.assert_close(std, spread)
+        torch.testing.assert_close(wide[name][0], mean)
+        torch.testing.assert_close(wide[name][1], 2 * std)
+
+
+@pytest.mark.parametrize("mode", ["joint", "sequential"])
+def test_a_sample_budget_is_kept_to_the_sample(mode):
+    ends = pair("vgg without norm")
+    merged = fm.merge(ends)
+    data = loader(60, 16)
+    part = Batches(data.inputs[:41], data.targets[:41], 16)
+    x = data.inputs[:2]
+    cut = fm.renormalize(merged, ends, data, "repair", mode=mode, samples=41)
+    torch.testing.assert_close(cut(x), fm.renormalize(merged, ends, part, "repair", mode=mode)(x))
+    assert fm.endpoint_statistics(ends, data, samples=41).models[0]["classifier.0"].count == 41
+    for bad in (0, -3):
+        with pytest.raises(ValueError, match="samples: expected a positive number"):
+            fm.renormalize(merged, ends, data, "repair", samples=bad)
+
+
+class Plain(nn.Module):
+    """A residual network without norms, or the same without its shortcut."""
+
+    def __init__(self, residual: bool) -> None:
+        super().__init__()
+        self.residual = residual
+        self.up, self.mid, self.down = nn.Linear(12, 16), nn.Linear(16, 16), nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.up(x))
+        y = F.relu(self.mid(x))
+        return self.down(x + y if self.residual else y)
+
+
+@pytest.mark.parametrize(("make", "shape", "expected"), [
+    (lambda: build("vgg", 0)[0], (8, 3, 16, 16), "reset"),
+    (lambda: ResNet(ChannelLayerNorm), (8, 3, 16, 16), "repair"),
+    (lambda: Plain(True), (8, 12), "repair"),
+    (lambda: Plain(False), (8, 12), "rescale"),
+])  # fmt: skip
+def test_the_automatic_choice_is_that_method(make, shape, expected, caplog):
+    torch.manual_seed(fresh_seed())
+    ends = [make().double() for _ in range(2)]
+    data = Batches(torch.randn(shape).double(), torch.zeros(len(torch.zeros(shape))), 8)
+    with caplog.at_level("INFO", logger="fastmatch"):
+        auto = fm.renormalize(fm.merge(ends), ends, data)
+    assert f"{expected}: the net" in caplog.text
+    assert data.reads == (1 if expected == "reset" else 2)
+    named = fm.renormalize(fm.merge(ends), ends, data, expected)
+    torch.testing.assert_close(auto(data.inputs), named(data.inputs))
+
+
+def test_the_plan_lists_what_is_left_alone_and_renormalize_warns_of_it():
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token = nn.Parameter(torch.zeros(12))
+            self.first = nn.Linear(12, 12)
+            self.up = nn.ConvTranspose1d(1, 1, 3)
+            self.tied, self.again = nn.Linear(14, 14, bias=False), nn.Linear(14, 14, bias=False)
+            self.again.weight = self.tied.weight
+            self.norm = nn.LayerNorm(14)
+
+        def forward(self, x):
+            x = self.up(F.relu(self.first(x + self.token))[:, None])[:, 0]
+            return self.again(F.relu(self.tied(self.norm(x))))
+
+    model, data = Mixed(), [torch.randn(9, 12)]
+    plan = fm.plan_renormalization(model)
+    assert plan.method == "repair"
+    assert plan.layers == ("first",)
+    assert plan.left_alone == {
+        "(model)": "Mixed is no linear or convolution layer",
+        "up": "ConvTranspose1d is no linear or convolution layer",
+        "tied": "shares its weight with again",
+        "again": "shares its weight with tied",
+    }
+    assert "left alone: up: ConvTranspose1d" in str(plan)
+    before = copy.deepcopy(model.state_dict())
+    merged = fm.merge([model, Mixed()])
+    with pytest.warns(UserWarning, match="leaves these alone: .*up: ConvTranspose1d"):
+        new = fm.renormalize(merged, [model, model], data)
+    for name, tensor in new.state_dict().items():
+        assert torch.equal(tensor, merged.state_dict()[name]) != name.startswith("first.")
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    with pytest.raises(ValueError, match="'tied' shares its weight with again"):
+        fm.plan_renormalization(model, layers=["tied"])
+
+
+@pytest.mark.parametrize("mode", ["joint", "sequential"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_frozen_and_dead_channels_and_modes(mode, dtype):
+    ends = [m.to(dtype).requires_grad_(False) for m in pair("vgg without norm")]
+    for model in ends:
+        model.features[0].weight[2], model.features[0].bias[2] = 0, 0
+    merged = fm.merge(ends)
+    merged.train()
+    merged.features.eval()
+    data = [x.to(dtype) for x, _ in loader()]
+    training = [m.training for m in merged.modules()]
+    new = fm.renormalize(merged, ends, data, "repair", mode=mode)
+    assert [m.training for m in merged.modules()] == [m.training for m in new.modules()] == training
+    assert all(p.dtype == dtype and not p.requires_grad and p.isfinite().all() for p in new.parameters())
+    exact = [copy.deepcopy(m).double() for m in ends]
+    plain = fm.renormalize(
+        copy.deepcopy(merged).double(), exact, [x.double() for x in data], "repair", mode=mode
+    )
+    want = plain.eval()(data[0].double())
+    assert (new.eval()(data[0]).double() - want).abs().max() < 0.1 * want.abs().max()
+
+
+def test_lockstep_runs_every_pass_and_reports_errors_and_detours():
+    lockstep = Lockstep(lambda key, values: [sum(values)] * len(values))
+    results: list[int] = []
+    before = threading.active_count()
+
+    def run(value: int) -> None:
+        results.append(lockstep.meet("b", lockstep.meet("a", value) + value))
+
+    keys = list(lockstep.run([lambda v=v: run(v) for v in range(9)], torch.device("cpu")))
+    assert keys == ["a", "b"]
+    assert results == [9 * 36 + 36] * 9
+
+    def broken(value: int) -> None:
+        lockstep.meet("a", value)
+        if value == 3:
+            raise KeyError("three")
+        lockstep.meet("b", value)
+
+    with pytest.raises(KeyError, match="three"):
+        list(lockstep.run([lambda v=v: broken(v) for v in range(9)], torch.device("cpu")))
+    with pytest.raises(ValueError, match=r"different ways .* at a, b"):
+        list(lockstep.run([lambda v=v: lockstep.meet("ab"[v], v) for v in range(2)], torch.device("cpu")))
+    assert threading.active_count() == before
+
+
+def test_autocast_reaches_the_passes_of_sequential_mode():
+    seen = []
+    ends = [m.float() for m in pair("mlp")]
+
+    def forward(model, batch):
+        seen.append(model(batch).dtype)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fm.renormalize(
+            fm.merge(ends), ends, [torch.randn(8, 12)] * 2, "repair", mode="sequential", forward=forward
+        )
+    assert set(seen) == {torch.bfloat16}
+
+
+def test_bad_input():
+    ends = pair("vgg without norm")
+    merged, data = fm.merge(ends), loader()
+    for change, message in (
+        ({"mode": "both"}, "mode: expected one of"),
+        ({"goal": "mean"}, "goal: expected one of"),
+        ({"factor": 0.0}, "factor: expected a positive number"),
+        ({"weights": [[0.5, 0.5]] * 2}, "weights: expected 1 rows"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fm.renormalize_many([merged], ends, data, "repair", **change)
+    with pytest.raises(ValueError, match="models: expected at least one"):
+        fm.renormalize_many([], ends, data)
+    with pytest.raises(ValueError, match="leave layers out"):
+        fm.plan_renormalization(build("vgg", 0)[0], "reset", layers=["features.0"])
+    with pytest.raises(ValueError, match="without tensors"):
+        fm.renormalize(merged, ends, [("a", None)], "repair", samples=3)
+
+
+def test_stem_shortcut_and_classifier_are_renormalized_and_selectable():
+    ends = pair("resnet with layer norm")
+    merged, data = fm.merge(ends), loader()
+    plan = fm.plan_renormalization(merged, "repair")
+    assert {"stem", "stage2.0.shortcut.0", "head"} <= set(plan.layers)
+    new = fm.renormalize(merged, ends, data, "repair", layers=["stem", "stage2.0.shortcut.0"]).state_dict()
+    for name, tensor in merged.state_dict().items():
+        touched = name in ("stem.weight", "stage2.0.shortcut.0.weight")
+        assert torch.equal(new[name], tensor) != touched, name
+    assert {n for n in new if n not in merged.state_dict()} == {"stem.bias", "stage2.0.shortcut.0.bias"}

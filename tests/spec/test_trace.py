@@ -1,0 +1,187 @@
+"""Structure tracing: the groups expected, what is pinned and why, and the model left as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import fastmatch as fm
+from fastmatch.spec import Axis
+from fastmatch.spec.activation_sites import TapReader
+from helpers.networks import NETWORKS, VGG, Unruly, build, fresh_seed
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_groups_found_and_function_preserved(name):
+    model, x = build(name, fresh_seed())
+    spec = fm.PermutationSpec.trace(model, x)
+    assert {g.name: g.size for g in spec.groups.values()} == NETWORKS[name][2]
+    found = fm.verify(model, spec, x, seed=fresh_seed(), tolerance=1e-10)
+    assert found.error <= 1e-10
+    assert found.groups == tuple(spec.groups)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_group_moves_something(name):
+    """A permuted state dict differs, so that verification compares two different networks."""
+    model, x = build(name, fresh_seed())
+    spec = fm.PermutationSpec.trace(model, x)
+    for group in spec.groups.values():
+        turned = fm.Alignment({group.name: torch.arange(group.size).roll(1)}, spec).apply(model)
+        assert any(
+            not torch.equal(v, turned.state_dict()[k]) for k, v in model.state_dict().items() if v.ndim
+        )
+
+
+def test_axes_of_a_flatten_are_blocks():
+    model, x = build("vgg", 0)
+    spec = fm.PermutationSpec.trace(model, x)
+    assert Axis("classifier.0.weight", 1, inner=49) in spec.groups["features.4"].axes
+    assert Axis("features.5.running_var", 0) in spec.groups["features.4"].axes
+
+
+def test_axes_of_a_concatenation_are_segments():
+    model, x = build("dense", 0)
+    spec = fm.PermutationSpec.trace(model, x)
+    assert Axis("transition.weight", 1, start=10) in spec.groups["layers.1.2"].axes
+    assert Axis("layers.2.0.running_mean", 0, start=6) in spec.groups["layers.0.2"].axes
+
+
+def test_the_residual_stream_is_one_group():
+    model, x = build("resnet", 0)
+    spec = fm.PermutationSpec.trace(model, x)
+    moved = {a.parameter for a in spec.groups["stage2.0.conv2"].axes}
+    assert {"stage2.0.shortcut.0.weight", "stage2.1.conv2.weight", "head.weight"} <= moved
+
+
+def test_an_operation_without_a_rule_pins_and_is_named():
+    model, x = build("unruly", 0)
+    spec = fm.PermutationSpec.trace(model, x)
+    reasons = {(p.parameter, p.dim): p.reason for p in spec.pins}
+    assert reasons["first.weight", 0] == "aten._fft_r2c"
+    assert reasons["second.weight", 1] == "aten._fft_r2c"
+    assert reasons["first.weight", 1] == "model input"
+    assert reasons["third.weight", 0] == "model output"
+    assert "aten._fft_r2c" in spec.table()
+
+
+def test_unused_parameters_and_constants_stay():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.idle = nn.Linear(12, 8), nn.Linear(8, 3), nn.Linear(4, 4)
+            self.table = torch.arange(8.0)
+
+        def forward(self, x):
+            return self.second(torch.relu(self.first(x) + self.table))
+
+    spec = fm.PermutationSpec.trace(Net(), torch.randn(2, 12))
+    assert not spec.groups
+    reasons = {p.parameter: p.reason for p in spec.pins if p.dim == 0}
+    assert reasons["first.weight"] == "constant"
+    assert reasons["idle.weight"].startswith("not used")
+
+
+def test_a_uniform_constant_does_not_pin():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(12, 8), nn.Linear(8, 3)
+            self.ones = torch.ones(8)
+
+        def forward(self, x):
+            out = x.new_zeros(len(x), 8)
+            out[:, :] = self.first(x) + self.ones
+            return self.second(torch.maximum(out, torch.zeros_like(out)))
+
+    model, x = Net(), torch.randn(2, 12)
+    spec = fm.PermutationSpec.trace(model, x)
+    assert [g.size for g in spec.groups.values()] == [8]
+    assert fm.verify(model, spec, x).error < 1e-12
+
+
+def test_an_in_place_write_through_a_view_pins_what_it_breaks():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(12, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            x = self.first(x)
+            x[:, 2].mul_(3.0)
+            return self.second(x)
+
+    model, x = Net(), torch.randn(2, 12)
+    spec = fm.PermutationSpec.trace(model, x)
+    assert not spec.groups
+    assert fm.verify(model, spec, x).error == 0
+
+
+def test_the_model_is_left_as_it_was():
+    model, x = build("vgg", 0)
+    model.train()
+    model.features[1].eval()
+    modes = [m.training for m in model.modules()]
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    fm.PermutationSpec.trace(model, x)
+    with pytest.raises(ValueError, match="example_inputs: the model does not run on them"):
+        fm.PermutationSpec.trace(model, torch.randn(2, 5))
+    assert [m.training for m in model.modules()] == modes
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("model", "example", "error"), [
+    ("text", torch.zeros(1), "model: expected a torch module"),
+    (nn.ReLU(), torch.zeros(1), "no parameters"),
+    (nn.Linear(3, 4), None, "example_inputs"),
+])  # fmt: skip
+def test_bad_input(model, example, error):
+    with pytest.raises((ValueError, TypeError), match=error):
+        fm.PermutationSpec.trace(model, example)
+
+
+def test_taps_read_what_the_layers_see_whatever_the_batch():
+    model, _ = build("vgg", fresh_seed())
+    spec = fm.PermutationSpec.trace(model, torch.randn(2, 3, 16, 16))
+    seen = {}
+    x = torch.randn(5, 3, 16, 16)
+    taps = [t for t in spec.taps if t.group == "features.4"]
+    assert {t.role for t in taps} == {"produced", "activation", "consumed"}
+    with torch.no_grad(), TapReader(taps, lambda t, v: seen.setdefault(t.role, v.clone()), read="before"):
+        model(x)
+    with torch.no_grad():
+        conv = model.features[:5](x)
+        torch.testing.assert_close(seen["produced"], conv, rtol=0, atol=0)
+        torch.testing.assert_close(seen["activation"], model.features[5](conv), rtol=0, atol=0)
+        torch.testing.assert_close(seen["consumed"], model.pool(model.features(x)).flatten(1), rtol=0, atol=0)
+
+
+def test_another_path_through_the_network_is_an_error():
+    model, x = build("vgg", 0)
+    other, y = Unruly().eval(), torch.randn(2, 12)
+    spec = fm.PermutationSpec.trace(model, x)
+    reader = TapReader(spec.taps, lambda t, v: None)
+    with (
+        torch.no_grad(),
+        pytest.raises(RuntimeError, match="trace the model on inputs like the data"),
+        reader,
+    ):
+        other(y)
+    short = VGG().features[0]
+    last = [t for t in spec.taps if t.op == max(t.op for t in spec.taps)]
+    with (
+        torch.no_grad(),
+        pytest.raises(RuntimeError, match="ended after"),
+        TapReader(last, lambda t, v: None),
+    ):
+        short(x)
+
+
+def test_a_spec_survives_its_text_form():
+    model, x = build("grouped", 0)
+    spec = fm.PermutationSpec.trace(model, x)
+    assert fm.PermutationSpec.from_json(spec.to_json()) == spec
+    for text in ("", "{}", '{"format": "other"}', "[1]"):
+        with pytest.raises(ValueError, match=r"spec|format"):
+            fm.PermutationSpec.from_json(text)
