@@ -1,0 +1,37 @@
+"""Checks of options, each with an error that names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, get_args
+
+__all__ = ["check_choice", "check_fraction", "check_integer", "check_number"]
+
+
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """Raise ValueError unless ``value`` is one of the words of ``choices``, a ``Literal`` type."""
+    words = get_args(choices)
+    if not isinstance(value, str) or value not in words:
+        expected = ", ".join(map(repr, words))
+        raise ValueError(f"{name}: expected one of {expected}; got {value!r}")
+
+
+def check_integer(name: str, value: object, least: int = 0) -> None:
+    """Raise ValueError unless ``value`` is a whole number of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: expected a whole number of at least {least}; got {value!r}")
+
+
+def check_number(name: str, value: object, *, least: float = 0.0, exclusive: bool = False) -> None:
+    """Raise ValueError unless ``value`` is a finite number of at least (``exclusive``: above) ``least``."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or value < least or (exclusive and value == least):  # type: ignore[operator]
+        relation = "above" if exclusive else "of at least"
+        raise ValueError(f"{name}: expected a finite number {relation} {least:g}; got {value!r}")
+
+
+def check_fraction(name: str, value: object) -> None:
+    """Raise ValueError unless ``value`` is a number from 0 to 1."""
+    check_number(name, value)
+    if float(value) > 1.0:  # type: ignore[arg-type]
+        raise ValueError(f"{name}: expected a number from 0 to 1; got {value!r}")
