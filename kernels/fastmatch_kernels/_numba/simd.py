@@ -9,8 +9,8 @@ Values are always float64; rows may be float32 or float64. Nothing is checked: i
 
     total = splat(np.inf)
     for j in range(0, m, WIDTH):
-        total = least(load(row, j), total)
-    return smallest(total)
+        total = minimum(load(row, j), total)
+    return reduce_minimum(total)
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from fastmatch_kernels._numba.llvm import declared, intrinsic, vector_at
 
 __all__ = [
     "WIDTH",
-    "bits_below",
-    "bits_not_above",
-    "chosen",
+    "add",
+    "ctz",
     "difference",
-    "first_bit",
     "gather",
-    "greatest",
-    "instead_of",
     "lane",
-    "least",
+    "less_equal_mask",
+    "less_mask",
     "load",
     "load_part",
-    "ones",
-    "plus",
-    "smallest",
+    "maximum",
+    "minimum",
+    "popcount",
+    "reduce_minimum",
+    "replace_at_most",
+    "select",
     "splat",
     "store",
 ]
@@ -174,7 +174,7 @@ def splat(typing: Any, x: Any) -> Any:
 
 
 @intrinsic
-def plus(typing: Any, a: Any, b: Any) -> Any:
+def add(typing: Any, a: Any, b: Any) -> Any:
     """a + b."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -200,7 +200,7 @@ def _less(builder: Any, a: Any, b: Any) -> Any:
 
 
 @intrinsic
-def least(typing: Any, a: Any, b: Any) -> Any:
+def minimum(typing: Any, a: Any, b: Any) -> Any:
     """The lesser of a and b, lane by lane; b's where a's is NaN."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -210,7 +210,7 @@ def least(typing: Any, a: Any, b: Any) -> Any:
 
 
 @intrinsic
-def greatest(typing: Any, a: Any, b: Any) -> Any:
+def maximum(typing: Any, a: Any, b: Any) -> Any:
     """The greater of a and b, lane by lane; b's where a's is NaN."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -221,7 +221,7 @@ def greatest(typing: Any, a: Any, b: Any) -> Any:
 
 
 @intrinsic
-def instead_of(typing: Any, a: Any, limit: Any, b: Any) -> Any:
+def replace_at_most(typing: Any, a: Any, limit: Any, b: Any) -> Any:
     """a, and b in the lanes where a <= limit."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -232,7 +232,7 @@ def instead_of(typing: Any, a: Any, limit: Any, b: Any) -> Any:
 
 
 @intrinsic
-def chosen(typing: Any, a: Any, b: Any, x: Any, y: Any) -> Any:
+def select(typing: Any, a: Any, b: Any, x: Any, y: Any) -> Any:
     """x in the lanes where a < b, y in the others."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -253,7 +253,7 @@ def lane(typing: Any, a: Any, k: Any) -> Any:
 
 
 @intrinsic
-def smallest(typing: Any, a: Any) -> Any:
+def reduce_minimum(typing: Any, a: Any) -> Any:
     """The least of the eight lanes."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -282,12 +282,12 @@ def _comparison(relation: str, about: str) -> Any:
     return bits
 
 
-bits_not_above = _comparison("<=", "Bit k says whether a <= b in lane k.")
-bits_below = _comparison("<", "Bit k says whether a < b in lane k.")
+less_equal_mask = _comparison("<=", "Bit k says whether a <= b in lane k.")
+less_mask = _comparison("<", "Bit k says whether a < b in lane k.")
 
 
 @intrinsic
-def first_bit(typing: Any, bits: Any) -> Any:
+def ctz(typing: Any, bits: Any) -> Any:
     """The place of the lowest bit that is set; of no use where none is."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -297,7 +297,7 @@ def first_bit(typing: Any, bits: Any) -> Any:
 
 
 @intrinsic
-def ones(typing: Any, bits: Any) -> Any:
+def popcount(typing: Any, bits: Any) -> Any:
     """How many bits are set."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:

@@ -29,17 +29,17 @@ from numba import njit
 
 from fastmatch_kernels._numba.simd import (
     WIDTH,
-    bits_below,
-    bits_not_above,
+    add,
+    ctz,
     difference,
-    first_bit,
     gather,
-    greatest,
-    instead_of,
-    least,
+    less_equal_mask,
+    less_mask,
     load,
-    plus,
-    smallest,
+    maximum,
+    minimum,
+    reduce_minimum,
+    replace_at_most,
     splat,
 )
 from fastmatch_kernels.lap.passes import CAPACITY, list_row, row_minimum, workspace
@@ -102,11 +102,11 @@ def tie_reduction(C, sign, v, patience, row_of, col_of, cost_of, counts):  # pra
             for j in range(lo, hi, WIDTH):
                 scanned += WIDTH
                 if j + WIDTH <= m:
-                    bits = bits_not_above(difference(signs, load(row, j), load(v, j)), zero)
+                    bits = less_equal_mask(difference(signs, load(row, j), load(v, j)), zero)
                 else:
                     bits = (1 << (m - j)) - 1
                 while bits != 0:
-                    column = j + first_bit(bits)
+                    column = j + ctz(bits)
                     bits &= bits - 1
                     x = sign * np.float64(row[column])
                     if row_of[column] < 0 and x == v[column]:
@@ -146,17 +146,17 @@ def _two_best(v, items, costs):  # pragma: no cover - compiled
     a = difference(one, load(costs, 0), gather(v, items, 0))
     b = difference(one, load(costs, WIDTH), gather(v, items, WIDTH))
     c = difference(one, load(costs, 2 * WIDTH), gather(v, items, 2 * WIDTH))
-    low = least(a, b)
-    first = least(low, c)
-    second = least(greatest(a, b), greatest(low, c))  # of each lane
-    lowest = smallest(first)
+    low = minimum(a, b)
+    first = minimum(low, c)
+    second = minimum(maximum(a, b), maximum(low, c))  # of each lane
+    lowest = reduce_minimum(first)
     limit = splat(lowest)
-    holders = bits_not_above(a, limit)
-    holders |= bits_not_above(b, limit) << WIDTH
-    holders |= bits_not_above(c, limit) << (2 * WIDTH)
+    holders = less_equal_mask(a, limit)
+    holders |= less_equal_mask(b, limit) << WIDTH
+    holders |= less_equal_mask(c, limit) << (2 * WIDTH)
     if holders & (holders - 1) != 0:
-        return lowest, first_bit(holders), lowest
-    return lowest, first_bit(holders), smallest(instead_of(first, limit, second))
+        return lowest, ctz(holders), lowest
+    return lowest, ctz(holders), reduce_minimum(replace_at_most(first, limit, second))
 
 
 @njit(nogil=True, cache=True)
@@ -321,10 +321,10 @@ def augment(
             items, costs = near[row], near_cost[row]
             bits = 0
             for e in range(0, CAPACITY, WIDTH):
-                x = plus(shift, difference(one, load(costs, e), gather(v, items, e)))
-                bits |= bits_below(x, below) << e
+                x = add(shift, difference(one, load(costs, e), gather(v, items, e)))
+                bits |= less_mask(x, below) << e
             while bits != 0:
-                e = first_bit(bits)
+                e = ctz(bits)
                 bits &= bits - 1
                 j = items[e]
                 x = base + (np.float64(costs[e]) - v[j])
@@ -388,12 +388,12 @@ def augment(
                 below = splat(best)
                 for first in range(0, m, WIDTH):
                     if first + WIDTH <= m:
-                        x = plus(shift, difference(signs, load(values, first), load(v, first)))
-                        lower = bits_below(x, below)
+                        x = add(shift, difference(signs, load(values, first), load(v, first)))
+                        lower = less_mask(x, below)
                     else:
                         lower = (1 << (m - first)) - 1
                     while lower != 0:
-                        j = first + first_bit(lower)
+                        j = first + ctz(lower)
                         lower &= lower - 1
                         x = here + (sign * np.float64(values[j]) - v[j])
                         if x < best and x < key[j] and where[j] != -2:

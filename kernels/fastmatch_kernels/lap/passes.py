@@ -11,16 +11,16 @@ from numba import njit
 
 from fastmatch_kernels._numba.simd import (
     WIDTH,
-    bits_below,
-    bits_not_above,
+    add,
+    ctz,
     difference,
-    first_bit,
-    least,
+    less_equal_mask,
+    less_mask,
     load,
     load_part,
-    ones,
-    plus,
-    smallest,
+    minimum,
+    popcount,
+    reduce_minimum,
     splat,
     store,
 )
@@ -68,17 +68,17 @@ def column_minima(C, sign, lo, hi, least_of, row_at):  # pragma: no cover - comp
             a, b, c, d = C[i], C[i + 1], C[i + 2], C[i + 3]
             for j in range(0, whole, WIDTH):
                 p, q, r, s = load(a, j), load(b, j), load(c, j), load(d, j)
-                sums = plus(sums, plus(plus(p, q), plus(r, s)))
-                x = least(
-                    least(difference(signs, p, zero), difference(signs, q, zero)),
-                    least(difference(signs, r, zero), difference(signs, s, zero)),
+                sums = add(sums, add(add(p, q), add(r, s)))
+                x = minimum(
+                    minimum(difference(signs, p, zero), difference(signs, q, zero)),
+                    minimum(difference(signs, r, zero), difference(signs, s, zero)),
                 )
                 old = load(least_of, j)
-                lower = bits_below(x, old)
+                lower = less_mask(x, old)
                 if lower != 0:
-                    store(least_of, j, least(x, old))
+                    store(least_of, j, minimum(x, old))
                     while lower != 0:
-                        row_at[j + first_bit(lower)] = i
+                        row_at[j + ctz(lower)] = i
                         lower &= lower - 1
             first = whole
             count = 4
@@ -152,12 +152,12 @@ def row_minimum(row, sign, v):  # pragma: no cover - compiled
     a, b, c, d = none, none, none, none
     j = 0
     while j + BLOCK <= m:
-        a = least(difference(signs, load(row, j), load(v, j)), a)
-        b = least(difference(signs, load(row, j + WIDTH), load(v, j + WIDTH)), b)
-        c = least(difference(signs, load(row, j + 2 * WIDTH), load(v, j + 2 * WIDTH)), c)
-        d = least(difference(signs, load(row, j + 3 * WIDTH), load(v, j + 3 * WIDTH)), d)
+        a = minimum(difference(signs, load(row, j), load(v, j)), a)
+        b = minimum(difference(signs, load(row, j + WIDTH), load(v, j + WIDTH)), b)
+        c = minimum(difference(signs, load(row, j + 2 * WIDTH), load(v, j + 2 * WIDTH)), c)
+        d = minimum(difference(signs, load(row, j + 3 * WIDTH), load(v, j + 3 * WIDTH)), d)
         j += BLOCK
-    lowest = smallest(least(least(a, b), least(c, d)))
+    lowest = reduce_minimum(minimum(minimum(a, b), minimum(c, d)))
     for k in range(j, m):
         lowest = min(lowest, sign * np.float64(row[k]) - v[k])
     return lowest
@@ -175,10 +175,10 @@ def _minima(row, sign, v, sets):  # pragma: no cover - compiled
         a, b, c, d = none, none, none, none  # four chains at once: one would wait for each minimum
         for j in range(start, start + step, WIDTH):
             p, q, r = j + step, j + 2 * step, j + 3 * step
-            a = least(difference(signs, load(row, j), load(v, j)), a)
-            b = least(difference(signs, load(row, p), load(v, p)), b)
-            c = least(difference(signs, load(row, q), load(v, q)), c)
-            d = least(difference(signs, load(row, r), load(v, r)), d)
+            a = minimum(difference(signs, load(row, j), load(v, j)), a)
+            b = minimum(difference(signs, load(row, p), load(v, p)), b)
+            c = minimum(difference(signs, load(row, q), load(v, q)), c)
+            d = minimum(difference(signs, load(row, r), load(v, r)), d)
         store(sets, g * WIDTH, a)
         store(sets, (g + 1) * WIDTH, b)
         store(sets, (g + 2) * WIDTH, c)
@@ -188,7 +188,7 @@ def _minima(row, sign, v, sets):  # pragma: no cover - compiled
     while g < VECTORS:
         a = none
         for j in range(start, min(start + step, vectors * WIDTH), WIDTH):
-            a = least(difference(signs, load(row, j), load(v, j)), a)
+            a = minimum(difference(signs, load(row, j), load(v, j)), a)
         store(sets, g * WIDTH, a)
         g += 1
         start += step
@@ -206,7 +206,7 @@ def _count(sets, value):  # pragma: no cover - compiled
     limit = splat(value)
     count = 0
     for g in range(0, SETS, WIDTH):
-        count += ones(bits_not_above(load(sets, g), limit))
+        count += popcount(less_equal_mask(load(sets, g), limit))
     return count
 
 
@@ -216,7 +216,7 @@ def _cutoff(sets):  # pragma: no cover - compiled
     low, high = np.inf, 0.0
     finite = 0
     for g in range(0, SETS, WIDTH):
-        x = smallest(load(sets, g))
+        x = reduce_minimum(load(sets, g))
         low = min(low, x)
         if x < np.inf:
             high += x
@@ -255,20 +255,20 @@ def _block(row, signs, sign, v, j, limit):  # pragma: no cover - compiled
     """Bit k says whether c - v at column j + k is at most ``limit``; 32 columns, fewer at the row's end."""
     m = v.shape[0]
     if j + BLOCK <= m:
-        bits = bits_not_above(difference(signs, load(row, j), load(v, j)), limit)
+        bits = less_equal_mask(difference(signs, load(row, j), load(v, j)), limit)
         p = j + WIDTH
-        bits |= bits_not_above(difference(signs, load(row, p), load(v, p)), limit) << WIDTH
+        bits |= less_equal_mask(difference(signs, load(row, p), load(v, p)), limit) << WIDTH
         p += WIDTH
-        bits |= bits_not_above(difference(signs, load(row, p), load(v, p)), limit) << (2 * WIDTH)
+        bits |= less_equal_mask(difference(signs, load(row, p), load(v, p)), limit) << (2 * WIDTH)
         p += WIDTH
-        bits |= bits_not_above(difference(signs, load(row, p), load(v, p)), limit) << (3 * WIDTH)
+        bits |= less_equal_mask(difference(signs, load(row, p), load(v, p)), limit) << (3 * WIDTH)
         return bits
     bits = 0
     for shift in range(0, m - j, WIDTH):
         p = j + shift
         count = min(WIDTH, m - p)
         x = difference(signs, load_part(row, p, count, sign * np.inf), load_part(v, p, count, 0.0))
-        bits |= bits_not_above(x, limit) << shift
+        bits |= less_equal_mask(x, limit) << shift
     return bits
 
 
@@ -293,7 +293,7 @@ def _candidates(row, sign, v, i, cutoff, where, bits):  # pragma: no cover - com
             j = 0
     columns = 0
     for f in range(found):
-        columns += ones(bits[f])
+        columns += popcount(bits[f])
     return found, columns
 
 
@@ -320,7 +320,7 @@ def list_row(C, sign, i, v, work, near, near_cost, bound):  # pragma: no cover -
     for f in range(found):
         mask = bits[f]
         while mask != 0:
-            j = where[f] + first_bit(mask)
+            j = where[f] + ctz(mask)
             mask &= mask - 1
             near[i, e] = j
             near_cost[i, e] = sign * row[j]
@@ -337,7 +337,7 @@ def _select(row, sign, v, found, where, bits, values, items):  # pragma: no cove
     for f in range(found):
         mask = bits[f]
         while mask != 0:
-            j = where[f] + first_bit(mask)
+            j = where[f] + ctz(mask)
             mask &= mask - 1
             x = sign * np.float64(row[j]) - v[j]
             if x < values[CAPACITY]:

@@ -17,17 +17,17 @@ from numba import njit
 
 from fastmatch_kernels._numba.simd import (
     WIDTH,
-    bits_not_above,
-    chosen,
+    add,
+    ctz,
     difference,
-    first_bit,
-    greatest,
-    instead_of,
     lane,
-    least,
+    less_equal_mask,
     load,
-    plus,
-    smallest,
+    maximum,
+    minimum,
+    reduce_minimum,
+    replace_at_most,
+    select,
     splat,
     store,
 )
@@ -65,13 +65,13 @@ def _finite(c, start, n, m, width):  # pragma: no cover - compiled
     for at in range(start, start + n * width, width):
         j = at
         while j + 2 * WIDTH <= at + m:
-            total = plus(total, load(c, j))
-            other = plus(other, load(c, j + WIDTH))
+            total = add(total, load(c, j))
+            other = add(other, load(c, j + WIDTH))
             j += 2 * WIDTH
         for k in range(j, at + m):
             rest += np.float64(c[k])
-    total = plus(total, other)
-    return bits_not_above(difference(zero, total, zero), zero) == ALL and rest - rest == 0.0
+    total = add(total, other)
+    return less_equal_mask(difference(zero, total, zero), zero) == ALL and rest - rest == 0.0
 
 
 @njit(nogil=True, cache=True, forceinline=True)
@@ -91,11 +91,11 @@ def _match_rows(c, start, sign, n, v, row_of, col_of):  # pragma: no cover - com
                 at = start + k * width
                 limit = splat(first)
                 for e in range(0, width, WIDTH):
-                    bits = bits_not_above(difference(signs, load(c, at + e), load(v, e)), limit)
-                    while bits != 0 and row_of[e + first_bit(bits)] >= 0:
+                    bits = less_equal_mask(difference(signs, load(c, at + e), load(v, e)), limit)
+                    while bits != 0 and row_of[e + ctz(bits)] >= 0:
                         bits &= bits - 1
                     if bits != 0:
-                        j = e + first_bit(bits)
+                        j = e + ctz(bits)
                         break
             if row_of[j] < 0 and first < np.inf:
                 col_of[k] = j
@@ -117,29 +117,29 @@ def _two_least(c, at, other, sign, v):  # pragma: no cover - compiled
         duals = load(v, j)
         x = difference(signs, load(c, at + j), duals)
         y = difference(signs, load(c, other + j), duals)
-        second = least(greatest(first, x), second)
-        second2 = least(greatest(first2, y), second2)
-        column = chosen(x, first, here, column)
-        column2 = chosen(y, first2, here, column2)
-        first = least(x, first)
-        first2 = least(y, first2)
-        here = plus(here, step)
+        second = minimum(maximum(first, x), second)
+        second2 = minimum(maximum(first2, y), second2)
+        column = select(x, first, here, column)
+        column2 = select(y, first2, here, column2)
+        first = minimum(x, first)
+        first2 = minimum(y, first2)
+        here = add(here, step)
     return _across(first, second, column), _across(first2, second2, column2)
 
 
 @njit(nogil=True, cache=True, forceinline=True)
 def _across(first, second, column):  # pragma: no cover - compiled
     """(least, its column, second least, a column of that if it is the same) from those of every lane."""
-    lowest = smallest(first)
+    lowest = reduce_minimum(first)
     limit = splat(lowest)
-    holders = bits_not_above(first, limit)
-    k = first_bit(holders)
+    holders = less_equal_mask(first, limit)
+    k = ctz(holders)
     j = np.int64(lane(column, k)) + k
     others = holders & (holders - 1)
     if others != 0:
-        k = first_bit(others)
+        k = ctz(others)
         return lowest, j, lowest, np.int64(lane(column, k)) + k
-    return lowest, j, smallest(instead_of(first, limit, second)), j
+    return lowest, j, reduce_minimum(replace_at_most(first, limit, second)), j
 
 
 @njit(nogil=True, cache=True, forceinline=True)
@@ -205,16 +205,16 @@ def _relax(c, at, sign, w, base, i, dist, came_from):  # pragma: no cover - comp
     nearest, column = splat(np.inf), splat(0.0)
     here, step = splat(0.0), splat(np.float64(WIDTH))
     for j in range(0, w.shape[0], WIDTH):
-        x = plus(shift, difference(signs, load(c, at + j), load(w, j)))
+        x = add(shift, difference(signs, load(c, at + j), load(w, j)))
         old = load(dist, j)
-        store(came_from, j, chosen(x, old, row, load(came_from, j)))
-        x = least(x, old)
+        store(came_from, j, select(x, old, row, load(came_from, j)))
+        x = minimum(x, old)
         store(dist, j, x)
-        column = chosen(x, nearest, here, column)
-        nearest = least(x, nearest)
-        here = plus(here, step)
-    low = smallest(nearest)
-    k = first_bit(bits_not_above(nearest, splat(low)))
+        column = select(x, nearest, here, column)
+        nearest = minimum(x, nearest)
+        here = add(here, step)
+    low = reduce_minimum(nearest)
+    k = ctz(less_equal_mask(nearest, splat(low)))
     return low, np.int64(lane(column, k)) + k
 
 
@@ -223,9 +223,9 @@ def _free_at(dist, taken, low):  # pragma: no cover - compiled
     """A free column whose distance is ``low``, -1 if there is none."""
     limit = splat(low)
     for j in range(0, dist.shape[0], WIDTH):
-        bits = bits_not_above(plus(load(dist, j), load(taken, j)), limit)
+        bits = less_equal_mask(add(load(dist, j), load(taken, j)), limit)
         if bits != 0:
-            return j + first_bit(bits)
+            return j + ctz(bits)
     return -1
 
 
