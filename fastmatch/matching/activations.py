@@ -19,8 +19,8 @@ from fastmatch.matching.batch_pearson import BatchPearson
 from fastmatch.matching.cca import Canonical
 from fastmatch.matching.nested import best_orders
 from fastmatch.permutations.alignment import Matching
-from fastmatch.spec import Axis, Permutations, PermutationSpec, Tap
-from fastmatch.spec.activation_sites import TapReader
+from fastmatch.spec import ActivationSite, Axis, Permutations, PermutationSpec
+from fastmatch.spec.activation_sites import SiteReader
 from fastmatch.statistics.moments import SIMILARITIES as POOLED
 from fastmatch.statistics.moments import CrossMoments
 
@@ -29,7 +29,7 @@ __all__ = ["READ", "SEVERAL", "SIMILARITIES", "best_permutation", "match_activat
 SIMILARITIES = (*POOLED, "batch-correlation", "cca")
 """How alike two units are: of pooled moments, as published (:class:`BatchPearson`), or whitened (:class:`Canonical`)."""
 
-Reading: TypeAlias = tuple[Tap, ...]
+Reading: TypeAlias = tuple[ActivationSite, ...]
 """Where the activations of a group are read, or of all groups of a family in one tensor."""
 
 Moments: TypeAlias = CrossMoments | BatchPearson | Canonical
@@ -58,7 +58,7 @@ def match_activations(
 
     Args:
         model_a, model_b: modules of the traced architecture; A is the reference. Left as they are.
-        spec: a traced spec (its taps say where to read).
+        spec: a traced spec (its sites say where to read).
         data: a loader of inputs or (inputs, targets); read once.
         similarity: ``"correlation"`` (Pearson), ``"covariance"`` or ``"inner"`` product, pooled over all
             samples; ``"batch-correlation"`` averages over batches as published code does; ``"cca"`` compares
@@ -74,9 +74,9 @@ def match_activations(
         under the identity and under the result.
 
     Raises:
-        ValueError: the spec has no taps for a group, the data yields nothing, or an argument is unknown.
+        ValueError: the spec has no sites for a group, the data yields nothing, or an argument is unknown.
 
-    Memory: per tap one n x n float64 matrix and one batch of activations.
+    Memory: per site one n x n float64 matrix and one batch of activations.
     """
     gains = _similarities(
         model_a, model_b, spec, data, similarity=similarity, read=read, several=several, forward=forward,
@@ -84,10 +84,10 @@ def match_activations(
     )  # fmt: skip
     permutations: Permutations = spec.identity()
     families: dict[str, list[tuple[str, ...]]] = {}
-    for (outer, _), members in spec.families().items():
+    for (outer, _), members in spec.subgroups().items():
         families.setdefault(outer, []).append(members)
     before = after = 0.0
-    for name in progress_bar(spec.roots(), "assignment", show=progress):
+    for name in progress_bar(spec.top_level(), "assignment", show=progress):
         within = [members for members in families.get(name, ()) if members in gains]
         if within:
             units = spec.groups[name].size
@@ -191,21 +191,21 @@ def _similarities(
 
 def _readings(spec: PermutationSpec, read: str, several: str) -> dict[tuple[str, ...], list[Reading]]:
     """Where to read each group, and each family of groups that lie within the units of another."""
-    families = list(spec.families().items())
+    families = list(spec.subgroups().items())
     chosen: dict[tuple[str, ...], list[Reading]] = {}
     for _, members in families:
         # Whole heads are compared channel by channel: best where their channels keep their order.
         wide = any(axis.inner > 1 for axis in spec.groups[members[0]].axes)
         try:
-            lead = choose_taps(spec, members[0], "before" if wide else read, several)
+            lead = choose_sites(spec, members[0], "before" if wide else read, several)
         except ValueError:  # the rows of an expert are other ones for every token
             continue
-        by_place = {(t.group, t.op, t.role, t.operand): t for t in spec.taps if t.group in members}
+        by_place = {(t.group, t.op, t.role, t.operand): t for t in spec.sites if t.group in members}
         chosen[members] = [tuple(by_place[m, t.op, t.role, t.operand] for m in members) for t in lead]
     held = {outer for (outer, _), members in families if members in chosen}
-    for name in spec.roots():
+    for name in spec.top_level():
         if name not in held:
-            chosen[name,] = [(tap,) for tap in choose_taps(spec, name, read, several)]
+            chosen[name,] = [(site,) for site in choose_sites(spec, name, read, several)]
     return chosen
 
 
@@ -213,15 +213,15 @@ def _similarity(moments: Moments, kind: str) -> torch.Tensor:
     return moments.similarity(kind) if isinstance(moments, CrossMoments) else moments.similarity()
 
 
-def choose_taps(spec: PermutationSpec, group: str, read: str, several: str) -> list[Tap]:
-    """The taps that say how alike the units of one group are."""
+def choose_sites(spec: PermutationSpec, group: str, read: str, several: str) -> list[ActivationSite]:
+    """The sites that say how alike the units of one group are."""
     roles = {
         "after": ("activation", "consumed", "produced"),
         "before": ("activation", "produced", "consumed"),
     }
-    taps = [t for t in spec.taps if t.group == group]
+    sites = [t for t in spec.sites if t.group == group]
     for role in roles[read]:
-        found = sorted((t for t in taps if t.role == role), key=lambda t: (t.op, t.axis))
+        found = sorted((t for t in sites if t.role == role), key=lambda t: (t.op, t.axis))
         if found:
             return {"last": found[-1:], "first": found[:1], "sum": found}[several]
     raise ValueError(
@@ -240,38 +240,39 @@ def _read_moments(
     forward: Forward,
     progress: bool | None,
 ) -> None:
-    """One read of the data with both models; fills ``moments`` at their taps."""
-    taps = [reading[0] for reading in moments]  # the others of a family are read from the same tensor
+    """One read of the data with both models; fills ``moments`` at their sites."""
+    sites = [reading[0] for reading in moments]  # the others of a family are read from the same tensor
     readings = {reading[0]: reading for reading in moments}
-    values_a: dict[Tap, tuple[torch.Tensor, int]] = {}
+    values_a: dict[ActivationSite, tuple[torch.Tensor, int]] = {}
 
-    def values(tap: Tap, tensor: torch.Tensor, *, own: bool) -> tuple[torch.Tensor, int]:
+    def values(site: ActivationSite, tensor: torch.Tensor, *, own: bool) -> tuple[torch.Tensor, int]:
         """(activations, where their units lie); in memory of their own if they are to be kept while a network runs on."""
-        reading, size = readings[tap], spec.groups[tap.group].size
+        reading, size = readings[site], spec.groups[site.group].size
         pooled = isinstance(moments[reading], CrossMoments) and len(reading) == 1 and tensor.ndim > 1
-        if pooled and tap.axis.is_whole(size, tensor.shape[tap.axis.dim]):
+        if pooled and site.axis.is_whole(size, tensor.shape[site.axis.dim]):
             # As they lie in memory: to copy them into rows takes longer than their sums.
-            return tensor.detach().clone() if own else tensor.detach(), tap.axis.dim
+            return tensor.detach().clone() if own else tensor.detach(), site.axis.dim
         parts = [unit_rows(tensor, t.axis, spec.groups[t.group].size) for t in reading]
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0], 1
 
-    def keep(tap: Tap, tensor: torch.Tensor) -> None:
-        values_a[tap] = values(tap, tensor, own=True)
+    def keep(site: ActivationSite, tensor: torch.Tensor) -> None:
+        values_a[site] = values(site, tensor, own=True)
 
-    def pair(tap: Tap, tensor: torch.Tensor) -> None:
-        a, _ = values_a.pop(tap)
-        b, dim = values(tap, tensor, own=False)
-        found = moments[readings[tap]]
+    def pair(site: ActivationSite, tensor: torch.Tensor) -> None:
+        a, _ = values_a.pop(site)
+        b, dim = values(site, tensor, own=False)
+        found = moments[readings[site]]
         if isinstance(found, CrossMoments):
             found.update(a, b, dim)
         else:
             found.update(a, b)
 
+    site = "post" if read == "after" else "pre"
     with evaluating(model_a, model_b):
         for batch in batches_of(data, "activation matching", progress=progress):
-            with TapReader(taps, keep, read=read, model=model_a):
+            with SiteReader(sites, keep, site=site, model=model_a):
                 forward(model_a, batch)
-            with TapReader(taps, pair, read=read, model=model_b):
+            with SiteReader(sites, pair, site=site, model=model_b):
                 forward(model_b, batch)
 
 

@@ -93,7 +93,7 @@ def match_nested(
     """
     families = [
         [spec.groups[member] for member in family]
-        for (outer, _), family in spec.families().items()
+        for (outer, _), family in spec.subgroups().items()
         if outer == name
     ]
     still = {g: torch.arange(spec.groups[g].size) for g in (name, *(m.name for f in families for m in f))}
@@ -211,7 +211,7 @@ def _cut(
     inside[positions[0]] = torch.arange(positions.shape[1])
     families = {}
     for number, ((outer, _), members) in enumerate(
-        (key, m) for key, m in spec.families().items() if key[0] == name
+        (key, m) for key, m in spec.subgroups().items() if key[0] == name
     ):
         del outer
         first = spec.groups[members[0]]

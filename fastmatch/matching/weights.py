@@ -234,7 +234,7 @@ def match_weights(
     check_spec(spec, headers_of(b), "model_b")
     problem = _Problem(a, b, spec, include, check_permutations(start or {}, spec, "start"), bonus or {})
     gains = Gains(a, b, spec, budget=0 if streamed else KEPT * problem.size())
-    names = spec.roots()
+    names = spec.top_level()
     threshold = tolerance * weight_scale(a, b, spec, include)
     generator = np.random.default_rng(seed)
     unplaced = [name for name in names if name not in (start or {})] if orders is None else []

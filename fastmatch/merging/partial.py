@@ -20,13 +20,13 @@ from fastmatch._internal.batches import (
 from fastmatch._internal.coefficients import check_weights, remember_weights
 from fastmatch._internal.modules import copy_module
 from fastmatch._internal.states import State, check_finite, check_same_architecture, state_of
-from fastmatch.matching.activations import READ, choose_taps, unit_rows
+from fastmatch.matching.activations import READ, choose_sites, unit_rows
 from fastmatch.merging.rewire import Rewiring, rewire
 from fastmatch.merging.units import RULES, UnitMaps, identity_maps, maps_by, on_axis
 from fastmatch.permutations.verify import in_double, largest_difference, outputs_of
 from fastmatch.renorm.statistics import Calls, EndpointStatistics, endpoint_statistics
-from fastmatch.spec import PermutationSpec, Tap
-from fastmatch.spec.activation_sites import TapReader
+from fastmatch.spec import ActivationSite, PermutationSpec
+from fastmatch.spec.activation_sites import SiteReader
 from fastmatch.spec.graph import trace_graph
 from fastmatch.spec.trace import arguments_of
 from fastmatch.statistics.moments import ChannelMoments, CrossMoments
@@ -254,18 +254,18 @@ def _read_moments(
     To permute, those of the first model's units with each other's; else one, of all units side by side.
     """
     spec = plan.structure.spec
-    chosen = {choose_taps(spec, name, read, "last")[0]: name for name in plan.joined}
+    chosen = {choose_sites(spec, name, read, "last")[0]: name for name in plan.joined}
     rows: dict[str, list[torch.Tensor]] = {name: [] for name in plan.joined}
     count = len(copies) - 1 if rule == "permute" else 1
     moments = {name: [CrossMoments() for _ in range(count)] for name in plan.joined}
 
-    def keep(tap: Tap, tensor: torch.Tensor) -> None:
-        rows[chosen[tap]].append(unit_rows(tensor, tap.axis, spec.groups[tap.group].size))
+    def keep(site: ActivationSite, tensor: torch.Tensor) -> None:
+        rows[chosen[site]].append(unit_rows(tensor, site.axis, spec.groups[site.group].size))
 
     with evaluating(*copies):
         for batch in batches_of(data, "partial merge", progress=progress):
             for copy in copies:
-                with TapReader(chosen, keep, read=read):
+                with SiteReader(chosen, keep, site="post" if read == "after" else "pre"):
                     forward(copy, batch)
             for name, parts in rows.items():
                 if rule == "permute":

@@ -203,4 +203,4 @@ def compose(first: Permutations, second: Permutations, spec: PermutationSpec | N
 
 
 def _families(spec: PermutationSpec | None) -> dict[tuple[str, int], tuple[str, ...]]:
-    return {} if spec is None else spec.families()
+    return {} if spec is None else spec.subgroups()

@@ -1,5 +1,5 @@
 """Which axes of which parameters move together, and how that is found."""
 
-from fastmatch.spec.spec import Axis, Group, Permutations, PermutationSpec, Pin, Tap
+from fastmatch.spec.spec import ActivationSite, Axis, Group, Permutations, PermutationSpec, Pin
 
-__all__ = ["Axis", "Group", "PermutationSpec", "Permutations", "Pin", "Tap"]
+__all__ = ["ActivationSite", "Axis", "Group", "PermutationSpec", "Permutations", "Pin"]

@@ -78,10 +78,10 @@ def trace_graph(model: nn.Module, example_inputs: Any) -> Structure:
         raise ValueError(f"example_inputs: the model does not run on them ({error})") from error
     values: dict[str, list[tuple[Axis, str]]] = {name: [] for name in watching[0].tensors}
     spec = spec.flat()
-    for tap in spec.taps:
-        if tap.role == "value":
-            values[tap.op_name].append((tap.axis, tap.group))
-    spec = replace(spec, taps=tuple(t for t in spec.taps if t.role != "value"))
+    for site in spec.sites:
+        if site.role == "value":
+            values[site.op_name].append((site.axis, site.group))
+    spec = replace(spec, sites=tuple(t for t in spec.sites if t.role != "value"))
     placed = {name: tuple(found) for name, found in values.items()}
     return Structure(module, spec, placed, frozenset(watching[0].containers), entered)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 
 from fastmatch.spec.labels import NOWHERE, Label, Occurrence, find, occurrences, places, pure_leaves, unify
-from fastmatch.spec.spec import Axis, Group, PermutationSpec, Pin, Tap
+from fastmatch.spec.spec import ActivationSite, Axis, Group, PermutationSpec, Pin
 
 if TYPE_CHECKING:
     from fastmatch.spec.trace import Slice, Tracer
@@ -248,12 +248,12 @@ def spec_of(tracer: Tracer, state: Mapping[str, torch.Tensor]) -> PermutationSpe
         block = key[1] if within else -1
         groups[names[key]] = Group(names[key], leaves[key[0]].size, tuple(members[key]), within, block)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    return PermutationSpec(groups, shapes, tuple(pins), _taps(tracer, nesting, names))
+    return PermutationSpec(groups, shapes, tuple(pins), _sites(tracer, nesting, names))
 
 
-def _taps(tracer: Tracer, nesting: _Nesting, names: Mapping[Key, str]) -> tuple[Tap, ...]:
-    taps: dict[Tap, None] = {}
-    for raw in tracer.taps:
+def _sites(tracer: Tracer, nesting: _Nesting, names: Mapping[Key, str]) -> tuple[ActivationSite, ...]:
+    sites: dict[ActivationSite, None] = {}
+    for raw in tracer.sites:
         for whole in {id(x.leaf): x.leaf for x in occurrences(raw.labels[raw.dim])}.values():
             try:
                 located = list(_located(nesting, raw.labels, raw.dim, whole))
@@ -262,14 +262,14 @@ def _taps(tracer: Tracer, nesting: _Nesting, names: Mapping[Key, str]) -> tuple[
             for leaf, block, axis in located:
                 name = names.get((id(leaf), block))
                 if name is not None:
-                    taps[Tap(raw.op, raw.op_name, raw.role, raw.operand, name, axis)] = None
-    return tuple(taps)
+                    sites[ActivationSite(raw.op, raw.op_name, raw.role, raw.operand, name, axis)] = None
+    return tuple(sites)
 
 
 def _order(tracer: Tracer, nesting: _Nesting, members: Mapping[Key, list[Axis]]) -> list[Key]:
     """Groups in the order in which the forward pass produces them, what lies inside a group behind it."""
     first: dict[int, None] = {}
-    for raw in tracer.taps:
+    for raw in tracer.sites:
         if raw.role == "produced":
             for x in occurrences(raw.labels[raw.dim]):
                 first[id(x.leaf)] = None

@@ -215,7 +215,7 @@ def _elementwise(tr: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str,
         tr.set(tensor, result if tensor.shape == out_shape else fresh(tensor.shape, name))
     base = name.removeprefix("aten.").removesuffix("_")
     if base in ACTIVATIONS and isinstance(args[0], torch.Tensor) and args[0].shape == out_shape:
-        tr.tap("activation", args[0], 0, result)
+        tr.mark_site("activation", args[0], 0, result)
 
 
 for _name in ELEMENTWISE:
@@ -417,12 +417,12 @@ def _contract(
     labels = [*batch, a[-2], b[-1]]
     if tr.is_data(left) and not tr.is_data(right):
         tr.mark_contracted(b[-2])
-        tr.tap("consumed", left, positions[0], a, dims=(left.ndim - 1,))
-        tr.tap("produced", out, -1, labels, dims=(len(labels) - 1,))
+        tr.mark_site("consumed", left, positions[0], a, dims=(left.ndim - 1,))
+        tr.mark_site("produced", out, -1, labels, dims=(len(labels) - 1,))
     elif tr.is_data(right) and not tr.is_data(left):
         tr.mark_contracted(a[-1])
-        tr.tap("consumed", right, positions[1], b, dims=(right.ndim - 2,))
-        tr.tap("produced", out, -1, labels, dims=(len(labels) - 2,))
+        tr.mark_site("consumed", right, positions[1], b, dims=(right.ndim - 2,))
+        tr.mark_site("produced", out, -1, labels, dims=(len(labels) - 2,))
     return labels
 
 
@@ -463,8 +463,8 @@ def _linear(tr: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
         unify(weight[0], tr.labels(bias)[0], name)
     tr.contract(inputs[-1])
     tr.mark_contracted(weight[1])
-    tr.tap("consumed", data, 0, inputs, dims=(len(inputs) - 1,))
-    tr.tap("produced", out, -1, labels, dims=(len(labels) - 1,))
+    tr.mark_site("consumed", data, 0, inputs, dims=(len(inputs) - 1,))
+    tr.mark_site("produced", out, -1, labels, dims=(len(labels) - 1,))
     tr.set(out, labels)
 
 
@@ -506,8 +506,8 @@ def _convolution(tr: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str,
     spatial = fresh(out.shape[lead + 1 :], f"{name} (spatial)")
     labels = [*x[:lead], result, *spatial]
     tr.mark_contracted(w[0] if transposed else w[1])
-    tr.tap("consumed", data, 0, x, dims=(lead,))
-    tr.tap("produced", out, -1, labels, dims=(lead,))
+    tr.mark_site("consumed", data, 0, x, dims=(lead,))
+    tr.mark_site("produced", out, -1, labels, dims=(lead,))
     tr.set(out, labels)
 
 
@@ -680,5 +680,5 @@ def _embedding(tr: Tracer, name: str, args: tuple[Any, ...], kwargs: dict[str, A
     weight, indices = tr.labels(args[0]), tr.labels(args[1])
     pin(weight[0], f"{name} (vocabulary)")
     labels = [*indices, *weight[1:]]
-    tr.tap("produced", out, -1, labels, dims=(len(labels) - 1,))
+    tr.mark_site("produced", out, -1, labels, dims=(len(labels) - 1,))
     tr.set(out, labels)

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-__all__ = ["Axis", "Group", "PermutationSpec", "Permutations", "Pin", "Tap"]
+__all__ = ["ActivationSite", "Axis", "Group", "PermutationSpec", "Permutations", "Pin"]
 
 Permutations: TypeAlias = dict[str, torch.Tensor]
 """Group name -> LongTensor of shape (group size,), on the CPU; ``new_b[i] = b[perm[i]]``."""
@@ -93,10 +93,10 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Tap:
+class ActivationSite:
     """A place in the forward pass where a group's activations can be read.
 
-    Taps are found by the running number of the ATen operation in the traced forward pass, so they do
+    Sites are found by the running number of the ATen operation in the traced forward pass, so they do
     not depend on how the model is cut into modules.
 
     Attributes:
@@ -136,13 +136,13 @@ class PermutationSpec:
         groups: group name -> :class:`Group`, in the order in which the forward pass meets them.
         shapes: parameter or buffer name -> shape, for every tensor of the state dict.
         pins: dimensions that no group moves, with the reason.
-        taps: where activations can be read; empty for a spec that was not traced.
+        sites: where activations can be read; empty for a spec that was not traced.
     """
 
     groups: dict[str, Group]
     shapes: dict[str, tuple[int, ...]]
     pins: tuple[Pin, ...] = ()
-    taps: tuple[Tap, ...] = ()
+    sites: tuple[ActivationSite, ...] = ()
     _by_parameter: dict[str, tuple[tuple[Axis, str], ...]] = field(
         init=False, repr=False, compare=False, default_factory=dict
     )
@@ -211,7 +211,7 @@ class PermutationSpec:
         names = {g for axis in self.groups[group].axes for _, g in self.axes_of(axis.parameter)}
         return names - {group}
 
-    def families(self) -> dict[tuple[str, int], tuple[str, ...]]:
+    def subgroups(self) -> dict[tuple[str, int], tuple[str, ...]]:
         """(outer group, running number) -> the groups within it, one for each of its units, in order.
 
         A group of heads may have several families: its query heads' channels, its value channels.
@@ -224,22 +224,22 @@ class PermutationSpec:
                 found.setdefault((group.within, counts[group.within] - 1), []).append(name)
         return {key: tuple(names) for key, names in found.items()}
 
-    def roots(self) -> list[str]:
+    def top_level(self) -> list[str]:
         """The groups that lie within no other."""
         return [name for name, group in self.groups.items() if not group.within]
 
     def residual(self) -> tuple[str, ...]:
         """The groups that several layers with different inputs write to: residual streams, tied through all of them.
 
-        Read from the taps, so empty for a spec that was not traced.
+        Read from the sites, so empty for a spec that was not traced.
         """
         consumed: dict[int, set[str]] = {}
         produced: dict[str, set[int]] = {}
-        for tap in self.taps:
-            if tap.role == "consumed":
-                consumed.setdefault(tap.op, set()).add(tap.group)
-            elif tap.role == "produced":
-                produced.setdefault(tap.group, set()).add(tap.op)
+        for site in self.sites:
+            if site.role == "consumed":
+                consumed.setdefault(site.op, set()).add(site.group)
+            elif site.role == "produced":
+                produced.setdefault(site.group, set()).add(site.op)
         holding = {group.within for group in self.groups.values()}
         return tuple(
             name
@@ -262,12 +262,12 @@ class PermutationSpec:
         keep = {n: self.groups[n] for n in self.groups if n in set(names)}
         whole = {
             member
-            for (outer, _), family in self.families().items()
+            for (outer, _), family in self.subgroups().items()
             if outer in keep and keep.keys() >= set(family)
             for member in family
         }
         keep = {n: g if n in whole else replace(g, within="", block=-1) for n, g in keep.items()}
-        return replace(self, groups=keep, taps=tuple(t for t in self.taps if t.group in keep))
+        return replace(self, groups=keep, sites=tuple(t for t in self.sites if t.group in keep))
 
     def identity(self) -> Permutations:
         """The permutations that change nothing."""
@@ -285,8 +285,8 @@ class PermutationSpec:
                 "groups": [_group_to_dict(g) for g in self.groups.values()],
                 "shapes": {k: list(v) for k, v in self.shapes.items()},
                 "pins": [[p.parameter, p.dim, p.reason] for p in self.pins],
-                "taps": [
-                    [t.op, t.op_name, t.role, t.operand, t.group, _axis_to_list(t.axis)] for t in self.taps
+                "sites": [
+                    [t.op, t.op_name, t.role, t.operand, t.group, _axis_to_list(t.axis)] for t in self.sites
                 ],
             },
             separators=(",", ":"),
@@ -310,10 +310,10 @@ class PermutationSpec:
             }
             shapes = {k: tuple(int(n) for n in v) for k, v in data["shapes"].items()}
             pins = tuple(Pin(*p) for p in data["pins"])
-            taps = tuple(Tap(*[*t[:5], _axis_from_list(t[5])]) for t in data["taps"])
+            sites = tuple(ActivationSite(*[*t[:5], _axis_from_list(t[5])]) for t in data["sites"])
         except (KeyError, TypeError, IndexError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"not a fastmatch spec: {error!r}") from error
-        return cls(groups, shapes, pins, taps)
+        return cls(groups, shapes, pins, sites)
 
     def table(self) -> str:
         """The groups, their sizes and axes, and what is pinned by which operation, as text."""

@@ -84,7 +84,7 @@ def _settings(model: nn.Module | None) -> list[tuple[Any, str, Any]]:
 
 
 @dataclass(frozen=True)
-class RawTap:
+class RawSite:
     """A place to read activations at, before it is known which groups there are."""
 
     op: int
@@ -117,7 +117,7 @@ class Tracer(TorchDispatchMode):
         self._used: set[int] = set()
         self._contracted: set[int] = set()
         self._op, self._op_name = -1, ""
-        self.taps: list[RawTap] = []
+        self.sites: list[RawSite] = []
         self.slices: dict[tuple[int, int, int], Slice] = {}
         self._sliced: set[int] = set()
         self._unread: dict[int, tuple[Label, str]] = {}
@@ -245,11 +245,11 @@ class Tracer(TorchDispatchMode):
         return [d for d, label in enumerate(self.labels(tensor)) if id(label) in self._contracted]
 
     def note(self, name: str, tensor: torch.Tensor) -> None:
-        """Keeps the labels of a named value of the forward pass as taps of role ``"value"``."""
+        """Keeps the labels of a named value of the forward pass as sites of role ``"value"``."""
         labels = tuple(self.labels(tensor))
-        self.taps += [RawTap(self._op, name, "value", -1, labels, dim) for dim in range(tensor.ndim)]
+        self.sites += [RawSite(self._op, name, "value", -1, labels, dim) for dim in range(tensor.ndim)]
 
-    def tap(
+    def mark_site(
         self,
         role: str,
         tensor: torch.Tensor,
@@ -261,7 +261,7 @@ class Tracer(TorchDispatchMode):
         if role != "produced" and not self.is_data(tensor):
             return
         for dim in range(len(labels)) if dims is None else dims:
-            self.taps.append(RawTap(self._op, self._op_name, role, operand, tuple(labels), dim))
+            self.sites.append(RawSite(self._op, self._op_name, role, operand, tuple(labels), dim))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

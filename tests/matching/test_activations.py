@@ -13,7 +13,7 @@ from fastmatch.matching.activations import (
     SEVERAL,
     SIMILARITIES,
     best_permutation,
-    choose_taps,
+    choose_sites,
     match_activations,
     unit_rows,
 )
@@ -46,17 +46,17 @@ def test_a_planted_permutation_of_a_trained_network_is_recovered(name):
 
 
 def dead_units(model, spec, data, read="after", several="last"):
-    from fastmatch.spec.activation_sites import TapReader
+    from fastmatch.spec.activation_sites import SiteReader
 
     dead: dict[str, torch.Tensor] = {}
 
-    def look(tap, tensor):
-        rows = unit_rows(tensor, tap.axis, spec.groups[tap.group].size)
+    def look(site, tensor):
+        rows = unit_rows(tensor, site.axis, spec.groups[site.group].size)
         silent = rows.std(dim=0) == 0
-        dead[tap.group] = silent & dead.get(tap.group, silent)
+        dead[site.group] = silent & dead.get(site.group, silent)
 
-    taps = [t for g in spec.groups for t in choose_taps(spec, g, read, several)]
-    with torch.no_grad(), TapReader(taps, look, read=read):
+    sites = [t for g in spec.groups for t in choose_sites(spec, g, read, several)]
+    with torch.no_grad(), SiteReader(sites, look, site="post" if read == "after" else "pre"):
         model(data.inputs)
     return dead
 

@@ -115,7 +115,7 @@ def test_the_objective_never_falls_and_is_what_it_says(name):
         assert found.converged
         direct = objective(*states, spec, found.permutations, include)
         assert found.objective[-1] == pytest.approx(direct, rel=1e-9, abs=1e-9)
-        assert found.solves + found.skipped == found.sweeps * len(spec.roots())
+        assert found.solves + found.skipped == found.sweeps * len(spec.top_level())
 
 
 def test_a_group_is_solved_again_only_if_a_neighbour_moved():

@@ -8,7 +8,7 @@ from torch import nn
 
 import fastmatch as fm
 from fastmatch.spec import Axis
-from fastmatch.spec.activation_sites import TapReader
+from fastmatch.spec.activation_sites import SiteReader
 from helpers.networks import NETWORKS, VGG, Unruly, build, fresh_seed
 
 
@@ -141,14 +141,14 @@ def test_bad_input(model, example, error):
         fm.PermutationSpec.trace(model, example)
 
 
-def test_taps_read_what_the_layers_see_whatever_the_batch():
+def test_sites_read_what_the_layers_see_whatever_the_batch():
     model, _ = build("vgg", fresh_seed())
     spec = fm.PermutationSpec.trace(model, torch.randn(2, 3, 16, 16))
     seen = {}
     x = torch.randn(5, 3, 16, 16)
-    taps = [t for t in spec.taps if t.group == "features.4"]
-    assert {t.role for t in taps} == {"produced", "activation", "consumed"}
-    with torch.no_grad(), TapReader(taps, lambda t, v: seen.setdefault(t.role, v.clone()), read="before"):
+    sites = [t for t in spec.sites if t.group == "features.4"]
+    assert {t.role for t in sites} == {"produced", "activation", "consumed"}
+    with torch.no_grad(), SiteReader(sites, lambda t, v: seen.setdefault(t.role, v.clone()), site="pre"):
         model(x)
     with torch.no_grad():
         conv = model.features[:5](x)
@@ -161,7 +161,7 @@ def test_another_path_through_the_network_is_an_error():
     model, x = build("vgg", 0)
     other, y = Unruly().eval(), torch.randn(2, 12)
     spec = fm.PermutationSpec.trace(model, x)
-    reader = TapReader(spec.taps, lambda t, v: None)
+    reader = SiteReader(spec.sites, lambda t, v: None)
     with (
         torch.no_grad(),
         pytest.raises(RuntimeError, match="trace the model on inputs like the data"),
@@ -169,11 +169,11 @@ def test_another_path_through_the_network_is_an_error():
     ):
         other(y)
     short = VGG().features[0]
-    last = [t for t in spec.taps if t.op == max(t.op for t in spec.taps)]
+    last = [t for t in spec.sites if t.op == max(t.op for t in spec.sites)]
     with (
         torch.no_grad(),
         pytest.raises(RuntimeError, match="ended after"),
-        TapReader(last, lambda t, v: None),
+        SiteReader(last, lambda t, v: None),
     ):
         short(x)
 

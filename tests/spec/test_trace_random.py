@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastmatch as fm
-from fastmatch.spec.activation_sites import TapReader
+from fastmatch.spec.activation_sites import SiteReader
 from helpers.networks import NETWORKS, build, fresh_seed
 from helpers.random_networks import RandomNetwork
 
@@ -23,8 +23,8 @@ def random_network(seed: int, batch: int) -> tuple[RandomNetwork, torch.Tensor]:
     return net.double(), x.double()
 
 
-def taps_checked(net: nn.Module, x: torch.Tensor) -> int:
-    """Reads a network and its permuted copy at every tap; each must hand out the other's units, reordered.
+def sites_checked(net: nn.Module, x: torch.Tensor) -> int:
+    """Reads a network and its permuted copy at every site; each must hand out the other's units, reordered.
 
     Traced on a batch of 2, read on another. The rows may be reordered too, where another group moves them.
     """
@@ -32,26 +32,26 @@ def taps_checked(net: nn.Module, x: torch.Tensor) -> int:
     permutations = spec.random()
     turned = fm.Alignment(permutations, spec).apply(net)
     checked = 0
-    for read in ("before", "after"):
+    for position in ("pre", "post"):
         seen: list[dict] = []
         for model in (net, turned):
             found: dict = {}
             with (
                 torch.no_grad(),
-                TapReader(spec.taps, lambda t, v, f=found: f.update({t: v.clone()}), read=read),
+                SiteReader(spec.sites, lambda t, v, f=found: f.update({t: v.clone()}), site=position),
             ):
                 model(x)
             seen.append(found)
-        assert set(seen[0]) == set(seen[1]) == set(spec.taps)
+        assert set(seen[0]) == set(seen[1]) == set(spec.sites)
         places: dict[tuple, list] = {}
-        for tap in spec.taps:
-            places.setdefault((tap.op, tap.role, tap.axis.dim), []).append(tap)
-        for (op, role, dim), taps in places.items():
-            values, others = seen[0][taps[0]].clone(), seen[1][taps[0]].movedim(dim, -1)
-            for tap in taps:
-                part, index = tap.axis.slice_of(values), torch.arange(values.shape[dim])
-                positions = tap.axis.positions(spec.groups[tap.group].size)
-                index[positions] = positions[:, permutations[tap.group], :]
+        for site in spec.sites:
+            places.setdefault((site.op, site.role, site.axis.dim), []).append(site)
+        for (op, role, dim), sites in places.items():
+            values, others = seen[0][sites[0]].clone(), seen[1][sites[0]].movedim(dim, -1)
+            for site in sites:
+                part, index = site.axis.slice_of(values), torch.arange(values.shape[dim])
+                positions = site.axis.positions(spec.groups[site.group].size)
+                index[positions] = positions[:, permutations[site.group], :]
                 part.copy_(part.index_select(dim, index))
             expected = values.movedim(dim, -1).flatten(0, -2).sort(0).values
             torch.testing.assert_close(
@@ -67,7 +67,7 @@ def taps_checked(net: nn.Module, x: torch.Tensor) -> int:
 
 def hunt(count: int) -> None:
     seeds = random.Random(fresh_seed())
-    groups = taps = 0
+    groups = sites = 0
     for _ in range(count):
         seed = seeds.randrange(2**31)
         print(f"network {seed}")
@@ -76,12 +76,12 @@ def hunt(count: int) -> None:
         assert not [p for p in spec.pins if "rule failed" in p.reason]
         assert fm.verify(net, spec, x, seed=seed, tolerance=1e-8).groups == tuple(spec.groups)
         groups += len(spec.groups)
-        taps += taps_checked(net, x)
+        sites += sites_checked(net, x)
     assert groups > 2 * count  # networks in which nothing moves would prove nothing
-    assert taps > 3 * count
+    assert sites > 3 * count
 
 
-def test_random_networks_keep_their_function_and_their_taps():
+def test_random_networks_keep_their_function_and_their_sites():
     hunt(150)
 
 
@@ -91,9 +91,9 @@ def test_many_random_networks():
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_taps_hand_out_the_units_they_name(name):
+def test_sites_hand_out_the_units_they_name(name):
     model, x = build(name, fresh_seed())
-    assert taps_checked(model.double(), torch.cat([x, x, x[:1]]).double()) or name == "unruly"
+    assert sites_checked(model.double(), torch.cat([x, x, x[:1]]).double()) or name == "unruly"
 
 
 class Tricky(nn.Module):
@@ -210,7 +210,7 @@ def test_a_buffer_replaced_in_the_forward_pass_is_put_back():
     assert float(before) == 0
 
 
-def test_tensors_made_in_the_forward_pass_do_not_shift_the_taps():
+def test_tensors_made_in_the_forward_pass_do_not_shift_the_sites():
     def body(s, x):
         mask = torch.ones(len(x), 1)
         buffer = torch.zeros_like(s.a(x))
@@ -220,8 +220,8 @@ def test_tensors_made_in_the_forward_pass_do_not_shift_the_taps():
 
     model = Tricky(body).eval()
     spec = fm.PermutationSpec.trace(model, torch.randn(2, 12))
-    assert {t.role for t in spec.taps} == {"produced", "consumed"}
-    assert taps_checked(model.double(), torch.randn(5, 12, dtype=torch.float64)) > 0
+    assert {t.role for t in spec.sites} == {"produced", "consumed"}
+    assert sites_checked(model.double(), torch.randn(5, 12, dtype=torch.float64)) > 0
 
 
 def test_a_model_that_returns_no_tensor_is_an_error():
