@@ -1,13 +1,22 @@
-"""One torch thread a worker, since the tests run in parallel already; Triton in its interpreter without a GPU."""
+"""Threads and backends of the test processes, set before anything loads OpenMP, numba or Triton."""
 
 from __future__ import annotations
 
 import os
 
+# Tests run in parallel processes, one for each core. OpenMP's threads spin while they wait for each other, which
+# slows every process of a full machine down by an order of magnitude; passive ones sleep.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numba
 import torch
 
-torch.set_num_threads(1)
-
-# Before anything imports triton: without a GPU its kernels run in the interpreter, on CPU tensors.
+# Without a GPU, Triton runs kernels in its interpreter, on CPU tensors. It reads this when it is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# numba starts its threads at the first parallel function, and sets the number of OpenMP's threads, which torch
+# uses too, to its own. Start them now, so that one torch thread per process stays one.
+numba.get_num_threads()
+torch.set_num_threads(1)
