@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
 from numba.core.registry import cpu_target
 
+from fastmatch_kernels._numba.cache import njit
 from fastmatch_kernels._numba.llvm import intrinsic
 
 __all__ = ["BFLOAT16", "FLOAT16", "HALF", "HARDWARE", "decode", "encode"]
@@ -77,7 +77,7 @@ def _truncate(typing: Any, value: Any) -> Any:
     return types.uint16(types.float32), code
 
 
-@numba.njit(cache=True, nogil=True)
+@njit(nogil=True)
 def decode(bits, half, like):
     """The number that the low bits of an unsigned integer stand for: float32, or of ``like``'s type for None."""
     if half is None:
@@ -89,7 +89,7 @@ def decode(bits, half, like):
     return _decode_float16(bits)
 
 
-@numba.njit(cache=True, nogil=True)
+@njit(nogil=True)
 def encode(value, half):
     """The bits of a number in an unsigned integer: of a float32 rounded to ``half``, or as it is for None."""
     if half is None:
@@ -104,7 +104,7 @@ def encode(value, half):
     return _encode_float16(value)
 
 
-@numba.njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _decode_float16(bits):
     # 2^112 moves float16's exponent bias to float32's, subnormal numbers included.
     value = np.float32(np.uint32((np.uint32(bits) & 0x7FFF) << 13).view(np.float32) * np.float32(2.0**112))
@@ -114,7 +114,7 @@ def _decode_float16(bits):
     return np.uint32(magnitude | ((np.uint32(bits) & 0x8000) << 16)).view(np.float32)
 
 
-@numba.njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _encode_float16(value):
     bits = np.float32(value).view(np.uint32)
     # No product: one that falls below float32's normal numbers costs a hundred cycles.

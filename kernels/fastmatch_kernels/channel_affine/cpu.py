@@ -13,6 +13,7 @@ import numba
 import numpy as np
 import torch
 
+from fastmatch_kernels._numba.cache import njit
 from fastmatch_kernels.channel_affine import reference
 
 __all__ = ["channel_affine"]
@@ -24,7 +25,7 @@ _REASSOCIATE = {"reassoc", "contract"}
 METHOD = {name: i for i, name in enumerate(reference.METHODS)}
 
 
-@numba.njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _affine(mean, variance, goal_mean, goal_std, method, eps):
     """(centre, scale, goal) with ``z' = (z - centre) scale + goal``: nothing large cancels at the end."""
     gain = goal_std / math.sqrt(variance + eps)
@@ -35,7 +36,7 @@ def _affine(mean, variance, goal_mean, goal_std, method, eps):
     return mean, 1.0, goal_mean
 
 
-@numba.njit(parallel=True, cache=True, fastmath=_REASSOCIATE)
+@njit(parallel=True, fastmath=_REASSOCIATE)
 def _channel_major(x, goal_mean, goal_std, method, eps, out, mean, variance):
     """x (B, C, P): positions are near each other."""
     batch, channels, positions = x.shape
@@ -63,7 +64,7 @@ def _channel_major(x, goal_mean, goal_std, method, eps, out, mean, variance):
                 out[b, c, p] = (x[b, c, p] - centre32) * scale32 + goal32
 
 
-@numba.njit(parallel=True, cache=True, fastmath=_REASSOCIATE)
+@njit(parallel=True, fastmath=_REASSOCIATE)
 def _sample_major(x, goal_mean, goal_std, method, eps, out, mean, variance):
     """x (T, C): channels are near each other, and no task has a channel to itself: two reads."""
     samples, channels = x.shape

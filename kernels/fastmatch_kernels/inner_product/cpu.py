@@ -5,15 +5,16 @@ Products of float32 are exact in float64, so an error is that of the float64 sum
 
 from __future__ import annotations
 
-import numba
 import numpy as np
+
+from fastmatch_kernels._numba.cache import njit
 
 __all__ = ["inner"]
 
 _REASSOCIATE = {"reassoc", "contract"}  # lets sums use vector lanes; NaN and inf keep their meaning
 
 
-@numba.njit(cache=True, nogil=True, fastmath=_REASSOCIATE)
+@njit(nogil=True, fastmath=_REASSOCIATE)
 def inner(
     lo, hi, a, b, rows, columns, now_rows, now_columns, then_rows, then_columns
 ):  # pragma: no cover - compiled

@@ -25,8 +25,8 @@ counts         (4,) int64        rows read again, bids, columns popped, searches
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from fastmatch_kernels._numba.cache import njit
 from fastmatch_kernels._numba.simd import (
     WIDTH,
     add,

@@ -21,8 +21,8 @@ counts         (4,) int64      rows read again, bids, columns popped, searches
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from fastmatch_kernels._numba.cache import njit
 from fastmatch_kernels.lap.dense import pop, sift_up
 
 __all__ = ["BIDS", "POPS", "READS", "SEARCHES", "auction", "augment", "greedy"]

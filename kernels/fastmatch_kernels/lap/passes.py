@@ -7,8 +7,8 @@ Costs are ``c = sign * C`` with C (n, m) float32 or float64 and sign 1 or -1: no
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from fastmatch_kernels._numba.cache import njit
 from fastmatch_kernels._numba.simd import (
     WIDTH,
     add,

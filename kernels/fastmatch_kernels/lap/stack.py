@@ -13,8 +13,8 @@ numbers where they travel with values in vectors.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from fastmatch_kernels._numba.cache import njit
 from fastmatch_kernels._numba.simd import (
     WIDTH,
     add,

@@ -20,6 +20,7 @@ import numba
 import numpy as np
 import torch
 
+from fastmatch_kernels._numba.cache import njit
 from fastmatch_kernels.moments import reference
 
 __all__ = ["update"]
@@ -40,7 +41,7 @@ SEGMENT = 128
 _REASSOCIATE = {"reassoc", "contract"}  # lets sums use vector lanes; NaN and inf keep their meaning
 
 
-@numba.njit(parallel=True, cache=True, fastmath=_REASSOCIATE)
+@njit(parallel=True, fastmath=_REASSOCIATE)
 def _read_channel_major(x, shift, stats, out):
     """x (B, C, P) -> out (C, B P) shifted; stats (3, C) added to. Positions are near each other."""
     batch, channels, positions = x.shape
@@ -67,7 +68,7 @@ def _read_channel_major(x, shift, stats, out):
         stats[2, c] += off
 
 
-@numba.njit(parallel=True, cache=True, fastmath=_REASSOCIATE)
+@njit(parallel=True, fastmath=_REASSOCIATE)
 def _read_sample_major(x, shift, stats, out):
     """x (T, C) -> out (T, C) shifted; stats (3, C) added to. Channels are near each other.
 
@@ -107,7 +108,7 @@ def _read_sample_major(x, shift, stats, out):
                 stats[i, c] += partial[segment, i, c]
 
 
-@numba.njit(parallel=True, cache=True)
+@njit(parallel=True)
 def _accumulate(blocks, out):
     """out (C, C') float64 += blocks (K, C, C') float32; torch is several times slower where types differ."""
     for i in numba.prange(out.shape[0]):

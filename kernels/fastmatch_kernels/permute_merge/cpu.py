@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from fastmatch_kernels._numba import nontemporal as streamed
+from fastmatch_kernels._numba.cache import njit
 from fastmatch_kernels._numba.half import HALF, HARDWARE, decode, encode
 from fastmatch_kernels._numba.register_transpose import BYTES, from_words, to_words
 from fastmatch_kernels.permute_merge import reference
@@ -35,7 +36,7 @@ STREAMED = 1 << 23
 """Bytes of a result from which on it is stored past the caches, which could not hold it."""
 
 
-@numba.njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _move_columns(weight, starts, columns, words, moved):
     """``moved[g, j] = weight.flat[starts[g] + columns[j]]`` for as many runs as there are lanes.
 
@@ -56,7 +57,7 @@ def _move_columns(weight, starts, columns, words, moved):
             moved[g, j] = words[columns[j], g]
 
 
-@numba.njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _move_blocks(run, starts, block, near, moved):
     """Blocks of ``block`` elements of a run, from where each of ``starts`` says.
 
@@ -67,20 +68,20 @@ def _move_blocks(run, starts, block, near, moved):
         _copy(near[starts[i] : starts[i] + block], moved[i * block : (i + 1) * block])
 
 
-@numba.njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _copy(bits, run):
     for j in range(run.shape[0]):
         run[j] = bits[j]
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"contract"})
+@njit(nogil=True, fastmath={"contract"})
 def _mean_of_two(x, y, half, alpha, beta, run):
     """``run = alpha x + beta y`` in one loop, so that memory is waited for while numbers are converted."""
     for j in range(run.shape[0]):
         run[j] = encode(alpha * decode(x[j], half, alpha) + beta * decode(y[j], half, beta), half)
 
 
-@numba.njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _edges(run):
     """Where a run's part that can be stored past the caches begins and ends."""
     lanes = streamed.BYTES // run.itemsize
@@ -88,7 +89,7 @@ def _edges(run):
     return head, head + (run.shape[0] - head) // lanes * lanes
 
 
-@numba.njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _copy_past(bits, run):
     """As :func:`_copy`, past the caches."""
     head, tail = _edges(run)
@@ -98,7 +99,7 @@ def _copy_past(bits, run):
     _copy(bits[tail:], run[tail:])
 
 
-@numba.njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _mean_past(x, y, half, alpha, beta, run, next_x, next_y):
     """As :func:`_mean_of_two`, past the caches; ``next_x`` tells whether what follows x in memory is needed next."""
     head, tail = _edges(run)
@@ -114,13 +115,13 @@ def _mean_past(x, y, half, alpha, beta, run, next_x, next_y):
         _mean_of_two(x[tail:], y[tail:], half, alpha, beta, run[tail:])
 
 
-@numba.njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _follows(rows, r):
     """Whether the run that is needed after r's is its neighbour in memory."""
     return r + 1 < rows.shape[0] and rows[r + 1] == rows[r] + 1
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"contract"})
+@njit(nogil=True, fastmath={"contract"})
 def _add(bits, half, alpha, fresh, total):
     """``total (+)= alpha * the numbers in bits``; ``fresh`` overwrites."""
     for j in range(total.shape[0]):
@@ -128,13 +129,13 @@ def _add(bits, half, alpha, fresh, total):
         total[j] = value if fresh else total[j] + value
 
 
-@numba.njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _write(total, half, bits):
     for j in range(bits.shape[0]):
         bits[j] = encode(total[j], half)
 
 
-@numba.njit(parallel=True, cache=True, nogil=True)
+@njit(parallel=True, nogil=True)
 def _merge(weights, alphas, rows, columns, block, half, out, in_place, past, tasks):
     """out (R, L) = sum_k alphas[k] * weights[k][rows[k]][:, columns[k]]; an empty index leaves an axis in place.
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit
 
+from fastmatch_kernels._numba.cache import njit
 from fastmatch_kernels.row_softmin import reference
 from fastmatch_kernels.row_topk.cpu import TILE, each_tile, products
 
@@ -26,7 +26,7 @@ C1, C2, C3, C4, C5 = (np.float32(np.log(2.0) ** k / np.prod(np.arange(1.0, k + 1
 ONE = np.float32(1.0)
 
 
-@njit(nogil=True, cache=True, inline="always")
+@njit(nogil=True, inline="always")
 def _exp(x):  # pragma: no cover - compiled
     """float32 exp for x <= 0; 0 below LOWEST, and of NaN."""
     y = (x if x > LOWEST else LOWEST) * LOG2E
@@ -37,7 +37,7 @@ def _exp(x):  # pragma: no cover - compiled
     return power * scale if x > LOWEST else np.float32(0.0)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def add_tile(tile, v, lo, hi, temperature, least, total):  # pragma: no cover - compiled
     """Adds rows lo..hi of ``tile - v`` to their running least value and sum of exponentials."""
     width, lanes, one = np.uintp(tile.shape[1]), np.uintp(LANES), np.uintp(1)

@@ -18,9 +18,10 @@ from functools import partial
 
 import numpy as np
 import torch
-from numba import njit, types
+from numba import types
 from numba.extending import overload
 
+from fastmatch_kernels._numba.cache import njit
 from fastmatch_kernels._numba.parallel import over_rows
 from fastmatch_kernels.gain.reference import gathered
 from fastmatch_kernels.row_topk.reference import product_error, term_sizes
@@ -69,7 +70,7 @@ def _cost_of(x):
     return lowest
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def merge_tile(tile, v, lo, hi, first, values, items):  # pragma: no cover - compiled
     """Merges rows lo..hi of ``tile - v``, whose columns are first, first + 1, ..., into sorted lists.
 
@@ -106,7 +107,7 @@ def merge_tile(tile, v, lo, hi, first, values, items):  # pragma: no cover - com
             at = stop
 
 
-@njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+@njit(nogil=True, fastmath={"reassoc", "contract"})
 def rescore(A, B, rows, items, lo, hi, metric, scale, out):  # pragma: no cover - compiled
     """out[r, e] += scale * (a . b, |a - b|^2 or |a - b|_1) in float64 for a = A[rows[r]], b = B[items[r, e]].
 
@@ -231,7 +232,7 @@ def _rounded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor,
     return near.view(torch.bfloat16), whole, kept, lost
 
 
-@njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+@njit(nogil=True, fastmath={"reassoc", "contract"})
 def round_rows(x, near, squares, lo, hi):  # pragma: no cover - compiled
     """near[i] = bits of the float32 x[i] rounded to bfloat16; squares[:, i] = |x_i|^2, |near_i|^2, |x_i - near_i|^2.
 

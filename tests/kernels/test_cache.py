@@ -1,0 +1,166 @@
+"""The cache of compiled kernels: in processes of their own, over a copy of the package with two kernels more."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastmatch_kernels
+
+CALLEE = (
+    "from fastmatch_kernels._numba.cache import njit\n\n@njit(nogil=True)\ndef inner(x):\n    return x + 1\n"
+)
+CALLER = """
+from fastmatch_kernels._numba.cache import njit
+from fastmatch_kernels.probe.callee import inner
+
+@njit(nogil=True)
+def outer(x):
+    return 2 * inner(x)
+"""
+RUN = """
+import sys
+from fastmatch_kernels.probe.caller import outer
+print(*[outer(eval(x)) for x in sys.argv[1:]], sum(outer._cache_hits.values()))
+"""
+"""Prints the values of the arguments and how many of them were loaded from the cache."""
+
+
+@pytest.fixture
+def package(tmp_path):
+    """A copy of the package with ``probe.caller``, a kernel that calls one of ``probe.callee``."""
+    target = tmp_path / "site" / "fastmatch_kernels"
+    source = Path(fastmatch_kernels.__file__).parent
+    (target / "_numba").mkdir(parents=True)
+    for name in ("__init__.py", "_numba/__init__.py", "_numba/cache.py"):
+        shutil.copy(source / name, target / name)
+    probe = target / "probe"
+    probe.mkdir()
+    for name, text in (("__init__", ""), ("callee", CALLEE), ("caller", CALLER)):
+        (probe / f"{name}.py").write_text(text)
+    return target
+
+
+def _drop_rights():
+    """Root's child may no longer write where permissions forbid it (CAP_DAC_OVERRIDE)."""
+    ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)
+
+
+def start(package, *arguments, drop_rights=False, **environment):
+    settings = {
+        "PYTHONPATH": str(package.parent),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "HOME": "/dev/null",  # no folder: nothing can be made in it
+        "TMPDIR": str(package.parents[1]),
+        **environment,
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", RUN, *(arguments or ["1"])],
+        env=settings,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=_drop_rights if drop_rights else None,
+    )
+
+
+def run(package, *arguments, **environment):
+    """(what was printed, warnings)."""
+    out, errors = (process := start(package, *arguments, **environment)).communicate(timeout=120)
+    assert process.returncode == 0, errors
+    return out.split(), errors
+
+
+def block(package):
+    """Leaves no way to write into the package, for root neither."""
+    (package / "__pycache__").write_text("not a folder")
+
+
+def test_a_changed_source_recompiles_what_calls_it_and_its_old_code_is_removed(package):
+    assert run(package)[0] == ["4", "0"]
+    assert run(package)[0] == ["4", "1"]
+    files = sorted((package / "__pycache__").glob("*.nbc"))
+    assert [p.name.split(".cpython")[0] for p in files] == ["probe.callee.inner", "probe.caller.outer"]
+    (package / "probe" / "callee.py").write_text(CALLEE.replace("x + 1", "x + 2"))
+    assert run(package)[0] == ["6", "0"]
+    assert run(package)[0] == ["6", "1"]
+    changed = sorted((package / "__pycache__").glob("*.nbc"))
+    assert len(changed) == 2
+    assert not {p.name for p in changed} & {p.name for p in files}
+
+
+@pytest.mark.parametrize("place", ["home", "temporary folder", "NUMBA_CACHE_DIR"])
+def test_where_the_package_cannot_be_written_the_second_run_loads_what_the_first_compiled(
+    package, place, tmp_path
+):
+    block(package)
+    environment = {
+        "home": {"HOME": str(tmp_path / "home")},
+        "temporary folder": {},
+        "NUMBA_CACHE_DIR": {"NUMBA_CACHE_DIR": str(tmp_path / "given")},
+    }[place]
+    for hits in ("0", "1"):
+        assert run(package, **environment) == (["4", hits], "")
+    (found,) = {p.parent for p in tmp_path.rglob("*.nbc")}
+    top = found.relative_to(tmp_path).parts[0]
+    assert top.startswith(
+        {"home": "home", "temporary folder": "fastmatch-", "NUMBA_CACHE_DIR": "given"}[place]
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="root gives up its right to write anywhere by prctl")
+def test_a_read_only_package_is_still_loaded_from_and_what_is_new_goes_elsewhere(package):
+    assert run(package)[0] == ["4", "0"]
+    compiled = package / "__pycache__"
+    compiled.chmod(0o555)
+    before = sorted(compiled.iterdir())
+    for hits in ("1", "2"):
+        assert run(package, "1", "1.0", drop_rights=True)[0] == ["4", "4.0", hits]
+    assert sorted(compiled.iterdir()) == before
+
+
+def test_without_any_place_every_process_compiles_and_says_what_to_set(package):
+    for _ in range(2):
+        printed, errors = run(package, NUMBA_CACHE_DIR="/dev/null/nowhere")
+        assert printed == ["4", "0"]
+        assert errors.count("set NUMBA_CACHE_DIR to a folder that can be written") == 1
+
+
+def test_a_temporary_folder_that_others_can_write_to_is_not_used(package, tmp_path):
+    block(package)
+    shared = tmp_path / f"fastmatch-{os.geteuid()}"
+    shared.mkdir()
+    shared.chmod(0o777)
+    assert run(package)[0] == ["4", "0"]
+    assert not list(shared.rglob("*"))
+
+
+def test_processes_that_compile_at_once_leave_what_all_can_load(package):
+    given = [["1", "1.0"], ["1.0", "1"], ["1j"], ["1"]]
+    running = [start(package, *arguments) for arguments in given]
+    values = {"1": "4", "1.0": "4.0", "1j": "(2+2j)"}
+    for process, arguments in zip(running, given, strict=True):
+        out, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        assert out.split()[:-1] == [values[x] for x in arguments]
+    assert run(package, "1", "1.0", "1j")[0] == ["4", "4.0", "(2+2j)", "3"]
+    assert not [p for p in (package / "__pycache__").iterdir() if p.suffix != ".nbc"]
+
+
+def test_a_file_that_was_cut_off_is_compiled_again(package):
+    run(package)
+    for path in (package / "__pycache__").glob("*.nbc"):
+        path.write_bytes(path.read_bytes()[:100])
+    assert run(package)[0] == ["4", "0"]
+    assert run(package)[0] == ["4", "1"]
+
+
+def test_kernels_are_compiled_where_numba_is_told_not_to(package):
+    assert run(package, NUMBA_DISABLE_JIT="1")[0] == ["4", "0"]
+    assert run(package)[0] == ["4", "1"]
