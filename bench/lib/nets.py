@@ -66,7 +66,7 @@ def resnet18(width: int = 64) -> nn.Module:
 
 
 def pair(build, example: tuple[int, ...], seed: int = 0):
-    """(two networks of independent initialisation in eval mode, the first one's spec, example inputs)."""
+    """Return two independently initialized networks in eval mode, the first one's spec, and example inputs."""
     torch.manual_seed(seed)
     models = build().eval(), build().eval()
     x = torch.randn(*example)

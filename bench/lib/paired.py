@@ -1,7 +1,7 @@
-"""One row of a suite: ours and its peers on the same inputs, checked equal, then timed in turns.
+"""One row of a suite: fastmatch and its peers on the same inputs, checked against each other, then timed in turns.
 
-pytest-benchmark runs and records ours; the peers run in its setup before each round, so that a ratio compares
-two measurements taken one after the other. Peak memory is the process's, above what it held before.
+pytest-benchmark runs and records fastmatch. The peers run in its setup before each round, so that a ratio compares
+measurements taken one after the other. Peak memory is the process's, above what it held before.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ Work = Callable[[], Any]
 
 
 PAUSE = 0.15
-"""Seconds before each measurement: threads of another solver's BLAS spin for a while after their work."""
+"""Seconds to wait before each measurement, because the BLAS threads of another solver spin for a while."""
 
 
 def resident(field: str) -> float | None:
-    """A figure of /proc/self/status in MB; None where there is no such file."""
+    """Return a figure of /proc/self/status in MB, or None where there is no such file."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -32,7 +32,7 @@ def resident(field: str) -> float | None:
 
 
 def measured(work: Work) -> tuple[Any, float, float | None]:
-    """(result, seconds, peak MB above the start): Linux resets its high-water mark on request."""
+    """Return the result, the seconds, and the peak MB above the start (Linux resets its peak on request)."""
     gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)
@@ -62,15 +62,18 @@ def compare(
     neurons: int | None = None,
     **facts: Any,
 ) -> Any:
-    """Measures one row and returns ours' result.
+    """Measure one row. Return the result of fastmatch.
 
     Args:
-        suite, instance: what the row is called; rows of an instance make a line over ``size``.
-        ours, peers: the work, without arguments.
-        check: ``check(name, ours' result, the peer's)`` asserts that they agree.
-        size, along: the width (or depth) of the row.
-        rounds: timed turns; 0 takes the checked run of each as its time, for work of minutes.
-        neurons: units matched, for neurons per second.
+        suite: the suite's name.
+        instance: the row's name. Rows of one instance make a line over ``size``.
+        ours: the work of fastmatch, without arguments.
+        peers: the work of each peer, without arguments.
+        check: ``check(name, result, peer's result)`` asserts that they agree.
+        size: the width or depth of the row.
+        along: what ``size`` is.
+        rounds: timed turns. 0 takes the checked run of each as its time, for work of minutes.
+        neurons: how many units are matched, for neurons per second.
         facts: more to keep with the row, such as ``passes`` over the data.
     """
     ours()  # compiles

@@ -1,4 +1,4 @@
-"""Assignment solvers a user could pick, by their documented entry points; each gets the array as it is."""
+"""Assignment solvers that a user could pick, by their documented functions. Each gets the array as it is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Solver = Callable[[np.ndarray], Any]
 
 
 def solvers() -> tuple[dict[str, Solver], dict[str, str]]:
-    """(name: cost -> column of each row, name: version) of all that are installed."""
+    """Return the installed solvers (cost -> column of each row) and their versions, by name."""
     found: dict[str, Solver] = {}
     versions = {}
     for name, package, make in (
@@ -31,7 +31,7 @@ def solvers() -> tuple[dict[str, Solver], dict[str, str]]:
 
 
 def batch_solvers() -> dict[str, Solver]:
-    """name: stack -> (batch, n) columns, for those with a batch entry point."""
+    """Return the installed batch functions (stack -> columns of shape (batch, n)), by name."""
     found: dict[str, Solver] = {}
     for name, entry in (
         ("lap", "lapjvx_batch"),

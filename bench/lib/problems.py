@@ -1,4 +1,4 @@
-"""Assignment instances by name and seed: for the benchmarks and the tests."""
+"""Assignment problems by name and seed, for the benchmarks and the tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Generator = np.random.Generator
 
 
 def factors(g: Generator, n: int, m: int, rank: int, spread: float = 0.0) -> np.ndarray:
-    """Inner products of Gaussian rows, norms log-normal with the given spread."""
+    """Negated inner products of Gaussian rows. Their norms are log-normal with the given spread."""
     a, b = g.standard_normal((n, rank), np.float32), g.standard_normal((m, rank), np.float32)
     for rows in (a, b):
         rows *= np.exp(spread * g.standard_normal((len(rows), 1))).astype(np.float32)
@@ -19,14 +19,14 @@ def factors(g: Generator, n: int, m: int, rank: int, spread: float = 0.0) -> np.
 
 
 def siblings(g: Generator, n: int, m: int, sigma: float, rank: int = 256) -> np.ndarray:
-    """Inner products of rows with noisy copies of themselves, shuffled."""
+    """Negated inner products of rows with shuffled, noisy copies of themselves."""
     a = g.standard_normal((max(n, m), rank), np.float32)
     b = a + sigma * g.standard_normal(a.shape, np.float32)
     return -(a[:n] @ b[g.permutation(len(b))[:m]].T)
 
 
 def dead(g: Generator, n: int, m: int) -> np.ndarray:
-    """A tenth of the rows and of the columns constant."""
+    """A tenth of the rows and of the columns are constant."""
     cost = factors(g, n, m, 512)
     cost[g.random(n) < 0.1] = 0
     cost[:, g.random(m) < 0.1] = 0
@@ -34,7 +34,7 @@ def dead(g: Generator, n: int, m: int) -> np.ndarray:
 
 
 def duplicated(g: Generator, n: int, m: int) -> np.ndarray:
-    """Rows and columns that come several times."""
+    """Rows and columns that occur several times."""
     base = g.standard_normal((max(1, n // 3), max(1, m // 3)), np.float32)
     return base[g.integers(len(base), size=n)][:, g.integers(base.shape[1], size=m)]
 
@@ -86,15 +86,15 @@ KINDS: dict[str, Callable[[Generator, int, int], np.ndarray]] = {
 
 
 def problem(kind: str, n: int, m: int | None = None, seed: int = 0) -> np.ndarray:
-    """The instance of a kind: an (n, m) cost to be minimised."""
+    """Return the instance of a kind: an (n, m) cost to be minimized."""
     return KINDS[kind](np.random.default_rng([seed, n]), n, n if m is None else m)
 
 
 def trained_gains(width: int, cache: Path) -> dict[str, np.ndarray]:
-    """Costs of the last hidden layer of two nets trained on digits: weight gain, correlation, covariance (negated).
+    """Return costs of the last hidden layer of two networks trained on digits: negated gain, correlation, covariance.
 
-    For an MLP and for a convolutional net, ``width`` units in that layer. The nets are trained once for a width
-    (seeds 0 and 1) and their costs kept under ``cache``.
+    For an MLP and for a convolutional network with ``width`` units in that layer. Networks of seeds 0 and 1 are trained
+    once per width; their costs are kept under ``cache``.
     """
     path = cache / f"trained_{width}.npz"
     if path.exists():

@@ -1,13 +1,14 @@
-"""The published algorithms, written plainly: what ours is measured against.
+"""The published algorithms, written plainly: what fastmatch is measured against.
 
-Weight matching: coordinate descent of Git Re-Basin (Ainsworth et al. 2022, algorithm 1): every group in a random
-order, every sweep, until a sweep gains nothing; in numpy (float64) and, as the ports have it, in torch
-(float32). Activation matching: one Pearson correlation a layer (Li et al. 2015). Plain axes only.
+Weight matching: coordinate descent of Git Re-Basin (Ainsworth et al. 2022, algorithm 1), in numpy (float64) and, as the
+ports have it, in torch (float32). Activation matching: one Pearson correlation per layer (Li et al. 2015). Only axes that
+cover a whole dimension are supported.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,8 @@ from scipy.optimize import linear_sum_assignment
 from fastmatch.spec import PermutationSpec
 
 
-def moved(b, spec: PermutationSpec, perms, name: str, skip: int | None = None) -> np.ndarray:
+def permuted(b, spec: PermutationSpec, perms, name: str, skip: int | None = None) -> np.ndarray:
+    """Return the array ``name`` of ``b`` with its groups permuted, except along the dimension ``skip``."""
     w = b[name]
     for axis, group in spec.axes_of(name):
         if axis.dim != skip:
@@ -27,62 +29,90 @@ def moved(b, spec: PermutationSpec, perms, name: str, skip: int | None = None) -
 
 
 def objective(a, b, spec: PermutationSpec, perms) -> float:
+    """Return the sum of inner products of A's parameters with B's permuted ones."""
     names = {x.parameter for g in spec.groups.values() for x in g.axes}
-    return sum(float((a[n] * moved(b, spec, perms, n)).sum()) for n in names)
+    return sum(float((a[n] * permuted(b, spec, perms, n)).sum()) for n in names)
 
 
-def weight_matching(state_a, state_b, spec: PermutationSpec, seed: int, max_sweeps: int = 100):
-    a, b = ({k: v.double().numpy() for k, v in s.items()} for s in (state_a, state_b))
-    perms = {name: np.arange(group.size) for name, group in spec.groups.items()}
+def gain(a, b, spec: PermutationSpec, group, perms) -> np.ndarray:
+    """Return the matrix of a group's gains: what every pair of its units adds to the objective, in float64."""
+    total = np.zeros((group.size, group.size))
+    for axis in group.axes:
+        rows_a = np.moveaxis(a[axis.parameter], axis.dim, 0).reshape(group.size, -1)
+        other = permuted(b, spec, perms, axis.parameter, skip=axis.dim)
+        total += rows_a @ np.moveaxis(other, axis.dim, 0).reshape(group.size, -1).T
+    return total
+
+
+def gain_torch(a, b, spec: PermutationSpec, group, perms) -> torch.Tensor:
+    """Return what :func:`gain` does, in torch and float32."""
+    total = torch.zeros(group.size, group.size)
+    for axis in group.axes:
+        other = b[axis.parameter]
+        for place, name in spec.axes_of(axis.parameter):
+            if place.dim != axis.dim:
+                other = torch.index_select(other, place.dim, perms[name])
+        rows_a = torch.moveaxis(a[axis.parameter], axis.dim, 0).reshape(group.size, -1)
+        total += rows_a @ torch.moveaxis(other, axis.dim, 0).reshape(group.size, -1).T
+    return total
+
+
+def coordinate_descent(
+    spec: PermutationSpec,
+    identity: Callable[[int], Any],
+    step: Callable[[Any, dict[str, Any]], tuple[Any, bool]],
+    seed: int,
+    max_sweeps: int,
+) -> dict[str, Any]:
+    """Match every group in a random order, sweep after sweep, until a sweep improves none.
+
+    ``step`` takes a group and all permutations. It returns the group's new permutation, and whether it is better.
+    """
+    perms = {name: identity(group.size) for name, group in spec.groups.items()}
     names = list(spec.groups)
     generator = np.random.default_rng(seed)
     for _ in range(max_sweeps):
         progress = False
         for k in generator.permutation(len(names)):
-            group = spec.groups[names[k]]
-            gain = np.zeros((group.size, group.size))
-            for axis in group.axes:
-                rows_a = np.moveaxis(a[axis.parameter], axis.dim, 0).reshape(group.size, -1)
-                other = moved(b, spec, perms, axis.parameter, skip=axis.dim)
-                gain += rows_a @ np.moveaxis(other, axis.dim, 0).reshape(group.size, -1).T
-            col = linear_sum_assignment(gain, maximize=True)[1]
-            rows = np.arange(group.size)
-            progress |= gain[rows, col].sum() > gain[rows, perms[names[k]]].sum() + 1e-12
-            perms[names[k]] = col
-        if not progress:
-            break
-    return perms, objective(a, b, spec, perms)
-
-
-def weight_matching_torch(a, b, spec: PermutationSpec, seed: int, max_sweeps: int = 100):
-    """The same in torch, float32; a sweep has to gain more than rounding (1e-6 of the gain), or it never ends."""
-    perms = {name: torch.arange(group.size) for name, group in spec.groups.items()}
-    names = list(spec.groups)
-    generator = np.random.default_rng(seed)
-    for _ in range(max_sweeps):
-        progress = False
-        for k in generator.permutation(len(names)):
-            group = spec.groups[names[k]]
-            gain = torch.zeros(group.size, group.size)
-            for axis in group.axes:
-                other = b[axis.parameter]
-                for place, name in spec.axes_of(axis.parameter):
-                    if place.dim != axis.dim:
-                        other = torch.index_select(other, place.dim, perms[name])
-                rows_a = torch.moveaxis(a[axis.parameter], axis.dim, 0).reshape(group.size, -1)
-                gain += rows_a @ torch.moveaxis(other, axis.dim, 0).reshape(group.size, -1).T
-            col = torch.from_numpy(linear_sum_assignment(gain.numpy(), maximize=True)[1])
-            rows = torch.arange(group.size)
-            new, old = (float(gain[rows, c].double().sum()) for c in (col, perms[names[k]]))
-            progress |= new > old + 1e-6 * abs(new)
-            perms[names[k]] = col
+            perms[names[k]], better = step(names[k], perms)
+            progress |= better
         if not progress:
             break
     return perms
 
 
+def weight_matching(state_a, state_b, spec: PermutationSpec, seed: int, max_sweeps: int = 100):
+    """Return the permutations and the objective of the published algorithm, in numpy and float64."""
+    a, b = ({k: v.double().numpy() for k, v in s.items()} for s in (state_a, state_b))
+
+    def step(name, perms):
+        group = spec.groups[name]
+        values, rows = gain(a, b, spec, group, perms), np.arange(group.size)
+        columns = linear_sum_assignment(values, maximize=True)[1]
+        return columns, values[rows, columns].sum() > values[rows, perms[name]].sum() + 1e-12
+
+    perms = coordinate_descent(spec, np.arange, step, seed, max_sweeps)
+    return perms, objective(a, b, spec, perms)
+
+
+def weight_matching_torch(a, b, spec: PermutationSpec, seed: int, max_sweeps: int = 100):
+    """Return the permutations of the published algorithm, in torch and float32.
+
+    A sweep has to gain more than rounding (1e-6 of the gain), or it would never end.
+    """
+
+    def step(name, perms):
+        group = spec.groups[name]
+        values, rows = gain_torch(a, b, spec, group, perms), torch.arange(group.size)
+        columns = torch.from_numpy(linear_sum_assignment(values.numpy(), maximize=True)[1])
+        new, old = (float(values[rows, c].double().sum()) for c in (columns, perms[name]))
+        return columns, new > old + 1e-6 * abs(new)
+
+    return coordinate_descent(spec, torch.arange, step, seed, max_sweeps)
+
+
 def activation_matching_by_layer(model_a, model_b, layers: dict[str, str], data):
-    """REPAIR's form (Jordan et al. 2022): every layer's correlation in a pass of its own, through the layers before it."""
+    """Match as REPAIR does (Jordan et al. 2022): one pass over the data for each layer, through the layers before it."""
     columns, correlations = {}, {}
     for group, layer in layers.items():
         parts = [torch.nn.Sequential(*list(m.children())[: int(layer) + 1]) for m in (model_a, model_b)]
@@ -93,7 +123,7 @@ def activation_matching_by_layer(model_a, model_b, layers: dict[str, str], data)
 
 
 def activation_matching(model_a, model_b, layers: dict[str, str], data: Iterable[torch.Tensor]):
-    """Group -> columns: correlation of the outputs of each group's layer, pooled over batches in float64."""
+    """Match all groups in one pass. Return the columns and the correlations by group, pooled over batches in float64."""
     modules = [dict(m.named_modules()) for m in (model_a, model_b)]
     read: dict[tuple[int, str], torch.Tensor] = {}
     hooks = []

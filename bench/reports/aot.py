@@ -3,10 +3,10 @@
     python -m bench.reports.aot                    all targets -> bench/results/aot.md
     python -m bench.reports.aot --json out.json --target sm_90 --quick
     python -m bench.reports.aot --rows a.json --rows b.json --also other.json
-                                           the table of what these runs wrote (a target each, say), and the findings
+                                           the table of these runs (one target each, for example), and the findings
                                            of another version of Triton
 
-Needs no GPU. The times at the end are a roofline on paper: predicted, not measured.
+No GPU is needed. The times at the end are predicted by the roofline, not measured.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import platform
 import sys
 from collections import Counter
 from pathlib import Path
+
+from bench.lib import record as records
 
 RESULTS = Path(__file__).parents[1] / "results" / "aot.md"
 NAMES = {"sm_80": "A100", "sm_90": "H100", "sm_100": "B200", "gfx942": "MI300X"}
@@ -96,8 +98,10 @@ def read_rows(files):
     rows = []
     for file in files:
         record = json.loads(file.read_text())
-        if record["triton"] != triton.__version__:
-            sys.exit(f"{file}: expected rows by Triton {triton.__version__}, got {record['triton']}")
+        if record["versions"]["triton"] != triton.__version__:
+            sys.exit(
+                f"{file}: expected rows by Triton {triton.__version__}, got {record['versions']['triton']}"
+            )
         rows += [Compiled(**{k: v for k, v in row.items() if k != "faults"}) for row in record["rows"]]
     return rows
 
@@ -107,7 +111,7 @@ def other_versions(files):
     rows = {}
     for file in files:
         record = json.loads(file.read_text())
-        rows.setdefault(record["triton"], []).extend(record["rows"])
+        rows.setdefault(record["versions"]["triton"], []).extend(record["rows"])
     return [line for version in rows for line in findings(version, rows[version])]
 
 
@@ -140,7 +144,8 @@ def main(arguments=None):
     targets = dict.fromkeys(r.target for r in rows)
     plain = [r.row() for r in rows]
     if options.json:
-        options.json.write_text(json.dumps({"triton": triton.__version__, "rows": plain}, indent=1))
+        found = records.record(plain, packages=["triton"], show=False)
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
     else:
         lines = [
             "# The Triton kernels, compiled ahead of time",

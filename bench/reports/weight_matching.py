@@ -1,30 +1,30 @@
-"""Weight matching against the published algorithm on the demo's trained MLPs: objective and time, same start and order.
+"""Weight matching against the published algorithm on the demo's trained MLPs: same start, same order, objective and time.
 
-Writes bench/results/weight_matching.json. Usage: python -m bench.reports.weight_matching [WIDTH]
+python -m bench.reports.weight_matching
 """
 
 from __future__ import annotations
 
-import json
-import platform
+import argparse
 import statistics
 import sys
 import time
-from pathlib import Path
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
 import fastmatch as fm
+from bench.lib import record
 from bench.lib.published import objective, weight_matching
 from fastmatch.matching.weights import match_weights
 from fastmatch.studies.demo import mlp
 from fastmatch.studies.digits import digits, train
 
-RESULTS = Path(__file__).parents[1] / "results"
+NAME = "weight_matching"
 
 
-def main(width: int = 1024, seed: int = 0, repeats: int = 3) -> None:
+def rows(width: int, seed: int, repeats: int) -> Iterator[record.Row]:
     data, _ = digits()
     models = []
     for k in range(2):
@@ -35,39 +35,49 @@ def main(width: int = 1024, seed: int = 0, repeats: int = 3) -> None:
     double = [{k: v.double().numpy() for k, v in s.items()} for s in (a, b)]
 
     begin = time.perf_counter()
-    _, value = weight_matching(a, b, spec, seed)
-    published_seconds = time.perf_counter() - begin
+    _, published = weight_matching(a, b, spec, seed)
+    yield {
+        "algorithm": "published",
+        "objective": published,
+        "seconds": round(time.perf_counter() - begin, 2),
+    }
     seconds = []
     for _ in range(repeats):
         begin = time.perf_counter()
         found = match_weights(a, b, spec, start=spec.identity(), seed=seed, progress=False)
         seconds.append(time.perf_counter() - begin)
     ours = objective(*double, spec, {k: np.asarray(v) for k, v in found.permutations.items()})
-    record = {
-        "network": f"MLP 64-{width}-{width}-{width}-10 trained on digits",
-        "seed": seed,
-        "published": {"objective": value, "seconds": round(published_seconds, 2)},
-        "fastmatch": {
-            "objective": ours,
-            "seconds": round(statistics.median(seconds), 2),
-            "sweeps": found.sweeps,
-            "solves": found.solves,
-            "skipped": found.skipped,
-        },
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
+    assert ours >= published * (1 - 1e-9), (ours, published)
+    yield {
+        "algorithm": "fastmatch",
+        "objective": ours,
+        "seconds": round(statistics.median(seconds), 2),
+        "sweeps": found.sweeps,
+        "solves": found.solves,
+        "skipped": found.skipped,
     }
-    assert ours >= value * (1 - 1e-9), (ours, value)
-    RESULTS.mkdir(exist_ok=True)
-    text = json.dumps(record, indent=1)
-    (RESULTS / "weight_matching.json").write_text(text + "\n")
-    print(text)
+
+
+def measure(options: argparse.Namespace) -> record.Record:
+    width, seed = 64 if options.tiny else options.width, 0
+    network = f"MLP 64-{width}-{width}-{width}-10 trained on digits"
+    return record.record(rows(width, seed, repeats=3), network=network, seed=seed)
+
+
+def page(found: record.Record) -> str:
+    return record.page(
+        "Weight matching against the published algorithm", NAME, found,
+        f"{found['settings']['network']}, seed {found['settings']['seed']}. Both start at the identity and visit the groups in the "
+        "same order.",
+        record.table(found["rows"], ("algorithm", "objective", "seconds"), form=".4f"),
+    )  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--width", type=int, default=1024, help="units of each hidden layer")
+    return record.run(NAME, measure, page, parser, arguments)
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:2]))
+    sys.exit(main())

@@ -1,14 +1,23 @@
-"""Options and machine of the benchmark suites: ``pytest bench --quick``."""
+"""Options of the benchmark suites, and the machine in their JSON.
+
+    python -m pytest bench/suites                             every suite, at full size
+    python -m pytest bench/suites/test_matching.py --quick    one suite, at small sizes
+    python -m pytest bench/suites --benchmark-json=run.json   keep what was measured
+    python -m bench.reports.suites run.json                   make a page of it
+    python -m fastmatch bench                                 all of this at once
+
+``--quick`` measures small sizes: under three minutes on two cores. A benchmark names its sizes by a marker,
+``@pytest.mark.widths(quick=(...), full=(...))`` or ``depths``, and takes one as its argument ``width`` or ``depth``. All
+other options are pytest-benchmark's.
+"""
 
 from __future__ import annotations
 
-import os
-
 import numba
 import pytest
-import torch
 
-from bench.reports.assignment import machine
+from bench.lib.machine import machine, versions
+from bench.lib.peers import solvers
 
 
 def pytest_addoption(parser):
@@ -21,7 +30,7 @@ def quick(request) -> bool:
 
 
 def pytest_generate_tests(metafunc):
-    """``width`` runs over the sizes of the test's marker ``widths(quick=(...), full=(...))``."""
+    """Run a test at the sizes of its marker ``widths(quick=(...), full=(...))`` or ``depths``."""
     for name in ("width", "depth"):
         marker = metafunc.definition.get_closest_marker(f"{name}s")
         if marker is not None:
@@ -35,7 +44,9 @@ def pytest_configure(config):
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
+    told = machine()
     machine_info["fastmatch"] = {
-        **machine(), "torch_threads": torch.get_num_threads(), "numba_threads": numba.get_num_threads(),
-        "load": os.getloadavg()[0], "quick": config.getoption("--quick"),
+        "cpu": told["cpu"], "cores": told["cores"], "load": told["load"], "torch_threads": told["threads"],
+        "numba_threads": numba.get_num_threads(), "versions": versions(solvers()[1]),
+        "quick": config.getoption("--quick"),
     }  # fmt: skip

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
 from bench.lib.nets import mlp, pair
 from bench.lib.paired import compare
-from bench.lib.published import moved
+from bench.lib.published import gain as published
 from fastmatch.matching.gains import Gains
 
 
 def close(name, ours, theirs):
     theirs = torch.as_tensor(theirs).to(torch.float64)
     assert float((ours.double() - theirs).abs().max()) <= 1e-4 * float(theirs.abs().max()), name
-
-
-def published(a, b, spec, group, perms):
-    """numpy in float64, as in bench/lib/published.py."""
-    gain = np.zeros((group.size, group.size))
-    for axis in group.axes:
-        rows_a = np.moveaxis(a[axis.parameter], axis.dim, 0).reshape(group.size, -1)
-        other = moved(b, spec, perms, axis.parameter, skip=axis.dim)
-        gain += rows_a @ np.moveaxis(other, axis.dim, 0).reshape(group.size, -1).T
-    return gain
 
 
 @pytest.mark.widths(quick=(256, 512), full=(256, 512, 1024, 2048, 4096))
@@ -52,9 +41,9 @@ def test_middle_layer(benchmark, width, share):
         return a["2.weight"] @ b["2.weight"][:, turn[0][neighbour]].T
 
     for _ in range(2):
-        gain = follow()
+        found = follow()
         wide = [{k: v.double().numpy() for k, v in s.items()} for s in (a, b)]
-        close("numpy", gain, published(*wide, spec, group, {k: v.numpy() for k, v in turn[0].items()}))
+        close("numpy", found, published(*wide, spec, group, {k: v.numpy() for k, v in turn[0].items()}))
     peers = {"torch, one product alone": products}
     if width <= 2048:
         peers["numpy float64"] = lambda: published(

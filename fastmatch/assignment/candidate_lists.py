@@ -30,7 +30,7 @@ PATIENCE = 1.0
 SWEEPS, TIED = 16, 0.1
 """Sweeps, and the share of rows whose list ends among equal entries, beyond which :func:`try_lists` gives up."""
 SOFTEST, HARDEST, STEPS, RELAXATION = 1.0, 0.003, 40, 1.8
-"""Sinkhorn's first and last temperature, in standard deviations of the costs: see bench/results/duals.md."""
+"""Sinkhorn's first and last temperature, in standard deviations of the costs: see bench/results/initial_duals.md."""
 BATCH = 4096
 """Rows read at once at most, between which Ctrl-C is heard."""
 

@@ -32,7 +32,7 @@ def compiled(tmp_path, target, *options):
     )
     assert out.exists(), done.stderr
     record = json.loads(out.read_text())
-    assert record["triton"] == version("triton")
+    assert record["versions"]["triton"] == version("triton")
     return record["rows"]
 
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -265,11 +261,3 @@ def test_screened_factor_costs_answer_as_exactly(metric, kind):
             np.testing.assert_allclose(
                 cost.row_min(duals, sign), given.min(axis=1), rtol=1e-12, atol=1e-12 * size
             )
-
-
-def test_the_counts_of_screening_run():
-    script = Path(__file__).parents[2] / "bench/reports/screening.py"
-    command = [sys.executable, str(script), "--tiny", "--repeats", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) >= 2

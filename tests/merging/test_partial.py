@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-import json
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
 
-import bench.reports.partial as bench
+import bench.reports.partial_merging as bench
 import fastmatch as fm
+from bench.lib import record as records
 from fastmatch.merging.units import RULES
 from fastmatch.renorm import endpoint_statistics
 from fastmatch.studies.digits import Batches, digits, train
@@ -404,10 +404,10 @@ def test_on_digits_partial_zip_beats_merging_everything():
 
 
 def test_the_page_holds_the_committed_run():
-    record = json.loads(bench.RESULT.read_text())
+    record = records.read(bench.NAME)
     assert bench.table(record) in bench.PAGE.read_text()
     assert bench.PICTURE.stat().st_size > 1000
-    assert record["machine"]["versions"]["torch"]
+    assert record["versions"]["torch"]
     found = bench.means(record["rows"])
     # Nothing apart costs one model, all apart is the ensemble.
     for rule in ("identity", "permute", "zip"):

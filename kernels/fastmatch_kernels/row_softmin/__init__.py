@@ -79,7 +79,7 @@ def sinkhorn_duals(
 
     Args:
         factors, precision, backend: as for :func:`gain`; as many rows as columns.
-        temperatures: in the unit of the costs, above 0; see ``bench/results/duals.md``.
+        temperatures: in the unit of the costs, above 0; see ``bench/results/initial_duals.md``.
         v: (n,) where to start; zeros by default.
         relaxation: below 2; at temperatures under RELAXED of the first, each half step goes so many times as far. About
             1.8 saves half of the steps and more (Thibault et al. 2017); at high temperatures it diverges.

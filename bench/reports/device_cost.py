@@ -1,37 +1,33 @@
-"""A matrix solved where it lies: how often lists suit it, what they read and bring to the host, what the host then does.
+"""A matrix on a device, solved by candidate lists: how many rows are read, how much is copied to the host.
 
-python -m bench.reports.stored          -> bench/results/stored.json, stored.md
-python -m bench.reports.stored --tiny   at a small size, nothing written
+    python -m bench.reports.device_cost
 
-Runs on the CPU, with the reading of rows (which a GPU would do) timed apart: what is left is the host's part. The time
-of reading on a GPU is not known from this.
+Runs on the CPU. Reading rows, which a GPU would do, is timed apart: what remains is the host's part. How long a GPU takes
+to read rows is not known from this.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
-from pathlib import Path
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
+from bench.lib import record
 from bench.lib.problems import problem
-from bench.reports.kernels import machine
 from fastmatch.assignment import solve
 from fastmatch.assignment.candidate_lists import try_lists
 from fastmatch.assignment.device import StoredCost
 
-RESULTS = Path(__file__).parents[1] / "results"
-
-
+NAME = "device_cost"
 KINDS = ("uniform", "factors 256", "sibling 1", "log-normal 256", "ties", "constant")
-"""Of bench/lib/problems.py."""
+"""Instances of bench/lib/problems.py."""
 
 
-def instances(n):
+def instances(n: int) -> Iterator[tuple[str, torch.Tensor]]:
     for kind in KINDS:
         yield kind, torch.from_numpy(problem(kind, n))
     generator = torch.Generator().manual_seed(0)
@@ -41,7 +37,7 @@ def instances(n):
 
 
 class Timed(StoredCost):
-    """Counts rows, rounds, numbers and seconds of what a GPU would read."""
+    """Counts rows, rounds, copied numbers and seconds of the reading that a GPU would do."""
 
     def __init__(self, matrix):
         super().__init__(matrix)
@@ -65,7 +61,7 @@ class Timed(StoredCost):
         return self._timed(lambda: super(Timed, self).row_min(v, sign), self.shape[0], 1)
 
 
-def measure(kind, matrix):
+def row(kind: str, matrix: torch.Tensor) -> record.Row:
     solve(matrix[:50, :50], method="shortlist")
     try_lists(StoredCost(matrix[:50, :50]), 1.0)  # compiled
     begin = time.perf_counter()
@@ -82,47 +78,34 @@ def measure(kind, matrix):
     return {
         "cost": kind,
         "n": len(matrix),
-        "lists": "suit" if found is not None else "given up",
+        "lists": "accepted" if found is not None else "given up",
         "passes over the matrix": cost.rows / len(matrix),
         "rounds": cost.rounds,
-        "part that crosses": cost.numbers / matrix.numel(),
-        "host s": host,
-        "dense solver s": dense_seconds,
+        "fraction copied to the host": cost.numbers / matrix.numel(),
+        "host (s)": host,
+        "dense solver (s)": dense_seconds,
     }
 
 
-def markdown(record):
-    keys = list(record["rows"][0])
-    lines = [
-        "# A matrix solved where it lies",
-        "",
-        f"Written by `python -m bench.reports.stored`. {record['machine']} One run each, of {record['rows'][0]['n']} x "
-        f"{record['rows'][0]['n']} float32. Rows are read on the CPU here, and that time is left out: "
-        "on a GPU it is not known. Rounds are those in which rows are read; what crosses to the host are (index, cost) pairs, as a "
-        "part of the matrix's entries. Where lists are given up, the matrix is copied and the dense solver takes its time too.",
-        "",
-        "| " + " | ".join(keys) + " |",
-        "|" + "---|" * len(keys),
-    ]
-    for row in record["rows"]:
-        cells = (f"{x:.3g}" if isinstance(x, float) else str(x) for x in row.values())
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+def measure(options: argparse.Namespace) -> record.Record:
+    n = 200 if options.tiny else 4096
+    return record.record(row(kind, matrix) for kind, matrix in instances(n))
 
 
-def main(arguments=None):
+def page(found: record.Record) -> str:
+    return record.page(
+        "A matrix solved on its device", NAME, found,
+        "Each row is one run on a float32 matrix. Rows are read on the CPU here, and that time is left out: on a GPU it is not "
+        "known. A round reads the rows whose lists ran out. (index, cost) pairs are copied to the host; their number is given as "
+        "a fraction of the matrix's entries. Where lists are given up, the matrix is copied and the time of the dense solver "
+        "comes on top.",
+        record.table(found["rows"], form=".3g"),
+    )  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tiny", action="store_true", help="a small size, nothing written")
-    options = parser.parse_args(arguments)
-    rows = []
-    for kind, matrix in instances(200 if options.tiny else 4096):
-        rows.append(measure(kind, matrix))
-        print({k: round(v, 4) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
-    record = {"machine": machine(), "rows": rows}
-    if not options.tiny:
-        (RESULTS / "stored.json").write_text(json.dumps(record, indent=1) + "\n")
-        (RESULTS / "stored.md").write_text(markdown(record))
-    return 0
+    return record.run(NAME, measure, page, parser, arguments)
 
 
 if __name__ == "__main__":

@@ -1,42 +1,41 @@
-"""Checks every kernel against float64, times it against torch's own composition and against the prediction.
+"""Each kernel on a GPU: checked against float64, timed against torch's operations and against the roofline.
 
-    python -m bench.reports.gpu                      on a CUDA or HIP machine -> bench/results/gpu.md
-    python -m bench.reports.gpu --device cpu         the CPU twins, at tiny sizes and fewer precisions, nothing written
-    TRITON_INTERPRET=1 python -m bench.reports.gpu --device cpu --backend triton --tiny     in the interpreter
+    python -m bench.reports.kernels_gpu                   on a CUDA or HIP machine
+    python -m bench.reports.kernels_gpu --tiny --device cpu                       the CPU implementations
+    TRITON_INTERPRET=1 python -m bench.reports.kernels_gpu --tiny --device cpu --backend triton
 
-A row is recorded only after its result has passed the check. Times are medians; on CPU and in the interpreter
-they show that the script runs, and say nothing about a GPU.
+A row is recorded only after its result has passed the check. Times are medians. On the CPU and in Triton's interpreter
+sizes are small: they show that the script runs, and tell nothing about a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import platform
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from bench.lib import record, roofline
 from fastmatch_kernels import ops as kernels
 
-RESULTS = Path(__file__).parents[1] / "results" / "gpu.md"
+NAME = "kernels_gpu"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Bench:
-    """One device and backend; times functions and collects rows."""
+    """One device and backend. Times functions and makes rows."""
 
     device: torch.device
     backend: str
     repeats: int
-    rows: list
 
     def seconds(self, function):
-        """Median time of a call, after one to warm up."""
+        """Return the median seconds of a call, after one to warm up."""
         function()
         times = []
         for _ in range(self.repeats):
@@ -56,23 +55,31 @@ class Bench:
     def normal(self, *shape, dtype=torch.float32):
         return torch.randn(*shape, device=self.device).to(dtype)
 
-    def record(self, name, shape, precision, ours, peer, work, error):
-        """Times both and keeps a row; ``error`` is the measured error over the allowed one."""
+    def row(self, name, shape, precision, ours, peer, work, error) -> record.Row:
+        """Time both. ``error`` is the measured error over the allowed one, ``work`` the roofline's and its precision."""
         if not error <= 1:
             raise AssertionError(f"{name} {shape} {precision}: {error:.3g} times the allowed error")
-        mine = self.seconds(ours)
-        theirs = self.seconds(peer)
-        self.rows.append((name, shape, precision, error, mine, theirs, work))
-        print(f"{name:16} {shape:28} {precision:7} {1e3 * mine:10.3f} ms, torch {1e3 * theirs:10.3f} ms")
+        mine, theirs = self.seconds(ours), self.seconds(peer)
+        least = work[0].seconds(target_of(self), work[1])
+        return {
+            "operation": name,
+            "shape": shape,
+            "precision": precision,
+            "error / bound": error,
+            "ms": 1e3 * mine,
+            "torch ms": 1e3 * theirs,
+            "torch / ours": theirs / mine,
+            "predicted ms": 1e3 * least,
+            "fraction of the roofline": least / mine,
+        }
 
 
 def sample_rows(n, count=256):
-    """Some rows, spread evenly: float64 checks of all of them would cost more than the benchmark."""
+    """Return evenly spread rows: checking all of them in float64 would cost more than the benchmark."""
     return torch.linspace(0, n - 1, min(n, count)).long()
 
 
 def run_products(bench, n, d, k):
-    from bench.lib import roofline
     from fastmatch_kernels._triton.tiles import precision_of
     from fastmatch_kernels.row_topk.triton import product_error
 
@@ -92,7 +99,7 @@ def run_products(bench, n, d, k):
         options = {"precision": asked, "backend": bench.backend}
         kernels.gain([(a, b)], out=out, **options)
         error = float(((out[some].double() - exact).abs() / allowed).max())
-        bench.record(
+        yield bench.row(
             "gain",
             f"{n} x {n} x {d}",
             precision,
@@ -101,9 +108,9 @@ def run_products(bench, n, d, k):
             (roofline.gain(n, n, d, size), key),
             error,
         )
-        run_softmin(bench, a, b, v, some, exact, precision, asked)
+        yield run_softmin(bench, a, b, v, some, exact, precision, asked)
         if bench.backend == "cpu":
-            continue  # the CPU twin of cost_rows has a benchmark of its own
+            continue  # the report kernels_cpu has row_topk on the CPU
         index, cost, bound = kernels.row_topk([(a, b)], v, k, **options)
         allowed = product_error([(a[some], b)], v, asked)[:, None]
         value = -exact - v.double()
@@ -112,7 +119,7 @@ def run_products(bench, n, d, k):
         outside = value.scatter(1, index[some], float("inf")).amin(1)
         if not bool((bound[some].double() <= outside).all()):
             raise AssertionError(f"row_topk {n} {precision}: the bound is above a value outside the list")
-        bench.record(
+        yield bench.row(
             "row_topk",
             f"{n} x {n} x {d}, k = {k}",
             precision,
@@ -124,7 +131,6 @@ def run_products(bench, n, d, k):
 
 
 def run_softmin(bench, a, b, v, some, exact, precision, asked):
-    from bench.lib import roofline
     from fastmatch_kernels._triton.tiles import precision_of
     from fastmatch_kernels.row_topk.triton import product_error
 
@@ -135,7 +141,7 @@ def run_softmin(bench, a, b, v, some, exact, precision, asked):
     allowed = product_error([(a[some], b)], v, asked) + 2.0**-18 * t * (1 + math.log(n))
     got = kernels.row_softmin([(a, b)], v, t, **options)[some]
     key = precision_of(a.dtype, asked)
-    bench.record(
+    return bench.row(
         "row_softmin",
         f"{n} x {n} x {d}, t = {t:.3g}",
         precision,
@@ -147,15 +153,13 @@ def run_softmin(bench, a, b, v, some, exact, precision, asked):
 
 
 def three_passes(a, b):
-    """Correlation as it is usually written: means, standard deviations, product, in float64."""
+    """Correlation in float64, as it is usually written: means, standard deviations, product."""
     a, b = (x.double() for x in (a, b))
     a, b = a - a.mean(0), b - b.mean(0)
     return (a / a.std(0)).T @ (b / b.std(0))
 
 
 def run_moments(bench, samples, n):
-    from bench.lib import roofline
-
     for name, lift in (
         ("rows", lambda x: x),
         ("contiguous maps", lambda x: x.view(-1, 16, n).transpose(1, 2).contiguous()),
@@ -168,7 +172,7 @@ def run_moments(bench, samples, n):
             state = kernels.moments(a, b, **options)
             unit = {"ieee": 2.0**-20, "tf32": 2.0**-8.9, "bf16x3": 2.0**-16}[precision]
             error = float((state.covariance() - wanted).abs().max() / (4 * unit))
-            bench.record(
+            yield bench.row(
                 "moments",
                 f"{samples} x {n}, {name}",
                 precision,
@@ -184,8 +188,6 @@ def flat(x):
 
 
 def run_memory(bench, n):
-    from bench.lib import roofline
-
     for dtype in (torch.float32, torch.bfloat16):
         a, b = bench.normal(n, n, dtype=dtype), bench.normal(n, n, dtype=dtype)
         rows, columns = (torch.randperm(n, device=bench.device) for _ in range(2))
@@ -204,7 +206,7 @@ def run_memory(bench, n):
         allowed = torch.finfo(dtype).eps * wanted.abs() + 1e-6
         error = float(((ours().double() - wanted).abs() / allowed).max())
         work = roofline.permute_merge(n * n, 2, dtype.itemsize)
-        bench.record("permute_merge", f"{n} x {n} {dtype}", "ieee", ours, peer, (work, "ieee"), error)
+        yield bench.row("permute_merge", f"{n} x {n} {dtype}", "ieee", ours, peer, (work, "ieee"), error)
 
     x = bench.normal(2 if bench.repeats == 1 else 32, n, 8, 8)
     goal_mean, goal_std = bench.normal(n).double(), bench.normal(n).double().abs() + 0.1
@@ -221,21 +223,20 @@ def run_memory(bench, n):
 
     error = float((renormalized() - composed()).abs().max() / 1e-3)
     work = roofline.channel_affine(x.numel())
-    bench.record(
+    yield bench.row(
         "channel_affine", f"{len(x)} x {n} x 8 x 8", "ieee", renormalized, composed, (work, "ieee"), error
     )
 
 
 def run_assignment(bench, n):
-    """A stored matrix, solved by reading its rows where it lies, against copying it; predicted: three reads of it."""
-    from bench.lib import roofline
+    """A matrix on the device: solved there by reading its rows, against copying it. Predicted: three reads of it."""
     from fastmatch.assignment import solve
 
     matrix = bench.normal(n, n)
     here, copied = (solve(matrix, method=method) for method in ("lists", "shortlist"))
     error = abs(here.objective - copied.objective) / (here.gap_bound + copied.gap_bound)
-    bench.record(
-        "solve a stored matrix",
+    yield bench.row(
+        "solve a device matrix",
         f"{n} x {n}",
         "ieee",
         lambda: solve(matrix, method="lists"),
@@ -246,66 +247,51 @@ def run_assignment(bench, n):
 
 
 def target_of(bench):
-    """The target that predictions are for: the device's, or an H100 where there is none."""
+    """Return the target of the predictions: the device's, or an H100 where there is no GPU."""
     from fastmatch_kernels._triton.tiles import TARGETS
     from fastmatch_kernels._triton.tiles import target_of as device_target
 
     return device_target(bench.device) if bench.device.type == "cuda" else TARGETS["sm_90"]
 
 
-def report(bench, versions):
-    target = target_of(bench)
-    lines = [
-        "# The kernels on a GPU",
-        "",
-        versions,
-        "",
-        f"Predicted: least time on {target.name} by roofline. Error: largest seen over the documented bound.",
-        "",
-        "| operation | shape | precision | error / bound | ms | torch ms | torch / ours | predicted ms | of the roofline |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name, shape, precision, error, mine, theirs, (work, key) in bench.rows:
-        least = work.seconds(target, key)
-        lines.append(
-            f"| {name} | {shape} | {precision} | {error:.2g} | {1e3 * mine:.3f} | {1e3 * theirs:.3f} "
-            f"| {theirs / mine:.2f} | {1e3 * least:.3f} | {least / mine:.0%} |"
-        )
-    return "\n".join(lines) + "\n"
+def rows(bench: Bench, sizes: list[int], tiny: bool) -> Iterator[record.Row]:
+    torch.manual_seed(0)
+    for n in sizes:
+        yield from run_products(bench, n, 24 if tiny else 4096, 16)
+        yield from run_moments(bench, 80 if tiny else 65536, n)
+        yield from run_memory(bench, n)
+        yield from run_assignment(bench, n)
 
 
-def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--backend", choices=("triton", "cpu"), help="default: by the device")
-    parser.add_argument("--sizes", type=int, nargs="+", help="widths n")
-    parser.add_argument("--tiny", action="store_true", help="smallest sizes, one repeat")
-    parser.add_argument("--out", type=Path, help="where the table goes; bench/results/gpu.md on a GPU")
-    options = parser.parse_args(arguments)
+def measure(options: argparse.Namespace) -> record.Record:
     device = torch.device(options.device)
     on_gpu = device.type == "cuda"
-    backend = options.backend or ("triton" if on_gpu else "cpu")
-    tiny = options.tiny or not on_gpu
-    sizes = options.sizes or ([48] if tiny else [4096, 8192, 16384])
-    torch.manual_seed(0)
-    bench = Bench(device, backend, 1 if tiny else 20, [])
-    for n in sizes:
-        run_products(bench, n, 24 if tiny else 4096, 16)
-        run_moments(bench, 80 if tiny else 65536, n)
-        run_memory(bench, n)
-        run_assignment(bench, n)
-    import triton
+    if not (on_gpu or options.tiny):
+        raise SystemExit("kernels_gpu: no GPU here; --tiny runs the same checks on the CPU")
+    bench = Bench(device, options.backend or ("triton" if on_gpu else "cpu"), 1 if options.tiny else 20)
+    settings = {"backend": bench.backend, "predicted for": target_of(bench).name}
+    if on_gpu:
+        settings["gpu"] = torch.cuda.get_device_name(device)
+    sizes = options.sizes or ([48] if options.tiny else [4096, 8192, 16384])
+    return record.record(rows(bench, sizes, options.tiny), packages=["triton"], **settings)
 
-    name = torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()} CPU, backend {backend}"
-    versions = (
-        f"{name}; torch {torch.__version__}, Triton {triton.__version__}, Python {platform.python_version()}"
-    )
-    out = options.out or (RESULTS if on_gpu else None)
-    if out is not None:
-        out.write_text(report(bench, versions))
-        print(out)
-    print(versions)
-    return 0
+
+def page(found: record.Record) -> str:
+    settings = found["settings"]
+    return record.page(
+        "The kernels on a GPU", NAME, found,
+        f"GPU: {settings['gpu']}. Predicted: the least time on {settings['predicted for']} by the roofline. "
+        "Error: the largest one over the documented bound.",
+        record.table(found["rows"], form=".3g"),
+    )  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--backend", choices=("triton", "cpu"), help="by the device if omitted")
+    parser.add_argument("--sizes", type=int, nargs="+", help="widths n")
+    return record.run(NAME, measure, page, parser, arguments)
 
 
 if __name__ == "__main__":

@@ -1,49 +1,47 @@
-"""The CPU twins against what torch gives: ratios within one run, medians of alternating calls.
+"""Each kernel's CPU implementation against torch's operations: ratios within one run, medians of alternating calls.
 
-python -m bench.reports.kernels        -> bench/results/kernels.json, kernels.md
-python -m bench.reports.kernels --tiny   at small sizes, nothing written
+python -m bench.reports.kernels_cpu
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import sys
 import time
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
 
+from bench.lib import record
 from fastmatch_kernels import ops as kernels
 from fastmatch_kernels.channel_affine.reference import affine_of
 from fastmatch_kernels.moments.reference import Moments, update
 from fastmatch_kernels.row_topk.reference import term_sizes
 
-RESULTS = Path(__file__).parents[1] / "results"
+NAME = "kernels_cpu"
 
 
-def alternate(functions, repeats):
-    """Median seconds of each function, called in turn so that a busy neighbour slows all alike."""
+def alternate(functions, repeats: int) -> list[float]:
+    """Return each function's median seconds. They are called in turn, so that other work slows all of them alike."""
     for function in functions:
         function()
     times = [[] for _ in functions]
     for _ in range(repeats):
-        for record, function in zip(times, functions, strict=True):
+        for taken, function in zip(times, functions, strict=True):
             begin = time.perf_counter()
             function()
-            record.append(time.perf_counter() - begin)
-    return [statistics.median(record) for record in times]
+            taken.append(time.perf_counter() - begin)
+    return [statistics.median(taken) for taken in times]
 
 
-def close(name, got, wanted, allowed):
+def close(name: str, got, wanted, allowed: float) -> None:
     error = float((got.double() - wanted.double()).abs().max())
     if not error <= allowed:
         raise AssertionError(f"{name}: error {error:.3g}, allowed {allowed:.3g}")
 
 
-def bench_moments(repeats, tiny):
+def bench_moments(repeats: int, tiny: bool) -> Iterator[record.Row]:
     shapes = [(64, 64, 32, 32), (64, 256, 16, 16), (64, 512, 8, 8), (4096, 512), (4096, 2048)]
     for shape in [(8, 16, 4, 4), (64, 32)] if tiny else shapes:
         for last in (False, True) if len(shape) == 4 else (False,):
@@ -57,7 +55,7 @@ def bench_moments(repeats, tiny):
                 update(a, b, 1, *s.shifts, *s.stats, s.cross["ab"], None, None)
 
             def lean(a=a, b=b, channels=shape[1]):
-                """Raw float64 sums without a shift: fewest passes, but it squares large means."""
+                """Raw float64 sums without a shift: the fewest passes, but large means lose precision."""
                 rows = [x.double().movedim(1, -1).reshape(-1, channels) for x in (a, b)]
                 return rows[0].T @ rows[1], [(x.sum(0), x.square().sum(0)) for x in rows]
 
@@ -82,8 +80,8 @@ def bench_moments(repeats, tiny):
             }
 
 
-def bench_streamed_moments(repeats, tiny):
-    """Linear layers see small batches: a float64 accumulator is passed through for each, or for many."""
+def bench_streamed_moments(repeats: int, tiny: bool) -> Iterator[record.Row]:
+    """Linear layers get small batches. The float64 accumulator is read and written for each batch, or for many."""
     batch, batches, n = (8, 4, 32) if tiny else (128, 32, 2048)
     a, b = torch.randn(batches, batch, n).relu_(), torch.randn(batches, batch, n).relu_()
 
@@ -118,7 +116,7 @@ def bench_streamed_moments(repeats, tiny):
     }
 
 
-def bench_permute_merge(repeats, tiny):
+def bench_permute_merge(repeats: int, tiny: bool) -> Iterator[record.Row]:
     n = 64 if tiny else 6144
     shapes = [
         ("linear", (n, n), (1, 1)),
@@ -162,13 +160,13 @@ def bench_permute_merge(repeats, tiny):
                     "operation": "permute_merge",
                     "case": f"{kind} {' x '.join(map(str, shape))} {dtype}, {variant}".replace("torch.", ""),
                     "ms": 1e3 * ours,
-                    "part of copy bandwidth": (3 * size / ours) / (2 * size / copy),
+                    "fraction of copy bandwidth": (3 * size / ours) / (2 * size / copy),
                     "times faster than torch": theirs / ours,
                     "GB/s": 3 * size / ours / 1e9,
                 }
 
 
-def bench_gain(repeats, tiny):
+def bench_gain(repeats: int, tiny: bool) -> Iterator[record.Row]:
     n, d = (64, 32) if tiny else (3072, 1024)
     a, b = torch.randn(n, d), torch.randn(n, d)
     rows, inner = torch.randperm(n), torch.randperm(d)
@@ -199,7 +197,7 @@ def bench_gain(repeats, tiny):
         }
 
 
-def bench_cost_rows(repeats, tiny):
+def bench_row_costs(repeats: int, tiny: bool) -> Iterator[record.Row]:
     n, k = (64, 4) if tiny else (4096, 16)
     for d in (16,) if tiny else (512, 1024):
         a, b, v = torch.randn(n, d), torch.randn(n, d), torch.randn(n)
@@ -229,15 +227,15 @@ def bench_cost_rows(repeats, tiny):
         *pairs, least = alternate([ours, composed, soft, soft_composed, bare], repeats)
         for name, mine, theirs in (("row_topk", *pairs[:2]), ("row_softmin", *pairs[2:])):
             yield {
-                "operation": "cost_rows",
-                "case": f"{name}, {n} x {n} x {d}" + (f", k = {k}" if name == "row_topk" else ""),
+                "operation": name,
+                "case": f"{n} x {n} x {d}" + (f", k = {k}" if name == "row_topk" else ""),
                 "ms": 1e3 * mine,
                 "times the bare GEMM": mine / least,
                 "times faster than torch": theirs / mine,
             }
 
 
-def bench_channel_affine(repeats, tiny):
+def bench_channel_affine(repeats: int, tiny: bool) -> Iterator[record.Row]:
     for shape in [(4, 8, 4, 4)] if tiny else [(64, 256, 32, 32), (8192, 2048)]:
         for last in (False, True) if len(shape) == 4 else (False,):
             x = torch.randn(shape) * 2 + 1
@@ -262,63 +260,40 @@ def bench_channel_affine(repeats, tiny):
                 "operation": "channel_affine",
                 "case": f"{' x '.join(map(str, shape))}{', channels last' if last else ''}",
                 "ms": 1e3 * mine,
-                "part of copy bandwidth": copy / mine,
+                "fraction of copy bandwidth": copy / mine,
                 "times faster than torch": theirs / mine,
             }
 
 
-def markdown(record, title):
-    lines = [f"# {title}", "", record["machine"], ""]
-    for operation in dict.fromkeys(r["operation"] for r in record["rows"]):
-        rows = [r for r in record["rows"] if r["operation"] == operation]
-        keys = [k for k in rows[0] if k != "operation"]
-        lines += [f"## {operation}", "", "| " + " | ".join(keys) + " |", "|---" * len(keys) + "|"]
-        for r in rows:
-            cells = [r[k] if isinstance(r[k], str) else f"{r[k]:.2f}" for k in keys]
-            lines.append("| " + " | ".join(cells) + " |")
-        lines.append("")
-    return "\n".join(lines)
+OPERATIONS = (
+    bench_moments,
+    bench_streamed_moments,
+    bench_permute_merge,
+    bench_gain,
+    bench_row_costs,
+    bench_channel_affine,
+)
 
 
-def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tiny", action="store_true", help="small sizes, nothing written")
-    parser.add_argument("--repeats", type=int, default=9, help="calls of each")
-    options = parser.parse_args(arguments)
+def measure(options: argparse.Namespace) -> record.Record:
     torch.manual_seed(0)
-    rows = []
-    for function in (
-        bench_moments,
-        bench_streamed_moments,
-        bench_permute_merge,
-        bench_gain,
-        bench_cost_rows,
-        bench_channel_affine,
-    ):
-        for row in function(2 if options.tiny else options.repeats, options.tiny):
-            rows.append(row)
-            print({k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-    record = {"machine": f"{machine()} Median of {options.repeats} alternating calls; ratios are within the run.", "rows": rows}  # fmt: skip
-    if not options.tiny:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "kernels.json").write_text(json.dumps(record, indent=1) + "\n")
-        (RESULTS / "kernels.md").write_text(markdown(record, "The CPU twins"))
-    return 0
+    repeats = 2 if options.tiny else options.repeats
+    rows = (row for operation in OPERATIONS for row in operation(repeats, options.tiny))
+    return record.record(rows, repeats=repeats)
 
 
-def machine():
-    import numba
-
-    model = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), "")
-    return (
-        f"{model or platform.machine()}, {torch.get_num_threads()} threads, shared with other work; torch "
-        f"{torch.__version__}, numba {numba.__version__}, Python {platform.python_version()}."
-    )
+def page(found: record.Record) -> str:
+    return record.page(
+        "The kernels on the CPU", NAME, found,
+        f"Median of {found['settings']['repeats']} alternating calls. Ratios are within the run.",
+        record.sections(found["rows"], by="operation"),
+    )  # fmt: skip
 
 
-def _cpuinfo():
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=9, help="timed calls of each function")
+    return record.run(NAME, measure, page, parser, arguments)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
-"""Alignment of a synthetic Llama-shaped checkpoint on disk: peak memory and where the time goes.
+"""Alignment of a synthetic Llama-shaped checkpoint on disk: peak memory, and the time of each part.
 
-    python -m bench.reports.checkpoint --gigabytes 12 --dir /tmp/bench --out bench/results/checkpoint.md
+    python -m bench.reports.checkpoint_alignment --gigabytes 12 --dir /tmp/bench
 
-The peak is VmHWM of a process of its own that only aligns. Tensors are read with plain reads into buffers, never
-mapped, so the figure counts no page cache but all that the process held, libraries too.
+The peak is VmHWM of a process that only aligns. Tensors are read into buffers and never mapped, so the figure has no page
+cache in it, but everything that the process held, libraries included.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shutil
 import subprocess
 import sys
@@ -21,6 +20,10 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from bench.lib import record
+
+NAME = "checkpoint_alignment"
+ROOT = Path(__file__).parents[2]
 HEADS, KV_HEADS = 32, 8
 
 
@@ -34,7 +37,7 @@ def config(hidden: int, layers: int, width: int, vocabulary: int) -> dict[str, o
 
 
 def shards(hidden: int, layers: int, width: int, vocabulary: int) -> list[dict[str, tuple[int, ...]]]:
-    """Shapes by name: embeddings, one shard a layer, head."""
+    """Return the shapes by name: embeddings, one shard per layer, head."""
     kv = hidden * KV_HEADS // HEADS
     result: list[dict[str, tuple[int, ...]]] = [{"model.embed_tokens.weight": (vocabulary, hidden)}]
     for k in range(layers):
@@ -50,13 +53,13 @@ def shards(hidden: int, layers: int, width: int, vocabulary: int) -> list[dict[s
 
 
 def random_bf16(shape: tuple[int, ...], generator: np.random.Generator) -> torch.Tensor:
-    """Random signs and mantissas, magnitudes from 1/2 to 1: as fast as random bits are."""
+    """Return numbers of random signs and mantissas, with magnitudes from 1/2 to 1: as fast as random bits."""
     bits = generator.integers(0, 1 << 16, size=shape, dtype=np.uint16) & np.uint16(0x807F) | np.uint16(0x3F00)
     return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
 
 
 def make(folder: Path, shape: tuple[int, int, int, int], seed: int) -> int:
-    """Writes the random checkpoint; its bytes."""
+    """Write the random checkpoint. Return its size in bytes."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config(*shape)))
     generator = np.random.default_rng(seed)
@@ -73,14 +76,14 @@ def make(folder: Path, shape: tuple[int, int, int, int], seed: int) -> int:
     return total
 
 
-def chosen(spec, count: int | None) -> list[str]:
-    """The first ``count`` groups of MLPs, or every group."""
+def chosen_groups(spec, count: int | None) -> list[str]:
+    """Return the first ``count`` groups of MLPs, or every group."""
     names = [n for n in spec.groups if count is None or ".mlp." in n]
     return names[:count]
 
 
 def plant(folder: Path, out: Path, groups: int | None, seed: int) -> None:
-    """Writes the sibling: the chosen groups permuted at random."""
+    """Write a copy of the checkpoint with the chosen groups permuted at random."""
     from fastmatch.checkpoint import Checkpoint, trace_config
     from fastmatch.checkpoint.structure import bind
     from fastmatch.checkpoint.writer import write_like
@@ -88,19 +91,19 @@ def plant(folder: Path, out: Path, groups: int | None, seed: int) -> None:
 
     source = Checkpoint(folder)
     spec = bind(trace_config(folder), source.headers, str(folder))
-    spec = spec.select(chosen(spec, groups))
+    spec = spec.select(chosen_groups(spec, groups))
     permutations = spec.random(torch.Generator().manual_seed(seed))
     write_like(source, out, lambda n: permute_tensor(source[n], n, spec, permutations))
 
 
 def peak() -> int:
-    """Peak resident bytes of this process."""
+    """Return the peak resident bytes of this process."""
     text = Path("/proc/self/status").read_text()
     return int(text.split("VmHWM:")[1].split()[0]) * 1024
 
 
-def measure(folder: Path, sibling: Path, out: Path, groups: int | None) -> dict[str, object]:
-    """One alignment in this process, with the time of each part."""
+def align(folder: Path, permuted: Path, out: Path, groups: int | None) -> dict[str, object]:
+    """Align once in this process. Return the time of each part."""
     import fastmatch.checkpoint.align as streamed
     import fastmatch.matching.weights as weights
     from fastmatch.checkpoint import Checkpoint, trace_config
@@ -118,7 +121,7 @@ def measure(folder: Path, sibling: Path, out: Path, groups: int | None) -> dict[
 
         return wrapped
 
-    class Noted(Checkpoint):
+    class Recorded(Checkpoint):
         def __init__(self, *args, **kwargs) -> None:
             super().__init__(*args, **kwargs)
             readers.append(self)
@@ -128,9 +131,11 @@ def measure(folder: Path, sibling: Path, out: Path, groups: int | None) -> dict[
     traced = time.perf_counter() - started
     weights.solve = timed(weights.solve, "assignment")
     streamed.write_like = timed(streamed.write_like, "write")
-    streamed.Checkpoint = Noted
+    streamed.Checkpoint = Recorded
     started = time.perf_counter()
-    alignment = streamed.align_checkpoints(folder, sibling, out, spec=spec, groups=chosen(spec, groups))
+    alignment = streamed.align_checkpoints(
+        folder, permuted, out, spec=spec, groups=chosen_groups(spec, groups)
+    )
     total = time.perf_counter() - started
     read = sum(r.seconds for r in readers)
     matching = alignment.matching
@@ -146,55 +151,72 @@ def measure(folder: Path, sibling: Path, out: Path, groups: int | None) -> dict[
     }  # fmt: skip
 
 
-def report(found: dict, size: int, shape: tuple[int, int, int, int]) -> str:
-    rows = {"trace": found["trace"], **found["split"], "total without trace": found["total"]}
-    return "\n".join([
-        "# Streamed alignment of a Llama-shaped checkpoint", "",
-        f"{size / 1e9:.2f} GB a checkpoint in bfloat16 shards: hidden {shape[0]}, {shape[1]} layers, MLP {shape[2]}, "
-        f"vocabulary {shape[3]}. {found['groups']} of {found['of']} groups planted and matched: "
-        f"{found['solves']} assignments in {found['sweeps']} sweeps; output equal to A: {found['recovered']}.", "",
-        f"Peak resident memory (VmHWM of the aligning process): {found['peak'] / 1e9:.2f} GB.", "",
-        "| part | seconds |", "|---|---:|",
-        *(f"| {name} | {value:.1f} |" for name, value in rows.items()), "",
-        f"{platform.machine()}, {torch.get_num_threads()} threads, a shared machine, Python "
-        f"{platform.python_version()}, torch {torch.__version__}. Written by bench/reports/checkpoint.py.", "",
-    ])  # fmt: skip
-
-
-def main() -> None:
-    root = argparse.ArgumentParser(description=__doc__)
-    root.add_argument("--gigabytes", type=float, default=0.5)
-    root.add_argument("--hidden", type=int, default=2048)
-    root.add_argument("--width", type=int, default=5504)
-    root.add_argument("--vocabulary", type=int, default=32000)
-    root.add_argument(
-        "--groups", type=int, help="plant and match only so many MLPs; every group where left out"
-    )
-    root.add_argument("--dir", type=Path, default=Path("/tmp/fastmatch-bench"))
-    root.add_argument("--out", type=Path)
-    root.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
-    args = root.parse_args()
-    a, b, out = (args.dir / name for name in ("a", "b", "out"))
-    if args.measure:
-        print(json.dumps(measure(a, b, out, args.groups)))
-        return
-    h, w, v = args.hidden, args.width, args.vocabulary
+def measure(options: argparse.Namespace) -> record.Record:
+    if options.tiny:
+        options.gigabytes, options.hidden, options.width, options.vocabulary = 0.002, 128, 256, 512
+    a, b, _ = folders(options.dir)
+    h, w, v = options.hidden, options.width, options.vocabulary
     layer = 2 * (h * h * 5 // 2 + 3 * h * w)
-    layers = max(1, round((args.gigabytes * 1e9 - 4 * v * h) / layer))
-    args.dir.mkdir(parents=True)
+    layers = max(1, round((options.gigabytes * 1e9 - 4 * v * h) / layer))
+    options.dir.mkdir(parents=True)
     try:
         size = make(a, (h, layers, w, v), seed=0)
-        plant(a, b, args.groups, seed=1)
-        command = [sys.executable, __file__, "--measure", "--dir", str(args.dir)]
-        command += ["--groups", str(args.groups)] if args.groups is not None else []
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        text = report(json.loads(done.stdout.splitlines()[-1]), size, (h, layers, w, v))
+        plant(a, b, options.groups, seed=1)
+        command = [
+            sys.executable,
+            "-m",
+            "bench.reports.checkpoint_alignment",
+            "--align",
+            "--dir",
+            str(options.dir),
+        ]
+        command += ["--groups", str(options.groups)] if options.groups is not None else []
+        done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
     finally:
-        shutil.rmtree(args.dir)
-    print(text)
-    if args.out:
-        args.out.write_text(text)
+        shutil.rmtree(options.dir)
+    found = json.loads(done.stdout.splitlines()[-1])
+    shape = {"hidden": h, "layers": layers, "MLP": w, "vocabulary": v}
+    return record.record([found], packages=["safetensors"], bytes=size, shape=shape)
+
+
+def page(found: record.Record) -> str:
+    settings, (row,) = found["settings"], found["rows"]
+    shape = settings["shape"]
+    seconds = {"trace": row["trace"], **row["split"], "total without trace": row["total"]}
+    return record.page(
+        "Streamed alignment of a Llama-shaped checkpoint", NAME, found,
+        f"{settings['bytes'] / 1e9:.2f} GB per checkpoint, in bfloat16 shards: hidden {shape['hidden']}, {shape['layers']} layers, "
+        f"MLP {shape['MLP']}, vocabulary {shape['vocabulary']}. {row['groups']} of {row['of']} groups were permuted and matched: "
+        f"{row['solves']} assignments in {row['sweeps']} sweeps. Output equal to A: {row['recovered']}.",
+        f"Peak resident memory (VmHWM of the aligning process): {row['peak'] / 1e9:.2f} GB.",
+        record.table([{"part": name, "seconds": value} for name, value in seconds.items()], form=".1f"),
+    )  # fmt: skip
+
+
+def folders(root: Path) -> tuple[Path, Path, Path]:
+    return root / "a", root / "b", root / "out"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gigabytes", type=float, default=0.5, help="size of each of the two checkpoints")
+    parser.add_argument("--hidden", type=int, default=2048, help="width of the residual stream")
+    parser.add_argument("--width", type=int, default=5504, help="units of an MLP")
+    parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument(
+        "--groups", type=int, help="permute and match only so many MLPs; every group by default"
+    )
+    parser.add_argument(
+        "--dir", type=Path, default=Path("/tmp/fastmatch-bench"), help="a folder to make and remove"
+    )
+    parser.add_argument("--align", action="store_true", help=argparse.SUPPRESS)  # the measured process
+    given = sys.argv[1:] if arguments is None else arguments
+    if "--align" in given:
+        options = parser.parse_args(given)
+        print(json.dumps(align(*folders(options.dir), options.groups)))
+        return 0
+    return record.run(NAME, measure, page, parser, arguments)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,26 +1,28 @@
-"""Partial merging on digits: accuracy, parameters and FLOPs over start_at, for every rule.
+"""Partial merging on digits: accuracy, parameters and FLOPs against ``start_at``, for every rule.
 
-Writes bench/results/partial.json, the table in docs/partial.md and docs/pictures/partial.png.
-Usage: python -m bench.reports.partial [SEEDS]
+    python -m bench.reports.partial_merging
+
+Writes the table in docs/partial.md and docs/pictures/partial.png too.
 """
 
 from __future__ import annotations
 
-import json
+import argparse
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
 
 import fastmatch as fm
-from bench.reports.assignment import machine
+from bench.lib import record
 from fastmatch.merging.units import RULES
 from fastmatch.studies.digits import digits, train
 
 ROOT = Path(__file__).parents[2]
-RESULT = ROOT / "bench/results/partial.json"
+NAME = "partial_merging"
 PAGE, PICTURE = ROOT / "docs/partial.md", ROOT / "docs/pictures/partial.png"
 NETWORK = "conv 16-16-32-32, linear 64, without norm"
 
@@ -34,11 +36,11 @@ def network(seed: int) -> nn.Module:
     )  # fmt: skip
 
 
-def measure(seeds: int) -> list[dict]:
-    """One record a seed, rule, start_at and renormalization."""
+def rows(seeds: int, rules: tuple[str, ...], starts: range) -> Iterator[record.Row]:
+    """One row for each seed, rule, start_at and renormalization."""
     training, test = digits()
     everything = [training.inputs]
-    x, rows = test.inputs[:1], []
+    x = test.inputs[:1]
     for seed in range(seeds):
         pair = [train(network(2 * seed + k), training, epochs=20, seed=2 * seed + k, lr=2e-3) for k in (0, 1)]
         whole = fm.cost_of(pair[0], x)
@@ -50,28 +52,29 @@ def measure(seeds: int) -> list[dict]:
             renormalized: str,
             seed: int = seed,
             whole: fm.Cost = whole,
-        ) -> None:
+        ) -> record.Row:
             cost, (loss, accuracy) = fm.cost_of(model, x), fm.evaluate(model, test)
-            rows.append({
+            return {
                 "seed": seed, "rule": rule, "start_at": start_at, "renormalized": renormalized, "loss": loss,
                 "accuracy": accuracy, "parameters": cost.parameters / whole.parameters,
                 "flops": cost.flops / whole.flops,
-            })  # fmt: skip
+            }  # fmt: skip
 
         for model in pair:
-            note(model, "one model", None, "-")
-        note(fm.Ensemble(pair), "ensemble", None, "-")
-        for rule in RULES:
-            for start_at in range(6):
+            yield note(model, "one model", None, "-")
+        yield note(fm.Ensemble(pair), "ensemble", None, "-")
+        for rule in rules:
+            for start_at in starts:
                 found = fm.merge_partial(pair, x, training, rule=rule, start_at=start_at)
-                note(found.model, rule, start_at, "-")
+                yield note(found.model, rule, start_at, "-")
                 if rule != "cca":
                     goals = found.endpoint_statistics(pair, everything)
-                    note(fm.renormalize(found.model, goals, everything, "repair"), rule, start_at, "repair")
-    return rows
+                    yield note(
+                        fm.renormalize(found.model, goals, everything, "repair"), rule, start_at, "repair"
+                    )
 
 
-def means(rows: list[dict]) -> dict[tuple, dict[str, float]]:
+def means(rows: list[record.Row]) -> dict[tuple, dict[str, float]]:
     """(rule, renormalized, start_at) -> means over seeds."""
     cells: dict[tuple, list[dict]] = {}
     for row in rows:
@@ -80,45 +83,47 @@ def means(rows: list[dict]) -> dict[tuple, dict[str, float]]:
     return {key: {v: sum(r[v] for r in found) / len(found) for v in values} for key, found in cells.items()}
 
 
-def table(record: dict) -> str:
+def table(found: record.Record) -> str:
     """The result as a Markdown table: mean accuracy over seeds, by rule and start_at."""
-    found = means(record["rows"])
-    starts = sorted({key[2] for key in found if key[2] is not None})
+    cells_of = means(found["rows"])
+    starts = sorted({key[2] for key in cells_of if key[2] is not None})
     lines = [
         "| `start_at` | " + " | ".join(map(str, starts)) + " |",
         "| --- | " + " | ".join("---" for _ in starts) + " |",
     ]
     for value in ("parameters", "flops"):
         name = "FLOPs" if value == "flops" else value
-        cells = [f"{found['zip', '-', s][value]:.2f}" for s in starts]
+        cells = [f"{cells_of['zip', '-', s][value]:.2f}" for s in starts]
         lines.append(f"| {name} of one model (all but cca) | " + " | ".join(cells) + " |")
-    for rule, renormalized in dict.fromkeys(key[:2] for key in found if key[2] is not None):
+    for rule, renormalized in dict.fromkeys(key[:2] for key in cells_of if key[2] is not None):
         name = rule if renormalized == "-" else f"{rule}, {renormalized}"
         lines.append(
             f"| {name} | "
-            + " | ".join(f"{found[rule, renormalized, s]['accuracy']:.1%}" for s in starts)
+            + " | ".join(f"{cells_of[rule, renormalized, s]['accuracy']:.1%}" for s in starts)
             + " |"
         )
-    one, both = found["one model", "-", None], found["ensemble", "-", None]
+    one, both = cells_of["one model", "-", None], cells_of["ensemble", "-", None]
     return "\n".join([
         *lines, "",
-        f"One model: {one['accuracy']:.1%}. Ensemble: {both['accuracy']:.1%} at 2.00 times the cost. {NETWORK}; means over "
-        f"{record['seeds']} pairs of networks.",
+        f"One model: {one['accuracy']:.1%}. Ensemble: {both['accuracy']:.1%} at 2.00 times the cost. {found['settings']['network']}; means over "
+        f"{found['settings']['seeds']} pairs of networks.",
     ])  # fmt: skip
 
 
-def draw(record: dict) -> None:
+def draw(found: record.Record) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    found = means(record["rows"])
+    cells_of = means(found["rows"])
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
     for ax, value in zip(axes, ("parameters", "flops"), strict=True):
-        for rule, renormalized in dict.fromkeys(key[:2] for key in found if key[2] is not None):
+        for rule, renormalized in dict.fromkeys(key[:2] for key in cells_of if key[2] is not None):
             points = [
-                cell for key, cell in found.items() if key[:2] == (rule, renormalized) and key[2] is not None
+                cell
+                for key, cell in cells_of.items()
+                if key[:2] == (rule, renormalized) and key[2] is not None
             ]
             style = {"linestyle": "--", "marker": "x"} if renormalized != "-" else {"marker": "o"}
             label = rule if renormalized == "-" else f"{rule}, {renormalized}"
@@ -127,7 +132,7 @@ def draw(record: dict) -> None:
                 color=f"C{RULES.index(rule)}", markersize=4, **style,
             )  # fmt: skip
         for name in ("one model", "ensemble"):
-            cell = found[name, "-", None]
+            cell = cells_of[name, "-", None]
             ax.plot(
                 cell[value],
                 100 * cell["accuracy"],
@@ -141,15 +146,26 @@ def draw(record: dict) -> None:
     figure.savefig(PICTURE, dpi=110)
 
 
-def main(seeds: int = 3) -> None:
-    record = {"network": NETWORK, "seeds": seeds, "machine": machine(), "rows": measure(seeds)}
-    RESULT.write_text(json.dumps(record, indent=1) + "\n")
-    page = PAGE.read_text()
+def measure(options: argparse.Namespace) -> record.Record:
+    if options.tiny:
+        return record.record(rows(1, RULES[:1], range(1)), network=NETWORK, seeds=1)
+    return record.record(rows(options.seeds, RULES, range(6)), network=NETWORK, seeds=options.seeds)
+
+
+def page(found: record.Record) -> str:
+    """Return the report's page. Update the table and the picture of the documentation."""
+    text = PAGE.read_text()
     marked = re.compile(r"(<!-- partial table[^>]*-->\n).*?(<!-- end of partial table -->)", re.DOTALL)
-    PAGE.write_text(marked.sub(lambda m: m[1] + table(record) + "\n" + m[2], page))
-    draw(record)
-    print(table(record))
+    PAGE.write_text(marked.sub(lambda m: m[1] + table(found) + "\n" + m[2], text))
+    draw(found)
+    return record.page("Partial merging on digits", NAME, found, table(found))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3, help="pairs of networks")
+    return record.run(NAME, measure, page, parser, arguments)
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:2]))
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""The reports run at their smallest sizes, checks included, and the committed pages are those of the committed records."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from argparse import Namespace
+
+import pytest
+import torch
+
+from bench.lib import record
+from bench.reports import device_cost, first_calls, initial_duals, kernels_cpu, kernels_gpu, weight_matching
+
+TINY = Namespace(tiny=True)
+PAGES = (
+    "assignment_solvers",
+    "bfloat16_screening",
+    "device_cost",
+    "first_calls",
+    "greedy_initialization",
+    "initial_duals",
+    "kernels_cpu",
+    "weight_matching",
+)
+
+
+@pytest.mark.parametrize(("backend", "rows"), [("cpu", 2 * 2 + 2 + 3 + 1), ("triton", 3 * 2 + 2 + 3 + 1)])
+def test_every_kernel_is_checked_and_timed(backend, rows):
+    if torch.cuda.is_available() and backend == "triton":
+        pytest.skip("the interpreter is for machines without a GPU")
+    found = kernels_gpu.measure(Namespace(tiny=True, device="cpu", backend=backend, sizes=None))
+    assert len(found["rows"]) == rows
+    softmin = [row for row in found["rows"] if row["operation"] == "row_softmin"]
+    assert len(softmin) == 2, "float32 and half precision"
+    assert all(row["error / bound"] <= 1 for row in found["rows"]), "a result outside its bound was recorded"
+    found["settings"]["gpu"] = "none"
+    assert kernels_gpu.page(found).count("\n| ") == rows + 1
+
+
+def test_the_reading_of_device_matrices_is_counted():
+    rows = {row["cost"]: row for row in device_cost.measure(TINY)["rows"]}
+    assert (rows["constant"]["n"], rows["constant"]["lists"]) == (200, "given up")
+    assert (rows["sibling 1"]["n"], rows["sibling 1"]["lists"]) == (200, "accepted")
+
+
+def test_initial_duals_are_simulated():
+    assert len(initial_duals.measure(TINY)["rows"]) == 2 * 8, "two instances from eight starts"
+
+
+def test_the_kernels_are_compared_with_torch():
+    found = kernels_cpu.measure(Namespace(tiny=True, repeats=2))
+    assert {row["operation"] for row in found["rows"]} == {
+        "moments", "permute_merge", "gain", "row_topk", "row_softmin", "channel_affine",
+    }  # fmt: skip
+    assert kernels_cpu.page(found)
+
+
+def test_weight_matching_is_compared_with_the_published_algorithm():
+    published, ours = weight_matching.measure(TINY)["rows"]
+    assert ours["objective"] >= published["objective"] * (1 - 1e-9)
+
+
+def test_screening_is_counted():
+    """In a process of its own: it replaces kernels and binds itself to one core."""
+    command = [sys.executable, "-m", "bench.reports.bfloat16_screening", "--tiny", "--repeats", "1"]
+    done = subprocess.run(command, cwd=record.RESULTS.parents[1], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) >= 2
+
+
+@pytest.mark.slow
+def test_first_calls_are_timed():
+    (row,) = first_calls.measure(TINY)["rows"]
+    assert row["first wall s"] > row["later wall s"] > 0
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_aligned(tmp_path):
+    from bench.reports import checkpoint_alignment
+
+    options = Namespace(tiny=True, dir=tmp_path / "work", groups=None)
+    found = checkpoint_alignment.measure(options)
+    assert found["rows"][0]["recovered"] is True
+    assert "Output equal to A: True" in checkpoint_alignment.page(found)
+
+
+def test_solvers_are_compared():
+    from bench.reports import assignment_solvers
+
+    options = Namespace(tiny=True, parts=assignment_solvers.PARTS, budget=1.0, peers=["scipy"])
+    found = assignment_solvers.measure(options)
+    assert [row["part"] for row in found["rows"]] == ["factor", "factor", "dense", "stack"]
+    assert all(row["gap"] <= row["gap_bound"] for row in found["rows"] if "gap" in row)
+    assert assignment_solvers.page(found)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_committed_page_is_that_of_its_record(name):
+    report = importlib.import_module(f"bench.reports.{name}")
+    page = getattr(report, "page", None) or report.table
+    found = record.read(name)
+    assert set(found) == {"machine", "versions", "settings", "rows"}
+    assert page(found) == (record.RESULTS / f"{name}.md").read_text()
+
+
+def test_a_record_is_kept_and_its_page_written(tmp_path, monkeypatch):
+    import argparse
+
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+
+    def measure(options):
+        return record.record(
+            [{"case": "a", "ms": 1.234}, {"case": "b", "ms": 2.0}], packages=["none"], repeats=3
+        )
+
+    def page(found):
+        return record.page("A title", "name", found, record.table(found["rows"]))
+
+    def run(*arguments):
+        return record.run("name", measure, page, argparse.ArgumentParser(), list(arguments))
+
+    assert run("--tiny") == 0
+    assert not list(tmp_path.iterdir())
+    assert run() == 0
+    kept = json.loads((tmp_path / "name.json").read_text())
+    assert kept["settings"] == {"repeats": 3}
+    assert kept["versions"]["torch"] == torch.__version__
+    text = (tmp_path / "name.md").read_text()
+    assert text.startswith("# A title\n\nWritten by `python -m bench.reports.name`. ")
+    assert text.endswith("| case | ms |\n|---|---|\n| a | 1.23 |\n| b | 2.00 |\n")
+    (tmp_path / "name.md").unlink()
+    assert run("--page") == 0
+    assert (tmp_path / "name.md").read_text() == text
