@@ -12,9 +12,11 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from helpers.examples import python_blocks, run_page
+
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
-GUIDES = sorted((ROOT / "docs/guide").glob("*.md"))
+WITH_CODE = [page for page in (ROOT / "README.md", *PAGES) if python_blocks(page)]
 
 
 def test_the_site_builds_strictly(tmp_path):
@@ -37,14 +39,22 @@ def test_links_lead_to_files(page):
             assert (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("page", GUIDES, ids=lambda p: p.stem)
-def test_the_code_of_a_guide_runs(page, tmp_path, monkeypatch):
+PENDING = ("README.md", "checkpoints.md", "matching.md", "partial.md", "renormalization.md")
+"""Pages whose code uses names that it does not define. To be emptied."""
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch, request):
+    """Its Python blocks, one after the other, with the names of :func:`helpers.examples.namespace`."""
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-    assert blocks or page.stem == "benchmark"
-    namespace: dict = {"__name__": page.stem}
-    for block in blocks:
-        exec(compile(block, str(page), "exec"), namespace)
+    if page.parent in (ROOT, ROOT / "docs") and page.name in PENDING:
+        request.applymarker(pytest.mark.xfail(reason="pending", strict=False))
+    run_page(page, tmp_path)
+
+
+def test_every_guide_has_code():
+    for page in (ROOT / "docs/guide").glob("*.md"):
+        assert page in WITH_CODE or page.stem == "benchmark", page
 
 
 def test_the_notebook_runs():
