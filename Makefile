@@ -1,10 +1,4 @@
-# Each target sets up what it needs and is safe to repeat.
-#   make demo [WIDTH=1024]  train, align, merge, renormalize on digits; pictures and numbers under out/
-#   make test               the tests
-#   make lint, make types   ruff; the type checker over an installed copy of the package
-#   make nightly            the tests marked slow as well
-#   make docs               the documentation site, into build/site
-#   make bench              every benchmark suite, into bench/results/; about an hour on two cores, most of it the peers at VGG16 4 x wide
+# Each target installs what it needs into .venv and is safe to repeat. `make help` lists them.
 VENV   ?= .venv
 PYTHON ?= python3
 WIDTH  ?= 1024
@@ -12,11 +6,14 @@ JOBS   ?= auto
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test nightly lint types docs bench install clean
+.PHONY: help demo test nightly lint types docs bench install clean
 
-install: $(VENV)/.installed
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{ printf "make %-8s %s\n", $$1, $$2 }'
 
-# torch first and pinned: elsewhere a CPU build is enough, and an unpinned one brings CUDA with it.
+install: $(VENV)/.installed  ## the package and its development tools, into .venv
+
+# torch comes first and pinned, because an unpinned one brings CUDA with it where a CPU build is enough.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || { echo "making a virtual environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "installing fastmatch and its development tools into $(VENV) (a few minutes the first time)"
@@ -25,28 +22,28 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PIP) install -q -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.installed  ## train, align, merge and renormalize on digits; pictures and numbers into out/ (WIDTH=1024)
 	@$(BIN)/python -m fastmatch demo --width $(WIDTH)
 
-test: $(VENV)/.installed
+test: $(VENV)/.installed  ## the tests, one process per core (JOBS=auto)
 	$(BIN)/python -m pytest -q -n $(JOBS) -m "not slow"
 
-nightly: $(VENV)/.installed
+nightly: $(VENV)/.installed  ## the tests, those marked slow included
 	$(BIN)/python -m pytest -q -n $(JOBS)
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.installed  ## ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(VENV)/.installed
+types: $(VENV)/.installed  ## basedpyright
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
-docs: $(VENV)/.installed
+docs: $(VENV)/.installed  ## the documentation site, into build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -q
 
-bench: $(VENV)/.installed
+bench: $(VENV)/.installed  ## every benchmark suite, into bench/results/; about an hour on two cores
 	@$(PIP) install -q -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m fastmatch bench --out bench/results/bench.json --pictures docs --force
 
-clean:
+clean:  ## remove what was built
 	rm -rf build dist out *.egg-info
