@@ -1,7 +1,8 @@
-"""From a run of the suites to one HTML page, its pictures and its tables: ``python -m bench.reports.suites RUN.json``.
+"""One page from a run of the suites: plots of time and memory, ratios, fitted exponents, the machine.
 
-The page has log-log plots of time and memory, a table of ratios, fitted exponents, the machine, and with
-``--compare`` the change against an earlier run.
+    python -m bench.reports.suites RUN.json
+
+RUN.json is what pytest-benchmark or ``fastmatch bench`` wrote. ``--compare`` adds the change against an earlier run.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from fastmatch.cli.bench import combined
 OURS = "fastmatch"
 SUITES = ("assignment", "gains", "moments", "matching", "renorm", "apply", "end-to-end", "growth")
 README = {("matching", "seconds"): "bench_matching.png", ("growth", "seconds"): "bench_growth.png"}
-"""Plots that are kept as pictures too, for the README and the docs."""
+"""Plots that are also kept as pictures, for the README and the documentation."""
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0}td,th{padding:.2em .7em;border-bottom:1px solid #ddd;text-align:right}
@@ -32,13 +33,13 @@ td:first-child,th:first-child,td:nth-child(2),th:nth-child(2){text-align:left}im
 
 
 def read_run(file: Path) -> dict[str, Any]:
-    """What ``fastmatch bench`` kept, or what pytest-benchmark wrote by itself."""
+    """Read what ``fastmatch bench`` kept, or what pytest-benchmark wrote."""
     run = json.loads(file.read_text())
     return run if "runs" in run else combined(run, None)
 
 
 def rows_of(run: dict[str, Any]) -> list[dict[str, Any]]:
-    """What every benchmark kept, in the order of the suites and by size; ``number`` says in which run."""
+    """Return the row of every benchmark, by suite, instance and size. ``number`` is the run's."""
     numbers = {time: number for number, time in enumerate(run["runs"], start=1)}
     rows = [b["extra_info"] for b in run["benchmarks"] if "suite" in b["extra_info"]]
     rows = [row | {"number": numbers[row["run"]]} for row in rows]
@@ -48,7 +49,7 @@ def rows_of(run: dict[str, Any]) -> list[dict[str, Any]]:
 def lines_of(
     rows: Iterable[dict[str, Any]], suite: str, field: str
 ) -> dict[tuple[str, str], list[tuple[float, float]]]:
-    """(instance, solver) -> [(size, value)] of one suite; ``field`` is ``seconds`` or ``peak_mb``."""
+    """Return the points (size, value) of one suite by instance and solver. ``field`` is ``seconds`` or ``peak_mb``."""
     lines: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for row in rows:
         if row["suite"] == suite:
@@ -59,7 +60,7 @@ def lines_of(
 
 
 def exponent(points: list[tuple[float, float]]) -> float | None:
-    """The slope on log-log axes over the larger half of the sizes; None for fewer than three sizes."""
+    """Return the slope on log-log axes over the larger half of the sizes, or None for fewer than three sizes."""
     if len(points) < 3:
         return None
     sizes, values = np.log(np.array(sorted(points)[-max(3, len(points) // 2 + 1) :]).T)
@@ -67,7 +68,7 @@ def exponent(points: list[tuple[float, float]]) -> float | None:
 
 
 def figure(rows: list[dict[str, Any]], suite: str, field: str) -> Figure:
-    """Log-log plots of one suite, a panel an instance."""
+    """Draw one suite on log-log axes, one panel per instance."""
     lines = lines_of(rows, suite, field)
     instances = list(dict.fromkeys(instance for instance, _ in lines))
     columns = min(len(instances), 3)
@@ -95,7 +96,7 @@ def figure(rows: list[dict[str, Any]], suite: str, field: str) -> Figure:
 
 
 def ratio_table(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """Suite, instance, size, our time, memory, neurons a second, then each peer's time over ours."""
+    """Return suite, instance, size, fastmatch's time and memory, neurons per second, and each peer's time over it."""
     table = [
         ["suite", "instance", "size", "run", "seconds", "peak MB", "neurons/s", "passes", "peer / fastmatch"]
     ]
@@ -112,7 +113,7 @@ def ratio_table(rows: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def growth_table(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """Fitted exponents of time and memory; beside the products, what the engine adds."""
+    """Return the fitted exponents of time and memory, and that of the time outside of the gain's product."""
     table = [["suite", "instance", "solver", "time ~ size^", "memory ~ size^"]]
     for suite in SUITES:
         times, memory = (lines_of(rows, suite, field) for field in ("seconds", "peak_mb"))
@@ -128,7 +129,7 @@ def growth_table(rows: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def comparison(rows: list[dict[str, Any]], earlier: list[dict[str, Any]]) -> list[list[str]]:
-    """Our time and ratios then and now, for rows that both runs have."""
+    """Return fastmatch's time and ratios then and now, for rows that both runs have."""
     before = {(r["suite"], r["instance"], r["size"]): r for r in earlier}
     table = [["suite", "instance", "size", "seconds then", "now", "then / now", "ratios then", "now"]]
     for row in rows:
@@ -151,7 +152,7 @@ def comparison(rows: list[dict[str, Any]], earlier: list[dict[str, Any]]) -> lis
 
 
 def machine_text(run: dict[str, Any]) -> str:
-    """A paragraph a machine: its versions, and the runs on it, numbered as in the table."""
+    """Return one paragraph per machine: its versions, and the runs on it, numbered as in the table."""
     runs_on: dict[str, list[str]] = {}
     for number, (time, info) in enumerate(run["runs"].items(), start=1):
         versions = ", ".join(f"{k} {v}" for k, v in info["versions"].items())
@@ -164,7 +165,7 @@ def machine_text(run: dict[str, Any]) -> str:
 
 
 def machines(run: dict[str, Any]) -> list[str]:
-    """A paragraph a machine."""
+    """Return one HTML paragraph per machine."""
     return [f"<p>{html.escape(text)}</p>" for text in machine_text(run).split("\n\n")]
 
 
@@ -181,7 +182,7 @@ def as_markdown(table: list[list[str]]) -> str:
 
 
 def page(run: dict[str, Any], earlier: dict[str, Any] | None, pictures: Path | None) -> str:
-    """The HTML, with its plots inside; those of :data:`README` also go to ``pictures``."""
+    """Return the HTML with its plots. Those of :data:`README` are also written to ``pictures``."""
     rows = rows_of(run)
     parts = [
         "<!doctype html><meta charset='utf-8'><title>fastmatch benchmarks</title>", f"<style>{STYLE}</style>",

@@ -1,4 +1,4 @@
-"""Suite ``growth``: time and memory against width and depth; what is beside the gain's products must not outgrow them."""
+"""Suite ``growth``: time and memory against width and depth. Time outside of the gain's products must not outgrow them."""
 
 from __future__ import annotations
 

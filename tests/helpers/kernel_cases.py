@@ -1,17 +1,16 @@
-"""Shared by the kernel tests: fresh seeds that are printed, devices, strided copies."""
+"""Shared by the kernel tests: seeded generators, devices, strided copies."""
 
-import numpy as np
 import torch
+
+from helpers.networks import fresh_seed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("cpu", "triton") if DEVICE == "cpu" else ("triton",)
 
 
 def fresh_generator():
-    """A generator with a fresh seed, printed so that a failure can be repeated."""
-    seed = int(np.random.SeedSequence().generate_state(1)[0])
-    print(f"seed {seed}")
-    return torch.Generator().manual_seed(seed)
+    """A generator with a fresh seed, which is printed."""
+    return torch.Generator().manual_seed(fresh_seed())
 
 
 def normal(generator, *shape, dtype=torch.float32):
