@@ -4,6 +4,8 @@ PYTHON ?= python3
 WIDTH  ?= 1024
 JOBS   ?= auto
 BIN    := $(VENV)/bin
+# worksteal gives each process a run of neighbouring tests, so that few kernels are compiled twice at the same time.
+PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: help demo test nightly lint types docs bench install clean
@@ -26,10 +28,10 @@ demo: $(VENV)/.installed  ## train, align, merge and renormalize on digits; pict
 	@$(BIN)/python -m fastmatch demo --width $(WIDTH)
 
 test: $(VENV)/.installed  ## the tests, one process per core (JOBS=auto)
-	$(BIN)/python -m pytest -q -n $(JOBS) -m "not slow"
+	$(PYTEST) -m "not slow"
 
 nightly: $(VENV)/.installed  ## the tests, those marked slow included
-	$(BIN)/python -m pytest -q -n $(JOBS)
+	$(PYTEST)
 
 lint: $(VENV)/.installed  ## ruff
 	$(BIN)/ruff check .
