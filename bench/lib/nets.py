@@ -1,4 +1,4 @@
-"""Architectures of the benchmarks, by width."""
+"""Networks of the benchmarks, at the sizes of the literature. Those of ``fastmatch.studies`` are small, for digits."""
 
 from __future__ import annotations
 
