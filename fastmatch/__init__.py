@@ -1,5 +1,6 @@
 """fastmatch: align, merge and renormalize wide networks of the same architecture."""
 
+from fastmatch.evaluation.between import Renormalized
 from fastmatch.evaluation.curve import Curve, interpolate
 from fastmatch.evaluation.distances import distances
 from fastmatch.evaluation.layers import layer_table, running_statistics
@@ -8,14 +9,16 @@ from fastmatch.evaluation.table import Table
 from fastmatch.evaluation.triangle import Triangle, triangle
 from fastmatch.matching.align import align, align_many
 from fastmatch.merging.average import merge
-from fastmatch.merging.biases import normalize_biases, remove_biases
-from fastmatch.merging.ensemble import Cost, Ensemble, cost_of
+from fastmatch.merging.biases import remove_biases
+from fastmatch.merging.ensemble import Ensemble, ModelCost, model_cost
 from fastmatch.merging.partial import PartialMerge, merge_partial
+from fastmatch.merging.unit_rules import CCA, Identity, Permute, Zip
 from fastmatch.permutations.alignment import Alignment
 from fastmatch.permutations.verify import Verification, verify
 from fastmatch.renorm import (
     EndpointStatistics,
     Plan,
+    Renormalization,
     endpoint_statistics,
     plan_renormalization,
     renormalize,
@@ -24,23 +27,28 @@ from fastmatch.renorm import (
 from fastmatch.spec import Axis, Group, PermutationSpec
 
 __all__ = [
+    "CCA",
     "Alignment",
     "Axis",
-    "Cost",
     "Curve",
     "EndpointStatistics",
     "Ensemble",
     "Group",
+    "Identity",
+    "ModelCost",
     "PartialMerge",
     "PermutationSpec",
+    "Permute",
     "Plan",
+    "Renormalization",
+    "Renormalized",
     "Scores",
     "Table",
     "Triangle",
     "Verification",
+    "Zip",
     "align",
     "align_many",
-    "cost_of",
     "distances",
     "endpoint_statistics",
     "evaluate",
@@ -48,7 +56,7 @@ __all__ = [
     "layer_table",
     "merge",
     "merge_partial",
-    "normalize_biases",
+    "model_cost",
     "plan_renormalization",
     "remove_biases",
     "renormalize",

@@ -18,12 +18,13 @@ from torch import nn
 
 import fastmatch as fm
 from bench.lib import record
-from fastmatch.merging.units import RULES
 from fastmatch.studies.digits import digits, train
 
 ROOT = Path(__file__).parents[2]
 NAME = "partial_merging"
 PAGE, PICTURE = ROOT / "docs/partial.md", ROOT / "docs/pictures/partial.png"
+MATCHED = {"permute": fm.Permute, "zip": fm.Zip, "cca": fm.CCA}
+RULES = ("identity", *MATCHED)
 NETWORK = "conv 16-16-32-32, linear 64, without norm"
 
 
@@ -43,7 +44,7 @@ def rows(seeds: int, rules: tuple[str, ...], starts: range) -> Iterator[record.R
     x = test.inputs[:1]
     for seed in range(seeds):
         pair = [train(network(2 * seed + k), training, epochs=20, seed=2 * seed + k, lr=2e-3) for k in (0, 1)]
-        whole = fm.cost_of(pair[0], x)
+        whole = fm.model_cost(pair[0], x)
 
         def note(
             model: nn.Module,
@@ -51,9 +52,9 @@ def rows(seeds: int, rules: tuple[str, ...], starts: range) -> Iterator[record.R
             start_at: int | None,
             renormalized: str,
             seed: int = seed,
-            whole: fm.Cost = whole,
+            whole: fm.ModelCost = whole,
         ) -> record.Row:
-            cost, (loss, accuracy) = fm.cost_of(model, x), fm.evaluate(model, test)
+            cost, (loss, accuracy) = fm.model_cost(model, x), fm.evaluate(model, test)
             return {
                 "seed": seed, "rule": rule, "start_at": start_at, "renormalized": renormalized, "loss": loss,
                 "accuracy": accuracy, "parameters": cost.parameters / whole.parameters,
@@ -65,12 +66,13 @@ def rows(seeds: int, rules: tuple[str, ...], starts: range) -> Iterator[record.R
         yield note(fm.Ensemble(pair), "ensemble", None, "-")
         for rule in rules:
             for start_at in starts:
-                found = fm.merge_partial(pair, x, training, rule=rule, start_at=start_at)
+                units = fm.Identity() if rule == "identity" else MATCHED[rule](training)
+                found = fm.merge_partial(pair, x, units, start_at=start_at)
                 yield note(found.model, rule, start_at, "-")
                 if rule != "cca":
-                    goals = found.endpoint_statistics(pair, everything)
+                    statistics = found.endpoint_statistics(pair, everything)
                     yield note(
-                        fm.renormalize(found.model, goals, everything, "repair"), rule, start_at, "repair"
+                        fm.renormalize(found.model, statistics, everything, "repair"), rule, start_at, "repair"
                     )
 
 

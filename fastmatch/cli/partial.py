@@ -10,8 +10,9 @@ from torch import nn
 
 from fastmatch._internal.files import check_format, check_target, writing
 from fastmatch.cli.renormalize import load_into
-from fastmatch.merging.ensemble import cost_of
+from fastmatch.merging.ensemble import model_cost
 from fastmatch.merging.partial import merge_partial
+from fastmatch.merging.unit_rules import CCA, Identity, Permute, Zip
 from fastmatch.renorm import renormalize
 from fastmatch.spec.trace import arguments_of
 
@@ -38,15 +39,15 @@ def merge_files(
     if method is not None and data is None:
         raise ValueError(f"--data: needed to renormalize by {method!r}")
     models = [load_into(model, path) for path in paths]
-    found = merge_partial(
-        models, example_inputs, data, rule=rule, start_at=start_at, apart=apart, weights=weights
-    )
+    matched = {"permute": Permute, "zip": Zip, "cca": CCA}
+    units = Identity() if rule == "identity" else matched[rule](data)  # pyright: ignore[reportArgumentType]
+    found = merge_partial(models, example_inputs, units, start_at=start_at, apart=apart, weights=weights)
     merged: nn.Module = found.model
     if method is not None and data is not None:
         goals = None if method == "reset" else found.endpoint_statistics(models, data)
-        merged = renormalize(merged, goals, data, method, weights=found.weights)
+        merged = renormalize(merged, goals, data, method)  # pyright: ignore[reportArgumentType]
     export_to(merged, example_inputs, out, force=force)
-    single, cost = cost_of(models[0], example_inputs), cost_of(merged, example_inputs)
+    single, cost = model_cost(models[0], example_inputs), model_cost(merged, example_inputs)
     flops = f", {cost.flops / single.flops:.2f} times the FLOPs" if single.flops else ""
     return (
         f"{len(found.maps)} of {len(found.spec.groups)} groups merged by {rule}; {cost.parameters} parameters, "

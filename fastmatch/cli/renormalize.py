@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -14,12 +13,12 @@ from fastmatch._internal.files import (
     check_target,
     load_state,
     save_state,
-    writing,
 )
 from fastmatch._internal.modules import copy_module
 from fastmatch._internal.states import check_finite, check_same_architecture, state_of
+from fastmatch.evaluation.between import Renormalized
 from fastmatch.evaluation.curve import interpolate
-from fastmatch.renorm import plan_renormalization, renormalize
+from fastmatch.renorm import Renormalization, plan_renormalization, renormalize
 
 __all__ = ["curve_files", "load_into", "loader_of", "renormalize_file"]
 
@@ -62,10 +61,11 @@ def renormalize_file(
     check_target(out, force=force)
     merged = load_into(model, path)
     ends = [load_into(model, end) for end in endpoints]
-    plan = plan_renormalization(merged, method)
+    options = Renormalization(method, mode, samples)  # pyright: ignore[reportArgumentType]
+    plan = plan_renormalization(merged, options)
     if plan.method != "reset" and not ends:
         raise ValueError(f"--endpoints: needed for method {plan.method!r}")
-    new = renormalize(merged, ends or None, data, method, weights=weights, mode=mode, samples=samples)
+    new = renormalize(merged, ends or None, data, options, weights=weights)
     save_state(new.state_dict(), out, force=force)
     return f"{plan}\nwrote {out}"
 
@@ -91,16 +91,16 @@ def curve_files(
         check_format(plot, "--plot", {".png", ".svg", ".pdf"})
     for target in [out, *([plot] if plot else [])]:
         check_target(target, force=force)
-    curve = interpolate(
-        load_into(model, a), load_into(model, b), data, points=points,
-        renormalize=method, calibration=calibration, mode=mode, samples=samples,
-    )  # fmt: skip
+    between = None
+    if method is not None:
+        if calibration is None:
+            raise ValueError("--calibration: needed to renormalize a curve")
+        options = Renormalization(method, mode, samples)  # pyright: ignore[reportArgumentType]
+        between = Renormalized(calibration, options)
+    curve = interpolate(load_into(model, a), load_into(model, b), data, points, between=between)
     curve.table().to_csv(out, force=force)
     if plot is not None:
-        with writing(plot, force=force) as temporary:
-            figure = curve.plot().get_figure(root=True)
-            assert figure is not None
-            figure.savefig(temporary, dpi=150, format=Path(plot).suffix[1:])
+        curve.plot(plot)
     return (
         f"{curve.table()}\nloss barrier {curve.barrier:.4f}, accuracy barrier {curve.accuracy_barrier:.4f}; "
         f"wrote {out}"

@@ -18,7 +18,6 @@ from fastmatch._internal.files import (
     check_target,
     load_state,
     save_state,
-    writing,
 )
 from fastmatch.cli.renormalize import load_into, loader_of
 from fastmatch.evaluation.table import Table
@@ -133,14 +132,10 @@ def align_many_command(args: argparse.Namespace) -> None:
 def merge_command(args: argparse.Namespace) -> None:
     """Averages checkpoints that are aligned already."""
     from fastmatch.merging.average import merge
-    from fastmatch.merging.biases import normalize_biases, remove_biases
 
     _check_targets(args, [args.out], TORCH_SUFFIXES | {".safetensors"}, "--out")
     models, _ = _models(args)
-    average = normalize_biases if args.biases == "normalize" else merge
-    merged = average(models, args.weights)
-    if args.biases == "remove":
-        merged = remove_biases(merged)
+    merged = merge(models, args.weights, biases=args.biases)
     save_state(merged.state_dict(), args.out, force=args.force)
     print(f"{len(models)} checkpoints, biases: {args.biases}; wrote {args.out}")
 
@@ -155,10 +150,7 @@ def triangle_command(args: argparse.Namespace) -> None:
     models, _ = _models(args)
     found = triangle(models, _data(args), points=args.points)
     if args.plot:
-        with writing(args.plot, force=args.force) as temporary:
-            figure = found.plot().get_figure(root=True)
-            assert figure is not None
-            figure.savefig(temporary, dpi=150, format=Path(args.plot).suffix[1:])
+        found.plot(args.plot)
     _write(found.table(), args)
     print(f"loss barrier {found.barrier:.4f}")
 

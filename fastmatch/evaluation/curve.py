@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,15 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastmatch._internal.batches import (
-    Forward,
-    check_module,
-    default_forward,
-)
+from fastmatch._internal.batches import Forward, check_module, default_forward
+from fastmatch._internal.checks import check_integer
+from fastmatch.evaluation.between import Between, check_between, merges_between
+from fastmatch.evaluation.plots import Metric, check_metric, drawing
 from fastmatch.evaluation.scores import score
 from fastmatch.evaluation.table import Table
-from fastmatch.merging.average import merge
-from fastmatch.renorm import EndpointStatistics, renormalize_many
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,11 +28,16 @@ __all__ = ["Curve", "interpolate"]
 class Curve:
     """Loss and accuracy at positions lambda of ``(1 - lambda) a + lambda b``.
 
+    Example:
+        >>> curve = fm.Curve((0.0, 0.5, 1.0), (1.0, 4.0, 2.0), (0.9, 0.2, 0.7))
+        >>> curve.barrier
+        2.5
+
     Attributes:
         positions: lambda, from 0 (model A) to 1 (model B).
-        loss: mean loss at each.
-        accuracy: share of samples classified right at each, 0 to 1.
-        top5: share of samples whose class is among the five likeliest; empty where not measured.
+        loss: mean loss at each position.
+        accuracy: fraction of samples classified correctly at each position, 0 to 1.
+        top5: fraction of samples whose class is among the five most likely; empty if not measured.
     """
 
     positions: tuple[float, ...]
@@ -45,7 +47,7 @@ class Curve:
 
     @property
     def barrier(self) -> float:
-        """Largest rise of the loss above the mean of the ends (0 at least; paper's loss barrier)."""
+        """Largest rise of the loss above the mean of the ends, at least 0 (the paper's loss barrier)."""
         return max(0.0, max(self.loss) - (self.loss[0] + self.loss[-1]) / 2)
 
     @property
@@ -60,7 +62,7 @@ class Curve:
         return self.loss[k], self.accuracy[k]
 
     def table(self) -> Table:
-        """A row a position: ``position``, ``loss``, ``top-1``, ``top-5``."""
+        """Return a row per position: ``position``, ``loss``, ``top-1``, ``top-5``."""
         top5 = self.top5 or (float("nan"),) * len(self.positions)
         columns = zip(self.positions, self.loss, self.accuracy, top5, strict=True)
         return Table(tuple({"position": p, "loss": v, "top-1": a, "top-5": t} for p, v, a, t in columns))
@@ -69,95 +71,87 @@ class Curve:
         self,
         path: str | Path | None = None,
         *,
-        metric: str = "loss",
+        metric: Metric = "loss",
         label: str | None = None,
         ax: Axes | None = None,
     ) -> Axes:
-        """Draws the curve; into ``ax`` if given, and into the file ``path`` if given.
+        """Draw the curve (needs matplotlib).
+
+        Example:
+            >>> curve = fm.interpolate(model_a, model_b, test_loader, points=3)
+            >>> ax = curve.plot(label="naive")
 
         Args:
             path: a .png, .svg or .pdf file to write; an existing one is replaced.
-            metric: ``"loss"`` or ``"accuracy"``.
+            metric: ``"loss"``, ``"accuracy"`` or ``"top5"``.
             label: the line's name in a legend.
-            ax: matplotlib axes to draw into; new ones otherwise.
+            ax: matplotlib axes to draw on; None makes new ones.
+
+        Returns:
+            The axes.
 
         Raises:
             ImportError: matplotlib is not installed (``pip install fastmatch[plot]``).
+            ValueError: an unknown metric, one that was not measured, or a file of another format.
         """
-        if metric not in ("loss", "accuracy"):
-            raise ValueError(f"metric: expected 'loss' or 'accuracy', got {metric!r}")
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("drawing needs matplotlib: pip install 'fastmatch[plot]'") from error
-        if ax is None:
-            ax = Figure(figsize=(5, 3.5), layout="constrained").add_subplot()
-        ax.plot(self.positions, getattr(self, metric), marker=".", label=label)
-        ax.set_xlabel("λ  (0 = A, 1 = B)")
-        ax.set_ylabel(metric)
-        if path is not None:
-            figure = ax.get_figure(root=True)
-            assert figure is not None
-            figure.savefig(path, dpi=150)
-        return ax
+        check_metric(metric)
+        values = getattr(self, metric)
+        if not values:
+            raise ValueError(f"metric: {metric!r} was not measured on this curve")
+        with drawing(path, ax) as axes:
+            axes.plot(self.positions, values, marker=".", label=label)
+            axes.set_xlabel("λ  (0 = A, 1 = B)")
+            axes.set_ylabel(metric)
+        return axes
 
 
 def interpolate(
     model_a: nn.Module,
     model_b: nn.Module,
     data: Iterable[Any],
-    *,
     points: int = 11,
-    transform: Callable[[nn.Module, tuple[float, float]], nn.Module] | None = None,
-    renormalize: str | None = None,
-    calibration: Iterable[Any] | None = None,
-    statistics: EndpointStatistics | None = None,
-    mode: str = "joint",
-    samples: int | None = None,
+    *,
+    between: Between | None = None,
     loss: Callable[[Any, Any], torch.Tensor] = F.cross_entropy,
     forward: Forward = default_forward,
     progress: bool | None = None,
 ) -> Curve:
-    """Loss and accuracy at ``points`` equally spaced models between A and B.
+    """Evaluate ``points`` equally spaced models on the line from A to B.
 
     Example:
-        >>> curve = fm.interpolate(model_a, model_b_aligned, data=test_loader, points=11)
-        >>> curve.barrier, curve.accuracy_barrier
+        >>> curve = fm.interpolate(model_a, model_b, test_loader, points=5)
+        >>> repaired = fm.interpolate(model_a, model_b, test_loader, 5, between=fm.Renormalized(loader, "repair"))
+        >>> barriers = curve.barrier, repaired.barrier
 
     Args:
-        model_a, model_b: classifiers of the same architecture.
-        data: a loader of (inputs, targets), read once a point.
-        points: number of positions, both ends included; 3 at least.
-        transform: ``transform(merged, weights)`` gives the model to evaluate between the ends, such as a
-            renormalized one; the ends are evaluated as they are.
-        renormalize: a method of :func:`fastmatch.renormalize`, applied between the ends; all points are
-            calibrated in one read, for the memory of all of them.
-        calibration: the data to renormalize on; read once for the ends, once for the points.
-        statistics: those of A and B, where they are measured already.
-        mode, samples: of the renormalization.
+        model_a, model_b: classifiers of one architecture, aligned; evaluated as they are at the ends.
+        data: a loader of (inputs, targets), read once per point.
+        points: number of positions, both ends included; at least 3.
+        between: how the merges between the ends are corrected. None leaves them as they are; a
+            :class:`fastmatch.Renormalized` renormalizes them; a callable ``between(merged, weights)`` returns the model
+            to evaluate.
         loss: ``loss(output, targets)``, a mean over the batch.
-        forward: how to run a model on a batch.
-        progress: show a bar; None shows it on a terminal.
+        forward: ``forward(model, batch)`` runs a model on a batch.
+        progress: show a progress bar; None shows it on a terminal.
+
+    Returns:
+        A :class:`Curve`.
+
+    Raises:
+        TypeError: a model is not a torch module, or ``between`` is none of the above.
+        ValueError: fewer than 3 points, or data without targets.
+
+    Cost: ``points`` reads of ``data``.
     """
-    if points < 3:
-        raise ValueError(f"points: expected at least 3, got {points}")
+    check_integer("points", points, least=3)
+    check_between(between)
     check_module(model_a, "model_a")
     check_module(model_b, "model_b")
-    if renormalize is not None and (calibration is None or transform is not None):
-        raise ValueError("renormalize: expected calibration data, and no transform, to renormalize a curve")
     positions = tuple(k / (points - 1) for k in range(points))
     pairs = [(1 - t, t) for t in positions[1:-1]]
-    if renormalize is None:
-        between = (merge([model_a, model_b], weights) for weights in pairs)  # one at a time
-    else:
-        assert calibration is not None
-        between = _renormalized(
-            [model_a, model_b], pairs, calibration, renormalize, statistics, mode, samples, forward, progress
-        )
+    inner = merges_between([model_a, model_b], pairs, between, forward, progress)
     scores = [score(model_a, data, loss=loss, forward=forward, progress=progress)]
-    for model, weights in zip(between, pairs, strict=True):
-        shown = model if transform is None else transform(model, weights)
-        scores.append(score(shown, data, loss=loss, forward=forward, progress=progress))
+    scores += [score(model, data, loss=loss, forward=forward, progress=progress) for model in inner]
     scores.append(score(model_b, data, loss=loss, forward=forward, progress=progress))
     return Curve(
         positions,
@@ -165,22 +159,3 @@ def interpolate(
         tuple(s.accuracy for s in scores),
         tuple(s.top5 for s in scores),
     )
-
-
-def _renormalized(
-    models: Sequence[nn.Module],
-    weights: Sequence[Sequence[float]],
-    calibration: Iterable[Any],
-    method: str,
-    statistics: EndpointStatistics | None,
-    mode: str,
-    samples: int | None,
-    forward: Forward,
-    progress: bool | None,
-) -> list[nn.Module]:
-    """The merges at ``weights``, renormalized together."""
-    merges = [merge(models, row) for row in weights]
-    return renormalize_many(
-        merges, statistics or models, calibration, method,
-        mode=mode, samples=samples, forward=forward, progress=progress,
-    )  # fmt: skip

@@ -14,13 +14,24 @@ __all__ = ["distances"]
 
 
 def distances(models: Mapping[str, nn.Module | State]) -> Table:
-    """L2 distance between every two models (the start of training among them, if given) and its share of the norm.
+    """Return the L2 distance between the parameters of every two models.
 
-    Floating point tensors of the state dict without running statistics count. Columns: ``first``, ``second``,
-    ``distance``, ``relative`` (over the root of the product of the two norms).
+    All floating point tensors of the state dict count, except running statistics.
 
     Example:
-        >>> fm.distances({"start": start, "a": a, "b": b, "b aligned": aligned})
+        >>> aligned = fm.align(model_a, model_b, x).apply(model_b)
+        >>> table = fm.distances({"a": model_a, "b": model_b, "b aligned": aligned})
+
+    Args:
+        models: name -> module or state dict of one architecture, at least two. The initialization is welcome too.
+
+    Returns:
+        A :class:`fastmatch.Table` with the columns ``first``, ``second``, ``distance`` and ``relative``: the distance
+        divided by the geometric mean of the two norms.
+
+    Raises:
+        TypeError: something is neither a module nor a state dict.
+        ValueError: fewer than two models, or different architectures.
     """
     if len(models) < 2:
         raise ValueError(f"models: expected at least two, got {len(models)}")

@@ -1,8 +1,4 @@
-"""What happens inside a merge: variances, dead units, vanishing features, running statistics, distances.
-
-Every function returns a :class:`fastmatch.Table` of plain records: no analysis needs pandas, and
-``table.to_pandas()`` makes a data frame of it where pandas is installed.
-"""
+"""What happens inside a merge, layer by layer: variances, dead inputs, vanishing features, running statistics."""
 
 from __future__ import annotations
 
@@ -15,15 +11,14 @@ from torch import nn
 from fastmatch._internal.batches import Forward, batches_of, check_module, default_forward, evaluating
 from fastmatch._internal.coefficients import check_weights
 from fastmatch.evaluation.table import Table
-from fastmatch.renorm.layers import channel_dim, survey
-from fastmatch.renorm.plan import batch_norms
+from fastmatch.renorm.layers import batch_norms, channel_dim, survey
 from fastmatch.statistics.moments import ChannelMoments
 
 __all__ = ["layer_table", "running_statistics"]
 
 
 class _LayerMeter:
-    """Of one layer in one model: output statistics, |z|, |z(x) - z(0)|, inputs that are never other than zero."""
+    """Measures one layer of one model: output statistics, |z|, |z(x) - z(0)|, and inputs that are always zero."""
 
     def __init__(self) -> None:
         self.moments = ChannelMoments()
@@ -33,7 +28,7 @@ class _LayerMeter:
         self._alive: torch.Tensor | None = None
 
     def see(self, layer: nn.Module, inputs: torch.Tensor, output: torch.Tensor) -> None:
-        """One call on data; on zero input if none was seen yet."""
+        """Take one call of the layer. The first must be on zero inputs, all others on data."""
         if self.at_zero is None:
             self.at_zero = output.detach()[:1].double()
             return
@@ -45,7 +40,7 @@ class _LayerMeter:
         self._alive = alive if self._alive is None else self._alive | alive
 
     def row(self) -> dict[str, float]:
-        """The numbers of the layer, over all samples, positions and channels."""
+        """Return the layer's numbers, over all samples, positions and channels."""
         assert self._alive is not None
         return {
             "variance": float(self.moments.variance.mean()),
@@ -65,29 +60,41 @@ def layer_table(
     forward: Forward = default_forward,
     progress: bool | None = None,
 ) -> Table:
-    """Per model and layer what its activations do on ``data``; all models in one read.
-
-    Columns: ``model``, ``layer``, ``depth`` (order of first call), ``variance`` (per channel, averaged),
-    ``mean |z|``, ``|z(x) - z(0)|`` (the vanishing-feature measure: how much the input still moves the output),
-    ``dead inputs`` (share of input channels that are zero on every sample) and, with ``endpoints``,
-    ``variance ratio`` and ``feature ratio``: variance and vanishing-feature measure over the endpoints' average.
+    """Measure the activations of every linear and convolution layer of several models.
 
     Example:
-        >>> table = fm.layer_table({"a": a, "b": b, "merged": merged}, loader, endpoints=["a", "b"])
-        >>> table.where(model="merged").column("variance ratio")
+        >>> models = {"a": model_a, "b": model_b, "merged": fm.merge([model_a, model_b])}
+        >>> table = fm.layer_table(models, loader, endpoints=["a", "b"])
+        >>> ratios = table.where(model="merged").column("variance ratio")
 
     Args:
-        models: by name; of one architecture. Left as they are.
-        data: a loader of inputs or (inputs, targets); inputs are tensors.
+        models: name -> module, of one architecture; they are not changed.
+        data: a loader of inputs or (inputs, targets); inputs are tensors. Read once for all models.
         endpoints: names of the models that ratios are taken to.
-        weights: of the endpoints; equal ones where left out.
-        samples: stop after so many.
-        forward: how to run a model on a batch.
-        progress: show a bar; None shows it on a terminal.
+        weights: one per endpoint; None takes equal ones.
+        samples: stop after this many samples; None reads all of them.
+        forward: ``forward(model, batch)`` runs a model on a batch.
+        progress: show a progress bar; None shows it on a terminal.
+
+    Returns:
+        A :class:`fastmatch.Table` with a row per model and layer and the columns ``model``, ``layer``, ``depth`` (order
+        of the first call), ``variance`` (of each channel, averaged), ``mean |z|``, ``|z(x) - z(0)|`` (the vanishing
+        feature measure: how much the input still changes the output), and ``dead inputs`` (fraction of input channels
+        that are zero on every sample). With ``endpoints`` also ``variance ratio`` and ``feature ratio``: variance and
+        vanishing feature measure, divided by the endpoints' average.
+
+    Raises:
+        TypeError: a model is not a torch module.
+        ValueError: no model, an endpoint that is not among them, weights that do not fit the endpoints, or no data.
     """
+    if not models:
+        raise ValueError("models: expected at least one")
     unknown = [name for name in endpoints if name not in models]
     if unknown:
-        raise ValueError(f"endpoints: {unknown[0]!r} is none of the models {list(models)}")
+        raise ValueError(f"endpoints: {unknown[0]!r} is not among the models {list(models)}")
+    if weights is not None and not endpoints:
+        raise ValueError("weights: given without endpoints; they are the weights of the endpoints")
+    alphas = check_weights(weights, len(endpoints)) if endpoints else []
     meters: dict[str, dict[str, _LayerMeter]] = {}
     handles = []
     try:
@@ -113,7 +120,7 @@ def layer_table(
         for depth, (name, meter) in enumerate(table.items(), start=1)
     ]
     if endpoints:
-        _add_ratios(rows, endpoints, check_weights(weights, len(endpoints)))
+        _add_ratios(rows, endpoints, alphas)
     return Table(tuple(rows))
 
 
@@ -125,7 +132,7 @@ def _hook(name: str, table: dict[str, _LayerMeter]) -> Callable[..., None]:
 
 
 def _zeros(value: Any) -> Any:
-    """A batch of one sample of zeros, shaped like ``value``'s; whole numbers (targets, tokens) are zero too."""
+    """Return a batch of one sample of zeros, shaped like those of ``value``, including targets and tokens."""
     if isinstance(value, torch.Tensor):
         return torch.zeros_like(value[:1]) if value.ndim else value
     if isinstance(value, Mapping):
@@ -137,23 +144,34 @@ def _zeros(value: Any) -> Any:
 
 def _add_ratios(rows: list[dict[str, Any]], endpoints: Sequence[str], weights: list[float]) -> None:
     for ratio, column in (("variance ratio", "variance"), ("feature ratio", "|z(x) - z(0)|")):
-        goals: dict[str, float] = {}
+        averages: dict[str, float] = {}
         for row in rows:
             if row["model"] in endpoints:
                 weight = weights[list(endpoints).index(row["model"])]
-                goals[row["layer"]] = goals.get(row["layer"], 0.0) + weight * row[column]
+                averages[row["layer"]] = averages.get(row["layer"], 0.0) + weight * row[column]
         for row in rows:
-            goal = goals[row["layer"]]
-            row[ratio] = row[column] / goal if goal else float("nan")
+            average = averages[row["layer"]]
+            row[ratio] = row[column] / average if average else float("nan")
 
 
 def running_statistics(models: Mapping[str, nn.Module]) -> Table:
-    """Batch norm's running statistics, a row a model and norm: before and after a reset, say.
-
-    Columns: ``model``, ``norm``, ``depth``, ``mean |running mean|``, ``mean running variance``.
+    """Return the running statistics of batch norms, for example before and after a reset.
 
     Example:
-        >>> fm.running_statistics({"before": merged, "after": fm.renormalize(merged, None, loader, "reset")})
+        >>> merged = fm.merge([model_a, model_b])
+        >>> reset = fm.renormalize(merged, None, loader, "reset")
+        >>> table = fm.running_statistics({"before": merged, "after": reset})
+
+    Args:
+        models: name -> module.
+
+    Returns:
+        A :class:`fastmatch.Table` with a row per model and norm and the columns ``model``, ``norm``, ``depth``,
+        ``mean |running mean|`` and ``mean running variance``.
+
+    Raises:
+        TypeError: a model is not a torch module.
+        ValueError: no model has batch norm with running statistics.
     """
     rows = []
     for key, model in models.items():
@@ -170,5 +188,5 @@ def running_statistics(models: Mapping[str, nn.Module]) -> Table:
                 }
             )
     if not rows:
-        raise ValueError("models: none has batch norm with running statistics")
+        raise ValueError("models: none of them has batch norm with running statistics")
     return Table(tuple(rows))

@@ -22,7 +22,18 @@ __all__ = ["Scores", "evaluate", "score"]
 
 
 class Scores(NamedTuple):
-    """Mean loss, and the shares of samples whose class comes first, and among the first five."""
+    """Mean loss, top-1 and top-5 accuracy of a classifier.
+
+    Example:
+        >>> scores = fm.score(model_a, test_loader)
+        >>> 0 <= scores.accuracy <= scores.top5 <= 1
+        True
+
+    Attributes:
+        loss: mean over samples.
+        accuracy: fraction of samples whose class is the most likely one, 0 to 1.
+        top5: fraction of samples whose class is among the five most likely, 0 to 1.
+    """
 
     loss: float
     accuracy: float
@@ -37,14 +48,32 @@ def score(
     forward: Forward = default_forward,
     progress: bool | None = None,
 ) -> Scores:
-    """Loss, top-1 and top-5 of a classifier over one read of ``data``, in eval mode; arguments as :func:`evaluate`."""
+    """Measure loss, top-1 and top-5 accuracy of a classifier in eval mode, in one read of ``data``.
+
+    Example:
+        >>> loss, accuracy, top5 = fm.score(model_a, test_loader)
+
+    Args:
+        model: it is not changed.
+        data: a loader of (inputs, targets); targets are (batch,) class indices.
+        loss: ``loss(output, targets)``, a mean over the batch.
+        forward: ``forward(model, batch)`` runs the model on a batch and returns (batch, classes).
+        progress: show a progress bar; None shows it on a terminal.
+
+    Returns:
+        :class:`Scores`, means over all samples.
+
+    Raises:
+        TypeError: ``model`` is not a torch module.
+        ValueError: no data, or data without targets.
+    """
     check_module(model, "model")
     total_loss, right, among, count = 0.0, 0, 0, 0
     with evaluating(model):
         for batch in batches_of(data, "evaluation", progress=progress):
             targets = split_batch(batch)[1]
             if not isinstance(targets, torch.Tensor):
-                raise ValueError("data: expected (inputs, targets) pairs to evaluate on, got inputs alone")
+                raise ValueError("data: expected (inputs, targets) pairs to evaluate on, got only inputs")
             output = forward(model, batch)
             targets = targets.to(output.device)
             total_loss += float(loss(output, targets)) * len(targets)
@@ -53,7 +82,7 @@ def score(
             among += int((best == targets[:, None]).sum())
             count += len(targets)
     if count == 0:
-        raise ValueError("data: yielded no sample")
+        raise ValueError("data: yielded no samples")
     return Scores(total_loss / count, right / count, among / count)
 
 
@@ -65,14 +94,13 @@ def evaluate(
     forward: Forward = default_forward,
     progress: bool | None = None,
 ) -> tuple[float, float]:
-    """(mean loss, accuracy) of a classifier over one read of ``data``, in eval mode.
+    """Return (mean loss, accuracy) of a classifier: the first two of :func:`score`, with the same arguments.
 
-    Args:
-        model: run as it is; its mode is put back after.
-        data: a loader of (inputs, targets).
-        loss: ``loss(output, targets)``, a mean over the batch.
-        forward: how to run the model on a batch.
-        progress: show a bar; None shows it on a terminal.
+    Example:
+        >>> loss, accuracy = fm.evaluate(model_a, test_loader)
+
+    Raises:
+        TypeError, ValueError: see :func:`score`.
     """
     found = score(model, data, loss=loss, forward=forward, progress=progress)
     return found.loss, found.accuracy

@@ -1,4 +1,4 @@
-"""Tables of plain records: what analyses return."""
+"""Tables of plain records, which analyses return."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastmatch._internal.files import writing
+from fastmatch.evaluation.plots import drawing
 
 if TYPE_CHECKING:
     import pandas
@@ -18,35 +19,42 @@ __all__ = ["Table"]
 
 @dataclass(frozen=True)
 class Table:
-    """Rows with the same columns, as plain dictionaries; :meth:`to_pandas` where pandas is installed.
+    """Rows with the same columns, as plain dictionaries. :meth:`to_pandas` makes a data frame.
 
     Example:
-        >>> table.column("loss")
-        >>> table.to_pandas().plot(x="position", y="loss")
+        >>> table = fm.Table(({"x": 1, "y": 0.5}, {"x": 2, "y": 0.25}))
+        >>> table.column("y")
+        [0.5, 0.25]
+
+    Attributes:
+        rows: column name -> value, one mapping per row.
     """
 
     rows: tuple[dict[str, Any], ...]
 
     @property
     def columns(self) -> list[str]:
-        """Names of the columns."""
+        """Names of the columns, in order."""
         return list(self.rows[0]) if self.rows else []
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def column(self, name: str) -> list[Any]:
-        """One column's values, row by row."""
+        """Return the values of one column; ValueError if there is none of that name."""
         if name not in self.columns:
             raise ValueError(f"name: expected one of {self.columns}, got {name!r}")
         return [row[name] for row in self.rows]
 
     def where(self, **values: Any) -> Table:
-        """The rows that hold these values."""
+        """Return the rows that have these values in the named columns."""
+        unknown = [name for name in values if self.rows and name not in self.columns]
+        if unknown:
+            raise ValueError(f"values: expected columns among {self.columns}, got {unknown[0]!r}")
         return Table(tuple(row for row in self.rows if all(row[k] == v for k, v in values.items())))
 
     def to_pandas(self) -> pandas.DataFrame:
-        """A data frame; ImportError without pandas."""
+        """Return a data frame; ImportError if pandas is not installed."""
         try:
             import pandas
         except ImportError as error:
@@ -54,7 +62,7 @@ class Table:
         return pandas.DataFrame(list(self.rows), columns=self.columns)
 
     def to_csv(self, path: str | Path, *, force: bool = False) -> None:
-        """Writes a CSV file; an existing one is replaced only with ``force``."""
+        """Write a CSV file. FileExistsError if it exists, unless ``force`` replaces it."""
         with writing(path, force=force) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
@@ -68,40 +76,40 @@ class Table:
         by: str | None = None,
         ax: Axes | None = None,
     ) -> Axes:
-        """Draws columns against ``x``, a line each, or a line for every value of the column ``by``.
+        """Draw columns against the column ``x`` (needs matplotlib).
 
         Example:
-            >>> table.plot("depth", "variance ratio", by="model", path="variance.png")
+            >>> table = fm.layer_table({"a": model_a, "b": model_b}, loader)
+            >>> ax = table.plot("depth", "variance", by="model")
 
         Args:
             x: the column along the horizontal axis.
-            columns: what to draw.
+            columns: the columns to draw, one line each.
             path: a .png, .svg or .pdf file to write; an existing one is replaced.
-            by: a column to tell lines apart by.
-            ax: matplotlib axes to draw into; new ones otherwise.
+            by: draw one line for each value of this column.
+            ax: matplotlib axes to draw on; None makes new ones.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ImportError: matplotlib is not installed (``pip install fastmatch[plot]``).
+            ValueError: no column to draw, an unknown column, or a file of another format.
         """
         if not columns:
             raise ValueError(f"columns: expected at least one of {self.columns}")
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("drawing needs matplotlib: pip install 'fastmatch[plot]'") from error
-        if ax is None:
-            ax = Figure(figsize=(5, 3.5), layout="constrained").add_subplot()
         parts = [None] if by is None else list(dict.fromkeys(self.column(by)))
-        for part in parts:
-            rows = self if by is None else self.where(**{by: part})
-            for column in columns:
-                names = ([column] if len(columns) > 1 or part is None else []) + ([str(part)] if by else [])
-                ax.plot(rows.column(x), rows.column(column), marker=".", label=", ".join(names))
-        ax.set_xlabel(x)
-        ax.set_ylabel(columns[0] if len(columns) == 1 else "")
-        ax.legend()
-        if path is not None:
-            figure = ax.get_figure(root=True)
-            assert figure is not None
-            figure.savefig(path, dpi=150)
-        return ax
+        with drawing(path, ax) as axes:
+            for part in parts:
+                rows = self if by is None else self.where(**{by: part})
+                for column in columns:
+                    names = [column] if len(columns) > 1 or part is None else []
+                    names += [str(part)] if by else []
+                    axes.plot(rows.column(x), rows.column(column), marker=".", label=", ".join(names))
+            axes.set_xlabel(x)
+            axes.set_ylabel(columns[0] if len(columns) == 1 else "")
+            axes.legend()
+        return axes
 
     def __str__(self) -> str:
         """The table as Markdown."""

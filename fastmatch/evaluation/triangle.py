@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastmatch._internal.batches import Forward, default_forward
-from fastmatch.evaluation.curve import _renormalized
+from fastmatch._internal.batches import Forward, check_module, default_forward
+from fastmatch._internal.checks import check_integer
+from fastmatch.evaluation.between import Between, check_between, merges_between
+from fastmatch.evaluation.plots import Metric, check_metric, drawing
 from fastmatch.evaluation.scores import Scores, score
 from fastmatch.evaluation.table import Table
-from fastmatch.merging.average import merge
-from fastmatch.renorm import EndpointStatistics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,9 +28,14 @@ __all__ = ["Triangle", "triangle"]
 class Triangle:
     """Loss and accuracy at merges of three models.
 
+    Example:
+        >>> found = fm.triangle([model_a, model_b, model_c], test_loader, points=3)
+        >>> len(found.weights)
+        6
+
     Attributes:
-        weights: of the three models, one row a merge; corners included.
-        scores: at each.
+        weights: of the three models, one row per merge; corners included.
+        scores: loss, top-1 and top-5 accuracy at each row.
     """
 
     weights: tuple[tuple[float, float, float], ...]
@@ -38,7 +43,7 @@ class Triangle:
 
     @property
     def barrier(self) -> float:
-        """Largest rise of the loss above the corners' losses, mixed by the merge's weights (0 at least)."""
+        """Largest rise of the loss above the corners' losses mixed by the merge's weights, at least 0."""
         corner = [self.scores[self.weights.index(c)].loss for c in _CORNERS]
         rises = (
             s.loss - sum(w * v for w, v in zip(row, corner, strict=True))
@@ -47,7 +52,7 @@ class Triangle:
         return max(0.0, *rises)
 
     def table(self) -> Table:
-        """A row a merge: ``a``, ``b``, ``c`` (weights), ``loss``, ``top-1``, ``top-5``."""
+        """Return a row per merge: ``a``, ``b``, ``c`` (weights), ``loss``, ``top-1``, ``top-5``."""
         return Table(
             tuple(
                 {"a": a, "b": b, "c": c, "loss": s.loss, "top-1": s.accuracy, "top-5": s.top5}
@@ -55,25 +60,38 @@ class Triangle:
             )
         )
 
-    def plot(self, path: str | Path | None = None, *, metric: str = "loss", ax: Axes | None = None) -> Axes:
-        """Draws the triangle as filled contours, to a file where ``path`` is given (needs matplotlib)."""
-        if metric not in ("loss", "accuracy", "top5"):
-            raise ValueError(f"metric: expected 'loss', 'accuracy' or 'top5', got {metric!r}")
-        from matplotlib.figure import Figure
+    def plot(
+        self, path: str | Path | None = None, *, metric: Metric = "loss", ax: Axes | None = None
+    ) -> Axes:
+        """Draw the triangle as filled contours (needs matplotlib).
 
-        if ax is None:
-            ax = Figure(figsize=(5, 4), layout="constrained").subplots()
+        Example:
+            >>> found = fm.triangle([model_a, model_b, model_c], test_loader, points=3)
+            >>> ax = found.plot(metric="accuracy")
+
+        Args:
+            path: a .png, .svg or .pdf file to write; an existing one is replaced.
+            metric: ``"loss"``, ``"accuracy"`` or ``"top5"``.
+            ax: matplotlib axes to draw on; None makes new ones.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ImportError: matplotlib is not installed (``pip install fastmatch[plot]``).
+            ValueError: an unknown metric, or a file of another format.
+        """
+        check_metric(metric)
         x = [b + c / 2 for _, b, c in self.weights]
         y = [c * 3**0.5 / 2 for _, _, c in self.weights]
-        filled = ax.tricontourf(x, y, [getattr(s, metric) for s in self.scores], levels=12)
-        ax.figure.colorbar(filled, ax=ax, label=metric)
-        for name, (left, up) in zip("ABC", ((0, 0), (1, 0), (0.5, 3**0.5 / 2)), strict=True):
-            ax.annotate(name, (left, up), fontweight="bold")
-        ax.set_aspect("equal")
-        ax.set_axis_off()
-        if path is not None:
-            ax.get_figure(root=True).savefig(path, dpi=150)  # pyright: ignore[reportOptionalMemberAccess]
-        return ax
+        with drawing(path, ax, (5, 4)) as axes:
+            filled = axes.tricontourf(x, y, [getattr(s, metric) for s in self.scores], levels=12)
+            axes.figure.colorbar(filled, ax=axes, label=metric)
+            for name, (left, up) in zip("ABC", ((0, 0), (1, 0), (0.5, 3**0.5 / 2)), strict=True):
+                axes.annotate(name, (left, up), fontweight="bold")
+            axes.set_aspect("equal")
+            axes.set_axis_off()
+        return axes
 
 
 _CORNERS = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
@@ -82,45 +100,45 @@ _CORNERS = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
 def triangle(
     models: Sequence[nn.Module],
     data: Iterable[Any],
-    *,
     points: int = 5,
-    renormalize: str | None = None,
-    calibration: Iterable[Any] | None = None,
-    statistics: EndpointStatistics | None = None,
-    mode: str = "joint",
-    samples: int | None = None,
+    *,
+    between: Between | None = None,
     loss: Callable[[Any, Any], torch.Tensor] = F.cross_entropy,
     forward: Forward = default_forward,
     progress: bool | None = None,
 ) -> Triangle:
-    """Loss and accuracy over the triangle that three models span.
+    """Evaluate merges over the triangle that three models span.
 
     Example:
-        >>> found = fm.triangle([a, b_aligned, c_aligned], test_loader, points=7)
-        >>> found.barrier, found.plot("triangle.png")
+        >>> found = fm.triangle([model_a, model_b, model_c], test_loader, points=3)
+        >>> rows = found.table()
 
     Args:
-        models: three classifiers of one architecture, aligned.
-        data: a loader of (inputs, targets), read once a merge.
-        points: positions on each side, corners included; the triangle has ``points (points + 1) / 2``.
-        renormalize, calibration, statistics, mode, samples, loss, forward, progress: see :func:`interpolate`.
+        models: three classifiers of one architecture, aligned; evaluated as they are at the corners.
+        data: a loader of (inputs, targets), read once per merge.
+        points: positions on each side, corners included; at least 2. The triangle has ``points (points + 1) / 2``.
+        between, loss, forward, progress: see :func:`fastmatch.interpolate`; ``between`` corrects every merge that is
+            not a corner.
+
+    Returns:
+        A :class:`Triangle`.
+
+    Raises:
+        TypeError: a model is not a torch module, or ``between`` is neither None, Renormalized nor callable.
+        ValueError: not three models, fewer than 2 points, or data without targets.
+
+    Cost: one read of ``data`` per merge.
     """
     if len(models) != 3:
         raise ValueError(f"models: expected three, got {len(models)}")
-    if points < 2:
-        raise ValueError(f"points: expected at least 2, got {points}")
-    if renormalize is not None and calibration is None:
-        raise ValueError("renormalize: expected calibration data to renormalize a triangle")
+    check_integer("points", points, least=2)
+    check_between(between)
+    for k, model in enumerate(models):
+        check_module(model, f"models[{k}]")
     n = points - 1
     rows = [((n - i - j) / n, i / n, j / n) for i in range(points) for j in range(points - i)]
     inner = [row for row in rows if row not in _CORNERS]
-    if renormalize is None:
-        merges = (merge(models, row) for row in inner)
-    else:
-        assert calibration is not None
-        merges = _renormalized(
-            models, inner, calibration, renormalize, statistics, mode, samples, forward, progress
-        )
+    merges = merges_between(models, inner, between, forward, progress)
     found = {
         row: score(model, data, loss=loss, forward=forward, progress=progress)
         for row, model in (*zip(_CORNERS, models, strict=True), *zip(inner, merges, strict=True))

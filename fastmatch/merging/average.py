@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import overload
+from typing import Literal, TypeAlias, overload
 
 import torch
 from torch import nn
 
+from fastmatch._internal.checks import check_choice
 from fastmatch._internal.coefficients import check_weights, remember_weights
 from fastmatch._internal.modules import with_state
 from fastmatch._internal.states import State, check_finite, check_same_architecture, state_of
+from fastmatch.merging.biases import bias_depths, zeroed_biases
 from fastmatch.permutations.apply import LARGE
 
-__all__ = ["merge", "merge_states"]
+__all__ = ["Biases", "merge", "merge_states"]
+
+Biases: TypeAlias = Literal["average", "normalize", "remove"]
 
 
 def merge_states(states: Sequence[State], weights: Sequence[float] | None = None) -> dict[str, torch.Tensor]:
-    """``sum_k weights[k] * states[k]`` for every floating point tensor, in its own dtype.
+    """Return ``sum_k weights[k] * states[k]`` for every floating point tensor, in its own dtype.
 
-    Sums run in float32 at least. Integer buffers (step counters) are the first model's. Running statistics
-    of batch norm are averaged like the rest, which is only a stand-in: reset them on data
+    Sums run in float32 or wider. Integer buffers (step counters) are the first model's. Running statistics of batch
+    norm are averaged like everything else, which is only an approximation: measure them on data
     (:func:`fastmatch.renormalize` with ``method="reset"``).
     """
     if not states:
@@ -49,9 +53,10 @@ def merge_states(states: Sequence[State], weights: Sequence[float] | None = None
 
 
 def _has_kernel(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether one kernel can read each of these once and write their sum: alike, on the CPU, and large.
+    """Return whether the kernel that reads each tensor once is faster: on CPU, one dtype, large.
 
-    Of four times as many where torch makes no copies in a wider type: its passes are quick while the sum is in cache.
+    Threshold: 1M elements in half precision, 4M otherwise, because torch needs no copies in a wider type there and is
+    fast while the sum is in cache.
     """
     first = tensors[0]
     return (
@@ -63,42 +68,71 @@ def _has_kernel(tensors: Sequence[torch.Tensor]) -> bool:
 
 
 @overload
-def merge(models: Sequence[nn.Module], weights: Sequence[float] | None = None) -> nn.Module: ...
-@overload
-def merge(models: Sequence[State], weights: Sequence[float] | None = None) -> dict[str, torch.Tensor]: ...
 def merge(
-    models: Sequence[nn.Module] | Sequence[State], weights: Sequence[float] | None = None
+    models: Sequence[nn.Module], weights: Sequence[float] | None = None, *, biases: Biases = "average"
+) -> nn.Module: ...
+@overload
+def merge(
+    models: Sequence[State], weights: Sequence[float] | None = None, *, biases: Biases = "average"
+) -> dict[str, torch.Tensor]: ...
+def merge(
+    models: Sequence[nn.Module] | Sequence[State],
+    weights: Sequence[float] | None = None,
+    *,
+    biases: Biases = "average",
 ) -> nn.Module | dict[str, torch.Tensor]:
-    """The weighted average of models (a new module like the first) or of state dicts (a new dict).
+    """Average models that are aligned already: ``sum_k weights[k] * models[k]``.
+
+    A merged module carries a note of its weights for :func:`fastmatch.renormalize`. Copies and pickles keep the note;
+    the state dict does not hold it.
+
+    ``biases="normalize"`` and ``"remove"`` correct a merge without data (Qu and Horvath 2024). Between unmatched
+    halves, h layers of averaged weights scale the signal of a ReLU network by ``weights[k] ** h``. Averaged biases
+    would dominate it.
 
     Example:
-        >>> merged = fm.merge([model_a, model_b_aligned], weights=[0.5, 0.5])
-
-    A merged module remembers its weights (in memory and in pickles, not in its state dict), for
-    :func:`fastmatch.renormalize`.
+        >>> merged = fm.merge([model_a, model_b], weights=[0.25, 0.75])
+        >>> without_data = fm.merge([model_a, model_b], biases="normalize")
 
     Args:
-        models: modules or state dicts of the same architecture, already aligned.
-        weights: one a model; equal ones where left out. A sum other than one scales the network; it is warned of.
+        models: modules or state dicts of one architecture.
+        weights: one per model; None takes equal ones.
+        biases: of linear and convolution layers. ``"average"`` treats them like every tensor. ``"normalize"`` makes
+            the bias of layer h ``sum_k weights[k] ** h * b_k``, for networks without norms whose state dict has the
+            layers in forward order. ``"remove"`` sets them to zero.
+
+    Returns:
+        A new module like the first, or a new state dict; every tensor in its own dtype.
 
     Raises:
-        ValueError: architectures differ, the weights do not fit, or a model holds NaN or infinity.
+        TypeError: something is neither a module nor a state dict.
+        ValueError: architectures differ, weights do not fit (negative ones for ``"normalize"``), or a model holds NaN
+            or infinity.
 
     Warns:
-        UserWarning: the weights do not sum to one.
+        UserWarning: the weights do not sum to one, so that every tensor is scaled.
     """
+    check_choice("biases", biases, Biases)
     if not models:
         raise ValueError("models: expected at least one")
     states = [state_of(m, f"models[{k}]") for k, m in enumerate(models)]
     for k, state in enumerate(states):
         check_finite(state, f"models[{k}]")
-    total = sum(check_weights(weights, len(models)))
+    alphas = check_weights(weights, len(models))
+    if biases == "normalize" and min(alphas) < 0:
+        raise ValueError(f'weights: expected numbers of at least 0 for biases="normalize", got {alphas}')
+    total = sum(alphas)
     if abs(total - 1.0) > 1e-6:
         warnings.warn(
             f"merge: weights sum to {total:g}, not one: every tensor is scaled by that", stacklevel=2
         )
-    merged = merge_states(states, weights)
+    merged = merge_states(states, alphas)
+    if biases == "normalize":
+        for name, depth in bias_depths(states[0]).items():
+            merged |= merge_states([{name: s[name]} for s in states], [a**depth for a in alphas])
+    elif biases == "remove":
+        merged |= zeroed_biases(merged)
     first = models[0]
     if isinstance(first, Mapping):
         return merged
-    return remember_weights(with_state(first, merged), check_weights(weights, len(models)))
+    return remember_weights(with_state(first, merged), alphas)

@@ -1,25 +1,23 @@
-"""Renormalization without data: biases that shrink as fast as the weights' product does, or no biases."""
+"""The biases of linear and convolution layers: their depth in the network, and their removal."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TypeVar
 
 import torch
 from torch import nn
 
-from fastmatch._internal.coefficients import check_weights, remember_weights
 from fastmatch._internal.modules import with_state
 from fastmatch._internal.states import State, state_of
-from fastmatch.merging.average import merge_states
 
-__all__ = ["normalize_biases", "remove_biases"]
+__all__ = ["bias_depths", "remove_biases", "zeroed_biases"]
 
 Model = TypeVar("Model", nn.Module, Mapping[str, torch.Tensor])
 
 
-def bias_names(state: State) -> list[str]:
-    """The biases of linear and convolution layers, in the state's order; those of norms are none."""
+def _bias_names(state: State) -> list[str]:
+    """Return the biases of linear and convolution layers, in the state's order. Biases of norms are not included."""
     names = []
     for name in state:
         if name == "bias" or name.endswith(".bias"):
@@ -29,56 +27,41 @@ def bias_names(state: State) -> list[str]:
     return names
 
 
-def _depths(state: State) -> dict[str, int]:
-    """Bias name -> depth, 1 for the first layer: matrices and kernels counted in the state's order."""
+def bias_depths(state: State) -> dict[str, int]:
+    """Return bias name -> depth, 1 for the first layer; layers are counted in the state's order."""
     weights = [n for n, t in state.items() if t.ndim >= 2 and n.rsplit(".", 1)[-1] == "weight"]
     depth = {name[: -len("weight")] + "bias": k for k, name in enumerate(weights, start=1)}
-    return {name: depth[name] for name in bias_names(state)}
+    return {name: depth[name] for name in _bias_names(state)}
 
 
-def normalize_biases(models: Sequence[Model], weights: Sequence[float] | None = None) -> Model:
-    """A merge of plain networks whose biases keep pace with their shrinking activations; no data is read.
-
-    Weights are averaged; layer h's bias is ``sum_k alpha_k^h b_k`` (Qu and Horvath 2024): between unmatched
-    halves, h layers of averaged weights scale a ReLU network's signal by ``alpha^h``, and linear biases would
-    drown it.
-
-    Example:
-        >>> merged = fm.normalize_biases([model_a, model_b_aligned])
-
-    Args:
-        models: modules or state dicts of one architecture without norms, aligned, layers in forward order.
-        weights: one a model, 0 to 1; equal ones where left out.
-    """
-    if not models:
-        raise ValueError("models: expected at least one")
-    states = [state_of(m, f"models[{k}]") for k, m in enumerate(models)]
-    alphas = check_weights(weights, len(states))
-    if min(alphas) < 0:
-        raise ValueError(f"weights: powers of weights need weights of 0 at least, got {alphas}")
-    merged = merge_states(states, alphas)
-    for name, depth in _depths(states[0]).items():
-        powers = merge_states([{name: s[name]} for s in states], [a**depth for a in alphas])
-        merged[name] = powers[name]
-    first = models[0]
-    if isinstance(first, nn.Module):
-        return remember_weights(with_state(first, merged), alphas)
-    return merged
+def zeroed_biases(state: State, last: int | None = None) -> dict[str, torch.Tensor]:
+    """Return zeros for the biases of the ``last`` layers, or of all layers for None."""
+    names = _bias_names(state)
+    if last is not None and not 0 <= last <= len(names):
+        raise ValueError(f"last: expected 0 to {len(names)}, the number of biases, got {last}")
+    chosen = names if last is None else names[len(names) - last :]
+    return {name: torch.zeros_like(state[name]) for name in chosen}
 
 
 def remove_biases(model: Model, last: int | None = None) -> Model:
-    """A copy of ``model`` with the biases of its ``last`` layers zero, or of all where left out; no data is read.
+    """Return a copy of ``model`` whose last biases are zero. No data is read.
+
+    ``fm.merge(models, biases="remove")`` removes all biases of a merge.
+
+    Example:
+        >>> without = fm.remove_biases(model_a, last=1)
 
     Args:
-        model: a module or state dict, layers in forward order.
-        last: how many biases, counted from the end.
+        model: a module or state dict with layers in forward order.
+        last: how many biases, counted from the end; None removes all of them.
+
+    Raises:
+        TypeError: neither a module nor a state dict.
+        ValueError: ``last`` is not between 0 and the number of biases.
     """
     state = state_of(model, "model")
-    names = bias_names(state)
-    if last is not None and not 0 <= last <= len(names):
-        raise ValueError(f"last: expected 0 to {len(names)}, the number of biases, got {last}")
-    removed = names if last is None else names[len(names) - last :]
-    new = {name: torch.zeros_like(t) if name in removed else t.clone() for name, t in state.items()}
+    zeros = zeroed_biases(state, last)
+    new = {name: zeros[name] if name in zeros else t.clone() for name, t in state.items()}
     if isinstance(model, nn.Module):
         return with_state(model, new)
     return new

@@ -1,4 +1,4 @@
-"""Merging N models from a layer on, the layers before it kept apart."""
+"""Merge N models from a layer on; the layers before it stay apart."""
 
 from __future__ import annotations
 
@@ -9,22 +9,16 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fastmatch._internal.batches import (
-    Forward,
-    batches_of,
-    check_module,
-    default_forward,
-    device_of,
-    evaluating,
-)
+from fastmatch._internal.batches import batches_of, check_module, device_of, evaluating
 from fastmatch._internal.coefficients import check_weights, remember_weights
 from fastmatch._internal.modules import copy_module
 from fastmatch._internal.states import State, check_finite, check_same_architecture, state_of
-from fastmatch.matching.activations import READ, choose_sites, unit_rows
+from fastmatch.matching.activations import choose_sites, unit_rows
 from fastmatch.merging.rewire import Rewiring, rewire
-from fastmatch.merging.units import RULES, UnitMaps, identity_maps, maps_by, on_axis
+from fastmatch.merging.unit_rules import Identity, MatchedUnits, RuleName
+from fastmatch.merging.units import UnitMaps, identity_maps, on_axis
 from fastmatch.permutations.verify import in_double, largest_difference, outputs_of
-from fastmatch.renorm.statistics import Calls, EndpointStatistics, endpoint_statistics
+from fastmatch.renorm.endpoints import Calls, EndpointStatistics, endpoint_statistics
 from fastmatch.spec import ActivationSite, PermutationSpec
 from fastmatch.spec.activation_sites import SiteReader
 from fastmatch.spec.graph import trace_graph
@@ -34,26 +28,31 @@ from fastmatch.statistics.moments import ChannelMoments, CrossMoments
 __all__ = ["PartialMerge", "merge_partial"]
 
 TOLERANCE = 1e-10
-"""Largest relative difference between a model and its rewired self in float64."""
+"""Largest relative difference allowed between a model and its rewired graph, in float64."""
 
 
 @dataclass(frozen=True)
 class PartialMerge:
     """A partial merge and how it was made.
 
+    Example:
+        >>> found = fm.merge_partial([model_a, model_b], x, fm.Identity(), start_at=1)
+        >>> found.rule, len(found.weights)
+        ('identity', 2)
+
     Attributes:
-        model: a ``torch.fx.GraphModule`` in eval mode; what is kept apart is ``apart.0``, ``apart.1``, ...,
-            the rest ``merged``.
-        rule: one of :data:`fastmatch.merging.units.RULES`.
-        weights: one a model.
+        model: a ``torch.fx.GraphModule`` in eval mode. Layers kept apart are ``apart.0``, ``apart.1``, ...; the
+            others are ``merged``.
+        rule: ``"identity"``, ``"permute"``, ``"zip"`` or ``"cca"``.
+        weights: one per model.
         spec: the groups that were traced.
-        apart: names of the parameters that are kept once a model, in ``model``.
+        apart: names of the parameters in ``model`` that each model keeps.
         maps: group -> how its units are merged, for the groups that are.
         inputs: the (parameter, dimension) pairs at which units enter.
     """
 
     model: fx.GraphModule
-    rule: str
+    rule: RuleName
     weights: tuple[float, ...]
     spec: PermutationSpec
     apart: tuple[str, ...]
@@ -63,18 +62,24 @@ class PartialMerge:
     def endpoint_statistics(
         self, models: Sequence[nn.Module], data: Iterable[Any], *, samples: int | None = None
     ) -> EndpointStatistics:
-        """The models' statistics under the names and in the units of the merge, for :func:`fastmatch.renormalize`.
+        """Measure the models' statistics, under the names and in the units of the merge.
+
+        The target of a layer kept apart is its own statistics. Means are mapped like units. So are standard
+        deviations: that of a zipped unit is the mean over its members.
 
         Example:
-            >>> goals = found.endpoint_statistics([model_a, model_b], loader)
-            >>> repaired = fm.renormalize(found.model, goals, loader, "repair")
+            >>> found = fm.merge_partial([model_a, model_b], x, fm.Zip(loader), start_at=1)
+            >>> statistics = found.endpoint_statistics([model_a, model_b], loader)
+            >>> repaired = fm.renormalize(found.model, statistics, loader, "repair")
 
-        Layers kept apart have their own statistics as goal. Means go the way of the units, standard deviations
-        too: those of a zipped unit are the mean over its members.
+        Args:
+            models: those that were merged, in the same order.
+            data: a loader of inputs or (inputs, targets); read once.
+            samples: stop after this many samples; None reads all of them.
 
         Raises:
-            ValueError: another number of models; or the rule mixes units (``"cca"``): the spread of a mixture takes covariances that are
-                not kept. ``method="reset"`` needs no endpoints and works.
+            ValueError: another number of models; or the rule is ``"cca"``, which mixes units: the standard deviation
+                of a mixture needs covariances that are not kept. ``method="reset"`` needs no endpoints and works.
         """
         if any(maps.spread is None for maps in self.maps.values()):
             raise ValueError(
@@ -98,7 +103,7 @@ class PartialMerge:
         return EndpointStatistics(tuple(tables))
 
     def _mapped(self, layer: str, k: int, moments: ChannelMoments) -> ChannelMoments:
-        """The moments of model k's layer in merged units."""
+        """Return the moments of model k's layer in merged units."""
         mean, std = moments.mean, moments.variance.sqrt()
         weight = f"{layer}.weight"
         for axis, group in self.spec.axes_of(weight):
@@ -113,78 +118,61 @@ class PartialMerge:
 def merge_partial(
     models: Sequence[nn.Module],
     example_inputs: Any,
-    data: Iterable[Any] | None = None,
+    rule: Identity | MatchedUnits,
     *,
-    rule: str = "permute",
     start_at: str | int = 0,
     apart: Sequence[str] = (),
     weights: Sequence[float] | None = None,
-    a: float | None = None,
-    b: float = 0.125,
-    gamma: float = 0.1,
-    read: str = "after",
-    forward: Forward = default_forward,
     verify: bool = True,
     progress: bool | None = None,
 ) -> PartialMerge:
-    """Merges N models from ``start_at`` on; the layers before it stay apart, one a model.
+    """Merge N models from ``start_at`` on; each model keeps its own layers before it.
+
+    At the boundary the models' activations are joined in merged units. ``start_at=0`` merges everything: with
+    :class:`fastmatch.Permute` that equals :func:`fastmatch.align` by activations and :func:`fastmatch.merge`.
+    ``start_at=len(spec.flat().groups)`` keeps everything apart and averages the outputs: the ensemble.
 
     Example:
-        >>> found = fm.merge_partial([model_a, model_b], x, loader, rule="zip", start_at="features.8")
+        >>> found = fm.merge_partial([model_a, model_b], x, fm.Zip(loader), start_at=1)
         >>> logits = found.model(x)
 
-    At the boundary the models' activations are joined in merged units. ``start_at=0`` merges everything:
-    with ``rule="permute"`` that is :func:`fastmatch.matching.align` and :func:`fastmatch.merging.average`. ``start_at=len(spec.flat().groups)``
-    keeps everything apart and averages the outputs: the ensemble.
-
     Args:
-        models: two or more modules of one architecture that ``torch.fx`` can follow; left as they are.
-        example_inputs: a tensor, or a tuple of positional inputs; a batch of 2 is enough.
-        data: a loader of inputs or (inputs, targets), read once for all statistics. Not needed by
-            ``rule="identity"``, nor where nothing is merged.
-        rule: ``"identity"``; ``"permute"`` (by correlation, to the first model); ``"zip"`` (ZipIt, Stoica et al.
-            2023: the most similar units become one, within a model too); ``"cca"`` (CCA-Merge, Horoi et al. 2024).
-        start_at: a group's name, or its position among ``PermutationSpec.trace(model, x).flat().groups``: what runs
-            before the layer that first produces it stays apart.
+        models: two or more modules of one architecture that ``torch.fx`` can follow; they are not changed.
+        example_inputs: a tensor, a tuple of positional inputs, or a mapping of inputs by name; a batch of 2 is
+            enough.
+        rule: which units become one: :class:`fastmatch.Identity`, :class:`fastmatch.Permute`,
+            :class:`fastmatch.Zip` or :class:`fastmatch.CCA`. The last three hold the data they match on.
+        start_at: a group's name, or its position in ``PermutationSpec.trace(model, x).flat().groups``. All that
+            runs before the layer that first produces the group stays apart.
         apart: names of further groups whose layers stay apart, wherever they are.
-        weights: one a model, positive, of sum one; equal ones where left out.
-        a, b: of ``"zip"``, see :func:`fastmatch.merging.zip.zip_units`. ``a`` is 0.3 for two models, as
-            published, and 1 for more, where a merged pair must stay open to the third model's unit.
-        gamma: of ``"cca"``: what is added to the covariances' diagonals, as a share of their mean.
-        read: ``"after"`` or ``"before"`` the nonlinearity, as in :func:`fastmatch.matching.align`.
-        forward: how to run a model on a batch.
-        verify: prove in float64 that the rewired graph with one model's weights everywhere computes that model.
-        progress: show a bar; None shows it on a terminal.
+        weights: one per model, positive, of sum one; None takes equal ones.
+        verify: check in float64 that the rewired graph with one model's weights everywhere computes that model.
+        progress: show a progress bar; None shows it on a terminal.
 
     Returns:
-        A :class:`PartialMerge`; its ``model`` runs, saves and exports like any module. Batch norm's running
+        A :class:`PartialMerge`. Its ``model`` runs, saves and exports like any module. Batch norm's running
         statistics are only averaged: ``fm.renormalize(found.model, None, loader, "reset")`` measures them.
 
     Raises:
-        ValueError: architectures differ, an argument is out of range, a group is unknown, data is missing, or
+        TypeError: a model is not a torch module, or ``rule`` is not a rule.
+        ValueError: architectures differ, an argument is out of range, a group is unknown, the data yields nothing, or
             ``torch.fx`` cannot follow the model.
-        TypeError: something that is no module.
 
-    Memory: per merged group one (N n, N n) float64 matrix, or to permute N - 1 of (n, n); ``"cca"`` keeps n x n
-    maps at the boundary.
+    Memory: for each merged group one (N n, N n) float64 matrix, or N - 1 of (n, n) to permute; :class:`fastmatch.CCA`
+    also keeps n x n maps at the boundary.
     """
     if len(models) < 2:
         raise ValueError(f"models: expected at least two, got {len(models)}")
-    if rule not in RULES:
-        raise ValueError(f"rule: expected one of {RULES}, got {rule!r}")
-    if a is None:
-        a = 0.3 if len(models) == 2 else 1.0
-    if not a > 0:
-        raise ValueError(f"a: expected a number above 0, got {a}")
-    if not gamma >= 0:
-        raise ValueError(f"gamma: expected a number of at least 0, got {gamma}")
+    if not isinstance(rule, (Identity, MatchedUnits)):
+        raise TypeError(
+            "rule: expected fm.Identity(), fm.Permute(data), fm.Zip(data) or fm.CCA(data); "
+            f"got {rule if isinstance(rule, type) else type(rule)!r}"
+        )
     alphas = check_weights(weights, len(models))
     if min(alphas) <= 0 or abs(sum(alphas) - 1) > 1e-6:
         raise ValueError(f"weights: expected positive numbers of sum one, got {alphas}")
     for k, model in enumerate(models):
         check_module(model, f"models[{k}]")
-    if read not in READ:
-        raise ValueError(f"read: expected one of {READ}, got {read!r}")
     states = [state_of(m, f"models[{k}]") for k, m in enumerate(models)]
     for k, state in enumerate(states):
         check_same_architecture(states[0], state, "models[0]", f"models[{k}]")
@@ -197,21 +185,18 @@ def merge_partial(
     device = device_of(structure.module)
     others = (copy_module(m).eval().to(device) for m in models[1:])
     copies = [structure.module, *(fx.GraphModule(model, graph) for model in others)]
-    options = {"a": a, "b": b, "gamma": gamma}
-    if rule == "identity":
+    if isinstance(rule, Identity):
         maps = _identity(plan, alphas)
     elif not plan.joined:
         maps = {}
-    elif data is None:
-        raise ValueError(f"data: needed by rule {rule!r}, which matches activations")
     else:
-        moments = _read_moments(copies, plan, rule, data, read, forward, progress)
-        maps = {name: maps_by(rule, found, alphas, **options) for name, found in moments.items()}
-    maps = {name: found.to(device, _precise(states[0])) for name, found in maps.items()}
+        moments = _read_moments(copies, plan, rule, progress)
+        maps = {name: rule.maps(found, alphas) for name, found in moments.items()}
+    maps = {name: found.to(device, _work_dtype(states[0])) for name, found in maps.items()}
     model = rewire(plan, copies, maps, alphas)
     kept = tuple(name for name, _ in model.named_parameters() if name.startswith("apart."))
     remember_weights(model, alphas)
-    return PartialMerge(model, rule, tuple(alphas), structure.spec, kept, maps, structure.inputs)
+    return PartialMerge(model, rule.name, tuple(alphas), structure.spec, kept, maps, structure.inputs)
 
 
 def _identity(plan: Rewiring, weights: Sequence[float]) -> dict[str, UnitMaps]:
@@ -219,14 +204,14 @@ def _identity(plan: Rewiring, weights: Sequence[float]) -> dict[str, UnitMaps]:
     return {name: identity_maps(groups[name].size, weights).to(device, torch.float64) for name in plan.joined}
 
 
-def _precise(state: State) -> torch.dtype:
-    """The type of the parameters, float32 at least."""
+def _work_dtype(state: State) -> torch.dtype:
+    """Return the dtype of the parameters, or float32 if that is narrower."""
     first = next((t.dtype for t in state.values() if t.is_floating_point()), torch.float32)
     return torch.promote_types(first, torch.float32)
 
 
 def _verify(plan: Rewiring, example_inputs: Any, weights: Sequence[float]) -> None:
-    """ValueError unless the rewired graph, one model's weights everywhere, computes that model in float64."""
+    """Raise ValueError unless the rewired graph, with one model's weights everywhere, computes that model."""
     args, kwargs = (in_double(part) for part in arguments_of(example_inputs, None))
     double = copy_module(plan.structure.module).double()
     expected = outputs_of(double, args, kwargs)
@@ -234,41 +219,35 @@ def _verify(plan: Rewiring, example_inputs: Any, weights: Sequence[float]) -> No
     error = largest_difference(expected, outputs_of(same, args, kwargs))
     if not error <= TOLERANCE:
         raise ValueError(
-            f"models: rewired, the forward pass of {len(weights)} equal models differs from one model's by "
-            f"{error:.2g} relative; something in it depends on what it keeps apart (an operation in place, a value "
-            "that is no tensor). Choose another start_at, or pass verify=False to go on without the proof"
+            f"models: the rewired forward pass of {len(weights)} equal models differs from the model's own by "
+            f"{error:.2g} relative; it depends on something that stays apart (an in-place operation, a value that is "
+            "not a tensor). Choose another start_at, or pass verify=False to skip this check"
         )
 
 
 def _read_moments(
-    copies: Sequence[nn.Module],
-    plan: Rewiring,
-    rule: str,
-    data: Iterable[Any],
-    read: str,
-    forward: Forward,
-    progress: bool | None,
+    copies: Sequence[nn.Module], plan: Rewiring, rule: MatchedUnits, progress: bool | None
 ) -> dict[str, list[CrossMoments]]:
-    """Per group the moments that the rule asks for, in one read of the data.
-
-    To permute, those of the first model's units with each other's; else one, of all units side by side.
-    """
+    """Return, per group, the moments that the rule needs (see :meth:`MatchedUnits.maps`), in one read of its data."""
     spec = plan.structure.spec
-    chosen = {choose_sites(spec, name, read, "last")[0]: name for name in plan.joined}
+    chosen = {
+        choose_sites(spec, name, "after" if rule.site == "post" else "before", "last")[0]: name
+        for name in plan.joined
+    }
     rows: dict[str, list[torch.Tensor]] = {name: [] for name in plan.joined}
-    count = len(copies) - 1 if rule == "permute" else 1
+    count = len(copies) - 1 if rule.pairwise else 1
     moments = {name: [CrossMoments() for _ in range(count)] for name in plan.joined}
 
     def keep(site: ActivationSite, tensor: torch.Tensor) -> None:
         rows[chosen[site]].append(unit_rows(tensor, site.axis, spec.groups[site.group].size))
 
     with evaluating(*copies):
-        for batch in batches_of(data, "partial merge", progress=progress):
+        for batch in batches_of(rule.data, "partial merge", progress=progress):
             for copy in copies:
-                with SiteReader(chosen, keep, site="post" if read == "after" else "pre"):
-                    forward(copy, batch)
+                with SiteReader(chosen, keep, site=rule.site):
+                    rule.forward(copy, batch)
             for name, parts in rows.items():
-                if rule == "permute":
+                if rule.pairwise:
                     for found, part in zip(moments[name], parts[1:], strict=True):
                         found.update(parts[0], part)
                 else:

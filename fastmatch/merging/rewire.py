@@ -1,8 +1,8 @@
-"""The graph of a partial merge: what is kept once a model and what once, and what joins the two.
+"""The graph of a partial merge: nodes that every model keeps, merged nodes, and the modules between the two.
 
-A node before the boundary is kept once a model, with that model's own weights; one after it once, with merged
-weights. Where a value crosses, a small module joins the models' values into merged units, or lets each model
-read merged units as its own.
+A node before the boundary exists once per model, with that model's weights. A node after it exists once, with merged
+weights. Where a value crosses, a small module joins the models' values into merged units, or maps merged units
+back to those of a model.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Placed = tuple[tuple[Axis, str], ...]
 
 
 class Rewiring:
-    """Which nodes of a graph are kept once a model.
+    """Which nodes of a graph every model keeps.
 
     Attributes:
         structure: the traced graph.
-        many: names of the nodes that are kept once a model.
+        many: names of the nodes that exist once per model.
         joined: the groups whose units are merged somewhere, in the spec's order.
     """
 
@@ -51,7 +51,7 @@ class Rewiring:
         self.joined = tuple(name for name in groups if name in touched)
 
     def parameters(self, node: fx.Node) -> list[str]:
-        """Names of the parameters and buffers that the node holds."""
+        """Return the names of the parameters and buffers that the node holds."""
         if node.op == "get_attr":
             return [node.target] if node.target in self._state else []  # pyright: ignore[reportReturnType]
         if node.op != "call_module":
@@ -59,11 +59,11 @@ class Rewiring:
         return [name for name in self._state if name.startswith(f"{node.target}.")]
 
     def placed(self, node: fx.Node) -> Placed:
-        """Where groups lie on the node's value."""
+        """Return the (axis, group) pairs of the node's value."""
         return self.structure.values.get(node.name, ())
 
     def _cut(self, start_at: str | int, groups: list[str]) -> int:
-        """Position of the first node that is merged."""
+        """Return the position of the first node that is merged."""
         if isinstance(start_at, str) and start_at not in groups:
             raise ValueError(f"start_at: unknown group {start_at!r}; there are {groups}")
         position = groups.index(start_at) if isinstance(start_at, str) else int(start_at)
@@ -77,7 +77,7 @@ class Rewiring:
         return next(k for k, node in enumerate(self.nodes) if group in self._produced(node))
 
     def _produced(self, node: fx.Node) -> set[str]:
-        """The groups on the node's value, and those that leave a layer inside it."""
+        """Return the groups on the node's value, and those on the output of a layer inside it."""
         spec, inputs = self.structure.spec, self.structure.inputs
         inside = {
             group
@@ -91,7 +91,7 @@ class Rewiring:
         if node.op in ("placeholder", "output"):
             return False
         parts = [n for n in node.all_input_nodes if n.name in self.structure.containers]
-        if parts:  # what takes a tuple apart stays where the tuple is
+        if parts:  # a node that unpacks a tuple stays with the tuple
             return parts[0].name in self.many
         if before:
             own = bool(self.parameters(node))
@@ -99,7 +99,7 @@ class Rewiring:
         return bool(self._produced(node) & apart)
 
     def _merged_at(self, node: fx.Node) -> set[str]:
-        """The groups that must have maps for the sake of this node."""
+        """Return the groups for which this node needs maps."""
         if node.name in self.many:
             return {g for n in node.all_input_nodes if n.name not in self.many for _, g in self.placed(n)}
         own = {group for name in self.parameters(node) for _, group in self.structure.spec.axes_of(name)}
@@ -108,7 +108,7 @@ class Rewiring:
 
 
 class _Join(nn.Module):
-    """``sum_k weights[k] R_k z_k``: the models' values as one, in merged units."""
+    """Joins the models' values in merged units: ``sum_k weights[k] R_k z_k``."""
 
     def __init__(
         self, weights: Sequence[float], placed: Placed, sizes: dict[str, int], maps: dict[str, UnitMaps]
@@ -130,7 +130,7 @@ class _Join(nn.Module):
 
 
 class _Read(nn.Module):
-    """``U_k z``: merged units as model k has them."""
+    """Maps merged units back to those of model k: ``U_k z``."""
 
     def __init__(self, k: int, placed: Placed, sizes: dict[str, int], maps: dict[str, UnitMaps]) -> None:
         super().__init__()
@@ -146,19 +146,19 @@ class _Read(nn.Module):
 def rewire(
     plan: Rewiring, copies: Sequence[nn.Module], maps: dict[str, UnitMaps], weights: Sequence[float]
 ) -> fx.GraphModule:
-    """The module of a partial merge.
+    """Build the module of a partial merge.
 
     Args:
-        plan: what is kept once a model.
+        plan: which nodes every model keeps.
         copies: the models as ``torch.fx`` sees them; their modules become part of the result.
         maps: group -> how its units are merged, for ``plan.joined``.
-        weights: one a model.
+        weights: one per model.
     """
     return _Builder(plan, copies, maps, weights).build()
 
 
 class _Builder:
-    """Copies a graph node by node; values are looked up as one, or as one a model, and converted when needed."""
+    """Copies a graph node by node. A value exists once or once per model, and is converted when the other is needed."""
 
     def __init__(
         self, plan: Rewiring, copies: Sequence[nn.Module], maps: dict[str, UnitMaps], weights: Sequence[float]
@@ -174,7 +174,7 @@ class _Builder:
     def build(self) -> fx.GraphModule:
         for node in self.plan.nodes:
             if node.op == "get_attr":
-                continue  # made where it is used, as one or as many
+                continue  # created where it is used, once or once per model
             if node.name in self.plan.many:
                 self.many[node] = [self._copy(node, k) for k in range(len(self.copies))]
             else:
@@ -183,9 +183,9 @@ class _Builder:
         return module.eval()
 
     def _copy(self, node: fx.Node, k: int | None) -> fx.Node:
-        """The node with model k's weights, or with merged ones for None."""
+        """Copy the node with model k's weights, or with merged weights for None."""
         new = self.graph.node_copy(node, lambda n: self._as_one(n) if k is None else self._as_many(n)[k])
-        new.type = None  # annotations may be text, which does not pickle
+        new.type = None  # annotations may be strings, which do not pickle
         if node.op in ("call_module", "get_attr"):
             source = self.merged if k is None else self.copies[k]
             new.target = f"merged.{node.target}" if k is None else f"apart.{k}.{node.target}"
@@ -201,10 +201,10 @@ class _Builder:
                 self.one[node] = self._call(f"join.{node.name}", join, *self.many[node])
             elif node.name in self.plan.structure.containers:
                 raise ValueError(
-                    f"start_at: {node.name!r} returns several tensors at once and cannot be kept apart where the "
-                    "model returns them; choose another start_at"
+                    f"start_at: {node.name!r} returns several tensors and cannot stay apart where the model returns them; "
+                    "choose another start_at"
                 )
-            else:  # a number, such as a length: alike for all
+            else:  # a number, such as a length, is the same for all models
                 self.one[node] = self.many[node][0]
         return self.one[node]
 
@@ -231,7 +231,7 @@ class _Builder:
 def _merged(
     structure: Structure, copies: Sequence[nn.Module], maps: dict[str, UnitMaps], weights: Sequence[float]
 ) -> nn.Module:
-    """The traced module with every parameter merged; those of groups without maps are plain averages."""
+    """Return the traced module with every parameter merged; groups without maps are averaged as they are."""
     states = []
     for k, copy in enumerate(copies):
         state = copy.state_dict()
@@ -242,7 +242,7 @@ def _merged(
 def _mapped(
     name: str, tensor: torch.Tensor, structure: Structure, maps: dict[str, UnitMaps], k: int
 ) -> torch.Tensor:
-    """Model k's part of a merged parameter, in float32 at least."""
+    """Return model k's part of a merged parameter, in float32 or wider."""
     if not tensor.is_floating_point():
         return tensor
     tensor = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))

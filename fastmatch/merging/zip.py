@@ -1,4 +1,4 @@
-"""ZipIt's greedy pairs (Stoica et al. 2023): the most similar two units become one, within a model too."""
+"""ZipIt's greedy pairing (Stoica et al. 2023): merge the two most similar units, within a model too."""
 
 from __future__ import annotations
 
@@ -7,26 +7,29 @@ import numpy as np
 __all__ = ["zip_units"]
 
 LAST = np.float32(-1e30)
-"""Similarity of a pair that is only merged when no other is left."""
+"""Similarity of a pair that is merged only when no other pair remains."""
 
 
 def zip_units(
     similarity: np.ndarray, count: int, remaining: int, a: float = 0.3, b: float = 0.125
 ) -> tuple[np.ndarray, list[float]]:
-    """(the merged unit that each one ended in, similarity of each pair).
+    """Merge pairs of units until ``remaining`` are left.
 
     Args:
-        similarity: (count n, count n) float32, the units of ``count`` models after each other; used up.
+        similarity: (count n, count n) float32, the units of ``count`` models one model after the other; overwritten.
         count: number of models.
-        remaining: merged units to end with; they are numbered by their first member.
-        a: a merged unit is as similar to a third as the less similar of its parts, times this; above 0.
-        b: after this share of its even share of merges within itself, a model only merges with others, for as
-            long as there are any.
+        remaining: number of merged units to end with; they are numbered by their first member.
+        a: the similarity of a merged unit to a third one is the smaller similarity of its parts, times this; above 0.
+        b: from 0 to 1. With equal shares every model would make ``(count n - remaining) / count`` of the merges. After
+            the fraction b of them within itself, a model is merged only with others while that is possible.
+
+    Returns:
+        The merged unit of each unit, (count n,) int64, and the similarity of each merged pair in order.
 
     Raises:
-        ValueError: ``a`` is not above 0, or ``remaining`` not at least 1.
+        ValueError: ``a`` is not above 0, or ``remaining`` is less than 1.
 
-    Cost: O((count n)^2) where partners change rarely: only rows whose partner was merged look again.
+    Cost: O((count n)^2) if best partners change rarely; only rows whose partner was merged are searched again.
     """
     if not a > 0:
         raise ValueError(f"a: expected a number above 0, got {a}")
@@ -39,10 +42,7 @@ def zip_units(
 def _zip(
     similarity: np.ndarray, origin: np.ndarray, remaining: int, a: float, budget: np.ndarray
 ) -> tuple[np.ndarray, list[float]]:
-    """(feature that each one ended in, similarity of each pair); the matrix is used up.
-
-    Each row's best partner is kept, and only rows whose partner was merged look again.
-    """
+    """Return the unit that each unit was merged into, and the similarity of each pair; overwrites the matrix."""
     n = len(similarity)
     np.fill_diagonal(similarity, -np.inf)
     root = np.arange(n)
@@ -53,7 +53,7 @@ def _zip(
         first = int(best.argmax())
         value = float(best[first])
         if value == -np.inf:
-            raise ValueError(f"remaining: expected at least 1, got {remaining}; no pair is left to merge")
+            raise ValueError(f"remaining: expected at least 1, got {remaining}; no pair is left")
         values.append(value)
         kept, gone = sorted((first, int(partner[first])))
         root[root == gone] = kept

@@ -1,17 +1,30 @@
-"""Renormalization of merged and pruned networks: statistics, plan, calibration, folding, and the data-free forms."""
+"""Renormalization of merged and pruned networks.
 
-from fastmatch.renorm.calibrate import MODES, renormalize, renormalize_many
-from fastmatch.renorm.fold import EPS
-from fastmatch.renorm.plan import METHODS, Plan, plan_renormalization
-from fastmatch.renorm.statistics import GOALS, EndpointStatistics, endpoint_statistics
+A merge of aligned networks has activations of too small a variance (Jordan et al. 2022, REPAIR). Each method
+brings the statistics of every linear and convolution output, before norm and activation, to targets made of
+the endpoints' statistics: ``mu* = sum_k alpha_k mu_k`` and ``sigma* = sum_k alpha_k sigma_k`` (Qu and Horvath
+2024, arXiv 2402.05966). With the merge's own mean mu and variance v, ``g = sigma* / sqrt(v + eps)`` and
+``sigma_k = sqrt(v_k + eps)``:
+
+=========  ======================  ===============================
+method     forward form            folded into weight W and bias b
+=========  ======================  ===============================
+repair     (z - mu) g + mu*        W' = g W, b' = mu* + g (b - mu)
+rescale    z g                     W' = g W, b' = g b
+reshift    z - mu + mu*            b' = b - mu + mu*
+reset      batch norm's running statistics, measured again
+=========  ======================  ===============================
+"""
+
+from fastmatch.renorm.endpoints import EndpointStatistics, endpoint_statistics
+from fastmatch.renorm.options import Renormalization
+from fastmatch.renorm.plan import Plan, plan_renormalization
+from fastmatch.renorm.renormalize import renormalize, renormalize_many
 
 __all__ = [
-    "EPS",
-    "GOALS",
-    "METHODS",
-    "MODES",
     "EndpointStatistics",
     "Plan",
+    "Renormalization",
     "endpoint_statistics",
     "plan_renormalization",
     "renormalize",

@@ -1,4 +1,8 @@
-"""The affine map to the goals, applied to a layer's output or folded into its weight and bias."""
+"""The affine map that gives a layer's output its target statistics: on activations, or folded into the layer.
+
+The scale and shift of each method (REPAIR, RESCALE, RESHIFT) come from ``fastmatch_kernels.channel_affine``, so
+that the map on activations and the folded form are one formula.
+"""
 
 from __future__ import annotations
 
@@ -8,39 +12,39 @@ import torch
 from torch import nn
 
 from fastmatch.renorm.layers import Layer, bias_mask, channel_dim, raw_weight
+from fastmatch.renorm.targets import EPS, Target
 from fastmatch.statistics.moments import ChannelMoments
 from fastmatch_kernels.channel_affine.reference import affine_of
 from fastmatch_kernels.channel_affine.reference import fold as folded
 from fastmatch_kernels.ops import channel_affine
 
-__all__ = ["EPS", "Goal", "bring_to_goal", "fold"]
-
-EPS = 1e-5
-"""Added to variances, as in batch norm and the published code; on both sides of the ratio, so that a
-network renormalized to its own statistics stays what it is, constant channels included."""
-
-Goal = tuple[torch.Tensor, torch.Tensor]
-"""(mu*, sigma*), (C,) float64 each."""
+__all__ = ["bring_to_target", "fold"]
 
 
-def _affine(layer: Layer, moments: ChannelMoments, goal: Goal, method: str) -> Goal:
-    """(scale, shift) for a layer's output; where a pruned bias is masked nothing is added."""
-    mean, std = (g.to(moments.mean.device) for g in goal)
+def _affine(
+    layer: Layer, moments: ChannelMoments, target: Target, method: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scale, shift) for a layer's output. The shift is zero where a pruned bias is masked."""
+    mean, std = (t.to(moments.mean.device) for t in target)
     scale, shift = affine_of(moments.mean, moments.variance, mean, std, method, EPS)
     mask = bias_mask(layer)
     return scale, shift if mask is None else shift * mask.to(shift)
 
 
-def bring_to_goal(
-    layer: Layer, outputs: list[torch.Tensor], goal: Goal, method: str
+def bring_to_target(
+    layer: Layer, outputs: list[torch.Tensor], target: Target, method: str
 ) -> tuple[list[torch.Tensor], ChannelMoments]:
-    """Outputs of one layer brought to the goal by their pooled statistics, and those statistics."""
+    """Map outputs of one layer so that their pooled statistics are the target's.
+
+    Returns:
+        The new outputs, and the statistics that the outputs had before.
+    """
     moments = ChannelMoments()
     if len(outputs) == 1 and outputs[0].numel() and bias_mask(layer) is None and _has_kernel(outputs[0]):
-        # One read for statistics and map: the plain form reads three times.
+        # The kernel reads the output once for statistics and map; the plain form below reads it three times.
         output = outputs[0]
         dim = channel_dim(layer, output)
-        mean, std = (g.to(output.device) for g in goal)
+        mean, std = (t.to(output.device) for t in target)
         new, mean, variance = channel_affine(output, mean, std, method, dim=dim, eps=EPS)
         count = output.numel() // output.shape[dim]
         return [new], ChannelMoments(count, mean, variance * count)
@@ -48,7 +52,7 @@ def bring_to_goal(
         moments.update(output, channel_dim(layer, output))
     if moments.count == 0:
         return outputs, moments
-    scale, shift = _affine(layer, moments, goal, method)
+    scale, shift = _affine(layer, moments, target, method)
     news = []
     for output in outputs:
         shape = [1] * output.ndim
@@ -62,23 +66,23 @@ def bring_to_goal(
 def _has_kernel(output: torch.Tensor) -> bool:
     if output.device.type == "cpu":
         return True
-    # On a GPU the kernel is Triton's, an optional dependency, and not for float64.
+    # The GPU kernel needs Triton, an optional dependency, and does not take float64.
     on_gpu = output.device.type == "cuda" and output.dtype != torch.float64
     return on_gpu and importlib.util.find_spec("triton") is not None
 
 
-def fold(layer: Layer, moments: ChannelMoments, goal: Goal, method: str) -> None:
-    """Brings a layer's output to the goal by changing its weight and bias in place; masks stay.
+def fold(layer: Layer, moments: ChannelMoments, target: Target, method: str) -> None:
+    """Change a layer's weight and bias in place so that its output has the target statistics; masks stay.
 
     Args:
-        layer: a linear or convolution layer of C output channels.
-        moments: the output's own statistics as they are.
-        goal: (mu*, sigma*), what they shall be.
+        layer: a linear or convolution layer with C output channels.
+        moments: the statistics that the output has now.
+        target: the statistics that it shall have.
         method: ``"repair"``, ``"rescale"`` or ``"reshift"``.
     """
     weight = raw_weight(layer)
     assert weight is not None
-    scale, shift = (x.to(weight.device) for x in _affine(layer, moments, goal, method))
+    scale, shift = (x.to(weight.device) for x in _affine(layer, moments, target, method))
     own = dict(layer.named_parameters(recurse=False))
     bias = own.get("bias", own.get("bias_orig"))
     with torch.no_grad():

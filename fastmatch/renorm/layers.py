@@ -1,4 +1,4 @@
-"""Which layers of a model can be renormalized, and which are left alone and why."""
+"""The layers of a model that can be renormalized, and the reason for each that cannot."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-__all__ = ["BATCH_NORMS", "NORMS", "Layer", "bias_mask", "channel_dim", "raw_weight", "survey"]
+__all__ = ["Layer", "batch_norms", "bias_mask", "channel_dim", "is_norm", "raw_weight", "survey"]
 
 Layer: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _OTHER_NORMS = (
     nn.LayerNorm,
     nn.GroupNorm,
@@ -23,26 +23,35 @@ _OTHER_NORMS = (
     nn.InstanceNorm3d,
     nn.RMSNorm,
 )
-NORMS = (*BATCH_NORMS, *_OTHER_NORMS)
 
 
 def is_norm(module: nn.Module) -> bool:
-    """A norm of torch, or a module named like one that holds vectors only (RMSNorm as models bring their own)."""
-    if isinstance(module, NORMS):
+    """Return whether a module is a norm: one of torch's, or one named "...norm" that has only vectors.
+
+    The name is checked because many models define an RMSNorm of their own.
+    """
+    if isinstance(module, (*_BATCH_NORMS, *_OTHER_NORMS)):
         return True
     named = type(module).__name__.lower().endswith("norm")
     return named and all(p.ndim <= 1 for p in module.parameters(recurse=False))
 
 
-def survey(model: nn.Module, layers: Sequence[str] | None = None) -> tuple[dict[str, Layer], dict[str, str]]:
-    """(layers to renormalize, layers left alone with the reason), both by name.
+def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the batch norms with running statistics, by name."""
+    return {
+        n: m for n, m in model.named_modules() if isinstance(m, _BATCH_NORMS) and m.running_mean is not None
+    }
 
-    Linear and convolution layers are renormalized, pruned ones (torch.nn.utils.prune, or a mask as a
-    parametrization) included. Left alone: other modules with parameters of their own, norms aside; weights
-    that several modules share; parametrizations that do not scale with their rows.
+
+def survey(model: nn.Module, layers: Sequence[str] | None = None) -> tuple[dict[str, Layer], dict[str, str]]:
+    """Return (layers to renormalize, modules left alone with the reason), both by name.
+
+    Linear and convolution layers are renormalized, including pruned ones (torch.nn.utils.prune, or a mask as a
+    parametrization). Left alone are other modules with parameters of their own (except norms), weights
+    that several modules share, and parametrized weights that do not scale with their rows.
 
     Raises:
-        ValueError: ``layers`` names something that cannot be renormalized, or nothing is left.
+        ValueError: ``layers`` names something that cannot be renormalized, or no layer can be.
     """
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
@@ -51,7 +60,7 @@ def survey(model: nn.Module, layers: Sequence[str] | None = None) -> tuple[dict[
     found: dict[str, Layer] = {}
     left: dict[str, str] = {}
     for name, module in model.named_modules():
-        if isinstance(module, LAYERS):
+        if isinstance(module, _LAYERS):
             weight = raw_weight(module)
             if weight is None:
                 left[name] = "its parametrized weight does not scale with its rows"
@@ -63,11 +72,11 @@ def survey(model: nn.Module, layers: Sequence[str] | None = None) -> tuple[dict[
         elif not (is_norm(module) or isinstance(module, parametrize.ParametrizationList)):
             own = [n for n, _ in module.named_parameters(recurse=False)]
             if own:
-                left[name or "(model)"] = f"{type(module).__name__} is no linear or convolution layer"
+                left[name or "(model)"] = f"{type(module).__name__} is not a linear or convolution layer"
     if layers is not None:
         for name in layers:
             if name not in found:
-                reason = left.get(name, "is no linear or convolution layer")
+                reason = left.get(name, "is not a linear or convolution layer")
                 raise ValueError(f"layers: {name!r} {_sentence(reason)}; there are {list(found)}")
         found = {n: found[n] for n in found if n in set(layers)}
     if not found:
@@ -80,10 +89,10 @@ def _sentence(reason: str) -> str:
 
 
 def raw_weight(layer: nn.Module) -> nn.Parameter | None:
-    """The parameter whose rows scale the layer's output channels; None where there is none.
+    """Return the parameter whose rows scale the layer's output channels, or None.
 
-    The weight itself; ``weight_orig`` under a mask of torch.nn.utils.prune; the original of a
-    parametrization that is found, on a copy, to scale with its rows, as a mask does.
+    This is the weight itself; ``weight_orig`` under a mask of torch.nn.utils.prune; or the original of a
+    parametrization that scales with its rows, as a mask does. The latter is tested on a copy.
     """
     own = dict(layer.named_parameters(recurse=False))
     if "weight" in own:
@@ -111,13 +120,13 @@ def _scales_with_rows(layer: nn.Module) -> bool:
 
 
 def bias_mask(layer: nn.Module) -> torch.Tensor | None:
-    """The mask of a pruned bias (torch.nn.utils.prune), whose zeros have to stay."""
+    """Return the mask of a pruned bias (torch.nn.utils.prune), whose zeros must stay, or None."""
     mask = getattr(layer, "bias_mask", None)
     return mask if isinstance(mask, torch.Tensor) else None
 
 
 def channel_dim(layer: nn.Module, output: torch.Tensor) -> int:
-    """Where the channels of a layer's output lie: last for linear, before the positions for convolution."""
+    """Return the channel dimension of a layer's output: last for linear, before the positions for convolution."""
     if isinstance(layer, nn.Conv1d):
         return output.ndim - 2
     if isinstance(layer, nn.Conv2d):

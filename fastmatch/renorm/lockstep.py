@@ -1,8 +1,8 @@
-"""Forward passes over many batches side by side, each waiting at every layer until all are there.
+"""Forward passes over many batches side by side; each waits at every layer until all have reached it.
 
-A pass that needs statistics of the whole data at each layer would have to be repeated layer by layer.
-Here every batch's pass is a thread that stops at a layer until all batches have reached it: the data is
-read once and every layer computed once, for the memory of all batches' activations at one layer.
+Statistics of the whole data at each layer would take one read of the data per layer. Here the forward pass of every
+batch is a thread that stops at a layer until all batches are there. The data is read once and every layer is computed
+once, for the memory of all batches' activations at one layer.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ __all__ = ["Lockstep"]
 
 
 class _Stopped(BaseException):
-    """Ends a pass whose answer will not come."""
+    """Ends a pass that will get no answer."""
 
 
 class _Pass(threading.Thread):
-    """One batch's pass: runs until it meets the others, hands over a value and waits for the answer."""
+    """The pass of one batch. At each meeting it hands over a value and waits for the answer."""
 
     def __init__(self, run: Callable[[], None], slots: threading.Semaphore) -> None:
         super().__init__(daemon=True)
@@ -74,27 +74,27 @@ class Lockstep:
     """Runs passes so that all of them meet at every key, where their values are answered together.
 
     Args:
-        answer: ``answer(key, values) -> values``, one a pass in the order of the passes.
+        answer: ``answer(key, values) -> values``, one value per pass, in the order of the passes.
     """
 
     def __init__(self, answer: Callable[[Any, list[Any]], list[Any]]) -> None:
         self._answer = answer
 
     def meet(self, key: Any, value: Any) -> Any:
-        """Called inside a pass: waits until all passes have come here and gives this one's answer."""
+        """Wait inside a pass until all passes have reached ``key``, and return this pass's answer."""
         current = threading.current_thread()
         assert isinstance(current, _Pass), "meet() outside a pass"
         return current.meet(key, value)
 
     def run(self, passes: Sequence[Callable[[], None]], device: torch.device) -> Iterator[Any]:
-        """Yields the key of each meeting after it was answered.
+        """Run the passes and yield the key of each meeting after it was answered.
 
         Raises:
-            ValueError: the passes take different ways, so that they never meet.
+            ValueError: the passes take different paths through the model, so they never meet.
         """
-        with _one_thread_an_operation() as workers:
+        with _single_threaded_operations() as workers:
             slots = threading.Semaphore(workers)
-            threads = [_Pass(_like_this_thread(run, device), slots) for run in passes]
+            threads = [_Pass(_as_this_thread(run, device), slots) for run in passes]
             try:
                 for thread in threads:
                     thread.start()
@@ -115,7 +115,7 @@ class Lockstep:
             if len(places) > 1:
                 names = ", ".join(sorted("the end" if p is None else str(p) for p in places))
                 raise ValueError(
-                    f"data: batches take different ways through the model and wait for each other at {names}; "
+                    f"data: batches take different paths through the model and wait for each other at {names}; "
                     'use mode="joint"'
                 )
             if threads[0].done:
@@ -127,8 +127,11 @@ class Lockstep:
 
 
 @contextmanager
-def _one_thread_an_operation() -> Iterator[int]:
-    """Gives torch's number of threads, to be used for passes: a pool of them in each pass would be many."""
+def _single_threaded_operations() -> Iterator[int]:
+    """Give torch's number of threads to the passes: each operation inside runs on one thread.
+
+    Otherwise every pass would start a pool of threads of its own.
+    """
     workers = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -137,8 +140,8 @@ def _one_thread_an_operation() -> Iterator[int]:
         torch.set_num_threads(workers)
 
 
-def _like_this_thread(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """``run`` without gradients and under this thread's autocast, which other threads do not see."""
+def _as_this_thread(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """Return ``run`` without gradients and under this thread's autocast, which is local to a thread."""
     enabled, dtype = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
 
     def wrapped() -> None:

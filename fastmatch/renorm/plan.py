@@ -1,89 +1,90 @@
-"""What a renormalization will do, before it does it: the method and why, the layers, what is left alone."""
+"""The plan of a renormalization: the method and its reason, the layers, and what is left alone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastmatch.renorm.layers import BATCH_NORMS, is_norm, survey
+from fastmatch.renorm.layers import batch_norms, is_norm, survey
+from fastmatch.renorm.options import Method, Renormalization, renormalization_of
 
-__all__ = ["METHODS", "Plan", "plan_renormalization"]
-
-METHODS = ("auto", "repair", "rescale", "reshift", "reset")
+__all__ = ["Plan", "ResidualDetector", "choose_without_norms", "plan_renormalization"]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A renormalization, planned.
+    """What a renormalization will do.
+
+    Example:
+        >>> plan = fm.plan_renormalization(model_a, "repair")
+        >>> plan.method
+        'repair'
 
     Attributes:
-        method: ``"repair"``, ``"rescale"``, ``"reshift"`` or ``"reset"``; or ``"auto"``, where only the first
-            batch can say whether a net without norms adds a residual stream.
+        method: ``"repair"``, ``"rescale"``, ``"reshift"`` or ``"reset"``. ``"auto"`` if the choice depends on the
+            first batch: a network without norms has to be run to see whether it adds residual streams.
         why: the reason for the method.
-        layers: names of what is renormalized (batch norms for ``"reset"``).
-        left_alone: name -> reason.
+        layers: names of the layers to renormalize (of the batch norms for ``"reset"``).
+        left_alone: module name -> the reason why it is left alone.
     """
 
-    method: str
+    method: Method
     why: str
     layers: tuple[str, ...]
     left_alone: dict[str, str]
 
     def __str__(self) -> str:
-        """The plan as text: the method, why, and a line for every layer left alone."""
+        """The plan as text: the method, the reason, and one line per module left alone."""
         lines = [f"{self.method}: {self.why}; {len(self.layers)} layers"]
         return "\n".join([*lines, *(f"  left alone: {n}: {reason}" for n, reason in self.left_alone.items())])
 
 
-def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
-    """The batch norms with running statistics, by name."""
-    return {
-        n: m for n, m in model.named_modules() if isinstance(m, BATCH_NORMS) and m.running_mean is not None
-    }
+def plan_renormalization(model: nn.Module, method: Method | Renormalization = "auto") -> Plan:
+    """Return what :func:`fastmatch.renormalize` would do to ``model``. Nothing is run or changed.
 
-
-def plan_renormalization(
-    model: nn.Module, method: str = "auto", *, layers: Sequence[str] | None = None
-) -> Plan:
-    """What :func:`fastmatch.renormalize` would do to ``model``; nothing is run or changed.
+    The automatic choice follows the paper (Qu and Horvath 2024): ``"reset"`` with batch norm; ``"repair"`` with
+    another norm (layer, group, RMS); without norms ``"rescale"`` for a plain chain, and ``"repair"`` for a network
+    that adds residual streams.
 
     Example:
-        >>> print(fm.plan_renormalization(merged))
-        reset: the net has batch norm; 8 layers
+        >>> plan = fm.plan_renormalization(model_a)
+        >>> text = str(plan)  # such as "reset: the network has batch norm; 8 layers"
 
-    The automatic choice is the paper's: reset with batch norm; repair with another norm (layer, group, RMS);
-    without norms rescale for a plain chain and repair where a residual stream is added.
+    Args:
+        model: the merged or pruned model.
+        method: a method's word, or a :class:`fastmatch.Renormalization`.
+
+    Raises:
+        ValueError: an unknown method, ``"reset"`` for a model without batch norm, an option that the chosen method
+            does not use, a layer that cannot be renormalized, or no layer at all.
     """
-    if method not in METHODS:
-        raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
-    why = "as asked"
-    if method == "auto":
+    options = renormalization_of(method)
+    chosen, why = options.method, "as asked"
+    if chosen == "auto":
         if batch_norms(model):
-            method, why = "reset", "the net has batch norm"
+            chosen, why = "reset", "the network has batch norm"
         elif any(is_norm(m) for m in model.modules()):
-            method, why = "repair", "the net has norms that keep no statistics of the data"
+            chosen, why = "repair", "the network has norms that keep no statistics of the data"
         else:
             why = "no norms: rescale for a plain chain, repair with residual adds, seen on the first batch"
-    if method == "reset":
+    options = replace(options, method=chosen)  # refuses options that the chosen method does not use
+    if chosen == "reset":
         norms = batch_norms(model)
         if not norms:
             raise ValueError(
                 'model: method "reset" needs batch norm with running statistics, and there is none; '
                 'use "repair" or "rescale"'
             )
-        if layers is not None:
-            raise ValueError('layers: method "reset" measures every batch norm; leave layers out')
-        return Plan(method, why, tuple(norms), {})
-    found, left = survey(model, layers)
-    return Plan(method, why, tuple(found), left)
+        return Plan(chosen, why, tuple(norms), {})
+    found, left = survey(model, options.layers)
+    return Plan(chosen, why, tuple(found), left)
 
 
 class ResidualDetector(TorchDispatchMode):
-    """Sees whether a forward pass adds two activations of one shape, as a residual stream does."""
+    """Detects whether a forward pass adds two activations of one shape, as a residual stream does."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,8 +98,8 @@ class ResidualDetector(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def choose_without_norms(residual: bool) -> tuple[str, str]:
-    """(method, why) for a net without norms."""
+def choose_without_norms(residual: bool) -> tuple[Method, str]:
+    """Return (method, reason) for a network without norms."""
     if residual:
-        return "repair", "the net has no norms and adds residual streams"
-    return "rescale", "the net is a plain chain without norms"
+        return "repair", "the network has no norms and adds residual streams"
+    return "rescale", "the network is a plain chain without norms"

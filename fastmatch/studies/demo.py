@@ -14,6 +14,7 @@ from torch import nn
 
 from fastmatch._internal.files import writing
 from fastmatch._internal.progress import progress_bar
+from fastmatch.evaluation.between import Renormalized
 from fastmatch.evaluation.curve import Curve, interpolate
 from fastmatch.matching.align import align
 from fastmatch.permutations.alignment import Alignment
@@ -184,10 +185,8 @@ def compare(
         statistics = measured.permuted(None, alignment)
         for method in progress_bar(methods, f"{name}: renormalized curves", show=progress):
             begin = time.perf_counter()
-            curve = interpolate(
-                model_a, aligned, test_data, points=points, progress=False,
-                renormalize=method, calibration=train_data, statistics=statistics,
-            )  # fmt: skip
+            between = Renormalized(train_data, method, statistics)  # pyright: ignore[reportArgumentType]
+            curve = interpolate(model_a, aligned, test_data, points, between=between, progress=False)
             clock[f"{method} of {points - 2} merges, {matched}"] = time.perf_counter() - begin
             rows.append(Row.of(name, matched, method, curve))
     return rows

@@ -17,7 +17,7 @@ from fastmatch._internal.modules import copy_module
 from fastmatch._internal.progress import progress_bar
 from fastmatch.evaluation.scores import evaluate
 from fastmatch.evaluation.table import Table
-from fastmatch.renorm import endpoint_statistics, renormalize
+from fastmatch.renorm import Renormalization, endpoint_statistics, renormalize
 from fastmatch.renorm.layers import survey
 from fastmatch.statistics.fisher import diagonal_fisher
 
@@ -141,13 +141,14 @@ def accuracy_by_sparsity(
         method, samples: see :func:`fastmatch.renormalize`.
         progress: show a bar; None shows it on a terminal.
     """
-    goals = endpoint_statistics([dense], data, samples=samples, progress=False)
+    statistics = endpoint_statistics([dense], data, samples=samples, progress=False)
+    options = Renormalization(method, samples=samples)  # pyright: ignore[reportArgumentType]
     layers = survey(dense)[0]
     rows = []
     for amount in progress_bar(sparsities, "pruning", show=progress):
         masks = {name: mask_of(layer.weight.abs(), amount) for name, layer in layers.items()}
         pruned = pruned_copy(dense, masks)
-        new = renormalize(pruned, goals, data, method, samples=samples, weights=[1.0], progress=False)
+        new = renormalize(pruned, statistics, data, options, weights=[1.0], progress=False)
         (loss, accuracy), (new_loss, new_accuracy) = (
             evaluate(model, test, progress=False) for model in (pruned, new)
         )

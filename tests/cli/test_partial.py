@@ -52,7 +52,7 @@ def test_partial_writes_a_program_that_computes_what_the_library_makes(models, m
     pair, data = models
     options = ["--rule", "zip", "--start-at", "3", "--weights", "0.25", "0.75", "--out", "merged.pt2"]
     assert main([*COMMON, *DATA, *options, *(["--renormalize", method] if method else [])]) == 0
-    found = fm.merge_partial(pair, torch.zeros(2, 6), data, rule="zip", start_at="3", weights=[0.25, 0.75])
+    found = fm.merge_partial(pair, torch.zeros(2, 6), fm.Zip(data), start_at="3", weights=[0.25, 0.75])
     expected: torch.nn.Module = found.model
     if method is not None:
         goals = found.endpoint_statistics(pair, data)
@@ -61,7 +61,7 @@ def test_partial_writes_a_program_that_computes_what_the_library_makes(models, m
     x = torch.randn(11, 6)  # another batch size than the example's
     with torch.no_grad():
         torch.testing.assert_close(program(x), expected(x))
-    ratio = fm.cost_of(found.model, x).flops / fm.cost_of(pair[0], x).flops
+    ratio = fm.model_cost(found.model, x).flops / fm.model_cost(pair[0], x).flops
     said = capsys.readouterr().out
     assert "2 of 2 groups merged by zip" in said  # the first at the boundary
     assert f"{ratio:.2f} times the FLOPs; wrote merged.pt2" in said

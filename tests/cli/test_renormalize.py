@@ -50,7 +50,9 @@ def test_renormalize_writes_what_the_library_makes(models, mode, capsys):
     options = ["--weights", "0.25", "0.75", "--method", "repair", "--mode", mode, "--samples", "50"]
     assert main([*RENORMALIZE, *options, "--out", "new.safetensors"]) == 0
     assert "repair: as asked; 3 layers" in capsys.readouterr().out
-    expected = fm.renormalize(fm.merge(pair, [0.25, 0.75]), pair, data, "repair", mode=mode, samples=50)
+    expected = fm.renormalize(
+        fm.merge(pair, [0.25, 0.75]), pair, data, fm.Renormalization("repair", mode, 50)
+    )
     for name, tensor in load_state("new.safetensors").items():
         torch.testing.assert_close(tensor, expected.state_dict()[name])
 
@@ -60,7 +62,7 @@ def test_curve_writes_what_the_library_makes(models, tmp_path, capsys):
     arguments = ["curve", "a.safetensors", "b.safetensors", *COMMON, "--points", "5", "--out", "curve.csv"]
     options = ["--renormalize", "rescale", "--calibration", "renorm_module:loader", "--plot", "curve.png"]
     assert main([*arguments, *options]) == 0
-    curve = fm.interpolate(*pair, data, points=5, renormalize="rescale", calibration=data)
+    curve = fm.interpolate(*pair, data, 5, between=fm.Renormalized(data, "rescale"))
     rows = list(csv.DictReader((tmp_path / "curve.csv").read_text().splitlines()))
     assert [float(r["loss"]) for r in rows] == pytest.approx(list(curve.loss))
     assert [float(r["top-5"]) for r in rows] == pytest.approx(list(curve.top5))
@@ -77,7 +79,7 @@ def test_curve_writes_what_the_library_makes(models, tmp_path, capsys):
     ([*RENORMALIZE[:-1], "renorm_module:stream", "--out", "new.pt"], "--data: expected a callable that returns a loader"),
     ([*RENORMALIZE, "--method", "reset", "--out", "new.pt"], "needs batch norm"),
     (["curve", "a.safetensors", "b.safetensors", *COMMON, "--renormalize", "repair", "--out", "c.csv"],
-     "expected calibration data"),
+     "--calibration: needed to renormalize a curve"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_status_2(models, tmp_path, capsys, arguments, message):
     assert main(arguments) == 2

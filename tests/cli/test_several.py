@@ -67,7 +67,7 @@ def test_merge(models, biases):
     alphas = [0.5, 0.25, 0.25]
     expected = {
         "average": lambda: fm.merge(models, alphas),
-        "normalize": lambda: fm.normalize_biases(models, alphas),
+        "normalize": lambda: fm.merge(models, alphas, biases="normalize"),
         "remove": lambda: fm.remove_biases(fm.merge(models, alphas)),
     }[biases]()
     found = load_state("m.safetensors")

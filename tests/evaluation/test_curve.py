@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 
 import fastmatch as fm
 from fastmatch.studies.digits import Batches
@@ -41,16 +44,16 @@ def test_barriers_of_known_curves():
     assert fm.Curve((0.0, 0.5, 1.0), (1.0, 0.5, 1.0), (0.5, 0.9, 0.5)).barrier == 0.0
 
 
-def test_the_transform_changes_what_lies_between():
+def test_a_callable_replaces_the_merges_between_the_ends():
     (a, _), (b, _) = build("mlp", 0), build("mlp", 1)
     data = classify()
     seen = []
 
-    def transform(model, weights):
+    def between(model, weights):
         seen.append(weights)
         return a
 
-    curve = fm.interpolate(a, b, data, points=4, transform=transform)
+    curve = fm.interpolate(a, b, data, points=4, between=between)
     assert [round(w, 3) for _, w in seen] == [0.333, 0.667]
     assert curve.loss[1] == curve.loss[2] == curve.loss[0]
 
@@ -63,12 +66,56 @@ def test_plot_writes_a_picture(tmp_path):
     assert (tmp_path / "curve.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(ValueError, match="metric: expected"):
         curve.plot(metric="f1")
+    with pytest.raises(ValueError, match="metric: 'top5' was not measured"):
+        curve.plot(metric="top5")
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch, suffix):
+    curve = fm.Curve((0.0, 0.5, 1.0), (1.0, 4.0, 2.0), (0.9, 0.2, 0.7), (1.0, 0.9, 1.0))
+    path = tmp_path / f"curve.{suffix}"
+    curve.plot(path, metric="top5")
+    before = path.read_bytes()
+    assert {"png": b"\x89PNG", "svg": b"<?xm", "pdf": b"%PDF"}[suffix] == before[:4]
+
+    def broken(self, target, **options):
+        target.write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Figure, "savefig", broken)
+    with pytest.raises(OSError, match="no space left"):
+        curve.plot(path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_what_cannot_be_drawn_is_said_before_drawing(tmp_path, monkeypatch):
+    curve = fm.Curve((0.0, 0.5, 1.0), (1.0, 4.0, 2.0), (0.9, 0.2, 0.7))
+    with pytest.raises(ValueError, match=r"path: expected a file ending in \.pdf, \.png, \.svg"):
+        curve.plot(tmp_path / "curve.doc")
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
+        curve.plot(tmp_path / "nowhere/curve.png")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    found = fm.Triangle(((1.0, 0.0, 0.0),), (fm.Scores(1.0, 0.5, 1.0),))
+    for draw in (curve.plot, found.plot, lambda: curve.table().plot("position", "loss")):
+        with pytest.raises(ImportError, match=r"pip install 'fastmatch\[plot\]'"):
+            draw()
 
 
 def test_bad_input():
     model, _ = build("mlp", 0)
-    with pytest.raises(ValueError, match="points: expected at least 3"):
+    with pytest.raises(ValueError, match="points: expected a whole number of at least 3; got 2"):
         fm.interpolate(model, model, classify(), points=2)
+    with pytest.raises(TypeError, match=r"between: expected None, .* got 'repair'"):
+        fm.interpolate(model, model, classify(), between="repair")
+    with pytest.raises(TypeError, match="between: expected None"):
+        fm.triangle([model] * 3, classify(), between=fm.Renormalization("repair"))
+    with pytest.raises(ValueError, match="method: expected one of"):
+        fm.Renormalized(classify(), "fix")
+    with pytest.raises(TypeError, match="statistics: expected an EndpointStatistics"):
+        fm.Renormalized(classify(), "repair", [model, model])
+    with pytest.raises(TypeError, match=r"models\[1\]: expected a torch module"):
+        fm.triangle([model, model.state_dict(), model], classify())
     with pytest.raises(ValueError, match="yielded no batch"):
         fm.evaluate(model, [])
     with pytest.raises(ValueError, match="pairs to evaluate on"):
@@ -97,24 +144,18 @@ def test_a_renormalized_curve_calibrates_all_points_in_one_read(mode):
     seed = fresh_seed()
     (a, _), (b, _) = build("mlp", seed), build("mlp", seed + 1)
     data, calibration = classify(), classify(32)
-    curve = fm.interpolate(
-        a, b, data, points=5, renormalize="repair", calibration=calibration, mode=mode, samples=30
-    )
+    options = fm.Renormalization("repair", mode, 30)
+    curve = fm.interpolate(a, b, data, points=5, between=fm.Renormalized(calibration, options))
     assert calibration.reads == 2  # the ends, then all points
     statistics = fm.endpoint_statistics([a, b], calibration, samples=30)
     calibration.reads = 0
-    again = fm.interpolate(
-        a, b, data, points=5, renormalize="repair", calibration=calibration, statistics=statistics,
-        mode=mode, samples=30,
-    )  # fmt: skip
+    again = fm.interpolate(a, b, data, 5, between=fm.Renormalized(calibration, options, statistics))
     assert calibration.reads == 1
     assert again == curve
-    one = fm.renormalize(
-        fm.merge([a, b], [0.75, 0.25]), statistics, calibration, "repair", mode=mode, samples=30
-    )
+    one = fm.renormalize(fm.merge([a, b], [0.75, 0.25]), statistics, calibration, options)
     assert curve.loss[1] == pytest.approx(fm.evaluate(one, data)[0])
-    with pytest.raises(ValueError, match="expected calibration data"):
-        fm.interpolate(a, b, data, renormalize="repair")
+    with pytest.raises(TypeError, match="data: expected a loader to calibrate on; got NoneType"):
+        fm.Renormalized(None, "repair")
 
 
 def test_the_triangle_of_three_models(tmp_path):
@@ -126,6 +167,7 @@ def test_the_triangle_of_three_models(tmp_path):
     for weights, scores in zip(found.weights, found.scores, strict=True):
         assert sum(weights) == pytest.approx(1)
         assert scores.loss == pytest.approx(fm.evaluate(fm.merge(models, weights), data)[0], rel=1e-5)
+    assert fm.triangle(models, data, 4, between=lambda merged, weights: merged) == found
     side = fm.interpolate(models[0], models[1], data, points=4)
     edge = [s.loss for w, s in zip(found.weights, found.scores, strict=True) if w[2] == 0]
     assert edge == pytest.approx(list(side.loss), rel=1e-5)
@@ -139,12 +181,12 @@ def test_the_triangle_of_three_models(tmp_path):
     found.plot(tmp_path / "triangle.png", metric="accuracy")
     assert (tmp_path / "triangle.png").read_bytes()[:4] == b"\x89PNG"
     calibration = classify(32)
-    renewed = fm.triangle(models, data, points=3, renormalize="repair", calibration=calibration)
+    renewed = fm.triangle(models, data, points=3, between=fm.Renormalized(calibration, "repair"))
     assert calibration.reads == 2
     assert len(renewed.scores) == 6
     with pytest.raises(ValueError, match="models: expected three"):
         fm.triangle(models[:2], data)
-    with pytest.raises(ValueError, match="points: expected at least 2"):
+    with pytest.raises(ValueError, match="points: expected a whole number of at least 2; got 1"):
         fm.triangle(models, data, points=1)
     with pytest.raises(ValueError, match="metric: expected"):
         found.plot(metric="f1")

@@ -45,8 +45,8 @@ def test_the_layer_table_is_what_plain_computation_says():
         assert row["depth"] == k // 2 + 1
     for row in table.where(model="merged").rows:
         for column, values in (("variance ratio", variances), ("feature ratio", features)):
-            goal = 0.25 * values["a", row["layer"]] + 0.75 * values["b", row["layer"]]
-            assert row[column] == pytest.approx(values["merged", row["layer"]] / goal)
+            average = 0.25 * values["a", row["layer"]] + 0.75 * values["b", row["layer"]]
+            assert row[column] == pytest.approx(values["merged", row["layer"]] / average)
     assert table.where(model="merged", layer="2").column("dead inputs")[0] >= 3 / 9
 
 
@@ -70,7 +70,7 @@ def test_running_statistics_before_and_after_reset():
         norm = (merged if row["model"] == "before" else after).get_submodule(row["norm"])
         assert row["mean running variance"] == pytest.approx(float(norm.running_var.mean()))
         assert row["mean |running mean|"] == pytest.approx(float(norm.running_mean.abs().mean()))
-    with pytest.raises(ValueError, match="none has batch norm"):
+    with pytest.raises(ValueError, match="none of them has batch norm"):
         fm.running_statistics({"m": build("mlp", 0)[0]})
 
 
@@ -101,6 +101,9 @@ def test_tables_are_plain_records(tmp_path):
         table.to_csv(tmp_path / "t.csv")
     with pytest.raises(ValueError, match=r"name: expected one of \['x', 'y'\]"):
         table.column("z")
+    with pytest.raises(ValueError, match=r"values: expected columns among \['x', 'y'\], got 'z'"):
+        table.where(z=1)
+    assert len(table.where(x=3).where(y=1)) == 0
     pandas = pytest.importorskip("pandas")
     assert isinstance(table.to_pandas(), pandas.DataFrame)
     assert list(table.to_pandas()["y"]) == [0.5, 0.25]
@@ -124,7 +127,13 @@ def test_tables_draw_themselves(tmp_path):
 
 
 def test_a_layer_table_of_unknown_endpoints_is_refused():
-    with pytest.raises(ValueError, match="endpoints: 'b' is none of the models"):
+    with pytest.raises(ValueError, match="endpoints: 'b' is not among the models"):
         fm.layer_table({"a": net()}, [torch.randn(2, 6).double()], endpoints=["b"])
+    with pytest.raises(ValueError, match="weights: given without endpoints"):
+        fm.layer_table({"a": net()}, [torch.randn(2, 6).double()], weights=[1.0])
+    with pytest.raises(ValueError, match="weights: expected 1"):
+        fm.layer_table({"a": net()}, [torch.randn(2, 6).double()], endpoints=["a"], weights=[0.5, 0.5])
+    with pytest.raises(ValueError, match="models: expected at least one"):
+        fm.layer_table({}, [torch.randn(2, 6).double()])
     with pytest.raises(TypeError, match="expected a torch module"):
         fm.layer_table({"a": net().state_dict()}, [torch.randn(2, 6).double()])

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import fastmatch as fm
+from fastmatch._internal.coefficients import remembered_weights
 from helpers.networks import build, fresh_seed
 
 
@@ -14,7 +15,7 @@ def test_biases_take_the_power_of_their_depth_and_all_else_is_the_average():
     seed = fresh_seed()
     ends = [build("vgg", seed + k)[0] for k in range(2)]
     weights = [0.3, 0.7]
-    new = fm.normalize_biases(ends, weights)
+    new = fm.merge(ends, weights, biases="normalize")
     merged = fm.merge(ends, weights).state_dict()
     depths = {"features.0.bias": 1, "features.4.bias": 2, "classifier.0.bias": 3, "classifier.3.bias": 4}
     for name, tensor in new.state_dict().items():
@@ -31,7 +32,7 @@ def test_a_network_merged_with_silence_keeps_its_argmax():
     torch.manual_seed(fresh_seed())
     a = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 9), nn.ReLU(), nn.Linear(9, 4)).double()
     silent = {name: torch.zeros_like(t) for name, t in a.state_dict().items()}
-    mixed = fm.normalize_biases([dict(a.state_dict()), silent], [0.5, 0.5])
+    mixed = fm.merge([dict(a.state_dict()), silent], [0.5, 0.5], biases="normalize")
     half = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 9), nn.ReLU(), nn.Linear(9, 4)).double()
     half.load_state_dict(mixed)
     x = torch.randn(20, 6).double()
@@ -50,13 +51,36 @@ def test_removal_zeroes_the_last_biases_only():
     assert sum(not t.any() for t in every.values() if t.is_floating_point()) == 4
 
 
+def test_a_merge_without_biases_is_the_average_with_its_biases_removed():
+    ends = [build("vgg", fresh_seed())[0] for _ in range(2)]
+    found = fm.merge(ends, [0.25, 0.75], biases="remove")
+    expected = fm.remove_biases(fm.merge(ends, [0.25, 0.75])).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.state_dict().items())
+    assert not found.classifier[3].bias.any()
+    alone = fm.merge([ends[0].state_dict()], biases="remove")
+    removed = fm.remove_biases(ends[0].state_dict())
+    assert all(torch.equal(tensor, removed[name]) for name, tensor in alone.items())
+
+
+@pytest.mark.parametrize("biases", ["average", "normalize", "remove"])
+def test_every_merge_notes_its_weights_and_warns_when_they_scale(biases):
+    ends = [build("vgg", fresh_seed())[0] for _ in range(2)]
+    assert remembered_weights(fm.merge(ends, [0.25, 0.75], biases=biases)) == (0.25, 0.75)
+    with pytest.warns(UserWarning, match="weights sum to 1.5"):
+        fm.merge(ends, [0.75, 0.75], biases=biases)
+
+
 def test_bad_input():
     model, _ = build("mlp", 0)
     with pytest.raises(ValueError, match="last: expected 0 to 3"):
         fm.remove_biases(model, last=4)
-    with pytest.raises(ValueError, match="weights of 0 at least"):
-        fm.normalize_biases([model, model], [1.5, -0.5])
+    with pytest.raises(ValueError, match="weights: expected numbers of at least 0"):
+        fm.merge([model, model], [1.5, -0.5], biases="normalize")
     with pytest.raises(ValueError, match="models: expected at least one"):
-        fm.normalize_biases([])
+        fm.merge([], biases="normalize")
+    with pytest.raises(
+        ValueError, match="biases: expected one of 'average', 'normalize', 'remove'; got 'drop'"
+    ):
+        fm.merge([model], biases="drop")
     with pytest.raises(TypeError, match="expected a torch module or a state dict"):
         fm.remove_biases(3)

@@ -12,12 +12,19 @@ from torch import nn
 import bench.reports.partial_merging as bench
 import fastmatch as fm
 from bench.lib import record as records
-from fastmatch.merging.units import RULES
 from fastmatch.renorm import endpoint_statistics
 from fastmatch.studies.digits import Batches, digits, train
 from helpers.networks import NETWORKS, build, fresh_seed, mlp
 
 DOUBLE = torch.float64
+RULES = ("identity", "permute", "zip", "cca")
+
+
+def rule_of(word: str, data, **options):
+    """The rule of that name; ``data`` is for those that match activations."""
+    if word == "identity":
+        return fm.Identity()
+    return {"permute": fm.Permute, "zip": fm.Zip, "cca": fm.CCA}[word](data, **options)
 
 
 def inputs_like(x: torch.Tensor, count: int = 96) -> Batches:
@@ -44,7 +51,7 @@ def test_a_model_merged_with_itself_is_itself(name, rule):
     data = inputs_like(x)
     count = len(fm.PermutationSpec.trace(model, x).flat().groups)
     for start_at in (0, count // 2):
-        found = fm.merge_partial([model, model], x, data, rule=rule, start_at=start_at)
+        found = fm.merge_partial([model, model], x, rule_of(rule, data), start_at=start_at)
         torch.testing.assert_close(
             run(found.model, data.inputs), run(model, data.inputs), rtol=1e-9, atol=1e-9
         )
@@ -54,9 +61,9 @@ def test_a_model_merged_with_itself_is_itself(name, rule):
 def test_named_groups_stay_apart(rule):
     (a, b), x = two("resnet", fresh_seed())
     data = inputs_like(x)
-    found = fm.merge_partial([a, a], x, data, rule=rule, apart=["stage1.0.conv1", "stage2.0.conv2"])
+    found = fm.merge_partial([a, a], x, rule_of(rule, data), apart=["stage1.0.conv1", "stage2.0.conv2"])
     torch.testing.assert_close(run(found.model, x), run(a, x), rtol=1e-9, atol=1e-9)
-    found = fm.merge_partial([a, b], x, data, rule=rule, apart=["stage1.0.conv1"])
+    found = fm.merge_partial([a, b], x, rule_of(rule, data), apart=["stage1.0.conv1"])
     # Bit for bit what each model had.
     for k, model in enumerate((a, b)):
         kept = f"apart.{k}.stage1.0.conv1.weight"
@@ -72,7 +79,7 @@ def test_permute_from_the_start_is_align_and_merge(name):
     spec = fm.PermutationSpec.trace(a, x).flat()  # whole heads stay, their channels move
     alignment = fm.align(a, b, x, data=data, spec=spec)
     merged = fm.merge([a, alignment.apply(b)], [0.3, 0.7])
-    found = fm.merge_partial([a, b], x, data, rule="permute", weights=[0.3, 0.7])
+    found = fm.merge_partial([a, b], x, fm.Permute(data), weights=[0.3, 0.7])
     theirs = merged.state_dict()
     ours = {n.removeprefix("merged."): t for n, t in found.model.state_dict().items()}
     assert ours.keys() == theirs.keys()
@@ -84,7 +91,7 @@ def test_permute_from_the_start_is_align_and_merge(name):
 @pytest.mark.parametrize("name", ["mlp", "vgg", "resnet", "dense", "functional", "encoder"])
 def test_identity_from_the_start_is_a_plain_average(name):
     (a, b, c), x = two(name, fresh_seed(), count=3)
-    found = fm.merge_partial([a, b, c], x, rule="identity")
+    found = fm.merge_partial([a, b, c], x, fm.Identity())
     assert torch.equal(run(found.model, x), run(fm.merge([a, b, c]), x))
 
 
@@ -92,8 +99,8 @@ def test_identity_from_the_start_is_a_plain_average(name):
 def test_kept_apart_to_the_end_it_is_the_ensemble(name):
     (a, b), x = two(name, fresh_seed())
     count = len(fm.PermutationSpec.trace(a, x).flat().groups)
-    # Nothing is merged, so no data is needed.
-    found = fm.merge_partial([a, b], x, rule="zip", start_at=count, weights=[0.25, 0.75])
+    # Nothing is merged, so the data is not read.
+    found = fm.merge_partial([a, b], x, fm.Zip([]), start_at=count, weights=[0.25, 0.75])
     expected = run(fm.Ensemble([a, b], [0.25, 0.75]), x)
     torch.testing.assert_close(run(found.model, x), expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(expected, 0.25 * run(a, x) + 0.75 * run(b, x), rtol=1e-12, atol=1e-12)
@@ -114,7 +121,7 @@ def test_a_planted_permutation_is_undone_by_every_matching_rule():
     data = inputs_like(x)
     for rule in ("permute", "zip", "cca"):
         for start_at in (0, 1):
-            found = fm.merge_partial([a, planted.apply(a), a], x, data, rule=rule, start_at=start_at)
+            found = fm.merge_partial([a, planted.apply(a), a], x, rule_of(rule, data), start_at=start_at)
             torch.testing.assert_close(run(found.model, x), run(a, x), rtol=1e-7, atol=1e-7)
 
 
@@ -134,9 +141,9 @@ def test_zip_merges_units_within_a_model():
     a, b = doubled(half_a), doubled(half_b)
     x = torch.randn(200, 6, dtype=DOUBLE)
     apart = run(fm.Ensemble([a, b]), x)
-    exact = fm.merge_partial([a, b], x, [x], rule="zip", b=1.0)
+    exact = fm.merge_partial([a, b], x, fm.Zip([x], b=1.0))
     torch.testing.assert_close(run(exact.model, x), apart, rtol=1e-10, atol=1e-10)
-    across = fm.merge_partial([a, b], x, [x], rule="permute")
+    across = fm.merge_partial([a, b], x, fm.Permute([x]))
     assert (run(across.model, x) - apart).abs().max() > 1e-3
 
 
@@ -145,7 +152,12 @@ def test_zip_maps_average_and_take_apart():
     (a, b, c), x = two("mlp", fresh_seed(), count=3)
     weights = [0.5, 0.2, 0.3]
     for rule in RULES:
-        found = fm.merge_partial([a, b, c], x, inputs_like(x), rule=rule, weights=weights, b=0.5)
+        found = fm.merge_partial(
+            [a, b, c],
+            x,
+            rule_of(rule, inputs_like(x), **({"b": 0.5} if rule == "zip" else {})),
+            weights=weights,
+        )
         for group, maps in found.maps.items():
             eye = torch.eye(found.spec.groups[group].size, dtype=DOUBLE)
             there_and_back = [
@@ -161,7 +173,7 @@ def test_zip_maps_average_and_take_apart():
 def test_data_is_read_once(rule):
     (a, b, c), x = two("vgg", fresh_seed(), count=3)
     data = inputs_like(x, 80)
-    fm.merge_partial([a, b, c], x, data, rule=rule, start_at=1)
+    fm.merge_partial([a, b, c], x, rule_of(rule, data), start_at=1)
     assert data.reads == (0 if rule == "identity" else 1)
 
 
@@ -172,8 +184,7 @@ def test_the_merge_saves_copies_and_exports(name, rule, tmp_path):
     model = fm.merge_partial(
         [a, b],
         x,
-        inputs_like(x),
-        rule=rule,
+        rule_of(rule, inputs_like(x)),
         start_at=1,
         apart=[list(fm.PermutationSpec.trace(a, x).flat().groups)[-1]],
     ).model
@@ -193,19 +204,19 @@ def test_the_merge_saves_copies_and_exports(name, rule, tmp_path):
 
 def test_the_merge_runs_at_other_batch_sizes_and_trains():
     (a, b), x = two("resnet", fresh_seed())
-    model = fm.merge_partial([a, b], x, inputs_like(x), rule="zip", start_at=2).model
+    model = fm.merge_partial([a, b], x, fm.Zip(inputs_like(x)), start_at=2).model
     assert not model.training
     assert run(model, torch.cat([x] * 3)).shape == (6, 10)
     model(x).square().sum().backward()
     assert all(p.grad is not None for n, p in model.named_parameters() if n.startswith("apart."))
 
 
-def test_cost_of_apart_and_merged():
+def test_the_cost_of_apart_and_merged():
     (a, b), x = two("mlp", fresh_seed())
-    single, pair = fm.cost_of(a, x), fm.cost_of(fm.Ensemble([a, b]), x)
+    single, pair = fm.model_cost(a, x), fm.model_cost(fm.Ensemble([a, b]), x)
     assert (pair.parameters, pair.flops) == (2 * single.parameters, 2 * single.flops)
     costs = [
-        fm.cost_of(fm.merge_partial([a, b], x, inputs_like(x), rule="zip", start_at=k).model, x)
+        fm.model_cost(fm.merge_partial([a, b], x, fm.Zip(inputs_like(x)), start_at=k).model, x)
         for k in range(3)
     ]
     assert costs[0] == single
@@ -229,11 +240,11 @@ def test_shared_and_twice_used_modules_keep_their_ties():
 
     torch.manual_seed(fresh_seed())
     a, b, x = Twice().double(), Twice().double(), torch.randn(64, 12, dtype=DOUBLE)
-    found = fm.merge_partial([a, b], x, [x], rule="permute")
+    found = fm.merge_partial([a, b], x, fm.Permute([x]))
     assert sum(p.numel() for p in found.model.parameters()) == sum(p.numel() for p in a.parameters())
     (tied, other), x = two("tied", fresh_seed())
-    found = fm.merge_partial([tied, other], x, inputs_like(x))
-    assert fm.cost_of(found.model, x).parameters == fm.cost_of(tied, x).parameters
+    found = fm.merge_partial([tied, other], x, fm.Permute(inputs_like(x)))
+    assert fm.model_cost(found.model, x).parameters == fm.model_cost(tied, x).parameters
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -242,7 +253,7 @@ def test_types_stay(dtype):
     x = x.to(dtype)
     for rule in RULES:
         model = fm.merge_partial(
-            [a.to(dtype), b.to(dtype)], x, [torch.randn(64, 12).to(dtype)], rule=rule, start_at=1
+            [a.to(dtype), b.to(dtype)], x, rule_of(rule, [torch.randn(64, 12).to(dtype)]), start_at=1
         ).model
         assert {p.dtype for n, p in model.named_parameters() if n.startswith(("apart", "merged"))} == {dtype}
         assert run(model, x).dtype == dtype
@@ -253,7 +264,7 @@ def test_models_are_left_as_they_are():
     a.train()
     b.requires_grad_(False)
     before = copy.deepcopy(a.state_dict())
-    fm.merge_partial([a, b], x, inputs_like(x), rule="cca", start_at=1)
+    fm.merge_partial([a, b], x, fm.CCA(inputs_like(x)), start_at=1)
     assert a.training
     assert all(module.training for module in a.modules())
     assert not any(p.requires_grad for p in b.parameters())
@@ -263,41 +274,41 @@ def test_models_are_left_as_they_are():
 
 @pytest.mark.parametrize("rule", ["identity", "permute", "zip"])
 def test_renormalizing_a_partial_merge(rule):
-    """Of a model with itself REPAIR is the identity; of two, every layer reaches its goal."""
+    """Of a model with itself REPAIR is the identity; of two, every layer reaches its target."""
     (a, b), x = two("vgg without norm", fresh_seed())
-    data = [1e4 * torch.randn(64, *x.shape[1:], dtype=DOUBLE)]  # beside such variances eps is nothing
-    same = fm.merge_partial([a, a], x, data, rule=rule, start_at=1)
+    data = [1e4 * torch.randn(64, *x.shape[1:], dtype=DOUBLE)]  # eps is negligible next to such variances
+    same = fm.merge_partial([a, a], x, rule_of(rule, data), start_at=1)
     repaired = fm.renormalize(same.model, same.endpoint_statistics([a, a], data), data, "repair")
     torch.testing.assert_close(run(repaired, x), run(a, x), rtol=1e-8, atol=1e-8)
-    found = fm.merge_partial([a, b], x, data, rule=rule, start_at=1)
+    found = fm.merge_partial([a, b], x, rule_of(rule, data), start_at=1)
     endpoints = found.endpoint_statistics([a, b], data)
     repaired = fm.renormalize(found.model, endpoints, data, "repair")
-    goals = endpoints.goals(found.weights)
-    reached = endpoint_statistics([repaired], data).goals([1.0])
-    assert goals.keys() == reached.keys()
-    assert {name.split(".")[0] for name in goals} == {"apart", "merged"}
-    for name in goals:
-        for goal, now in zip(goals[name], reached[name], strict=True):
-            torch.testing.assert_close(now, goal, rtol=1e-6, atol=1e-6)
+    targets = endpoints.targets(found.weights)
+    reached = endpoint_statistics([repaired], data).targets([1.0])
+    assert targets.keys() == reached.keys()
+    assert {name.split(".")[0] for name in targets} == {"apart", "merged"}
+    for name in targets:
+        for target, now in zip(targets[name], reached[name], strict=True):
+            torch.testing.assert_close(now, target, rtol=1e-6, atol=1e-6)
 
 
 def test_permuted_statistics_are_those_of_aligned_endpoints():
     (a, b), x = two("vgg without norm", fresh_seed())
     data = inputs_like(x)
-    found = fm.merge_partial([a, b], x, data)
+    found = fm.merge_partial([a, b], x, fm.Permute(data))
     alignment = fm.align(a, b, x, data=data)
-    expected = fm.endpoint_statistics([a, alignment.apply(b)], data).goals([0.5, 0.5])
-    goals = found.endpoint_statistics([a, b], data).goals([0.5, 0.5])
-    assert goals.keys() == {f"merged.{name}" for name in expected}
+    expected = fm.endpoint_statistics([a, alignment.apply(b)], data).targets([0.5, 0.5])
+    targets = found.endpoint_statistics([a, b], data).targets([0.5, 0.5])
+    assert targets.keys() == {f"merged.{name}" for name in expected}
     for name, pair in expected.items():
-        for theirs, ours in zip(pair, goals[f"merged.{name}"], strict=True):
+        for theirs, ours in zip(pair, targets[f"merged.{name}"], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
 def test_reset_works_for_every_rule_and_repair_says_why_not_for_cca():
     (a, b), x = two("vgg", fresh_seed())
     data = inputs_like(x)
-    found = fm.merge_partial([a, b], x, data, rule="cca", start_at=1)
+    found = fm.merge_partial([a, b], x, fm.CCA(data), start_at=1)
     reset = fm.renormalize(found.model, None, data, "reset")
     norm = reset.get_submodule("merged.features.5")
     assert isinstance(norm, nn.BatchNorm2d)
@@ -335,7 +346,8 @@ def test_inputs_by_position_by_name_and_left_out():
     )
     for args, kwargs, example in examples:
         data = [x] if isinstance(example, torch.Tensor) else None
-        model = fm.merge_partial([a, a], example, data, rule="zip" if data else "identity", start_at=1).model
+        rule = fm.Zip(data) if data else fm.Identity()
+        model = fm.merge_partial([a, a], example, rule, start_at=1).model
         with torch.no_grad():
             torch.testing.assert_close(model(*args, **kwargs), a(*args, **kwargs))
 
@@ -354,30 +366,58 @@ def test_what_it_cannot_do_is_said():
     data = inputs_like(x)
     wrong = {
         "models: expected at least two": {"models": [a]},
-        "rule: expected one of": {"rule": "union"},
         "start_at: unknown group 'nowhere'": {"start_at": "nowhere"},
         "start_at: expected a position of 0 to 2": {"start_at": 3},
         "apart: unknown group 'nowhere'": {"apart": ["nowhere"]},
         "weights: expected positive numbers": {"weights": [1.5, -0.5]},
         "weights: expected 2": {"weights": [1.0]},
-        "a: expected a number above 0": {"a": 0.0},
-        "gamma: expected": {"gamma": -1.0},
-        "read: expected one of": {"read": "sideways"},
-        "data: needed by rule 'permute'": {"data": None},
-        "data: yielded no batch": {"data": []},
-        "activations of group '0' hold NaN": {"data": [torch.full((4, 12), float("nan"), dtype=DOUBLE)]},
+        "data: yielded no batch": {"rule": fm.Permute([])},
+        "activations of group '0' hold NaN": {
+            "rule": fm.Permute([torch.full((4, 12), float("nan"), dtype=DOUBLE)])
+        },
         "models\\[1\\]: tensor '0.weight' has shape": {"models": [a, mlp(8).double()]},
     }
     for message, arguments in wrong.items():
-        given = {"models": [a, b], "example_inputs": x, "data": data, **arguments}
+        given = {"models": [a, b], "example_inputs": x, "rule": fm.Permute(data), **arguments}
         with pytest.raises(ValueError, match=message):
             fm.merge_partial(**given)
     with pytest.raises(ValueError, match="models: expected the 2 that were merged, got 1"):
-        fm.merge_partial([a, b], x, data).endpoint_statistics([a], data)
+        fm.merge_partial([a, b], x, fm.Permute(data)).endpoint_statistics([a], data)
     with pytest.raises(TypeError, match=r"models\[1\]: expected a torch module"):
-        fm.merge_partial([a, b.state_dict()], x, data)
+        fm.merge_partial([a, b.state_dict()], x, fm.Permute(data))
     with pytest.raises(ValueError, match="control flow"):
-        fm.merge_partial([Branching(), Branching()], torch.randn(2, 12), data)
+        fm.merge_partial([Branching(), Branching()], torch.randn(2, 12), fm.Permute(data))
+    for not_a_rule, named in (("union", "str"), (fm.Zip, "Zip"), (None, "NoneType")):
+        with pytest.raises(TypeError, match=rf"rule: expected fm.Identity\(\), .*{named}"):
+            fm.merge_partial([a, b], x, not_a_rule)
+
+
+@pytest.mark.parametrize(("rule", "options", "message"), [
+    ("zip", {"a": 0.0}, "a: expected a finite number above 0; got 0.0"),
+    ("zip", {"b": -0.1}, "b: expected a finite number of at least 0"),
+    ("zip", {"b": 1.5}, "b: expected a number from 0 to 1; got 1.5"),
+    ("cca", {"gamma": -1.0}, "gamma: expected a finite number of at least 0; got -1.0"),
+    ("permute", {"site": "sideways"}, "site: expected one of 'post', 'pre'; got 'sideways'"),
+    ("zip", {"site": "after"}, "site: expected one of"),
+])  # fmt: skip
+def test_a_rule_refuses_its_options_by_name(rule, options, message):
+    with pytest.raises(ValueError, match=message):
+        rule_of(rule, [torch.zeros(2, 12)], **options)
+
+
+@pytest.mark.parametrize("rule", ["permute", "zip", "cca"])
+def test_a_rule_that_matches_activations_needs_data(rule):
+    with pytest.raises(ValueError, match=f"data: needed by rule '{rule}'"):
+        rule_of(rule, None)
+    with pytest.raises(TypeError, match=r"argument '(a|gamma)'"):  # an option of another rule
+        rule_of(rule, [], **({"a": 0.5} if rule == "cca" else {"gamma": 0.5}))
+
+
+def test_the_site_is_where_activations_are_read():
+    (a, b), x = two("vgg", fresh_seed())
+    data = inputs_like(x)
+    post, pre = (fm.merge_partial([a, b], x, fm.CCA(data, site=site)) for site in ("post", "pre"))
+    assert not torch.allclose(run(post.model, x), run(pre.model, x))
 
 
 def test_on_digits_partial_zip_beats_merging_everything():
@@ -394,7 +434,7 @@ def test_on_digits_partial_zip_beats_merging_everything():
         models.append(train(net, training, epochs=8, seed=seed + k, lr=3e-3))
     losses = []
     for start_at in range(5):
-        found = fm.merge_partial(models, test.inputs[:2], training, rule="zip", start_at=start_at)
+        found = fm.merge_partial(models, test.inputs[:2], fm.Zip(training), start_at=start_at)
         losses.append(fm.evaluate(found.model, test)[0])
     print(losses)
     ends = [fm.evaluate(model, test)[0] for model in models]

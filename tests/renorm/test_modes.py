@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastmatch as fm
-from fastmatch.renorm.fold import EPS, fold
+from fastmatch.renorm.fold import fold
 from fastmatch.renorm.layers import channel_dim, survey
 from fastmatch.renorm.lockstep import Lockstep
+from fastmatch.renorm.targets import EPS, Target
 from fastmatch.statistics.moments import ChannelMoments
 from fastmatch.studies.digits import Batches
 from helpers.networks import ChannelLayerNorm, ResNet, build, fresh_seed
@@ -75,7 +76,7 @@ def sequential_reference(model, ends, data, method, weights):
         std = sum(w * (z.var(0, correction=0) + EPS).sqrt() for w, z in zip(weights, theirs, strict=True))
         z = outputs_of(new, name, data)
         moments = ChannelMoments(len(z), z.mean(0), z.var(0, correction=0) * len(z))
-        fold(new.get_submodule(name), moments, (mean, std), method)
+        fold(new.get_submodule(name), moments, Target(mean, std), method)
     return new
 
 
@@ -87,7 +88,7 @@ def test_sequential_mode_matches_a_pass_for_every_layer(method, name):
     merged = fm.merge(ends, [0.3, 0.7])
     plain = sequential_reference(merged, ends, data, method, [0.3, 0.7])
     data.reads = 0
-    ours = fm.renormalize(merged, ends, data, method, mode="sequential")
+    ours = fm.renormalize(merged, ends, data, fm.Renormalization(method, "sequential"))
     assert data.reads == 2  # once for the endpoints, once for every layer of the merge
     x = data.inputs[:4]
     torch.testing.assert_close(ours(x), plain(x), rtol=1e-8, atol=1e-10)
@@ -98,7 +99,9 @@ def test_sequential_mode_matches_a_pass_for_every_layer(method, name):
 def test_sequential_repair_of_identical_models_is_the_identity_at_any_batch_size(method, size):
     (a, _) = pair("vgg without norm")
     data = loader(40, size)
-    same = fm.renormalize(fm.merge([a, copy.deepcopy(a)]), [a, a], data, method, mode="sequential")
+    same = fm.renormalize(
+        fm.merge([a, copy.deepcopy(a)]), [a, a], data, fm.Renormalization(method, "sequential")
+    )
     x = data.inputs[:4]
     torch.testing.assert_close(same(x), a(x), rtol=1e-9, atol=1e-12)
 
@@ -106,7 +109,7 @@ def test_sequential_repair_of_identical_models_is_the_identity_at_any_batch_size
 def test_sequential_reset_leaves_every_norm_at_what_reaches_it():
     merged = fm.merge(pair("resnet"))
     data = loader(40, 16)
-    new = fm.renormalize(merged, None, data, "reset", mode="sequential")
+    new = fm.renormalize(merged, None, data, fm.Renormalization("reset", "sequential"))
     assert data.reads == 1
     for name, norm in new.named_modules():
         if not isinstance(norm, nn.BatchNorm2d):
@@ -123,7 +126,7 @@ def test_sequential_reset_leaves_every_norm_at_what_reaches_it():
 
 
 @pytest.mark.parametrize("mode", ["joint", "sequential"])
-def test_a_module_called_twice_has_goals_for_each_call(mode):
+def test_a_module_called_twice_has_targets_for_each_call(mode):
     torch.manual_seed(fresh_seed())
     a = Twice().double()
     data = Batches(torch.randn(30, 6).double(), torch.zeros(30), 30 if mode == "joint" else 7)
@@ -134,7 +137,7 @@ def test_a_module_called_twice_has_goals_for_each_call(mode):
         both = torch.cat([first, a.shared(F.relu(3 * first + 1))])
     torch.testing.assert_close(statistics.models[0]["shared"].mean, both.mean(0))
     torch.testing.assert_close(statistics.models[0]["shared"].variance, both.var(0, correction=0))
-    same = fm.renormalize(a, statistics, data, "repair", mode=mode)
+    same = fm.renormalize(a, statistics, data, fm.Renormalization("repair", mode))
     torch.testing.assert_close(same(data.inputs), a(data.inputs), rtol=1e-9, atol=1e-12)
 
 
@@ -147,10 +150,10 @@ def test_all_points_of_a_curve_are_calibrated_in_one_read(mode, method):
     merges = [fm.merge(ends, w) for w in weights]
     statistics = fm.endpoint_statistics(ends, data)
     data.reads = 0
-    together = fm.renormalize_many(merges, statistics, data, method, mode=mode)
+    together = fm.renormalize_many(merges, statistics, data, fm.Renormalization(method, mode))
     assert data.reads == 1
     for new, merge in zip(together, merges, strict=True):
-        alone = fm.renormalize(merge, statistics, data, method, mode=mode)
+        alone = fm.renormalize(merge, statistics, data, fm.Renormalization(method, mode))
         for name, tensor in new.state_dict().items():
             torch.testing.assert_close(tensor, alone.state_dict()[name], msg=name)
 
@@ -195,15 +198,15 @@ def test_a_merge_remembers_its_weights_and_forgetting_is_an_error():
 
 @pytest.mark.parametrize(("weights", "options", "expected"), [
     ([0.2, 0.3, 0.5], {}, [0.2, 0.3, 0.5]),
-    ([0.2, 0.3, 0.5], {"goal": "average"}, [1 / 3] * 3),
+    ([0.2, 0.3, 0.5], {"target": "average"}, [1 / 3] * 3),
     ([1.0, 1.0, -0.5], {}, [1.0, 1.0, -0.5]),
 ])  # fmt: skip
-def test_goals_of_several_endpoints(weights, options, expected):
+def test_targets_of_several_endpoints(weights, options, expected):
     seed = fresh_seed()
     ends = [build("mlp", seed + k)[0] for k in range(3)]
     statistics = fm.endpoint_statistics(ends, [torch.randn(50, 12)])
-    plain = statistics.goals(weights, **options)
-    wide = statistics.goals(weights, factor=2.0, **options)
+    plain = statistics.targets(weights, **options)
+    wide = statistics.targets(weights, std_factor=2.0, **options)
     for name, (mean, std) in plain.items():
         moments = [m[name] for m in statistics.models]
         torch.testing.assert_close(mean, sum(w * m.mean for w, m in zip(expected, moments, strict=True)))
@@ -220,12 +223,16 @@ def test_a_sample_budget_is_kept_to_the_sample(mode):
     data = loader(60, 16)
     part = Batches(data.inputs[:41], data.targets[:41], 16)
     x = data.inputs[:2]
-    cut = fm.renormalize(merged, ends, data, "repair", mode=mode, samples=41)
-    torch.testing.assert_close(cut(x), fm.renormalize(merged, ends, part, "repair", mode=mode)(x))
+    cut = fm.renormalize(merged, ends, data, fm.Renormalization("repair", mode, 41))
+    torch.testing.assert_close(
+        cut(x), fm.renormalize(merged, ends, part, fm.Renormalization("repair", mode))(x)
+    )
     assert fm.endpoint_statistics(ends, data, samples=41).models[0]["classifier.0"].count == 41
     for bad in (0, -3):
-        with pytest.raises(ValueError, match="samples: expected a positive number"):
-            fm.renormalize(merged, ends, data, "repair", samples=bad)
+        with pytest.raises(ValueError, match="samples: expected a whole number of at least 1"):
+            fm.Renormalization("repair", samples=bad)
+        with pytest.raises(ValueError, match="samples: expected a"):
+            fm.endpoint_statistics(ends, data, samples=bad)
 
 
 class Plain(nn.Module):
@@ -280,8 +287,8 @@ def test_the_plan_lists_what_is_left_alone_and_renormalize_warns_of_it():
     assert plan.method == "repair"
     assert plan.layers == ("first",)
     assert plan.left_alone == {
-        "(model)": "Mixed is no linear or convolution layer",
-        "up": "ConvTranspose1d is no linear or convolution layer",
+        "(model)": "Mixed is not a linear or convolution layer",
+        "up": "ConvTranspose1d is not a linear or convolution layer",
         "tied": "shares its weight with again",
         "again": "shares its weight with tied",
     }
@@ -294,7 +301,7 @@ def test_the_plan_lists_what_is_left_alone_and_renormalize_warns_of_it():
         assert torch.equal(tensor, merged.state_dict()[name]) != name.startswith("first.")
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     with pytest.raises(ValueError, match="'tied' shares its weight with again"):
-        fm.plan_renormalization(model, layers=["tied"])
+        fm.plan_renormalization(model, fm.Renormalization(layers=["tied"]))
 
 
 @pytest.mark.parametrize("mode", ["joint", "sequential"])
@@ -308,12 +315,12 @@ def test_half_precision_frozen_and_dead_channels_and_modes(mode, dtype):
     merged.features.eval()
     data = [x.to(dtype) for x, _ in loader()]
     training = [m.training for m in merged.modules()]
-    new = fm.renormalize(merged, ends, data, "repair", mode=mode)
+    new = fm.renormalize(merged, ends, data, fm.Renormalization("repair", mode))
     assert [m.training for m in merged.modules()] == [m.training for m in new.modules()] == training
     assert all(p.dtype == dtype and not p.requires_grad and p.isfinite().all() for p in new.parameters())
     exact = [copy.deepcopy(m).double() for m in ends]
     plain = fm.renormalize(
-        copy.deepcopy(merged).double(), exact, [x.double() for x in data], "repair", mode=mode
+        copy.deepcopy(merged).double(), exact, [x.double() for x in data], fm.Renormalization("repair", mode)
     )
     want = plain.eval()(data[0].double())
     assert (new.eval()(data[0]).double() - want).abs().max() < 0.1 * want.abs().max()
@@ -339,7 +346,7 @@ def test_lockstep_runs_every_pass_and_reports_errors_and_detours():
 
     with pytest.raises(KeyError, match="three"):
         list(lockstep.run([lambda v=v: broken(v) for v in range(9)], torch.device("cpu")))
-    with pytest.raises(ValueError, match=r"different ways .* at a, b"):
+    with pytest.raises(ValueError, match=r"different paths .* at a, b"):
         list(lockstep.run([lambda v=v: lockstep.meet("ab"[v], v) for v in range(2)], torch.device("cpu")))
     assert threading.active_count() == before
 
@@ -353,9 +360,69 @@ def test_autocast_reaches_the_passes_of_sequential_mode():
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
         fm.renormalize(
-            fm.merge(ends), ends, [torch.randn(8, 12)] * 2, "repair", mode="sequential", forward=forward
+            fm.merge(ends),
+            ends,
+            [torch.randn(8, 12)] * 2,
+            fm.Renormalization("repair", "sequential"),
+            forward=forward,
         )
     assert set(seen) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"method": "fix"}, "method: expected one of 'auto', 'repair'.*; got 'fix'"),
+    ({"mode": "both"}, "mode: expected one of 'joint', 'sequential'; got 'both'"),
+    ({"target": "mean"}, "target: expected one of 'weighted', 'average'; got 'mean'"),
+    ({"std_factor": 0.0}, "std_factor: expected a finite number above 0; got 0.0"),
+    ({"std_factor": float("inf")}, "std_factor: expected a finite number"),
+    ({"samples": 0}, "samples: expected a whole number of at least 1; got 0"),
+    ({"samples": 2.5}, "samples: expected a whole number"),
+    ({"layers": []}, "layers: expected a sequence of layer names"),
+    ({"layers": "stem"}, "layers: expected a sequence of layer names, or None; got 'stem'"),
+    ({"layers": [3]}, "layers: expected a sequence of layer names"),
+    ({"method": "reset", "layers": ["features.0"]}, 'layers: method "reset" measures every batch norm'),
+    ({"method": "reset", "target": "average"}, 'target: method "reset" has no target'),
+    ({"method": "reset", "std_factor": 2.0}, 'std_factor: method "reset" has no target standard deviation'),
+    ({"method": "reshift", "std_factor": 2.0}, 'std_factor: method "reshift" has no target standard deviation'),
+])  # fmt: skip
+def test_options_that_make_no_sense_cannot_be_written(options, message):
+    with pytest.raises(ValueError, match=message):
+        fm.Renormalization(**options)
+
+
+def test_options_are_frozen_and_comparable():
+    options = fm.Renormalization("repair", layers=["stem", "head"])
+    assert options == fm.Renormalization("repair", layers=("stem", "head"))
+    assert options.layers == ("stem", "head")
+    with pytest.raises(AttributeError):
+        options.mode = "sequential"
+
+
+def test_an_option_that_the_automatic_choice_does_not_use_is_refused():
+    model, data = build("vgg", 0)[0].double(), loader()
+    for options, message in (
+        ({"layers": ["features.0"]}, 'layers: method "reset"'),
+        ({"target": "average"}, 'target: method "reset"'),
+        ({"std_factor": 1.5}, 'std_factor: method "reset"'),
+    ):
+        for call in (
+            lambda options: fm.plan_renormalization(model, options),
+            lambda options: fm.renormalize(model, [model], data, options),
+        ):
+            with pytest.raises(ValueError, match=message):
+                call(fm.Renormalization(**options))
+    assert data.reads == 0
+
+
+@pytest.mark.parametrize("mode", ["joint", "sequential"])
+@pytest.mark.parametrize("options", [{"target": "average"}, {"std_factor": 1.5}])
+def test_every_option_changes_the_result(mode, options):
+    ends = pair("vgg without norm")
+    merged, data = fm.merge(ends, [0.2, 0.8]), loader()
+    plain = fm.renormalize(merged, ends, data, fm.Renormalization("repair", mode))
+    changed = fm.renormalize(merged, ends, data, fm.Renormalization("repair", mode, **options))
+    x = data.inputs[:2]
+    assert not torch.allclose(plain(x), changed(x))
 
 
 def test_bad_input():
@@ -363,18 +430,42 @@ def test_bad_input():
     merged, data = fm.merge(ends), loader()
     for change, message in (
         ({"mode": "both"}, "mode: expected one of"),
-        ({"goal": "mean"}, "goal: expected one of"),
-        ({"factor": 0.0}, "factor: expected a positive number"),
-        ({"weights": [[0.5, 0.5]] * 2}, "weights: expected 1 rows"),
+        ({"target": "mean"}, "target: expected one of"),
+        ({"std_factor": 0.0}, "std_factor: expected a finite number above 0"),
     ):
         with pytest.raises(ValueError, match=message):
-            fm.renormalize_many([merged], ends, data, "repair", **change)
+            fm.renormalize_many([merged], ends, data, fm.Renormalization("repair", **change))
+    statistics = fm.endpoint_statistics(ends, data)
+    for change, message in (
+        ({"target": "mean"}, "target: expected one of"),
+        ({"std_factor": 0.0}, "std_factor: expected a finite number above 0"),
+        ({"weights": [1.0]}, "weights: expected 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            statistics.targets(**{"weights": [0.5, 0.5], **change})
+    with pytest.raises(ValueError, match="weights: expected 1 rows"):
+        fm.renormalize_many([merged], ends, data, "repair", weights=[[0.5, 0.5]] * 2)
     with pytest.raises(ValueError, match="models: expected at least one"):
         fm.renormalize_many([], ends, data)
-    with pytest.raises(ValueError, match="leave layers out"):
-        fm.plan_renormalization(build("vgg", 0)[0], "reset", layers=["features.0"])
+    with pytest.raises(ValueError, match="models: expected at least one"):
+        fm.endpoint_statistics([], data)
+    with pytest.raises(ValueError, match="endpoints: expected at least one model"):
+        fm.renormalize(merged, [], data, "repair")
+    with pytest.raises(TypeError, match="method: expected a word or a Renormalization; got int"):
+        fm.renormalize(merged, ends, data, 3)
+    with pytest.raises(ValueError, match="takes no layers"):
+        fm.plan_renormalization(build("vgg", 0)[0], fm.Renormalization("reset", layers=["features.0"]))
     with pytest.raises(ValueError, match="without tensors"):
-        fm.renormalize(merged, ends, [("a", None)], "repair", samples=3)
+        fm.renormalize(merged, ends, [("a", None)], fm.Renormalization("repair", samples=3))
+
+
+def test_weights_of_reset_are_checked_though_it_does_not_use_them():
+    merged, data = fm.merge(pair("vgg")), loader()
+    with pytest.raises(ValueError, match='weights: method "reset" without endpoints'):
+        fm.renormalize(merged, None, data, "reset", weights=[0.5, 0.5])
+    with pytest.raises(ValueError, match="weights: expected 1"):
+        fm.renormalize(merged, [merged], data, "reset", weights=[0.5, 0.5])
+    assert data.reads == 0
 
 
 def test_stem_shortcut_and_classifier_are_renormalized_and_selectable():
@@ -382,7 +473,8 @@ def test_stem_shortcut_and_classifier_are_renormalized_and_selectable():
     merged, data = fm.merge(ends), loader()
     plan = fm.plan_renormalization(merged, "repair")
     assert {"stem", "stage2.0.shortcut.0", "head"} <= set(plan.layers)
-    new = fm.renormalize(merged, ends, data, "repair", layers=["stem", "stage2.0.shortcut.0"]).state_dict()
+    options = fm.Renormalization("repair", layers=["stem", "stage2.0.shortcut.0"])
+    new = fm.renormalize(merged, ends, data, options).state_dict()
     for name, tensor in merged.state_dict().items():
         touched = name in ("stem.weight", "stage2.0.shortcut.0.weight")
         assert torch.equal(new[name], tensor) != touched, name

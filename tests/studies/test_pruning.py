@@ -112,7 +112,7 @@ def test_any_mask_is_kept_and_sparsity_unchanged(name, kind, method, mode):
     assert chosen
     pruned = pruned_copy(dense, chosen)
     before = copy.deepcopy(pruned.state_dict())
-    new = fm.renormalize(pruned, [dense], data, method, mode=mode)
+    new = fm.renormalize(pruned, [dense], data, fm.Renormalization(method, mode))
     for layer, mask in chosen.items():
         weight = new.get_submodule(layer).weight
         assert torch.equal(weight != 0, mask)
@@ -136,7 +136,7 @@ def test_torch_pruned_modules_keep_their_masks_through_renormalization_and_remov
     kept = {n: m.weight_mask.clone() for n, m in weights_of(pruned).items()}
     x = data.inputs[:4]
     statistics = fm.endpoint_statistics([dense], data)
-    new = fm.renormalize(pruned, statistics, data, "repair", mode="sequential")
+    new = fm.renormalize(pruned, statistics, data, fm.Renormalization("repair", "sequential"))
     out = new(x)
     for layer, mask in kept.items():
         module = new.get_submodule(layer)
@@ -158,7 +158,7 @@ def test_pruned_biases_stay_masked_and_forward_and_fold_agree():
     new = fm.renormalize(pruned, [dense], one, "repair")
     mask = pruned.features[0].bias_mask
     assert torch.equal(new.features[0].bias != 0, mask != 0)
-    again = fm.renormalize(pruned, [dense], one, "repair", mode="sequential")
+    again = fm.renormalize(pruned, [dense], one, fm.Renormalization("repair", "sequential"))
     torch.testing.assert_close(new(data.inputs), again(data.inputs))
     reached = fm.endpoint_statistics([new], data).models[0]["features.3"]
     goal = fm.endpoint_statistics([dense], data).models[0]["features.3"]

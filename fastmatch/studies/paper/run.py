@@ -18,13 +18,19 @@ from torch.utils.data import Dataset
 from fastmatch._internal.files import writing
 from fastmatch._internal.modules import copy_module
 from fastmatch._internal.progress import progress_bar
+from fastmatch.evaluation.between import Renormalized
 from fastmatch.evaluation.curve import Curve, interpolate
 from fastmatch.evaluation.layers import layer_table
 from fastmatch.matching.align import align
 from fastmatch.merging.average import merge
-from fastmatch.merging.biases import normalize_biases
 from fastmatch.permutations.alignment import Alignment
-from fastmatch.renorm import EndpointStatistics, endpoint_statistics, plan_renormalization, renormalize
+from fastmatch.renorm import (
+    EndpointStatistics,
+    Renormalization,
+    endpoint_statistics,
+    plan_renormalization,
+    renormalize,
+)
 from fastmatch.studies.digits import Batches, digits, train
 from fastmatch.studies.networks import NETWORKS, Network
 from fastmatch.studies.paper.claims import judge
@@ -220,13 +226,12 @@ def _curve(
     if method == "bias":
 
         def normalized(_merged: nn.Module, weights: tuple[float, ...]) -> nn.Module:
-            return normalize_biases([a, b], weights)
+            return merge([a, b], weights, biases="normalize")
 
-        return interpolate(a, b, test, points=points, transform=normalized, progress=False)
-    return interpolate(
-        a, b, test, points=points, renormalize=method, calibration=train_data, statistics=statistics,
-        mode="sequential", samples=SAMPLES, progress=False,
-    )  # fmt: skip
+        return interpolate(a, b, test, points, between=normalized, progress=False)
+    options = Renormalization(method, "sequential", SAMPLES)  # pyright: ignore[reportArgumentType]
+    between = Renormalized(train_data, options, statistics)
+    return interpolate(a, b, test, points, between=between, progress=False)
 
 
 def _layers(
@@ -238,9 +243,8 @@ def _layers(
     for matched, alignment in alignments.items():
         aligned = b if alignment is None else alignment.apply(b)
         models[matched] = merge([a, aligned])
-        renormalized = renormalize(
-            models[matched], [a, aligned], data, mode="sequential", samples=SAMPLES, progress=False
-        )
+        options = Renormalization(mode="sequential", samples=SAMPLES)
+        renormalized = renormalize(models[matched], [a, aligned], data, options, progress=False)
         models[f"{matched}, renormalized"] = renormalized
     return list(layer_table(models, data, endpoints=["a", "b"], samples=SAMPLES, progress=False).rows)
 

@@ -1,36 +1,42 @@
-"""The endpoints' statistics: measured once, permuted with their models, and mixed into goals for any merge."""
+"""Statistics of the endpoints: measured once, permuted with their models, and mixed into targets for any merge."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
 from fastmatch._internal.batches import Forward, batches_of, check_module, default_forward, evaluating
+from fastmatch._internal.checks import check_choice, check_number
+from fastmatch._internal.coefficients import check_weights
 from fastmatch.permutations.alignment import Alignment
 from fastmatch.permutations.apply import dimension_indices
-from fastmatch.renorm.fold import EPS, Goal
 from fastmatch.renorm.layers import channel_dim, survey
+from fastmatch.renorm.options import TargetMix
+from fastmatch.renorm.targets import Target, mixed_target
 from fastmatch.statistics.moments import ChannelMoments
 
-__all__ = ["GOALS", "EndpointStatistics", "endpoint_statistics"]
+__all__ = ["CallCounter", "Calls", "EndpointStatistics", "endpoint_statistics"]
 
-GOALS = ("weighted", "average")
-"""Goals are mixed by the merge's weights, or are the plain average of the endpoints at every weight."""
-
-Calls = tuple[ChannelMoments, ...]
+Calls: TypeAlias = tuple[ChannelMoments, ...]
+"""The moments of a layer's first, second, ... call in a forward pass."""
 
 
 @dataclass(frozen=True)
 class EndpointStatistics:
-    """Per endpoint and layer, the statistics of the layer's output; measured once, used for every merge.
+    """Statistics of each layer's output in each endpoint; measured once, used for every merge.
+
+    Example:
+        >>> statistics = fm.endpoint_statistics([model_a, model_b], loader)
+        >>> merged = fm.merge([model_a, model_b], [0.25, 0.75])
+        >>> repaired = fm.renormalize(merged, statistics, loader, "repair")
 
     Attributes:
         calls: per endpoint, layer name -> the moments of the layer's first, second, ... call in a forward
-            pass; a module that a network uses twice has two.
+            pass. A module that a network uses twice has two.
     """
 
     calls: tuple[dict[str, Calls], ...]
@@ -41,24 +47,28 @@ class EndpointStatistics:
         return tuple({name: pooled(calls) for name, calls in table.items()} for table in self.calls)
 
     def __add__(self, other: EndpointStatistics) -> EndpointStatistics:
-        """The endpoints of both, this one's first: each model can be measured by itself."""
+        """The endpoints of both, this one's first. Each model can be measured separately."""
         if set(self.calls[0]) != set(other.calls[0]):
             raise ValueError("other: expected statistics of the same layers")
         return EndpointStatistics((*self.calls, *other.calls))
 
     def permuted(self, *alignments: Alignment | None) -> EndpointStatistics:
-        """The statistics of the aligned endpoints, without running them: channels move, numbers stay.
+        """Return the statistics of the aligned endpoints. No model is run: only the channels are permuted.
 
         Example:
+            >>> alignment = fm.align(model_a, model_b, x)
             >>> both = fm.endpoint_statistics([model_a, model_b], loader)
             >>> both = both.permuted(None, alignment)  # those of model_a and alignment.apply(model_b)
 
         Args:
-            alignments: one an endpoint; None for those that stay as they are.
+            alignments: one per endpoint; None for an endpoint that is not permuted.
+
+        Raises:
+            ValueError: another number of alignments, or a spec without a layer that was measured.
         """
         if len(alignments) != len(self.calls):
             raise ValueError(
-                f"alignments: expected {len(self.calls)}, one an endpoint, got {len(alignments)}"
+                f"alignments: expected {len(self.calls)}, one per endpoint, got {len(alignments)}"
             )
         return EndpointStatistics(
             tuple(
@@ -67,42 +77,46 @@ class EndpointStatistics:
             )
         )
 
-    def goals(
+    def targets(
         self,
         weights: Sequence[float],
         *,
-        goal: str = "weighted",
-        factor: float = 1.0,
+        target: TargetMix = "weighted",
+        std_factor: float = 1.0,
         call: int | None = None,
-    ) -> dict[str, Goal]:
-        """Layer name -> (mu*, sigma*), float64.
+    ) -> dict[str, Target]:
+        """Return the target statistics of every layer: name -> (mu*, sigma*), float64.
+
+        Example:
+            >>> statistics = fm.endpoint_statistics([model_a, model_b], loader)
+            >>> targets = statistics.targets([0.5, 0.5])
 
         Args:
-            weights: one an endpoint.
-            goal: one of :data:`GOALS`.
-            factor: multiplies sigma*; above 1 the merge's activations spread more than the endpoints'.
-            call: of one call of the layer, 0 the first; pooled over calls where left out or never made.
+            weights: one per endpoint.
+            target, std_factor: see :class:`fastmatch.Renormalization`.
+            call: position of the call of the layer, 0 for the first. None pools over calls, and so does a
+                position that an endpoint does not have.
+
+        Raises:
+            ValueError: the weights do not fit, or an option is out of range.
         """
-        if goal not in GOALS:
-            raise ValueError(f"goal: expected one of {GOALS}, got {goal!r}")
-        if not 0 < factor < float("inf"):
-            raise ValueError(f"factor: expected a positive number, got {factor}")
-        if goal == "average":
+        check_choice("target", target, TargetMix)
+        check_number("std_factor", std_factor, exclusive=True)
+        weights = check_weights(weights, len(self.calls))
+        if target == "average":
             weights = [sum(weights) / len(weights)] * len(weights)
-        goals = {}
+        found = {}
         for name in self.calls[0]:
             moments = [
                 table[name][call] if call is not None and call < len(table[name]) else pooled(table[name])
                 for table in self.calls
             ]
-            mean = torch.stack([w * m.mean for w, m in zip(weights, moments, strict=True)]).sum(0)
-            std = torch.stack([w * (m.variance + EPS).sqrt() for w, m in zip(weights, moments, strict=True)])
-            goals[name] = (mean, factor * std.sum(0))
-        return goals
+            found[name] = mixed_target(moments, weights, std_factor)
+        return found
 
 
 def pooled(calls: Calls) -> ChannelMoments:
-    """The moments over all calls of a layer."""
+    """Return the moments over all calls of a layer."""
     total = ChannelMoments()
     for moments in calls:
         total.merge(moments)
@@ -114,24 +128,24 @@ def _permuted(table: dict[str, Calls], alignment: Alignment) -> dict[str, Calls]
     for name, calls in table.items():
         parameter = f"{name}.weight" if name else "weight"
         if parameter not in alignment.spec.shapes:
-            raise ValueError(f"alignments: the spec knows no tensor {parameter!r}, which was measured")
+            raise ValueError(f"alignments: the spec has no tensor {parameter!r}, which was measured")
         index = dimension_indices(parameter, alignment.spec, alignment.permutations).get(0)
         result[name] = calls if index is None else tuple(m.permuted(index) for m in calls)
     return result
 
 
 class CallCounter:
-    """Which call of each layer this is, within the forward pass that runs."""
+    """Counts the calls of each layer within one forward pass."""
 
     def __init__(self) -> None:
         self._made: dict[str, int] = {}
 
     def start(self) -> None:
-        """A new forward pass begins."""
+        """Begin a new forward pass."""
         self._made.clear()
 
     def next(self, name: str) -> int:
-        """The number of this call of the layer, 0 the first."""
+        """Return the position of this call of the layer, 0 for the first."""
         call = self._made.get(name, 0)
         self._made[name] = call + 1
         return call
@@ -146,22 +160,32 @@ def endpoint_statistics(
     forward: Forward = default_forward,
     progress: bool | None = None,
 ) -> EndpointStatistics:
-    """Means and variances of every linear and convolution output of every endpoint, in one read of ``data``.
+    """Measure mean and variance of every linear and convolution output of every endpoint.
+
+    Example:
+        >>> statistics = fm.endpoint_statistics([model_a, model_b], loader, samples=256)
 
     Args:
-        models: the endpoints; left as they are. Aligned ones need not be measured: see
+        models: the endpoints; they are not changed. Aligned models need not be measured again: see
             :meth:`EndpointStatistics.permuted`.
-        data: a loader of inputs or (inputs, targets).
-        layers: names of the layers to measure; all that can be renormalized and are run where left out.
-        samples: stop after so many; all of them where left out.
-        forward: how to run a model on a batch.
-        progress: show a bar; None shows it on a terminal.
+        data: a loader of inputs or (inputs, targets); read once for all endpoints.
+        layers: names of the layers to measure; None takes all that can be renormalized and are run.
+        samples: stop after this many samples; None reads all of them.
+        forward: ``forward(model, batch)`` runs a model on a batch.
+        progress: show a progress bar; None shows it on a terminal.
+
+    Returns:
+        An :class:`EndpointStatistics` with float64 moments, pooled over all samples and positions.
+
+    Raises:
+        TypeError: a model is not a torch module.
+        ValueError: no model, no data, or a named layer that does not exist or was never run.
     """
     if not models:
-        raise ValueError("endpoints: expected at least one model")
+        raise ValueError("models: expected at least one")
     for k, model in enumerate(models):
-        check_module(model, f"endpoints[{k}]")
-    distinct = {id(model): model for model in models}  # one given twice is run once
+        check_module(model, f"models[{k}]")
+    distinct = {id(model): model for model in models}  # a model given twice is run once
     tables: dict[int, dict[str, list[ChannelMoments]]] = {key: {} for key in distinct}
     counters = {key: CallCounter() for key in distinct}
     handles = []

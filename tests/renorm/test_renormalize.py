@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import fastmatch as fm
-from fastmatch.renorm.fold import EPS, fold
+from fastmatch.renorm.fold import fold
 from fastmatch.renorm.layers import survey
+from fastmatch.renorm.targets import EPS, Target
 from fastmatch.statistics.moments import ChannelMoments
 from fastmatch.studies.digits import Batches
 from helpers.networks import ResNet, build, fresh_seed
@@ -43,11 +44,11 @@ def test_the_folded_form_equals_the_forward_form(method, make):
     shape = [1, channels, *[1] * (z.ndim - 2)]
     dims = [d for d in range(z.ndim) if d != 1]
     mean, variance = z.mean(dims).detach(), z.var(dims, correction=0).detach()
-    goal_mean, goal_std = torch.randn(channels).double(), torch.rand(channels).double() + 0.5
-    g = (goal_std / (variance + EPS).sqrt()).view(shape)
-    mu, star = mean.view(shape), goal_mean.view(shape)
+    target_mean, target_std = torch.randn(channels).double(), torch.rand(channels).double() + 0.5
+    g = (target_std / (variance + EPS).sqrt()).view(shape)
+    mu, star = mean.view(shape), target_mean.view(shape)
     expected = {"repair": (z - mu) * g + star, "rescale": z * g, "reshift": z - mu + star}[method]
-    fold(layer, moments_of(mean, variance), (goal_mean, goal_std), method)
+    fold(layer, moments_of(mean, variance), Target(target_mean, target_std), method)
     torch.testing.assert_close(layer(x), expected, rtol=1e-6, atol=1e-9)
     assert (layer.bias is None) == (method == "rescale" and not kind.startswith("Conv1") and z is not None
                                     and make().bias is None)  # fmt: skip
@@ -55,7 +56,7 @@ def test_the_folded_form_equals_the_forward_form(method, make):
 
 def joint_reference(model, ends, data, method, weights):
     """Joint mode, plainly: statistics of every batch kept in lists, float64, one layer list."""
-    goals = {}
+    targets = {}
     for name in survey(model)[0]:
         mean = std = 0
         for weight, end in zip(weights, ends, strict=True):
@@ -70,15 +71,15 @@ def joint_reference(model, ends, data, method, weights):
             everything = torch.cat(rows)
             mean = mean + weight * everything.mean(0)
             std = std + weight * (everything.var(0, correction=0) + EPS).sqrt()
-        goals[name] = mean, std
+        targets[name] = mean, std
     new = copy.deepcopy(model)
-    kept = {name: [] for name in goals}
+    kept = {name: [] for name in targets}
 
     def normalize(name):
         def hook(module, inputs, z):
             rows = z.clone().movedim(1, -1).reshape(-1, z.shape[1])
             kept[name].append(rows)
-            mean, std = goals[name]
+            mean, std = targets[name]
             g = std / (rows.var(0, correction=0) + EPS).sqrt()
             out = {
                 "repair": (rows - rows.mean(0)) * g + mean,
@@ -89,16 +90,16 @@ def joint_reference(model, ends, data, method, weights):
 
         return hook
 
-    hooks = [new.get_submodule(n).register_forward_hook(normalize(n)) for n in goals]
+    hooks = [new.get_submodule(n).register_forward_hook(normalize(n)) for n in targets]
     with torch.no_grad():
         for x, _ in data:
             new(x)
     for hook in hooks:
         hook.remove()
-    for name, (mean, std) in goals.items():
+    for name, (mean, std) in targets.items():
         rows = torch.cat(kept[name])
         moments = moments_of(rows.mean(0), rows.var(0, correction=0))
-        fold(new.get_submodule(name), moments, (mean, std), method)
+        fold(new.get_submodule(name), moments, Target(mean, std), method)
     return new
 
 
@@ -126,15 +127,15 @@ def test_a_network_renormalized_to_itself_stays_itself(method):
     torch.testing.assert_close(same(x), a(x), rtol=1e-9, atol=1e-12)
 
 
-def test_repair_brings_the_statistics_to_the_goals():
+def test_repair_brings_the_statistics_to_the_targets():
     seed = fresh_seed()
     a, b = (build("vgg without norm", seed + k)[0].double() for k in range(2))
     data = loader(32, 32)
-    data.inputs *= 30  # variances far above eps, which alone keeps them from their goals
+    data.inputs *= 30  # variances far above eps, which alone keeps them from their targets
     merged = fm.renormalize(fm.merge([a, b]), [a, b], data, "repair")
-    goals = fm.endpoint_statistics([a, b], data).goals([0.5, 0.5])
+    targets = fm.endpoint_statistics([a, b], data).targets([0.5, 0.5])
     reached = fm.endpoint_statistics([merged], data).models[0]
-    for name, (mean, std) in goals.items():
+    for name, (mean, std) in targets.items():
         torch.testing.assert_close(reached[name].mean, mean, rtol=1e-6, atol=1e-8)
         torch.testing.assert_close((reached[name].variance + EPS).sqrt(), std, rtol=1e-3, atol=1e-3)
 
@@ -210,7 +211,11 @@ def test_bad_input():
     cases = [
         ({"method": "fix"}, ValueError, "method: expected one of"),
         ({"data": []}, ValueError, "yielded no batch"),
-        ({"layers": ["features.1"]}, ValueError, "'features.1' is no linear or convolution layer"),
+        (
+            {"method": fm.Renormalization("repair", layers=["features.1"])},
+            ValueError,
+            "'features.1' is not a linear or convolution layer",
+        ),
         ({"weights": [1.0]}, ValueError, "weights: expected 2"),
         ({"endpoints": None}, ValueError, "endpoints: expected the merged models"),
         ({"endpoints": [a, build("resnet", 0)[0]]}, ValueError, r"endpoints\[1\]: has no tensor"),
@@ -251,6 +256,6 @@ def test_bad_input():
 
     data = [torch.randn(4, 4)]
     with pytest.raises(ValueError, match="'idle' was never run"):
-        fm.renormalize(Idle(), [Idle()], data, layers=["idle"])
+        fm.renormalize(Idle(), [Idle()], data, fm.Renormalization(layers=["idle"]))
     with pytest.warns(UserWarning, match="leaves these alone: idle: is never run"):
         fm.renormalize(Idle(), [Idle()], data)

@@ -1,0 +1,58 @@
+"""What every drawing does: import matplotlib, make axes if none are given, and write a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from fastmatch._internal.checks import check_choice
+from fastmatch._internal.files import check_format, check_target, writing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["PICTURES", "Metric", "check_metric", "drawing"]
+
+PICTURES = frozenset({".pdf", ".png", ".svg"})
+"""Suffixes of the picture formats that are written."""
+
+Metric: TypeAlias = Literal["loss", "accuracy", "top5"]
+
+
+def check_metric(metric: str) -> None:
+    """Raise ValueError unless ``metric`` is one that classifiers are scored by."""
+    check_choice("metric", metric, Metric)
+
+
+@contextmanager
+def drawing(path: str | Path | None, ax: Axes | None, size: tuple[float, float] = (5, 3.5)) -> Iterator[Axes]:
+    """Give the axes to draw on; afterwards write their figure to ``path`` if one is given.
+
+    The file is written next to ``path`` and then renamed, so an interrupted run leaves no partial picture.
+
+    Args:
+        path: a .png, .svg or .pdf file; an existing one is replaced.
+        ax: matplotlib axes; None makes new ones.
+        size: width and height of a new figure in inches.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: another suffix.
+        FileNotFoundError: the folder of ``path`` does not exist.
+    """
+    if path is not None:
+        check_format(path, "path", PICTURES)
+        check_target(path, force=True)
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("drawing needs matplotlib: pip install 'fastmatch[plot]'") from error
+    axes = Figure(figsize=size, layout="constrained").add_subplot() if ax is None else ax
+    yield axes
+    if path is not None:
+        figure = axes.get_figure(root=True)
+        assert figure is not None
+        with writing(path, force=True) as temporary:
+            figure.savefig(temporary, dpi=150, format=Path(path).suffix[1:])

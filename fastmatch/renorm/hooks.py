@@ -1,0 +1,119 @@
+"""Forward hooks that measure a module during calibration and correct its activations."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from fastmatch.renorm.fold import bring_to_target, fold
+from fastmatch.renorm.layers import Layer, batch_norms, survey
+from fastmatch.renorm.plan import Plan
+from fastmatch.renorm.targets import Target
+from fastmatch.statistics.moments import ChannelMoments
+
+__all__ = ["CalibrationHook", "affine_hooks", "reset_hooks"]
+
+Targets: TypeAlias = Callable[[int | None], dict[str, Target]]
+"""``targets(call)`` returns the target statistics by layer name; ``targets(None)`` pools over calls."""
+
+
+class CalibrationHook(ABC):
+    """One module under calibration: measured and corrected in every call, then written once after the last batch."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.name, self.module = name, module
+        self.moments = ChannelMoments()
+
+    @abstractmethod
+    def treat(self, tensors: list[torch.Tensor], call: int) -> list[torch.Tensor]:
+        """Measure the tensors of one call and return them corrected.
+
+        Args:
+            tensors: those of one batch in joint mode, of all batches in sequential mode.
+            call: position of the call of the module in the forward pass, 0 for the first.
+        """
+
+    @abstractmethod
+    def register(self, treat: Callable[[torch.Tensor], torch.Tensor]) -> RemovableHandle:
+        """Pass the module's tensor to ``treat`` in every call, and replace it with the result."""
+
+    @abstractmethod
+    def write(self) -> None:
+        """Write the result of all batches into the module."""
+
+
+class _AffineHook(CalibrationHook):
+    """A linear or convolution layer whose output is brought to the target of the call."""
+
+    def __init__(self, name: str, layer: Layer, targets: Targets, method: str) -> None:
+        super().__init__(name, layer)
+        self._layer, self._targets, self._method = layer, targets, method
+
+    def treat(self, tensors: list[torch.Tensor], call: int) -> list[torch.Tensor]:
+        news, moments = bring_to_target(self._layer, tensors, self._targets(call)[self.name], self._method)
+        self.moments.merge(moments)
+        return news
+
+    def register(self, treat: Callable[[torch.Tensor], torch.Tensor]) -> RemovableHandle:
+        def hook(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+            return treat(output)
+
+        return self.module.register_forward_hook(hook)
+
+    def write(self) -> None:
+        if self.moments.count:
+            fold(self._layer, self.moments, self._targets(None)[self.name], self._method)
+
+
+class _ResetHook(CalibrationHook):
+    """A batch norm that normalizes by the statistics of its inputs."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        super().__init__(name, module)
+        self._batches = 0
+
+    def treat(self, tensors: list[torch.Tensor], call: int) -> list[torch.Tensor]:
+        """Set the norm to the pooled statistics of its inputs before it runs on them; inputs do not change."""
+        moments = ChannelMoments()
+        for tensor in tensors:
+            moments.update(tensor, dim=1 if tensor.ndim > 1 else 0)
+        if moments.count:
+            self.moments.merge(moments)
+            self._set(moments)
+        self._batches += len(tensors)
+        return tensors
+
+    def register(self, treat: Callable[[torch.Tensor], torch.Tensor]) -> RemovableHandle:
+        def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            treat(inputs[0])
+
+        return self.module.register_forward_pre_hook(hook)
+
+    def write(self) -> None:
+        if self.moments.count:
+            self._set(self.moments)
+            counter: Any = self.module.num_batches_tracked
+            if counter is not None:
+                counter.fill_(self._batches)
+
+    def _set(self, moments: ChannelMoments) -> None:
+        module: Any = self.module
+        module.running_mean.copy_(moments.mean)
+        # torch keeps the unbiased variance.
+        module.running_var.copy_(moments.m2 / max(moments.count - 1, 1))
+
+
+def affine_hooks(model: nn.Module, plan: Plan, targets: Targets) -> list[CalibrationHook]:
+    """Return the hooks of REPAIR, RESCALE or RESHIFT."""
+    layers = survey(model, plan.layers)[0]
+    return [_AffineHook(name, layer, targets, plan.method) for name, layer in layers.items()]
+
+
+def reset_hooks(model: nn.Module) -> list[CalibrationHook]:
+    """Return the hooks of RESET."""
+    return [_ResetHook(name, norm) for name, norm in batch_norms(model).items()]

@@ -1,0 +1,85 @@
+"""The options of a renormalization, checked together when they are written down."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from fastmatch._internal.checks import check_choice, check_integer, check_number
+
+__all__ = ["Method", "Mode", "Renormalization", "TargetMix", "renormalization_of"]
+
+Method: TypeAlias = Literal["auto", "repair", "rescale", "reshift", "reset"]
+Mode: TypeAlias = Literal["joint", "sequential"]
+TargetMix: TypeAlias = Literal["weighted", "average"]
+
+
+@dataclass(frozen=True)
+class Renormalization:
+    """How to renormalize: the method, how its statistics are measured, and what they are brought to.
+
+    Example:
+        >>> options = fm.Renormalization("repair", mode="sequential", samples=512)
+        >>> merged = fm.merge([model_a, model_b])
+        >>> repaired = fm.renormalize(merged, [model_a, model_b], loader, options)
+
+    Attributes:
+        method: ``"repair"``, ``"rescale"`` or ``"reshift"``, which change weights and biases; ``"reset"``, which
+            measures the running statistics of batch norms again; or ``"auto"``, which chooses by the model's
+            norms (see :func:`fastmatch.plan_renormalization`).
+        mode: ``"joint"`` treats one batch at a time and lets its own statistics stand for the data's, so batches
+            should be large; it needs the memory of one batch. ``"sequential"`` measures each layer over all
+            batches, after the layers before it are corrected. It is exact for any batch size, and needs the
+            memory of all batches' activations at one layer.
+        samples: calibrate on this many samples from the front of the data; None reads all of it.
+        layers: names of the linear and convolution layers to renormalize; None takes all that can be.
+        target: how the endpoints' statistics are mixed into the target: ``"weighted"`` by the weights of the
+            merge, or ``"average"``, which counts every endpoint equally at any weights.
+        std_factor: multiplies the target standard deviation. Above 1, activations of the merge spread more than
+            those of the endpoints.
+
+    Raises:
+        ValueError: a value is out of range, or the method does not use the option: ``"reset"`` has no
+            layers, target or factor, and ``"reshift"`` has no factor.
+    """
+
+    method: Method = "auto"
+    mode: Mode = "joint"
+    samples: int | None = None
+    layers: Sequence[str] | None = None
+    target: TargetMix = "weighted"
+    std_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_choice("method", self.method, Method)
+        check_choice("mode", self.mode, Mode)
+        if self.samples is not None:
+            check_integer("samples", self.samples, least=1)
+        check_choice("target", self.target, TargetMix)
+        check_number("std_factor", self.std_factor, exclusive=True)
+        if self.layers is not None:
+            names = () if isinstance(self.layers, str) else tuple(self.layers)
+            if not names or not all(isinstance(name, str) for name in names):
+                raise ValueError(f"layers: expected a sequence of layer names, or None; got {self.layers!r}")
+            object.__setattr__(self, "layers", names)
+        if self.method == "reset":
+            if self.layers is not None:
+                raise ValueError(
+                    f'layers: method "reset" measures every batch norm, so it takes no layers; got {self.layers!r}'
+                )
+            if self.target != "weighted":
+                raise ValueError(f'target: method "reset" has no target statistics; got {self.target!r}')
+        if self.method in ("reset", "reshift") and self.std_factor != 1.0:
+            raise ValueError(
+                f'std_factor: method "{self.method}" has no target standard deviation; got {self.std_factor!r}'
+            )
+
+
+def renormalization_of(method: Method | Renormalization) -> Renormalization:
+    """Return the options of a method that is named by its word, or the options themselves."""
+    if isinstance(method, Renormalization):
+        return method
+    if not isinstance(method, str):
+        raise TypeError(f"method: expected a word or a Renormalization; got {type(method).__name__}")
+    return Renormalization(method)
