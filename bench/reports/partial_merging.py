@@ -72,7 +72,10 @@ def rows(seeds: int, rules: tuple[str, ...], starts: range) -> Iterator[record.R
                 if rule != "cca":
                     statistics = found.endpoint_statistics(pair, everything)
                     yield note(
-                        fm.renormalize(found.model, statistics, everything, "repair"), rule, start_at, "repair"
+                        fm.renormalize(found.model, statistics, everything, "repair"),
+                        rule,
+                        start_at,
+                        "repair",
                     )
 
 
