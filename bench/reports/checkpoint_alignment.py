@@ -105,7 +105,7 @@ def peak() -> int:
 def align(folder: Path, permuted: Path, out: Path, groups: int | None) -> dict[str, object]:
     """Align once in this process. Return the time of each part."""
     import fastmatch.checkpoint.align as streamed
-    import fastmatch.matching.weights as weights
+    import fastmatch.matching.ascent as ascent
     from fastmatch.checkpoint import Checkpoint, trace_config
 
     seconds = {"assignment": 0.0, "write": 0.0}
@@ -129,7 +129,7 @@ def align(folder: Path, permuted: Path, out: Path, groups: int | None) -> dict[s
     started = time.perf_counter()
     spec = trace_config(folder)
     traced = time.perf_counter() - started
-    weights.solve = timed(weights.solve, "assignment")
+    ascent.solve = timed(ascent.solve, "assignment")
     streamed.write_like = timed(streamed.write_like, "write")
     streamed.Checkpoint = Recorded
     started = time.perf_counter()

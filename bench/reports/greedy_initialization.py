@@ -18,7 +18,7 @@ from torch import nn
 import fastmatch as fm
 from bench.lib import record
 from bench.lib.nets import mlp, vgg16
-from fastmatch.matching.weights import match_weights
+from fastmatch.matching.weights import WeightMatching
 from fastmatch.studies import demo
 from fastmatch.studies.digits import digits, train
 
@@ -60,8 +60,8 @@ def both_ways(
     one: nn.Module, two: nn.Module, x: torch.Tensor, with_barrier: bool
 ) -> dict[str, dict[str, float]]:
     spec, found = fm.PermutationSpec.trace(one, x), {}
-    for how, start in (("identity", spec.identity()), ("greedy", None)):
-        matching = match_weights(one.state_dict(), two.state_dict(), spec, start=start, progress=False)
+    for how, matcher in (("identity", WeightMatching("identity")), ("greedy", WeightMatching())):
+        matching = matcher.match(one, two, spec, progress=False)
         found[how] = {"objective": matching.objective[-1], "solves": matching.solves}
         if with_barrier:
             aligned = fm.Alignment(matching.permutations, spec, matching).apply(two)

@@ -17,7 +17,7 @@ import torch
 import fastmatch as fm
 from bench.lib import record
 from bench.lib.published import objective, weight_matching
-from fastmatch.matching.weights import match_weights
+from fastmatch.matching.weights import WeightMatching
 from fastmatch.studies.demo import mlp
 from fastmatch.studies.digits import digits, train
 
@@ -44,7 +44,7 @@ def rows(width: int, seed: int, repeats: int) -> Iterator[record.Row]:
     seconds = []
     for _ in range(repeats):
         begin = time.perf_counter()
-        found = match_weights(a, b, spec, start=spec.identity(), seed=seed, progress=False)
+        found = WeightMatching("identity", seed=seed).match(a, b, spec, progress=False)
         seconds.append(time.perf_counter() - begin)
     ours = objective(*double, spec, {k: np.asarray(v) for k, v in found.permutations.items()})
     assert ours >= published * (1 - 1e-9), (ours, published)

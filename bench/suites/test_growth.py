@@ -9,7 +9,7 @@ import torch
 
 from bench.lib.nets import mlp, pair
 from bench.lib.paired import compare
-from fastmatch.matching.weights import match_weights
+from fastmatch.matching.weights import WeightMatching
 
 
 @pytest.mark.widths(quick=(256, 512, 1024), full=(256, 512, 1024, 2048, 4096, 8192, 16384))
@@ -20,7 +20,7 @@ def test_width(benchmark, width):
     product = {"the gain's product alone": lambda: a["0.weight"] @ b["0.weight"].T}
     compare(
         benchmark, suite="growth", instance="one sweep of one layer", size=width, peers=product,
-        check=lambda *_: None, ours=lambda: match_weights(a, b, spec, max_sweeps=1, progress=False),
+        check=lambda *_: None, ours=lambda: WeightMatching(max_sweeps=1).match(a, b, spec, progress=False),
         rounds=3 if width < 8192 else 0, neurons=width,
     )  # fmt: skip
     benchmark.extra_info["beside_seconds"] = max(
@@ -37,7 +37,7 @@ def test_depth(benchmark, depth):
     a, b = one.state_dict(), two.state_dict()
     compare(
         benchmark, suite="growth", instance="one sweep of layers of 512", size=depth, along="depth", peers={},
-        check=lambda *_: None, ours=lambda: match_weights(a, b, spec, max_sweeps=1, progress=False),
+        check=lambda *_: None, ours=lambda: WeightMatching(max_sweeps=1).match(a, b, spec, progress=False),
         neurons=512 * depth,
     )  # fmt: skip
 

@@ -15,8 +15,8 @@ from bench.lib.published import (
     weight_matching,
     weight_matching_torch,
 )
-from fastmatch.matching.activations import match_activations
-from fastmatch.matching.weights import match_weights
+from fastmatch.matching.activations import ActivationMatching
+from fastmatch.matching.weights import WeightMatching
 from fastmatch.studies.digits import Batches
 
 
@@ -40,7 +40,7 @@ def weights_row(benchmark, name, size, build, example, *, numpy_too, rounds):
         peers["numpy float64"] = lambda: weight_matching(a, b, spec, 0)
     found = compare(
         benchmark, suite="matching", instance=f"{name}, weights", size=size, peers=peers, check=check, rounds=rounds,
-        ours=lambda: match_weights(a, b, spec, progress=False), neurons=sum(g.size for g in spec.groups.values()),
+        ours=lambda: WeightMatching().match(a, b, spec, progress=False), neurons=sum(g.size for g in spec.groups.values()),
     )  # fmt: skip
     benchmark.extra_info.update(sweeps=found.sweeps, solves=found.solves, skipped=found.skipped)
 
@@ -102,7 +102,7 @@ def test_by_activations(benchmark, name, width, quick):
             assert mine >= other - 1e-4 * len(columns), (peer, group, mine, other)
 
     reads = data.reads
-    match_activations(*models, spec, data, read="before", progress=False)
+    ActivationMatching(data, site="pre").match(*models, spec, progress=False)
     passes = data.reads - reads
     compare(
         benchmark, suite="matching", instance=f"{name}, activations", size=width, check=check, rounds=3 if quick else 1,
@@ -110,6 +110,6 @@ def test_by_activations(benchmark, name, width, quick):
             "torch float64, one pass": one_pass, "torch float64, a pass a layer": a_pass_a_layer,
             "the forward passes alone": forward_alone,
         },
-        ours=lambda: match_activations(*models, spec, data, read="before", progress=False),
+        ours=lambda: ActivationMatching(data, site="pre").match(*models, spec, progress=False),
         neurons=sum(g.size for g in spec.groups.values()),
     )  # fmt: skip

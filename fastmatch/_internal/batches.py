@@ -11,7 +11,15 @@ from torch import nn
 
 from fastmatch._internal.progress import progress_bar
 
-__all__ = ["Forward", "batches_of", "check_module", "default_forward", "evaluating", "split_batch"]
+__all__ = [
+    "Forward",
+    "batches_of",
+    "check_data",
+    "check_module",
+    "default_forward",
+    "evaluating",
+    "split_batch",
+]
 
 Forward: TypeAlias = Callable[[nn.Module, Any], Any]
 """``forward(model, batch)`` runs the model on one item of the loader and returns its output."""
@@ -103,6 +111,23 @@ def first_samples(data: Iterable[Any], samples: int | None) -> Iterator[Any]:
             return
 
 
+def check_data(data: object, *, reads: int = 1) -> None:
+    """Raise TypeError unless ``data`` is an iterable of batches that can be read ``reads`` times."""
+    if not isinstance(data, Iterable) or isinstance(data, (str, bytes, Mapping)):
+        raise TypeError(f"data: expected a loader or any iterable of batches, got {type(data).__name__}")
+    if isinstance(data, torch.Tensor):
+        raise TypeError("data: expected batches, got one tensor; give [tensor] or a loader")
+    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(x, torch.Tensor) for x in data):
+        raise TypeError(
+            "data: expected batches, got one pair of tensors; give [(inputs, targets)] or a loader"
+        )
+    if reads > 1 and isinstance(data, Iterator):
+        raise TypeError(
+            f"data: is read {reads} times, but an iterator (a generator, say) can be read only once; "
+            "give a loader or a list of batches"
+        )
+
+
 def batches_of(
     data: Iterable[Any], title: str, *, samples: int | None = None, progress: bool | None = None
 ) -> Iterator[Any]:
@@ -114,14 +139,7 @@ def batches_of(
     """
     if samples is not None and samples < 1:
         raise ValueError(f"samples: expected a positive number, got {samples}")
-    if not isinstance(data, Iterable):
-        raise TypeError(f"data: expected a loader or any iterable of batches, got {type(data).__name__}")
-    if isinstance(data, torch.Tensor):
-        raise TypeError("data: expected batches, got one tensor; give [tensor] or a loader")
-    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(x, torch.Tensor) for x in data):
-        raise TypeError(
-            "data: expected batches, got one pair of tensors; give [(inputs, targets)] or a loader"
-        )
+    check_data(data)
     empty = True
     for batch in first_samples(progress_bar(data, title, show=progress), samples):
         empty = False

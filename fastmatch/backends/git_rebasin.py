@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastmatch.matching.weights import match_weights
+from fastmatch.matching.weights import WeightMatching, match_weights
 from fastmatch.spec import Axis, Group, PermutationSpec
 
 __all__ = ["spec_of", "weight_matching", "weight_matching_with_key"]
@@ -83,10 +83,8 @@ def weight_matching(
         seed = int(torch.randint(0, 2**31 - 1, size=(1,)))
     spec = spec_of(ps, a)
     start = {str(k): _tensor(v).long() for k, v in (init_perm or {}).items()}
-    found = match_weights(
-        a, b, spec, start=start, seed=seed, max_sweeps=max_iter, include="statistics",
-        progress=None if silent else True,
-    )  # fmt: skip
+    matcher = WeightMatching(start, max_sweeps=max_iter, include="statistics", seed=seed)
+    found = match_weights(a, b, spec, matcher, progress=None if silent else True)
     table = getattr(ps, "perm_to_axes", None) or ps.perm_to_layers_and_axes
     return {
         perm: found.permutations[str(perm)] if is_torch else found.permutations[str(perm)].numpy()

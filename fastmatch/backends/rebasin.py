@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 from fastmatch.backends.patch_target import Seam
-from fastmatch.matching.weights import match_weights
+from fastmatch.matching.ascent import Hooks
+from fastmatch.matching.objective import Include
+from fastmatch.matching.weights import WeightMatching, match_weights
 from fastmatch.spec import Axis, Group, PermutationSpec
 
 __all__ = ["SEAMS", "calculate_permutations", "replacement", "which_rebasin"]
@@ -75,11 +77,11 @@ def calculate_permutations(descent: Any, max_iterations: int = 100) -> None:
     progress = True if descent.logging_level <= logging.INFO else None
     factors = _factors(counts)
     weighted = {name: tensor * factors.get(name, 1.0) for name, tensor in a.items()}
-    for reference, include in ((weighted, "weights"), (a, "affine")):
-        found = match_weights(
-            reference, b, spec, start=found, orders=_orders(len(groups)), max_sweeps=max_iterations,
-            include=include, progress=progress,
-        ).permutations  # fmt: skip
+    ascents: tuple[tuple[dict[str, torch.Tensor], Include], ...] = ((weighted, "weights"), (a, "affine"))
+    for reference, include in ascents:
+        matcher = WeightMatching(found, max_sweeps=max_iterations, include=include)
+        hooks = Hooks(orders=_orders(len(groups)))
+        found = match_weights(reference, b, spec, matcher, hooks, progress=progress).permutations
     for k, (permutation, _) in enumerate(places):
         permutation.perm_indices = found[str(k)]
 

@@ -14,7 +14,9 @@ from fastmatch.checkpoint.names import Layout, Piece, UnderParameterNames, layou
 from fastmatch.checkpoint.reader import CONFIG, Checkpoint
 from fastmatch.checkpoint.structure import bind, build_empty, trace_config
 from fastmatch.checkpoint.writer import write_like
-from fastmatch.matching.weights import match_weights
+from fastmatch.matching.ascent import Hooks
+from fastmatch.matching.objective import Include
+from fastmatch.matching.weights import WeightMatching, match_weights
 from fastmatch.merging.average import merge_states
 from fastmatch.permutations.alignment import Alignment
 from fastmatch.permutations.apply import permute_tensor
@@ -73,7 +75,7 @@ def align_checkpoints(
     resume: bool = False,
     seed: int = 0,
     max_sweeps: int = 100,
-    include: str = "affine",
+    include: Include = "affine",
     progress: bool | None = None,
     force: bool = False,
 ) -> Alignment:
@@ -94,7 +96,7 @@ def align_checkpoints(
         device: where the gains are computed.
         resume: go on from the journal of a killed run with the same files and settings. The journal lies
             beside ``out`` and is removed when the output is complete.
-        seed, max_sweeps, include, progress: see :func:`fastmatch.matching.weights.match_weights`.
+        seed, max_sweeps, include, progress: see :class:`fastmatch.WeightMatching`.
         force: replace an output that exists.
 
     Returns:
@@ -124,17 +126,17 @@ def align_checkpoints(
     if groups is not None:
         spec = spec.select(groups)
     if not residual:
-        spec = spec.select([name for name in spec.groups if name not in spec.residual()])
+        spec = spec.without_residual()
     if not spec.groups:
         raise ValueError(f"{a}: nothing in it can be permuted")
     for checkpoint in (first, second):
         check_finite(checkpoint, str(checkpoint.path))
     key = fingerprint(first, second, spec, seed=seed, include=include)
     journal = Journal(journal_path(out), key, spec, resume=resume)
-    matching = match_weights(
-        one, two, spec, start=journal.permutations, stale=journal.stale, on_solve=journal.add,
-        seed=seed, max_sweeps=max_sweeps, include=include, progress=progress, streamed=True,
-    )  # fmt: skip
+    init = journal.permutations or "greedy"
+    matcher = WeightMatching(init, max_sweeps=max_sweeps, include=include, seed=seed)
+    hooks = Hooks(out_of_core=True, stale=journal.stale, on_solve=journal.add)
+    matching = match_weights(one, two, spec, matcher, hooks, progress=progress)
     alignment = Alignment(matching.permutations, spec, matching)
     write_like(second, out, _Output(first, second, layout, alignment, merge), dtype=dtype, force=force)
     journal.remove()

@@ -98,7 +98,11 @@ def align_command(args: argparse.Namespace) -> None:
 
     from fastmatch._internal.files import load_state, save_state
     from fastmatch._internal.states import check_finite, check_same_architecture, state_of
+    from fastmatch.matching.activations import ActivationMatching
     from fastmatch.matching.align import align
+    from fastmatch.matching.fisher import FisherMatching
+    from fastmatch.matching.straight_through import StraightThrough
+    from fastmatch.matching.weights import WeightMatching
     from fastmatch.merging.average import merge_states
     from fastmatch.permutations.alignment import Alignment
 
@@ -123,19 +127,23 @@ def align_command(args: argparse.Namespace) -> None:
         from fastmatch.permutations.verify import verify
 
         verify(model_b, spec, example)
-    options: dict[str, Any] = {
-        "spec": spec, "seed": args.seed, "max_sweeps": args.max_sweeps, "include": args.include,
-        "groups": args.groups, "residual": args.residual, "method": args.method,
-    }  # fmt: skip
+    matched = spec if args.groups is None else spec.select(args.groups)
+    matched = matched if args.residual else matched.without_residual()
+    weights = WeightMatching(max_sweeps=args.max_sweeps, include=args.include, seed=args.seed)
     if args.data:
         from fastmatch.cli.renormalize import loader_of
 
         data = loader_of(callable_from(args.data, "--data"), "--data")
-        found = align(model, model_b, data=data, similarity=args.similarity, **options)
+        matcher = {
+            "weights": lambda: weights,
+            "fisher": lambda: FisherMatching(data, weights),
+            "straight-through": lambda: StraightThrough(data, projection=weights),
+        }.get(args.method, lambda: ActivationMatching(data, args.similarity))()
+        found = align(model, model_b, matcher=matcher, spec=matched)
     elif args.method not in (None, "weights"):
         raise ValueError(f"--data: --method {args.method} needs a loader, as module:callable")
     else:
-        found = align(states[0], states[1], **options)
+        found = align(states[0], states[1], matcher=weights, spec=matched)
     alignment = Alignment(found.permutations, spec, found.matching)
     result = alignment.apply(states[1])
     if args.merge is not None:

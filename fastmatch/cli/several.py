@@ -114,7 +114,12 @@ def _write(table: Table, args: argparse.Namespace) -> None:
 def align_many_command(args: argparse.Namespace) -> None:
     """Aligns all checkpoints to the first one's order and writes the others."""
     from fastmatch.cli.main import example_from
-    from fastmatch.matching.align import align_many
+    from fastmatch.matching.activations import ActivationMatching
+    from fastmatch.matching.align_many import align_many
+    from fastmatch.matching.frank_wolfe import FrankWolfe
+    from fastmatch.matching.merge_many import MergeMany
+    from fastmatch.matching.pairwise import Chain, ToReference
+    from fastmatch.matching.weights import WeightMatching
 
     if len(args.out) != len(args.checkpoints) - 1:
         raise ValueError(
@@ -122,8 +127,16 @@ def align_many_command(args: argparse.Namespace) -> None:
         )
     _check_targets(args, args.out, TORCH_SUFFIXES | {".safetensors"}, "--out")
     models, built = _models(args)
-    data = _data(args) if args.data else None
-    found = align_many(models, example_from(args.input_shape, built), how=args.how, data=data, seed=args.seed)
+    if args.how in ("mean", "universe"):
+        if args.data:
+            raise ValueError(f"--data: --how {args.how} matches weights; give it with reference or chain")
+        strategy = (MergeMany if args.how == "mean" else FrankWolfe)(
+            WeightMatching("identity", seed=args.seed)
+        )
+    else:
+        matcher = ActivationMatching(_data(args)) if args.data else WeightMatching(seed=args.seed)
+        strategy = (ToReference if args.how == "reference" else Chain)(matcher)
+    found = align_many(models, example_from(args.input_shape, built), strategy)
     for alignment, path, out in zip(found[1:], args.checkpoints[1:], args.out, strict=True):
         save_state(alignment.apply(load_state(path)), out, force=args.force)  # in the file's own dtypes
         print(f"{path}: {alignment!r}; wrote {out}")

@@ -13,8 +13,8 @@ __all__ = ["BatchPearson"]
 class BatchPearson:
     """Pearson correlation from averages over batches (the code of Jordan et al. 2022 and its descendants).
 
-    Means and mean products of batches count equally, however short; the standard deviation is the mean of
-    the batches' own (corrected ones), and ``1e-4`` is added to the product of the two. All in float64.
+    All batches have the same weight, whatever their length. The standard deviation is the mean of the batches' own
+    (corrected) ones, and ``1e-4`` is added to the product of the two. All sums are in float64.
     """
 
     batches: int = 0
@@ -23,7 +23,7 @@ class BatchPearson:
     _cross: torch.Tensor | None = None
 
     def update(self, a: torch.Tensor, b: torch.Tensor) -> None:
-        """Adds one batch: ``a`` (samples, n), ``b`` (samples, m), the same samples, two at least."""
+        """Add one batch: ``a`` (samples, n) and ``b`` (samples, m) of the same two or more samples."""
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[0]:
             raise ValueError(f"a, b: expected two matrices of equally many rows, got {a.shape} and {b.shape}")
         if a.shape[0] < 2:
@@ -45,7 +45,7 @@ class BatchPearson:
         self._cross.lerp_(cross, share)
 
     def similarity(self) -> torch.Tensor:
-        """(n, m) float64."""
+        """Return the (n, m) float64 correlation of A's units (rows) to B's."""
         if self._cross is None:
             raise ValueError("moments: no sample was read")
         covariance = self._cross - torch.outer(*self._mean)

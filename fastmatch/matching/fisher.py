@@ -1,75 +1,131 @@
-"""Weight matching under the Fisher information: a parameter counts as far as the networks' outputs hang on it.
+"""Weight matching in which each squared difference is weighted by the parameter's diagonal Fisher information.
 
-``- sum_k (F_a + P F_b)_k (a - P b)_k^2`` is to be maximised over the permutations P of B's units, with each network's
-own diagonal Fisher moving with its parameters (the distance of Fisher-weighted averaging, Matena and Raffel
-2022). Multiplied out it is four inner products of tensors that P permutes alike,
+The objective is ``- sum_k (F_a + P F_b)_k (a - P b)_k^2`` over the permutations P of B's units; each network's Fisher
+information moves with its parameters (the distance of Fisher-weighted averaging, Matena and Raffel 2022). Expanded,
+it is four inner products of tensors that P permutes alike,
 
     2 (F_a a) . P b  -  F_a . P b^2  +  2 a . P (F_b b)  -  a^2 . P F_b
 
-and two terms that P does not change. So it is weight matching of four tensors a parameter.
+and two terms that P does not change. So it is weight matching of four tensors per parameter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from fastmatch._internal.states import State
-from fastmatch.matching.weights import included, match_weights
+from fastmatch._internal.batches import check_data
+from fastmatch._internal.states import State, state_of
+from fastmatch.matching.matcher import Matcher, Model, check_matcher, modules_of
+from fastmatch.matching.objective import included
+from fastmatch.matching.weights import WeightMatching, match_weights
 from fastmatch.permutations.alignment import Matching
 from fastmatch.spec import PermutationSpec
 from fastmatch.spec.checks import check_spec
+from fastmatch.statistics.fisher import diagonal_fisher
 
-__all__ = ["match_fisher"]
+__all__ = ["FisherMatching", "match_fisher"]
+
+Fisher = Mapping[str, torch.Tensor]
+"""Parameter name -> non-negative weights of its shape."""
 
 TERMS = 4
+
+
+@dataclass(frozen=True, eq=False)
+class FisherMatching(Matcher):
+    """Match units by their weights, each squared difference weighted by Fisher information.
+
+    Maximizes ``- sum_k (F_a + P F_b)_k (a - P b)_k^2`` over the permutations P of B's units, where F is the diagonal
+    of the empirical Fisher information of each network.
+
+    Example:
+        >>> alignment = fm.align(model_a, model_b, x, fm.FisherMatching(loader))
+        >>> alignment.matching.objective[-1] <= 0
+        True
+
+    Args:
+        data: batches of (inputs, targets), read once for each network; not an iterator, which can be read only once.
+        ascent: the options of the coordinate ascent on the objective.
+
+    Raises:
+        TypeError: ``data`` is not an iterable of batches that can be read twice, or ``ascent`` is not a
+            :class:`WeightMatching`.
+
+    Memory: four copies of the parameters that move, in addition to the networks; per-sample gradients of one batch.
+    """
+
+    data: Iterable[Any] = field(repr=False)
+    ascent: WeightMatching = WeightMatching()
+
+    def __post_init__(self) -> None:
+        check_data(self.data, reads=2)
+        check_matcher("ascent", self.ascent, WeightMatching)
+
+    def match(
+        self, model_a: Model, model_b: Model, spec: PermutationSpec, *, progress: bool | None = None
+    ) -> Matching:
+        """Match the units of model B to those of model A.
+
+        Args:
+            model_a, model_b: modules of the same architecture that classify; A is the reference. Neither is changed.
+            spec: which axes move together.
+            progress: show progress bars; None shows them on a terminal.
+
+        Returns:
+            A :class:`Matching`; its ``objective`` is the negated weighted distance before the first sweep and after
+            each, over the tensors that the spec moves and ``ascent.include`` takes in. It never falls.
+
+        Raises:
+            TypeError: a model is a state dict, which cannot be run.
+            ValueError: ``data`` does not yield pairs of tensors.
+        """
+        models = modules_of(model_a, model_b)
+        fisher_a, fisher_b = (diagonal_fisher(model, self.data, progress=progress) for model in models)
+        a, b = state_of(model_a, "model_a"), state_of(model_b, "model_b")
+        return match_fisher(a, b, spec, fisher_a, fisher_b, self.ascent, progress=progress)
 
 
 def match_fisher(
     a: State,
     b: State,
     spec: PermutationSpec,
-    fisher_a: Mapping[str, torch.Tensor],
-    fisher_b: Mapping[str, torch.Tensor],
-    **options: Any,
+    fisher_a: Fisher,
+    fisher_b: Fisher,
+    ascent: WeightMatching | None = None,
+    *,
+    progress: bool | None = None,
 ) -> Matching:
-    """Coordinate ascent on the negated Fisher-weighted squared distance.
+    """Match two state dicts under given weights of their parameters.
 
     Args:
         a, b: state dicts of the same architecture; A is the reference.
         spec: which axes move together.
-        fisher_a, fisher_b: parameter name -> non-negative weights of its shape
-            (:func:`fastmatch.statistics.fisher.diagonal_fisher`). Tensors without any (buffers) do not count.
-        options: of :func:`fastmatch.matching.weights.match_weights`.
-
-    Returns:
-        A :class:`Matching`; its ``objective`` is ``- sum (F_a + P F_b) (a - P b)^2`` over the tensors that the
-        spec moves and ``include`` takes in, and never falls. Only ratios of the weights matter to the permutations.
+        fisher_a, fisher_b: parameter name -> non-negative weights of its shape, such as
+            :func:`fastmatch.statistics.fisher.diagonal_fisher`. Tensors that neither names (buffers) do not enter.
+            Only the ratios of all weights matter to the permutations.
+        ascent: the options of the coordinate ascent; ``WeightMatching()`` for None.
+        progress: show progress bars; None shows them on a terminal.
 
     Raises:
-        ValueError: a Fisher lacks a parameter that the other has, has another shape, or negative entries.
-
-    Memory: four copies of the parameters that move, beside the networks.
+        ValueError: one of the two lacks a parameter that the other has, has another shape, or negative entries.
     """
+    ascent = ascent or WeightMatching()
     check_spec(spec, a, "model_a")
     check_spec(spec, b, "model_b")
     moving = {axis.parameter for g in spec.groups.values() for axis in g.axes}
-    include = options.get("include", "affine")
     names = sorted(
-        name for name in moving if (name in fisher_a or name in fisher_b) and included(name, a[name], include)
+        name
+        for name in moving
+        if (name in fisher_a or name in fisher_b) and included(name, a[name], ascent.include)
     )
-    for argument, fisher in (("fisher_a", fisher_a), ("fisher_b", fisher_b)):
-        for name in names:
-            if name not in fisher or fisher[name].shape != a[name].shape:
-                found = tuple(fisher[name].shape) if name in fisher else "nothing"
-                raise ValueError(
-                    f"{argument}: expected weights of shape {tuple(a[name].shape)} for {name!r}, got {found}"
-                )
-            if not bool((fisher[name] >= 0).all()):
-                raise ValueError(f"{argument}: {name!r} holds negative numbers or NaN")
+    _check_fisher("fisher_a", fisher_a, a, names)
+    _check_fisher("fisher_b", fisher_b, a, names)
+    # In units of the largest mean: the Fisher information of a trained network may be 1e-9, and the ascent measures
+    # progress relative to the norms of the terms.
     unit = max((float(x[n].double().mean()) for x in (fisher_a, fisher_b) for n in names), default=0.0) or 1.0
     left: dict[str, torch.Tensor] = {}
     right: dict[str, torch.Tensor] = {}
@@ -77,7 +133,6 @@ def match_fisher(
     for name in names:
         work = torch.promote_types(a[name].dtype, torch.float32)
         one, two = a[name].to(work), b[name].to(device=a[name].device, dtype=work)
-        # In units of the largest mean: a trained net's Fisher can be 1e-9, and progress is judged by the terms' norms.
         f, g = (x[name].to(one.device).double().div(unit).to(work) for x in (fisher_a, fisher_b))
         for k, (x, y) in enumerate(
             ((2 * f * one, two), (-f, two * two), (2 * one, g * two), (-one * one, g))
@@ -85,17 +140,27 @@ def match_fisher(
             left[_term(k, name)], right[_term(k, name)] = x, y
         constant += float((f.double() * one.double().square()).sum())
         constant += float((g.double() * two.double().square()).sum())
-    found = match_weights(left, right, _of_terms(spec, names), **options)
-    return replace(
-        found, method="fisher", objective=tuple(unit * (value - constant) for value in found.objective)
-    )
+    found = match_weights(left, right, _spec_of_terms(spec, names), ascent, progress=progress)
+    objective = tuple(unit * (value - constant) for value in found.objective)
+    return replace(found, matcher="FisherMatching", objective=objective)
+
+
+def _check_fisher(argument: str, fisher: Fisher, state: State, names: list[str]) -> None:
+    for name in names:
+        if name not in fisher or fisher[name].shape != state[name].shape:
+            found = tuple(fisher[name].shape) if name in fisher else "nothing"
+            raise ValueError(
+                f"{argument}: expected weights of shape {tuple(state[name].shape)} for {name!r}, got {found}"
+            )
+        if not bool((fisher[name] >= 0).all()):
+            raise ValueError(f"{argument}: {name!r} holds negative numbers or NaN")
 
 
 def _term(k: int, name: str) -> str:
     return f"term {k}.{name}"
 
 
-def _of_terms(spec: PermutationSpec, names: list[str]) -> PermutationSpec:
+def _spec_of_terms(spec: PermutationSpec, names: list[str]) -> PermutationSpec:
     """The spec under which every term of a parameter moves as the parameter does."""
     terms = range(TERMS)
     groups = {

@@ -1,7 +1,7 @@
-"""Gain matrices that follow their neighbours: rebuilt by GEMM, or updated by the units that moved.
+"""Gain matrices of groups, rebuilt by a matrix product or updated by the units that moved.
 
 A group's gain is the sum over its tensors of ``A_rows @ B_rows.T``, where the columns of B are ordered by the
-groups on the tensor's other axes. When m of those units have moved since, the sum changes by
+groups on the tensor's other axes. If m of these units have moved since, the sum changes by
 ``A[:, moved] @ (B[:, now] - B[:, then]).T``: 2 n^2 m operations instead of 2 n^2 d.
 """
 
@@ -19,21 +19,21 @@ from fastmatch.spec import Axis, Group, Permutations, PermutationSpec
 
 __all__ = ["Gains", "unit_rows"]
 
-WORTHWHILE = 0.9
-"""Share of a gain's operations above which it is built anew."""
+REBUILD_FRACTION = 0.9
+"""A gain is rebuilt if an update would take more than this fraction of the operations."""
 
-UPDATES = 64
-"""Updates in a row before a gain is built anew, so that their float32 rounding does not pile up: it grows like the
-root of their number, and is that of a build twice over after some 16 (MLP and VGG16, measured)."""
+MAX_UPDATES = 64
+"""A gain is rebuilt after this many updates, to bound their float32 rounding. It grows with the square root of their
+number and is twice that of a rebuilt gain after about 16 updates (measured on an MLP and VGG16)."""
 
-BLOCK = 1 << 23
-"""Numbers of a tensor that enter a gain in one piece: copies in the gain's dtype stay small beside it."""
+CHUNK = 1 << 23
+"""Elements of a tensor that enter a gain at a time, so that copies in the gain's dtype stay small compared with it."""
 
 
 def unit_rows(
     tensor: torch.Tensor, axis: Axis, size: int, dtype: torch.dtype, units: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The (units, features) matrix of one axis: everything that belongs to a unit, in its row; all units for None."""
+    """Return the (units, features) matrix of one axis, with all weights of a unit in its row; all units for None."""
     front = axis.slice_of(tensor).movedim(axis.dim, 0)
     if axis.is_whole(size, front.shape[0]):
         front = front if units is None else front[units.to(tensor.device)]
@@ -43,33 +43,43 @@ def unit_rows(
     return picked.movedim(1, 0).reshape(picked.shape[1], -1)
 
 
-def _pieces(a: torch.Tensor, b: torch.Tensor, axis: Axis) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Both tensors cut alike across their longest dimension but the axis's own."""
+def _chunks(a: torch.Tensor, b: torch.Tensor, axis: Axis) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Both tensors, split alike along their longest dimension other than the axis's."""
     others = [d for d in range(a.ndim) if d != axis.dim]
-    if not others or a.numel() <= BLOCK:
+    if not others or a.numel() <= CHUNK:
         yield a, b
         return
     dim = max(others, key=lambda d: a.shape[d])
-    step = max(1, BLOCK * a.shape[dim] // a.numel())
+    step = max(1, CHUNK * a.shape[dim] // a.numel())
     yield from zip(a.split(step, dim), b.split(step, dim), strict=True)
 
 
 Order = Mapping[int, torch.Tensor]
-"""Dimension -> which of B's positions stand along it; dimensions left out stay as they are."""
+"""Dimension -> the positions of B along it; dimensions that are omitted are unchanged."""
 
 
 @dataclass(frozen=True)
 class _Change:
-    """The share of a tensor that moved, along which dimension, and which positions; an infinite share has to be built anew."""
+    """The fraction of a tensor that moved (infinite if no update can follow it), the dimension, and the positions."""
 
-    share: float
+    fraction: float
     dim: int
     units: torch.Tensor
 
 
+@dataclass(frozen=True)
+class _Move:
+    """One axis, its change, and the order of B's columns before and after."""
+
+    axis: Axis
+    change: _Change
+    then: Order
+    now: Order
+
+
 @dataclass
 class _Kept:
-    """A gain, how B's columns were ordered along each axis when it was computed, and the updates since it was built."""
+    """A gain, the order of B's columns per axis when it was computed, and the number of updates since it was built."""
 
     gain: torch.Tensor
     orders: Mapping[Axis, Order]
@@ -77,12 +87,12 @@ class _Kept:
 
 
 class Gains:
-    """The gains of a weight matching; those that fit into ``budget`` bytes are kept from solve to solve.
+    """The gains of a weight matching; those that fit into ``budget`` bytes are kept between solves.
 
     Args:
-        a, b: state dicts; rows of a gain are units of A, columns units of B in their own order.
+        a, b: state dicts; rows of a gain are units of A, columns are units of B in their own order.
         spec: which axes move together.
-        budget: bytes of gains to keep; 0 where the states lie on disk and only one gain may be held.
+        budget: bytes of gains to keep; 0 if the states are on disk and there is memory for one gain only.
     """
 
     def __init__(self, a: State, b: State, spec: PermutationSpec, budget: int) -> None:
@@ -90,24 +100,21 @@ class Gains:
         self.kept: dict[str, _Kept] = {}
 
     def of(self, group: Group, axes: Sequence[Axis], permutations: Permutations) -> torch.Tensor:
-        """The (n, n) gain of a group over ``axes`` under the others' permutations; not to be written to."""
+        """Return the (n, n) gain of a group over ``axes``, all other groups permuted; it must not be written to."""
         if any(self.spec.has_slices(axis.parameter) for axis in axes):
-            # What moves in slices only has no one order of columns that an update could follow.
+            # Units that move only in slices have no single order of columns, so no update can follow them.
             return self._build(group, axes, permutations, None)
         orders = {
             axis: dimension_indices(axis.parameter, self.spec, permutations, skip=axis) for axis in axes
         }
         kept = self.kept.get(group.name)
-        if kept is not None and kept.updates < UPDATES and kept.orders.keys() <= orders.keys():
-            changes = {axis: self._change(axis, then, orders[axis]) for axis, then in kept.orders.items()}
-            sizes = {axis: math.prod(self.spec.shapes[axis.parameter]) for axis in changes}
-            if sum(n * changes[axis].share for axis, n in sizes.items()) < WORTHWHILE * sum(sizes.values()):
-                moves = [
-                    (axis, change, kept.orders[axis], orders[axis])
-                    for axis, change in changes.items()
-                    if change.share
-                ]
-                self._update(kept, group, moves)
+        if kept is not None and kept.updates < MAX_UPDATES and kept.orders.keys() <= orders.keys():
+            moves = [
+                _Move(axis, self._change(axis, then, orders[axis]), then, orders[axis])
+                for axis, then in kept.orders.items()
+            ]
+            if self._is_worthwhile(moves):
+                self._update(kept, group, [move for move in moves if move.change.fraction])
                 self._add(kept.gain, group, [x for x in axes if x not in kept.orders], permutations)
                 kept.orders = orders
                 return kept.gain
@@ -120,10 +127,16 @@ class Gains:
             self.kept[group.name] = _Kept(gain, orders)
         return gain
 
+    def _is_worthwhile(self, moves: Sequence[_Move]) -> bool:
+        """Whether an update takes clearly fewer operations than a rebuild."""
+        sizes = [math.prod(self.spec.shapes[move.axis.parameter]) for move in moves]
+        moved = sum(n * move.change.fraction for n, move in zip(sizes, moves, strict=True))
+        return moved < REBUILD_FRACTION * sum(sizes)
+
     def _build(
         self, group: Group, axes: Sequence[Axis], permutations: Permutations, out: torch.Tensor | None
     ) -> torch.Tensor:
-        """The gain from nothing."""
+        """Compute the gain from all axes."""
         for k, (rows_a, rows_b) in enumerate(self._pairs(group, axes, permutations)):
             if out is None:
                 out = torch.empty(group.size, group.size, dtype=rows_a.dtype, device=rows_a.device)
@@ -134,7 +147,7 @@ class Gains:
     def _add(
         self, gain: torch.Tensor, group: Group, axes: Sequence[Axis], permutations: Permutations
     ) -> None:
-        """Adds the share of axes that are new to a gain."""
+        """Add axes that are new to a gain."""
         for rows_a, rows_b in self._pairs(group, axes, permutations):
             gain.addmm_(rows_a.to(gain.dtype), rows_b.T.to(gain.dtype))
 
@@ -143,7 +156,7 @@ class Gains:
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The (n, features) matrices of A and B, B's other axes permuted; vectors (biases, norms) joined to one.
 
-        Every tensor is asked for once and let go before the next: a state may read them from disk.
+        Each tensor is read once and released before the next, because a state may read them from disk.
         """
         a, b = headers_of(self.a), headers_of(self.b)
         wide = any(a[x.parameter].dtype == b[x.parameter].dtype == torch.float64 for x in axes)
@@ -155,7 +168,7 @@ class Gains:
                 permute_tensor(self.b[axis.parameter], axis.parameter, self.spec, permutations, skip=axis)
             )
             within = replace(axis, at=())
-            for part_a, part_b in _pieces(whole_a, whole_b, axis):
+            for part_a, part_b in _chunks(whole_a, whole_b, axis):
                 rows_a = unit_rows(part_a, within, group.size, dtype)
                 rows_b = unit_rows(part_b, within, group.size, dtype).to(rows_a.device)
                 if rows_a.shape[1] == 1:
@@ -166,7 +179,7 @@ class Gains:
             yield torch.cat([x for x, _ in vectors], 1), torch.cat([y for _, y in vectors], 1)
 
     def _change(self, axis: Axis, then: Order, now: Order) -> _Change:
-        """What has moved in B; along more than one other dimension it is no change, and the gain is built anew."""
+        """What has moved in B. If it moved along several dimensions, the gain has to be rebuilt."""
         moved = moved_positions(now, then, self.spec.shapes[axis.parameter])
         if not moved:
             return _Change(0.0, -1, torch.zeros(0, dtype=torch.long))
@@ -174,9 +187,9 @@ class Gains:
         whole = bool(moved) or dim == axis.dim
         return _Change(math.inf if whole else len(units) / self.spec.shapes[axis.parameter][dim], dim, units)
 
-    def _update(self, kept: _Kept, group: Group, moves: Sequence[tuple[Axis, _Change, Order, Order]]) -> None:
-        """Adds ``A[:, moved] @ (B[:, now] - B[:, then]).T`` of all axes in one product: the gain is read and written once."""
-        factors = [self._moved_rows(group, kept.gain, *move) for move in moves]
+    def _update(self, kept: _Kept, group: Group, moves: Sequence[_Move]) -> None:
+        """Add ``A[:, moved] @ (B[:, now] - B[:, then]).T`` of all axes in one product, one pass over the gain."""
+        factors = [self._moved_rows(group, kept.gain, move) for move in moves]
         if factors:
             rows_a, rows_b = factors[0]
             if len(factors) > 1:
@@ -184,13 +197,12 @@ class Gains:
             kept.gain.addmm_(rows_a, rows_b.T)
             kept.updates += 1
 
-    def _moved_rows(
-        self, group: Group, gain: torch.Tensor, axis: Axis, change: _Change, then: Order, now: Order
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(A's columns that moved, B's as they are less B's as they were), (n, features) each."""
-        a, b, dim, units = self.a[axis.parameter], self.b[axis.parameter], change.dim, change.units
+    def _moved_rows(self, group: Group, gain: torch.Tensor, move: _Move) -> tuple[torch.Tensor, torch.Tensor]:
+        """(A's columns that moved, the change of B's columns there), (n, features) each."""
+        axis, dim, units = move.axis, move.change.dim, move.change.units
+        a, b = self.a[axis.parameter], self.b[axis.parameter]
         parts = []
-        for order in (now, then):
+        for order in (move.now, move.then):
             picked = order[dim][units] if dim in order else units
             part = b.index_select(dim, picked.to(b.device)).to(gain.dtype)
             for other, index in order.items():

@@ -1,4 +1,4 @@
-"""Inner products of A's and the permuted B's parameters, in float64: what a step of the ascent is judged by."""
+"""Inner products of A's and the permuted B's parameters in float64, by which the ascent accepts a step."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ from fastmatch.permutations.apply import moved_positions
 
 __all__ = ["change_of_inner", "inner"]
 
-PIECE = 1 << 20
-"""Numbers at a time that torch copies to float64: the copies stay near the processor."""
+CHUNK = 1 << 20
+"""Elements that torch copies to float64 at a time, so that the copies stay in cache."""
 
 GATHERED = 4
-"""Entries read in order in the time of one that is gathered."""
+"""The time to gather one element, in elements that are read in order."""
 
 NATIVE = (torch.float32, torch.float64)
-"""Types that the kernel reads."""
+"""Element types that the kernel reads."""
 
 Indices = Mapping[int, torch.Tensor]
-"""Dimension -> the positions to select by; as :func:`fastmatch.permutations.apply.dimension_indices` gives them."""
+"""Dimension -> the positions to select by, from :func:`fastmatch.permutations.apply.dimension_indices`."""
 
 
 def inner(a: torch.Tensor, b: torch.Tensor, indices: Indices) -> float:
-    """``<a, b selected by indices>`` in float64."""
+    """Return ``<a, b selected by indices>`` in float64."""
     if _has_kernel(a, b, indices):
         return _on_cpu(a, b, {}, indices, None)
     for dim, index in indices.items():
         b = b.index_select(dim, index.to(b.device))
-    pairs = zip(a.flatten().split(PIECE), b.to(a.device).flatten().split(PIECE), strict=True)
+    pairs = zip(a.flatten().split(CHUNK), b.to(a.device).flatten().split(CHUNK), strict=True)
     return sum(float(torch.dot(x.double(), y.double())) for x, y in pairs)
 
 
 def change_of_inner(a: torch.Tensor, b: torch.Tensor, now: Indices, then: Indices) -> float:
-    """``inner(a, b, now) - inner(a, b, then)`` to float64's rounding of the difference; reads only what moved."""
+    """Return ``inner(a, b, now) - inner(a, b, then)``, exact to float64 rounding; reads only rows that moved."""
     moved = moved_positions(now, then, a.shape)
     if not moved:
         return 0.0
-    if len(moved) > 1:  # what moves along two dimensions is not a few rows
+    if len(moved) > 1:  # two dimensions moved, so there is no set of rows that covers the change
         return inner(a, b, now) - inner(a, b, then)
     if _has_kernel(a, b, now.keys() | then.keys()):
         return _on_cpu(a, b, moved, now, then)
     (dim, units), total = next(iter(moved.items())), 0.0
-    for part in units.split(max(1, PIECE * a.shape[dim] // max(a.numel(), 1))):
+    for part in units.split(max(1, CHUNK * a.shape[dim] // max(a.numel(), 1))):
         after, before = (order[dim][part] if dim in order else part for order in (now, then))
         step = b.index_select(dim, after.to(b.device)).double()
         step -= b.index_select(dim, before.to(b.device)).double()
@@ -63,13 +63,14 @@ def _has_kernel(a: torch.Tensor, b: torch.Tensor, dims: Collection[int]) -> bool
 
 
 def _on_cpu(a: torch.Tensor, b: torch.Tensor, moved: Indices, now: Indices, then: Indices | None) -> float:
-    """By the kernel: over the positions ``moved``, all of a dimension that is not named there."""
+    """Call the kernel over the positions ``moved``; dimensions that are not named there are read whole."""
     from fastmatch_kernels._numba.parallel import over_rows
     from fastmatch_kernels.inner_product.cpu import inner as kernel
 
-    shape, first, second, columns = a.shape, -1, -1, 1  # -1: nothing moves there
+    shape, first, second, columns = a.shape, -1, -1, 1  # -1: no such dimension
     dims = sorted(now.keys() | (then or {}).keys())
-    # Seen as (outer, rows, middle, columns, rest): rows and columns are what moves, or else what lies before it.
+    # View the tensors as (outer, rows, middle, columns, rest); rows and columns are the dimensions that move. If only
+    # one moves, the dimensions before it are the rows.
     if len(dims) == 2:
         first, second = dims
         outer, rows, middle = math.prod(shape[:first]), shape[first], math.prod(shape[first + 1 : second])
@@ -87,7 +88,7 @@ def _on_cpu(a: torch.Tensor, b: torch.Tensor, moved: Indices, now: Indices, then
             index = picked
         elif picked is not None:
             index = index[picked]
-        # Unsigned, so that no negative index has to be looked for.
+        # Unsigned, so that the kernel need not handle negative indices.
         return np.arange(count, dtype=np.uint32) if index is None else index.numpy().astype(np.uint32)
 
     places = [positions(*dim, order) for order in ({}, now) for dim in ((first, rows), (second, columns))]

@@ -1,9 +1,12 @@
-"""Matching of groups that hold others: heads with their channels, experts with their hidden units.
+"""Matching of groups with subgroups: heads with their channels, experts with their hidden units.
 
-How well unit ``i`` of A (a head) fits unit ``j`` of B is known only under the best order of what lies inside. So the
-inner problems of every pair (i, j) are solved first, many small assignments at once, and their optima are the gains
-of one assignment over the units themselves. Where two families share a tensor (the query heads of a group and the
-channels of its values, in the output projection), they are solved in turn until the pair's optimum stands.
+How well unit ``i`` of A (a head) fits unit ``j`` of B depends on the order of the units inside. So the inner problems of
+all pairs (i, j) are solved first, many small assignments at once. Their optima are the gains of one assignment over the
+outer units.
+
+A group may have several *kinds* of subgroups, with one subgroup of each kind per outer unit: the query heads that share
+a key head, and the channels of their values. If two kinds share a tensor (the output projection), they are solved in
+turn until neither changes.
 """
 
 from __future__ import annotations
@@ -20,52 +23,52 @@ from fastmatch.spec import Axis, Permutations, PermutationSpec
 
 __all__ = ["best_orders", "match_nested"]
 
-PASSES = 4
-"""Rounds over families that share a tensor, at most."""
+MAX_TURNS = 4
+"""The largest number of turns of kinds that share a tensor."""
 
-ENTRIES = 1 << 25
-"""Gain entries of inner problems that are held at once."""
+MAX_ENTRIES = 1 << 25
+"""Gain entries of inner problems that are in memory at once."""
 
-SMALL = 512
-"""Inner problems up to this size are solved as one stack, larger ones by themselves."""
+STACKED_SIZE = 512
+"""Inner problems up to this size are solved as one stack, larger ones one by one."""
 
 
 @dataclass
-class _Piece:
-    """What one axis of the outer group holds, block by block.
+class _Blocks:
+    """The tensor of one axis of the outer group, cut into one block per outer unit.
 
     Attributes:
-        a, b: (units, length, ...) in the dtype of the gains; B's other groups are in place already.
-        families: family -> (dimension of a block, positions (outer, size, inner) along it).
+        a, b: (units, length, ...) in the dtype of the gains; B's other groups are permuted already.
+        kinds: kind of subgroup -> (dimension of a block, positions (outer, size, inner) along it).
     """
 
     a: torch.Tensor
     b: torch.Tensor
-    families: dict[int, tuple[int, torch.Tensor]]
+    kinds: dict[int, tuple[int, torch.Tensor]]
 
     @property
     def is_covered(self) -> bool:
-        """Whether one family has all of it."""
-        if len(self.families) != 1:
-            return False  # what lies beside a family adds to the optimum as well
-        ((dim, positions),) = self.families.values()
+        """Whether the units of one kind are the whole block."""
+        if len(self.kinds) != 1:
+            return False
+        ((dim, positions),) = self.kinds.values()
         return positions.numel() == self.a.shape[1 + dim]
 
-    def rows(self, blocks: torch.Tensor, family: int) -> torch.Tensor:
-        """(blocks, size, features) of a family."""
-        dim, positions = self.families[family]
+    def rows(self, blocks: torch.Tensor, kind: int) -> torch.Tensor:
+        """Return the (blocks, size, features) weights of the units of a kind."""
+        dim, positions = self.kinds[kind]
         picked = blocks.movedim(1 + dim, 1)[:, positions]  # (blocks, outer, size, inner, ...)
         return picked.movedim(2, 1).reshape(len(blocks), positions.shape[1], -1)
 
     def ordered(self, orders: dict[int, torch.Tensor], but: int | None, part: slice) -> torch.Tensor:
-        """B's blocks in ``part`` with every family but one in its order, (blocks, size) each."""
+        """Return B's blocks in ``part`` with the units of every kind but one in their orders, (blocks, size) each."""
         blocks = self.b[part]
-        moving = {f: places for f, places in self.families.items() if f != but and f in orders}
+        moving = {k: places for k, places in self.kinds.items() if k != but and k in orders}
         for dim in {d for d, _ in moving.values()}:
             index = torch.arange(blocks.shape[1 + dim]).expand(len(blocks), -1).clone()
-            for family, (along, positions) in moving.items():
+            for kind, (along, positions) in moving.items():
                 if along == dim:
-                    moved = positions[:, orders[family]].movedim(1, 0)  # (blocks, outer, size, inner)
+                    moved = positions[:, orders[kind]].movedim(1, 0)  # (blocks, outer, size, inner)
                     index[:, positions.flatten()] = index.gather(1, moved.flatten(1))
             shape = [len(blocks), *([1] * (blocks.ndim - 1))]
             shape[1 + dim] = -1
@@ -76,62 +79,59 @@ class _Piece:
 def match_nested(
     a: State, b: State, spec: PermutationSpec, name: str, axes: Sequence[Axis], permutations: Permutations
 ) -> Permutations:
-    """The best permutations found for a group and all groups within it, the others being where they are.
+    """Return the best permutations of a group and its subgroups, all other groups held.
 
     Args:
         a, b: state dicts; A is the reference.
         spec: which axes move together.
-        name: a group that others lie within.
-        axes: those of its axes that enter the gain.
+        name: a group with subgroups.
+        axes: the axes of the group that enter the gain.
         permutations: of all groups, for the order of B's other axes.
 
     Returns:
-        Group -> permutation for the group and its families. Exact where no two families share a tensor; where they
-        do, each is exact given the other.
+        Group -> permutation, for the group and its subgroups. It is optimal if no two kinds of subgroups share a
+        tensor; otherwise each kind is optimal given the others.
 
-    Cost: the gains of all units of the families, and p^2 assignments of n x n for p units of n each.
+    Cost: the gains of all units of the subgroups, and p^2 assignments of n x n for p subgroups of n units each.
     """
-    families = [
-        [spec.groups[member] for member in family]
-        for (outer, _), family in spec.subgroups().items()
-        if outer == name
-    ]
-    still = {g: torch.arange(spec.groups[g].size) for g in (name, *(m.name for f in families for m in f))}
+    kinds = [names for (outer, _), names in spec.subgroups().items() if outer == name]
+    still = {g: torch.arange(spec.groups[g].size) for g in (name, *(g for names in kinds for g in names))}
     others = {**permutations, **still}
-    pieces = [_cut(a, b, spec, name, axis, others) for axis in axes]
-    sizes = [family[0].size for family in families]
+    blocks = [_cut(a, b, spec, name, axis, others) for axis in axes]
+    sizes = [spec.groups[names[0]].size for names in kinds]
     p = spec.groups[name].size
     value = torch.zeros(p, p, dtype=torch.float64)
-    for piece in pieces:
-        if not piece.families:
-            value += (piece.a.flatten(1) @ piece.b.flatten(1).T).double().cpu()
-    held = [piece for piece in pieces if piece.families]
+    for block in blocks:
+        if not block.kinds:
+            value += (block.a.flatten(1) @ block.b.flatten(1).T).double().cpu()
+    inner = [block for block in blocks if block.kinds]
     orders = [torch.arange(n).expand(p, p, n).clone() for n in sizes]
-    step = max(1, ENTRIES // max((n * n for n in sizes), default=1))
+    step = max(1, MAX_ENTRIES // max((n * n for n in sizes), default=1))
     for i in range(p):
         for lo in range(0, p, step):
             part = slice(lo, min(lo + step, p))
-            found, optimum = _inner(held, sizes, i, part)
+            found, optimum = _solve_inner(inner, sizes, i, part)
             value[i, part] += optimum
-            for family, order in found.items():
-                orders[family][i, part] = order
+            for kind, order in found.items():
+                orders[kind][i, part] = order
     _, outer = linear_sum_assignment(value, maximize=True)
     result = {name: torch.as_tensor(outer)}
-    for family, order in zip(families, orders, strict=True):
-        for i, member in enumerate(family):
-            result[member.name] = order[i, result[name][i]]
+    for names, order in zip(kinds, orders, strict=True):
+        for i, subgroup in enumerate(names):
+            result[subgroup] = order[i, result[name][i]]
     return result
 
 
 def best_orders(gain: torch.Tensor, units: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best order inside every pair of units, from one gain over all that lies within them.
+    """Return the best order inside every pair of outer units, from one gain over all inner units.
 
     Args:
-        gain: (units * size, units * size), what lies within a unit in a row.
-        units: how many units hold them.
+        gain: (units * size, units * size), the inner units of an outer unit next to each other.
+        units: the number of outer units.
 
     Returns:
-        (units, units, size) orders of B's unit j under A's unit i, and their (units, units) float64 optima.
+        (units, units, size) orders of the inner units of B's unit j under A's unit i, and their (units, units) float64
+        optima.
     """
     size = len(gain) // units
     blocks = gain.view(units, size, units, size).transpose(1, 2)
@@ -140,47 +140,47 @@ def best_orders(gain: torch.Tensor, units: int) -> tuple[torch.Tensor, torch.Ten
     return orders, optima
 
 
-def _inner(
-    pieces: Sequence[_Piece], sizes: Sequence[int], i: int, part: slice
+def _solve_inner(
+    blocks: Sequence[_Blocks], sizes: Sequence[int], i: int, part: slice
 ) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
-    """(family -> orders (blocks, size), optima (blocks,)) of A's block ``i`` against B's in ``part``."""
-    mixed = [x for x in pieces if not x.is_covered]
+    """(kind -> orders (blocks, size), optima (blocks,)) of A's block ``i`` against B's in ``part``."""
+    mixed = [x for x in blocks if not x.is_covered]
     orders: dict[int, torch.Tensor] = {}
     own = [
-        _gain([x for x in pieces if x.is_covered and family in x.families], family, i, part, orders)
-        for family in range(len(sizes))
+        _gain([x for x in blocks if x.is_covered and kind in x.kinds], kind, i, part, orders)
+        for kind in range(len(sizes))
     ]
-    coupled = any(len(x.families) > 1 for x in mixed)
-    for turn in range(PASSES if coupled else 1):
+    coupled = any(len(x.kinds) > 1 for x in mixed)
+    for turn in range(MAX_TURNS if coupled else 1):
         before = dict(orders)
-        for family in range(len(sizes)):
-            sharing = [x for x in mixed if family in x.families]
-            # At first only what needs no order that is still to be found, if there is any.
-            ready = [x for x in sharing if x.families.keys() <= {family, *orders}]
-            gain = _gain(ready if ready or own[family] is not None else sharing, family, i, part, orders)
-            total = [g for g in (own[family], gain) if g is not None]
-            orders[family] = _solve(sum(total[1:], start=total[0]))
-        if turn and all(torch.equal(before[family], order) for family, order in orders.items()):
+        for kind in range(len(sizes)):
+            sharing = [x for x in mixed if kind in x.kinds]
+            # In the first turn use only blocks whose other kinds have an order already, if there are any.
+            ready = [x for x in sharing if x.kinds.keys() <= {kind, *orders}]
+            gain = _gain(ready if ready or own[kind] is not None else sharing, kind, i, part, orders)
+            total = [g for g in (own[kind], gain) if g is not None]
+            orders[kind] = _solve(sum(total[1:], start=total[0]))
+        if turn and all(torch.equal(before[kind], order) for kind, order in orders.items()):
             break
     optimum = torch.zeros(part.stop - part.start, dtype=torch.float64)
-    for family, order in orders.items():
-        gain = own[family]
+    for kind, order in orders.items():
+        gain = own[kind]
         if gain is not None:
             optimum += gain.gather(2, order[:, :, None].to(gain.device)).double().sum((1, 2)).cpu()
-    for piece in mixed:
-        blocks = piece.ordered(orders, None, part)
-        optimum += (blocks.flatten(1) @ piece.a[i].flatten()).double().cpu()
+    for block in mixed:
+        ordered = block.ordered(orders, None, part)
+        optimum += (ordered.flatten(1) @ block.a[i].flatten()).double().cpu()
     return orders, optimum
 
 
 def _gain(
-    pieces: Sequence[_Piece], family: int, i: int, part: slice, orders: dict[int, torch.Tensor]
+    blocks: Sequence[_Blocks], kind: int, i: int, part: slice, orders: dict[int, torch.Tensor]
 ) -> torch.Tensor | None:
-    """(blocks, size, size): a family's units in A's block ``i`` against those in B's blocks; None of no pieces."""
+    """The (blocks, size, size) gain of a kind's units in A's block ``i`` against B's blocks; None without blocks."""
     total = None
-    for piece in pieces:
-        rows = piece.rows(piece.a[i : i + 1], family)[0]
-        others = piece.rows(piece.ordered(orders, family, part), family)
+    for block in blocks:
+        rows = block.rows(block.a[i : i + 1], kind)[0]
+        others = block.rows(block.ordered(orders, kind, part), kind)
         gain = torch.matmul(rows, others.transpose(1, 2))
         total = gain if total is None else total.add_(gain)
     return total
@@ -188,15 +188,15 @@ def _gain(
 
 def _solve(gains: torch.Tensor) -> torch.Tensor:
     """The best order of each problem of a stack, (blocks, size)."""
-    if gains.shape[1] <= SMALL:
+    if gains.shape[1] <= STACKED_SIZE:
         return torch.as_tensor(solve_batched(gains.cpu(), maximize=True))
     return torch.stack([torch.as_tensor(linear_sum_assignment(g, maximize=True)[1]).cpu() for g in gains])
 
 
 def _cut(
     a: State, b: State, spec: PermutationSpec, name: str, axis: Axis, permutations: Permutations
-) -> _Piece:
-    """The blocks of one axis of the outer group, and where its families lie in a block."""
+) -> _Blocks:
+    """The blocks of one axis of the outer group, and the positions of its subgroups in a block."""
     size, parameter = spec.groups[name].size, axis.parameter
     wide = headers_of(a)[parameter].dtype == headers_of(b)[parameter].dtype == torch.float64
     dtype = torch.float64 if wide else torch.float32
@@ -209,40 +209,35 @@ def _cut(
         blocks.append(picked.reshape(size, -1, *front.shape[1:]).to(dtype))
     inside = torch.full((spec.shapes[parameter][axis.dim],), -1)
     inside[positions[0]] = torch.arange(positions.shape[1])
-    families = {}
-    for number, ((outer, _), members) in enumerate(
-        (key, m) for key, m in spec.subgroups().items() if key[0] == name
-    ):
-        del outer
-        first = spec.groups[members[0]]
-        for member in first.axes:
-            if member.parameter != parameter:
+    kinds: dict[int, tuple[int, torch.Tensor]] = {}
+    for kind, names in enumerate(names for key, names in spec.subgroups().items() if key[0] == name):
+        first = spec.groups[names[0]]
+        for inner in first.axes:
+            if inner.parameter != parameter:
                 continue
-            found = member.positions(first.size)
-            if member.dim == axis.dim and not (set(member.at) - set(axis.at)):
+            found = inner.positions(first.size)
+            if inner.dim == axis.dim and not (set(inner.at) - set(axis.at)):
                 found = inside[found]
                 if int(found.min()) >= 0:
-                    _join(families, number, 0, found)
-            elif any(dim == axis.dim and start in positions[0].tolist() for dim, start, _ in member.at):
-                dim = member.dim + (member.dim < axis.dim)
-                _join(families, number, dim, found)
-    return _Piece(blocks[0], blocks[1].to(blocks[0].device), families)
+                    _join(kinds, kind, 0, found)
+            elif any(dim == axis.dim and start in positions[0].tolist() for dim, start, _ in inner.at):
+                dim = inner.dim + (inner.dim < axis.dim)
+                _join(kinds, kind, dim, found)
+    return _Blocks(blocks[0], blocks[1].to(blocks[0].device), kinds)
 
 
-def _join(
-    families: dict[int, tuple[int, torch.Tensor]], family: int, dim: int, positions: torch.Tensor
-) -> None:
-    """Adds places of a family in a block: gate and up lie one after the other in one tensor."""
-    if family in families:
-        earlier, known = families[family]
+def _join(kinds: dict[int, tuple[int, torch.Tensor]], kind: int, dim: int, positions: torch.Tensor) -> None:
+    """Add positions of a kind to a block; a gate and its up projection may be in one tensor."""
+    if kind in kinds:
+        earlier, known = kinds[kind]
         if earlier != dim:
-            raise ValueError("a family lies along two dimensions of one tensor")
-        families[family] = dim, _side_by_side(known, positions)
+            raise ValueError("spec: the units of a subgroup are along two dimensions of one tensor")
+        kinds[kind] = dim, _side_by_side(known, positions)
     else:
-        families[family] = dim, positions
+        kinds[kind] = dim, positions
 
 
 def _side_by_side(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """(1, size, positions) of both: everything that belongs to a unit."""
+    """(1, size, positions) of both: all positions of a unit in its row."""
     rows = [x.movedim(1, 0).flatten(1) for x in (first, second)]
     return torch.cat(rows, 1)[None]

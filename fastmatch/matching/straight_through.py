@@ -1,112 +1,159 @@
-"""Straight-through matching: gradients of the merge's loss look for the permutation (Ainsworth et al. 2022, 3.3).
+"""Straight-through matching: descend the loss of the midpoint over permutations (Ainsworth et al. 2022, section 3.3).
 
-A free copy B~ of the parameters is trained. Forward, the midpoint of A and of B permuted to lie closest to B~ is run;
-backward, the gradient of its loss goes straight through that projection to B~.
+A free copy of the parameters is trained. The forward pass runs the midpoint of A and of B, permuted to be closest to
+the copy. The backward pass gives the gradient of the midpoint's loss to the copy, as if the projection onto
+permutations were the identity.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastmatch._internal.batches import batches_of, device_of, evaluating, split_batch
+from fastmatch._internal.batches import batches_of, check_data, device_of, evaluating, split_batch
+from fastmatch._internal.checks import check_integer, check_number
 from fastmatch._internal.states import State, state_of
-from fastmatch.matching.weights import match_weights
+from fastmatch.matching.matcher import Matcher, Model, check_matcher, modules_of
+from fastmatch.matching.weights import WeightMatching, match_weights
 from fastmatch.permutations.alignment import Matching
 from fastmatch.permutations.apply import apply_permutations
 from fastmatch.spec import Permutations, PermutationSpec
 
-__all__ = ["Loss", "match_straight_through"]
+__all__ = ["Loss", "StraightThrough"]
 
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Loss: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""``loss(outputs, targets)`` returns a scalar."""
 
 
-def match_straight_through(
-    model_a: nn.Module,
-    model_b: nn.Module,
-    spec: PermutationSpec,
-    data: Iterable[Any],
-    *,
-    epochs: int = 5,
-    learning_rate: float = 1e-2,
-    loss: Loss = F.cross_entropy,
-    start: Permutations | None = None,
-    seed: int = 0,
-    max_sweeps: int = 100,
-    tolerance: float = 1e-12,
-    include: str = "affine",
-    progress: bool | None = None,
-) -> Matching:
-    """Finds the permutations of B's units whose midpoint with A has the least loss on ``data``.
+@dataclass(frozen=True, eq=False)
+class StraightThrough(Matcher):
+    """Match units by gradients: minimize the loss of the midpoint of A and the permuted B on data.
 
-    Begins with weight matching (from ``start``), goes through the data ``epochs`` times with Adam, and measures the
-    midpoint's loss before the first and after each of them, in a read of its own: what it returns is the best of
-    these, so never worse on ``data`` than weight matching. Networks run in eval mode, batch norm with the midpoint of
-    both running statistics.
+    Begins at weight matching and trains for ``epochs``. The loss of the midpoint is measured before the first epoch
+    and after each; the permutations of the lowest loss are the result. On ``data`` they are never worse than weight
+    matching. Networks run in eval mode; batch norm uses the midpoint of both running statistics.
+
+    Example:
+        >>> alignment = fm.align(model_a, model_b, x, fm.StraightThrough(loader, epochs=1))
+        >>> before, after = alignment.matching.objective
+        >>> after >= before
+        True
 
     Args:
-        model_a, model_b: modules of the traced architecture; A is the reference. Both are left as they are.
-        spec: which axes move together.
-        data: batches of (inputs, targets), read ``2 * epochs + 1`` times.
-        epochs: passes of training.
-        learning_rate: Adam's, on the free copy.
-        loss: of a batch's outputs and targets.
-        start, seed, max_sweeps, tolerance, include: of the projections, as in weight matching.
-        progress: show bars; None shows them on a terminal.
-
-    Returns:
-        A :class:`Matching` whose ``objective`` is the negated mean loss of the midpoint, of weight matching and of
-        the best epoch.
+        data: batches of (inputs, targets), read ``2 * epochs + 1`` times; not an iterator, which can be read only
+            once.
+        epochs: passes over the data that train the free copy.
+        learning_rate: Adam's step size on the free copy.
+        loss: ``loss(outputs, targets)`` of a batch; the mean over the batch.
+        projection: the options of weight matching, by which the free copy is projected onto permutations. Its
+            ``init`` and ``seed`` are those of the first projection; the later ones begin at the one before, with
+            the next seed.
 
     Raises:
-        ValueError: ``epochs`` or ``learning_rate`` is no positive number, or the data yields nothing.
+        ValueError: ``epochs`` or ``learning_rate`` is out of range.
+        TypeError: ``data`` is not an iterable of batches that can be read again, ``loss`` is not callable, or
+            ``projection`` is not a :class:`WeightMatching`.
+
+    Cost: one forward and backward pass and one weight matching per batch, so it is meant for narrow networks.
     """
-    if not isinstance(epochs, int) or epochs < 1:
-        raise ValueError(f"epochs: expected a whole number of at least 1, got {epochs}")
-    if not learning_rate > 0:
-        raise ValueError(f"learning_rate: expected a positive number, got {learning_rate}")
-    a, b = state_of(model_a, "model_a"), state_of(model_b, "model_b")
-    options: dict[str, Any] = {
-        "max_sweeps": max_sweeps, "tolerance": tolerance, "include": include, "progress": False,
-    }  # fmt: skip
-    found = match_weights(a, b, spec, start=start, seed=seed, **options)
-    permutations, solves = found.permutations, found.solves
-    names = {name for name, _ in model_a.named_parameters()}
-    free = {name: a[name].clone().requires_grad_() for name in names}
-    descent = torch.optim.Adam(free.values(), lr=learning_rate)
-    first = best = _mean_loss(model_a, _middle(a, b, spec, permutations), data, loss, progress)
-    chosen = permutations
-    for epoch in range(epochs):
-        title = f"straight-through, epoch {epoch + 1}"
-        with evaluating(model_a):
-            for step, batch in enumerate(batches_of(data, title, progress=progress)):
-                aim = {**b, **{name: value.detach() for name, value in free.items()}}
-                projected = match_weights(
-                    aim, b, spec, start=permutations, seed=seed + epoch + step, **options
-                )
-                permutations, solves = projected.permutations, solves + projected.solves
-                middle = _middle(a, b, spec, permutations)
-                descent.zero_grad()
-                with torch.enable_grad():
-                    for (
-                        name,
-                        value,
-                    ) in free.items():  # the value of the midpoint, the gradient of the free copy
-                        middle[name] = middle[name] + 0.5 * (value - value.detach())
-                    _loss_of(model_a, middle, batch, loss).backward()
-                descent.step()
-        value = _mean_loss(model_a, _middle(a, b, spec, permutations), data, loss, progress)
-        if value < best or best != best:  # anything is better than NaN
-            best, chosen = value, permutations
-    return Matching(chosen, "straight-through", (-first, -best), sweeps=epochs, solves=solves)
+
+    data: Iterable[Any] = field(repr=False)
+    epochs: int = 5
+    learning_rate: float = 1e-2
+    loss: Loss = field(default=F.cross_entropy, repr=False)
+    projection: WeightMatching = WeightMatching()
+
+    def __post_init__(self) -> None:
+        check_integer("epochs", self.epochs, least=1)
+        check_data(self.data, reads=2 * self.epochs + 1)
+        check_number("learning_rate", self.learning_rate, exclusive=True)
+        if not callable(self.loss):
+            raise TypeError(
+                f"loss: expected a function of outputs and targets, got {type(self.loss).__name__}"
+            )
+        check_matcher("projection", self.projection, WeightMatching)
+
+    def match(
+        self, model_a: Model, model_b: Model, spec: PermutationSpec, *, progress: bool | None = None
+    ) -> Matching:
+        """Match the units of model B to those of model A.
+
+        Args:
+            model_a, model_b: modules of the same architecture; A is the reference. Neither is changed.
+            spec: which axes move together.
+            progress: show progress bars; None shows them on a terminal.
+
+        Returns:
+            A :class:`Matching` whose ``objective`` is the negated mean loss of the midpoint, by weight matching and
+            by the result.
+
+        Raises:
+            TypeError: a model is a state dict, which cannot be run.
+            ValueError: ``data`` does not yield pairs of tensors.
+        """
+        model, _ = modules_of(model_a, model_b)
+        descent = _Descent(self, model, state_of(model_b, "model_b"), spec)
+        first = best = descent.mean_loss(progress)
+        chosen = descent.permutations
+        for epoch in range(self.epochs):
+            title = f"straight-through, epoch {epoch + 1}"
+            with evaluating(model):
+                for step, batch in enumerate(batches_of(self.data, title, progress=progress)):
+                    descent.step(batch, seed=self.projection.seed + epoch + step)
+            value = descent.mean_loss(progress)
+            if value < best or best != best:  # anything is better than NaN
+                best, chosen = value, descent.permutations
+        return Matching(chosen, "StraightThrough", (-first, -best), sweeps=self.epochs, solves=descent.solves)
 
 
-def _middle(a: State, b: State, spec: PermutationSpec, permutations: Permutations) -> dict[str, torch.Tensor]:
-    """The midpoint of A and the permuted B; what is no floating point number is A's."""
+class _Descent:
+    """The free copy, its optimizer, and the permutations closest to it."""
+
+    def __init__(self, options: StraightThrough, model: nn.Module, b: State, spec: PermutationSpec) -> None:
+        self.options, self.model, self.spec = options, model, spec
+        self.a, self.b = state_of(model, "model_a"), b
+        found = match_weights(self.a, b, spec, options.projection, progress=False)
+        self.permutations, self.solves = found.permutations, found.solves
+        names = {name for name, _ in model.named_parameters()}
+        self.free = {name: self.a[name].clone().requires_grad_() for name in names}
+        self.optimizer = torch.optim.Adam(self.free.values(), lr=options.learning_rate)
+
+    def step(self, batch: Any, seed: int) -> None:
+        """Project the free copy, and descend the loss of the midpoint on one batch."""
+        target = {**self.b, **{name: value.detach() for name, value in self.free.items()}}
+        projection = replace(self.options.projection, init=self.permutations, seed=seed)
+        found = match_weights(target, self.b, self.spec, projection, progress=False)
+        self.permutations, self.solves = found.permutations, self.solves + found.solves
+        middle = _midpoint(self.a, self.b, self.spec, self.permutations)
+        self.optimizer.zero_grad()
+        with torch.enable_grad():
+            for name, value in self.free.items():  # the value of the midpoint, the gradient of the free copy
+                middle[name] = middle[name] + 0.5 * (value - value.detach())
+            _loss_of(self.model, middle, batch, self.options.loss).backward()
+        self.optimizer.step()
+
+    def mean_loss(self, progress: bool | None) -> float:
+        """Return the mean loss of the midpoint over the data."""
+        state = _midpoint(self.a, self.b, self.spec, self.permutations)
+        total, count = 0.0, 0
+        with evaluating(self.model), torch.no_grad():
+            for batch in batches_of(self.options.data, "loss of the midpoint", progress=progress):
+                value = float(_loss_of(self.model, state, batch, self.options.loss))
+                size = len(split_batch(batch)[0])
+                total += size * value
+                count += size
+        return total / count
+
+
+def _midpoint(
+    a: State, b: State, spec: PermutationSpec, permutations: Permutations
+) -> dict[str, torch.Tensor]:
+    """The midpoint of A and the permuted B; tensors that are not floating point are A's."""
     moved = apply_permutations(dict(b), spec, permutations)
     return {
         name: value.lerp(moved[name].to(value), 0.5) if value.is_floating_point() else value
@@ -114,28 +161,12 @@ def _middle(a: State, b: State, spec: PermutationSpec, permutations: Permutation
     }
 
 
-def _named(model: nn.Module) -> set[str]:
-    """One name for each parameter and buffer: tied ones have several in a state dict."""
-    return {name for named in (model.named_parameters(), model.named_buffers()) for name, _ in named}
-
-
 def _loss_of(model: nn.Module, state: State, batch: Any, loss: Loss) -> torch.Tensor:
     inputs, targets = split_batch(batch)
     if not isinstance(inputs, torch.Tensor) or not isinstance(targets, torch.Tensor):
         raise ValueError("data: expected (inputs, targets) pairs of tensors")
     device = device_of(model)
-    named = {name: state[name] for name in _named(model) if name in state}
+    # One name for each parameter and buffer: tied ones have several in a state dict.
+    names = {name for named in (model.named_parameters(), model.named_buffers()) for name, _ in named}
+    named = {name: state[name] for name in names if name in state}
     return loss(torch.func.functional_call(model, named, (inputs.to(device),)), targets.to(device))
-
-
-def _mean_loss(
-    model: nn.Module, state: State, data: Iterable[Any], loss: Loss, progress: bool | None
-) -> float:
-    total, count = 0.0, 0
-    with evaluating(model), torch.no_grad():
-        for batch in batches_of(data, "loss of the midpoint", progress=progress):
-            value = float(_loss_of(model, state, batch, loss))
-            size = len(split_batch(batch)[0])
-            total += size * value
-            count += size
-    return total / count

@@ -13,7 +13,7 @@ from fastmatch._internal.batches import batches_of, check_module, device_of, eva
 from fastmatch._internal.coefficients import check_weights, remember_weights
 from fastmatch._internal.modules import copy_module
 from fastmatch._internal.states import State, check_finite, check_same_architecture, state_of
-from fastmatch.matching.activations import choose_sites, unit_rows
+from fastmatch.matching.sites import choose_sites, unit_columns
 from fastmatch.merging.rewire import Rewiring, rewire
 from fastmatch.merging.unit_rules import Identity, MatchedUnits, RuleName
 from fastmatch.merging.units import UnitMaps, identity_maps, on_axis
@@ -230,16 +230,13 @@ def _read_moments(
 ) -> dict[str, list[CrossMoments]]:
     """Return, per group, the moments that the rule needs (see :meth:`MatchedUnits.maps`), in one read of its data."""
     spec = plan.structure.spec
-    chosen = {
-        choose_sites(spec, name, "after" if rule.site == "post" else "before", "last")[0]: name
-        for name in plan.joined
-    }
+    chosen = {choose_sites(spec, name, rule.site, "last")[0]: name for name in plan.joined}
     rows: dict[str, list[torch.Tensor]] = {name: [] for name in plan.joined}
     count = len(copies) - 1 if rule.pairwise else 1
     moments = {name: [CrossMoments() for _ in range(count)] for name in plan.joined}
 
     def keep(site: ActivationSite, tensor: torch.Tensor) -> None:
-        rows[chosen[site]].append(unit_rows(tensor, site.axis, spec.groups[site.group].size))
+        rows[chosen[site]].append(unit_columns(tensor, site.axis, spec.groups[site.group].size))
 
     with evaluating(*copies):
         for batch in batches_of(rule.data, "partial merge", progress=progress):

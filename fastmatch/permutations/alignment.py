@@ -20,21 +20,26 @@ __all__ = ["Alignment", "Matching"]
 
 @dataclass(frozen=True)
 class Matching:
-    """The outcome of a matching.
+    """The outcome of a matcher.
+
+    Example:
+        >>> matching = fm.align(model_a, model_b, x).matching
+        >>> matching.matcher, matching.converged
+        ('WeightMatching', True)
 
     Attributes:
-        permutations: group name -> LongTensor, ``new_b[i] = b[perm[i]]``.
-        method: ``"weights"`` or ``"activations"``.
-        objective: the objective before the first sweep and after every sweep (weights; float64 sums), or
-            the summed similarity of the matched units before and after (activations).
+        permutations: group name -> LongTensor (size,), ``new_b[i] = b[perm[i]]``.
+        matcher: the class name of the matcher, or of the strategy for many models.
+        objective: the values of the objective that the matcher maximizes, from the start to the result; the matcher's
+            ``match`` says which.
         sweeps: passes over the groups.
         solves: assignment problems solved.
-        skipped: solves left out because no neighbour had moved since.
+        skipped: solves omitted because no neighbour of the group had moved.
         converged: no group can improve any more by itself.
     """
 
     permutations: Permutations
-    method: str
+    matcher: str
     objective: tuple[float, ...]
     sweeps: int = 1
     solves: int = 0
@@ -44,12 +49,22 @@ class Matching:
 
 @dataclass(frozen=True, repr=False)
 class Alignment:
-    """Permutations of one model's hidden units, with the spec that says where they apply.
+    """Permutations of a model's hidden units, with the spec that says where they apply.
+
+    Example:
+        >>> alignment = fm.align(model_a, model_b, x)
+        >>> aligned_b = alignment.apply(model_b)
+        >>> alignment.compose(alignment.invert()).moved
+        0
 
     Attributes:
-        permutations: group name -> LongTensor (size,); ``new_b[i] = b[perm[i]]``.
+        permutations: group name -> LongTensor (size,); ``new_b[i] = b[perm[i]]``. Groups that are not given stay in
+            place.
         spec: which axes move together.
-        matching: how the permutations were found; None for loaded or composed ones.
+        matching: how the permutations were found; None if they were loaded, inverted or composed.
+
+    Raises:
+        ValueError: a group is not in the spec, or its permutation is not one of its units.
     """
 
     permutations: Permutations
@@ -59,37 +74,54 @@ class Alignment:
     def __post_init__(self) -> None:
         object.__setattr__(self, "permutations", check_permutations(self.permutations, self.spec))
 
+    @property
+    def moved(self) -> int:
+        """The number of units that change their place."""
+        return sum(int((p != torch.arange(len(p))).sum()) for p in self.permutations.values())
+
     @overload
     def apply(self, model: nn.Module) -> nn.Module: ...
     @overload
     def apply(self, model: State) -> dict[str, torch.Tensor]: ...
     def apply(self, model: nn.Module | State) -> nn.Module | dict[str, torch.Tensor]:
-        """A new model (or state dict) with its units reordered; ``model`` is left as it was."""
+        """Return a new model, or state dict, with the units reordered; ``model`` is not changed.
+
+        Raises:
+            ValueError: a tensor that the spec moves is missing or has another shape.
+            TypeError: ``model`` is neither a module nor a state dict.
+        """
         moved = apply_permutations(state_of(model, "model"), self.spec, self.permutations)
         return with_state(model, moved) if isinstance(model, nn.Module) else moved
 
     def __repr__(self) -> str:
-        moved = sum(int((p != torch.arange(len(p))).sum()) for p in self.permutations.values())
         total = sum(map(len, self.permutations.values()))
-        text = f"Alignment({len(self.permutations)} groups, {moved} of {total} units moved"
+        text = f"Alignment({len(self.permutations)} groups, {self.moved} of {total} units moved"
         if self.matching is not None:
             first, last = self.matching.objective[0], self.matching.objective[-1]
-            text += f", {self.matching.method} objective {first:.6g} -> {last:.6g}"
+            text += f", {self.matching.matcher} objective {first:.6g} -> {last:.6g}"
         return text + ")"
 
     def invert(self) -> Alignment:
-        """The alignment that undoes this one."""
+        """Return the alignment that undoes this one."""
         return Alignment(invert(self.permutations, self.spec), self.spec)
 
     def compose(self, then: Alignment) -> Alignment:
-        """One alignment equal to applying this one and then ``then``."""
+        """Return one alignment equal to applying this one and then ``then``.
+
+        Raises:
+            ValueError: the two do not have the same groups.
+        """
         return Alignment(compose(self.permutations, then.permutations, self.spec), self.spec)
 
     def save(self, path: str | Path, *, force: bool = False) -> None:
-        """Writes permutations and spec as .safetensors; an existing file is replaced only with ``force``."""
+        """Write permutations and spec to a .safetensors file; an existing file is replaced only with ``force``."""
         save_permutations(self.permutations, self.spec, path, force=force)
 
     @classmethod
     def load(cls, path: str | Path) -> Alignment:
-        """What :meth:`save` wrote."""
+        """Return what :meth:`save` wrote.
+
+        Raises:
+            ValueError: the file is damaged or holds something else.
+        """
         return cls(*load_permutations(path))

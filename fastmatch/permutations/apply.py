@@ -1,4 +1,4 @@
-"""Applying, inverting and composing permutations. The convention is Git Re-Basin's: ``new_b[i] = b[perm[i]]``."""
+"""Apply, invert and compose permutations. The convention is Git Re-Basin's: ``new_b[i] = b[perm[i]]``."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ __all__ = [
 ]  # fmt: skip
 
 LARGE = 1 << 20
-"""Elements above which reading a tensor once pays for the kernel's call; torch's second pass over fewer is in cache."""
+"""Elements above which the kernel, which reads a tensor once, is faster than torch. Smaller tensors stay in cache between
+torch's two passes."""
 
 
 def check_permutations(
     permutations: Mapping[str, torch.Tensor], spec: PermutationSpec, argument: str = "permutations"
 ) -> Permutations:
-    """The permutations as LongTensors on the CPU, one per group; groups not named stay as they are.
+    """Return the permutations as LongTensors on the CPU, one per group; groups that are not named stay in place.
 
     Raises:
-        ValueError: an unknown group, a wrong length, or entries that are not a permutation.
+        ValueError: a group is not in the spec, or has a wrong length or entries that are not a permutation.
     """
     unknown = [name for name in permutations if name not in spec.groups]
     if unknown:
@@ -48,10 +49,10 @@ def check_permutations(
 def dimension_indices(
     parameter: str, spec: PermutationSpec, permutations: Permutations, skip: Axis | None = None
 ) -> dict[int, torch.Tensor]:
-    """Per dimension that moves, the index to select by: all groups on it combined, without ``skip``.
+    """Return dimension -> the index to select by, for each dimension that moves; all groups but ``skip`` combined.
 
-    Units that lie only in a slice of the parameter are left out: see :func:`slice_indices`. Not to be written
-    to: it may be the permutation itself.
+    Groups that occupy only a slice of the parameter are omitted: see :func:`slice_indices`. The result must not be
+    written to, because it may be the permutation itself.
     """
     indices: dict[int, torch.Tensor] = {}
     for axis, name in spec.axes_of(parameter):
@@ -76,7 +77,7 @@ def dimension_indices(
 def slice_indices(
     parameter: str, spec: PermutationSpec, permutations: Permutations, skip: Axis | None = None
 ) -> list[tuple[Axis, torch.Tensor]]:
-    """(axis, index along its dimension) for every group that moves in a slice of the parameter only."""
+    """Return (axis, index along its dimension) for each group that moves only in a slice of the parameter."""
     found = []
     for axis, name in spec.axes_of(parameter):
         if axis.at and axis != skip and not is_identity(permutations[name]):
@@ -88,14 +89,14 @@ def slice_indices(
 
 
 def is_identity(permutation: torch.Tensor) -> bool:
-    """Whether a permutation moves nothing."""
+    """Return whether a permutation moves nothing."""
     return torch.equal(permutation, torch.arange(len(permutation)))
 
 
 def moved_positions(
     now: Mapping[int, torch.Tensor], then: Mapping[int, torch.Tensor], shape: Sequence[int]
 ) -> dict[int, torch.Tensor]:
-    """Per dimension the positions at which two selections of :func:`dimension_indices` differ; none where they do not."""
+    """Return dimension -> the positions at which two results of :func:`dimension_indices` differ, if any do."""
     moved: dict[int, torch.Tensor] = {}
     for dim in now.keys() | then.keys():
         after, before = now.get(dim), then.get(dim)
@@ -117,16 +118,16 @@ def permute_tensor(
     permutations: Permutations,
     skip: Axis | None = None,
 ) -> torch.Tensor:
-    """``tensor`` with every group's axes moved but ``skip``; the same object when nothing moves."""
-    given = tensor
+    """Return ``tensor`` with the axes of all groups but ``skip`` moved; the same object if nothing moves."""
+    moved = tensor
     for dim, index in dimension_indices(parameter, spec, permutations, skip).items():
-        tensor = tensor.index_select(dim, index.to(tensor.device))
+        moved = moved.index_select(dim, index.to(moved.device))
     slices = slice_indices(parameter, spec, permutations, skip)
-    return _reorder_slices(tensor.clone() if tensor is given else tensor, slices) if slices else tensor
+    return _reorder_slices(moved.clone() if moved is tensor else moved, slices) if slices else moved
 
 
 def _reorder_slices(tensor: torch.Tensor, slices: Sequence[tuple[Axis, torch.Tensor]]) -> torch.Tensor:
-    """``tensor``, with every slice reordered in place; what moves whole slices has moved before."""
+    """Reorder every slice in place and return ``tensor``; groups that move whole slices must have moved already."""
     for axis, index in slices:
         part = axis.slice_of(tensor)
         part.copy_(part.index_select(axis.dim, index.to(tensor.device)))
@@ -136,17 +137,17 @@ def _reorder_slices(tensor: torch.Tensor, slices: Sequence[tuple[Axis, torch.Ten
 def apply_permutations(
     state: State, spec: PermutationSpec, permutations: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """A new state dict with every group's units reordered; no tensor of ``state`` is changed or shared.
+    """Return a new state dict with the units of every group reordered; no tensor of ``state`` is changed or shared.
 
     Args:
         state: name -> tensor, any dtype and device.
         spec: which axes move together.
-        permutations: group name -> permutation of shape (size,); groups left out stay.
+        permutations: group name -> permutation of shape (size,); groups that are omitted stay in place.
 
     Raises:
-        ValueError: a tensor the spec moves is missing or of another shape, or a permutation is not one.
+        ValueError: a tensor that the spec moves is missing or has another shape, or a permutation is not one.
 
-    Cost: one read and one write of each tensor and moving dimension.
+    Cost: one read and one write of each tensor per dimension that moves.
     """
     check_spec(spec, state, "state")
     checked = check_permutations(permutations, spec)
@@ -159,10 +160,7 @@ def apply_permutations(
 
 
 def _reordered(tensor: torch.Tensor, indices: dict[int, torch.Tensor]) -> torch.Tensor:
-    """``tensor`` selected by every index, read and written once where there is a kernel for that.
-
-    Along one dimension torch does so itself.
-    """
+    """``tensor`` selected by every index; the kernel reads and writes it once for two dimensions."""
     is_large = tensor.numel() >= LARGE and tensor.itemsize >= 2
     if is_large and tensor.is_floating_point() and tensor.device.type == "cpu" and len(indices) == 2:
         from fastmatch_kernels import ops as kernels
@@ -175,32 +173,32 @@ def _reordered(tensor: torch.Tensor, indices: dict[int, torch.Tensor]) -> torch.
 
 
 def invert(permutations: Permutations, spec: PermutationSpec | None = None) -> Permutations:
-    """The permutations that undo ``permutations``; ``spec`` is needed where groups lie within others."""
+    """Return the permutations that undo ``permutations``; ``spec`` is needed if groups have subgroups."""
     result = {name: torch.argsort(perm) for name, perm in permutations.items()}
-    for (outer, _), family in _families(spec).items():
+    for (outer, _), names in _subgroups(spec).items():
         if outer in permutations:
-            # Block i of the inverse lies where B's block now is: position inverse[i] of the result.
-            for group, source in zip(family, result[outer].tolist(), strict=True):
-                if family[source] in permutations:
-                    result[group] = torch.argsort(permutations[family[source]])
+            # Block i of the inverse comes from position inverse[i].
+            for group, source in zip(names, result[outer].tolist(), strict=True):
+                if names[source] in permutations:
+                    result[group] = torch.argsort(permutations[names[source]])
     return result
 
 
 def compose(first: Permutations, second: Permutations, spec: PermutationSpec | None = None) -> Permutations:
-    """One step equal to applying ``first`` and then ``second``; both must name the same groups.
+    """Return one step equal to applying ``first`` and then ``second``; both must name the same groups.
 
-    ``spec`` is needed where groups lie within others.
+    ``spec`` is needed if groups have subgroups.
     """
     if first.keys() != second.keys():
         raise ValueError(f"second: expected the groups {sorted(first)}, got {sorted(second)}")
     result = {name: perm[second[name]] for name, perm in first.items()}
-    for (outer, _), family in _families(spec).items():
+    for (outer, _), names in _subgroups(spec).items():
         if outer in second:
-            for group, source in zip(family, second[outer].tolist(), strict=True):
-                if family[source] in first:
-                    result[group] = first[family[source]][second[group]]
+            for group, source in zip(names, second[outer].tolist(), strict=True):
+                if names[source] in first:
+                    result[group] = first[names[source]][second[group]]
     return result
 
 
-def _families(spec: PermutationSpec | None) -> dict[tuple[str, int], tuple[str, ...]]:
+def _subgroups(spec: PermutationSpec | None) -> dict[tuple[str, int], tuple[str, ...]]:
     return {} if spec is None else spec.subgroups()

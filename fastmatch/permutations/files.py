@@ -17,7 +17,12 @@ __all__ = ["load_permutations", "save_permutations"]
 def save_permutations(
     permutations: Permutations, spec: PermutationSpec, path: str | Path, *, force: bool = False
 ) -> None:
-    """Writes permutations as safetensors with the spec as text in the metadata; nothing is pickled."""
+    """Write permutations as safetensors, with the spec as text in the metadata; nothing is pickled.
+
+    Raises:
+        ValueError: ``path`` has another suffix, or a permutation does not fit the spec.
+        OSError: the file exists (without ``force``) or cannot be written.
+    """
     check_format(path, "path", {".safetensors"})
     checked = check_permutations(permutations, spec)
     with writing(path, force=force) as temporary:
@@ -25,10 +30,10 @@ def save_permutations(
 
 
 def load_permutations(path: str | Path) -> tuple[Permutations, PermutationSpec]:
-    """What :func:`save_permutations` wrote.
+    """Return what :func:`save_permutations` wrote.
 
     Raises:
-        ValueError: the file is damaged, or holds something else.
+        ValueError: the file is damaged or holds something else.
     """
     check_format(path, "path", {".safetensors"})
     permutations = load_state(path)

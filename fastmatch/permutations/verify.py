@@ -1,4 +1,4 @@
-"""Proof that permuting a network by a spec leaves its function as it was."""
+"""Prove that permuting a network by a spec does not change its function."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["Verification", "Wide", "in_double", "largest_difference", "outputs_o
 
 
 class Wide(TorchFunctionMode):
-    """Turns a model's own casts to float32 into casts to float64: norms and rotary tables are full of them."""
+    """Turn a model's own casts to float32, common in norms and rotary tables, into casts to float64."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -29,17 +29,20 @@ class Wide(TorchFunctionMode):
         def widen(value: Any) -> Any:
             return torch.float64 if value is torch.float32 else value
 
-        if not any(
-            isinstance(x, torch.Tensor) for x in args
-        ):  # a new tensor, such as one to read a file into
-            return func(*args, **(kwargs or {}))
+        if not any(isinstance(x, torch.Tensor) for x in args):
+            return func(*args, **(kwargs or {}))  # a new tensor, such as one to read a file into
         func = torch.Tensor.double if func is torch.Tensor.float else func
         return func(*map(widen, args), **{k: widen(v) for k, v in (kwargs or {}).items()})
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What :func:`verify` found: the largest relative error of the outputs, and which groups moved."""
+    """The outcome of :func:`verify`.
+
+    Attributes:
+        error: the largest difference of the outputs, relative to the largest output.
+        groups: the groups that moved.
+    """
 
     error: float
     groups: tuple[str, ...]
@@ -55,23 +58,28 @@ def verify(
     seed: int = 0,
     tolerance: float = 1e-10,
 ) -> Verification:
-    """Moves every group by a random permutation and compares the outputs, in float64.
+    """Permute every group of a model at random and compare the outputs, in float64.
+
+    Example:
+        >>> spec = fm.PermutationSpec.trace(model_a, x)
+        >>> fm.verify(model_a, spec, x).error < 1e-10
+        True
 
     Args:
-        model: left as it is; a float64 copy is run twice in eval mode.
+        model: the model, which is not changed; a float64 copy is run twice in eval mode.
         spec: which axes move together.
         example_inputs: a tensor or a tuple of positional inputs.
         kwargs: keyword inputs.
-        outputs: which outputs to compare, as for :meth:`PermutationSpec.trace`; all where left out.
+        outputs: which outputs to compare, as for :meth:`PermutationSpec.trace`; all of them for None.
         seed: of the random permutations.
-        tolerance: largest difference allowed, relative to the largest output.
+        tolerance: the largest difference allowed, relative to the largest output.
 
     Returns:
         A :class:`Verification`.
 
     Raises:
-        ValueError: the outputs differ (the groups that change them by themselves are named), or the model
-            does not run in float64 or returns nothing that could be compared.
+        ValueError: the outputs differ (the groups that change them by themselves are named), the model does not
+            run in float64, or it returns nothing that can be compared.
     """
     args, keywords = arguments_of(example_inputs, kwargs)
     args, keywords = in_double(args), in_double(keywords)
@@ -82,7 +90,7 @@ def verify(
     except RuntimeError as error:
         raise ValueError(
             f"model: does not run in float64 on the example inputs ({error}); "
-            "mend that, or pass verify=False to go on without the proof"
+            "pass verify=False to go on without the proof"
         ) from error
     if not any(torch.isfinite(t).any() for t in expected):
         raise ValueError(
@@ -98,16 +106,19 @@ def verify(
             if not (alone := _error(double, spec, {name: perm}, args, keywords, expected, outputs))
             <= tolerance
         }
-        named = ", ".join(f"{n!r} (relative error {e:.2g})" for n, e in guilty.items()) or "several together"
+        named = (
+            ", ".join(f"{n!r} (relative error {e:.2g})" for n, e in guilty.items())
+            or "several of them together"
+        )
         raise ValueError(
-            f"spec: permuting changes the network's function; group {named}. Outputs differ by {error:.2g} "
-            f"relative, at most {tolerance:.2g} is allowed"
+            f"spec: permuting changes the network's function; group {named}. The outputs differ by {error:.2g} "
+            f"relative to the largest; at most {tolerance:.2g} is allowed"
         )
     return Verification(error, tuple(spec.groups))
 
 
 def in_double(value: Any) -> Any:
-    """A nest of tensors with its floating point ones in float64."""
+    """Return nested tensors with the floating point ones in float64."""
     if isinstance(value, torch.Tensor):
         return value.double() if value.is_floating_point() else value
     if isinstance(value, Mapping):
@@ -120,7 +131,7 @@ def in_double(value: Any) -> Any:
 def outputs_of(
     model: nn.Module, args: Any, kwargs: Any, names: Sequence[str] | None = None
 ) -> list[torch.Tensor]:
-    """Every output as float64; integers and truth values count too. The model's own casts to float32 are widened."""
+    """Return every output in float64, integers and booleans included; the model's casts to float32 are widened."""
     with torch.no_grad(), Wide(), plain_operations(model, "eager"):
         outputs = [t.detach() for t in outputs_named(model(*args, **kwargs), names)]
     return [(torch.view_as_real(t) if t.is_complex() else t).to(torch.float64, copy=True) for t in outputs]
@@ -135,15 +146,16 @@ def _error(
     expected: list[torch.Tensor],
     outputs: Sequence[str] | None,
 ) -> float:
+    """The largest difference between the expected outputs and those of the permuted model."""
     moved = with_state(model, apply_permutations(state_of(model, "model"), spec, permutations))
     return largest_difference(expected, outputs_of(moved, args, kwargs, outputs))
 
 
 def largest_difference(expected: list[torch.Tensor], outputs: list[torch.Tensor]) -> float:
-    """The largest difference of outputs relative to the largest expected one; infinity where they cannot agree."""
+    """Return the largest difference relative to the largest expected output; infinity if shapes or NaN differ."""
     worst = 0.0
     for old, new in zip(expected, outputs, strict=True):
-        # An error of NaN would compare as no error: what is not finite must be the same, the rest is measured.
+        # NaN would compare as no error, so values that are not finite must be the same; the others are measured.
         finite = torch.isfinite(old)
         if old.shape != new.shape or not torch.equal(old[~finite].nan_to_num(), new[~finite].nan_to_num()):
             return float("inf")

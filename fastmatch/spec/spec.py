@@ -249,6 +249,11 @@ class PermutationSpec:
             and len({frozenset(consumed.get(op, ())) for op in produced.get(name, ())}) > 1
         )
 
+    def without_residual(self) -> PermutationSpec:
+        """Return the same spec with the residual streams held in place; they move nearly every weight at once."""
+        residual = set(self.residual())
+        return self.select([name for name in self.groups if name not in residual])
+
     def flat(self) -> PermutationSpec:
         """Without groups that hold others: what lies within them moves where it is, for methods that solve no pairs."""
         outer = {group.within for group in self.groups.values()}

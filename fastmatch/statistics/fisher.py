@@ -1,4 +1,4 @@
-"""The diagonal of the Fisher information: how much each parameter matters to what a network says."""
+"""The diagonal of the Fisher information: how much each parameter matters to a network's output."""
 
 from __future__ import annotations
 
@@ -17,14 +17,21 @@ __all__ = ["diagonal_fisher"]
 def diagonal_fisher(
     model: nn.Module, data: Iterable[Any], *, progress: bool | None = None
 ) -> dict[str, torch.Tensor]:
-    """Parameter name -> mean over samples of the squared gradient of a sample's log-likelihood (empirical Fisher).
+    """Return the diagonal of the empirical Fisher information: parameter name -> a tensor of its shape.
 
-    Per-sample gradients by ``torch.func``; memory of one gradient a sample of a batch. Squares and sums are float32 at
-    least; what underflows in a half-precision backward pass is lost. ``weight ** 2 * fisher`` is the score of
-    diagonal-Fisher (optimal brain damage) pruning.
+    Each entry is the mean over samples of the squared gradient of the sample's log-likelihood (cross entropy).
+    ``weight ** 2 * fisher`` is the score of diagonal-Fisher (optimal brain damage) pruning.
+
+    Args:
+        model: a classifier; it is run in eval mode and not changed.
+        data: batches of (inputs, targets), read once.
+        progress: show a progress bar; None shows it on a terminal.
 
     Raises:
         ValueError: ``data`` does not yield pairs of tensors.
+
+    Cost: a per-sample gradient (``torch.func``), so the memory of one model per sample of a batch. Squares and sums
+    are in float32 or wider; gradients that underflow in a half-precision backward pass are lost.
     """
     parameters = {n: p.detach() for n, p in model.named_parameters()}
     buffers = {n: b.detach() for n, b in model.named_buffers()}

@@ -1,22 +1,25 @@
 """Streaming statistics of activations: per-channel moments, and cross products between two models.
 
-All sums are pooled over every sample exactly as if the data had come in one batch: per batch in the
-data's precision around a shift, across batches in float64 (Chan, Golub and LeVeque 1983). The sums of a batch are
-the kernels'; here is what matching and renormalization ask of them.
+All sums are pooled over samples as if the data had come in one batch: within a batch in the data's precision around a
+shift, across batches in float64 (Chan, Golub and LeVeque 1983). The kernels compute the sums of a batch; this module
+turns them into the statistics that matching and renormalization use.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
 
 import torch
 
+from fastmatch._internal.checks import check_choice
 from fastmatch_kernels import ops as kernels
 from fastmatch_kernels.moments.reference import Moments
 
-__all__ = ["SIMILARITIES", "ChannelMoments", "CrossMoments"]
+__all__ = ["ChannelMoments", "CrossMoments", "PooledSimilarity"]
 
-SIMILARITIES = ("correlation", "covariance", "inner")
+PooledSimilarity: TypeAlias = Literal["correlation", "covariance", "inner"]
+"""The similarities that :class:`CrossMoments` computes."""
 
 
 @dataclass
@@ -34,7 +37,7 @@ class ChannelMoments:
     m2: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
 
     def update(self, values: torch.Tensor, dim: int = 1) -> None:
-        """Adds a batch whose channels lie along ``dim``; every other dimension is samples."""
+        """Add a batch whose channels are along ``dim``; all other dimensions are samples."""
         if not values.is_floating_point():
             raise TypeError(f"values: expected floating point activations, got {values.dtype}")
         if values.numel() == 0:
@@ -43,7 +46,7 @@ class ChannelMoments:
         self.merge(ChannelMoments(batch.count, batch.mean(), batch.variance() * batch.count))
 
     def merge(self, other: ChannelMoments) -> None:
-        """Adds what another has seen, as if the samples had come here."""
+        """Add the samples that another one has seen."""
         if self.count == 0:
             self.count, self.mean, self.m2 = other.count, other.mean, other.m2
             return
@@ -59,25 +62,25 @@ class ChannelMoments:
         return self.m2 / max(self.count, 1)
 
     def permuted(self, index: torch.Tensor) -> ChannelMoments:
-        """The statistics of the same layer after its channels are selected by ``index``."""
+        """Return the statistics of the layer after its channels are selected by ``index``."""
         index = index.to(self.mean.device)
         return ChannelMoments(self.count, self.mean[index], self.m2[index])
 
 
 @dataclass
 class CrossMoments:
-    """Second moments between the activations of two models, over rows that belong together.
+    """Second moments between the activations of two models on the same samples.
 
-    The sums are :func:`fastmatch_kernels.moments`'s: around a shift, products in the activations' precision
-    (float32 at least), sums over batches in float64.
+    Sums are taken around a shift, in the activations' precision (float32 or wider) within a batch and in float64 across
+    batches.
 
-    Memory: n x n float64, and small batches until there are 4096 rows of them.
+    Memory: n x n float64, and small batches until they have 4096 rows.
     """
 
     state: Moments | None = None
 
     def update(self, a: torch.Tensor, b: torch.Tensor, dim: int = 1) -> None:
-        """Adds the same samples of both: channels lie along ``dim``, every other dimension is samples, in any strides."""
+        """Add the same samples of both: channels along ``dim``, all other dimensions samples, in any strides."""
         if a.ndim < 2 or [*a.movedim(dim, -1).shape[:-1]] != [*b.movedim(dim, -1).shape[:-1]]:
             raise ValueError(
                 f"a, b: expected equally many rows, dimension {dim} aside, got {tuple(a.shape)} and {tuple(b.shape)}"
@@ -89,7 +92,7 @@ class CrossMoments:
 
     @property
     def count(self) -> int:
-        """Rows seen."""
+        """The number of rows seen."""
         return 0 if self.state is None else self.state.count
 
     def _require(self) -> Moments:
@@ -99,28 +102,27 @@ class CrossMoments:
 
     @property
     def mean(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Means of A's and B's channels, float64."""
+        """The means of A's and B's channels, float64."""
         return self._require().mean(0), self._require().mean(1)
 
     @property
     def variance(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Population variances of A's and B's channels, float64."""
+        """The population variances of A's and B's channels, float64."""
         return self._require().variance(0), self._require().variance(1)
 
-    def similarity(self, kind: str = "correlation") -> torch.Tensor:
-        """(n, m) float64: Pearson ``"correlation"``, ``"covariance"``, or plain ``"inner"`` product per sample.
+    def similarity(self, kind: PooledSimilarity = "correlation") -> torch.Tensor:
+        """Return the (n, m) float64 Pearson ``"correlation"``, ``"covariance"`` or mean ``"inner"`` product.
 
-        A channel without variance (a dead unit) has correlation 0 with everything.
+        A channel without variance (a dead unit) has correlation 0 with every other.
         """
         state = self._require()
-        if kind not in SIMILARITIES:
-            raise ValueError(f"similarity: expected one of {SIMILARITIES}, got {kind!r}")
+        check_choice("similarity", kind, PooledSimilarity)
         return {"correlation": state.correlation, "covariance": state.covariance, "inner": state.inner}[
             kind
         ]()
 
 
 def _backend(*activations: torch.Tensor) -> str | None:
-    """The kernels of the device where it has any for these activations; else their plain form, in float64."""
+    """The backend: the device's kernels if there are any for these activations, else the reference in float64."""
     on_gpu = all(x.device.type == "cuda" and x.dtype != torch.float64 for x in activations)
     return None if on_gpu or activations[0].device.type == "cpu" else "reference"

@@ -16,7 +16,9 @@ from fastmatch._internal.files import writing
 from fastmatch._internal.progress import progress_bar
 from fastmatch.evaluation.between import Renormalized
 from fastmatch.evaluation.curve import Curve, interpolate
+from fastmatch.matching.activations import ActivationMatching
 from fastmatch.matching.align import align
+from fastmatch.matching.weights import WeightMatching
 from fastmatch.permutations.alignment import Alignment
 from fastmatch.renorm import endpoint_statistics
 from fastmatch.studies.digits import Batches, digits, train
@@ -168,13 +170,8 @@ def compare(
     clock["endpoint statistics"] = time.perf_counter() - begin
     for matched in ("weights", "activations"):
         begin = time.perf_counter()
-        alignment: Alignment = align(
-            model_a,
-            model_b,
-            example,
-            data=train_data if matched == "activations" else None,
-            progress=progress,
-        )
+        matcher = WeightMatching() if matched == "weights" else ActivationMatching(train_data)
+        alignment: Alignment = align(model_a, model_b, example, matcher, progress=progress)
         clock[f"align by {matched}"] = time.perf_counter() - begin
         aligned = alignment.apply(model_b)
         rows.append(

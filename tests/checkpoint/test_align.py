@@ -20,7 +20,8 @@ from fastmatch.checkpoint import Checkpoint, align_checkpoints, trace_config, ve
 from fastmatch.checkpoint.align import journal_path
 from fastmatch.checkpoint.writer import write_like
 from fastmatch.cli.main import main
-from fastmatch.matching.weights import match_weights
+from fastmatch.matching.ascent import Hooks
+from fastmatch.matching.weights import WeightMatching, match_weights
 from fastmatch.permutations.apply import permute_tensor
 from helpers.networks import build
 
@@ -96,11 +97,11 @@ def test_only_named_groups_move(folder):
 
 
 def test_streamed_matching_is_matching(folder, monkeypatch):
-    monkeypatch.setattr("fastmatch.matching.gains.BLOCK", 100)
+    monkeypatch.setattr("fastmatch.matching.gains.CHUNK", 100)
     spec = trace_config(folder / "a")
     a, b = Checkpoint(folder / "a"), Checkpoint(folder / "b")
-    held = match_weights(dict(a), dict(b), spec, seed=3)
-    streamed = match_weights(a, b, spec, seed=3, streamed=True)
+    held = match_weights(dict(a), dict(b), spec, WeightMatching(seed=3))
+    streamed = match_weights(a, b, spec, WeightMatching(seed=3), Hooks(out_of_core=True))
     assert all(torch.equal(streamed.permutations[k], v) for k, v in held.permutations.items())
     assert streamed.objective == pytest.approx(held.objective, rel=1e-9)
 

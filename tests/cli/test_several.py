@@ -52,7 +52,13 @@ def test_align_many(models, options, capsys):
     assert main(["align-many", *FILES, *MODEL, *options, "--out", "b2.safetensors", "c2.safetensors"]) == 0
     assert capsys.readouterr().out.count("wrote") == 2
     data = sys.modules["several_module"].loader() if "--data" in options else None
-    found = fm.align_many(models, torch.zeros(2, 6), how=options[1], data=data)
+    identity = fm.WeightMatching(init="identity")
+    strategy = {
+        "mean": lambda: fm.MergeMany(identity),
+        "universe": lambda: fm.FrankWolfe(identity),
+        "chain": lambda: fm.Chain(fm.ActivationMatching(data)),
+    }[options[1]]()
+    found = fm.align_many(models, torch.zeros(2, 6), strategy)
     for alignment, model, path in zip(
         found[1:], models[1:], ["b2.safetensors", "c2.safetensors"], strict=True
     ):

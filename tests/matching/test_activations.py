@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
 import fastmatch as fm
-from fastmatch.matching.activations import (
-    READ,
-    SEVERAL,
-    SIMILARITIES,
-    best_permutation,
-    choose_sites,
-    match_activations,
-    unit_rows,
-)
+from fastmatch.matching.activations import best_permutation
 from fastmatch.matching.batch_pearson import BatchPearson
+from fastmatch.matching.similarity import Similarity
+from fastmatch.matching.sites import Reduce, choose_sites, unit_columns
 from fastmatch.spec import Axis
+from fastmatch.spec.activation_sites import Site, SiteReader
 from fastmatch.studies.digits import Batches, digits
 from helpers.networks import NETWORKS, build, fresh_seed
 from helpers.trained import TRAINED, trained
@@ -33,7 +30,7 @@ def test_a_planted_permutation_of_a_trained_network_is_recovered(name):
     planted = fm.Alignment(spec.random(torch.Generator().manual_seed(seed)), spec)
     permuted = planted.apply(model)
     data.reads = 0
-    found = fm.align(model, permuted, x, data=data)
+    found = fm.align(model, permuted, x, fm.ActivationMatching(data))
     assert data.reads == 1
     # Units that never fire are all alike to the data: any order of them is a right answer.
     aligned = found.apply(permuted)
@@ -45,36 +42,33 @@ def test_a_planted_permutation_of_a_trained_network_is_recovered(name):
         torch.testing.assert_close(aligned(data.inputs), model(data.inputs), rtol=1e-4, atol=1e-4)
 
 
-def dead_units(model, spec, data, read="after", several="last"):
-    from fastmatch.spec.activation_sites import SiteReader
-
+def dead_units(model, spec, data, place="post", reduce="last"):
     dead: dict[str, torch.Tensor] = {}
 
     def look(site, tensor):
-        rows = unit_rows(tensor, site.axis, spec.groups[site.group].size)
+        rows = unit_columns(tensor, site.axis, spec.groups[site.group].size)
         silent = rows.std(dim=0) == 0
         dead[site.group] = silent & dead.get(site.group, silent)
 
-    sites = [t for g in spec.groups for t in choose_sites(spec, g, read, several)]
-    with torch.no_grad(), SiteReader(sites, look, site="post" if read == "after" else "pre"):
+    sites = [t for g in spec.groups for t in choose_sites(spec, g, place, reduce)]
+    with torch.no_grad(), SiteReader(sites, look, site=place):
         model(data.inputs)
     return dead
 
 
-@pytest.mark.parametrize("similarity", SIMILARITIES)
-@pytest.mark.parametrize("read", READ)
-@pytest.mark.parametrize("several", SEVERAL)
-def test_every_variant_recovers_a_random_resnet(similarity, read, several):
+@pytest.mark.parametrize("similarity", get_args(Similarity))
+@pytest.mark.parametrize("site", get_args(Site))
+@pytest.mark.parametrize("reduce", get_args(Reduce))
+def test_every_variant_recovers_a_random_resnet(similarity, site, reduce):
     seed = fresh_seed()
     model, _ = build("resnet", seed)
     data = Batches(torch.randn(24, 3, 16, 16), torch.zeros(24), 10)  # the last batch is short
     spec = fm.PermutationSpec.trace(model, data.inputs[:2])
     planted = fm.Alignment(spec.random(), spec)
-    found = match_activations(
-        model, planted.apply(model), spec, data, similarity=similarity, read=read, several=several
-    )
+    matcher = fm.ActivationMatching(data, similarity, site, reduce)
+    found = matcher.match(model, planted.apply(model), spec)
     if similarity == "correlation":  # self-similarity is largest there; elsewhere a louder unit may win
-        dead = dead_units(model, spec, data, read, several)
+        dead = dead_units(model, spec, data, site, reduce)
         for group, perm in found.permutations.items():
             wrong = perm != planted.invert().permutations[group]
             assert not bool((wrong & ~dead[group]).any()), group
@@ -85,21 +79,21 @@ def test_every_variant_recovers_a_random_resnet(similarity, read, several):
 def test_every_network_can_be_matched_by_activations(name):
     model, x = build(name, fresh_seed())
     data = [torch.randn(50, *x.shape[1:]) for _ in range(2)]
-    found = fm.align(model, model, x, data=data)
+    found = fm.align(model, model, x, fm.ActivationMatching(data))
     assert found.matching is not None
     assert found.permutations.keys() == found.spec.groups.keys()
-    assert found.matching.method == "activations"
+    assert found.matching.matcher == "ActivationMatching"
 
 
 def test_rows_follow_the_axis():
     tensor = torch.arange(2 * 24 * 3).reshape(2, 24, 3).float()
-    rows = unit_rows(tensor, Axis("", 1, inner=4), 6)
+    rows = unit_columns(tensor, Axis("", 1, inner=4), 6)
     assert rows.shape == (2 * 3 * 4, 6)
     assert set(rows[:, 5].tolist()) == set(tensor[:, 20:24].flatten().tolist())
-    rows = unit_rows(tensor, Axis("", 1, outer=4, stride=6), 6)
+    rows = unit_columns(tensor, Axis("", 1, outer=4, stride=6), 6)
     assert set(rows[:, 5].tolist()) == set(tensor[:, 5::6].flatten().tolist())
     plain = torch.zeros(3, 4)
-    kept = unit_rows(plain, Axis("", 1), 4)
+    kept = unit_columns(plain, Axis("", 1), 4)
     plain.fill_(1)  # the network writes in place afterwards
     assert float(kept.sum()) == 0
 
@@ -108,17 +102,33 @@ def test_bad_input():
     model, x = build("mlp", 0)
     spec = fm.PermutationSpec.trace(model, x)
     with pytest.raises(ValueError, match="yielded no batch"):
-        fm.align(model, model, x, data=[])
-    with pytest.raises(ValueError, match="similarity: expected one of"):
-        fm.align(model, model, x, data=[x], similarity="cosine")
-    with pytest.raises(ValueError, match="read: expected one of"):
-        fm.align(model, model, x, data=[x], read="inside")
+        fm.align(model, model, x, fm.ActivationMatching([]))
+    with pytest.raises(ValueError, match=r"similarity: expected one of .* got 'cosine'"):
+        fm.ActivationMatching([x], similarity="cosine")
+    with pytest.raises(ValueError, match=r"site: expected one of .* got 'inside'"):
+        fm.ActivationMatching([x], site="inside")
+    with pytest.raises(ValueError, match=r"reduce: expected one of .* got 'mean'"):
+        fm.ActivationMatching([x], reduce="mean")
+    with pytest.raises(TypeError, match="forward: expected a function"):
+        fm.ActivationMatching([x], forward=3)
+    matcher = fm.ActivationMatching([x])
     with pytest.raises(ValueError, match="no place to read"):
-        fm.align(model, model, data=[x], spec=fm.PermutationSpec(spec.groups, spec.shapes))
-    with pytest.raises(TypeError, match="give modules"):
-        fm.align(model.state_dict(), model.state_dict(), spec=spec, data=[x])
-    with pytest.raises(TypeError, match="data: expected a loader"):
-        fm.align(model, model, x, data=3)
+        fm.align(model, model, None, matcher, spec=fm.PermutationSpec(spec.groups, spec.shapes))
+    with pytest.raises(TypeError, match="model_a: expected a torch module, since it is run on data; got"):
+        fm.align(model.state_dict(), model.state_dict(), None, matcher, spec=spec)
+    with pytest.raises(TypeError, match="model_b: expected a torch module, since it is run on data; got"):
+        fm.align(model, model.state_dict(), None, matcher, spec=spec)
+    for data in (3, "digits", {"x": x}):
+        with pytest.raises(TypeError, match="data: expected a loader"):
+            fm.ActivationMatching(data)
+
+
+def test_a_generator_is_read_for_one_pair():
+    model, x = build("mlp", 0)
+    matcher = fm.ActivationMatching(iter([x]))
+    fm.align(model, model, x, matcher)
+    with pytest.raises(ValueError, match="yielded no batch"):
+        fm.align(model, model, x, matcher)
 
 
 def test_batch_correlation_is_the_published_formula():
@@ -150,7 +160,7 @@ def test_batch_correlation_recovers_a_planted_permutation_in_one_read():
     planted = fm.Alignment(spec.random(torch.Generator().manual_seed(seed)), spec)
     permuted = planted.apply(model)
     data.reads = 0
-    aligned = fm.align(model, permuted, x, data=data, similarity="batch-correlation").apply(permuted)
+    aligned = fm.align(model, permuted, x, fm.ActivationMatching(data, "batch-correlation")).apply(permuted)
     assert data.reads == 1
     with torch.no_grad():
         torch.testing.assert_close(aligned(data.inputs), model(data.inputs), rtol=1e-4, atol=1e-4)
@@ -159,11 +169,11 @@ def test_batch_correlation_recovers_a_planted_permutation_in_one_read():
 def test_data_that_is_no_loader_or_holds_nan():
     model, x = build("mlp", 0)
     with pytest.raises(TypeError, match="got one tensor"):
-        fm.align(model, model, x, data=x)
+        fm.ActivationMatching(x)
     with pytest.raises(TypeError, match="got one pair of tensors"):
-        fm.align(model, model, x, data=(x, torch.zeros(len(x))))
+        fm.ActivationMatching((x, torch.zeros(len(x))))
     with pytest.raises(ValueError, match="data: activations of group '0' hold NaN"):
-        fm.align(model, model, x, data=[torch.full((4, 12), float("nan"))])
+        fm.align(model, model, x, fm.ActivationMatching([torch.full((4, 12), float("nan"))]))
 
 
 @pytest.mark.parametrize("name", ["mlp", "vgg", "resnet"])
@@ -174,13 +184,13 @@ def test_sequential_matching_earns_what_one_read_earns(name):
     data = [torch.randn(32, *x.shape[1:], dtype=torch.float64)]
     a, b = a.double(), b.double()
     spec = fm.PermutationSpec.trace(a, x.double())
-    earned = 0.0
+    matcher, earned = fm.ActivationMatching(data), 0.0
     moved = b
     for group in spec.groups:
-        found = match_activations(a, moved, spec.select([group]), data)
+        found = matcher.match(a, moved, spec.select([group]))
         moved = fm.Alignment(found.permutations, spec.select([group])).apply(moved)
         earned += found.objective[1]
-    assert match_activations(a, b, spec, data).objective[1] == pytest.approx(earned, rel=1e-9)
+    assert matcher.match(a, b, spec).objective[1] == pytest.approx(earned, rel=1e-9)
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 60])
@@ -203,5 +213,5 @@ def test_dead_units_of_a_model_matched_with_itself_stay():
     model, x = build("mlp", seed)
     with torch.no_grad():
         model.get_parameter("0.bias")[::3] = -100.0  # under a ReLU: never fires
-    found = fm.align(model, model, x, data=[torch.randn(64, 12)])
+    found = fm.align(model, model, x, fm.ActivationMatching([torch.randn(64, 12)]))
     assert torch.equal(found.permutations["0"], torch.arange(24))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import FrozenInstanceError, dataclass
+
 import pytest
 import torch
 from torch import nn
 
 import fastmatch as fm
+from fastmatch.matching.matcher import Matcher
 from helpers.networks import build, fresh_seed
 
 
@@ -14,8 +18,9 @@ def test_modules_and_state_dicts_give_the_same():
     seed = fresh_seed()
     (a, x), (b, _) = build("vgg", seed), build("vgg", seed + 1)
     before = {k: v.clone() for k, v in b.state_dict().items()}
-    by_module = fm.align(a, b, x, seed=3)
-    by_state = fm.align(a.state_dict(), b.state_dict(), spec=by_module.spec, seed=3)
+    matcher = fm.WeightMatching(seed=3)
+    by_module = fm.align(a, b, x, matcher)
+    by_state = fm.align(a.state_dict(), b.state_dict(), None, matcher, spec=by_module.spec)
     assert all(torch.equal(p, by_state.permutations[k]) for k, p in by_module.permutations.items())
     aligned = by_module.apply(b)
     states = by_module.apply(b.state_dict())
@@ -27,10 +32,20 @@ def test_modules_and_state_dicts_give_the_same():
 
 def test_groups_narrow_the_work():
     (a, x), (b, _) = build("vgg", 0), build("vgg", 1)
-    found = fm.align(a, b, x, groups=["classifier.0"])
+    spec = fm.PermutationSpec.trace(a, x)
+    found = fm.align(a, b, x, spec=spec.select(["classifier.0"]))
     assert list(found.permutations) == ["classifier.0"]
     with pytest.raises(ValueError, match="not in the spec"):
-        fm.align(a, b, x, groups=["classifier.9"])
+        spec.select(["classifier.9"])
+
+
+def test_residual_streams_can_be_held():
+    (a, x), (b, _) = build("resnet", 0), build("resnet", 1)
+    spec = fm.PermutationSpec.trace(a, x)
+    assert spec.residual()
+    held = spec.without_residual()
+    assert list(held.groups) == [name for name in spec.groups if name not in spec.residual()]
+    assert list(fm.align(a, b, x, spec=held).permutations) == list(held.groups)
 
 
 def test_architectures_that_differ():
@@ -69,7 +84,7 @@ def test_missing_pieces():
     a, x = build("mlp", 0)
     spec = fm.PermutationSpec.trace(a, x)
     state = a.state_dict()
-    with pytest.raises(ValueError, match="spec: state dicts cannot be traced"):
+    with pytest.raises(ValueError, match="spec: model_a is a state dict, and state dicts cannot be traced"):
         fm.align(state, state, x)
     with pytest.raises(ValueError, match="example_inputs: needed"):
         fm.align(a, a)
@@ -81,8 +96,50 @@ def test_missing_pieces():
     foreign = fm.PermutationSpec(fm.PermutationSpec.trace(*build("vgg", 0)).groups, other)
     with pytest.raises(ValueError, match=r"has no tensor 'features.0.weight', which the spec's group"):
         fm.align(state, state, spec=foreign)
-    with pytest.raises(ValueError, match="start: activation matching"):
-        fm.align(a, a, x, data=[x], start={})
+
+
+def test_align_has_few_parameters():
+    parameters = inspect.signature(fm.align).parameters
+    assert list(parameters)[:4] == ["model_a", "model_b", "example_inputs", "matcher"]
+    assert len(parameters) <= 7
+    assert len(inspect.signature(fm.align_many).parameters) <= 7
+
+
+@pytest.mark.parametrize(
+    ("matcher", "message"),
+    [
+        ("weights", r"matcher: expected a matcher such as fm.WeightMatching\(\) .* got 'weights'"),
+        (fm.WeightMatching, r"matcher: .* got the class WeightMatching; write WeightMatching\(...\)"),
+        (fm.ActivationMatching, "matcher: .* got the class ActivationMatching"),
+        (fm.Chain(), "matcher: Chain is a strategy for many models; give it to fm.align_many"),
+        ([torch.zeros(2, 12)], "matcher: expected a matcher such as .* got list"),
+    ],
+)
+def test_what_is_not_a_matcher_is_refused(matcher, message):
+    a, x = build("mlp", 0)
+    with pytest.raises(TypeError, match=message):
+        fm.align(a, a, x, matcher)
+
+
+def test_matchers_are_frozen_and_keep_their_data_out_of_the_repr():
+    matcher = fm.ActivationMatching([torch.zeros(2, 12)])
+    with pytest.raises(FrozenInstanceError):
+        matcher.site = "pre"  # type: ignore[misc]
+    assert repr(matcher) == "ActivationMatching(similarity='correlation', site='post', reduce='last')"
+    assert fm.WeightMatching(seed=1) == fm.WeightMatching(seed=1) != fm.WeightMatching()
+
+
+def test_a_matcher_of_ones_own_can_be_given():
+    @dataclass(frozen=True)
+    class Reversed(Matcher):
+        def match(self, model_a, model_b, spec, *, progress=None):
+            permutations = {name: torch.arange(g.size).flip(0) for name, g in spec.groups.items()}
+            return fm.Matching(permutations, "Reversed", (0.0,))
+
+    (a, x), (b, _) = build("mlp", 0), build("mlp", 1)
+    found = fm.align(a, b, x, Reversed())
+    assert found.moved == 48
+    assert fm.align_many([a, b], x, fm.ToReference(Reversed()))[1].moved == 48
 
 
 def test_specs_that_do_not_hold_together():
@@ -100,7 +157,7 @@ def test_the_repr_is_one_short_line():
     found = fm.align(a, b, x)
     assert len(repr(found)) < 120
     assert repr(found).startswith("Alignment(2 groups, ")
-    assert "of 48 units moved, weights objective" in repr(found)
+    assert "of 48 units moved, WeightMatching objective" in repr(found)
     assert repr(found.compose(found.invert())) == "Alignment(2 groups, 0 of 48 units moved)"
 
 

@@ -7,8 +7,9 @@ import torch
 
 import fastmatch as fm
 from fastmatch.matching import gains as gains_module
+from fastmatch.matching.ascent import Hooks
 from fastmatch.matching.gains import Gains, unit_rows
-from fastmatch.matching.weights import match_weights
+from fastmatch.matching.weights import WeightMatching, match_weights
 from fastmatch.permutations.apply import permute_tensor
 from helpers.networks import NETWORKS, build, fresh_seed
 
@@ -35,7 +36,7 @@ def few_moves(perms, generator):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_followed_gains_are_the_gains(name, monkeypatch):
-    monkeypatch.setattr(gains_module, "WORTHWHILE", 2.0)  # update wherever an update is possible
+    monkeypatch.setattr(gains_module, "REBUILD_FRACTION", 2.0)  # update wherever an update is possible
     seed = fresh_seed()
     (one, x), (two, _) = build(name, seed), build(name, seed + 1)
     spec = fm.PermutationSpec.trace(one, x)
@@ -63,7 +64,7 @@ def test_updates_are_taken_counted_and_end(monkeypatch):
     group = next(iter(spec.groups.values()))
     other = list(spec.groups)[1]
     perms = spec.identity()
-    for _ in range(gains_module.UPDATES + 2):
+    for _ in range(gains_module.MAX_UPDATES + 2):
         gains.of(group, group.axes, perms)
         perms = dict(perms)
         perms[other] = perms[other].clone()
@@ -76,9 +77,9 @@ def test_what_does_not_fit_the_budget_is_built_each_time_and_gives_the_same_matc
     (one, x), (two, _) = build("resnet", seed), build("resnet", seed + 1)
     spec = fm.PermutationSpec.trace(one, x)
     a, b = one.state_dict(), two.state_dict()
-    kept = match_weights(a, b, spec, seed=seed)
-    monkeypatch.setattr("fastmatch.matching.weights.KEPT", 0)
-    fresh = match_weights(a, b, spec, seed=seed)
+    kept = match_weights(a, b, spec, WeightMatching(seed=seed))
+    monkeypatch.setattr("fastmatch.matching.ascent.KEPT", 0)
+    fresh = match_weights(a, b, spec, WeightMatching(seed=seed))
     assert kept.objective[-1] == pytest.approx(fresh.objective[-1], rel=1e-6)
     gains = Gains(a, b, spec, budget=0)
     group = next(iter(spec.groups.values()))
@@ -90,11 +91,11 @@ def test_the_order_of_groups_can_be_given():
     (one, x), (two, _) = build("mlp", 1), build("mlp", 2)
     spec = fm.PermutationSpec.trace(one, x)
     a, b = one.state_dict(), two.state_dict()
-    forward = match_weights(a, b, spec, orders=iter([[0, 1]] * 100))
-    backward = match_weights(a, b, spec, orders=iter([[1, 0]] * 100))
+    forward = match_weights(a, b, spec, hooks=Hooks(orders=iter([[0, 1]] * 100)))
+    backward = match_weights(a, b, spec, hooks=Hooks(orders=iter([[1, 0]] * 100)))
     assert forward.converged
     assert backward.converged
     assert forward.objective[1] != backward.objective[1]
-    ended = match_weights(a, b, spec, orders=iter([[0, 1]]))
+    ended = match_weights(a, b, spec, hooks=Hooks(orders=iter([[0, 1]])))
     assert ended.objective == forward.objective[:2]
     assert not ended.converged

@@ -14,7 +14,7 @@ SHAPES = {
     (12, 5, 3, 3): [(0,), (1,), (0, 1), (2,), (0, 2), (1, 3)],
     (0, 4): [(1,)],
 }
-CASES = [(shape, dims) for shape, several in SHAPES.items() for dims in several]
+CASES = [(shape, dims) for shape, choices in SHAPES.items() for dims in choices]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
 

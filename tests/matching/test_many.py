@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
 import fastmatch as fm
-from fastmatch.matching.align import MANY
-from fastmatch.matching.many import match_mean, match_universe, pair_objective
+from fastmatch.matching.frank_wolfe import match_frank_wolfe
+from fastmatch.matching.merge_many import match_mean
+from fastmatch.matching.pair_objective import pair_objective
 from fastmatch.studies.digits import Batches
 from helpers.networks import build, fresh_seed
 from helpers.trained import trained
+
+STRATEGIES = {
+    "to reference": fm.ToReference(),
+    "chain": fm.Chain(),
+    "merge many": fm.MergeMany(),
+    "frank-wolfe": fm.FrankWolfe(),
+}
+IDENTITY = fm.WeightMatching(init="identity")
 
 
 def planted_copies(count: int, seed: int):
@@ -23,11 +33,11 @@ def planted_copies(count: int, seed: int):
     return model, x, spec, planted
 
 
-@pytest.mark.parametrize("how", MANY)
+@pytest.mark.parametrize("how", STRATEGIES)
 def test_planted_orders_are_recovered_and_merge_to_the_model(how):
     model, x, spec, planted = planted_copies(3, fresh_seed())
     models = [model, *(p.apply(model) for p in planted)]
-    found = fm.align_many(models, x, how=how, spec=spec)
+    found = fm.align_many(models, x, STRATEGIES[how], spec=spec)
     for alignment, plant in zip(found[1:], planted, strict=True):
         for group, perm in alignment.permutations.items():
             assert torch.equal(perm, plant.invert().permutations[group]), group
@@ -37,12 +47,12 @@ def test_planted_orders_are_recovered_and_merge_to_the_model(how):
 
 
 @pytest.mark.parametrize("name", ["mlp", "vgg", "resnet"])
-@pytest.mark.parametrize("how", MANY)
+@pytest.mark.parametrize("how", STRATEGIES)
 def test_every_cycle_is_the_identity_and_the_reference_stays(name, how):
     seed = fresh_seed()
     pairs = [build(name, seed + k) for k in range(3)]
     models, x = [m for m, _ in pairs], pairs[0][1]
-    found = fm.align_many(models, x, how=how, reference=1)
+    found = fm.align_many(models, x, STRATEGIES[how], reference=1)
     identity = found[0].spec.identity()
     assert all(torch.equal(p, identity[g]) for g, p in found[1].permutations.items())
     between = {(p, q): found[p].compose(found[q].invert()) for p, q in itertools.permutations(range(3), 2)}
@@ -55,14 +65,16 @@ def test_every_cycle_is_the_identity_and_the_reference_stays(name, how):
         torch.testing.assert_close(alignment.apply(double)(x), double(x))
 
 
-@pytest.mark.parametrize("match", [match_mean, match_universe])
+@pytest.mark.parametrize(
+    ("match", "strategy"), [(match_mean, fm.MergeMany), (match_frank_wolfe, fm.FrankWolfe)]
+)
 @pytest.mark.parametrize("name", ["mlp", "vgg", "resnet"])
-def test_the_objective_never_falls_and_is_the_sum_over_pairs(match, name):
+def test_the_objective_never_falls_and_is_the_sum_over_pairs(match, strategy, name):
     seed = fresh_seed()
     pairs = [build(name, seed + k) for k in range(4)]
     states = [m.state_dict() for m, _ in pairs]
     spec = fm.PermutationSpec.trace(*pairs[0])
-    found, matching = match(states, spec, seed=seed)
+    found, matching = match(states, spec, strategy(replace(IDENTITY, seed=seed)))
     assert all(
         later >= earlier - 1e-9 * abs(earlier) for earlier, later in itertools.pairwise(matching.objective)
     )
@@ -83,31 +95,73 @@ def test_the_cap_on_rounds_is_said():
     pairs = [build("mlp", k) for k in range(3)]
     states = [m.state_dict() for m, _ in pairs]
     spec = fm.PermutationSpec.trace(*pairs[0])
-    _, matching = match_mean(states, spec, max_rounds=1)
+    _, matching = match_mean(states, spec, fm.MergeMany(max_rounds=1))
     assert (matching.sweeps, matching.converged) == (1, False)
 
 
-@pytest.mark.parametrize("how", ["reference", "chain"])
-def test_data_is_read_once_for_every_model_but_one(how):
+@pytest.mark.parametrize("strategy", [fm.ToReference, fm.Chain])
+def test_data_is_read_once_for_every_model_but_one(strategy):
     pairs = [build("mlp", k) for k in range(3)]
     data = Batches(torch.randn(40, 12), torch.zeros(40), 16)
-    fm.align_many([m for m, _ in pairs], pairs[0][1], how=how, data=data)
+    fm.align_many([m for m, _ in pairs], pairs[0][1], strategy(fm.ActivationMatching(data)))
     assert data.reads == 2
 
 
 def test_bad_input():
     (a, x), (b, _) = build("mlp", 0), build("mlp", 1)
-    for bad, message in [
-        ({"how": "star"}, "how: expected one of"),
-        ({"reference": 2}, "reference: expected an index below 2"),
-        ({"how": "mean", "data": [x]}, "data: how='mean' matches weights"),
-        ({"how": "mean", "max_rounds": 0}, "max_rounds: expected at least 1"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            fm.align_many([a, b], x, **bad)
+    for reference in (2, -1, True, 1.0):
+        with pytest.raises(ValueError, match="reference: expected an index below 2"):
+            fm.align_many([a, b], x, reference=reference)
     with pytest.raises(ValueError, match="models: expected at least two, got 1"):
         fm.align_many([a], x)
-    with pytest.raises(ValueError, match="spec: needed unless"):
+    with pytest.raises(
+        ValueError, match=r"example_inputs: needed to trace the structure of models\[0\], unless spec"
+    ):
         fm.align_many([a, b])
-    with pytest.raises(ValueError, match="max_steps: expected at least 1"):
-        match_universe([a.state_dict(), b.state_dict()], fm.PermutationSpec.trace(a, x), max_steps=0)
+    with pytest.raises(ValueError, match=r"spec: models\[0\] is a state dict"):
+        fm.align_many([a.state_dict(), b.state_dict()], x)
+    for strategy, message in [
+        ("star", "strategy: expected a strategy such as .* got 'star'"),
+        (fm.Chain, "strategy: expected a strategy such as .* got the class Chain"),
+        (
+            fm.WeightMatching(),
+            r"strategy: WeightMatching matches two models; write fm.ToReference\(matcher\)",
+        ),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            fm.align_many([a, b], x, strategy)
+
+
+def test_strategies_check_their_options():
+    activations = fm.ActivationMatching([torch.zeros(2, 12)])
+    for strategy in (fm.MergeMany, fm.FrankWolfe):
+        with pytest.raises(ValueError, match="max_rounds: expected a whole number of at least 1; got 0"):
+            strategy(max_rounds=0)
+        with pytest.raises(
+            TypeError, match=r"matcher: expected fm.WeightMatching\(...\), got ActivationMatching"
+        ):
+            strategy(activations)
+        with pytest.raises(ValueError, match=r"matcher: .* got init='greedy'"):
+            strategy(fm.WeightMatching())
+        with pytest.raises(ValueError, match=r"matcher: .* got init=permutations"):
+            strategy(fm.WeightMatching(init={"0": torch.arange(3)}))
+    with pytest.raises(ValueError, match="max_steps: expected a whole number of at least 1; got 0"):
+        fm.FrankWolfe(max_steps=0)
+    for strategy in (fm.ToReference, fm.Chain):
+        with pytest.raises(TypeError, match=r"matcher: expected a matcher .* got 'weights'"):
+            strategy("weights")
+        with pytest.raises(TypeError, match="matcher: its data is read again for each pair"):
+            strategy(fm.ActivationMatching(iter([torch.zeros(2, 12)])))
+        with pytest.raises(TypeError, match="matcher: its data is read again for each pair"):
+            strategy(fm.Mixture(fm.WeightMatching(), fm.ActivationMatching(iter([torch.zeros(2, 12)]))))
+
+
+@pytest.mark.parametrize("how", STRATEGIES)
+def test_every_model_that_moves_is_verified(how, monkeypatch):
+    models, x = [build("mlp", k)[0] for k in range(3)], build("mlp", 0)[1]
+    verified = []
+    monkeypatch.setattr("fastmatch.matching.align_many.verify_spec", lambda model, *_: verified.append(model))
+    fm.align_many(models, x, STRATEGIES[how], reference=1)
+    assert verified == [models[0], models[2]]
+    fm.align_many(models, x, STRATEGIES[how], verify=False)
+    assert len(verified) == 2

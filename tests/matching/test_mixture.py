@@ -8,8 +8,6 @@ import pytest
 import torch
 
 import fastmatch as fm
-from fastmatch.matching.activations import similarities
-from fastmatch.matching.mixture import match_mix
 from fastmatch.studies.digits import Batches, digits
 from helpers.networks import build, fresh_seed
 from helpers.trained import TRAINED, trained
@@ -23,20 +21,24 @@ def test_a_planted_permutation_is_recovered_in_one_read(name):
     spec = fm.PermutationSpec.trace(model, x)
     planted = fm.Alignment(spec.random(torch.Generator().manual_seed(seed)), spec)
     data.reads = 0
-    found = fm.align(model, planted.apply(model), x, data=data, mix=0.5, seed=seed)
+    matcher = fm.Mixture(fm.WeightMatching(seed=seed), fm.ActivationMatching(data), 0.5)
+    found = fm.align(model, planted.apply(model), x, matcher)
     assert data.reads == 1
     for group, perm in found.permutations.items():
         assert torch.equal(perm, planted.invert().permutations[group]), group
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
 @pytest.mark.parametrize("name", ["mlp", "vgg", "resnet"])
-def test_the_objective_is_the_stated_mix_and_never_falls(name, alpha):
+def test_the_objective_is_the_stated_mix_and_never_falls(name, share):
     seed = fresh_seed()
     (a, x), (b, _) = build(name, seed), build(name, seed + 1)
     data = Batches(torch.randn(24, *x.shape[1:]), torch.zeros(24), 10)
     spec = fm.PermutationSpec.trace(a, x)
-    found = match_mix(a, b, spec, data, alpha=alpha)
+    activations = fm.ActivationMatching(data)
+    matcher = fm.Mixture(fm.WeightMatching(), activations, activation_weight=share)
+    found = matcher.match(a, b, spec)
+    assert found.matcher == "Mixture"
     assert found.converged
     assert all(later >= earlier for earlier, later in itertools.pairwise(found.objective))
     names = {axis.parameter for g in spec.groups.values() for axis in g.axes}
@@ -44,20 +46,33 @@ def test_the_objective_is_the_stated_mix_and_never_falls(name, alpha):
     one, two = a.state_dict(), fm.Alignment(found.permutations, spec).apply(b.state_dict())
     inner = sum(float((one[n].double() * two[n].double()).sum()) for n in names)
     norms = [sum(float(s[n].double().square().sum()) for n in names) ** 0.5 for s in (one, two)]
-    gains = similarities(a, b, spec, data)
+    gains = activations.similarities(a, b, spec)
     matched = sum(float(g[i, p]) for k, g in gains.items() for i, p in enumerate(found.permutations[k]))
     reach = sum(float(g.norm()) * len(g) ** 0.5 for g in gains.values())
-    expected = alpha * matched / reach + (1 - alpha) * inner / (norms[0] * norms[1])
+    expected = share * matched / reach + (1 - share) * inner / (norms[0] * norms[1])
     assert found.objective[-1] == pytest.approx(expected, rel=1e-9, abs=1e-9)
     assert abs(expected) <= 1
-    if alpha == 0:
+    if share == 0:
         plain = fm.align(a, b, spec=spec)
         assert all(torch.equal(p, plain.permutations[g]) for g, p in found.permutations.items())
 
 
 def test_bad_input():
+    weights, activations = fm.WeightMatching(), fm.ActivationMatching([torch.zeros(2, 12)])
+    for share in (1.0, 1.5, -0.1, float("nan"), "half"):
+        with pytest.raises(ValueError, match="activation_weight: expected a"):
+            fm.Mixture(weights, activations, share)
+    with pytest.raises(TypeError, match=r"activations: expected fm.ActivationMatching\(...\), got list"):
+        fm.Mixture(weights, [torch.zeros(2, 12)])
+    with pytest.raises(
+        TypeError, match=r"weights: expected fm.WeightMatching\(...\), got ActivationMatching"
+    ):
+        fm.Mixture(activations, weights)
+    with pytest.raises(
+        TypeError, match=r"weights: .* got the class WeightMatching; write WeightMatching\(...\)"
+    ):
+        fm.Mixture(fm.WeightMatching, activations)
     model, x = build("mlp", 0)
-    with pytest.raises(ValueError, match="alpha: expected a number from 0 to below 1"):
-        fm.align(model, model, x, data=[x], mix=1.0)
-    with pytest.raises(ValueError, match="mix: needs data"):
-        fm.align(model, model, x, mix=0.5)
+    spec, state = fm.PermutationSpec.trace(model, x), model.state_dict()
+    with pytest.raises(TypeError, match="model_a: expected a torch module"):
+        fm.Mixture(weights, activations).match(state, state, spec)

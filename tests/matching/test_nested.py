@@ -9,9 +9,10 @@ import torch
 
 from fastmatch._internal.modules import with_state
 from fastmatch._internal.states import state_of
-from fastmatch.matching.activations import match_activations
+from fastmatch.matching.activations import ActivationMatching
 from fastmatch.matching.nested import best_orders, match_nested
-from fastmatch.matching.weights import match_weights, objective
+from fastmatch.matching.objective import objective
+from fastmatch.matching.weights import WeightMatching
 from fastmatch.permutations.apply import apply_permutations, compose, invert
 from fastmatch.spec import Axis, Group, PermutationSpec
 from helpers.networks import fresh_seed
@@ -66,7 +67,7 @@ def test_what_was_planted_is_found(shared):
     spec, generator = heads_of(shared), torch.Generator().manual_seed(fresh_seed())
     a, planted = random_state(spec, generator), spec.random(generator)
     b = apply_permutations(a, spec, planted)
-    found = match_weights(a, b, spec)
+    found = WeightMatching().match(a, b, spec)
     back = apply_permutations(b, spec, found.permutations)
     assert all(torch.equal(back[name], a[name]) for name in a)
     assert all(torch.equal(p, invert(planted, spec)[name]) for name, p in found.permutations.items())
@@ -129,7 +130,7 @@ def test_a_planted_permutation_of_everything_is_found_by_weights(name):
         for k, v in planted.items()
     }  # fmt: skip
     for order in range(5):
-        found = match_weights(state, noisy, spec, seed=order, progress=False)
+        found = WeightMatching(seed=order).match(state, noisy, spec, progress=False)
         assert list(found.objective) == sorted(found.objective)
         back = apply_permutations(planted, spec, found.permutations)
         if all(torch.equal(back[k], state[k]) for k in state):
@@ -146,7 +147,8 @@ def test_a_planted_permutation_of_everything_is_found_by_activations(name):
     state = state_of(model, "model")
     moved = with_state(model, apply_permutations(state, spec, spec.random(generator)))
     data = [family.inputs(generator) for _ in range(12)]
-    found = match_activations(model, moved, spec, data, forward=lambda m, x: m(**x), progress=False)
+    matcher = ActivationMatching(data, forward=lambda m, x: m(**x))
+    found = matcher.match(model, moved, spec, progress=False)
     back = apply_permutations(state_of(moved, "moved"), spec, found.permutations)
     assert all(torch.equal(back[k], state[k]) for k in state)
     assert found.objective[1] > found.objective[0]

@@ -8,9 +8,7 @@ import pytest
 import torch
 
 import fastmatch as fm
-from fastmatch.matching.activations import similarities
 from fastmatch.matching.fisher import match_fisher
-from fastmatch.matching.straight_through import match_straight_through
 from fastmatch.statistics.fisher import diagonal_fisher
 from fastmatch.studies.digits import Batches, digits
 from helpers.networks import build, fresh_seed
@@ -43,7 +41,7 @@ def test_the_fisher_objective_is_the_negated_distance_and_never_falls(name):
     a, b = one.state_dict(), two.state_dict()
     generator = torch.Generator().manual_seed(seed)
     f, g = random_fisher(a, generator), random_fisher(b, generator)
-    found = match_fisher(a, b, spec, f, g, seed=seed)
+    found = match_fisher(a, b, spec, f, g, fm.WeightMatching(seed=seed))
     assert found.converged
     assert all(later >= earlier for earlier, later in itertools.pairwise(found.objective))
     moved = [fm.Alignment(found.permutations, spec).apply(dict(b)), *[dict(g)]]
@@ -65,9 +63,9 @@ def test_only_ratios_of_the_fisher_count(include):
     a, b = one.state_dict(), two.state_dict()
     generator = torch.Generator().manual_seed(seed)
     f, g = random_fisher(a, generator), random_fisher(b, generator)
-    found = match_fisher(a, b, spec, f, g, seed=seed, include=include)
+    found = match_fisher(a, b, spec, f, g, fm.WeightMatching(seed=seed, include=include))
     small = [{n: v * 2.0**-60 for n, v in x.items()} for x in (f, g)]
-    again = match_fisher(a, b, spec, *small, seed=seed, include=include)
+    again = match_fisher(a, b, spec, *small, fm.WeightMatching(seed=seed, include=include))
     assert all(torch.equal(again.permutations[k], p) for k, p in found.permutations.items())
     assert again.objective[-1] == pytest.approx(found.objective[-1] * 2.0**-60, rel=1e-6)
     if include == "weights":
@@ -93,7 +91,7 @@ def test_tied_parameters_are_trained_as_one():
     torch.manual_seed(fresh_seed())
     one, two = Tied(), Tied()
     x, y = torch.randint(0, 7, (20,)), torch.randint(0, 7, (20,))
-    found = fm.align(one, two, x, data=Batches(x, y, 10), method="straight-through")
+    found = fm.align(one, two, x, fm.StraightThrough(Batches(x, y, 10)))
     assert found.matching.objective[1] >= found.matching.objective[0]
 
 
@@ -103,29 +101,30 @@ def test_an_equal_fisher_is_plain_weight_matching():
     spec = fm.PermutationSpec.trace(one, x)
     a, b = one.state_dict(), two.state_dict()
     ones = {n: torch.full_like(v, 0.5) for n, v in a.items()}
-    plain = fm.align(one, two, spec=spec, seed=seed)
-    found = match_fisher(a, b, spec, ones, ones, seed=seed)
+    plain = fm.align(one, two, None, fm.WeightMatching(seed=seed), spec=spec)
+    found = match_fisher(a, b, spec, ones, ones, fm.WeightMatching(seed=seed))
     assert all(torch.equal(found.permutations[k], p) for k, p in plain.permutations.items())
 
 
 @pytest.mark.parametrize("name", TRAINED)
-@pytest.mark.parametrize("method", ["fisher", "straight-through"])
-def test_a_planted_permutation_is_recovered(name, method):
+@pytest.mark.parametrize("matcher", [fm.FisherMatching, fm.StraightThrough])
+def test_a_planted_permutation_is_recovered(name, matcher):
     seed = fresh_seed()
     model, x = trained(name, seed)
     train, _ = digits()
     data = Batches(*(part[:256] for part in next(iter_all(train))), 128)
     spec = fm.PermutationSpec.trace(model, x)
     planted = fm.Alignment(spec.random(torch.Generator().manual_seed(seed)), spec)
-    if method == "fisher":
+    ascent = fm.WeightMatching(seed=seed)
+    if matcher is fm.FisherMatching:
         # Units on which the output does not hang weigh nothing: a floor keeps them apart.
         b = planted.apply(model).state_dict()
         f = {n: v + 1e-3 * v.mean() + 1e-9 for n, v in diagonal_fisher(model, data).items()}
         zeros = {n: torch.zeros(s) for n, s in spec.shapes.items()}
         g = {n: v for n, v in planted.apply({**zeros, **f}).items() if n in f}
-        found = match_fisher(model.state_dict(), b, spec, f, g, seed=seed)
+        found = match_fisher(model.state_dict(), b, spec, f, g, ascent)
     else:
-        found = match_straight_through(model, planted.apply(model), spec, data, epochs=1, seed=seed)
+        found = fm.StraightThrough(data, epochs=1, projection=ascent).match(model, planted.apply(model), spec)
     for group, perm in found.permutations.items():
         assert torch.equal(perm, planted.invert().permutations[group]), group
 
@@ -144,9 +143,9 @@ def test_straight_through_is_no_worse_than_weight_matching_and_reads_as_said():
         model.zero_grad(set_to_none=True)  # what training left
     before = {n: v.clone() for model in (one, two) for n, v in model.state_dict().items()}
     data.reads = 0
-    found = match_straight_through(one, two, spec, data, epochs=2, seed=seed)
+    found = fm.StraightThrough(data, epochs=2, projection=fm.WeightMatching(seed=seed)).match(one, two, spec)
     assert data.reads == 5
-    plain = fm.align(one, two, spec=spec, seed=seed)
+    plain = fm.align(one, two, None, fm.WeightMatching(seed=seed), spec=spec)
 
     def midpoint_loss(permutations):
         aligned = fm.Alignment(permutations, spec).apply(two)
@@ -191,12 +190,13 @@ def test_whitened_similarity_is_its_formula(name):
 
             return whitener(a) @ (a.T @ b / len(a)) @ whitener(b)
 
-    from fastmatch.matching import activations
+    from fastmatch.matching.similarity import ACCUMULATORS
 
-    found = similarities(one, two, spec, data, similarity="cca")
+    whitened = fm.ActivationMatching(data, similarity="cca")
+    found = whitened.similarities(one, two, spec)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(activations.OTHERS, "cca", Kept)
-        expected = similarities(one, two, spec, data, similarity="cca")
+        patch.setitem(ACCUMULATORS, "cca", Kept)
+        expected = whitened.similarities(one, two, spec)
     for group, gain in found.items():
         assert torch.allclose(gain, expected[group], atol=1e-5), group
         assert float(torch.linalg.matrix_norm(gain, 2)) <= 1 + 1e-6  # canonical correlations
@@ -211,10 +211,11 @@ def test_whitened_matching_undoes_a_planted_permutation(name):
     planted = fm.Alignment(spec.random(torch.Generator().manual_seed(seed)), spec)
     other = planted.apply(model)
     data.reads = 0
-    found = fm.align(model, other, x, data=data, similarity="cca")
+    whitened = fm.ActivationMatching(data, similarity="cca")
+    found = fm.align(model, other, x, whitened)
     assert data.reads == 1
     truth = planted.invert().permutations
-    gains = similarities(model, other, spec, data, similarity="cca")
+    gains = whitened.similarities(model, other, spec)
     for group, perm in found.permutations.items():
         units = torch.arange(len(perm))
         # Units that never fire are alike to the data; all others are found.
@@ -222,29 +223,50 @@ def test_whitened_matching_undoes_a_planted_permutation(name):
         assert torch.equal(perm[alive], truth[group][alive]), group
 
 
-def test_align_takes_them_by_name_and_says_what_is_wrong():
+@pytest.mark.parametrize("matcher", [fm.FisherMatching, fm.StraightThrough])
+def test_align_takes_them_and_says_what_is_wrong(matcher):
     (one, x), (two, _) = build("mlp", 0), build("mlp", 1)
     data = Batches(torch.randn(20, *x.shape[1:]), torch.randint(0, 3, (20,)), 10)
+    found = fm.align(one, two, x, matcher(data))
+    assert found.matching is not None
+    assert found.matching.matcher == matcher.__name__
+    with pytest.raises(TypeError, match="data"):
+        matcher()
+    for option in ("activation_weight", "similarity"):
+        with pytest.raises(TypeError, match=option):
+            matcher(data, **{option: 0.5})
+    with pytest.raises(ValueError, match=r"expected \(inputs, targets\) pairs"):
+        fm.align(one, two, x, matcher([x, x]))
+    for bad, message in [(3, "data: expected a loader"), (x, "data: .* got one tensor")]:
+        with pytest.raises(TypeError, match=message):
+            matcher(bad)
+    with pytest.raises(TypeError, match=r"data: is read .* times, but an iterator"):
+        matcher(batch for batch in data)
+    state = one.state_dict()
+    with pytest.raises(TypeError, match="model_a: expected a torch module"):
+        fm.align(state, state, None, matcher(data), spec=fm.PermutationSpec.trace(one, x))
+
+
+def test_options_out_of_range_are_named():
+    data = [torch.zeros(2, 12)]
+    for option, values in {
+        "epochs": (0, -1, 1.5, True, "one"),
+        "learning_rate": (0, -1, float("nan"), float("inf"), "fast"),
+    }.items():
+        for value in values:
+            with pytest.raises(ValueError, match=f"{option}: expected a .*; got {value!r}"):
+                fm.StraightThrough(data, **{option: value})
+    with pytest.raises(TypeError, match="loss: expected a function"):
+        fm.StraightThrough(data, loss="cross entropy")
+    with pytest.raises(TypeError, match=r"projection: expected fm.WeightMatching\(...\), got 'weights'"):
+        fm.StraightThrough(data, projection="weights")
+    with pytest.raises(TypeError, match=r"ascent: expected fm.WeightMatching\(...\), got the class"):
+        fm.FisherMatching(data, fm.WeightMatching)
+
+
+def test_a_fisher_that_does_not_fit_is_named():
+    one, x = build("mlp", 0)
     spec = fm.PermutationSpec.trace(one, x)
-    for method in ("fisher", "straight-through"):
-        found = fm.align(one, two, x, data=data, method=method)
-        assert found.matching is not None
-        assert found.matching.method == method
-        with pytest.raises(ValueError, match=f"data: method '{method}' needs a loader"):
-            fm.align(one, two, x, method=method)
-        with pytest.raises(ValueError, match="mix: needs data"):
-            fm.align(one, two, x, data=data, method=method, mix=0.5)
-        with pytest.raises(ValueError, match="similarity: is of activation matching"):
-            fm.align(one, two, x, data=data, method=method, similarity="inner")
-        with pytest.raises(ValueError, match=r"expected \(inputs, targets\) pairs"):
-            fm.align(one, two, x, data=[x, x], method=method)
-    assert fm.align(one, two, x, data=data, method="weights").matching.method == "weights"
-    with pytest.raises(ValueError, match="method: expected one of"):
-        fm.align(one, two, x, method="guess")
-    with pytest.raises(ValueError, match="epochs: expected a whole number of at least 1, got 0"):
-        match_straight_through(one, two, spec, data, epochs=0)
-    with pytest.raises(ValueError, match="learning_rate: expected a positive number, got -1"):
-        match_straight_through(one, two, spec, data, learning_rate=-1)
     state = one.state_dict()
     fisher = {n: torch.ones_like(v) for n, v in state.items()}
     name = next(iter(fisher))

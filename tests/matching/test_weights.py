@@ -10,7 +10,10 @@ from torch import nn
 import fastmatch as fm
 from bench.lib.published import objective as published_objective
 from bench.lib.published import weight_matching as published_matching
-from fastmatch.matching.weights import _Problem, match_weights, objective
+from fastmatch.matching.ascent import Hooks
+from fastmatch.matching.greedy import greedy_order
+from fastmatch.matching.objective import WeightObjective, objective
+from fastmatch.matching.weights import WeightMatching, match_weights
 from helpers.networks import NETWORKS, build, fresh_seed
 from helpers.trained import TRAINED, trained
 
@@ -21,7 +24,7 @@ def test_a_planted_permutation_of_a_trained_network_is_recovered(name):
     model, x = trained(name, seed)
     spec = fm.PermutationSpec.trace(model, x)
     planted = fm.Alignment(spec.random(torch.Generator().manual_seed(seed)), spec)
-    found = fm.align(model, planted.apply(model), x, seed=seed)
+    found = fm.align(model, planted.apply(model), x, fm.WeightMatching(seed=seed))
     for group, perm in found.permutations.items():
         assert torch.equal(perm, planted.invert().permutations[group]), group
     assert found.matching is not None
@@ -45,7 +48,7 @@ def test_the_objective_is_no_lower_than_the_published_algorithms(name):
     }
     spec = fm.PermutationSpec(groups, shapes)
     reference, value = published_matching(state_a, state_b, spec, seed)
-    ours = match_weights(state_a, state_b, spec, start=spec.identity(), seed=seed)  # begins where it does
+    ours = WeightMatching("identity", seed=seed).match(state_a, state_b, spec)  # begins where it does
     double = [{k: v.double().numpy() for k, v in s.items()} for s in (state_a, state_b)]
     reached = published_objective(*double, spec, {k: v.numpy() for k, v in ours.permutations.items()})
     assert reached >= value - 1e-9 * abs(value)
@@ -53,19 +56,20 @@ def test_the_objective_is_no_lower_than_the_published_algorithms(name):
     assert sum(len(p) for p in reference.values()) == sum(len(p) for p in ours.permutations.values())
 
 
-def test_groups_are_placed_in_order_by_what_is_known():
+def test_greedy_initialization_takes_the_groups_with_most_known_weights_first():
     model, x = build("mlp", 0)
     spec = fm.PermutationSpec.trace(model, x)
     first, second = spec.groups
-    steps = _Problem(*[model.state_dict()] * 2, spec, "affine", spec.identity()).placement(list(spec.groups))
-    assert [(group.name, is_whole) for group, _, is_whole in steps] == [(first, False), (second, True)]
+    problem = WeightObjective(*[model.state_dict()] * 2, spec, "affine")
+    steps = greedy_order(problem, list(spec.groups))
+    assert [(step.group.name, step.is_complete) for step in steps] == [(first, False), (second, True)]
     shared = {x.parameter for x in spec.groups[first].axes} & {x.parameter for x in spec.groups[second].axes}
     assert len(shared) == 1
-    assert {x.parameter for x in spec.groups[first].axes} - shared == {x.parameter for x in steps[0][1]}
-    assert tuple(steps[1][1]) == spec.groups[second].axes
+    assert {x.parameter for x in spec.groups[first].axes} - shared == {x.parameter for x in steps[0].axes}
+    assert tuple(steps[1].axes) == spec.groups[second].axes
 
 
-def test_placing_ends_higher_than_the_identity_after_fewer_solves():
+def test_greedy_initialization_ends_higher_than_the_identity_after_fewer_solves():
     """On the mean of several pairs: either way ends in a local optimum, and any one pair may be lucky."""
     seed, ratios, solves = fresh_seed(), [], []
     for pair in range(6):
@@ -76,22 +80,21 @@ def test_placing_ends_higher_than_the_identity_after_fewer_solves():
         )
         spec = fm.PermutationSpec.trace(one, torch.randn(2, 48))
         states = one.state_dict(), two.state_dict()
-        placed, plain = (match_weights(*states, spec, start=start) for start in (None, spec.identity()))
-        ratios.append(placed.objective[-1] / plain.objective[-1])
-        solves.append(placed.solves / plain.solves)
+        greedy, plain = (WeightMatching(init).match(*states, spec) for init in ("greedy", "identity"))
+        ratios.append(greedy.objective[-1] / plain.objective[-1])
+        solves.append(greedy.solves / plain.solves)
     assert np.mean(ratios) > 1.0, ratios
     assert np.mean(solves) < 1.0, solves
 
 
-def test_a_placement_that_ends_lower_than_it_began_is_undone(monkeypatch):
+def test_a_greedy_initialization_that_ends_lower_than_it_began_is_undone(monkeypatch):
     (one, x), (two, _) = build("mlp", 1), build("mlp", 2)
     spec = fm.PermutationSpec.trace(one, x)
     noted = []
     values = iter([2.0, 1.0])
-    monkeypatch.setattr(_Problem, "value", lambda self: next(values))
-    found = match_weights(
-        one.state_dict(), two.state_dict(), spec, max_sweeps=1, on_solve=lambda *args: noted.append(args)
-    )
+    monkeypatch.setattr(WeightObjective, "value", lambda self, permutations: next(values))
+    hooks = Hooks(on_solve=lambda *args: noted.append(args))
+    found = match_weights(one.state_dict(), two.state_dict(), spec, WeightMatching(max_sweeps=1), hooks)
     assert found.objective == (2.0, 2.0)
     assert not found.converged
     assert all(torch.equal(p, spec.identity()[name]) for name, p in found.permutations.items())
@@ -108,7 +111,7 @@ def test_the_objective_never_falls_and_is_what_it_says(name):
     spec = fm.PermutationSpec.trace(a, x)
     states = a.state_dict(), b.state_dict()
     for include in ("weights", "affine", "statistics"):
-        found = match_weights(*states, spec, seed=seed, include=include)
+        found = WeightMatching(include=include, seed=seed).match(*states, spec)
         assert all(
             later >= earlier for earlier, later in zip(found.objective, found.objective[1:], strict=False)
         )
@@ -122,11 +125,11 @@ def test_a_group_is_solved_again_only_if_a_neighbour_moved():
     model, x = trained("mlp", 0)
     spec = fm.PermutationSpec.trace(model, x)
     state = model.state_dict()
-    found = match_weights(state, state, spec, start=spec.identity())
+    found = WeightMatching("identity").match(state, state, spec)
     assert (found.solves, found.sweeps) == (len(spec.groups), 1)  # nothing moves: each solved once
-    placed = match_weights(state, state, spec)  # only the last one was placed by all it has
-    assert (placed.solves, placed.sweeps) == (2 * len(spec.groups) - 1, 2)
-    again = match_weights(state, state, spec, start=found.permutations, seed=1)
+    greedy = WeightMatching().match(state, state, spec)  # only the last group had all of its weights known
+    assert (greedy.solves, greedy.sweeps) == (2 * len(spec.groups) - 1, 2)
+    again = WeightMatching(found.permutations, seed=1).match(state, state, spec)
     assert again.objective[0] == again.objective[-1]
 
 
@@ -134,12 +137,12 @@ def test_the_same_seed_gives_the_same_result_and_a_start_is_kept():
     (a, x), (b, _) = build("resnet", 1), build("resnet", 2)
     spec = fm.PermutationSpec.trace(a, x)
     states = a.state_dict(), b.state_dict()
-    one, two = (match_weights(*states, spec, seed=7) for _ in range(2))
+    one, two = (WeightMatching(seed=7).match(*states, spec) for _ in range(2))
     assert one.objective == two.objective
     assert all(torch.equal(one.permutations[k], two.permutations[k]) for k in spec.groups)
-    resumed = match_weights(*states, spec, start=one.permutations, seed=8)
+    resumed = WeightMatching(one.permutations, seed=8).match(*states, spec)
     assert resumed.objective[0] == pytest.approx(one.objective[-1], rel=1e-9)
-    first = match_weights(*states, spec, seed=7, max_sweeps=1)
+    first = WeightMatching(seed=7, max_sweeps=1).match(*states, spec)
     assert first.objective[-1] == one.objective[1]
     assert first.sweeps == 1
     assert not first.converged
@@ -158,15 +161,45 @@ def test_other_dtypes_are_matched_and_returned_as_they_came(dtype):
         assert torch.equal(tensor, model.state_dict()[name])
 
 
-def test_bad_arguments():
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("include", "all", "include: expected one of 'weights', 'affine', 'statistics'; got 'all'"),
+        ("max_sweeps", 0, "max_sweeps: expected a whole number of at least 1; got 0"),
+        ("max_sweeps", -5, "max_sweeps: expected a whole number of at least 1; got -5"),
+        ("max_sweeps", 2.5, "max_sweeps: expected a whole number of at least 1; got 2.5"),
+        ("tolerance", float("nan"), "tolerance: expected a finite number of at least 0; got nan"),
+        ("tolerance", -1e-9, "tolerance: expected a finite number of at least 0"),
+        ("seed", -1, "seed: expected a whole number of at least 0; got -1"),
+        ("seed", None, "seed: expected a whole number of at least 0; got None"),
+        ("init", "placed", "init: expected one of 'greedy', 'identity'; got 'placed'"),
+        ("init", None, "init: expected one of 'greedy', 'identity'; got None"),
+        ("init", {"0": torch.zeros(24, dtype=torch.long)}, r"init\['0'\]: not a permutation"),
+        ("init", {"0": torch.rand(24)}, r"init\['0'\]: expected integers of shape"),
+        ("init", {"0": torch.zeros(2, 2, dtype=torch.long)}, r"init\['0'\]: expected integers of shape"),
+    ],
+)
+def test_bad_options_are_named_by_the_constructor(option, value, message):
+    with pytest.raises(ValueError, match=message):
+        WeightMatching(**{option: value})
+
+
+def test_an_init_that_does_not_fit_the_spec_is_refused():
     model, x = build("mlp", 0)
     spec = fm.PermutationSpec.trace(model, x)
-    state = model.state_dict()
-    for bad, message in [
-        ({"include": "all"}, "include: expected one of"),
-        ({"max_sweeps": 0}, "max_sweeps: expected at least 1"),
-        ({"tolerance": float("nan")}, "tolerance"),
-        ({"start": {"0": torch.zeros(24, dtype=torch.long)}}, r"start\['0'\]: not a permutation"),
+    for init, message in [
+        ({"0": torch.arange(3)}, r"init\['0'\]: expected 24 integers"),
+        ({"9": torch.arange(24)}, "init: unknown group '9'"),
     ]:
         with pytest.raises(ValueError, match=message):
-            match_weights(state, state, spec, **bad)
+            WeightMatching(init).match(model, model, spec)
+
+
+def test_an_init_is_copied_and_lists_are_taken():
+    order = list(range(24))[::-1]
+    given = {"0": order}
+    matcher = WeightMatching(given)
+    given.clear()
+    assert isinstance(matcher.init, dict)
+    assert torch.equal(matcher.init["0"], torch.tensor(order))
+    assert hash(matcher) == hash(WeightMatching())

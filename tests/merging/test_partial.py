@@ -77,7 +77,7 @@ def test_permute_from_the_start_is_align_and_merge(name):
     (a, b), x = two(name, fresh_seed())
     data = inputs_like(x)
     spec = fm.PermutationSpec.trace(a, x).flat()  # whole heads stay, their channels move
-    alignment = fm.align(a, b, x, data=data, spec=spec)
+    alignment = fm.align(a, b, x, fm.ActivationMatching(data), spec=spec)
     merged = fm.merge([a, alignment.apply(b)], [0.3, 0.7])
     found = fm.merge_partial([a, b], x, fm.Permute(data), weights=[0.3, 0.7])
     theirs = merged.state_dict()
@@ -296,7 +296,7 @@ def test_permuted_statistics_are_those_of_aligned_endpoints():
     (a, b), x = two("vgg without norm", fresh_seed())
     data = inputs_like(x)
     found = fm.merge_partial([a, b], x, fm.Permute(data))
-    alignment = fm.align(a, b, x, data=data)
+    alignment = fm.align(a, b, x, fm.ActivationMatching(data))
     expected = fm.endpoint_statistics([a, alignment.apply(b)], data).targets([0.5, 0.5])
     targets = found.endpoint_statistics([a, b], data).targets([0.5, 0.5])
     assert targets.keys() == {f"merged.{name}" for name in expected}

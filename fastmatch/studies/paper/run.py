@@ -21,6 +21,7 @@ from fastmatch._internal.progress import progress_bar
 from fastmatch.evaluation.between import Renormalized
 from fastmatch.evaluation.curve import Curve, interpolate
 from fastmatch.evaluation.layers import layer_table
+from fastmatch.matching.activations import ActivationMatching
 from fastmatch.matching.align import align
 from fastmatch.merging.average import merge
 from fastmatch.permutations.alignment import Alignment
@@ -189,7 +190,7 @@ def _alignments(pair: tuple[nn.Module, nn.Module], data: Batches) -> dict[str, A
     return {
         "naive": None,
         "weights": align(*pair, example, progress=False),
-        "activations": align(*pair, example, data=calibration, progress=False),
+        "activations": align(*pair, example, ActivationMatching(calibration), progress=False),
     }
 
 

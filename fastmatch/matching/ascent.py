@@ -1,0 +1,154 @@
+"""Coordinate ascent on the weight objective: one group is solved at a time, all others held.
+
+For one group the objective is linear in the permutation. Its gain is the sum over the group's (tensor, axis) pairs of
+``A_rows @ B_rows.T``, and the best permutation is the solution of a linear assignment problem.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from fastmatch._internal.progress import progress_bar
+from fastmatch.assignment import Assignment, solve
+from fastmatch.matching.gains import Gains
+from fastmatch.matching.greedy import greedy_order
+from fastmatch.matching.nested import match_nested
+from fastmatch.matching.objective import WeightObjective
+from fastmatch.permutations.alignment import Matching
+from fastmatch.spec import Axis, Group, Permutations
+
+__all__ = ["Ascent", "Hooks"]
+
+KEPT = 2
+"""The gains kept between solves take at most this many times the bytes of one model: as much as both models."""
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What other algorithms add to an ascent, and what a run that may be interrupted needs.
+
+    Attributes:
+        bonus: group name -> (size, size) matrix, added to the group's gain and to the objective.
+        orders: yields the order of groups of each sweep, in place of the seed; the ascent ends with it. There is no
+            greedy initialization then: groups without an initial permutation begin at the identity.
+        out_of_core: keep no gain between solves, for states that are on disk and do not fit into memory.
+        stale: the groups to solve first, if an interrupted run goes on; all of them for None.
+        on_solve: called after each solve with the group's name, all permutations, and the groups that are stale.
+    """
+
+    bonus: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    orders: Iterator[Sequence[int]] | None = None
+    out_of_core: bool = False
+    stale: Collection[str] | None = None
+    on_solve: Callable[[str, Permutations, set[str]], None] | None = None
+
+
+class Ascent:
+    """The state of one coordinate ascent.
+
+    A group is stale if it, or a group that shares a tensor with it, has moved since it was solved. Only stale groups
+    are solved. A solution is kept only if the objective, recomputed in float64 over the rows that move, rises by more
+    than the threshold. So the objective never falls and the ascent ends by itself.
+
+    Args:
+        problem: the objective.
+        start: a permutation for every group.
+        threshold: the least rise of the objective that counts as progress.
+        hooks: see :class:`Hooks`.
+        progress: show progress bars; None shows them on a terminal.
+    """
+
+    def __init__(
+        self,
+        problem: WeightObjective,
+        start: Permutations,
+        threshold: float,
+        hooks: Hooks,
+        progress: bool | None,
+    ) -> None:
+        self.problem, self.permutations, self.threshold = problem, start, threshold
+        self.hooks, self.progress = hooks, progress
+        self.names = problem.spec.top_level()
+        self.stale = set(self.names if hooks.stale is None else hooks.stale)
+        budget = 0 if hooks.out_of_core else KEPT * problem.size()
+        self.gains = Gains(problem.a, problem.b, problem.spec, budget)
+        self.solutions: dict[str, Assignment] = {}
+        self.objective = [problem.value(start)]
+        self.sweeps = self.solves = self.skipped = 0
+
+    def initialize_greedily(self, names: Collection[str]) -> None:
+        """Match ``names`` one after the other as the first sweep; undo it if the objective falls."""
+        before = self.permutations
+        steps = greedy_order(self.problem, names)
+        for step in progress_bar(steps, "weight matching, sweep 1", show=self.progress):
+            if step.is_complete:
+                self.stale.discard(step.group.name)
+            if step.axes:
+                self.permutations = {**self.permutations, **self._solve(step.group, step.axes)}
+            self._report(step.group.name)
+        self.skipped += len(self.names) - self.solves
+        value = self.problem.value(self.permutations)
+        if value < self.objective[0]:
+            self.permutations, value, self.stale = before, self.objective[0], set(self.names)
+            for name in names:
+                self._report(name)
+        self._end_sweep(value)
+
+    def sweep(self, order: Sequence[str]) -> None:
+        """Visit the groups in ``order`` and solve those that are stale."""
+        value = self.objective[-1]
+        for name in progress_bar(order, f"weight matching, sweep {self.sweeps + 1}", show=self.progress):
+            if name not in self.stale:
+                self.skipped += 1
+                continue
+            self.stale.discard(name)
+            group = self.problem.spec.groups[name]
+            axes = self.problem.axes(group)
+            if not axes:  # none of the group's tensors enters the gain
+                continue
+            new = self._solve(group, axes)
+            rise = self.problem.change(new, self.permutations)
+            if rise > self.threshold:
+                self.permutations = {**self.permutations, **new}
+                value += rise
+                self.stale |= self.problem.coupled(name)
+                if name in self.problem.self_coupled:
+                    self.stale.add(name)
+            self._report(name)
+        self._end_sweep(value)
+
+    def outcome(self, matcher: str) -> Matching:
+        """Return the result under the name of the matcher."""
+        return Matching(
+            permutations=self.permutations,
+            matcher=matcher,
+            objective=tuple(self.objective),
+            sweeps=self.sweeps,
+            solves=self.solves,
+            skipped=self.skipped,
+            converged=not self.stale,
+        )
+
+    def _solve(self, group: Group, axes: Sequence[Axis]) -> Permutations:
+        """The best permutations of a group and its subgroups, all others held."""
+        self.solves += 1
+        name, problem = group.name, self.problem
+        if len(problem.grouping[name]) > 1:
+            return match_nested(problem.a, problem.b, problem.spec, name, axes, self.permutations)
+        gain = self.gains.of(group, axes, self.permutations)
+        if name in problem.bonus:
+            gain = gain + problem.bonus[name].to(gain)
+        solution = solve(gain, maximize=True, warm_start=self.solutions.get(name))
+        self.solutions[name] = solution
+        return {name: torch.from_numpy(solution.col_ind)}
+
+    def _report(self, name: str) -> None:
+        if self.hooks.on_solve is not None:
+            self.hooks.on_solve(name, self.permutations, self.stale)
+
+    def _end_sweep(self, value: float) -> None:
+        self.sweeps += 1
+        self.objective.append(value)

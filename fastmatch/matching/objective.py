@@ -1,0 +1,145 @@
+"""The objective of weight matching: the inner product of A's parameters and the permuted B's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, TypeAlias
+
+import torch
+
+from fastmatch._internal.states import State, headers_of
+from fastmatch.matching.inner import change_of_inner, inner
+from fastmatch.permutations.apply import dimension_indices, permute_tensor
+from fastmatch.spec import Axis, Group, Permutations, PermutationSpec
+
+__all__ = ["Include", "WeightObjective", "included", "objective", "weight_scale"]
+
+Include: TypeAlias = Literal["weights", "affine", "statistics"]
+"""The tensors that enter the objective. Each word adds to the one before: ``"weights"`` takes matrices and kernels;
+``"affine"`` adds biases, norm scales and shifts (as Git Re-Basin does); ``"statistics"`` adds the running statistics
+of batch norm (as some published ports do)."""
+
+RUNNING_STATISTICS = ("running_mean", "running_var")
+
+
+def included(name: str, tensor: torch.Tensor, include: Include) -> bool:
+    """Return whether a tensor of the state dict enters the objective."""
+    if not tensor.is_floating_point():
+        return False
+    if name.rsplit(".", 1)[-1] in RUNNING_STATISTICS:
+        return include == "statistics"
+    return tensor.ndim >= 2 or include != "weights"
+
+
+class WeightObjective:
+    """``sum_t <A_t, P B_t> + sum_g sum_i bonus_g[i, P_g(i)]`` over tensors t and groups g.
+
+    Args:
+        a, b: state dicts; A is the reference. Their tensors are read when needed, so they may be on disk.
+        spec: which axes move together.
+        include: which tensors enter.
+        bonus: group name -> (size, size) matrix, for groups that earn more than their weights do.
+
+    Attributes:
+        grouping: top-level group -> itself and its subgroups, which are solved together.
+        self_coupled: groups that permute two dimensions of one tensor, so that their gain depends on their own
+            permutation.
+    """
+
+    def __init__(
+        self,
+        a: State,
+        b: State,
+        spec: PermutationSpec,
+        include: Include,
+        bonus: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        self.a, self.b, self.spec, self.bonus = a, b, spec, dict(bonus or {})
+        self.include: Include = include
+        self.headers = headers_of(a)
+        self.grouping: dict[str, list[str]] = {}
+        self.self_coupled: set[str] = set()
+        for group in spec.groups.values():
+            dims = {(axis.parameter, axis.dim) for axis in self.axes(group)}
+            if len(dims) != len({name for name, _ in dims}):
+                self.self_coupled.add(group.name)
+            self.grouping.setdefault(self.top_level(group.name), []).append(group.name)
+
+    def top_level(self, name: str) -> str:
+        """Return the group that ``name`` is a subgroup of, or ``name`` itself."""
+        return self.spec.groups[name].within or name
+
+    def coupled(self, name: str) -> set[str]:
+        """Return the other top-level groups that share a tensor with ``name`` or one of its subgroups."""
+        names = {g for member in self.grouping[name] for g in self.spec.neighbours(member)}
+        return {self.top_level(g) for g in names} - {name}
+
+    def axes(self, group: Group) -> list[Axis]:
+        """Return the axes of a group whose tensors enter the objective."""
+        return [x for x in group.axes if included(x.parameter, self.headers[x.parameter], self.include)]
+
+    def names(self) -> list[str]:
+        """Return the tensors that some group moves and that enter the objective."""
+        return list(dict.fromkeys(x.parameter for g in self.spec.groups.values() for x in self.axes(g)))
+
+    def size(self) -> int:
+        """Return the bytes of A's tensors that enter, in float32."""
+        return 4 * sum(self.headers[name].numel() for name in self.names())
+
+    def value(self, permutations: Permutations) -> float:
+        """Return the objective, in float64."""
+        value = sum(self._inner(name, permutations) for name in self.names())
+        return value + sum(self._bonus(name, p) for name, p in permutations.items())
+
+    def change(self, new: Permutations, old: Permutations) -> float:
+        """Return by how much the objective rises if the groups in ``new`` move there from ``old``.
+
+        The result is exact to float64 rounding. The gains of a solve are not: they are float32, where small progress
+        may be rounding, and a group that moves both axes of one tensor has only a linear approximation.
+        """
+        changed = {name: p for name, p in new.items() if not torch.equal(p, old[name])}
+        moved = {**old, **changed}
+        total = 0.0
+        for name, p in changed.items():
+            total += self._bonus(name, p) - self._bonus(name, old[name])
+        for name in sorted({x.parameter for group in changed for x in self.axes(self.spec.groups[group])}):
+            if self.spec.has_slices(name):
+                now, then = (self._inner(name, p) for p in (moved, old))
+                total += now - then
+            else:
+                orders = (dimension_indices(name, self.spec, p) for p in (moved, old))
+                total += change_of_inner(self.a[name], self.b[name], *orders)
+        return total
+
+    def scale(self) -> float:
+        """Return the norm of A's times the norm of B's parameters: no inner product is larger."""
+        squares = [0.0, 0.0]
+        for name in self.names():
+            for k, state in enumerate((self.a, self.b)):
+                tensor = state[name]
+                squares[k] += inner(tensor, tensor, {})
+        return (squares[0] * squares[1]) ** 0.5
+
+    def _inner(self, name: str, permutations: Permutations) -> float:
+        if self.spec.has_slices(name):
+            moved = permute_tensor(self.b[name], name, self.spec, permutations)
+            return inner(self.a[name], moved, {})
+        return inner(self.a[name], self.b[name], dimension_indices(name, self.spec, permutations))
+
+    def _bonus(self, name: str, permutation: torch.Tensor) -> float:
+        if name not in self.bonus:
+            return 0.0
+        matrix = self.bonus[name]
+        return float(matrix.double().gather(1, permutation.to(matrix.device)[:, None]).sum())
+
+
+def objective(
+    a: State, b: State, spec: PermutationSpec, permutations: Permutations, include: Include
+) -> float:
+    """Return the inner product of A's and the permuted B's parameters that the spec moves, in float64."""
+    return WeightObjective(a, b, spec, include).value(permutations)
+
+
+def weight_scale(a: State, b: State, spec: PermutationSpec, include: Include) -> float:
+    """Return the norm of A's times the norm of B's parameters in the objective."""
+    return WeightObjective(a, b, spec, include).scale()

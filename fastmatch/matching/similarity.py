@@ -1,0 +1,115 @@
+"""How similar the units of two models are on data: both models run once, moments are added up at the chosen sites."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, TypeAlias, cast
+
+import torch
+from torch import nn
+
+from fastmatch._internal.batches import Forward, evaluating
+from fastmatch.matching.batch_pearson import BatchPearson
+from fastmatch.matching.cca import WhitenedCovariance
+from fastmatch.matching.sites import Reading, unit_columns
+from fastmatch.spec import ActivationSite, PermutationSpec
+from fastmatch.spec.activation_sites import Site, SiteReader
+from fastmatch.statistics.moments import CrossMoments, PooledSimilarity
+
+__all__ = ["Similarity", "measure_similarities"]
+
+Similarity: TypeAlias = Literal["correlation", "covariance", "inner", "batch-correlation", "cca"]
+"""How similar two units are: ``"correlation"``, ``"covariance"`` and ``"inner"`` product are pooled over all samples;
+``"batch-correlation"`` averages over batches (:class:`BatchPearson`); ``"cca"`` is the covariance after whitening
+(:class:`WhitenedCovariance`)."""
+
+Moments: TypeAlias = CrossMoments | BatchPearson | WhitenedCovariance
+
+ACCUMULATORS: dict[str, Callable[[], Moments]] = {
+    "batch-correlation": BatchPearson,
+    "cca": WhitenedCovariance,
+}
+"""What adds up the batches for the similarities that are not of pooled moments."""
+
+
+def measure_similarities(
+    models: tuple[nn.Module, nn.Module],
+    spec: PermutationSpec,
+    readings: dict[tuple[str, ...], list[Reading]],
+    similarity: Similarity,
+    site: Site,
+    batches: Iterable[Any],
+    forward: Forward,
+) -> dict[tuple[str, ...], torch.Tensor]:
+    """Return, for the keys of ``readings``, the (size, size) float64 similarity of A's units (rows) to B's.
+
+    Args:
+        models: A and B; both are run on every batch.
+        spec: which axes move together.
+        readings: what to read for each group or kind of subgroup; the similarities of several readings are added.
+        similarity: how two units are compared.
+        site: read before or after the nonlinearity.
+        batches: what the models are run on, read once.
+        forward: how to run a model on a batch.
+
+    Raises:
+        ValueError: activations hold NaN or infinity; the group is named.
+    """
+    moments = {r: ACCUMULATORS.get(similarity, CrossMoments)() for found in readings.values() for r in found}
+    reader = _PairReader(spec, moments)
+    with evaluating(*models):
+        for batch in batches:
+            for model, receive in zip(models, (reader.keep, reader.compare), strict=True):
+                with SiteReader(reader.sites, receive, site=site, model=model):
+                    forward(model, batch)
+    gains = {}
+    for names, found in readings.items():
+        gain = torch.stack([_similarity(moments[r], similarity) for r in found]).sum(dim=0)
+        if not bool(torch.isfinite(gain).all()):
+            raise ValueError(
+                f"data: activations of group {names[0]!r} hold NaN or infinity; look for them in the inputs, "
+                "or for overflow in the models"
+            )
+        gains[names] = gain
+    return gains
+
+
+def _similarity(moments: Moments, kind: Similarity) -> torch.Tensor:
+    if isinstance(moments, CrossMoments):
+        return moments.similarity(cast(PooledSimilarity, kind))
+    return moments.similarity()
+
+
+class _PairReader:
+    """Keeps A's activations of a batch until B's come, then adds both to the moments."""
+
+    def __init__(self, spec: PermutationSpec, moments: dict[Reading, Moments]) -> None:
+        self.spec, self.moments = spec, moments
+        self.readings = {reading[0]: reading for reading in moments}
+        self.sites = list(self.readings)  # all sites of a reading are in the same tensor
+        self.kept: dict[ActivationSite, torch.Tensor] = {}
+
+    def keep(self, site: ActivationSite, tensor: torch.Tensor) -> None:
+        """Take A's activations."""
+        values, _ = self._values(site, tensor, copy=True)
+        self.kept[site] = values
+
+    def compare(self, site: ActivationSite, tensor: torch.Tensor) -> None:
+        """Take B's activations of the same batch."""
+        a = self.kept.pop(site)
+        b, dim = self._values(site, tensor, copy=False)
+        moments = self.moments[self.readings[site]]
+        if isinstance(moments, CrossMoments):
+            moments.update(a, b, dim)
+        else:
+            moments.update(a, b)
+
+    def _values(self, site: ActivationSite, tensor: torch.Tensor, *, copy: bool) -> tuple[torch.Tensor, int]:
+        """The activations and the dimension of their units; ``copy`` if they are kept while a network goes on."""
+        reading, size = self.readings[site], self.spec.groups[site.group].size
+        is_single = isinstance(self.moments[reading], CrossMoments) and len(reading) == 1 and tensor.ndim > 1
+        if is_single and site.axis.is_whole(size, tensor.shape[site.axis.dim]):
+            # The pooled moments read any strides: a copy into rows would take longer than the sums.
+            return tensor.detach().clone() if copy else tensor.detach(), site.axis.dim
+        parts = [unit_columns(tensor, s.axis, self.spec.groups[s.group].size) for s in reading]
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0], 1
