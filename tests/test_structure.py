@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 LAYERS = (
@@ -60,3 +62,55 @@ def test_no_module_is_loose():
     assert loose == {"__init__.py", "__main__.py", "py.typed"}
     folders = {path.name for path in (ROOT / "fastmatch").iterdir() if path.is_dir()} - {"__pycache__"}
     assert folders == set(LAYERS)
+
+
+def modules_of(package: Path) -> dict[str, Path]:
+    """Module name -> file, for every file of a package."""
+    found = {}
+    for path in package.rglob("*.py"):
+        parts = path.relative_to(package.parent).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def needed(path: Path, modules: dict[str, Path]) -> set[str]:
+    """The files that a file's imports name: a submodule, or the ``__init__`` that offers another name."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in modules else node.module for name in names}
+    return found & modules.keys()
+
+
+def circles(edges: dict[str, set[str]]) -> list[list[str]]:
+    """The circles that a search from every node runs into."""
+    found: list[list[str]] = []
+    done: set[str] = set()
+
+    def visit(node: str, path: list[str]) -> None:
+        if node in path:
+            found.append([*path[path.index(node) :], node])
+        elif node not in done:
+            for other in sorted(edges[node]):
+                visit(other, [*path, node])
+            done.add(node)
+
+    for node in edges:
+        visit(node, [])
+    return found
+
+
+def test_circles_are_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == [["b", "c", "b"]]
+    assert circles({"a": {"a"}}) == [["a", "a"]]
+    assert not circles({"a": {"b", "c"}, "b": {"c"}, "c": set()})
+
+
+@pytest.mark.parametrize("package", ["fastmatch", "kernels/fastmatch_kernels"])
+def test_no_import_circle(package):
+    """Every import counts: at the top, in a function, under ``TYPE_CHECKING``."""
+    modules = modules_of(ROOT / package)
+    assert not circles({module: needed(path, modules) for module, path in modules.items()})

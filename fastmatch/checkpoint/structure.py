@@ -21,7 +21,6 @@ from torch import nn
 from fastmatch._internal.states import State
 from fastmatch.checkpoint.reader import CONFIG, read_json
 from fastmatch.spec import PermutationSpec
-from fastmatch.spec.trace import trace
 
 __all__ = ["bind", "build_empty", "compared", "config_inputs", "trace_config"]
 
@@ -156,7 +155,7 @@ def trace_config(directory: str | Path) -> PermutationSpec:
     model = build_empty(directory)
     inputs = config_inputs(model)
     _fill(model)
-    return trace(model, (), kwargs=inputs, outputs=compared)
+    return PermutationSpec.trace(model, (), kwargs=inputs, outputs=compared)
 
 
 def compared(output: Any) -> list[str] | None:

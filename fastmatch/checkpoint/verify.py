@@ -16,7 +16,7 @@ from fastmatch.checkpoint.names import UnderParameterNames, layout_of
 from fastmatch.checkpoint.reader import Checkpoint
 from fastmatch.checkpoint.structure import build_empty, compared, config_inputs
 from fastmatch.permutations.verify import Wide
-from fastmatch.spec.trace import arguments_of, outputs_named, plain_operations
+from fastmatch.spec.running import arguments_of, outputs_named, plain_operations
 
 __all__ = ["CheckpointVerification", "verify_checkpoints"]
 

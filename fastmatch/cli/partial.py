@@ -14,7 +14,7 @@ from fastmatch.merging.ensemble import model_cost
 from fastmatch.merging.partial import merge_partial
 from fastmatch.merging.unit_rules import CCA, Identity, Permute, Zip
 from fastmatch.renorm import renormalize
-from fastmatch.spec.trace import arguments_of
+from fastmatch.spec.running import arguments_of
 
 __all__ = ["export_to", "merge_files"]
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from fastmatch._internal.batches import check_module, evaluating
 from fastmatch._internal.coefficients import check_weights
-from fastmatch.spec.trace import arguments_of
+from fastmatch.spec.running import arguments_of
 
 __all__ = ["Ensemble", "ModelCost", "model_cost"]
 

@@ -22,7 +22,7 @@ from fastmatch.renorm.endpoints import Calls, EndpointStatistics, endpoint_stati
 from fastmatch.spec import ActivationSite, PermutationSpec
 from fastmatch.spec.activation_sites import SiteReader
 from fastmatch.spec.graph import trace_graph
-from fastmatch.spec.trace import arguments_of
+from fastmatch.spec.running import arguments_of
 from fastmatch.statistics.moments import ChannelMoments, CrossMoments
 
 __all__ = ["PartialMerge", "merge_partial"]

@@ -15,7 +15,7 @@ from fastmatch._internal.modules import with_state
 from fastmatch._internal.states import state_of
 from fastmatch.permutations.apply import apply_permutations
 from fastmatch.spec import Permutations, PermutationSpec
-from fastmatch.spec.trace import arguments_of, outputs_named, plain_operations
+from fastmatch.spec.running import arguments_of, outputs_named, plain_operations
 
 __all__ = ["Verification", "Wide", "in_double", "largest_difference", "outputs_of", "verify"]
 

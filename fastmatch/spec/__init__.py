@@ -1,5 +1,16 @@
-"""Which axes of which parameters move together, and how that is found."""
+"""Structure: which axes of which parameters move together, and how tracing finds them."""
 
-from fastmatch.spec.spec import ActivationSite, Axis, Group, Permutations, PermutationSpec, Pin
+from fastmatch.spec.activation_sites import Site, SiteReader
+from fastmatch.spec.axes import ActivationSite, Axis, Group, Permutations, Pin
+from fastmatch.spec.spec import PermutationSpec
 
-__all__ = ["ActivationSite", "Axis", "Group", "PermutationSpec", "Permutations", "Pin"]
+__all__ = [
+    "ActivationSite",
+    "Axis",
+    "Group",
+    "PermutationSpec",
+    "Permutations",
+    "Pin",
+    "Site",
+    "SiteReader",
+]

@@ -1,4 +1,4 @@
-"""Reading activations during a forward pass, at the operations a trace has named."""
+"""Reading activations during a forward pass, at the operations that a trace has named."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmatch._internal.checks import check_choice
-from fastmatch.spec.spec import ActivationSite
-from fastmatch.spec.trace import counts, op_name, plain_operations
+from fastmatch.spec.axes import ActivationSite
+from fastmatch.spec.operations import counts, op_name
+from fastmatch.spec.running import plain_operations
 
 __all__ = ["Site", "SiteReader"]
 
@@ -20,17 +21,18 @@ Site: TypeAlias = Literal["post", "pre"]
 
 
 class SiteReader(TorchDispatchMode):
-    """Hands the tensors at ``sites`` to ``receive`` while a model runs inside it.
+    """Passes the tensors at ``sites`` to ``receive`` while a model runs inside it.
 
     Args:
-        sites: where to read, as traced.
-        receive: called as ``receive(site, tensor)`` the moment the tensor is there; it must copy what it
-            keeps, since the model may write into the tensor afterwards.
-        site: ``"post"`` or ``"pre"``: the output or the input of the nonlinearity, for sites at one.
-        model: the one that will run; it takes the operations that it was traced with.
+        sites: where to read, from a traced spec.
+        receive: called as ``receive(site, tensor)`` when the tensor is computed. It must copy what it
+            keeps, because the model may write into the tensor afterwards.
+        site: at a nonlinearity, read its output (``"post"``) or its input (``"pre"``).
+        model: the model that will run; needed where tracing changed its operations (fused attention, experts).
 
     Raises:
-        RuntimeError: the model ran another operation where a site expects one, or ended before a site.
+        ValueError: ``site`` is another word.
+        RuntimeError: the model ran another operation at a site, or ended before a site.
     """
 
     def __init__(
@@ -60,7 +62,7 @@ class SiteReader(TorchDispatchMode):
         if exc_type is None and self._sites and self._op < max(self._sites):
             last = max(self._sites)
             raise RuntimeError(
-                f"the forward pass ended after {self._op + 1} operations, the traced one read "
+                f"the forward pass ended after {self._op + 1} operations, but the traced one read "
                 f"{self._sites[last][0].op_name} as operation {last}; trace the model on inputs like the data"
             )
 
@@ -74,7 +76,7 @@ class SiteReader(TorchDispatchMode):
         for site in sites:
             if op_name(func) != site.op_name:
                 raise RuntimeError(
-                    f"operation {self._op} of the forward pass is {op_name(func)}, the traced one was "
+                    f"operation {self._op} of the forward pass is {op_name(func)}, but the traced one was "
                     f"{site.op_name}; trace the model on inputs like the data"
                 )
             if site.role == "consumed" or (site.role == "activation" and self._site == "pre"):

@@ -9,7 +9,7 @@ __all__ = ["check_spec"]
 
 
 def check_spec(spec: PermutationSpec, state: State, argument: str) -> None:
-    """ValueError when a tensor that a group moves is absent or of another shape than the spec's."""
+    """Raise ValueError if a tensor that a group moves is missing or has another shape than in the spec."""
     for group in spec.groups.values():
         for axis in group.axes:
             tensor = state.get(axis.parameter)

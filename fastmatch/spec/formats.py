@@ -1,7 +1,7 @@
 """Specs of other libraries, read and written: Git Re-Basin and its ports, C2M3, PLeaS, mergekit.
 
-All of these name whole dimensions. Axes that lie in blocks, segments or factors (flattened convolutions, heads)
-cannot be said in them: writing such a spec is an error that names the group; ``spec.select`` leaves it out.
+These formats name whole dimensions. They cannot express blocks, segments or factors of a dimension (flattened
+convolutions, heads): writing such a spec raises an error that names the group, and ``spec.select`` removes it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from string import Template
 from typing import Any, NamedTuple
 
-from fastmatch.spec.spec import Axis, Group, PermutationSpec
+from fastmatch.spec.axes import Axis, Group
+from fastmatch.spec.spec import PermutationSpec
 
 __all__ = [
     "AxesSpec",
@@ -31,14 +32,14 @@ Shapes = Mapping[str, Sequence[int]]
 
 
 class AxesSpec(NamedTuple):
-    """Git Re-Basin's two tables: group -> [(parameter, axis)], parameter -> (group or None per axis)."""
+    """Git Re-Basin's two tables: group -> [(parameter, axis)] and parameter -> (group or None for each axis)."""
 
     perm_to_axes: dict[str, list[tuple[str, int]]]
     axes_to_perm: dict[str, tuple[str | None, ...]]
 
 
 class LayersAndAxesSpec(NamedTuple):
-    """The same under C2M3's field names."""
+    """The two tables under C2M3's field names."""
 
     perm_to_layers_and_axes: dict[str, list[tuple[str, int]]]
     layer_and_axes_to_perm: dict[str, tuple[str | None, ...]]
@@ -46,7 +47,7 @@ class LayersAndAxesSpec(NamedTuple):
 
 @dataclass(eq=False)
 class SizedGroup:
-    """A group as PLeaS has it: an object shared by its axes, known by identity."""
+    """A group in PLeaS: an object that its axes share, compared by identity."""
 
     size: int
 
@@ -55,21 +56,26 @@ FIELDS = (("axes_to_perm", "perm_to_axes"), ("layer_and_axes_to_perm", "perm_to_
 
 
 def from_axes(source: Any, shapes: Shapes) -> PermutationSpec:
-    """A spec written for Git Re-Basin, one of its ports or C2M3.
+    """Read a spec written for Git Re-Basin, one of its ports or C2M3.
 
     Example:
+        >>> from fastmatch.spec.formats import from_axes
+        >>> shapes = {"fc1.weight": (8, 4), "fc2.weight": (3, 8)}
         >>> spec = from_axes({"fc1.weight": ("P", None), "fc2.weight": (None, "P")}, shapes)
+        >>> spec.groups["P"].size
+        8
 
     Args:
         source: an object with ``axes_to_perm`` or ``perm_to_axes`` (or C2M3's names for them), or the mapping
-            of parameters to tuples by itself. Parameters that the network lacks are passed over, and so are
-            entries past a tensor's rank; ``()`` stands for a scalar.
+            of parameters to tuples itself. Parameters that the network does not have and entries beyond a
+            tensor's rank are ignored; ``()`` means a scalar.
         shapes: parameter -> shape, such as ``{k: v.shape for k, v in model.state_dict().items()}``.
 
     Raises:
-        ValueError: a group's axes have different lengths (both are named), or nothing in it fits.
+        TypeError: ``source`` has none of these forms.
+        ValueError: the axes of a group have different lengths, or no axis is in ``shapes``.
     """
-    members: dict[str, list[tuple[str, int]]] = defaultdict(list)
+    axes_by_group: dict[str, list[tuple[str, int]]] = defaultdict(list)
     by_parameter, by_group = source if isinstance(source, Mapping) else None, None
     for first, second in FIELDS:
         by_parameter = getattr(source, first, by_parameter)
@@ -78,28 +84,28 @@ def from_axes(source: Any, shapes: Shapes) -> PermutationSpec:
         for parameter, groups in by_parameter.items():
             for dim, group in enumerate(groups or ()):
                 if group is not None:
-                    members[group].append((parameter, dim))
+                    axes_by_group[group].append((parameter, dim))
     elif by_group is not None:
-        members.update({group: list(axes) for group, axes in by_group.items()})
+        axes_by_group.update({group: list(axes) for group, axes in by_group.items()})
     else:
         raise TypeError(f"source: expected axes_to_perm or perm_to_axes, got {type(source).__name__}")
-    return _spec({str(k): v for k, v in members.items()}, shapes)
+    return _spec({str(k): v for k, v in axes_by_group.items()}, shapes)
 
 
 def from_pleas(source: Mapping[Any, Any], shapes: Shapes) -> PermutationSpec:
-    """A PLeaS dictionary: (parameter, axis) -> group object, where axes that move together share the object.
+    """Read a PLeaS dictionary: (parameter, axis) -> group object, which axes that move together share.
 
     Raises:
-        ValueError: a group's ``size`` is not the length of its axes, or nothing fits.
+        ValueError: a group's ``size`` is not the length of its axes, or no axis is in ``shapes``.
     """
-    members: dict[int, list[tuple[str, int]]] = defaultdict(list)
+    axes_by_group: dict[int, list[tuple[str, int]]] = defaultdict(list)
     objects: dict[int, Any] = {}
     for (parameter, dim), group in source.items():
         if group is not None:
-            members[id(group)].append((parameter, int(dim)))
+            axes_by_group[id(group)].append((parameter, int(dim)))
             objects[id(group)] = group
     named: dict[str, list[tuple[str, int]]] = {}
-    for count, (key, axes) in enumerate(members.items()):
+    for count, (key, axes) in enumerate(axes_by_group.items()):
         name = str(getattr(objects[key], "name", None) or f"P{count}")
         for parameter, dim in axes:
             if _there(parameter, dim, shapes) and shapes[parameter][dim] != objects[key].size:
@@ -114,22 +120,22 @@ def from_pleas(source: Mapping[Any, Any], shapes: Shapes) -> PermutationSpec:
 def from_mergekit(
     architecture: Mapping[str, Any], shapes: Shapes, *, layers: int = 0, head_dim: int | None = None
 ) -> PermutationSpec:
-    """A mergekit architecture: each space that weights produce and consume becomes a group.
+    """Read a mergekit architecture: each space that weights produce and consume becomes a group.
 
-    A space that some weight says to split into heads (``head_split``) becomes a group of the channels inside a
-    head, moved alike in every head. A space that nothing consumes (queries and keys, which rotary embeddings
-    hold in place) moves nothing.
+    A space that a weight splits into heads (``head_split``) becomes a group of the channels of one head, with the
+    same order in every head. A space that no weight consumes is not a group: queries and keys, whose order rotary
+    embeddings fix.
 
     Args:
-        architecture: the JSON as read: ``pre_weights``, ``layer_templates``, ``post_weights``.
+        architecture: the parsed JSON with ``pre_weights``, ``layer_templates`` and ``post_weights``.
         shapes: parameter -> shape.
-        layers: how often the layer templates are repeated.
-        head_dim: channels of a head; needed where ``head_split`` is used.
+        layers: number of repeats of the layer templates.
+        head_dim: channels per head; required if ``head_split`` is used.
 
     Raises:
-        ValueError: lengths disagree, ``head_dim`` is missing or divides nothing, or nothing fits.
+        ValueError: lengths differ, ``head_dim`` is missing or does not divide a space, or no axis is in ``shapes``.
     """
-    members: dict[str, list[tuple[str, int]]] = defaultdict(list)
+    axes_by_group: dict[str, list[tuple[str, int]]] = defaultdict(list)
     produced, consumed, split = set(), set(), set()
     for weight in _weights(architecture, layers):
         name, into, out = weight["name"], weight.get("input_space"), weight.get("output_space")
@@ -139,19 +145,19 @@ def from_mergekit(
         for (space, dim), side in zip(places, ("output", "input"), strict=True):
             if space is None or not _there(name, dim, shapes):
                 continue
-            if (name, dim) not in members[space]:
-                members[space].append((name, dim))
+            if (name, dim) not in axes_by_group[space]:
+                axes_by_group[space].append((name, dim))
             (produced if side == "output" else consumed).add(space)
             if weight.get("head_split") == side:
                 split.add(space)
     if split and not head_dim:
-        raise ValueError("head_dim: needed, since the architecture splits spaces into heads")
-    moving = {k: v for k, v in members.items() if k in produced & consumed}
+        raise ValueError("head_dim: required, because the architecture splits spaces into heads")
+    moving = {k: v for k, v in axes_by_group.items() if k in produced & consumed}
     return _spec(moving, shapes, dict.fromkeys(split, head_dim or 0))
 
 
 def _weights(architecture: Mapping[str, Any], layers: int) -> list[Mapping[str, Any]]:
-    """Every weight with its layer index filled in."""
+    """Return every weight with its layer index filled in."""
 
     def filled(weight: Mapping[str, Any], index: int) -> dict[str, Any]:
         def fill(value: Any) -> Any:
@@ -169,11 +175,11 @@ def _there(parameter: str, dim: int, shapes: Shapes) -> bool:
 
 
 def _spec(
-    members: Mapping[str, list[tuple[str, int]]], shapes: Shapes, heads: Mapping[str, int] | None = None
+    axes_by_group: Mapping[str, list[tuple[str, int]]], shapes: Shapes, heads: Mapping[str, int] | None = None
 ) -> PermutationSpec:
-    """Groups over the axes that the network has; ``heads`` gives the channels of a head where a space is split."""
+    """Build groups from the axes that the network has; ``heads`` gives the channels per head of split spaces."""
     groups = {}
-    for name, axes in members.items():
+    for name, axes in axes_by_group.items():
         there = [(p, d) for p, d in axes if _there(p, d, shapes)]
         if not there:
             continue
@@ -189,7 +195,7 @@ def _spec(
                 found.append(Axis(parameter, d))
             else:
                 raise ValueError(
-                    f"source: group {name!r} has {size} units by {first}:{dim}, "
+                    f"source: group {name!r} has {size} units on {first}:{dim}, "
                     f"but {parameter}:{d} has length {length}"
                 )
         groups[name] = Group(name, size, tuple(found))
@@ -203,16 +209,16 @@ def _plain(spec: PermutationSpec, form: str) -> None:
         for axis in group.axes:
             if not axis.is_whole(group.size, spec.shapes[axis.parameter][axis.dim]):
                 raise ValueError(
-                    f"spec: group {group.name!r} lies in {axis.label()}, which {form} cannot say; "
-                    "leave it out with spec.select(...)"
+                    f"spec: group {group.name!r} moves a part of a dimension, {axis.label()}, which {form} cannot "
+                    "express; remove the group with spec.select(...)"
                 )
 
 
 def to_axes(spec: PermutationSpec) -> AxesSpec:
-    """The spec as Git Re-Basin's two tables.
+    """Write the spec as Git Re-Basin's two tables.
 
     Raises:
-        ValueError: a group lies in a part of a dimension.
+        ValueError: a group moves a part of a dimension.
     """
     _plain(spec, "Git Re-Basin's form")
     by_group = {g.name: [(x.parameter, x.dim) for x in g.axes] for g in spec.groups.values()}
@@ -224,12 +230,12 @@ def to_axes(spec: PermutationSpec) -> AxesSpec:
 
 
 def to_layers_and_axes(spec: PermutationSpec) -> LayersAndAxesSpec:
-    """The spec under C2M3's field names; see :func:`to_axes`."""
+    """Write the spec under C2M3's field names; see :func:`to_axes`."""
     return LayersAndAxesSpec(*to_axes(spec))
 
 
 def to_pleas(spec: PermutationSpec) -> dict[tuple[str, int], SizedGroup]:
-    """The spec as a PLeaS dictionary, (parameter, axis) -> shared group object."""
+    """Write the spec as a PLeaS dictionary, (parameter, axis) -> shared group object."""
     _plain(spec, "PLeaS' form")
     return {
         (axis.parameter, axis.dim): shared
@@ -240,10 +246,14 @@ def to_pleas(spec: PermutationSpec) -> dict[tuple[str, int], SizedGroup]:
 
 
 def to_mergekit(spec: PermutationSpec, *, embeddings: Sequence[str] = ()) -> dict[str, Any]:
-    """The spec as a mergekit architecture without templates; ``embeddings`` are (vocabulary, hidden) tables.
+    """Write the spec as a mergekit architecture without templates.
+
+    Args:
+        spec: the spec.
+        embeddings: names of the (vocabulary, hidden) tables.
 
     Raises:
-        ValueError: a group lies in a part of a dimension.
+        ValueError: a group moves a part of a dimension.
     """
     _plain(spec, "mergekit's form")
     weights = []

@@ -1,4 +1,4 @@
-"""A module's forward pass as a graph, with the units that lie on every value in it."""
+"""A module's forward pass as a graph, with the groups of units on every value in it."""
 
 from __future__ import annotations
 
@@ -10,23 +10,25 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fastmatch.spec.rules import tensors_in
-from fastmatch.spec.spec import Axis, PermutationSpec
-from fastmatch.spec.trace import Tracer, arguments_of, run_traced
+from fastmatch.spec.axes import Axis
+from fastmatch.spec.operations import tensors_in
+from fastmatch.spec.running import arguments_of
+from fastmatch.spec.spec import PermutationSpec
+from fastmatch.spec.trace import Tracer, trace
 
 __all__ = ["Structure", "trace_graph"]
 
 
 @dataclass(frozen=True)
 class Structure:
-    """A traced graph and where the units lie in it.
+    """A traced graph and the units on its values.
 
     Attributes:
         module: the model as ``torch.fx`` sees it; shares the model's parameters.
-        spec: the groups, as :meth:`PermutationSpec.trace` finds them but for those that hold others (heads).
+        spec: the groups that :meth:`PermutationSpec.trace` finds, without groups that contain subgroups (heads).
         values: node name -> the (axis, group) pairs of the tensor it computes.
         containers: names of nodes that compute a tuple, list or dict of tensors.
-        inputs: the (parameter, dimension) pairs at which units enter; elsewhere they leave.
+        inputs: the (parameter, dimension) pairs at which units enter; at other axes they leave.
     """
 
     module: fx.GraphModule
@@ -37,7 +39,7 @@ class Structure:
 
 
 class _Watching(fx.Interpreter):
-    """Runs a graph and notes the labels of every tensor it computes."""
+    """Runs a graph and records the labels of every tensor it computes."""
 
     def __init__(self, module: fx.GraphModule, tracer: Tracer) -> None:
         super().__init__(module, garbage_collect_values=False)
@@ -46,7 +48,7 @@ class _Watching(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if isinstance(value, torch.Tensor):
-            self.tracer.note(n.name, value)
+            self.tracer.record.mark_value(self.tracer.number, n.name, value)
             self.tensors.add(n.name)
         elif tensors_in(value):
             self.containers.add(n.name)
@@ -54,10 +56,10 @@ class _Watching(fx.Interpreter):
 
 
 def trace_graph(model: nn.Module, example_inputs: Any) -> Structure:
-    """The graph of a ``model`` in eval mode, from ``torch.fx``, with units on its values from one run.
+    """Trace ``model`` in eval mode with ``torch.fx``, and the units on the graph's values in one run.
 
     Raises:
-        TypeError: not a module.
+        TypeError: ``model`` is not a torch module.
         ValueError: ``torch.fx`` cannot follow the forward pass (control flow on values), or it does not run.
     """
     if not isinstance(model, nn.Module):
@@ -73,21 +75,21 @@ def trace_graph(model: nn.Module, example_inputs: Any) -> Structure:
         return watching[0].run(*values)
 
     try:
-        spec, entered = run_traced(module, tuple(inputs), run=run)
+        found = trace(module, tuple(inputs), run=run)
     except RuntimeError as error:
         raise ValueError(f"example_inputs: the model does not run on them ({error})") from error
     values: dict[str, list[tuple[Axis, str]]] = {name: [] for name in watching[0].tensors}
-    spec = spec.flat()
+    spec = PermutationSpec(found.groups, found.shapes, found.pins, found.sites).flat()
     for site in spec.sites:
         if site.role == "value":
             values[site.op_name].append((site.axis, site.group))
-    spec = replace(spec, sites=tuple(t for t in spec.sites if t.role != "value"))
+    spec = replace(spec, sites=tuple(s for s in spec.sites if s.role != "value"))
     placed = {name: tuple(found) for name, found in values.items()}
-    return Structure(module, spec, placed, frozenset(watching[0].containers), entered)
+    return Structure(module, spec, placed, frozenset(watching[0].containers), found.entries)
 
 
 def _symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> fx.GraphModule:
-    """The graph for the inputs given; arguments left out keep their defaults."""
+    """Return the graph for the given inputs; other arguments keep their defaults."""
     parameters = inspect.signature(model.forward).parameters
     given = {*list(parameters)[: len(args)], *kwargs}
     constants = {
@@ -100,5 +102,5 @@ def _symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     except Exception as error:  # whatever the model's own code does with a proxy
         raise ValueError(
             f"models: torch.fx cannot follow the forward pass of {type(model).__name__} ({error}); a partial "
-            "merge rewires it and needs one without control flow on values"
+            "merge rewires the graph and needs a forward pass without control flow on values"
         ) from error

@@ -1,8 +1,7 @@
-"""The data a structure is described by: which axes of which parameters move together.
+"""The structure of a network: which axes of which parameters move together.
 
-A *group* is a set of hidden units that must be permuted together; an :class:`Axis` says where the units
-lie inside one dimension of one parameter. Everything else in the package (gains, apply, verify, files)
-reads these classes; :mod:`fastmatch.spec.trace` makes them from a model.
+The classes here are read by everything else in the package: gains, apply, verify, files. This module imports the
+tracer, and the tracer returns plain parts (:class:`fastmatch.spec.grouping.Found`), so that the two form no cycle.
 """
 
 from __future__ import annotations
@@ -10,122 +9,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
-__all__ = ["ActivationSite", "Axis", "Group", "PermutationSpec", "Permutations", "Pin"]
+from fastmatch.spec.axes import ActivationSite, Axis, Group, Permutations, Pin
+from fastmatch.spec.trace import Outputs, trace
 
-Permutations: TypeAlias = dict[str, torch.Tensor]
-"""Group name -> LongTensor of shape (group size,), on the CPU; ``new_b[i] = b[perm[i]]``."""
+__all__ = ["PermutationSpec"]
 
-
-@dataclass(frozen=True, order=True)
-class Axis:
-    """Where one group's units lie along one dimension of one parameter (or buffer).
-
-    Unit ``i`` of a group of ``size`` occupies the positions
-    ``start + o * stride + i * inner + k`` for ``o < outer`` and ``k < inner``. The plain case
-    (``start=0, outer=1, inner=1``) is a dimension whose length is the group's size. ``inner`` is the
-    block of a flatten (49 for 512x7x7), ``start`` the segment of a concatenation, ``outer`` and
-    ``stride`` a factor that repeats in front (groups of a grouped convolution, heads). ``at`` holds
-    (dimension, start, length) of other dimensions: the units lie only in that slice of the tensor
-    (the hidden units of one expert, in a tensor that stacks all experts').
-    """
-
-    parameter: str
-    dim: int
-    start: int = 0
-    outer: int = 1
-    stride: int = 0
-    inner: int = 1
-    at: tuple[tuple[int, int, int], ...] = ()
-
-    def slice_of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The part of the parameter that the units lie in: a view with as many dimensions, the whole without ``at``."""
-        for dim, start, length in self.at:
-            tensor = tensor.narrow(dim, start, length)
-        return tensor
-
-    def positions(self, size: int) -> torch.Tensor:
-        """LongTensor (outer, size, inner): the positions of every unit along the dimension."""
-        o = torch.arange(self.outer)[:, None, None] * self.stride
-        i = torch.arange(size)[None, :, None] * self.inner
-        k = torch.arange(self.inner)[None, None, :]
-        return self.start + o + i + k
-
-    def fits(self, size: int, length: int) -> bool:
-        """Whether a group of ``size`` units stays inside a dimension of ``length``."""
-        last = self.start + (self.outer - 1) * self.stride + size * self.inner
-        return self.start >= 0 and self.inner >= 1 and self.outer >= 1 and last <= length
-
-    def is_whole(self, size: int, length: int) -> bool:
-        """Whether the group is the whole dimension, one position a unit."""
-        return self.start == 0 and self.outer == 1 and self.inner == 1 and size == length and not self.at
-
-    def label(self) -> str:
-        """Short form for tables: ``fc.weight:1`` or ``fc.weight:1[0+49]``."""
-        text = f"{self.parameter}:{self.dim}"
-        if self.start or self.inner > 1 or self.outer > 1:
-            text += f"[start {self.start}"
-            text += f", block {self.inner}" if self.inner > 1 else ""
-            text += f", {self.outer} times every {self.stride}" if self.outer > 1 else ""
-            text += "]"
-        for dim, start, length in self.at:
-            text += f" in {start}:{start + length} of axis {dim}"
-        return text
-
-
-@dataclass(frozen=True)
-class Group:
-    """Hidden units that move together: ``size`` units at every one of ``axes``.
-
-    With ``within``, the units lie inside unit ``block`` of that group: channels inside a head. Their permutation is
-    that of what lies there *after* the outer group has moved: block ``i`` of the result is block ``outer[i]`` of
-    the model, its units in the order of this group's permutation.
-    """
-
-    name: str
-    size: int
-    axes: tuple[Axis, ...]
-    within: str = ""
-    block: int = -1
-
-
-@dataclass(frozen=True)
-class ActivationSite:
-    """A place in the forward pass where a group's activations can be read.
-
-    Sites are found by the running number of the ATen operation in the traced forward pass, so they do
-    not depend on how the model is cut into modules.
-
-    Attributes:
-        op: running number of the ATen operation among all operations of one forward pass.
-        op_name: its name (``aten.relu.default``), checked when data is read.
-        role: ``"produced"`` (output of the matmul or convolution whose weight carries the units),
-            ``"activation"`` (an elementwise nonlinearity: input = before, output = after), or
-            ``"consumed"`` (the activations entering the matmul or convolution that contracts the units).
-        operand: position of the activation tensor among the operation's positional arguments
-            (``activation``, ``consumed``); -1 for ``produced``, which reads the output.
-        group: the group's name.
-        axis: where the units lie in that tensor (``axis.parameter`` is empty).
-    """
-
-    op: int
-    op_name: str
-    role: str
-    operand: int
-    group: str
-    axis: Axis
-
-
-@dataclass(frozen=True)
-class Pin:
-    """A dimension that stays as it is, and why (``"model output"``, ``"aten.sort.default"``)."""
-
-    parameter: str
-    dim: int
-    reason: str
+FORMAT = "fastmatch-spec-1"
 
 
 @dataclass(frozen=True)
@@ -137,6 +30,9 @@ class PermutationSpec:
         shapes: parameter or buffer name -> shape, for every tensor of the state dict.
         pins: dimensions that no group moves, with the reason.
         sites: where activations can be read; empty for a spec that was not traced.
+
+    Raises:
+        ValueError: a group does not match its key, its parameters or their shapes.
     """
 
     groups: dict[str, Group]
@@ -153,19 +49,22 @@ class PermutationSpec:
             if name != group.name:
                 raise ValueError(f"groups: key {name!r} does not match the group's own name {group.name!r}")
             if group.within and group.within not in self.groups:
-                raise ValueError(f"group {name!r} lies within {group.within!r}, which is no group")
+                raise ValueError(f"groups: {name!r} is within {group.within!r}, which is not a group")
             for axis in group.axes:
-                shape = self.shapes.get(axis.parameter)
-                if shape is None:
-                    raise ValueError(
-                        f"group {name!r} names parameter {axis.parameter!r}, which is not among the spec's shapes"
-                    )
-                if not 0 <= axis.dim < len(shape) or not axis.fits(group.size, shape[axis.dim]):
-                    raise ValueError(
-                        f"group {name!r} of {group.size} units does not fit {axis.label()} of shape {shape}"
-                    )
+                self._check_axis(group, axis)
                 table.setdefault(axis.parameter, []).append((axis, name))
         self._by_parameter.update({k: tuple(v) for k, v in table.items()})
+
+    def _check_axis(self, group: Group, axis: Axis) -> None:
+        shape = self.shapes.get(axis.parameter)
+        if shape is None:
+            raise ValueError(
+                f"groups: {group.name!r} names parameter {axis.parameter!r}, which is not among the spec's shapes"
+            )
+        if not 0 <= axis.dim < len(shape) or not axis.fits(group.size, shape[axis.dim]):
+            raise ValueError(
+                f"groups: {group.name!r} of {group.size} units does not fit {axis.label()} of shape {shape}"
+            )
 
     @classmethod
     def trace(
@@ -174,47 +73,51 @@ class PermutationSpec:
         example_inputs: Any,
         *,
         kwargs: Mapping[str, Any] | None = None,
-        outputs: Sequence[str] | None = None,
+        outputs: Outputs = None,
     ) -> PermutationSpec:
-        """The spec of ``model``, from the ATen operations it runs on ``example_inputs``.
+        """Find the groups of ``model`` from the ATen operations of one forward pass.
 
         Example:
-            >>> spec = PermutationSpec.trace(model, torch.randn(2, 3, 32, 32))
+            >>> spec = fm.PermutationSpec.trace(model_a, x)
+            >>> all(group.size > 1 for group in spec.groups.values())
+            True
 
         Args:
-            model: any torch module; it is run once in eval mode without gradients and left as it was.
-            example_inputs: a tensor, or a tuple of positional inputs. A batch of 2 is enough.
+            model: any torch module. It runs once in eval mode without gradients and is left as it was.
+            example_inputs: a tensor, a tuple of positional inputs, or a mapping of keyword inputs. A batch of 2
+                is enough.
             kwargs: keyword inputs.
-            outputs: which of the model's outputs are held in place, by attribute or key (``["logits"]``); all of
-                them where left out, the hidden states that some models return beside them included.
+            outputs: which of the model's outputs keep their order, by attribute or key (``["logits"]``), or a
+                function that chooses the names from what the model returned. Default: all outputs, including
+                hidden states that some models return in addition to the logits.
 
         Raises:
-            ValueError: the model has no parameters, does not run on the example, or returns no such output.
+            TypeError: ``model`` is not a torch module.
+            ValueError: the model has no parameters, does not run on the example, or has no such output.
         """
-        from fastmatch.spec.trace import trace
-
         try:
-            return trace(model, example_inputs, kwargs=kwargs, outputs=outputs)
+            found = trace(model, example_inputs, kwargs=kwargs, outputs=outputs)
         except RuntimeError as error:
             raise ValueError(f"example_inputs: the model does not run on them ({error})") from error
+        return cls(found.groups, found.shapes, found.pins, found.sites)
 
     def axes_of(self, parameter: str) -> tuple[tuple[Axis, str], ...]:
-        """Every (axis, group name) of one parameter; empty when nothing moves in it."""
+        """Return every (axis, group name) of one parameter; empty if no group moves it."""
         return self._by_parameter.get(parameter, ())
 
     def has_slices(self, parameter: str) -> bool:
-        """Whether some group moves in a slice of the parameter only."""
+        """Whether some group moves only a slice of the parameter."""
         return any(axis.at for axis, _ in self.axes_of(parameter))
 
     def neighbours(self, group: str) -> set[str]:
-        """The groups that share a parameter with ``group``, without itself."""
+        """Return the other groups that share a parameter with ``group``."""
         names = {g for axis in self.groups[group].axes for _, g in self.axes_of(axis.parameter)}
         return names - {group}
 
     def subgroups(self) -> dict[tuple[str, int], tuple[str, ...]]:
-        """(outer group, running number) -> the groups within it, one for each of its units, in order.
+        """Return (outer group, running number) -> its subgroups, one for each outer unit, in order.
 
-        A group of heads may have several families: its query heads' channels, its value channels.
+        A group of heads may have several such families: the channels of its query heads, those of its values.
         """
         found: dict[tuple[str, int], list[str]] = {}
         counts: dict[str, int] = {}
@@ -225,13 +128,13 @@ class PermutationSpec:
         return {key: tuple(names) for key, names in found.items()}
 
     def top_level(self) -> list[str]:
-        """The groups that lie within no other."""
+        """Return the groups that are not within another."""
         return [name for name, group in self.groups.items() if not group.within]
 
     def residual(self) -> tuple[str, ...]:
-        """The groups that several layers with different inputs write to: residual streams, tied through all of them.
+        """Return the residual streams: groups that several layers with different inputs write to.
 
-        Read from the sites, so empty for a spec that was not traced.
+        They are found from ``sites``, so there are none in a spec that was not traced.
         """
         consumed: dict[int, set[str]] = {}
         produced: dict[str, set[int]] = {}
@@ -240,58 +143,69 @@ class PermutationSpec:
                 consumed.setdefault(site.op, set()).add(site.group)
             elif site.role == "produced":
                 produced.setdefault(site.group, set()).add(site.op)
-        holding = {group.within for group in self.groups.values()}
+        outer = {group.within for group in self.groups.values()}
         return tuple(
             name
             for name, group in self.groups.items()
             if not group.within
-            and name not in holding
+            and name not in outer
             and len({frozenset(consumed.get(op, ())) for op in produced.get(name, ())}) > 1
         )
 
     def without_residual(self) -> PermutationSpec:
-        """Return the same spec with the residual streams held in place; they move nearly every weight at once."""
-        residual = set(self.residual())
-        return self.select([name for name in self.groups if name not in residual])
+        """Return the spec in which residual streams keep their order.
+
+        Example:
+            >>> spec = fm.PermutationSpec.trace(model_a, x).without_residual()
+        """
+        streams = self.residual()
+        return self.select([name for name in self.groups if name not in streams])
 
     def flat(self) -> PermutationSpec:
-        """Without groups that hold others: what lies within them moves where it is, for methods that solve no pairs."""
+        """Return the spec without the groups that contain subgroups; the subgroups become top-level groups.
+
+        For methods that cannot solve outer groups and subgroups together.
+        """
         outer = {group.within for group in self.groups.values()}
         return self.select([name for name in self.groups if name not in outer])
 
-    def select(self, names: list[str] | tuple[str, ...]) -> PermutationSpec:
-        """The same spec with only the named groups free to move."""
+    def select(self, names: Sequence[str]) -> PermutationSpec:
+        """Return the spec in which only the named groups move.
+
+        Raises:
+            ValueError: a name is not a group of the spec.
+        """
         missing = [n for n in names if n not in self.groups]
         if missing:
             raise ValueError(f"groups: {missing} not in the spec; it has {list(self.groups)}")
         keep = {n: self.groups[n] for n in self.groups if n in set(names)}
-        whole = {
-            member
+        complete = {
+            name
             for (outer, _), family in self.subgroups().items()
             if outer in keep and keep.keys() >= set(family)
-            for member in family
+            for name in family
         }
-        keep = {n: g if n in whole else replace(g, within="", block=-1) for n, g in keep.items()}
-        return replace(self, groups=keep, sites=tuple(t for t in self.sites if t.group in keep))
+        keep = {n: g if n in complete else replace(g, within="", block=-1) for n, g in keep.items()}
+        return replace(self, groups=keep, sites=tuple(s for s in self.sites if s.group in keep))
 
     def identity(self) -> Permutations:
-        """The permutations that change nothing."""
+        """Return the permutations that change nothing."""
         return {name: torch.arange(g.size) for name, g in self.groups.items()}
 
     def random(self, generator: torch.Generator | None = None) -> Permutations:
-        """A random permutation for every group."""
+        """Return a random permutation for every group."""
         return {name: torch.randperm(g.size, generator=generator) for name, g in self.groups.items()}
 
     def to_json(self) -> str:
-        """A text form that :meth:`from_json` reads back."""
+        """Return the spec as text, which :meth:`from_json` reads."""
         return json.dumps(
             {
-                "format": "fastmatch-spec-1",
+                "format": FORMAT,
                 "groups": [_group_to_dict(g) for g in self.groups.values()],
                 "shapes": {k: list(v) for k, v in self.shapes.items()},
                 "pins": [[p.parameter, p.dim, p.reason] for p in self.pins],
                 "sites": [
-                    [t.op, t.op_name, t.role, t.operand, t.group, _axis_to_list(t.axis)] for t in self.sites
+                    [s.op, s.op_name, s.role, s.operand, s.group, _axis_to_list(s.axis)] for s in self.sites
                 ],
             },
             separators=(",", ":"),
@@ -299,29 +213,30 @@ class PermutationSpec:
 
     @classmethod
     def from_json(cls, text: str) -> PermutationSpec:
-        """The spec that :meth:`to_json` wrote; ValueError when the text is something else."""
+        """Read the text that :meth:`to_json` wrote.
+
+        Example:
+            >>> spec = fm.PermutationSpec.trace(model_a, x)
+            >>> fm.PermutationSpec.from_json(spec.to_json()) == spec
+            True
+
+        Raises:
+            ValueError: the text is not a spec.
+        """
         try:
             data = json.loads(text)
-            if data["format"] != "fastmatch-spec-1":
+            if data["format"] != FORMAT:
                 raise ValueError(f"unknown format {data['format']!r}")
-            groups = {
-                g["name"]: Group(
-                    g["name"],
-                    int(g["size"]),
-                    tuple(_axis_from_list(a) for a in g["axes"]),
-                    *g.get("within", ()),
-                )
-                for g in data["groups"]
-            }
+            groups = {g["name"]: _group_from_dict(g) for g in data["groups"]}
             shapes = {k: tuple(int(n) for n in v) for k, v in data["shapes"].items()}
             pins = tuple(Pin(*p) for p in data["pins"])
-            sites = tuple(ActivationSite(*[*t[:5], _axis_from_list(t[5])]) for t in data["sites"])
+            sites = tuple(_site_from_list(s) for s in data["sites"])
         except (KeyError, TypeError, IndexError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"not a fastmatch spec: {error!r}") from error
         return cls(groups, shapes, pins, sites)
 
     def table(self) -> str:
-        """The groups, their sizes and axes, and what is pinned by which operation, as text."""
+        """Return the groups with their sizes and axes, and the pinned axes with the reasons, as text."""
         width = max([5, *(len(n) for n in self.groups)])
         lines = [f"{'group':<{width}}  {'size':>7}  (parameter, axis)"]
         for g in self.groups.values():
@@ -338,6 +253,15 @@ class PermutationSpec:
 def _group_to_dict(g: Group) -> dict[str, Any]:
     table = {"name": g.name, "size": g.size, "axes": [_axis_to_list(a) for a in g.axes]}
     return {**table, "within": [g.within, g.block]} if g.within else table
+
+
+def _group_from_dict(table: dict[str, Any]) -> Group:
+    axes = tuple(_axis_from_list(a) for a in table["axes"])
+    return Group(table["name"], int(table["size"]), axes, *table.get("within", ()))
+
+
+def _site_from_list(values: list[Any]) -> ActivationSite:
+    return ActivationSite(values[0], values[1], values[2], values[3], values[4], _axis_from_list(values[5]))
 
 
 def _axis_to_list(a: Axis) -> list[Any]:

@@ -16,7 +16,7 @@ from fastmatch.checkpoint.structure import compared
 from fastmatch.permutations.apply import apply_permutations
 from fastmatch.permutations.verify import largest_difference, outputs_of
 from fastmatch.spec import PermutationSpec
-from fastmatch.spec.trace import tensors_returned, trace
+from fastmatch.spec.running import tensors_returned
 from helpers.networks import fresh_seed
 
 pytest.importorskip("transformers")
@@ -116,7 +116,7 @@ def test_a_config_gives_the_structure_of_its_model(family, tmp_path):
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(tmp_path)
     traced = trace_config(tmp_path)
-    expected = trace(model, (), kwargs=family.inputs(torch.Generator()), outputs=compared)
+    expected = PermutationSpec.trace(model, (), kwargs=family.inputs(torch.Generator()), outputs=compared)
     assert (traced.groups, traced.shapes, traced.pins) == (expected.groups, expected.shapes, expected.pins)
 
 

@@ -151,5 +151,7 @@ def test_what_does_not_fit_is_named(model):
     flat = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2))
     spec = fm.PermutationSpec.trace(flat, torch.randn(2, 1, 4, 4))
     for write in (to_axes, to_layers_and_axes, to_pleas, to_mergekit):
-        with pytest.raises(ValueError, match=r"group '0' lies in 2\.weight:1\[start 0, block 4\]"):
+        with pytest.raises(
+            ValueError, match=r"group '0' moves a part of a dimension, 2\.weight:1\[start 0, block 4\]"
+        ):
             write(spec)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from fastmatch.spec import Axis
-from fastmatch.spec.labels import Label, find, pin, places, product, split_product, split_sum, sum_of, unify
+from fastmatch.spec.labels import Label, find, pin, product, split_product, split_sum, sum_of, unify
+from fastmatch.spec.places import places
 
 
 def positions(label: Label) -> dict[int, list[int]]:

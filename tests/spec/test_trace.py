@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 import fastmatch as fm
-from fastmatch.spec import Axis
-from fastmatch.spec.activation_sites import SiteReader
+from fastmatch.spec import Axis, SiteReader
 from helpers.networks import NETWORKS, VGG, Unruly, build, fresh_seed
 
 

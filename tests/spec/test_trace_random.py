@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastmatch as fm
-from fastmatch.spec.activation_sites import SiteReader
+from fastmatch.spec import SiteReader
 from helpers.networks import NETWORKS, build, fresh_seed
 from helpers.random_networks import RandomNetwork
 

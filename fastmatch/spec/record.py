@@ -1,0 +1,228 @@
+"""What a traced forward pass shows: a label for every dimension of every tensor, and all that rules note."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fastmatch.spec.axes import Role
+from fastmatch.spec.labels import Label, find, is_pinned, pin, product, segments, split_sum, sum_of
+from fastmatch.spec.operations import Call
+
+__all__ = ["RawSite", "Record", "Slice", "fresh", "storage_id"]
+
+
+def storage_id(tensor: torch.Tensor) -> int:
+    """Return an identity of the memory behind a tensor, the same for all its views."""
+    return tensor.untyped_storage()._cdata
+
+
+def fresh(shape: Sequence[int], reason: str | None = None) -> list[Label]:
+    """Return new labels; pinned if a reason is given."""
+    return [Label(n, pinned=reason if n > 1 else None) for n in shape]
+
+
+def _constant_label(tensor: torch.Tensor, dim: int) -> Label:
+    if tensor.shape[dim] <= 1:
+        return Label(tensor.shape[dim])
+    first = tensor.detach().narrow(dim, 0, 1)
+    uniform = bool((tensor.detach() == first).all())
+    return Label(tensor.shape[dim], pinned=None if uniform else "constant")
+
+
+@dataclass(frozen=True)
+class RawSite:
+    """An activation site before the groups are known: dimension ``dim`` of a tensor with ``labels``."""
+
+    op: int
+    op_name: str
+    role: Role
+    operand: int
+    labels: tuple[Label, ...]
+    dim: int
+
+
+@dataclass(frozen=True)
+class Slice:
+    """``inside`` replaces ``leaf`` in the slice at ``position`` of the axis ``along``."""
+
+    leaf: Label
+    along: Label
+    position: int
+    inside: Label
+
+
+class Record:
+    """The labels of every tensor seen, and the facts about them that operations have shown.
+
+    Attributes:
+        sites: where activations can be read.
+        slices: (leaf, along, position), by ids -> the slice.
+        contractions: (label summed over, labels of the axes for which that happens separately).
+    """
+
+    def __init__(self) -> None:
+        # Tensors are kept alive while tracing, so that their ids stay unique.
+        self._labels: dict[int, tuple[torch.Tensor, list[Label]]] = {}
+        self._data: set[int] = set()
+        self._used: set[int] = set()
+        self._contracted: set[int] = set()
+        self._sliced: set[int] = set()
+        self._unread: dict[int, tuple[Label, str]] = {}
+        self._positions: dict[int, tuple[torch.Tensor, Label]] = {}
+        self._followers: dict[int, list[Label]] = {}
+        self.sites: list[RawSite] = []
+        self.slices: dict[tuple[int, int, int], Slice] = {}
+        self.contractions: list[tuple[Label, tuple[Label, ...]]] = []
+
+    def knows(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor already has labels."""
+        return id(tensor) in self._labels
+
+    def labels(self, tensor: torch.Tensor) -> list[Label]:
+        """Return the labels of a tensor's dimensions; an unknown tensor is a constant, pinned unless uniform."""
+        if not self.knows(tensor):
+            self.set(tensor, [_constant_label(tensor, d) for d in range(tensor.ndim)])
+        self._used.add(id(tensor))
+        if id(tensor) in self._unread:
+            pin(*self._unread.pop(id(tensor)))
+        return list(self._labels[id(tensor)][1])
+
+    def set(self, tensor: torch.Tensor, labels: Sequence[Label]) -> None:
+        """Give a tensor its labels, one per dimension."""
+        sizes = [label.size for label in labels]
+        if sizes != list(tensor.shape):
+            raise AssertionError(f"labels of sizes {sizes} for a tensor of shape {tuple(tensor.shape)}")
+        self._labels[id(tensor)] = (tensor, list(labels))
+
+    def all_labels(self) -> Iterator[list[Label]]:
+        """Yield the labels of every tensor seen."""
+        return (labels for _, labels in self._labels.values())
+
+    def contract(self, label: Label, separately: Sequence[Label] = ()) -> None:
+        """Note that an operation sums over ``label``, separately for every position of other axes."""
+        self.contractions.append((label, tuple(separately)))
+
+    def mix(self, labels: Sequence[Label], dims: set[int]) -> None:
+        """Note that an operation mixes positions along ``dims``: other axes have one order for all of them."""
+        for d, label in enumerate(labels):
+            if d not in dims:
+                self.contract(label, [x for k, x in enumerate(labels) if k not in dims and k != d])
+
+    def select(
+        self, labels: Sequence[Label], dim: int, position: int, name: str, out: torch.Tensor
+    ) -> list[Label]:
+        """Return the labels of one slice along ``dim``; ``dim`` is pinned once an operation reads the slice.
+
+        The other axes get labels of their own in the slice: the three slices of a fused query, key and value may
+        move separately. They are united with the whole tensor's labels again if they turn out not to.
+
+        Args:
+            labels: of the whole tensor.
+            dim: the dimension that is removed.
+            position: along ``dim``.
+            name: of the operation, the reason of a pin.
+            out: the slice.
+        """
+        along, rest = find(labels[dim]), [*labels[:dim], *labels[dim + 1 :]]
+        cuttable = along.kind == "leaf" and along.size > 1
+        if cuttable and (along.pinned is None or id(along) in self._sliced):
+            self._sliced.add(id(along))
+            rest = [self._slice(label, along, position) for label in rest]
+        if along.kind == "sum":  # only the segment that contains the position
+            for segment in segments(along):
+                if position < segment.size:
+                    along = segment
+                    break
+                position -= segment.size
+            if along.size == 2:
+                split_sum(along, [1, 1])
+                return rest
+        self._unread[id(out)] = (along, name)  # a slice that only gives its shape pins nothing
+        return rest
+
+    def _slice(self, label: Label, along: Label, position: int) -> Label:
+        leaf = find(label)
+        if leaf.size <= 1 or is_pinned(leaf):
+            return label
+        if leaf.kind != "leaf":
+            parts = [self._slice(part, along, position) for part in leaf.parts]
+            return product(parts) if leaf.kind == "product" else sum_of(parts)
+        key = (id(leaf), id(along), position)
+        if key not in self.slices:
+            self.slices[key] = Slice(leaf, along, position, Label(leaf.size))
+        return self.slices[key].inside
+
+    def positions(self, tensor: torch.Tensor) -> Label | None:
+        """Return the label that a tensor's integers are positions along; None if they are not known to be."""
+        return self._positions[id(tensor)][1] if id(tensor) in self._positions else None
+
+    def set_positions(self, tensor: torch.Tensor, along: Label) -> None:
+        """Note that a tensor's integers are positions along a label."""
+        self._positions[id(tensor)] = (tensor, along)
+
+    def following(self, index: torch.Tensor, along: Label) -> list[Label]:
+        """Return the labels of rows selected by ``index``; with one dimension, rows know their position in ``along``."""
+        labels = self.labels(index)
+        if index.ndim != 1:
+            return labels
+        known = self._followers.setdefault(id(index), [])
+        if not known:
+            known.append(Label(index.shape[0], "same", labels, follows=along))
+        return known
+
+    def forget_mixed_positions(self) -> None:
+        """Forget the positions of rows that different indices selected along one axis: they cannot be told apart."""
+        by_axis: dict[int, list[Label]] = {}
+        for (label,) in self._followers.values():
+            assert label.follows is not None
+            by_axis.setdefault(id(find(label.follows)), []).append(label)
+        for labels in by_axis.values():
+            for label in labels if len(labels) > 1 else []:
+                label.follows = None
+
+    def mark_data(self, tensor: torch.Tensor) -> None:
+        """Note that a tensor, and every view of its memory, depends on the model's inputs."""
+        self._data.add(storage_id(tensor))
+
+    def is_data(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor depends on the model's inputs."""
+        return storage_id(tensor) in self._data
+
+    def was_used(self, tensor: torch.Tensor) -> bool:
+        """Whether an operation read the tensor."""
+        return id(tensor) in self._used
+
+    def mark_contracted(self, label: Label) -> None:
+        """Note that a product with data sums over this dimension of a parameter: units enter there."""
+        self._contracted.add(id(label))
+
+    def contracted(self, tensor: torch.Tensor) -> list[int]:
+        """Return the dimensions of a parameter at which units enter."""
+        return [d for d, label in enumerate(self.labels(tensor)) if id(label) in self._contracted]
+
+    def mark_value(self, number: int, name: str, tensor: torch.Tensor) -> None:
+        """Note the labels of a named value of the forward pass, as sites of role ``"value"``."""
+        labels = tuple(self.labels(tensor))
+        self.sites += [RawSite(number, name, "value", -1, labels, dim) for dim in range(tensor.ndim)]
+
+    def mark_produced(self, call: Call, labels: Sequence[Label], dim: int) -> None:
+        """Note that units leave an operation along dimension ``dim`` of its output."""
+        self.sites.append(RawSite(call.number, call.name, "produced", -1, tuple(labels), dim))
+
+    def mark_consumed(self, call: Call, argument: str, dim: int) -> None:
+        """Note that units enter an operation along dimension ``dim`` of an argument, if that is data."""
+        self._mark_input(call, "consumed", argument, self.labels(call[argument]), [dim])
+
+    def mark_activation(self, call: Call, labels: Sequence[Label]) -> None:
+        """Note that a nonlinearity reads its first argument, with units along any of ``labels``."""
+        self._mark_input(call, "activation", next(iter(call.arguments)), labels, range(len(labels)))
+
+    def _mark_input(
+        self, call: Call, role: Role, argument: str, labels: Sequence[Label], dims: Sequence[int]
+    ) -> None:
+        if self.is_data(call[argument]):
+            at = call.position(argument)
+            self.sites += [RawSite(call.number, call.name, role, at, tuple(labels), dim) for dim in dims]

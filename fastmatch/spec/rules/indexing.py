@@ -1,0 +1,182 @@
+"""Operations that read or write at positions: selecting, indexing by tensors, gathering and scattering.
+
+A tensor of integers may hold *positions along a label*, such as the experts in the indices of a router's top k.
+Where it indexes an axis, that axis is united with the label, and both may move. An operation that does
+anything else with such integers pins the label (see :func:`follow_positions`).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fastmatch.spec.labels import Label, pin, unify
+from fastmatch.spec.operations import Call
+from fastmatch.spec.record import Record, fresh
+from fastmatch.spec.rules.elementwise import FACTORIES
+from fastmatch.spec.rules.registry import rule
+
+__all__ = ["follow_positions"]
+
+KEEPS_POSITIONS = frozenset(
+    [
+        "view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unflatten", "unsqueeze", "squeeze",
+        "expand", "slice", "select", "t", "transpose", "permute", "clone", "detach", "alias", "_to_copy",
+        "contiguous", "repeat", "index_select",
+    ]
+)  # fmt: skip
+"""The results of these operations hold positions along the same label."""
+
+USES_POSITIONS = frozenset(
+    ["index", "gather", "scatter", "scatter_", "index_select", "zeros_like", "ones_like"]
+)
+"""The rules of these operations know what to do with positions along a label."""
+
+
+def follow_positions(record: Record, call: Call) -> None:
+    """Give the result the positions that an operation keeps; pin their label if it computes with them."""
+    held = [t for t in call.inputs if record.positions(t) is not None]
+    keeps = bool(held) and call.base in KEEPS_POSITIONS and call.first is held[0]
+    for tensor in held:
+        along = record.positions(tensor)
+        assert along is not None
+        if keeps and tensor is call.first:
+            for result in call.outputs:
+                if not result.is_floating_point():
+                    record.set_positions(result, along)
+        elif call.base not in FACTORIES and (call.base not in USES_POSITIONS or tensor is call.first):
+            pin(along, call.name)
+
+
+@rule("select")
+def _select(record: Record, call: Call) -> None:
+    labels = record.labels(call["self"])
+    dim = call.dim(len(labels))
+    position = call["index"] % labels[dim].size
+    record.set(call.out, record.select(labels, dim, position, call.name, call.out))
+
+
+@rule("unbind")
+def _unbind(record: Record, call: Call) -> None:
+    labels = record.labels(call["self"])
+    dim = call.dim(len(labels))
+    for position, part in enumerate(call.out):
+        record.set(part, record.select(labels, dim, position, call.name, part))
+
+
+@rule("index_select")
+def _index_select(record: Record, call: Call) -> None:
+    labels = record.labels(call["self"])
+    dim = call.dim(len(labels))
+    labels[dim] = _picked(record, call, labels[dim], call["index"])[0]
+    record.set(call.out, labels)
+
+
+def _picked(record: Record, call: Call, label: Label, index: torch.Tensor) -> list[Label]:
+    """Return the labels, one per dimension of ``index``, of an axis whose positions ``index`` picks."""
+    along = record.positions(index)
+    if along is None:
+        pin(label, call.name)
+        return fresh(index.shape, call.name)
+    unify(label, along, call.name)
+    return record.following(index, along)
+
+
+@rule("index")
+def _index(record: Record, call: Call) -> None:
+    labels = record.labels(call["self"])
+    indices = {d: index for d, index in enumerate(call["indices"]) if index is not None}
+    if any(index.dtype in (torch.bool, torch.uint8) for index in indices.values()):
+        result = _masked(call, labels, indices)
+    elif _is_constant(record, indices):
+        ((dim, index),) = indices.items()
+        rest = record.select(labels, dim, int(index) % labels[dim].size, call.name, call.out)
+        result = [*rest[:dim], *[Label(1) for _ in index.shape], *rest[dim:]]
+    else:
+        result = _gathered(record, call, labels, indices)
+    record.set(call.out, result)
+
+
+def _is_constant(record: Record, indices: dict[int, torch.Tensor]) -> bool:
+    """Whether the one index is a single number that does not come from the data."""
+    return len(indices) == 1 and all(
+        index.numel() == 1 and record.positions(index) is None for index in indices.values()
+    )
+
+
+def _masked(call: Call, labels: list[Label], indices: dict[int, torch.Tensor]) -> list[Label]:
+    """Return the labels after a boolean mask, which pins as many dimensions as it has."""
+    for d, mask in indices.items():
+        for label in labels[d : d + max(mask.ndim, 1)]:
+            pin(label, call.name)
+    at = next(iter(indices))
+    kept = [] if len(indices) > 1 else labels[at + indices[at].ndim :]
+    if len(indices) > 1 or at + len(kept) + 1 != call.out.ndim:
+        raise NotImplementedError("several masks")
+    return [*labels[:at], Label(call.out.shape[at], pinned=call.name), *kept]
+
+
+def _gathered(
+    record: Record, call: Call, labels: list[Label], indices: dict[int, torch.Tensor]
+) -> list[Label]:
+    """Return the labels after integer indices; the indexed axes are replaced by those of the indices."""
+    picked: list[Label] = []
+    for d, index in indices.items():
+        picked = _picked(record, call, labels[d], index)
+    if len(indices) > 1:
+        picked = fresh(torch.broadcast_shapes(*[index.shape for index in indices.values()]), call.name)
+    used = list(indices)
+    adjacent = used == list(range(used[0], used[-1] + 1))
+    at = used[0] if adjacent else 0
+    kept = [label for d, label in enumerate(labels) if d not in indices]
+    return [*kept[:at], *picked, *kept[at:]]
+
+
+@rule("gather")
+def _gather(record: Record, call: Call) -> None:
+    record.set(call.out, _unite_with_index(record, call))
+
+
+@rule("scatter", "scatter_", "scatter_add", "scatter_add_")
+def _scatter(record: Record, call: Call) -> None:
+    picks = _unite_with_index(record, call)
+    source = call.get("src")
+    if isinstance(source, torch.Tensor) and source.ndim == len(picks):
+        for mine, label in zip(picks, record.labels(source), strict=True):
+            _unify_or_pin(mine, label, call.name)
+    if not record.knows(call.out):
+        record.set(call.out, record.labels(call["self"]))
+
+
+def _unite_with_index(record: Record, call: Call) -> list[Label]:
+    """Unite the data's axes with the index's; ``dim`` is the axis that the index's values are positions along."""
+    labels, picks = record.labels(call["self"]), record.labels(call["index"])
+    dim = call.dim(len(labels))
+    for d, (mine, label) in enumerate(zip(labels, picks, strict=True)):
+        if d == dim:
+            along = record.positions(call["index"])
+            pin(mine, call.name) if along is None else unify(mine, along, call.name)
+        else:
+            _unify_or_pin(mine, label, call.name)
+    return picks
+
+
+def _unify_or_pin(a: Label, b: Label, reason: str) -> None:
+    if a.size == b.size:
+        unify(a, b, reason)
+    else:
+        pin(a, reason)
+        pin(b, reason)
+
+
+@rule("index_add", "index_add_", "index_copy", "index_copy_")
+def _index_add(record: Record, call: Call) -> None:
+    labels = record.labels(call["self"])
+    dim = call.dim(len(labels))
+    for d, (mine, label) in enumerate(zip(labels, record.labels(call["source"]), strict=True)):
+        if d == dim:
+            pin(mine, call.name)
+            pin(label, call.name)
+        else:
+            unify(mine, label, call.name)
+    if not record.knows(call.out):
+        record.set(call.out, labels)

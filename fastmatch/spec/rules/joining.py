@@ -1,0 +1,84 @@
+"""Operations that join tensors along an axis or cut an axis into segments."""
+
+from __future__ import annotations
+
+from fastmatch.spec.labels import Label, pin, sum_of, unify
+from fastmatch.spec.operations import Call
+from fastmatch.spec.record import Record
+from fastmatch.spec.rules.registry import cut, rule
+
+__all__: list[str] = []
+
+
+@rule("slice")
+def _slice(record: Record, call: Call) -> None:
+    labels = record.labels(call["self"])
+    dim = call.dim(len(labels))
+    length = labels[dim].size
+    if call["step"] != 1:
+        pin(labels[dim], call.name)
+        labels[dim] = Label(call.out.shape[dim], pinned=call.name)
+    elif call.out.shape[dim] != length:
+        start, end, _ = slice(call["start"], call["end"]).indices(length)
+        sizes = [start, max(end - start, 0), length - max(end, start)]
+        labels[dim] = cut(labels[dim], sizes, call.name)[1]
+    record.set(call.out, labels)
+
+
+@rule("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk")
+def _split(record: Record, call: Call) -> None:
+    labels = record.labels(call["self"])
+    dim = call.dim(len(labels))
+    segments = cut(labels[dim], [part.shape[dim] for part in call.out], call.name)
+    for part, label in zip(call.out, segments, strict=True):
+        record.set(part, [*labels[:dim], label, *labels[dim + 1 :]])
+
+
+@rule("cat")
+def _cat(record: Record, call: Call) -> None:
+    parts = [t for t in call["tensors"] if t.ndim == call.out.ndim]  # an empty 1-d tensor may be among others
+    dim = call.dim(call.out.ndim)
+    labels = record.labels(parts[0])
+    for part in parts[1:]:
+        for d, label in enumerate(record.labels(part)):
+            if d != dim:
+                unify(labels[d], label, call.name)
+    labels[dim] = sum_of([record.labels(part)[dim] for part in parts])
+    record.set(call.out, labels)
+
+
+@rule("stack")
+def _stack(record: Record, call: Call) -> None:
+    first, *others = call["tensors"]
+    dim = call.dim(call.out.ndim)
+    labels = record.labels(first)
+    for part in others:
+        for mine, label in zip(labels, record.labels(part), strict=True):
+            unify(mine, label, call.name)
+    labels.insert(dim, Label(call.out.shape[dim], pinned=call.name))
+    record.set(call.out, labels)
+
+
+@rule("constant_pad_nd")
+def _pad(record: Record, call: Call) -> None:
+    labels, amounts = record.labels(call["self"]), call["pad"]
+    for k in range(len(amounts) // 2):
+        before, after = amounts[2 * k : 2 * k + 2]
+        dim = call.out.ndim - 1 - k
+        if before < 0 or after < 0:
+            pin(labels[dim], call.name)
+            labels[dim] = Label(call.out.shape[dim], pinned=call.name)
+        elif before or after:
+            padding = (Label(before, pinned=call.name), Label(after, pinned=call.name))
+            labels[dim] = sum_of([padding[0], labels[dim], padding[1]])
+    record.set(call.out, labels)
+
+
+@rule("glu")
+def _glu(record: Record, call: Call) -> None:
+    labels = record.labels(call["self"])
+    dim = call.dim(len(labels))
+    first, second = cut(labels[dim], [call.out.shape[dim]] * 2, call.name)
+    unify(first, second, call.name)
+    labels[dim] = first
+    record.set(call.out, labels)

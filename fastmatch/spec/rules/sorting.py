@@ -1,0 +1,44 @@
+"""Sorting, the top k, and largest or smallest values along an axis: their indices are positions along it."""
+
+from __future__ import annotations
+
+from fastmatch.spec.labels import Label
+from fastmatch.spec.operations import Call
+from fastmatch.spec.record import Record
+from fastmatch.spec.rules.elementwise import elementwise
+from fastmatch.spec.rules.registry import rule
+
+__all__: list[str] = []
+
+
+@rule("topk", "sort", "argsort")
+def _sorted(record: Record, call: Call) -> None:
+    """The order is by value, the same whatever the order of the axis was before."""
+    labels = record.labels(call["self"])
+    dim = call.dim(len(labels))
+    along = labels[dim]
+    index = call.outputs[-1]
+    labels[dim] = Label(index.shape[dim], pinned=call.name)
+    for tensor in call.outputs:
+        record.set(tensor, labels)
+    record.set_positions(index, along)
+
+
+@rule("max", "min", "argmax", "argmin", "median")
+def _extreme(record: Record, call: Call) -> None:
+    if call.get("other") is not None:  # the larger of two tensors
+        elementwise(record, call)
+        return
+    labels = record.labels(call["self"])
+    is_index = call.base in ("argmax", "argmin")
+    if call.get("dim") is None:
+        if call.out.ndim or is_index:
+            raise NotImplementedError("positions over all axes at once")
+        record.set(call.out, [])
+        return
+    dim = call.dim(len(labels))
+    for tensor in call.outputs:
+        kept = [Label(1)] if tensor.ndim == len(labels) else []
+        record.set(tensor, [*labels[:dim], *kept, *labels[dim + 1 :]])
+    if is_index or len(call.outputs) > 1:
+        record.set_positions(call.outputs[-1], labels[dim])

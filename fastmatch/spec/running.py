@@ -1,0 +1,140 @@
+"""How models are run for a trace or a comparison: their inputs, their outputs, their settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import nn
+
+from fastmatch._internal.checks import check_choice
+
+__all__ = [
+    "Experts",
+    "Outputs",
+    "arguments_of",
+    "outputs_named",
+    "plain_operations",
+    "tensors_returned",
+    "untouched",
+]
+
+Outputs: TypeAlias = Sequence[str] | Callable[[Any], Sequence[str] | None] | None
+"""Names of a model's outputs, or a function that chooses them from what it returned; None for all."""
+
+Experts: TypeAlias = Literal["batched_mm", "eager"]
+"""How transformers computes a mixture of experts; see :func:`plain_operations`."""
+
+PLAIN_SETTINGS = {"use_cache": False}
+"""Caches of keys and values would be outputs, and their order would be kept."""
+
+
+@contextmanager
+def plain_operations(model: nn.Module | None = None, experts: Experts = "batched_mm") -> Iterator[None]:
+    """Make models use ordinary operations instead of fused ones, and return no caches.
+
+    Torch's attention modules leave their fast path. Transformers' mixtures of experts run as ``experts`` says:
+    ``"batched_mm"`` computes the experts of every token in one product, which a trace can follow; ``"eager"``
+    loops over the experts in use, which gives the same outputs and copies no weights.
+    """
+    check_choice("experts", experts, Experts)
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    before = _settings(model)
+    torch.backends.mha.set_fastpath_enabled(False)
+    for config, name, _ in before:
+        setattr(config, name, PLAIN_SETTINGS.get(name, experts))
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+        for config, name, value in before:
+            setattr(config, name, value)
+
+
+def _settings(model: nn.Module | None) -> list[tuple[Any, str, Any]]:
+    """Return (config, name, present value) of every setting of a model that has to change."""
+    found: dict[tuple[int, str], tuple[Any, str, Any]] = {}
+    for module in model.modules() if model is not None else ():
+        config = getattr(module, "config", None)
+        for name, kind in (("_experts_implementation_internal", str), ("use_cache", bool)):
+            value = getattr(config, name, None)
+            if isinstance(value, kind):
+                found[id(config), name] = config, name, value
+    return [*found.values()]
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Run in eval mode without gradients; restore training flags and buffers, also after an error."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
+    names = [(module, dict(module._buffers)) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad(), plain_operations(model):
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for module, own in names:
+            for name, buffer in own.items():
+                if module._buffers.get(name) is not buffer:
+                    module._buffers[name] = buffer
+        with torch.no_grad():
+            for buffer, version, value in buffers:
+                if buffer._version != version and buffer.shape == value.shape:
+                    buffer.copy_(value)
+
+
+def arguments_of(
+    example_inputs: Any, kwargs: Mapping[str, Any] | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return example inputs as positional and keyword arguments of the model."""
+    if isinstance(example_inputs, Mapping) and kwargs is None:
+        return (), dict(example_inputs)
+    args = example_inputs if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
+    if example_inputs is None:
+        args = ()
+    return tuple(args), dict(kwargs or {})
+
+
+def tensors_returned(value: Any, seen: set[int] | None = None) -> list[torch.Tensor]:
+    """Return the tensors in a model's output: in containers, dataclasses, and objects with attributes or slots."""
+    seen = set() if seen is None else seen
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if id(value) in seen or isinstance(value, (nn.Module, type, ModuleType)):
+        return []
+    seen.add(id(value))
+    parts: list[Any] = []
+    if isinstance(value, Mapping):
+        parts += value.values()
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        parts += value
+    for kind in type(value).__mro__:
+        slots = kind.__dict__.get("__slots__", ())
+        parts += [getattr(value, s, None) for s in ([slots] if isinstance(slots, str) else slots)]
+    parts += getattr(value, "__dict__", {}).values()
+    return [t for part in parts for t in tensors_returned(part, seen)]
+
+
+def outputs_named(output: Any, names: Sequence[str] | None) -> list[torch.Tensor]:
+    """Return the tensors of a model's output: all, or those of the attributes or keys ``names``.
+
+    Raises:
+        ValueError: the output has no such attribute or key.
+    """
+    if names is None:
+        return tensors_returned(output)
+    found = []
+    for name in names:
+        part = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        if part is None:
+            raise ValueError(
+                f"outputs: {name!r} is not in what the model returned, a {type(output).__name__}"
+            )
+        found += tensors_returned(part)
+    return found
