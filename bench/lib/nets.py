@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import fastmatch as fm
+from fastmatch.studies.networks import resnet
 
 VGG16 = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M")
 
@@ -33,36 +33,9 @@ def vgg16(width: float = 1.0) -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels, 10))
 
 
-class Block(nn.Module):
-    """A basic block of ResNet18; written with modules, as rebasin's tracer needs."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)
-        self.conv2, self.bn2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs)
-        self.down = None
-        if stride != 1 or inputs != outputs:
-            self.down = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(y + (x if self.down is None else self.down(x)))
-
-
 def resnet18(width: int = 64) -> nn.Module:
     """ResNet18 for 32 x 32 images."""
-    blocks: list[nn.Module] = []
-    channels = width
-    for stage in range(4):
-        out = width * 2**stage
-        blocks += [Block(channels, out, 1 if stage == 0 else 2), Block(out, out, 1)]
-        channels = out
-    return nn.Sequential(
-        nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
-        *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10),
-    )  # fmt: skip
+    return resnet(width, blocks=(2, 2, 2, 2), shape=(3, 32, 32))
 
 
 def pair(build, example: tuple[int, ...], seed: int = 0):

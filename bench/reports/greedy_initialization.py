@@ -19,18 +19,18 @@ import fastmatch as fm
 from bench.lib import record
 from bench.lib.nets import mlp, vgg16
 from fastmatch.matching.weights import WeightMatching
-from fastmatch.studies import demo
+from fastmatch.studies import networks
 from fastmatch.studies.digits import digits, train
 
 NAME = "greedy_initialization"
 
 TRAINED: dict[str, Callable[[], nn.Module]] = {
-    "MLP 3 x 256": lambda: demo.mlp(256),
-    "MLP 3 x 1024": lambda: demo.mlp(1024),
-    "conv 16": lambda: demo.conv_net(16, norm=False),
-    "conv 16, BN": lambda: demo.conv_net(16, norm=True),
-    "conv 32": lambda: demo.conv_net(32, norm=False),
-    "conv 32, BN": lambda: demo.conv_net(32, norm=True),
+    "MLP 3 x 256": lambda: networks.mlp(256),
+    "MLP 3 x 1024": lambda: networks.mlp(1024),
+    "conv 16": lambda: networks.vgg(16),
+    "conv 16, BN": lambda: networks.vgg(16, norm="BN"),
+    "conv 32": lambda: networks.vgg(32),
+    "conv 32, BN": lambda: networks.vgg(32, norm="BN"),
 }
 UNTRAINED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "MLP 3 x 512": (lambda: mlp(512), (2, 784)),

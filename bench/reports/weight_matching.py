@@ -18,8 +18,8 @@ import fastmatch as fm
 from bench.lib import record
 from bench.lib.published import objective, weight_matching
 from fastmatch.matching.weights import WeightMatching
-from fastmatch.studies.demo import mlp
 from fastmatch.studies.digits import digits, train
+from fastmatch.studies.networks import mlp
 
 NAME = "weight_matching"
 

@@ -151,7 +151,7 @@ def from_mergekit(
             if weight.get("head_split") == side:
                 split.add(space)
     if split and not head_dim:
-        raise ValueError("head_dim: required, because the architecture splits spaces into heads")
+        raise ValueError("head_dim: needed, because the architecture splits spaces into heads")
     moving = {k: v for k, v in axes_by_group.items() if k in produced & consumed}
     return _spec(moving, shapes, dict.fromkeys(split, head_dim or 0))
 

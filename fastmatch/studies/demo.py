@@ -1,11 +1,12 @@
-"""The demo: independently trained nets on digits, aligned, merged and renormalized; one table, one picture."""
+"""The demo: pairs of networks trained on digits, aligned, merged and renormalized; one table and one picture."""
 
 from __future__ import annotations
 
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,43 +20,29 @@ from fastmatch.evaluation.curve import Curve, interpolate
 from fastmatch.matching.activations import ActivationMatching
 from fastmatch.matching.align import align
 from fastmatch.matching.weights import WeightMatching
-from fastmatch.permutations.alignment import Alignment
 from fastmatch.renorm import endpoint_statistics
 from fastmatch.studies.digits import Batches, digits, train
+from fastmatch.studies.networks import mlp, vgg
 
-__all__ = ["MAX_WIDTH", "conv_net", "mlp", "run"]
+__all__ = ["MAX_WIDTH", "run"]
 
-MAX_WIDTH = 8192
+MIN_WIDTH, MAX_WIDTH = 128, 8192
+"""Of the MLPs' hidden layers."""
 
+LEARNING_RATE = 2e-3
 
-def mlp(width: int) -> nn.Module:
-    """Three hidden layers of ``width`` units on 8 x 8 images."""
-    return nn.Sequential(
-        nn.Flatten(),
-        nn.Linear(64, width), nn.ReLU(),
-        nn.Linear(width, width), nn.ReLU(),
-        nn.Linear(width, width), nn.ReLU(),
-        nn.Linear(width, 10),
-    )  # fmt: skip
-
-
-def conv_net(width: int, *, norm: bool) -> nn.Module:
-    """A small VGG: four 3 x 3 convolutions (batch norm or none), pooling, a flatten of 2 x 2 blocks, a classifier."""
-    layers: list[nn.Module] = []
-    channels = 1
-    for k, out in enumerate((width, width, 2 * width, 2 * width)):
-        layers.append(nn.Conv2d(channels, out, 3, padding=1, bias=not norm))
-        layers += [nn.BatchNorm2d(out)] if norm else []
-        layers.append(nn.ReLU())
-        layers += [nn.MaxPool2d(2)] if k % 2 else []
-        channels = out
-    layers += [nn.Flatten(), nn.Linear(4 * channels, 4 * width), nn.ReLU(), nn.Linear(4 * width, 10)]
-    return nn.Sequential(*layers)
+COLOURS = {
+    "naive": "#888888",
+    "aligned": "#d95f02",
+    "repair": "#1b9e77",
+    "rescale": "#7570b3",
+    "reset": "#1f78b4",
+}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a network, how it was matched, how it was renormalized, and its curve."""
+    """One line of the table: a network, how the pair was matched and renormalized, and the curve between the two."""
 
     network: str
     matched: str
@@ -71,6 +58,7 @@ class Row:
 
     @classmethod
     def of(cls, network: str, matched: str, renormalized: str, curve: Curve) -> Row:
+        """Build the row of one curve."""
         loss, accuracy = curve.midpoint
         ends = (curve.accuracy[0] + curve.accuracy[-1]) / 2
         return cls(
@@ -79,14 +67,45 @@ class Row:
         )  # fmt: skip
 
 
-def networks(width: int) -> dict[str, tuple[Callable[[], nn.Module], int, tuple[str, ...]]]:
-    """Name -> (builder, epochs, renormalizations shown)."""
+@dataclass(frozen=True)
+class Architecture:
+    """A network of the demo.
+
+    Attributes:
+        name: in the table.
+        build: a new network.
+        epochs: of training.
+        methods: the renormalizations shown.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    epochs: int
+    methods: tuple[str, ...]
+
+
+def architectures(width: int) -> list[Architecture]:
+    """Return the networks of the demo for MLPs of ``width`` units."""
     channels = min(max(width // 32, 4), 64)
-    return {
-        f"MLP {width}": (lambda: mlp(width), 20, ("repair", "rescale")),
-        f"conv {channels}, BN": (lambda: conv_net(channels, norm=True), 12, ("repair", "reset")),
-        f"conv {channels}": (lambda: conv_net(channels, norm=False), 20, ("repair", "rescale")),
-    }
+    return [
+        Architecture(f"MLP {width}", lambda: mlp(width), 20, ("repair", "rescale")),
+        Architecture(f"conv {channels}, BN", lambda: vgg(channels, norm="BN"), 12, ("repair", "reset")),
+        Architecture(f"conv {channels}", lambda: vgg(channels), 20, ("repair", "rescale")),
+    ]
+
+
+class Stopwatch:
+    """Seconds spent under each name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Time what runs inside."""
+        begin = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - begin, 3)
 
 
 def run(
@@ -97,37 +116,36 @@ def run(
     points: int = 11,
     progress: bool | None = None,
 ) -> list[Row]:
-    """Runs the demo, prints its table and writes ``demo.json`` and ``demo.png`` into ``out``.
+    """Run the demo, print its table, and write ``demo.json`` and ``demo.png`` into ``out``.
 
     Args:
-        width: of the MLPs' hidden layers, 128 to 8192; the conv nets start with width / 32
+        width: units of the MLPs' hidden layers, 128 to 8192. The conv nets start with width / 32
             channels, 64 at most.
-        out: a folder; made if missing, files of an earlier run are replaced.
-        seed: of initialisation and data order; the two networks of a pair use different ones.
+        out: a folder, which is created if missing. Files of an earlier run are replaced.
+        seed: of initialisation and data order; the two networks of a pair use different seeds derived from it.
         points: positions on each curve.
         progress: show bars; None shows them on a terminal.
+
+    Returns:
+        The rows of the table.
+
+    Raises:
+        ValueError: ``width`` is out of range.
+        ImportError: scikit-learn is not installed.
     """
-    if not 128 <= width <= MAX_WIDTH:
-        raise ValueError(f"width: expected 128 to {MAX_WIDTH}, got {width}")
+    if not MIN_WIDTH <= width <= MAX_WIDTH:
+        raise ValueError(f"width: expected {MIN_WIDTH} to {MAX_WIDTH}; got {width}")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    train_data, test_data = digits()
+    data = digits()
     rows: list[Row] = []
     timings: dict[str, dict[str, float]] = {}
-    for name, (build, epochs, methods) in networks(width).items():
-        clock: dict[str, float] = {}
-        pair = []
-        for k in range(2):
-            torch.manual_seed(1000 * seed + k)
-            begin = time.perf_counter()
-            pair.append(
-                train(build(), train_data, epochs=epochs, seed=1000 * seed + k, lr=2e-3,
-                      title=f"training {name}, {'AB'[k]}", progress=progress)
-            )  # fmt: skip
-            clock[f"train {'AB'[k]}"] = time.perf_counter() - begin
-        rows += compare(name, pair[0], pair[1], methods, train_data, test_data, points, clock, progress)
-        timings[name] = {k: round(v, 3) for k, v in clock.items()}
+    for architecture in architectures(width):
+        watch = Stopwatch()
+        pair = train_pair(architecture, data[0], seed, watch, progress)
+        rows += compare(architecture, pair, data, points, watch, progress)
+        timings[architecture.name] = watch.seconds
     print(table(rows))
     record = {
         "width": width,
@@ -149,48 +167,63 @@ def run(
     return rows
 
 
+def train_pair(
+    architecture: Architecture, data: Batches, seed: int, watch: Stopwatch, progress: bool | None
+) -> tuple[nn.Module, nn.Module]:
+    """Train two networks that differ in initialisation and data order."""
+
+    def train_one(number: int, label: str) -> nn.Module:
+        torch.manual_seed(1000 * seed + number)
+        with watch(f"train {label}"):
+            return train(
+                architecture.build(), data, epochs=architecture.epochs, seed=1000 * seed + number,
+                lr=LEARNING_RATE, title=f"training {architecture.name}, {label}", progress=progress,
+            )  # fmt: skip
+
+    return train_one(0, "A"), train_one(1, "B")
+
+
 def compare(
-    name: str,
-    model_a: nn.Module,
-    model_b: nn.Module,
-    methods: tuple[str, ...],
-    train_data: Batches,
-    test_data: Batches,
+    architecture: Architecture,
+    pair: tuple[nn.Module, nn.Module],
+    data: tuple[Batches, Batches],
     points: int,
-    clock: dict[str, float],
+    watch: Stopwatch,
     progress: bool | None,
 ) -> list[Row]:
-    """The curves of one pair: naive, aligned by weights and by activations, and with each renormalization."""
-    example = train_data.inputs[:2]
-    rows = [
-        Row.of(name, "-", "-", interpolate(model_a, model_b, test_data, points=points, progress=progress))
-    ]
-    begin = time.perf_counter()
-    measured = endpoint_statistics([model_a, model_b], train_data, progress=progress)
-    clock["endpoint statistics"] = time.perf_counter() - begin
-    for matched in ("weights", "activations"):
-        begin = time.perf_counter()
-        matcher = WeightMatching() if matched == "weights" else ActivationMatching(train_data)
-        alignment: Alignment = align(model_a, model_b, example, matcher, progress=progress)
-        clock[f"align by {matched}"] = time.perf_counter() - begin
+    """Return the curves of a pair: naive, aligned by weights and by activations, and with each renormalization.
+
+    Args:
+        architecture: of both networks.
+        pair: the trained networks.
+        data: (train, test).
+        points: positions on each curve.
+        watch: notes the seconds of every step.
+        progress: show bars.
+    """
+    (model_a, model_b), (train_data, test_data), name = pair, data, architecture.name
+    naive = interpolate(model_a, model_b, test_data, points=points, progress=progress)
+    rows = [Row.of(name, "-", "-", naive)]
+    with watch("endpoint statistics"):
+        measured = endpoint_statistics([model_a, model_b], train_data, progress=progress)
+    matchers = {"weights": WeightMatching(), "activations": ActivationMatching(train_data)}
+    for matched, matcher in matchers.items():
+        with watch(f"align by {matched}"):
+            alignment = align(model_a, model_b, train_data.inputs[:2], matcher, progress=progress)
         aligned = alignment.apply(model_b)
-        rows.append(
-            Row.of(
-                name, matched, "-", interpolate(model_a, aligned, test_data, points=points, progress=progress)
-            )
-        )
+        curve = interpolate(model_a, aligned, test_data, points=points, progress=progress)
+        rows.append(Row.of(name, matched, "-", curve))
         statistics = measured.permuted(None, alignment)
-        for method in progress_bar(methods, f"{name}: renormalized curves", show=progress):
-            begin = time.perf_counter()
-            between = Renormalized(train_data, method, statistics)  # pyright: ignore[reportArgumentType]
-            curve = interpolate(model_a, aligned, test_data, points, between=between, progress=False)
-            clock[f"{method} of {points - 2} merges, {matched}"] = time.perf_counter() - begin
+        for method in progress_bar(architecture.methods, f"{name}: renormalized curves", show=progress):
+            with watch(f"{method} of {points - 2} merges, {matched}"):
+                between = Renormalized(train_data, method, statistics)
+                curve = interpolate(model_a, aligned, test_data, points, between=between, progress=False)
             rows.append(Row.of(name, matched, method, curve))
     return rows
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as text, for a terminal and for Markdown alike."""
+    """Return the rows as a table in Markdown, which also reads well on a terminal."""
     head = (
         "network",
         "matched by",
@@ -216,19 +249,12 @@ def table(rows: list[Row]) -> str:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """The loss along lambda, a panel per network and matching, a line per renormalization."""
+    """Draw the loss along lambda: a panel per network and matching, a line per renormalization."""
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(r.network for r in rows))
     figure = Figure(figsize=(4.2 * len(names), 6.4), layout="constrained")
     panels = figure.subplots(2, len(names), sharex=True, squeeze=False)
-    colours = {
-        "naive": "#888888",
-        "aligned": "#d95f02",
-        "repair": "#1b9e77",
-        "rescale": "#7570b3",
-        "reset": "#1f78b4",
-    }
     for column, name in enumerate(names):
         for line, matched in enumerate(("weights", "activations")):
             ax = panels[line][column]
@@ -237,7 +263,7 @@ def draw(rows: list[Row], path: Path) -> None:
                     continue
                 label = "naive" if row.matched == "-" else row.renormalized.replace("-", "aligned")
                 ax.plot(
-                    row.positions, row.loss, marker=".", color=colours[label],
+                    row.positions, row.loss, marker=".", color=COLOURS[label],
                     label=label if label in ("naive", "aligned") else f"+ {label.upper()}",
                 )  # fmt: skip
             ax.set_title(f"{name}: matched by {matched}", fontsize=10)

@@ -1,18 +1,28 @@
-"""The study's networks, for images of any size: MLPs, VGG-like nets and a small ResNet, by norm and width."""
+"""Toy networks of the demo, the study, the tests and the benchmarks: MLPs, VGG-like nets and ResNets by width."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["NETWORKS", "Network"]
+from fastmatch._internal.checks import check_choice, check_integer
 
-BASE_MLP, BASE_CONV = 64, 8
-"""Hidden units and first channels at width 1; small enough that width 1 is too narrow to merge well."""
+__all__ = ["NETWORKS", "Block", "ChannelLayerNorm", "Network", "Norm", "mlp", "resnet", "vgg"]
+
+Norm: TypeAlias = Literal["BN", "LN"]
+"""Which norm follows a layer: batch norm or layer norm; None means no norm."""
+
+Shape: TypeAlias = tuple[int, ...]
+"""Of an image: (channels, height, width)."""
+
+DIGIT: Shape = (1, 8, 8)
+BASE_UNITS, BASE_CHANNELS = 64, 8
+"""Hidden units and first channels of the study at width 1, which is too narrow to merge well."""
 
 
 class ChannelLayerNorm(nn.Module):
@@ -23,74 +33,114 @@ class ChannelLayerNorm(nn.Module):
         self.norm = nn.LayerNorm(channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalizes every position by itself."""
+        """Normalize every position separately."""
         return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-def mlp(norm: str | None, width: int, shape: tuple[int, ...], classes: int) -> nn.Module:
-    """Three hidden layers."""
-    units = BASE_MLP * width
+class Block(nn.Module):
+    """Two convolutions and a shortcut, as in ResNet.
+
+    Args:
+        inputs: channels in.
+        outputs: channels out.
+        stride: of the first convolution.
+        norm: builds a norm from its channels.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, stride: int, norm: Callable[[int], nn.Module] = nn.BatchNorm2d
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.norm1 = norm(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.norm2 = norm(outputs)
+        self.shortcut = nn.Sequential()
+        if stride > 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), norm(outputs))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the block's output, after the last ReLU."""
+        y = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        y += self.shortcut(x)
+        return F.relu(y)
+
+
+def _check_norm(norm: Norm | None) -> None:
+    if norm is not None:
+        check_choice("norm", norm, Norm)
+
+
+def mlp(width: int, *, norm: Norm | None = None, shape: Shape = DIGIT, classes: int = 10) -> nn.Module:
+    """Build an MLP with three hidden layers of ``width`` units on images.
+
+    Example:
+        >>> from fastmatch.studies.networks import mlp
+        >>> mlp(16)(torch.randn(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+    """
+    check_integer("width", width, 1)
+    _check_norm(norm)
     layers: list[nn.Module] = [nn.Flatten()]
-    inputs = int(torch.Size(shape).numel())
+    inputs = torch.Size(shape).numel()
     for _ in range(3):
-        layers.append(nn.Linear(inputs, units, bias=norm != "BN"))
+        layers.append(nn.Linear(inputs, width, bias=norm != "BN"))
         if norm is not None:
-            layers.append(nn.BatchNorm1d(units) if norm == "BN" else nn.LayerNorm(units))
+            layers.append(nn.BatchNorm1d(width) if norm == "BN" else nn.LayerNorm(width))
         layers.append(nn.ReLU())
-        inputs = units
-    return nn.Sequential(*layers, nn.Linear(units, classes))
+        inputs = width
+    return nn.Sequential(*layers, nn.Linear(width, classes))
 
 
-def _norm2d(norm: str | None, channels: int) -> list[nn.Module]:
-    if norm is None:
-        return []
-    return [nn.BatchNorm2d(channels) if norm == "BN" else ChannelLayerNorm(channels)]
+def vgg(channels: int, *, norm: Norm | None = None, shape: Shape = DIGIT, classes: int = 10) -> nn.Module:
+    """Build a small VGG: four 3 x 3 convolutions, two poolings, a hidden layer over 2 x 2 blocks, a classifier.
 
+    ``channels`` are those of the first two convolutions; the next two have twice as many.
 
-def vgg(norm: str | None, width: int, shape: tuple[int, ...], classes: int) -> nn.Module:
-    """Four convolutions with two poolings, and a hidden linear layer over 2 x 2 blocks."""
+    Example:
+        >>> from fastmatch.studies.networks import vgg
+        >>> vgg(4, norm="BN")(torch.randn(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+    """
+    check_integer("channels", channels, 1)
+    _check_norm(norm)
     layers: list[nn.Module] = []
-    channels = shape[0]
-    for k, factor in enumerate((1, 1, 2, 2)):
-        out = BASE_CONV * width * factor
-        layers.append(nn.Conv2d(channels, out, 3, padding=1, bias=norm != "BN"))
-        layers += _norm2d(norm, out)
+    inputs = shape[0]
+    for k, outputs in enumerate((channels, channels, 2 * channels, 2 * channels)):
+        layers.append(nn.Conv2d(inputs, outputs, 3, padding=1, bias=norm != "BN"))
+        if norm is not None:
+            layers.append(nn.BatchNorm2d(outputs) if norm == "BN" else ChannelLayerNorm(outputs))
         layers.append(nn.ReLU())
         layers += [nn.MaxPool2d(2)] if k % 2 else []
-        channels = out
-    hidden = 4 * BASE_CONV * width
-    layers += [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * channels, hidden), nn.ReLU()]
+        inputs = outputs
+    hidden = 4 * channels
+    layers += [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * inputs, hidden), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(hidden, classes))
 
 
-class Block(nn.Module):
-    """Two convolutions and a shortcut, as in ResNet."""
+def resnet(
+    channels: int, *, blocks: Sequence[int] = (1, 1), shape: Shape = DIGIT, classes: int = 10
+) -> nn.Module:
+    """Build a ResNet with batch norm; stage ``s`` has ``blocks[s]`` blocks of ``channels * 2**s`` channels.
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.norm1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(outputs)
-        self.shortcut = nn.Sequential()
-        if stride > 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
+    ``blocks=(2, 2, 2, 2)`` with 64 channels is ResNet18 for small images.
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The block's output, after the last ReLU."""
-        y = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
-        return F.relu(y + self.shortcut(x))
-
-
-def resnet(_norm: str | None, width: int, shape: tuple[int, ...], classes: int) -> nn.Module:
-    """A stem and two stages of one block, batch norm throughout."""
-    channels = BASE_CONV * width
+    Example:
+        >>> from fastmatch.studies.networks import resnet
+        >>> resnet(4)(torch.randn(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+    """
+    check_integer("channels", channels, 1)
+    layers: list[nn.Module] = []
+    inputs = channels
+    for stage, count in enumerate(blocks):
+        for k in range(count):
+            outputs = channels * 2**stage
+            layers.append(Block(inputs, outputs, 2 if stage > 0 and k == 0 else 1))
+            inputs = outputs
     return nn.Sequential(
         nn.Conv2d(shape[0], channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(),
-        Block(channels, channels, 1), Block(channels, 2 * channels, 2),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * channels, classes),
+        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes),
     )  # fmt: skip
 
 
@@ -99,16 +149,18 @@ class Network:
     """One architecture of the study.
 
     Attributes:
-        kind: ``"MLP"``, ``"VGG"`` or ``"ResNet"``.
-        norm: ``"BN"``, ``"LN"`` or None.
+        kind: the family.
+        norm: the norm after each layer, if any.
         epochs: of training.
-        build: ``build(norm, width, image shape, classes)``.
     """
 
-    kind: str
-    norm: str | None
+    kind: Literal["MLP", "VGG", "ResNet"]
+    norm: Norm | None
     epochs: int
-    build: Callable[[str | None, int, tuple[int, ...], int], nn.Module]
+
+    def __post_init__(self) -> None:
+        if self.kind == "ResNet" and self.norm != "BN":
+            raise ValueError(f"norm: expected 'BN' for a ResNet; got {self.norm!r}")
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -119,13 +171,22 @@ class Network:
             "BN": ("reset", "repair", "rescale", "reshift"),
         }[self.norm]
 
-    def make(self, width: int, shape: tuple[int, ...], classes: int) -> nn.Module:
-        """A new network of ``width`` times the base width."""
-        return self.build(self.norm, width, shape, classes)
+    def make(self, width: int, shape: Shape, classes: int) -> nn.Module:
+        """Build a new network of ``width`` times the base width."""
+        if self.kind == "MLP":
+            return mlp(BASE_UNITS * width, norm=self.norm, shape=shape, classes=classes)
+        if self.kind == "VGG":
+            return vgg(BASE_CHANNELS * width, norm=self.norm, shape=shape, classes=classes)
+        return resnet(BASE_CHANNELS * width, shape=shape, classes=classes)
 
 
 NETWORKS: dict[str, Network] = {
-    **{f"MLP{', ' + norm if norm else ''}": Network("MLP", norm, 12, mlp) for norm in (None, "BN", "LN")},
-    **{f"VGG{', ' + norm if norm else ''}": Network("VGG", norm, 10, vgg) for norm in (None, "BN", "LN")},
-    "ResNet, BN": Network("ResNet", "BN", 10, resnet),
+    "MLP": Network("MLP", None, 12),
+    "MLP, BN": Network("MLP", "BN", 12),
+    "MLP, LN": Network("MLP", "LN", 12),
+    "VGG": Network("VGG", None, 10),
+    "VGG, BN": Network("VGG", "BN", 10),
+    "VGG, LN": Network("VGG", "LN", 10),
+    "ResNet, BN": Network("ResNet", "BN", 10),
 }
+"""The architectures of the study, by name."""

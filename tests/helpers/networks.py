@@ -1,4 +1,4 @@
-"""The architectures that the tests trace, and seeds they print."""
+"""The architectures that the tests trace, and the seeds that they print."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from fastmatch.studies.networks import Block, ChannelLayerNorm
 
 
 def fresh_seed() -> int:
@@ -41,34 +43,6 @@ class VGG(nn.Module):
         return self.classifier(torch.flatten(self.pool(self.features(x)), 1))
 
 
-class ChannelLayerNorm(nn.Module):
-    """Layer norm over the channels of (B, C, H, W)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(channels)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-class Block(nn.Module):
-    def __init__(self, inputs: int, outputs: int, stride: int, norm: Callable[[int], nn.Module]) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.norm1 = norm(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.norm2 = norm(outputs)
-        self.shortcut = nn.Sequential()
-        if stride > 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), norm(outputs))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
-        y += self.shortcut(x)
-        return F.relu(y)
-
-
 class ResNet(nn.Module):
     def __init__(
         self, norm: Callable[[int], nn.Module] = nn.BatchNorm2d, width: int = 8, inputs: int = 3
@@ -94,7 +68,7 @@ class Depthwise(nn.Module):
         self.depth = nn.Conv2d(8, 8, 3, padding=1, groups=8)
         self.point = nn.Conv2d(8, 12, 1)
         self.norm = nn.BatchNorm2d(12)
-        self.expand = nn.Conv2d(12, 24, 3, padding=1, groups=12)  # two filters a channel
+        self.expand = nn.Conv2d(12, 24, 3, padding=1, groups=12)  # two filters per channel
         self.head = nn.Linear(24, 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -194,7 +168,7 @@ class Tied(nn.Module):
 
 
 class Unruly(nn.Module):
-    """An operation without a rule (a Fourier transform) stands between two layers."""
+    """An operation without a rule (a Fourier transform) is between two layers."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,17 +1,17 @@
-"""Small networks trained on digits, once a process."""
+"""Small networks trained on digits."""
 
 from __future__ import annotations
 
 import torch
 
-from fastmatch.studies.demo import conv_net, mlp
 from fastmatch.studies.digits import digits, train
+from fastmatch.studies.networks import mlp, vgg
 from helpers.networks import ResNet
 
 TRAINED = {
     "mlp": lambda: mlp(96),
-    "vgg": lambda: conv_net(8, norm=True),
-    "vgg without norm": lambda: conv_net(8, norm=False),
+    "vgg": lambda: vgg(8, norm="BN"),
+    "vgg without norm": lambda: vgg(8),
     "resnet": lambda: ResNet(width=8, inputs=1),
 }
 

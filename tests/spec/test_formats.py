@@ -142,7 +142,7 @@ def test_a_mergekit_architecture_with_heads_keeps_the_function():
 
 def test_what_does_not_fit_is_named(model):
     shapes = shapes_of(model)
-    with pytest.raises(ValueError, match=r"'P' has 8 units by 0\.weight:0, but 2\.weight:0 has length 6"):
+    with pytest.raises(ValueError, match=r"'P' has 8 units on 0\.weight:0, but 2\.weight:0 has length 6"):
         from_axes({"0.weight": ("P",), "2.weight": ("P",)}, shapes)
     with pytest.raises(ValueError, match="none of its parameters"):
         from_axes({"x": ("P",)}, shapes)
