@@ -1,1 +1,1 @@
-"""What every package shares: states, batches, files, progress."""
+"""Helpers that every package shares: state dicts, batches, files, option checks, progress bars."""

@@ -1,4 +1,4 @@
-"""What a data loader gives, and how a model is run on it."""
+"""Batches of a data loader, and how a model runs on them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ __all__ = [
 ]
 
 Forward: TypeAlias = Callable[[nn.Module, Any], Any]
-"""``forward(model, batch)`` runs the model on one item of the loader and returns its output."""
+"""``forward(model, batch)`` runs the model on one item of the loader and returns the output."""
 
 
 def check_module(model: object, argument: str) -> None:
-    """TypeError when what has to be run is no torch module (a state dict, say)."""
+    """Raise TypeError if ``model`` cannot be run, as a state dict cannot."""
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"{argument}: expected a torch module, since it is run on data; got {type(model).__name__}"
@@ -34,13 +34,15 @@ def check_module(model: object, argument: str) -> None:
 
 
 def split_batch(batch: Any) -> tuple[Any, Any]:
-    """(inputs, targets) of one item: a pair is taken apart, anything else is inputs alone."""
+    """Return (inputs, targets) of one item; an item that is not a pair is inputs without targets."""
     if isinstance(batch, (tuple, list)):
         if len(batch) == 2:
             return batch[0], batch[1]
         if len(batch) == 1:
             return batch[0], None
-        raise ValueError(f"data: expected inputs or (inputs, targets), got {len(batch)} parts; pass forward=")
+        raise ValueError(
+            f"data: expected inputs or (inputs, targets), or forward= for other batches; got {len(batch)} parts"
+        )
     return batch, None
 
 
@@ -55,14 +57,17 @@ def _to_device(value: Any, device: torch.device) -> Any:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """The device of the model's first parameter or buffer; CPU without any."""
+    """Return the device of the model's first parameter or buffer; the CPU if it has none."""
     for tensor in [*model.parameters(), *model.buffers()][:1]:
         return tensor.device
     return torch.device("cpu")
 
 
 def default_forward(model: nn.Module, batch: Any) -> Any:
-    """Runs ``model`` on the inputs of ``batch``: a tensor, or a mapping of keyword inputs without labels."""
+    """Run ``model`` on the inputs of ``batch``: a tensor, a list of inputs, or a mapping of keyword inputs.
+
+    The keys ``"label"`` and ``"labels"`` of a mapping are not passed to the model.
+    """
     inputs, _ = split_batch(batch)
     inputs = _to_device(inputs, device_of(model))
     if isinstance(inputs, Mapping):
@@ -82,7 +87,7 @@ def _first_tensor(value: Any) -> torch.Tensor | None:
 
 
 def _cut(value: Any, count: int, size: int) -> Any:
-    """The first ``count`` of a batch of ``size`` samples: every tensor that has so many rows."""
+    """Keep the first ``count`` of ``size`` samples in every tensor that has ``size`` rows."""
     if isinstance(value, torch.Tensor):
         return value[:count] if value.ndim and len(value) == size else value
     if isinstance(value, Mapping):
@@ -93,7 +98,7 @@ def _cut(value: Any, count: int, size: int) -> Any:
 
 
 def first_samples(data: Iterable[Any], samples: int | None) -> Iterator[Any]:
-    """The batches of ``data`` up to ``samples`` samples, the last one cut; all of them for None."""
+    """Yield the batches of ``data`` up to ``samples`` samples, the last one cut; all batches for None."""
     if samples is None:
         yield from data
         return
@@ -102,7 +107,7 @@ def first_samples(data: Iterable[Any], samples: int | None) -> Iterator[Any]:
         tensor = _first_tensor(batch)
         if tensor is None:
             raise ValueError(
-                f"samples: cannot count those of a batch without tensors, {type(batch).__name__}"
+                f"samples: cannot count the samples of a batch without tensors; got {type(batch).__name__}"
             )
         size = len(tensor)
         yield batch if size <= left else _cut(batch, left, size)
@@ -131,11 +136,17 @@ def check_data(data: object, *, reads: int = 1) -> None:
 def batches_of(
     data: Iterable[Any], title: str, *, samples: int | None = None, progress: bool | None = None
 ) -> Iterator[Any]:
-    """The items of ``data``, read once, under a progress bar; the first ``samples`` samples where given.
+    """Yield the items of ``data`` once, under a progress bar.
+
+    Args:
+        data: a loader or any iterable of batches.
+        title: of the progress bar.
+        samples: stop after this many samples; None reads all.
+        progress: show the bar; None shows it on a terminal.
 
     Raises:
         TypeError: ``data`` cannot be iterated, or is one tensor or one pair instead of batches.
-        ValueError: it yields nothing, or ``samples`` is no positive number.
+        ValueError: ``data`` yields nothing, or ``samples`` is not a positive number.
     """
     if samples is not None and samples < 1:
         raise ValueError(f"samples: expected a positive number, got {samples}")
@@ -146,14 +157,14 @@ def batches_of(
         yield batch
     if empty:
         raise ValueError(
-            f"data: yielded no batch in the pass for {title}; a generator yields nothing once it has been read, "
-            "also by an earlier pass of the same call: give a loader or a list of batches"
+            f"data: yielded no batch in the pass for {title}; a generator can be read only once, and an earlier pass "
+            "of the same call may have read it: give a loader or a list of batches"
         )
 
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients inside; every module's own mode is put back after."""
+    """Run in eval mode without gradients; restore the mode of every module afterwards."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:
         for model in models:

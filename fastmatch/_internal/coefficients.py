@@ -1,4 +1,4 @@
-"""Merge coefficients: their checks, and the note of them on a merged module."""
+"""Merge coefficients: checks, and a note of them on a merged module."""
 
 from __future__ import annotations
 
@@ -13,23 +13,27 @@ _NOTE = "fastmatch_merge_weights"
 
 
 def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
-    """One finite weight a model; equal ones where left out."""
+    """Return one finite weight per model; equal weights for None.
+
+    Raises:
+        ValueError: the number of weights is not ``count``, or one is not finite.
+    """
     if weights is None:
         return [1.0 / count] * count
     values = [float(w) for w in weights]
     if len(values) != count:
-        raise ValueError(f"weights: expected {count}, one a model, got {len(values)}")
+        raise ValueError(f"weights: expected {count}, one per model, got {len(values)}")
     if not all(abs(w) < float("inf") for w in values):
-        raise ValueError(f"weights: expected finite numbers, got {values}")
+        raise ValueError(f"weights: expected finite numbers; got {values}")
     return values
 
 
 def remember_weights(model: nn.Module, weights: Sequence[float]) -> nn.Module:
-    """Notes on a merge what it is made of, so that renormalization need not be told; copies keep the note."""
+    """Note on a merged module the weights it was made with, for a later renormalization; copies keep the note."""
     model.__dict__[_NOTE] = tuple(float(w) for w in weights)
     return model
 
 
 def remembered_weights(model: nn.Module) -> tuple[float, ...] | None:
-    """The weights a module was merged with; None where it does not remember any."""
+    """Return the weights that a module was merged with; None if there is no note."""
     return model.__dict__.get(_NOTE)

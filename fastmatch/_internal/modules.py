@@ -1,4 +1,4 @@
-"""Copies of modules, and modules that take over tensors."""
+"""Copies of modules, and copies that hold other tensors."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = ["copy_module", "with_state"]
 
 
 def copy_module(model: nn.Module, memo: dict[int, torch.Tensor] | None = None) -> nn.Module:
-    """A deep copy, also of modules that hold computed tensors, as torch.nn.utils.prune leaves them.
+    """Return a deep copy, also of modules that hold computed tensors, as torch.nn.utils.prune leaves them.
 
-    ``memo`` says what stands for the tensors of some ids, as for :func:`copy.deepcopy`.
+    ``memo`` maps ids of tensors to what replaces them, as for :func:`copy.deepcopy`.
     """
     memo = dict(memo or {})
     for module in model.modules():
@@ -26,10 +26,10 @@ def copy_module(model: nn.Module, memo: dict[int, torch.Tensor] | None = None) -
 
 
 def with_state(model: nn.Module, state: State) -> nn.Module:
-    """A copy of ``model`` that holds ``state``; ties between its parameters stay.
+    """Return a copy of ``model`` that holds ``state``; tied parameters stay tied.
 
-    It takes the tensors of ``state`` over where they are laid out as the model's: a copy of the old values,
-    to be overwritten, would cost as much time and memory as the whole merge.
+    The copy shares the tensors of ``state`` that have the model's layout. Copying the old values first and
+    overwriting them would take as much time and memory as the whole merge.
     """
     old = {k: v for k, v in model.state_dict(keep_vars=True).items() if isinstance(v, torch.Tensor)}
     taken: dict[int, torch.Tensor] = {}
@@ -47,6 +47,6 @@ def with_state(model: nn.Module, state: State) -> nn.Module:
 
 
 def _same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether ``b`` can be put in ``a``'s place: alike in all but values, and in memory of its own."""
+    """Whether ``b`` can replace ``a``: it differs only in values and has its own memory."""
     alike = all(getattr(a, what) == getattr(b, what) for what in ("shape", "dtype", "device", "layout"))
     return alike and a.stride() == b.stride() and a.data_ptr() != b.data_ptr()

@@ -1,4 +1,4 @@
-"""Reading models and state dicts alike, and the checks that come before any work on them."""
+"""State dicts of models, and the checks that come before any work on them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ State: TypeAlias = Mapping[str, torch.Tensor]
 
 
 def state_of(model: nn.Module | State, argument: str) -> dict[str, torch.Tensor]:
-    """The named tensors of a model or state dict, detached, sharing its memory."""
+    """Return the named tensors of a model or state dict, detached; they share its memory.
+
+    Raises:
+        TypeError: ``model`` is neither, or an entry is not a tensor.
+        ValueError: there are no tensors.
+    """
     if isinstance(model, nn.Module):
         items = model.state_dict(keep_vars=False)
     elif isinstance(model, Mapping):
@@ -33,17 +38,17 @@ def state_of(model: nn.Module | State, argument: str) -> dict[str, torch.Tensor]
 
 
 def headers_of(state: State) -> State:
-    """What shapes and types are read from: a state that lies on disk has ``headers`` without values."""
+    """Return a mapping from which shapes and dtypes can be read; a state on disk has ``headers`` without values."""
     return getattr(state, "headers", state)
 
 
 def check_same_architecture(a: State, b: State, name_a: str = "model_a", name_b: str = "model_b") -> None:
-    """ValueError at the first tensor that the two do not share by name and shape."""
+    """Raise ValueError at the first tensor whose name or shape differs."""
     wrapped = [all(name.startswith("module.") for name in state) for state in (a, b)]
     if wrapped[0] != wrapped[1]:
         raise ValueError(
-            f"{name_a if wrapped[0] else name_b}: every name starts with 'module.', as DistributedDataParallel "
-            "and DataParallel leave them, the other's do not; give the wrapped model (model.module)"
+            f"{name_a if wrapped[0] else name_b}: every name starts with 'module.', which DistributedDataParallel "
+            "and DataParallel add, and the other's names do not; give the wrapped model (model.module)"
         )
     for name, tensor in a.items():
         if name not in b:
@@ -63,9 +68,9 @@ def check_same_architecture(a: State, b: State, name_a: str = "model_a", name_b:
 
 
 def check_finite(state: State, argument: str) -> None:
-    """ValueError naming the first tensor that holds NaN or infinity."""
+    """Raise ValueError naming the first tensor that holds NaN or infinity."""
     for name, tensor in state.items():
-        # One read and no mask: a sum is finite only if every term is, short of overflow; then look closely.
+        # A sum needs one read and no mask. It is finite if every term is, except on overflow; only then count.
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor.sum(dtype=torch.float64))):
             bad = int((~torch.isfinite(tensor)).sum())
             if bad:

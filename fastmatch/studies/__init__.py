@@ -1,1 +1,1 @@
-"""The demo, the study of the paper, toy networks and data."""
+"""The demo, the study of the paper's claims, pruning, and the toy networks and data that they use."""

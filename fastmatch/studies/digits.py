@@ -1,4 +1,4 @@
-"""The digits of scikit-learn as loaders, and a small trainer: for the demo and the tests."""
+"""The digits of scikit-learn as loaders, and a small trainer, for the demo and the tests."""
 
 from __future__ import annotations
 
@@ -12,10 +12,20 @@ __all__ = ["Batches", "digits", "train"]
 
 
 class Batches:
-    """Minibatches of two tensors held in memory; iterating again gives the same order unless it shuffles.
+    """Minibatches of two tensors in memory; the order is the same in every pass unless ``generator`` shuffles it.
+
+    Example:
+        >>> from fastmatch.studies.digits import Batches
+        >>> batches = Batches(torch.randn(5, 3), torch.arange(5), size=2)
+        >>> [len(inputs) for inputs, targets in batches]
+        [2, 2, 1]
 
     Attributes:
-        reads: how often it has been iterated, for those who count passes over the data.
+        inputs: tensor, one sample per row.
+        targets: tensor, one target per sample.
+        size: samples per batch; the last batch may be smaller.
+        generator: shuffles every pass; None keeps the order.
+        reads: number of passes so far.
     """
 
     def __init__(
@@ -28,7 +38,7 @@ class Batches:
         return -(-len(self.inputs) // self.size)
 
     def __iter__(self):
-        """Yields (inputs, targets); the last batch may be short."""
+        """Yield (inputs, targets); the last batch may be smaller."""
         self.reads += 1
         count = len(self.inputs)
         order = None if self.generator is None else torch.randperm(count, generator=self.generator)
@@ -38,9 +48,15 @@ class Batches:
 
 
 def digits(batch_size: int = 128) -> tuple[Batches, Batches]:
-    """(train, test) over scikit-learn's 1797 handwritten digits as (B, 1, 8, 8) float32 in [-1, 1].
+    """Return (train, test) over scikit-learn's 1797 handwritten digits as (B, 1, 8, 8) float32 in [-1, 1].
 
-    Every fourth sample is a test sample. Embedded in scikit-learn: nothing is downloaded.
+    Every fourth sample is a test sample. The data is part of scikit-learn; nothing is downloaded.
+
+    Example:
+        >>> from fastmatch.studies.digits import digits
+        >>> train_data, test_data = digits()
+        >>> train_data.inputs.shape
+        torch.Size([1348, 1, 8, 8])
 
     Raises:
         ImportError: scikit-learn is not installed (``pip install fastmatch[demo]``).
@@ -48,7 +64,7 @@ def digits(batch_size: int = 128) -> tuple[Batches, Batches]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError("the digits come with scikit-learn: pip install 'fastmatch[demo]'") from error
+        raise ImportError("the digits need scikit-learn: pip install 'fastmatch[demo]'") from error
     flat, labels = load_digits(return_X_y=True)
     images = torch.tensor(flat, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
     targets = torch.tensor(labels, dtype=torch.long)
@@ -69,7 +85,25 @@ def train(
     title: str = "training",
     progress: bool | None = None,
 ) -> nn.Module:
-    """Trains ``model`` in place with Adam and a cosine schedule on shuffled minibatches; returns it in eval mode."""
+    """Train ``model`` in place with Adam and a cosine schedule on shuffled minibatches.
+
+    Example:
+        >>> from fastmatch.studies.digits import digits, train
+        >>> from fastmatch.studies.networks import mlp
+        >>> model = train(mlp(8), digits()[0], epochs=1, seed=0, progress=False)
+
+    Args:
+        model: a classifier.
+        data: (inputs, targets).
+        epochs: passes over the data.
+        seed: of the order of the data.
+        lr: the first learning rate.
+        title: of the progress bar.
+        progress: show the bar; None shows it on a terminal.
+
+    Returns:
+        ``model`` in eval mode.
+    """
     shuffled = Batches(data.inputs, data.targets, data.size, torch.Generator().manual_seed(seed))
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(shuffled))

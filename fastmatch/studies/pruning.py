@@ -1,7 +1,7 @@
-"""Masks to show renormalization on: magnitude, N:M, Wanda-style and diagonal-Fisher scores.
+"""Masks that show the renormalization of pruned networks: magnitude, N:M, Wanda and diagonal-Fisher scores.
 
-Pruning itself is other libraries' work: :func:`fastmatch.renormalize` takes what any of them puts out. What is
-here scores weights and zeroes them, no more.
+:func:`fastmatch.renormalize` works on the output of any pruning library. The functions here only score weights
+and set them to zero.
 """
 
 from __future__ import annotations
@@ -33,15 +33,23 @@ __all__ = [
 
 
 def mask_of(scores: torch.Tensor, amount: float, *, by_row: bool = False) -> torch.Tensor:
-    """True for the weights to keep: all but the share ``amount`` of lowest score.
+    """Return True for the weights to keep: all but the fraction ``amount`` with the lowest scores.
+
+    Example:
+        >>> from fastmatch.studies.pruning import mask_of
+        >>> mask_of(torch.tensor([[4.0, 1.0, 3.0, 2.0]]), 0.5).tolist()
+        [[True, False, True, False]]
 
     Args:
-        scores: one a weight; ``weight.abs()`` for magnitude pruning.
-        amount: share to prune, 0 to 1, of the tensor or of each row.
+        scores: one per weight; ``weight.abs()`` for magnitude pruning.
+        amount: fraction to prune, 0 to 1, of the tensor or of each row.
         by_row: compare within rows (output channels), as Wanda does.
+
+    Raises:
+        ValueError: ``amount`` is out of range.
     """
     if not 0 <= amount <= 1:
-        raise ValueError(f"amount: expected 0 to 1, got {amount}")
+        raise ValueError(f"amount: expected 0 to 1; got {amount}")
     rows = scores.detach().reshape(len(scores) if by_row else 1, -1)
     count = round(amount * rows.shape[1])
     mask = torch.ones_like(rows, dtype=torch.bool)
@@ -50,12 +58,21 @@ def mask_of(scores: torch.Tensor, amount: float, *, by_row: bool = False) -> tor
 
 
 def n_of_m(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
-    """N:M sparsity: True for the ``n`` highest of every ``m`` neighbours along a row."""
+    """Return an N:M mask: True for the ``n`` largest of every ``m`` neighbours along a row, by absolute value.
+
+    Example:
+        >>> from fastmatch.studies.pruning import n_of_m
+        >>> n_of_m(torch.tensor([[4.0, 1.0, 3.0, 2.0]]), 1, 2).tolist()
+        [[True, False, True, False]]
+
+    Raises:
+        ValueError: ``n`` is not from 1 to ``m``, or ``m`` does not divide the rows.
+    """
     if not 0 < n <= m:
-        raise ValueError(f"n: expected 1 to m = {m}, got {n}")
+        raise ValueError(f"n: expected 1 to m = {m}; got {n}")
     width = scores[0].numel()
     if width % m:
-        raise ValueError(f"scores: expected rows of a multiple of {m}, got {width}")
+        raise ValueError(f"scores: expected rows of a multiple of {m}; got {width}")
     blocks = scores.detach().abs().reshape(-1, m)
     mask = torch.zeros_like(blocks, dtype=torch.bool)
     mask.scatter_(1, blocks.topk(n, dim=1).indices, True)
@@ -63,7 +80,11 @@ def n_of_m(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
 
 
 def pruned_copy(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> nn.Module:
-    """A copy of ``model`` whose named layers' weights are zero where the mask is False."""
+    """Return a copy of ``model`` in which the named layers' weights are zero where the mask is False.
+
+    Raises:
+        ValueError: a mask names a layer without a weight.
+    """
     new = copy_module(model)
     modules = dict(new.named_modules())
     with torch.no_grad():
@@ -76,7 +97,7 @@ def pruned_copy(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> nn.Modul
 
 
 def sparsity(model: nn.Module) -> float:
-    """Share of zeros in the weights of linear and convolution layers."""
+    """Return the fraction of zeros in the weights of linear and convolution layers."""
     layers = survey(model)[0].values()
     zeros = sum(int((layer.weight == 0).sum()) for layer in layers)
     return zeros / sum(layer.weight.numel() for layer in layers)
@@ -89,9 +110,16 @@ def input_norms(
     forward: Forward = default_forward,
     progress: bool | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Per layer the norms of its inputs, shaped to multiply its weight: ``weight.abs() * norm`` is Wanda's score.
+    """Return the norms of every layer's inputs, shaped to multiply its weight.
 
-    Linear layers and convolutions without groups (a norm an input channel); others are left out.
+    ``weight.abs() * norm`` is Wanda's score. Only linear layers and convolutions without groups are measured, with
+    one norm per input channel.
+
+    Args:
+        model: left as it is.
+        data: calibration data.
+        forward: runs the model on a batch.
+        progress: show a bar; None shows it on a terminal.
     """
     sums: dict[str, torch.Tensor] = {}
 
@@ -129,15 +157,15 @@ def accuracy_by_sparsity(
     samples: int | None = None,
     progress: bool | None = None,
 ) -> Table:
-    """Accuracy of layer-wise magnitude pruning with and without renormalization, a row a sparsity.
+    """Measure layer-wise magnitude pruning with and without renormalization, one row per sparsity.
 
-    The dense model is measured once for all of them.
+    The statistics of the dense model are measured once for all rows.
 
     Args:
         dense: a classifier; left as it is.
         data: calibration data.
         test: (inputs, targets) to evaluate on.
-        sparsities: shares of every layer's weights to prune.
+        sparsities: fractions of every layer's weights to prune.
         method, samples: see :func:`fastmatch.renormalize`.
         progress: show a bar; None shows it on a terminal.
     """

@@ -18,8 +18,6 @@ PENDING = (
     "fastmatch.checkpoint.reader.Checkpoint",
     "fastmatch.checkpoint.structure.trace_config",
     "fastmatch.checkpoint.verify.verify_checkpoints",
-    "fastmatch.spec.formats.from_axes",
-    "fastmatch.spec.spec.PermutationSpec.trace",
     "fastmatch_kernels.channel_affine.channel_affine",
     "fastmatch_kernels.gain.gain",
     "fastmatch_kernels.moments.moments",

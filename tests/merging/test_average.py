@@ -72,7 +72,7 @@ def test_bad_input():
     model, _ = build("mlp", 0)
     with pytest.raises(ValueError, match="models: expected at least one"):
         fm.merge([])
-    with pytest.raises(ValueError, match="weights: expected 2, one a model, got 1"):
+    with pytest.raises(ValueError, match="weights: expected 2, one per model, got 1"):
         fm.merge([model, model], weights=[1.0])
     with pytest.raises(ValueError, match="finite"):
         fm.merge([model, model], weights=[1.0, float("nan")])

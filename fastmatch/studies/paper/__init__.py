@@ -1,4 +1,4 @@
-"""The paper's claims in small, measured on this machine: networks, measurements, claims, report."""
+"""The paper's claims at small scale, measured on this machine: measurements, claims, report."""
 
 from fastmatch.studies.paper.claims import Claim, judge
 from fastmatch.studies.paper.run import run

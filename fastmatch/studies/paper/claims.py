@@ -1,4 +1,4 @@
-"""The paper's claims, each judged from the numbers of one run."""
+"""The paper's claims, judged from the numbers of one run."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ __all__ = ["Claim", "judge"]
 
 Record = dict[str, Any]
 Case = tuple[str, bool, str]
-"""(what was looked at, whether the claim is true there, its numbers)."""
+"""(what was measured, whether the claim is true for it, the numbers)."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim and how it fared.
+    """One claim and its outcome.
 
     Attributes:
         claim: what the paper says, in a sentence.
-        rule: what has to be true in every case for it to hold here.
-        holds: whether it is; None where the run has no case of it.
-        true, cases: in how many cases, of how many.
-        numbers: case by case.
+        rule: what must be true in every case for the claim to hold.
+        holds: whether the rule is true in every case; None if the run has no case.
+        true: number of cases in which the rule is true.
+        cases: number of cases.
+        numbers: of every case.
         seeds: of the run.
     """
 
@@ -44,7 +45,7 @@ class Claim:
 
 
 def judge(record: Record) -> list[Claim]:
-    """Every claim, judged; numbers are means over the run's seeds."""
+    """Judge every claim; numbers are means over the run's seeds."""
     claims = []
     for claim, rule, cases in _CLAIMS:
         found = list(cases(record))
@@ -60,7 +61,7 @@ def judge(record: Record) -> list[Claim]:
 
 
 def _mean(rows: Iterable[Record], column: str, **where: Any) -> float | None:
-    """The mean of a column over seeds, in the rows that match; None without any."""
+    """Return the mean of a column over the rows that match; None if there are none."""
     values = [row[column] for row in rows if all(row[k] == v for k, v in where.items())]
     return fmean(values) if values else None
 
@@ -76,7 +77,7 @@ def _percent(value: float) -> str:
 
 
 def _automatic(norm: str | None, kind: str) -> str:
-    """The method that the paper recommends for the study's networks."""
+    """Return the method that the paper recommends for a network of the study."""
     if norm == "BN":
         return "reset"
     return "repair" if norm == "LN" or kind == "ResNet" else "rescale"
@@ -91,7 +92,7 @@ def _compare(
     margin: float = 0.0,
     **where: Any,
 ) -> Iterable[Case]:
-    """Per network at the largest width: ``column`` under ``less`` is smaller than under ``more``."""
+    """Yield for every network at the largest width whether ``column`` is smaller under ``less`` than under ``more``."""
     width = max(record["widths"])
     for name in _networks(record, **where):
         low = _mean(record["curves"], column, network=name, width=width, **less)
@@ -141,7 +142,7 @@ def _collapse(record: Record) -> Iterable[Case]:
 
 
 def _hidden(record: Record, network: str, model: str) -> list[Record]:
-    """Layers between the first, which averages the same inputs, and the classifier."""
+    """Return the layers between the first, which sees the same inputs in both networks, and the classifier."""
     rows = [r for r in record["layers"] if r["network"] == network and r["model"] == model]
     last = max((r["depth"] for r in rows), default=0)
     return [r for r in rows if 1 < r["depth"] < last]

@@ -1,4 +1,4 @@
-"""The study's figures and its HTML report: one file, pictures inside."""
+"""The study's figures and its HTML report, one file with embedded pictures."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ font-weight: 600 } img { max-width: 100% } summary { cursor: pointer } small { c
 
 
 def _figure(record: Record, draw: Callable[[Axes, Record, str], None], title: str) -> Figure:
-    """A panel a network."""
+    """Draw one panel per network."""
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(r["network"] for r in record["curves"]))
@@ -121,7 +121,7 @@ def _draw_pruning(ax: Axes, record: Record, name: str) -> None:
 
 
 def picture(record: Record) -> Figure:
-    """The barrier against width, a panel a network."""
+    """Draw the barrier against the width, one panel per network."""
     return _figure(record, _draw_widths, "Accuracy barrier against width")
 
 
@@ -159,7 +159,7 @@ def _all_curves(record: Record) -> str:
 
 
 def report(record: Record) -> str:
-    """The report as one HTML page."""
+    """Return the report as one HTML page."""
     machine, seconds, samples = record["machine"], record["seconds"], record["samples"]
     figures = [
         _figure(
@@ -176,10 +176,10 @@ def report(record: Record) -> str:
 <h1>Model re-basin and renormalization, the claims in small</h1>
 <p>{html.escape(record["data"])}: {samples["train"]} train and {samples["test"]} test samples, calibrated on
 {samples["calibration"]}; widths x{", x".join(map(str, record["widths"]))}; seeds {record["seeds"]};
-{record["mode"]} mode; {record["points"]} points a curve.
+{record["mode"]} mode; {record["points"]} points per curve.
 {seconds["wall"]} s ({seconds["processor"]} s of processor time) on {machine["cores"]} cores of
 {html.escape(machine["processor"])}, torch {html.escape(machine["torch"])}, Python {machine["python"]}.
-Claims are judged by code from the numbers below; small networks on small data say how the claims fare here, no more.</p>
+Claims are judged by code from the numbers below; they hold for these small networks and data only.</p>
 {_claims(record)}
 {"".join(_image(figure) for figure in figures)}
 {_all_curves(record)}

@@ -1,4 +1,4 @@
-"""The study's measurements: pairs trained, matched, merged and renormalized at several widths; pruning; planted permutations."""
+"""The study's measurements: pairs are trained, matched, merged and renormalized; pruning; planted permutations."""
 
 from __future__ import annotations
 
@@ -56,31 +56,34 @@ def run(
     epochs: int | None = None,
     progress: bool | None = None,
 ) -> dict[str, Any]:
-    """Measures everything, judges the claims and writes ``study.json``, ``study.png`` and ``study.html``.
+    """Measure everything, judge the claims and write ``study.json``, ``study.png`` and ``study.html``.
 
     Args:
-        out: a folder; made if missing, files of an earlier run are replaced.
-        data: (train, test) of (image, label) samples, images (C, H, W) of 8 x 8 at least; scikit-learn's digits
-            where left out. They are held in memory.
-        networks: names of :data:`fastmatch.studies.networks.NETWORKS`; all where left out.
+        out: a folder, which is created if missing. Files of an earlier run are replaced.
+        data: (train, test) datasets of (image, label) samples, images (C, H, W) of at least 8 x 8. They are
+            read into memory. Default: scikit-learn's digits.
+        networks: names of :data:`fastmatch.studies.networks.NETWORKS`. Default: all.
         widths: multiples of the base width.
-        seeds: each gives every configuration a pair of its own.
-        points: positions on a curve; odd, so that the midpoint is one.
-        epochs: of training, instead of each network's own.
+        seeds: each seed trains one pair of every network and width.
+        points: positions on a curve; an odd number, so that one is the midpoint.
+        epochs: of training; None takes each network's own number.
         progress: show bars; None shows them on a terminal.
 
     Returns:
         The record, as in ``study.json``.
+
+    Raises:
+        ValueError: an option or a dataset is not as described.
     """
     names = list(NETWORKS) if networks is None else list(networks)
     for name in names:
         if name not in NETWORKS:
-            raise ValueError(f"networks: expected some of {list(NETWORKS)}, got {name!r}")
+            raise ValueError(f"networks: expected some of {list(NETWORKS)}; got {name!r}")
     if points < 3 or points % 2 == 0:
-        raise ValueError(f"points: expected an odd number of at least 3, got {points}")
+        raise ValueError(f"points: expected an odd number of at least 3; got {points}")
     if not names or not widths or not seeds or min(widths) < 1 or len(set(widths)) < len(widths):
         raise ValueError(
-            f"widths: expected different positive numbers (and some networks and seeds), got {widths}"
+            f"widths: expected different positive numbers (and some networks and seeds); got {widths}"
         )
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -130,7 +133,7 @@ def run(
 
 
 def _rounded(value: Any) -> Any:
-    """Six significant digits: more would be noise, and the file is kept."""
+    """Round to six significant digits, which keeps the committed file small."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):
@@ -139,7 +142,7 @@ def _rounded(value: Any) -> Any:
 
 
 def as_text(record: dict[str, Any]) -> str:
-    """The record as JSON, a line a row."""
+    """Return the record as JSON with one line per row."""
     parts = []
     for key, value in record.items():
         text = json.dumps(value)
@@ -150,20 +153,20 @@ def as_text(record: dict[str, Any]) -> str:
 
 
 def _batches(dataset: Dataset[Any], argument: str) -> Batches:
-    """A dataset of (image, label) samples in memory."""
+    """Read a dataset of (image, label) samples into memory."""
     samples = [dataset[k] for k in range(len(dataset))]  # pyright: ignore[reportArgumentType]
     if not samples or not all(isinstance(s, (tuple, list)) and len(s) == 2 for s in samples):
         raise ValueError(f"data: expected (image, label) samples in the {argument} set")
     images = torch.stack([torch.as_tensor(image) for image, _ in samples]).float()
     if images.ndim != 4 or min(images.shape[2:]) < 8:
         raise ValueError(
-            f"data: expected images (C, H, W) of 8 x 8 at least as tensors, got {tuple(images.shape[1:])}"
+            f"data: expected images (C, H, W) of at least 8 x 8 as tensors; got {tuple(images.shape[1:])}"
         )
     return Batches(images, torch.tensor([int(label) for _, label in samples]), 128)
 
 
 def _pair(name: str, width: int, seed: int, loaders: Data, epochs: int | None) -> tuple[nn.Module, nn.Module]:
-    """Two networks of the same architecture, trained apart."""
+    """Train two networks of the same architecture that differ in initialisation and data order."""
     network = NETWORKS[name]
     shape = tuple(loaders[0].inputs.shape[1:])
     classes = int(loaders[0].targets.max()) + 1
@@ -201,7 +204,7 @@ def _curves(
     loaders: Data,
     points: int,
 ) -> Iterator[dict[str, Any]]:
-    """A row for every matching and renormalization; the endpoints are measured once for all of them."""
+    """Yield a row for every matching and renormalization; the endpoints are measured once for all rows."""
     a, b = pair
     measured = endpoint_statistics([a, b], loaders[0], samples=SAMPLES, progress=False)
     for matched, alignment in alignments.items():
@@ -238,7 +241,7 @@ def _curve(
 def _layers(
     pair: tuple[nn.Module, nn.Module], alignments: dict[str, Alignment | None], data: Batches
 ) -> list[dict[str, Any]]:
-    """What happens inside the midpoint merges, layer by layer, against the endpoints."""
+    """Compare every layer of the midpoint merges with the endpoints."""
     a, b = pair
     models = {"a": a, "b": b}
     for matched, alignment in alignments.items():
@@ -258,10 +261,10 @@ def _pruning(dense: nn.Module, loaders: Data) -> list[dict[str, Any]]:
 
 
 def _planted(model: nn.Module, data: Batches, seed: int) -> dict[str, int]:
-    """A sibling (one more epoch of training) permuted at random: units that weight matching puts back wrongly."""
-    sibling = train(copy_module(model), data, epochs=1, seed=seed + 7, lr=1e-4, progress=False)
-    found = align(model, sibling, data.inputs[:2], progress=False)
+    """Train a copy for one more epoch, permute it at random, and count the units that weight matching restores wrongly."""
+    copied = train(copy_module(model), data, epochs=1, seed=seed + 7, lr=1e-4, progress=False)
+    found = align(model, copied, data.inputs[:2], progress=False)
     planted = Alignment(found.spec.random(torch.Generator().manual_seed(seed)), found.spec)
-    back = planted.compose(align(model, planted.apply(sibling), spec=found.spec, progress=False))
+    back = planted.compose(align(model, planted.apply(copied), spec=found.spec, progress=False))
     wrong = sum(int((p != torch.arange(len(p))).sum()) for p in back.permutations.values())
     return {"units": sum(len(p) for p in back.permutations.values()), "wrong": wrong}
