@@ -167,12 +167,12 @@ def locate(
         return
     along, parts = nesting.slices[id(leaf)]
     for position, part in enumerate(parts):
-        held = {id(along): position}
+        fixed = {id(along): position}
         swap = {id(leaf): part if part is not None else Label(leaf.size, pinned=UNUSED)}
         inner = {id(x.leaf): x.leaf for x in occurrences(swap[id(leaf)])}
         for each in inner.values():
             found = False
-            for item in _blocks(nesting, labels, dim, each, held, swap, first_only):
+            for item in _blocks(nesting, labels, dim, each, fixed, swap, first_only):
                 found = True
                 yield item
             if not found:
@@ -184,7 +184,7 @@ def _blocks(
     labels: Sequence[Label],
     dim: int,
     leaf: Label,
-    held: Mapping[int, int],
+    fixed: Mapping[int, int],
     swap: Mapping[int, Label],
     first_only: bool,
 ) -> Iterator[tuple[Label, int, Axis]]:
@@ -192,7 +192,7 @@ def _blocks(
     parent = nesting.parents.get(id(leaf))
     blocks = [-1] if parent is None else range(1 if first_only else parent.size)
     for block in blocks:
-        wanted = dict(held) if parent is None else {**held, id(parent): block}
+        wanted = dict(fixed) if parent is None else {**fixed, id(parent): block}
         along = [x for label in (labels[dim], *swap.values()) for x in occurrences(label)]
         here = {key for x in along for key in (id(x.leaf), *(id(y) for y in x.companions))}
         at = tuple(_at(labels, dim, key, position) for key, position in wanted.items() if key not in here)

@@ -29,22 +29,22 @@ class Place:
 
 
 def places(
-    label: Label, held: Mapping[int, int] | None = None, swap: Mapping[int, Label] | None = None
+    label: Label, fixed: Mapping[int, int] | None = None, swap: Mapping[int, Label] | None = None
 ) -> list[Place]:
     """Return the place of every leaf of an axis; pin the leaves that no place can describe.
 
     Args:
         label: the axis.
-        held: leaf (by id) -> a fixed position along it; only that slice is searched.
+        fixed: leaf (by id) -> a fixed position along it; only that slice is searched.
         swap: leaf (by id) -> the label to read in its place.
 
     Raises:
         ValueError: the fixed positions do not form one strided range, so no Axis can describe them.
     """
-    return list(_places(label, Place(label, 0, 1, 0, 1), held or {}, swap or {}))
+    return list(_places(label, Place(label, 0, 1, 0, 1), fixed or {}, swap or {}))
 
 
-def _places(label: Label, at: Place, held: Mapping[int, int], swap: Mapping[int, Label]) -> Iterator[Place]:
+def _places(label: Label, at: Place, fixed: Mapping[int, int], swap: Mapping[int, Label]) -> Iterator[Place]:
     label, instead = find(label), at.instead
     if id(label) in swap:
         label, instead = find(swap[id(label)]), id(label)
@@ -54,28 +54,28 @@ def _places(label: Label, at: Place, held: Mapping[int, int], swap: Mapping[int,
         offset = 0
         for part in label.parts:
             inside = replace(at, leaf=part, start=at.start + offset * at.inner, instead=instead)
-            yield from _places(part, inside, held, swap)
+            yield from _places(part, inside, fixed, swap)
             offset += part.size
     else:
         parts, step, steps = factors(label), label.size * at.inner, []
         for part in parts:
             step //= part.size
             steps.append(step)
-        fixed = [held.get(id(find(part))) for part in parts]
-        start = at.start + sum(f * step for f, step in zip(fixed, steps, strict=True) if f is not None)
+        fixed_at = [fixed.get(id(find(part))) for part in parts]
+        start = at.start + sum(f * step for f, step in zip(fixed_at, steps, strict=True) if f is not None)
         outer, stride = at.outer, at.stride
         for k, part in enumerate(parts):
-            if fixed[k] is not None:
+            if fixed_at[k] is not None:
                 continue
             inside = Place(part, start, outer, stride, steps[k], instead)
-            if all(f is None for f in fixed[k + 1 :]):
-                yield from _places(part, inside, held, swap)
+            if all(f is None for f in fixed_at[k + 1 :]):
+                yield from _places(part, inside, fixed, swap)
             else:  # a fixed factor is inside this one, so its units are not next to each other
                 yield from (Place(x.leaf, NOWHERE, 1, 0, 1, instead) for x in occurrences(part))
             if outer > 1 and stride != part.size * steps[k]:
                 # What follows is repeated at two strides; an Axis has only one.
                 for rest in parts[k + 1 :]:
-                    if held:
+                    if fixed:
                         raise ValueError("a factor is repeated at two strides")
                     pin(rest, "a factor repeated at two strides")
             outer, stride = outer * part.size, steps[k]

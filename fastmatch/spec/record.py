@@ -174,7 +174,7 @@ class Record:
         return known
 
     def forget_mixed_positions(self) -> None:
-        """Forget the positions of rows that different indices selected along one axis: they cannot be told apart."""
+        """Forget the positions of rows that several indices selected along one axis: they cannot be distinguished."""
         by_axis: dict[int, list[Label]] = {}
         for (label,) in self._followers.values():
             assert label.follows is not None

@@ -21,15 +21,13 @@ from fastmatch.matching.activations import ActivationMatching
 from fastmatch.matching.align import align
 from fastmatch.matching.weights import WeightMatching
 from fastmatch.renorm import endpoint_statistics
-from fastmatch.studies.digits import Batches, digits, train
+from fastmatch.studies.digits import Batches, digits, train_new
 from fastmatch.studies.networks import mlp, vgg
 
 __all__ = ["MAX_WIDTH", "run"]
 
 MIN_WIDTH, MAX_WIDTH = 128, 8192
 """Of the MLPs' hidden layers."""
-
-LEARNING_RATE = 2e-3
 
 COLOURS = {
     "naive": "#888888",
@@ -173,11 +171,10 @@ def train_pair(
     """Train two networks that differ in initialisation and data order."""
 
     def train_one(number: int, label: str) -> nn.Module:
-        torch.manual_seed(1000 * seed + number)
         with watch(f"train {label}"):
-            return train(
-                architecture.build(), data, epochs=architecture.epochs, seed=1000 * seed + number,
-                lr=LEARNING_RATE, title=f"training {architecture.name}, {label}", progress=progress,
+            return train_new(
+                architecture.build, data, epochs=architecture.epochs, seed=1000 * seed + number,
+                title=f"training {architecture.name}, {label}", progress=progress,
             )  # fmt: skip
 
     return train_one(0, "A"), train_one(1, "B")

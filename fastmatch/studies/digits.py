@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from fastmatch._internal.progress import progress_bar
 
-__all__ = ["Batches", "digits", "train"]
+__all__ = ["Batches", "digits", "train", "train_new"]
+
+
+LEARNING_RATE = 2e-3
+"""Of the networks of the demo and the study."""
 
 
 class Batches:
@@ -37,7 +43,7 @@ class Batches:
     def __len__(self) -> int:
         return -(-len(self.inputs) // self.size)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield (inputs, targets); the last batch may be smaller."""
         self.reads += 1
         count = len(self.inputs)
@@ -115,3 +121,20 @@ def train(
             optimizer.step()
             schedule.step()
     return model.eval()
+
+
+def train_new(
+    build: Callable[[], nn.Module],
+    data: Batches,
+    *,
+    epochs: int,
+    seed: int,
+    title: str = "training",
+    progress: bool | None = None,
+) -> nn.Module:
+    """Build a network and train it; ``seed`` determines its initialisation and the order of the data.
+
+    Networks of the demo and the study are trained this way. See :func:`train` for the other arguments.
+    """
+    torch.manual_seed(seed)
+    return train(build(), data, epochs=epochs, seed=seed, lr=LEARNING_RATE, title=title, progress=progress)

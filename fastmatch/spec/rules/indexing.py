@@ -34,9 +34,9 @@ USES_POSITIONS = frozenset(
 
 def follow_positions(record: Record, call: Call) -> None:
     """Give the result the positions that an operation keeps; pin their label if it computes with them."""
-    held = [t for t in call.inputs if record.positions(t) is not None]
-    keeps = bool(held) and call.base in KEEPS_POSITIONS and call.first is held[0]
-    for tensor in held:
+    carriers = [t for t in call.inputs if record.positions(t) is not None]
+    keeps = bool(carriers) and call.base in KEEPS_POSITIONS and call.first is carriers[0]
+    for tensor in carriers:
         along = record.positions(tensor)
         assert along is not None
         if keeps and tensor is call.first:

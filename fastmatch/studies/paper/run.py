@@ -32,7 +32,7 @@ from fastmatch.renorm import (
     plan_renormalization,
     renormalize,
 )
-from fastmatch.studies.digits import Batches, digits, train
+from fastmatch.studies.digits import Batches, digits, train, train_new
 from fastmatch.studies.networks import NETWORKS, Network
 from fastmatch.studies.paper.claims import judge
 from fastmatch.studies.paper.report import picture, report
@@ -76,15 +76,7 @@ def run(
         ValueError: an option or a dataset is not as described.
     """
     names = list(NETWORKS) if networks is None else list(networks)
-    for name in names:
-        if name not in NETWORKS:
-            raise ValueError(f"networks: expected some of {list(NETWORKS)}; got {name!r}")
-    if points < 3 or points % 2 == 0:
-        raise ValueError(f"points: expected an odd number of at least 3; got {points}")
-    if not names or not widths or not seeds or min(widths) < 1 or len(set(widths)) < len(widths):
-        raise ValueError(
-            f"widths: expected different positive numbers (and some networks and seeds); got {widths}"
-        )
+    _check_options(names, widths, seeds, points)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     loaders = digits() if data is None else (_batches(data[0], "train"), _batches(data[1], "test"))
@@ -93,31 +85,16 @@ def run(
         "data": "scikit-learn digits" if data is None else f"{type(data[0]).__name__} given by the user",
         "samples": {"train": len(loaders[0].inputs), "test": len(loaders[1].inputs), "calibration": SAMPLES},
         "widths": sorted(widths), "seeds": list(seeds), "points": points, "mode": "sequential",
-        "machine": {
-            "processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__,
-        },
-        "curves": [], "layers": [], "pruning": [], "planted": [],
+        "machine": _machine(), "curves": [], "layers": [], "pruning": [], "planted": [],
     }  # fmt: skip
     jobs = [(name, width, seed) for name in names for width in sorted(widths) for seed in seeds]
-    middle = sorted(widths)[len(widths) // 2]
     for name, width, seed in progress_bar(jobs, "networks", show=progress):
         pair = _pair(name, width, seed, loaders, epochs)
-        key = {
-            "network": name,
-            "kind": NETWORKS[name].kind,
-            "norm": NETWORKS[name].norm,
-            "width": width,
-            "seed": seed,
-        }
-        alignments = _alignments(pair, loaders[0])
-        for row in _curves(NETWORKS[name], pair, alignments, loaders, points):
-            record["curves"].append({**key, **row})
-        if width == max(widths):
-            record["layers"] += [{**key, **row} for row in _layers(pair, alignments, loaders[0])]
-        if width == middle:
-            record["pruning"] += [{**key, **row} for row in _pruning(pair[0], loaders)]
-            record["planted"].append({**key, **_planted(pair[0], loaders[0], seed)})
+        for table, rows in _measure(NETWORKS[name], pair, loaders, record, width, seed).items():
+            key = {
+                "network": name, "kind": NETWORKS[name].kind, "norm": NETWORKS[name].norm, "width": width, "seed": seed,
+            }  # fmt: skip
+            record[table] += [{**key, **row} for row in rows]
     record["seconds"] = {
         "wall": round(time.perf_counter() - began, 1), "processor": round(time.process_time() - cpu, 1)
     }  # fmt: skip
@@ -130,6 +107,45 @@ def run(
     with writing(out / "study.html", force=True) as path:
         path.write_text(report(record))
     return record
+
+
+def _check_options(names: list[str], widths: Sequence[int], seeds: Sequence[int], points: int) -> None:
+    for name in names:
+        if name not in NETWORKS:
+            raise ValueError(f"networks: expected some of {list(NETWORKS)}; got {name!r}")
+    if points < 3 or points % 2 == 0:
+        raise ValueError(f"points: expected an odd number of at least 3; got {points}")
+    if not names or not widths or not seeds or min(widths) < 1 or len(set(widths)) < len(widths):
+        raise ValueError(
+            f"widths: expected different positive numbers (and some networks and seeds); got {widths}"
+        )
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__,
+    }  # fmt: skip
+
+
+def _measure(
+    network: Network,
+    pair: tuple[nn.Module, nn.Module],
+    loaders: Data,
+    record: dict[str, Any],
+    width: int,
+    seed: int,
+) -> dict[str, list[dict[str, Any]]]:
+    """Return the rows of one pair for each table; layers at the largest width, pruning at the middle one."""
+    widths = record["widths"]
+    alignments = _alignments(pair, loaders[0])
+    rows = {"curves": list(_curves(network, pair, alignments, loaders, record["points"]))}
+    if width == max(widths):
+        rows["layers"] = _layers(pair, alignments, loaders[0])
+    if width == widths[len(widths) // 2]:
+        rows["pruning"] = _pruning(pair[0], loaders)
+        rows["planted"] = [_planted(pair[0], loaders[0], seed)]
+    return rows
 
 
 def _rounded(value: Any) -> Any:
@@ -168,23 +184,16 @@ def _batches(dataset: Dataset[Any], argument: str) -> Batches:
 def _pair(name: str, width: int, seed: int, loaders: Data, epochs: int | None) -> tuple[nn.Module, nn.Module]:
     """Train two networks of the same architecture that differ in initialisation and data order."""
     network = NETWORKS[name]
-    shape = tuple(loaders[0].inputs.shape[1:])
-    classes = int(loaders[0].targets.max()) + 1
-    models = []
-    for k in range(2):
-        torch.manual_seed(1000 * seed + k)
-        model = network.make(width, shape, classes)
-        models.append(
-            train(
-                model,
-                loaders[0],
-                epochs=epochs or network.epochs,
-                seed=1000 * seed + k,
-                lr=2e-3,
-                progress=False,
-            )
-        )
-    return models[0], models[1]
+    data = loaders[0]
+    shape, classes = tuple(data.inputs.shape[1:]), int(data.targets.max()) + 1
+
+    def train_one(number: int) -> nn.Module:
+        return train_new(
+            lambda: network.make(width, shape, classes), data,
+            epochs=epochs or network.epochs, seed=1000 * seed + number, progress=False,
+        )  # fmt: skip
+
+    return train_one(0), train_one(1)
 
 
 def _alignments(pair: tuple[nn.Module, nn.Module], data: Batches) -> dict[str, Alignment | None]:
