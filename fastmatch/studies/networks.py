@@ -131,17 +131,15 @@ def resnet(
         torch.Size([2, 10])
     """
     check_integer("channels", channels, 1)
-    layers: list[nn.Module] = []
+    stem = nn.Conv2d(shape[0], channels, 3, padding=1, bias=False)
+    layers: list[nn.Module] = [stem, nn.BatchNorm2d(channels), nn.ReLU()]
     inputs = channels
     for stage, count in enumerate(blocks):
         for k in range(count):
             outputs = channels * 2**stage
             layers.append(Block(inputs, outputs, 2 if stage > 0 and k == 0 else 1))
             inputs = outputs
-    return nn.Sequential(
-        nn.Conv2d(shape[0], channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(),
-        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes),
-    )  # fmt: skip
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
 
 
 @dataclass(frozen=True)
