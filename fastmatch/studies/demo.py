@@ -21,6 +21,7 @@ from fastmatch.matching.activations import ActivationMatching
 from fastmatch.matching.align import align
 from fastmatch.matching.weights import WeightMatching
 from fastmatch.renorm import endpoint_statistics
+from fastmatch.renorm.options import Method
 from fastmatch.studies.digits import Batches, digits, train_new
 from fastmatch.studies.networks import mlp, vgg
 
@@ -79,7 +80,7 @@ class Architecture:
     name: str
     build: Callable[[], nn.Module]
     epochs: int
-    methods: tuple[str, ...]
+    methods: tuple[Method, ...]
 
 
 def architectures(width: int) -> list[Architecture]:

@@ -12,10 +12,13 @@ from torch import nn
 
 from fastmatch._internal.checks import check_choice, check_integer
 
-__all__ = ["NETWORKS", "Block", "ChannelLayerNorm", "Network", "Norm", "mlp", "resnet", "vgg"]
+__all__ = ["NETWORKS", "Block", "ChannelLayerNorm", "Network", "Norm", "StudyMethod", "mlp", "resnet", "vgg"]
 
 Norm: TypeAlias = Literal["BN", "LN"]
 """Which norm follows a layer: batch norm or layer norm; None means no norm."""
+
+StudyMethod: TypeAlias = Literal["reset", "repair", "rescale", "reshift", "bias"]
+"""A renormalization of the study; "bias" normalizes the biases of the merge without data."""
 
 Shape: TypeAlias = tuple[int, ...]
 """Of an image: (channels, height, width)."""
@@ -161,13 +164,14 @@ class Network:
             raise ValueError(f"norm: expected 'BN' for a ResNet; got {self.norm!r}")
 
     @property
-    def methods(self) -> tuple[str, ...]:
+    def methods(self) -> tuple[StudyMethod, ...]:
         """The renormalizations that apply."""
-        return {
+        methods: dict[Norm | None, tuple[StudyMethod, ...]] = {
             None: ("repair", "rescale", "reshift", "bias"),
             "LN": ("repair", "rescale", "reshift"),
             "BN": ("reset", "repair", "rescale", "reshift"),
-        }[self.norm]
+        }
+        return methods[self.norm]
 
     def make(self, width: int, shape: Shape, classes: int) -> nn.Module:
         """Build a new network of ``width`` times the base width."""

@@ -19,6 +19,7 @@ from fastmatch.evaluation.scores import evaluate
 from fastmatch.evaluation.table import Table
 from fastmatch.renorm import Renormalization, endpoint_statistics, renormalize
 from fastmatch.renorm.layers import survey
+from fastmatch.renorm.options import Method
 from fastmatch.statistics.fisher import diagonal_fisher
 
 __all__ = [
@@ -153,7 +154,7 @@ def accuracy_by_sparsity(
     test: Iterable[Any],
     *,
     sparsities: Sequence[float] = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
-    method: str = "auto",
+    method: Method = "auto",
     samples: int | None = None,
     progress: bool | None = None,
 ) -> Table:
@@ -170,7 +171,7 @@ def accuracy_by_sparsity(
         progress: show a bar; None shows it on a terminal.
     """
     statistics = endpoint_statistics([dense], data, samples=samples, progress=False)
-    options = Renormalization(method, samples=samples)  # pyright: ignore[reportArgumentType]
+    options = Renormalization(method, samples=samples)
     layers = survey(dense)[0]
     rows = []
     for amount in progress_bar(sparsities, "pruning", show=progress):

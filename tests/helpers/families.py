@@ -1,7 +1,7 @@
-"""Small random models of the architectures that people merge, and what must be found to move in each.
+"""Small random models of the architectures that people merge, and the units that must be found in each.
 
-Every axis of a family has a length of its own as far as its architecture allows, so that no mistake hides
-behind two equal numbers, and every weight is random, so that a wrong move of any of them shows.
+The axes of a family have different lengths where the architecture allows it, so that equal numbers do not hide a
+mistake. Every weight is random, so that a wrong move of any weight changes the output.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Family:
 
 
 def randomize(model: nn.Module, seed: int) -> None:
-    """Weights that keep activations near one: nothing stays at 1 or 0, nothing saturates or fades."""
+    """Set random weights that keep activations near one, so that none saturates or vanishes."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(tensor: torch.Tensor) -> torch.Tensor:
@@ -180,7 +180,7 @@ FAMILIES = [
 # fmt: on
 
 IDLE = r"\.(key|k_lin|k_proj)\.bias$|masked_spec_embed$"
-"""Parameters that may be without effect: softmax takes away what a key's bias adds, and masks are for training."""
+"""Parameters that may have no effect: softmax cancels the bias of keys, and masks are only for training."""
 
 SITES = {
     "hidden": (
@@ -207,9 +207,9 @@ SITES = {
     "experts": (r"experts\.(gate_up_proj|down_proj):0", r"mlp\.gate\.weight:0"),
     "latent": (r"(q|kv)_a_layernorm\.weight:0", r"A_log:1", r"dt_proj\.weight:1"),
 }  # fmt: skip
-"""Where units of each kind lie, as patterns of ``parameter:dim``: the names that these architectures use.
+"""Where units of each kind are, as patterns of ``parameter:dim`` in the names that these architectures use.
 
-``output`` is where attention's output projection reads the heads, ``query`` where queries are made.
+``output`` is the axis at which the output projection of attention reads the heads, ``query`` the one that makes queries.
 """
 
 KINDS = (
@@ -224,7 +224,7 @@ def matches(role: str, site: Site) -> bool:
 
 
 def sites_of(family: Family, spec: PermutationSpec) -> dict[str, list[Site]]:
-    """For every kind of unit that the family has, where it lies."""
+    """Return the places of every kind of unit that the family has."""
     every = [(name, d) for name, shape in spec.shapes.items() for d, n in enumerate(shape) if n > 1]
     found = {role: [site for site in every if matches(role, site)] for role in SITES}
     outputs, queries = found.pop("output"), found.pop("query")
@@ -288,9 +288,9 @@ UNMOVED = {
 GAPS = {
     ("Falcon", "head channels"): "queries, keys and values of a fused projection share one axis of channels",
 }  # fmt: skip
-"""(family, kind) -> which operation holds units that could move, in attention of plain products."""
+"""(family, kind) -> which operation pins units that could move, in attention of plain products."""
 
 
 def gaps(family: Family, attention: str) -> dict[str, str]:
-    """Kind -> which operation holds units of a family that could move."""
+    """Return kind -> which operation pins units of a family that could move."""
     return {kind: reason for (name, kind), reason in GAPS.items() if name == family.name}

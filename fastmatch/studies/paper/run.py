@@ -33,7 +33,7 @@ from fastmatch.renorm import (
     renormalize,
 )
 from fastmatch.studies.digits import Batches, digits, train, train_new
-from fastmatch.studies.networks import NETWORKS, Network
+from fastmatch.studies.networks import NETWORKS, Network, StudyMethod
 from fastmatch.studies.paper.claims import judge
 from fastmatch.studies.paper.report import picture, report
 from fastmatch.studies.pruning import accuracy_by_sparsity
@@ -219,10 +219,10 @@ def _curves(
     for matched, alignment in alignments.items():
         aligned = b if alignment is None else alignment.apply(b)
         statistics = measured.permuted(None, alignment)
-        for method in ("none", *network.methods):
+        for method in (None, *network.methods):
             curve = _curve(method, a, aligned, statistics, loaders, points)
             yield {
-                "matched": matched, "renormalized": method,
+                "matched": matched, "renormalized": method or "none",
                 "positions": curve.positions, "loss": curve.loss, "top-1": curve.accuracy, "top-5": curve.top5,
                 "loss barrier": curve.barrier, "accuracy barrier": curve.accuracy_barrier,
                 "midpoint accuracy": curve.midpoint[1],
@@ -231,10 +231,15 @@ def _curves(
 
 
 def _curve(
-    method: str, a: nn.Module, b: nn.Module, statistics: EndpointStatistics, loaders: Data, points: int
+    method: StudyMethod | None,
+    a: nn.Module,
+    b: nn.Module,
+    statistics: EndpointStatistics,
+    loaders: Data,
+    points: int,
 ) -> Curve:
     train_data, test = loaders
-    if method == "none":
+    if method is None:
         return interpolate(a, b, test, points=points, progress=False)
     if method == "bias":
 
@@ -242,7 +247,7 @@ def _curve(
             return merge([a, b], weights, biases="normalize")
 
         return interpolate(a, b, test, points, between=normalized, progress=False)
-    options = Renormalization(method, "sequential", SAMPLES)  # pyright: ignore[reportArgumentType]
+    options = Renormalization(method, "sequential", SAMPLES)
     between = Renormalized(train_data, options, statistics)
     return interpolate(a, b, test, points, between=between, progress=False)
 
