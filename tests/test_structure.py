@@ -57,13 +57,6 @@ def test_kernels_import_nothing_of_fastmatch():
         assert not any(name.split(".")[0] in ("fastmatch", "bench") for name in imported(path)), path
 
 
-def test_no_module_is_loose():
-    loose = {path.name for path in (ROOT / "fastmatch").iterdir() if path.is_file()}
-    assert loose == {"__init__.py", "__main__.py", "py.typed"}
-    folders = {path.name for path in (ROOT / "fastmatch").iterdir() if path.is_dir()} - {"__pycache__"}
-    assert folders == set(LAYERS)
-
-
 def modules_of(package: Path) -> dict[str, Path]:
     """Module name -> file, for every file of a package."""
     found = {}
@@ -114,3 +107,10 @@ def test_no_import_circle(package):
     """Every import counts: at the top, in a function, under ``TYPE_CHECKING``."""
     modules = modules_of(ROOT / package)
     assert not circles({module: needed(path, modules) for module, path in modules.items()})
+
+
+def test_no_module_is_loose():
+    loose = {path.name for path in (ROOT / "fastmatch").iterdir() if path.is_file()}
+    assert loose == {"__init__.py", "__main__.py", "py.typed"}
+    folders = {path.name for path in (ROOT / "fastmatch").iterdir() if path.is_dir()} - {"__pycache__"}
+    assert folders == set(LAYERS)
