@@ -1,4 +1,4 @@
-"""Sequential mode, several merges at once, the plan, goals, budgets, and what is left alone."""
+"""Sequential mode, several merges at once, the plan, targets, budgets, and what is left alone."""
 
 from __future__ import annotations
 
