@@ -1,4 +1,4 @@
-"""Files, written whole or not at all: state dicts and permutations."""
+"""Read and write files of tensors. Every file is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -13,32 +13,43 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-__all__ = ["TORCH_SUFFIXES", "check_format", "check_target", "load_state", "save_state", "writing"]
-
+__all__ = [
+    "STATE_SUFFIXES",
+    "TORCH_SUFFIXES",
+    "check_format",
+    "check_target",
+    "load_state",
+    "save_state",
+    "writing",
+]
 
 TORCH_SUFFIXES = frozenset({".pt", ".pth", ".bin"})
+STATE_SUFFIXES = TORCH_SUFFIXES | {".safetensors"}
+"""The suffixes of the files that :func:`save_state` writes."""
 
 
 def check_format(path: str | Path, argument: str, suffixes: Iterable[str]) -> None:
-    """ValueError when a file's suffix says nothing of how to write it, or is not among ``suffixes``."""
+    """Raise ValueError unless the suffix of ``path`` is one of ``suffixes``: it decides the format of the file."""
     if Path(path).suffix not in set(suffixes):
         raise ValueError(f"{argument}: expected a file ending in {', '.join(sorted(suffixes))}, got {path}")
 
 
 def check_target(path: str | Path, *, force: bool = False) -> None:
-    """FileExistsError when ``path`` exists and ``force`` is not set, FileNotFoundError when its folder does not."""
+    """Raise FileExistsError if ``path`` exists and ``force`` is not set, FileNotFoundError if its folder does not exist."""
     path = Path(path)
     if path.exists() and not force:
         raise FileExistsError(
             f"{path} exists; choose another path, or pass force=True (--force) to replace it"
         )
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent} is not a folder; make it first")
+        raise FileNotFoundError(f"{path.parent} is not a folder; create it first")
 
 
 @contextmanager
 def writing(path: str | Path, *, force: bool = False) -> Iterator[Path]:
-    """Gives a temporary path beside ``path`` and renames it on success; a killed run leaves no half file.
+    """Yield a temporary path in the folder of ``path`` and rename it to ``path`` on success.
+
+    A run that fails or is killed leaves no partial file under ``path``.
 
     Raises:
         FileExistsError, FileNotFoundError: see :func:`check_target`.
@@ -50,7 +61,7 @@ def writing(path: str | Path, *, force: bool = False) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        umask = os.umask(0)  # mkstemp makes private files; give this one the mode any new file gets
+        umask = os.umask(0)  # mkstemp creates private files; give this one the mode of any new file
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
@@ -59,14 +70,15 @@ def writing(path: str | Path, *, force: bool = False) -> Iterator[Path]:
 
 
 def load_state(path: str | Path, *, mmap: bool = False) -> dict[str, torch.Tensor]:
-    """The state dict in a .safetensors file, or in a torch file read with ``weights_only``.
+    """Read the state dict in a .safetensors file, or in a torch file with ``weights_only``.
 
     Args:
         path: the file.
-        mmap: map a torch file into memory instead of reading it; files of torch's old format are read.
+        mmap: map a torch file into memory instead of reading it. Files of torch's old format are read anyway.
 
     Raises:
-        ValueError: the file is not of these formats, is truncated, or holds no state dict.
+        FileNotFoundError: there is no such file.
+        ValueError: the file has another format, is truncated, or holds no state dict.
     """
     path = Path(path)
     if not path.is_file():
@@ -80,7 +92,7 @@ def load_state(path: str | Path, *, mmap: bool = False) -> dict[str, torch.Tenso
     try:
         mapped = mmap and zipfile.is_zipfile(path)
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # torch raises many kinds for a damaged or unsafe pickle
+    except Exception as error:  # torch raises many types for a damaged or unsafe pickle
         raise ValueError(f"{path}: not a torch file that weights_only can read ({error})") from error
     if isinstance(data, Mapping) and isinstance(data.get("state_dict"), Mapping):
         data = data["state_dict"]
@@ -90,11 +102,16 @@ def load_state(path: str | Path, *, mmap: bool = False) -> dict[str, torch.Tenso
 
 
 def save_state(state: Mapping[str, torch.Tensor], path: str | Path, *, force: bool = False) -> None:
-    """Writes a state dict as .safetensors, or as a torch file for .pt, .pth and .bin; no other suffix."""
-    check_format(path, "path", TORCH_SUFFIXES | {".safetensors"})
+    """Write a state dict: a safetensors file for .safetensors, a torch file for .pt, .pth and .bin.
+
+    Raises:
+        ValueError: the suffix is none of these.
+        FileExistsError, FileNotFoundError: see :func:`check_target`.
+    """
+    check_format(path, "path", STATE_SUFFIXES)
     with writing(path, force=force) as temporary:
         if Path(path).suffix in TORCH_SUFFIXES:
             torch.save(dict(state), temporary)
         else:
-            # safetensors refuses tensors that share memory; tied ones are written out twice.
+            # safetensors refuses tensors that share memory, so tied tensors are written twice.
             save_file({k: v.detach().cpu().clone().contiguous() for k, v in state.items()}, temporary)

@@ -1,4 +1,4 @@
-"""Progress bars: shown on a terminal, silent elsewhere."""
+"""Progress bars: shown on a terminal and silent elsewhere."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ T = TypeVar("T")
 def progress_bar(
     items: Iterable[T], title: str, *, show: bool | None = None, total: int | None = None
 ) -> Iterator[T]:
-    """Yields ``items`` under a bar on standard error.
+    """Yield ``items`` and show a progress bar on standard error.
 
     Args:
-        items: what to go through; its length is shown where it has one.
-        title: what is being done.
-        show: True or False to force it; None shows it only on a terminal, after a second.
-        total: the number of items, where ``items`` does not know it.
+        items: the items to iterate over.
+        title: the text in front of the bar.
+        show: True shows the bar, False hides it, None shows it only on a terminal. It appears after one second.
+        total: number of items, for ``items`` without a length.
     """
     if show is None:
         show = sys.stderr.isatty()
