@@ -1,8 +1,8 @@
-"""Other libraries' matching on this engine: patches for code that is not edited, adapters for code that is.
+"""Run other libraries' matching on fastmatch.
 
-``with fastmatch.backends.installed():`` (and ``python -m fastmatch.backends run script.py``) replaces the
-assignment solvers that re-basin code calls, and undoes itself. The modules beside this one, one a library,
-hold functions with that library's own signatures and results.
+``with fastmatch.backends.installed():`` (or ``fastmatch run script.py`` on the command line) replaces the assignment
+solvers that published re-basin code calls, and restores them afterwards. Code that can be edited uses the adapters:
+each module of this package covers one library and holds functions with that library's signatures and results.
 """
 
 from fastmatch.backends.patching import LIBRARIES, Installed, installed

@@ -13,9 +13,15 @@ __all__ = ["solve_linear_assignment_problem"]
 def solve_linear_assignment_problem(
     sim_matrix: torch.Tensor | np.ndarray, return_matrix: bool = False
 ) -> torch.Tensor:
-    """The columns (n,) that maximise the similarity, or the permutation matrix whose row i is one at column i's.
+    """Return the permutation that maximizes the summed similarity of matched rows and columns.
 
-    int64 indices, or a float32 matrix with ``return_matrix``, on the CPU, as there.
+    Args:
+        sim_matrix: (n, n) similarities.
+        return_matrix: return a permutation matrix instead of indices.
+
+    Returns:
+        The column of each row as an int64 tensor (n,), or a float32 matrix (n, n) with a one at (i, column of row i).
+        Both are on the CPU, as in C2M3.
     """
     columns = torch.from_numpy(solve(sim_matrix, maximize=True).col_ind)
     if return_matrix:

@@ -1,4 +1,4 @@
-"""Git Re-Basin's ``weight_matching`` (Ainsworth et al. 2022) and that of its torch ports."""
+"""``weight_matching`` of Git Re-Basin (Ainsworth et al. 2022) and of its torch ports."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ __all__ = ["spec_of", "weight_matching", "weight_matching_with_key"]
 
 
 def spec_of(ps: Any, params: Mapping[str, Any]) -> PermutationSpec:
-    """The spec that a library's ``PermutationSpec`` says, for parameters of these shapes.
+    """Convert a library's ``PermutationSpec`` to fastmatch's.
 
     Args:
-        ps: anything with ``perm_to_axes`` (C2M3: ``perm_to_layers_and_axes``): group -> [(parameter, axis), ...].
-            Parameters that are not there and axes beyond a tensor's rank are passed over, as scalars are.
-        params: name -> array.
+        ps: an object with ``perm_to_axes`` (C2M3: ``perm_to_layers_and_axes``): group -> [(parameter, axis), ...].
+            Parameters that are missing from ``params`` and axes beyond a tensor's rank are skipped, as are scalars.
+        params: name -> array. Only the shapes are read.
 
     Raises:
         TypeError: ``ps`` has neither attribute.
-        ValueError: a group has no axis in ``params``, or axes of different length.
+        ValueError: a group has no axis in ``params``, or its axes have different lengths.
     """
     table = getattr(ps, "perm_to_axes", None)
     if table is None:
@@ -60,21 +60,23 @@ def weight_matching(
     seed: int | None = None,
     **ignored: Any,
 ) -> dict[str, Any]:
-    """Permutations of ``params_b`` that bring it close to ``params_a``: ``{group: perm}``, ``new_b[i] = b[perm[i]]``.
+    """Find the permutations of ``params_b`` that bring it close to ``params_a``.
 
-    Signature and result are those of the torch ports; every array that ``ps`` names enters the gain.
+    Signature and result are those of the torch ports. Every array that ``ps`` names contributes to the objective.
 
     Args:
         ps: the library's own spec, see :func:`spec_of`.
-        params_a, params_b: name -> torch tensor, or anything numpy reads (jax arrays).
-        max_iter: sweeps at most.
-        init_perm: permutations to start from.
+        params_a, params_b: name -> torch tensor, or name -> anything that numpy reads (jax arrays).
+        max_iter: maximum number of sweeps over the groups.
+        init_perm: permutations to start from; the greedy initialization by default.
         silent: False shows a progress bar.
-        seed: of the order of groups; drawn from torch's global generator where left out, as ports draw the order.
-        ignored: options of single ports (``device``, ``normalize``) that change nothing here.
+        seed: seed for the order of the groups. By default it is drawn from torch's global generator, from which the
+            ports draw the order.
+        ignored: options of single ports (``device``, ``normalize``) that have no effect here.
 
     Returns:
-        LongTensors for tensors, int64 numpy arrays for the rest.
+        ``{group: perm}`` with ``new_b[i] = b[perm[i]]``. Permutations are LongTensors if ``params_a`` holds tensors only,
+        int64 numpy arrays otherwise.
     """
     is_torch = all(isinstance(value, torch.Tensor) for value in params_a.values())
     a = {name: _tensor(value) for name, value in params_a.items()}
@@ -93,14 +95,14 @@ def weight_matching(
 
 
 def _tensor(value: Any) -> torch.Tensor:
-    """A tensor as it is, any other array (jax's are read-only) as a copy."""
+    """Return a tensor unchanged and any other array as a copy, because jax's arrays are read-only."""
     return value.detach() if isinstance(value, torch.Tensor) else torch.as_tensor(np.array(value))
 
 
 def weight_matching_with_key(
     rng: Any, ps: Any, params_a: Mapping[str, Any], params_b: Mapping[str, Any], *args: Any, **options: Any
 ) -> dict[str, Any]:
-    """Git Re-Basin's own signature, in which a jax random key comes first; it seeds the order of groups."""
+    """Call :func:`weight_matching` with Git Re-Basin's own signature: a jax random key first, which seeds the order."""
     words = np.asarray(rng).ravel().astype(np.uint64).tolist()
     seed = int(np.random.SeedSequence(words).generate_state(1)[0])
     return weight_matching(ps, params_a, params_b, *args, seed=seed, **options)

@@ -1,4 +1,4 @@
-"""lap.lapjv, of the packages lap and lapx."""
+"""lap.lapjv, published by the packages lap and lapx."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 
 from fastmatch.assignment import solve
-from fastmatch.backends.patch_target import REFUSED, Seam, is_small
+from fastmatch.backends.patch_target import UNSUPPORTED, PatchTarget, is_small
 
-__all__ = ["SEAMS", "replacement"]
+__all__ = ["TARGETS", "replacement"]
 
 
 def replacement(original: Callable[..., Any]) -> Callable[..., Any]:
-    """lap's contract: (cost, x, y), or (x, y) without ``return_cost``; int32, -1 where unmatched.
+    """Return a function with lap's contract: (cost, x, y), or (x, y) without ``return_cost``.
 
-    x holds the column of each row, y the row of each column. The original answers for fewer than 200 rows
-    or columns, a finite ``cost_limit``, rectangles without ``extend_cost`` (its error), and whatever
-    ours refuses.
+    x holds the column of each row and y the row of each column, int32, -1 where unmatched. The original keeps problems
+    with fewer than 200 rows or columns, a finite ``cost_limit``, rectangles without ``extend_cost`` (it raises an
+    error), and every input that our solver does not support.
     """
 
     @functools.wraps(original)
@@ -36,7 +36,7 @@ def replacement(original: Callable[..., Any]) -> Callable[..., Any]:
             return ask_original()
         try:
             found = solve(cost)
-        except REFUSED:
+        except UNSUPPORTED:
             return ask_original()
         x, y = np.full(n, -1, np.int32), np.full(m, -1, np.int32)
         x[found.row_ind], y[found.col_ind] = found.col_ind, found.row_ind
@@ -45,4 +45,4 @@ def replacement(original: Callable[..., Any]) -> Callable[..., Any]:
     return lapjv
 
 
-SEAMS = (Seam("lap", "lap", "lapjv", replacement),)
+TARGETS = (PatchTarget("lap", "lap", "lapjv", replacement),)

@@ -1,4 +1,4 @@
-"""lapjv.lapjv, of the package lapjv."""
+"""lapjv.lapjv, published by the package lapjv."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 import numpy as np
 
 from fastmatch.assignment import solve
-from fastmatch.backends.patch_target import REFUSED, Seam, is_small
+from fastmatch.backends.patch_target import UNSUPPORTED, PatchTarget, is_small
 
-__all__ = ["SEAMS", "replacement"]
+__all__ = ["TARGETS", "replacement"]
 
 
 def replacement(original: Callable[..., Any]) -> Callable[..., Any]:
-    """lapjv's contract: (column of each row, row of each column, (cost, u, v)), int32, for square matrices.
+    """Return a function with lapjv's contract: (column of each row, row of each column, (cost, u, v)).
 
-    u and v are float32, or float64 with ``force_doubles`` and a matrix that is not float32, as there. lapjv
-    solves float64 matrices in float32 unless ``force_doubles``; here every matrix is solved as given,
-    so the objective can only be better. The original answers for fewer than 200 rows, ``verbose``, shapes
-    that are not square, and whatever ours refuses.
+    The indices are int32. u and v are float32, or float64 with ``force_doubles`` and a matrix that is not float32, as in
+    lapjv. lapjv solves float64 matrices in float32 unless ``force_doubles`` is set. We solve every matrix in its own
+    type, so the objective can only be better. The original keeps problems with fewer than 200 rows, ``verbose``, shapes
+    that are not square, and every input that our solver does not support.
     """
 
     @functools.wraps(original)
@@ -30,7 +30,7 @@ def replacement(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(cost_matrix, verbose=verbose, force_doubles=force_doubles)
         try:
             found = solve(cost)
-        except REFUSED:
+        except UNSUPPORTED:
             return original(cost_matrix, verbose=verbose, force_doubles=force_doubles)
         dtype = np.float64 if force_doubles and cost.dtype != np.float32 else np.float32
         rows = np.empty(len(found.col_ind), np.int32)
@@ -41,4 +41,4 @@ def replacement(original: Callable[..., Any]) -> Callable[..., Any]:
     return lapjv
 
 
-SEAMS = (Seam("lapjv", "lapjv", "lapjv", replacement),)
+TARGETS = (PatchTarget("lapjv", "lapjv", "lapjv", replacement),)

@@ -1,4 +1,4 @@
-"""mergekit's tensor loading: a state dict that reads each tensor when it is asked for."""
+"""mergekit's tensor loading: a state dict that reads each tensor on demand."""
 
 from __future__ import annotations
 
@@ -11,16 +11,24 @@ __all__ = ["LoaderState"]
 
 
 class LoaderState(Mapping[str, torch.Tensor]):
-    """A loader of the kind of mergekit's ``LazyTensorLoader``, as the state dict this package reads.
+    """Present a loader such as mergekit's ``LazyTensorLoader`` as a read-only state dict.
 
     Example:
-        >>> a, b = (LoaderState(LazyTensorLoader(ShardedTensorIndex.from_disk(path))) for path in (first, second))
-        >>> match_weights(a, b, spec)
+        >>> from fastmatch.backends.mergekit import LoaderState
+        >>> class Loader:  # mergekit: LazyTensorLoader(ShardedTensorIndex.from_disk(path))
+        ...     def __init__(self, state):
+        ...         self.get_tensor, self.keys = state.__getitem__, state.keys
+        >>> states = [LoaderState(Loader(model.state_dict())) for model in (model_a, model_b)]
+        >>> spec = fm.PermutationSpec.trace(model_a, x)
+        >>> matching = fm.WeightMatching().match(*states, spec)
 
     Args:
-        loader: has ``get_tensor(name)`` and either ``index.tensor_paths`` or ``keys()``.
+        loader: an object with ``get_tensor(name)`` and either ``index.tensor_paths`` or ``keys()``.
 
-    ``match_weights`` asks for a tensor whenever it needs it and holds no model; ``align`` reads all first.
+    Raises:
+        TypeError: the loader lacks one of these.
+
+    Memory: ``match_weights`` reads a tensor when it needs it. ``align`` and ``match`` read all tensors first.
     """
 
     def __init__(self, loader: Any) -> None:

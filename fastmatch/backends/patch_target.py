@@ -1,4 +1,4 @@
-"""What a replacement is: where a library publishes a function, and what takes its place."""
+"""A patch target: a function that another library publishes, and how to build its replacement."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["REFUSED", "Seam", "is_small"]
+__all__ = ["UNSUPPORTED", "PatchTarget", "is_small"]
 
-SMALL = 200
-"""Rows or columns below which the libraries' own solvers are as fast as a call of ours: they keep those."""
+LEAST_SIZE = 200
+"""Rows or columns. Below it the libraries' own solvers are as fast as one call of ours, so they keep the problem."""
 
-REFUSED = (ValueError, TypeError)
-"""What our solver raises for inputs it does not take; the original then answers, or raises its own error."""
+UNSUPPORTED = (ValueError, TypeError)
+"""The errors our solver raises for unsupported inputs. The original function then answers or raises its own error."""
 
 
 @dataclass(frozen=True)
-class Seam:
+class PatchTarget:
     """A function of another library that can be replaced.
 
     Attributes:
-        library: the name users give to ``installed``.
-        module: where the library publishes the function.
-        name: the function's name there; ``Class.method`` for a method.
-        build: makes the replacement from the original, which it falls back on.
+        library: the name that users pass to ``installed``.
+        module: the module in which the library publishes the function.
+        name: the function's name in that module; ``Class.method`` for a method.
+        build: makes the replacement from the original function, which the replacement falls back on.
     """
 
     library: str
@@ -35,5 +35,5 @@ class Seam:
 
 
 def is_small(cost: np.ndarray) -> bool:
-    """Whether a matrix is left to the original solver."""
-    return cost.ndim == 2 and min(cost.shape) < SMALL
+    """Return whether a cost matrix is too small to be worth a call of our solver."""
+    return cost.ndim == 2 and min(cost.shape) < LEAST_SIZE

@@ -1,4 +1,4 @@
-"""Putting the replacements in place, everywhere a loaded module holds the original, and taking them out again."""
+"""Replace functions of other libraries under every name that a loaded module has for them, and restore the originals."""
 
 from __future__ import annotations
 
@@ -13,65 +13,76 @@ from types import ModuleType
 from typing import Any
 
 from fastmatch.backends import lap, lapjv, pot, rebasin, scipy
-from fastmatch.backends.patch_target import Seam
+from fastmatch.backends.patch_target import PatchTarget
 
 __all__ = ["LIBRARIES", "Installed", "installed"]
 
-SEAMS: tuple[Seam, ...] = (*scipy.SEAMS, *lapjv.SEAMS, *lap.SEAMS, *pot.SEAMS, *rebasin.SEAMS)
+TARGETS: tuple[PatchTarget, ...] = (
+    *scipy.TARGETS,
+    *lapjv.TARGETS,
+    *lap.TARGETS,
+    *pot.TARGETS,
+    *rebasin.TARGETS,
+)
 
-LIBRARIES = tuple(dict.fromkeys(seam.library for seam in SEAMS))
-"""Names ``installed`` takes: ``scipy``, ``lapjv``, ``lap`` (lap and lapx), ``ot`` (POT) and ``rebasin``."""
+LIBRARIES = tuple(dict.fromkeys(target.library for target in TARGETS))
+"""The names that ``installed`` takes: ``scipy``, ``lapjv``, ``lap`` (lap and lapx), ``ot`` (POT) and ``rebasin``."""
 
 _lock = threading.RLock()
-_users: Counter[Seam] = Counter()
-_placed: dict[Seam, tuple[Callable[..., Any], Callable[..., Any]]] = {}
+_users: Counter[PatchTarget] = Counter()
+"""Number of open contexts that use each target."""
+_patched: dict[PatchTarget, tuple[Callable[..., Any], Callable[..., Any]]] = {}
+"""Target -> (original, replacement), for targets that are replaced now."""
 
 
 class Installed(ContextDecorator):
-    """The context of :func:`installed`; it may be entered again while it is open, and after it has closed."""
+    """The context that :func:`installed` returns. It can be entered again, also while it is open."""
 
     def __init__(self, libraries: tuple[str, ...]) -> None:
-        self.seams = [seam for seam in SEAMS if seam.library in libraries]
+        self.targets = [target for target in TARGETS if target.library in libraries]
 
     def __enter__(self) -> Installed:
         with _lock:
             if _finder not in sys.meta_path:
                 sys.meta_path.insert(0, _finder)
-            for seam in self.seams:
-                _users[seam] += 1
-                _place(seam)
+            for target in self.targets:
+                _users[target] += 1
+                _patch(target)
         return self
 
     def __exit__(self, *error: object) -> None:
         with _lock:
-            for seam in self.seams:
-                _users[seam] -= 1
-                if _users[seam] == 0:
-                    del _users[seam]
-                    _take_out(seam)
+            for target in self.targets:
+                _users[target] -= 1
+                if _users[target] == 0:
+                    del _users[target]
+                    _restore(target)
             if not _users:
                 sys.meta_path.remove(_finder)
 
 
 def installed(*libraries: str) -> Installed:
-    """A context in which other libraries' assignment solvers are this package's.
+    """Return a context in which other libraries' assignment solvers are fastmatch's.
+
+    The context replaces scipy.optimize.linear_sum_assignment, lapjv.lapjv, lap.lapjv, ot.emd with uniform marginals and
+    rebasin's PermutationCoordinateDescent.calculate_permutations. It also replaces them under the names by which other
+    modules have imported them, or import them while the context is open. Leaving the context restores the originals
+    everywhere, also after an exception.
+
+    Contexts can be nested. The patch applies to all threads of this process and not to the processes it starts. A
+    reference outside a module's namespace (a default argument, a closure, an attribute of an object) keeps the original.
 
     Example:
-        >>> with fastmatch.backends.installed():
-        ...     published_matching(model_a, model_b)
-
-    Replaced are scipy.optimize.linear_sum_assignment, lapjv.lapjv, lap.lapjv, ot.emd with uniform marginals and
-    rebasin's PermutationCoordinateDescent.calculate_permutations, also under the names other modules
-    have imported them by, or import them by while the context is open. Leaving the context, by an exception too,
-    puts the originals back everywhere. Contexts may be nested; it is the process that is patched,
-    all threads of it, and not the processes it starts. References held elsewhere than in a module's
-    namespace (a default argument, a closure, an attribute of an object) keep the original.
+        >>> import fastmatch.backends
+        >>> from scipy.optimize import linear_sum_assignment
+        >>> with fastmatch.backends.installed("scipy"):
+        ...     rows, columns = linear_sum_assignment(np.eye(300))
 
     Args:
-        libraries: some of :data:`LIBRARIES`; all where left out. One that is not installed does no harm.
+        libraries: some of :data:`LIBRARIES`; all of them if none is given. A library that is not installed is skipped.
 
     Raises:
-        ValueError: an unknown library.
+        ValueError: a library is unknown.
     """
     unknown = [name for name in libraries if name not in LIBRARIES]
     if unknown:
@@ -79,37 +90,38 @@ def installed(*libraries: str) -> Installed:
     return Installed(libraries or LIBRARIES)
 
 
-def _place(seam: Seam) -> None:
-    """Replaces a seam where its module is loaded; else the finder does so when it is."""
-    if seam in _placed or seam.module not in sys.modules:
+def _patch(target: PatchTarget) -> None:
+    """Replace a target if its module is loaded. Otherwise the finder does so when the module is imported."""
+    if target in _patched or target.module not in sys.modules:
         return
-    owner_name, _, name = seam.name.rpartition(".")
-    module = sys.modules[seam.module]
+    owner_name, _, name = target.name.rpartition(".")
+    module = sys.modules[target.module]
     owner = getattr(module, owner_name, None) if owner_name else module
     original = getattr(owner, name, None)
-    if owner is None or original is None:  # another package of that name, or one still being imported
+    if owner is None or original is None:  # another package of that name, or one that is still being imported
         return
-    replacement = seam.build(original)
-    _placed[seam] = (original, replacement)
+    replacement = target.build(original)
+    _patched[target] = (original, replacement)
     if owner_name:
         setattr(owner, name, replacement)
     else:
-        _swap(original, replacement)
+        _rebind(original, replacement)
 
 
-def _take_out(seam: Seam) -> None:
-    if seam not in _placed:
+def _restore(target: PatchTarget) -> None:
+    """Put the original back, if the target is replaced."""
+    if target not in _patched:
         return
-    original, replacement = _placed.pop(seam)
-    owner_name, _, name = seam.name.rpartition(".")
+    original, replacement = _patched.pop(target)
+    owner_name, _, name = target.name.rpartition(".")
     if owner_name:
-        setattr(getattr(sys.modules[seam.module], owner_name), name, original)
+        setattr(getattr(sys.modules[target.module], owner_name), name, original)
     else:
-        _swap(replacement, original)
+        _rebind(replacement, original)
 
 
-def _swap(old: object, new: object) -> None:
-    """Binds ``new`` to every name of a loaded module that is bound to ``old``."""
+def _rebind(old: object, new: object) -> None:
+    """Bind ``new`` to every name in a loaded module that is bound to ``old``."""
     for module in list(sys.modules.values()):
         namespace = getattr(module, "__dict__", None)
         if isinstance(namespace, dict):
@@ -119,13 +131,13 @@ def _swap(old: object, new: object) -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Lets the others find a seam's module, and places the seam once it has run."""
+    """Lets the other finders find a target's module, and replaces the target once the module has run."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        seams = [seam for seam in _users if seam.module == fullname]
-        if not seams:
+        wanted = [patch for patch in _users if patch.module == fullname]
+        if not wanted:
             return None
         others = (f for f in sys.meta_path if f is not self and hasattr(f, "find_spec"))
         spec = next((s for s in (f.find_spec(fullname, path, target) for f in others) if s), None)
@@ -138,9 +150,9 @@ class _Finder(importlib.abc.MetaPathFinder):
             del loader.exec_module  # type: ignore[misc]
             run(module)
             with _lock:
-                for seam in seams:
-                    if seam in _users:
-                        _place(seam)
+                for patch in wanted:
+                    if patch in _users:
+                        _patch(patch)
 
         loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

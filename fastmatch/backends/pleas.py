@@ -1,4 +1,4 @@
-"""PLeaS' assignment solver (Nasery et al. 2024), for its arguments ``lsa_solver=``."""
+"""PLeaS' assignment solver (Nasery et al. 2024)."""
 
 from __future__ import annotations
 
@@ -10,5 +10,8 @@ __all__ = ["lsa_solver"]
 
 
 def lsa_solver(A: torch.Tensor, maximize: bool = True) -> torch.Tensor:
-    """The column of each row, int64 on the CPU: ``weight_matching(..., lsa_solver=pleas.lsa_solver)``."""
+    """Return the column of each row as an int64 tensor (n,) on the CPU.
+
+    Pass this function as PLeaS' ``lsa_solver`` argument: ``weight_matching(..., lsa_solver=pleas.lsa_solver)``.
+    """
     return torch.from_numpy(solve(A, maximize=maximize).col_ind)

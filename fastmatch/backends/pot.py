@@ -1,4 +1,4 @@
-"""ot.emd, of the package POT, where it is an assignment: uniform marginals of equal length."""
+"""ot.emd, published by the package POT, for the transport problems that are assignments: uniform, equally long marginals."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import numpy as np
 import torch
 
 from fastmatch.assignment import solve
-from fastmatch.backends.patch_target import REFUSED, Seam, is_small
+from fastmatch.backends.patch_target import UNSUPPORTED, PatchTarget, is_small
 
-__all__ = ["SEAMS", "replacement"]
+__all__ = ["TARGETS", "replacement"]
 
 
 def replacement(original: Callable[..., Any]) -> Callable[..., Any]:
-    """POT's contract: the (n, n) transport plan, a permutation matrix times the mass of one point.
+    """Return a function with POT's contract: the (n, n) transport plan, a permutation matrix times the mass of one point.
 
-    Rows are the points of ``a``, columns those of ``b``; type, dtype and device are those of ``a``, else
-    ``b``, else ``M``. The original answers for fewer than 200 points, marginals that are not all equal,
-    rectangles, ``log=True``, array types other than numpy and torch, dtypes that are not floating, and
-    whatever ours refuses.
+    Rows are the points of ``a``, columns the points of ``b``. Array type, dtype and device follow ``a``; if ``a`` is
+    empty, ``b``; if both are empty, ``M``. The original keeps problems with fewer than 200 points, marginals that are
+    not uniform, rectangles, ``log=True``, array types other than numpy and torch, dtypes that are not floating point,
+    and every input that our solver does not support.
     """
 
     @functools.wraps(original)
@@ -37,7 +37,7 @@ def replacement(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _plan(a: Any, b: Any, M: Any) -> Any:
-    """The plan, or None where the problem is none of ours."""
+    """Return the plan, or None if the original has to solve the problem."""
     given = [x for x in (a, b) if len(x)]
     like = given[0] if given else M
     if not any(all(isinstance(x, kind) for x in (*given, M)) for kind in (np.ndarray, torch.Tensor)):
@@ -55,7 +55,7 @@ def _plan(a: Any, b: Any, M: Any) -> Any:
         return None
     try:
         found = solve(cost)
-    except REFUSED:
+    except UNSUPPORTED:
         return None
     if isinstance(like, torch.Tensor):
         plan = torch.zeros(n, n, dtype=like.dtype, device=like.device)
@@ -66,11 +66,11 @@ def _plan(a: Any, b: Any, M: Any) -> Any:
 
 
 def _mass(marginals: list[Any], n: int) -> float | None:
-    """The mass every point carries, or None where they differ; an empty marginal is uniform, of mass one."""
+    """Return the mass of each point, or None if the masses differ. An empty marginal is uniform with total mass one."""
     mass = 1.0 / n if len(marginals) < 2 else float(marginals[0][0])
     if all(x.shape == (n,) and bool((x == mass).all()) for x in marginals) and mass > 0:
         return mass
     return None
 
 
-SEAMS = (Seam("ot", "ot", "emd", replacement),)
+TARGETS = (PatchTarget("ot", "ot", "emd", replacement),)

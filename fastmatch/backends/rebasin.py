@@ -13,20 +13,20 @@ from typing import Any
 
 import torch
 
-from fastmatch.backends.patch_target import Seam
+from fastmatch.backends.patch_target import PatchTarget
 from fastmatch.matching.ascent import Hooks
 from fastmatch.matching.objective import Include
 from fastmatch.matching.weights import WeightMatching, match_weights
 from fastmatch.spec import Axis, Group, PermutationSpec
 
-__all__ = ["SEAMS", "calculate_permutations", "replacement", "which_rebasin"]
+__all__ = ["TARGETS", "calculate_permutations", "replacement", "which_rebasin"]
 
 
 def which_rebasin() -> str | None:
-    """Which package owns the module ``rebasin``: ``"rebasin"``, ``"sinkhorn-rebasin"``, or None for neither.
+    """Return which package owns the module ``rebasin``: ``"rebasin"``, ``"sinkhorn-rebasin"``, or None for neither.
 
-    Both install a module of that name; the one installed last has the other's ``__init__.py`` replaced. Only
-    the first has a coordinate descent to speed up. Nothing is imported.
+    Both packages install a module of that name, and the one installed last overwrites the other's ``__init__.py``. Only
+    the first package has a coordinate descent that we can speed up. Nothing is imported.
     """
     module = sys.modules.get("rebasin")
     spec = getattr(module, "__spec__", None) or (find_spec("rebasin") if module is None else None)
@@ -39,19 +39,19 @@ def which_rebasin() -> str | None:
 
 
 def calculate_permutations(descent: Any, max_iterations: int = 100) -> None:
-    """Sets the permutations of a ``PermutationCoordinateDescent``, as its own method does, only faster.
+    """Set the permutations of a ``PermutationCoordinateDescent``, as its own method does, but faster.
 
-    The groups are visited in the order that torch's global generator gives, like there. rebasin leaves
-    vectors (biases, norms) out, and counts the tensors it meets first in a group several times. Here that
-    objective is climbed first and the plain inner product of all parameters from where it ends, so
-    that the result is never below rebasin's own but for ties.
+    As in rebasin, torch's global generator gives the order of the groups. rebasin's objective omits vectors (biases,
+    norms) and counts the first tensors of a group several times. We maximize that objective first. Then we maximize the
+    plain inner product of all parameters, starting from the first result. The result is therefore never below
+    rebasin's, except for ties.
 
     Args:
         descent: a ``rebasin.PermutationCoordinateDescent``.
-        max_iterations: sweeps at most, of either ascent.
+        max_iterations: maximum number of sweeps in each of the two ascents.
 
     Raises:
-        ValueError: a permutation does not have one unit a position on each of its axes.
+        ValueError: on some axis, a permutation does not have exactly one unit per position.
     """
     places = descent.pinit.model_graph.permutation_to_info
     a: dict[str, torch.Tensor] = {}
@@ -87,9 +87,9 @@ def calculate_permutations(descent: Any, max_iterations: int = 100) -> None:
 
 
 def _factors(counts: dict[str, Counter[Axis]]) -> dict[str, float]:
-    """A weight per tensor under which one objective has, in every group, the tensors in rebasin's proportions.
+    """Return a weight per tensor that gives the tensors of every group the proportions of rebasin's objective.
 
-    Empty where no such weights exist.
+    Returns an empty dict if no such weights exist.
     """
     factors: dict[str, float] = {}
     waiting = dict(counts)
@@ -112,7 +112,7 @@ def _orders(count: int) -> Iterator[list[int]]:
 
 
 def replacement(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The method, with rebasin's own for module kinds whose permutations ours does not take."""
+    """Return a method that uses ours, and rebasin's own for permutations that ours does not support."""
 
     @functools.wraps(original)
     def method(self: Any, max_iterations: int = 100) -> None:
@@ -124,8 +124,8 @@ def replacement(original: Callable[..., Any]) -> Callable[..., Any]:
     return method
 
 
-SEAMS = (
-    Seam(
+TARGETS = (
+    PatchTarget(
         "rebasin",
         "rebasin.permutation_coordinate_descent",
         "PermutationCoordinateDescent.calculate_permutations",

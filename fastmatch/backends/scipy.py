@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 
 from fastmatch.assignment import linear_sum_assignment as solve
-from fastmatch.backends.patch_target import REFUSED, Seam, is_small
+from fastmatch.backends.patch_target import UNSUPPORTED, PatchTarget, is_small
 
-__all__ = ["SEAMS", "replacement"]
+__all__ = ["TARGETS", "replacement"]
 
 
 def replacement(original: Callable[..., Any]) -> Callable[..., Any]:
-    """scipy's contract: (row_ind, col_ind), rows ascending, a minimum unless ``maximize``.
+    """Return a function with scipy's contract: (row_ind, col_ind), rows ascending, minimal unless ``maximize``.
 
-    The original answers for fewer than 200 rows or columns, and for whatever ours refuses: sparse
-    and object arrays, complex numbers, NaN, problems without a solution. So its errors stay what they were.
+    The original keeps problems with fewer than 200 rows or columns and every input that our solver does not support:
+    sparse and object arrays, complex numbers, NaN, infeasible problems. Its error messages therefore stay the same.
     """
 
     @functools.wraps(original)
@@ -28,10 +28,10 @@ def replacement(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(cost_matrix, maximize)
         try:
             return solve(cost, maximize=bool(maximize))
-        except REFUSED:
+        except UNSUPPORTED:
             return original(cost_matrix, maximize)
 
     return linear_sum_assignment
 
 
-SEAMS = (Seam("scipy", "scipy.optimize", "linear_sum_assignment", replacement),)
+TARGETS = (PatchTarget("scipy", "scipy.optimize", "linear_sum_assignment", replacement),)

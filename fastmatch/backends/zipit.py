@@ -1,7 +1,7 @@
 """ZipIt's matching functions (Stoica et al. 2023): merge and unmerge matrices from a joint covariance.
 
-Features of the models follow each other in ``metric["covariance"]`` (N n, N n). ``merge`` (m, N n) averages
-them into m common features, ``unmerge`` (N n, m) takes them apart again.
+``metric["covariance"]`` (N n, N n) holds the n features of model 1, then those of model 2, up to model N. ``merge``
+(m, N n) averages them into m common features. ``unmerge`` (N n, m) maps the common features back.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fastmatch.merging.zip import zip_units
 __all__ = ["match_tensors_identity", "match_tensors_permute", "match_tensors_zipit"]
 
 EPS = 1e-5
-"""Added to the number of features merged, as there."""
+"""Added to the number of merged features before dividing by it, as in ZipIt."""
 
 
 def match_tensors_permute(
@@ -28,14 +28,14 @@ def match_tensors_permute(
     add_bias: bool = False,
     **ignored: Any,
 ) -> tuple[Any, ...]:
-    """Every model's features permuted to the first model's, by correlation.
+    """Permute every model's features to the first model's order, by correlation.
 
     Args:
-        metric: holds ``"covariance"``.
-        r: the share of features merged away: 1 - 1 / number of models.
+        metric: a mapping with ``"covariance"``.
+        r: fraction of the features that merging removes: 1 - 1 / number of models.
         get_merge_value: also return the mean correlation of the last model's matched features.
-        add_bias: let unmerge pass one more feature, a constant, through.
-        ignored: arguments of ZipIt's other matching functions.
+        add_bias: make unmerge pass one more feature through, a constant.
+        ignored: arguments of ZipIt's other matching functions, which have no effect here.
 
     Returns:
         (merge, unmerge) or (merge, unmerge, value), float32 on the covariance's device.
@@ -54,7 +54,7 @@ def match_tensors_permute(
 def match_tensors_identity(
     metric: Mapping[str, torch.Tensor], r: float = 0.5, add_bias: bool = False, **ignored: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Feature k with feature k: plain averaging."""
+    """Merge feature k of every model with feature k of the others: plain averaging."""
     covariance = metric["covariance"]
     count, n = _models(covariance, r)
     return _from_columns([np.arange(n)] * count, n, add_bias, covariance.device)
@@ -70,22 +70,26 @@ def match_tensors_zipit(
     add_bias: bool = False,
     **ignored: Any,
 ) -> tuple[Any, ...]:
-    """ZipIt's greedy pairs: the most similar two features become one, within a model too, until (1 - r) N n are left.
+    """Merge the two most similar features repeatedly, also within a model, until (1 - r) N n features remain.
 
-    A merged feature is as similar to a third as the less similar of its parts, times ``a``. After ``b`` of its
-    even share of merges within itself, a model only merges with others. Cost: O((N n)^2), against a
-    fresh search and copy of the matrix at every pair there.
+    The similarity of a merged feature to a third one is the smaller similarity of its two parts, times ``a``. Once a
+    model has made the fraction ``b`` of its even share of merges within itself, it merges only with other models.
 
     Args:
-        metric: holds ``"covariance"``, or ``"cossim"`` to be taken as it is; left unchanged.
-        r, add_bias: as for :func:`match_tensors_permute`.
-        a, b: alpha and beta of the paper's section 4.3; ``a`` above 0.
-        print_merges: print how many features were merged within and across two models.
-        get_merge_value: also return the mean similarity of the pairs.
-        ignored: arguments of ZipIt's other matching functions.
+        metric: a mapping with ``"covariance"``, or with ``"cossim"``, which is used as given. It is not changed.
+        r, add_bias: see :func:`match_tensors_permute`.
+        a, b: alpha (above 0) and beta of the paper's section 4.3.
+        print_merges: print the number of features merged within each model and across models.
+        get_merge_value: also return the mean similarity of the merged pairs.
+        ignored: arguments of ZipIt's other matching functions, which have no effect here.
+
+    Returns:
+        (merge, unmerge) or (merge, unmerge, value), float32 on the similarity's device.
 
     Raises:
-        ValueError: ``a`` is not above 0, or ``r`` leaves no feature.
+        ValueError: ``a`` is not above 0, or no feature would remain under ``r``.
+
+    Cost: O((N n)^2) in total. ZipIt searches and copies the matrix again for every pair.
     """
     count, n = _models(metric["covariance"] if "covariance" in metric else metric["cossim"], r)
     given = _correlation(metric["covariance"]) if "covariance" in metric else metric["cossim"]
@@ -104,17 +108,17 @@ def match_tensors_zipit(
 
 
 def _correlation(covariance: torch.Tensor) -> torch.Tensor:
-    """The Pearson correlation, with ZipIt's least denominator."""
+    """Return the Pearson correlation, with ZipIt's smallest denominator."""
     std = covariance.diagonal().sqrt()
     return covariance / torch.outer(std, std).clamp_(min=1e-7)
 
 
 def _models(matrix: torch.Tensor, r: float) -> tuple[int, int]:
-    """(number of models, features of each)."""
+    """Return (number of models, features per model)."""
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"metric: expected a square matrix, got shape {tuple(matrix.shape)}")
     if not 0 <= r < 1:
-        raise ValueError(f"r: expected a share of at least 0 and below 1, got {r}")
+        raise ValueError(f"r: expected a fraction of at least 0 and below 1, got {r}")
     count = int(1 / (1 - r) + 0.5)
     if len(matrix) % count:
         raise ValueError(f"metric: {len(matrix)} features are not {count} models of equal width")
@@ -124,7 +128,7 @@ def _models(matrix: torch.Tensor, r: float) -> tuple[int, int]:
 def _from_columns(
     columns: list[np.ndarray], n: int, add_bias: bool, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Blocks with a one at (columns[k][i], i): feature columns[k][i] of model k joins common feature i."""
+    """Return (merge, unmerge) in which feature columns[k][i] of model k belongs to common feature i."""
     blocks = []
     for column in columns:
         block = torch.zeros(n, n, device=device)

@@ -193,7 +193,7 @@ def test_zipits_greedy_pairs(models, b):
 
 def test_zipits_errors_and_printing(capsys):
     covariance = joint_covariance(6, 2)
-    for bad, message in [({"a": 0.0}, "a: expected"), ({"r": 1.0}, "r: expected a share")]:
+    for bad, message in [({"a": 0.0}, "a: expected"), ({"r": 1.0}, "r: expected a fraction")]:
         with pytest.raises(ValueError, match=message):
             zipit.match_tensors_zipit({"covariance": covariance}, **bad)
     with pytest.raises(ValueError, match="metric: expected a square matrix"):

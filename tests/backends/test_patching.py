@@ -19,7 +19,6 @@ from scipy.optimize import linear_sum_assignment
 import fastmatch.backends
 from fastmatch.assignment import solve
 from fastmatch.backends import LIBRARIES, installed, patch_target
-from fastmatch.backends.__main__ import main
 from helpers.networks import fresh_seed
 
 ORIGINALS = {
@@ -47,7 +46,7 @@ def generator():
 @pytest.fixture
 def any_size(monkeypatch):
     """Small matrices go to ours as well, so that conventions show on them."""
-    monkeypatch.setattr(patch_target, "SMALL", 0)
+    monkeypatch.setattr(patch_target, "LEAST_SIZE", 0)
 
 
 def test_names_imported_earlier_and_later_are_replaced_and_put_back():
@@ -274,41 +273,3 @@ def test_what_is_no_assignment_stays_with_pot(generator, monkeypatch):
         assert ot.emd([], [], rectangle).shape == (n, 4)
         plan, log = ot.emd(uniform, uniform, cost, log=True)
         assert log["cost"] == pytest.approx((plan * cost).sum())
-
-
-@pytest.mark.parametrize("way", ["script", "module"])
-def test_a_script_runs_unedited(tmp_path, way):
-    (tmp_path / "published.py").write_text(
-        textwrap.dedent("""
-            import sys
-            import numpy as np
-            from scipy.optimize import linear_sum_assignment
-            if __name__ == "__main__":
-                cost = np.random.default_rng(0).random((300, 300))
-                rows, cols = linear_sum_assignment(cost)
-                print(hasattr(linear_sum_assignment, "__wrapped__"), f"{cost[rows, cols].sum():.10f}", sys.argv[1:])
-                sys.exit(3)
-        """)
-    )
-    command = ["-m", "published"] if way == "module" else ["published.py"]
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "fastmatch.backends", "run", *command, "--flag", "2"],
-        capture_output=True, text=True, cwd=tmp_path,
-    )  # fmt: skip
-    cost = np.random.default_rng(0).random((300, 300))
-    assert done.returncode == 3, done.stderr
-    assert done.stdout.split(" ", 2) == [
-        "True",
-        f"{cost[linear_sum_assignment(cost)].sum():.10f}",
-        "['--flag', '2']\n",
-    ]
-
-
-def test_the_command_reports_what_is_missing(capsys, tmp_path):
-    assert main(["run", str(tmp_path / "missing.py")]) == 2
-    assert "run: no file" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["run"])
-    assert main(["status"]) == 0
-    assert "rebasin  found: the package rebasin" in capsys.readouterr().out
-    assert current() == ORIGINALS

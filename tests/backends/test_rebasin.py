@@ -71,14 +71,14 @@ def test_the_objective_is_the_same_or_better_and_outputs_are_preserved(name):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_with_the_solver_alone_replaced_the_result_is_rebasins_own(name, monkeypatch):
-    monkeypatch.setattr("fastmatch.backends.patch_target.SMALL", 0)
+    monkeypatch.setattr("fastmatch.backends.patch_target.LEAST_SIZE", 0)
     seed = fresh_seed()
     a, b, x = models(name, seed)
     permutations = []
     for context in (installed(), installed("scipy")):
         torch.manual_seed(seed)
         descent = PermutationCoordinateDescent(a, copy.deepcopy(b), x)
-        if context.seams[0].library == "scipy" and len(context.seams) == 1:
+        if context.targets[0].library == "scipy" and len(context.targets) == 1:
             with context:
                 descent.calculate_permutations()
         else:
