@@ -104,7 +104,7 @@ def peak() -> int:
 
 def align(folder: Path, permuted: Path, out: Path, groups: int | None) -> dict[str, object]:
     """Align once in this process. Return the time of each part."""
-    import fastmatch.checkpoint.align as streamed
+    import fastmatch.checkpoint.align as out_of_core
     import fastmatch.matching.ascent as ascent
     from fastmatch.checkpoint import Checkpoint, trace_config
 
@@ -130,11 +130,11 @@ def align(folder: Path, permuted: Path, out: Path, groups: int | None) -> dict[s
     spec = trace_config(folder)
     traced = time.perf_counter() - started
     ascent.solve = timed(ascent.solve, "assignment")
-    streamed.write_like = timed(streamed.write_like, "write")
-    streamed.Checkpoint = Recorded
+    out_of_core.write_like = timed(out_of_core.write_like, "write")
+    out_of_core.Checkpoint = Recorded
     started = time.perf_counter()
-    alignment = streamed.align_checkpoints(
-        folder, permuted, out, spec=spec, groups=chosen_groups(spec, groups)
+    alignment = out_of_core.align_checkpoints(
+        folder, permuted, out, spec=spec.select(chosen_groups(spec, groups))
     )
     total = time.perf_counter() - started
     read = sum(r.seconds for r in readers)

@@ -1,7 +1,10 @@
-"""Alignment of checkpoints on disk: weight matching over lazily read tensors, then one streamed write."""
+"""Align checkpoints out of core: weight matching over tensors that are read on demand, then one pass that writes."""
 
 from __future__ import annotations
 
+import hashlib
+import math
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -9,135 +12,170 @@ import torch
 
 from fastmatch._internal.files import check_target
 from fastmatch._internal.states import check_finite, check_same_architecture
-from fastmatch.checkpoint.journal import Journal, fingerprint
-from fastmatch.checkpoint.names import Layout, Piece, UnderParameterNames, layout_of
+from fastmatch.checkpoint.journal import Journal, fingerprint, journal_path
+from fastmatch.checkpoint.names import Chunk, Layout, RenamedCheckpoint, layout_of
 from fastmatch.checkpoint.reader import CONFIG, Checkpoint
 from fastmatch.checkpoint.structure import bind, build_empty, trace_config
 from fastmatch.checkpoint.writer import write_like
 from fastmatch.matching.ascent import Hooks
-from fastmatch.matching.objective import Include
 from fastmatch.matching.weights import WeightMatching, match_weights
 from fastmatch.merging.average import merge_states
 from fastmatch.permutations.alignment import Alignment
 from fastmatch.permutations.apply import permute_tensor
 from fastmatch.spec import PermutationSpec
 
-__all__ = ["align_checkpoints", "journal_path"]
+__all__ = ["WriteOptions", "align_checkpoints"]
 
 
-def journal_path(out: str | Path) -> Path:
-    """Where the journal of a run that writes ``out`` lies: beside it."""
-    out = Path(out)
-    return out.parent / f".{out.name}.journal"
+@dataclass(frozen=True)
+class WriteOptions:
+    """What :func:`align_checkpoints` writes.
+
+    Args:
+        merge: write ``(1 - merge) A + merge B`` instead of the aligned B.
+        dtype: element type for floating point tensors; by default each keeps its own.
+        force: replace an output that exists.
+
+    Raises:
+        ValueError: ``merge`` is not a finite number, or ``dtype`` is not a floating point type.
+    """
+
+    merge: float | None = None
+    dtype: torch.dtype | None = None
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        if self.merge is not None and not math.isfinite(self.merge):
+            raise ValueError(f"merge: expected a finite number; got {self.merge!r}")
+        if self.dtype is not None and not self.dtype.is_floating_point:
+            raise ValueError(
+                f"dtype: expected a floating point type such as torch.bfloat16; got {self.dtype}"
+            )
 
 
 def layout_for(path: str | Path, checkpoint: Checkpoint, spec: PermutationSpec) -> Layout:
-    """Where a checkpoint's tensors lie in what the spec describes: its own names where the spec is in them."""
+    """Return the layout of a checkpoint in the spec's parameters: every name unchanged if the spec uses the file's."""
     named = {axis.parameter for group in spec.groups.values() for axis in group.axes}
     if named <= set(checkpoint) or not (Path(path) / CONFIG).is_file():
-        return {name: Piece(name, tensor.shape) for name, tensor in checkpoint.headers.items()}
+        return {name: Chunk(name, tensor.shape) for name, tensor in checkpoint.headers.items()}
     return layout_of(build_empty(path), checkpoint.headers, str(path))
 
 
 class _Output:
-    """Gives the tensors to write: B's aligned, or merged with A's, each named in its errors."""
+    """Computes the tensors to write, by their names in the file: those of the aligned B, or their merge with A's."""
 
     def __init__(
         self, a: Checkpoint, b: Checkpoint, layout: Layout, alignment: Alignment, weight: float | None
     ) -> None:
         self.a, self.layout, self.alignment, self.weight = a, layout, alignment, weight
-        self.parameters = UnderParameterNames(b, layout)
-        # A file lists the pieces of an expert's two stacks in turn.
-        self.moved = lru_cache(maxsize=2)(self._moved)
+        self.parameters = RenamedCheckpoint(b, layout)
+        # A file alternates between the chunks of an expert's two stacks.
+        self.cached_aligned = lru_cache(maxsize=2)(self._aligned)
 
-    def _moved(self, name: str) -> torch.Tensor:
-        return permute_tensor(self.parameters[name], name, self.alignment.spec, self.alignment.permutations)
+    def _aligned(self, parameter: str) -> torch.Tensor:
+        tensor = self.parameters[parameter]
+        return permute_tensor(tensor, parameter, self.alignment.spec, self.alignment.permutations)
 
     def __call__(self, name: str) -> torch.Tensor:
-        piece = self.layout[name]
-        moved = self.moved(piece.parameter)[piece.index] if piece.index else self._moved(piece.parameter)
+        chunk = self.layout[name]
+        if chunk.index:
+            aligned = self.cached_aligned(chunk.parameter)[chunk.index]
+        else:
+            aligned = self._aligned(chunk.parameter)
         if self.weight is None:
-            return moved
-        return merge_states([{name: self.a[name]}, {name: moved}], [1 - self.weight, self.weight])[name]
+            return aligned
+        return merge_states([{name: self.a[name]}, {name: aligned}], [1 - self.weight, self.weight])[name]
 
 
 def align_checkpoints(
-    a: str | Path,
-    b: str | Path,
+    path_a: str | Path,
+    path_b: str | Path,
     out: str | Path,
+    matcher: WeightMatching = WeightMatching(),
     *,
     spec: PermutationSpec | None = None,
-    groups: list[str] | None = None,
-    residual: bool = True,
-    merge: float | None = None,
-    dtype: torch.dtype | None = None,
+    write: WriteOptions = WriteOptions(),
     device: str | torch.device = "cpu",
     resume: bool = False,
-    seed: int = 0,
-    max_sweeps: int = 100,
-    include: Include = "affine",
-    progress: bool | None = None,
-    force: bool = False,
 ) -> Alignment:
-    """Aligns checkpoint ``b`` to ``a`` without holding either, and writes it to ``out``.
+    """Align checkpoint B to checkpoint A without holding either in memory, and write the result.
 
     Example:
+        >>> from fastmatch.checkpoint import align_checkpoints
         >>> alignment = align_checkpoints("model-a", "model-b", "model-b-aligned")
+        >>> alignment.matching.converged
+        True
 
     Args:
-        a, b: Hugging Face directories (config.json; model.safetensors or shards with an index), or single
-            .safetensors or torch files of the same architecture. A is the reference.
-        out: a directory for a directory, a file for a file; same shards, config and tokenizer copied from B.
-        spec: which axes move together; traced from A's config.json where left out.
-        groups: names of the groups to match; all where left out.
-        residual: False leaves residual streams where they are: they move nearly every weight at once.
-        merge: write ``(1 - merge) A + merge B`` instead of aligned B.
-        dtype: element type to write floating point tensors in; their own where left out.
-        device: where the gains are computed.
-        resume: go on from the journal of a killed run with the same files and settings. The journal lies
-            beside ``out`` and is removed when the output is complete.
-        seed, max_sweeps, include, progress: see :class:`fastmatch.WeightMatching`.
-        force: replace an output that exists.
+        path_a, path_b: Hugging Face directories (config.json; model.safetensors or shards with an index), or single
+            .safetensors or torch files, of the same architecture. A is the reference.
+        out: the directory to write for directories, the file to write for files. A directory has B's shards, config and
+            tokenizer.
+        matcher: a :class:`fastmatch.WeightMatching`. The other matchers run the networks and need them in memory.
+        spec: which axes move together; traced from A's config.json by default. ``spec.select`` and
+            ``spec.without_residual`` restrict the groups that are matched.
+        write: what to write: the aligned B or a merge, its element type, and whether an existing output is replaced.
+        device: the device that computes the gain matrices.
+        resume: continue from the journal of a killed run with the same files and settings. The journal is a hidden file
+            in the folder of ``out`` and is removed when the output is complete.
 
     Returns:
-        The :class:`fastmatch.Alignment`, as matched.
+        The :class:`fastmatch.Alignment`.
 
     Raises:
-        ValueError, OSError: a file is damaged, missing or cannot be written, or A and B differ; file and
-            tensor are named, and nothing is left half-written.
+        TypeError: ``matcher`` is not a WeightMatching.
+        ValueError: a file is damaged, A and B differ, or nothing can be permuted. File and tensor are named.
+        OSError: a file is missing or cannot be written. Nothing is left half-written.
 
-    Cost: each solve reads the group's tensors once for the gains and, where units move, once more to prove
-    progress in float64; memory is one tensor of A and of B with copies of B's, the gain matrix and the solver's.
+    Cost: each solve reads the group's tensors once for the gain matrix and, if units move, again to verify the progress
+    in float64. Memory holds one tensor of A and one of B with copies, the gain matrix, and the solver's workspace.
     """
-    first, second = Checkpoint(a, device), Checkpoint(b, device)
-    if Path(a).is_dir() != Path(b).is_dir():
-        raise ValueError(f"{b}: expected a {'directory' if Path(a).is_dir() else 'file'}, like {a}")
-    check_target(out, force=force)
-    if Path(out).resolve() in (Path(a).resolve(), Path(b).resolve()):
+    if not isinstance(matcher, WeightMatching):
+        raise TypeError(
+            f"matcher: expected a WeightMatching, because the networks are not run; got {type(matcher).__name__}"
+        )
+    a, b = Checkpoint(path_a, device), Checkpoint(path_b, device)
+    if Path(path_a).is_dir() != Path(path_b).is_dir():
+        kind = "directory" if Path(path_a).is_dir() else "file"
+        raise ValueError(f"{path_b}: expected a {kind}, like {path_a}")
+    check_target(out, force=write.force)
+    if Path(out).resolve() in (Path(path_a).resolve(), Path(path_b).resolve()):
         raise ValueError(f"out: {out} is one of the inputs; choose another path")
-    check_same_architecture(first.headers, second.headers, str(a), str(b))
+    check_same_architecture(a.headers, b.headers, str(path_a), str(path_b))
     if spec is None:
-        if not Path(a).is_dir():
-            raise ValueError(f"spec: needed, since {a} has no config.json beside it to trace")
-        spec = trace_config(a)
-    layout = layout_for(a, first, spec)
-    one, two = (UnderParameterNames(checkpoint, layout) for checkpoint in (first, second))
-    spec = bind(spec, one.headers, str(a))
-    if groups is not None:
-        spec = spec.select(groups)
-    if not residual:
-        spec = spec.without_residual()
+        if not Path(path_a).is_dir():
+            raise ValueError(f"spec: needed, because the file {path_a} has no config.json to trace")
+        spec = trace_config(path_a)
+    layout = layout_for(path_a, a, spec)
+    model_a, model_b = (RenamedCheckpoint(checkpoint, layout) for checkpoint in (a, b))
+    spec = bind(spec, model_a.headers, str(path_a))
     if not spec.groups:
-        raise ValueError(f"{a}: nothing in it can be permuted")
-    for checkpoint in (first, second):
+        raise ValueError(f"{path_a}: no group of units is free to move")
+    for checkpoint in (a, b):
         check_finite(checkpoint, str(checkpoint.path))
-    key = fingerprint(first, second, spec, seed=seed, include=include)
+    key = fingerprint(a, b, spec, seed=matcher.seed, include=matcher.include, init=_init_of(matcher))
     journal = Journal(journal_path(out), key, spec, resume=resume)
-    init = journal.permutations or "greedy"
-    matcher = WeightMatching(init, max_sweeps=max_sweeps, include=include, seed=seed)
     hooks = Hooks(out_of_core=True, stale=journal.stale, on_solve=journal.add)
-    matching = match_weights(one, two, spec, matcher, hooks, progress=progress)
+    matching = match_weights(model_a, model_b, spec, _continuing(matcher, journal, spec), hooks)
     alignment = Alignment(matching.permutations, spec, matching)
-    write_like(second, out, _Output(first, second, layout, alignment, merge), dtype=dtype, force=force)
+    output = _Output(a, b, layout, alignment, write.merge)
+    write_like(b, out, output, dtype=write.dtype, force=write.force)
     journal.remove()
     return alignment
+
+
+def _continuing(matcher: WeightMatching, journal: Journal, spec: PermutationSpec) -> WeightMatching:
+    """Return the matcher that starts from the groups in the journal, and from its own ``init`` for all other groups."""
+    if not journal.permutations:
+        return matcher
+    init = matcher.init
+    start = dict(init) if not isinstance(init, str) else spec.identity() if init == "identity" else {}
+    return replace(matcher, init={**start, **journal.permutations})
+
+
+def _init_of(matcher: WeightMatching) -> str:
+    """Return the matcher's initialization as text: the word, or a hash of the permutations."""
+    if isinstance(matcher.init, str):
+        return matcher.init
+    text = repr(sorted((name, torch.as_tensor(p).tolist()) for name, p in matcher.init.items()))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,8 +1,8 @@
-"""A checkpoint's tensors under the names of the model's parameters, where the two differ.
+"""Present the tensors of a checkpoint under the names of the model's parameters, where the two differ.
 
-Transformers builds some models with other modules than those whose names their files carry: layers are renamed,
-and the experts of a mixture are stacked into one tensor. Its own tables of conversions, which it follows on
-loading, say which; here they become a :class:`Piece` for every tensor of a file.
+For some models, transformers builds other modules than those that the names in their files refer to: layers are
+renamed, and the experts of a mixture are stacked into one tensor. The conversions that transformers applies on loading
+are read from its own tables. Here each tensor of a file becomes a :class:`Chunk` of a parameter.
 """
 
 from __future__ import annotations
@@ -18,38 +18,47 @@ from torch import nn
 
 from fastmatch.checkpoint.reader import Checkpoint
 
-__all__ = ["Layout", "Piece", "UnderParameterNames", "layout_of"]
+__all__ = ["Chunk", "Layout", "RenamedCheckpoint", "layout_of"]
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Which entries of which parameter a tensor of a file holds; ``index`` is empty where it holds them all."""
+class Chunk:
+    """The part of a parameter that one tensor of a file holds.
+
+    Attributes:
+        parameter: name of the parameter in the model.
+        shape: shape of the whole parameter.
+        index: index of the part in the parameter; empty if the tensor holds the whole parameter.
+    """
 
     parameter: str
     shape: torch.Size
     index: tuple[int | slice, ...] = ()
 
 
-Layout: TypeAlias = dict[str, Piece]
-"""Name in the file -> where the tensor lies in the model."""
+Layout: TypeAlias = dict[str, Chunk]
+"""Name of a tensor in the file -> the part of a parameter that it holds."""
 
 
 def layout_of(model: nn.Module, headers: Mapping[str, torch.Tensor], argument: str) -> Layout:
-    """Where the tensors of a checkpoint lie in a model of transformers; one that it does not know keeps its name.
+    """Find the parameters of a transformers model that a checkpoint's tensors belong to.
 
     Args:
-        model: may be on the meta device.
-        headers: name in the checkpoint -> tensor, of which only the shape is read.
-        argument: what to call the checkpoint in errors.
+        model: a model of transformers; it may be on the meta device.
+        headers: name in the checkpoint -> tensor. Only the shapes are read.
+        argument: the name of the checkpoint in errors.
+
+    Returns:
+        A :data:`Layout`. A tensor that transformers does not convert keeps its name.
 
     Raises:
-        ValueError: a conversion is none of renaming, stacking and concatenating, or a shape does not fit.
+        ValueError: a conversion is not a renaming, stacking or concatenation, or a shape does not fit.
     """
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-    except ImportError:  # before 5.0 modules had the names that their files have
-        return {name: Piece(name, tensor.shape) for name, tensor in headers.items()}
+    except ImportError:  # before 5.0 the modules had the same names as the files
+        return {name: Chunk(name, tensor.shape) for name, tensor in headers.items()}
     steps: Any = get_model_conversion_mapping(model)  # type: ignore[arg-type]
     renamings = [s for s in steps if isinstance(s, WeightRenaming)]
     converters = [s for s in steps if isinstance(s, WeightConverter)]
@@ -60,13 +69,13 @@ def layout_of(model: nn.Module, headers: Mapping[str, torch.Tensor], argument: s
     for name in headers:
         target, pattern = rename_source_key(name, renamings, converters, prefix, shapes)
         if pattern is None or target not in shapes:
-            layout[name] = Piece(target if target in shapes else name, headers[name].shape)
+            layout[name] = Chunk(target if target in shapes else name, headers[name].shape)
         else:
             parts.setdefault(target, {}).setdefault(pattern, []).append(name)
     for target, by_pattern in parts.items():
         converter = next(c for c in converters if set(by_pattern) <= set(c.source_patterns))
         sources = [sorted(by_pattern[p], key=_natural) for p in converter.source_patterns if p in by_pattern]
-        layout |= _pieces(target, shapes[target], sources, converter.operations, headers, argument)
+        layout |= _chunks(target, shapes[target], sources, converter.operations, headers, argument)
     twice = [
         name for name, n in Counter(p.parameter for p in layout.values() if not p.index).items() if n > 1
     ]
@@ -76,11 +85,11 @@ def layout_of(model: nn.Module, headers: Mapping[str, torch.Tensor], argument: s
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """Sorts the tenth expert after the second."""
+    """Return a sort key that orders numbers in names by value: expert 10 after expert 2."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
-def _pieces(
+def _chunks(
     target: str,
     shape: torch.Size,
     sources: list[list[str]],
@@ -88,13 +97,13 @@ def _pieces(
     headers: Mapping[str, torch.Tensor],
     argument: str,
 ) -> Layout:
-    """The pieces of one parameter: every list of tensors is stacked, then the stacks are concatenated."""
+    """Return the chunks of one parameter: each list of tensors is stacked, then the stacks are concatenated."""
     dims = {type(op).__name__: getattr(op, "dim", None) for op in operations}
     stack, cat = dims.get("MergeModulelist"), dims.get("Concatenate")
     if set(dims) - {"MergeModulelist", "Concatenate"} or stack not in (None, 0):
         raise ValueError(
             f"{argument}: tensors such as {sources[0][0]!r} are made into {target!r} by {' and '.join(dims)} "
-            "on loading, which is not followed; save the model under its own names or give a spec"
+            "on loading, which is not supported; save the model under its own names or give a spec"
         )
     whole = torch.empty(shape, device="meta")
     found: Layout = {}
@@ -115,7 +124,7 @@ def _pieces(
                     f"into {target!r} of shape {tuple(shape)}"
                 )
             filled += headers[name].numel()
-            found[name] = Piece(target, shape, tuple(index))
+            found[name] = Chunk(target, shape, tuple(index))
         start = end
     if filled != whole.numel():
         raise ValueError(
@@ -125,38 +134,43 @@ def _pieces(
     return found
 
 
-class UnderParameterNames(Mapping[str, torch.Tensor]):
-    """The tensors of a checkpoint as a model's parameters, each put together when asked for."""
+class RenamedCheckpoint(Mapping[str, torch.Tensor]):
+    """A checkpoint under the names of a model's parameters. Each parameter is assembled on demand.
+
+    Args:
+        checkpoint: the checkpoint as it is on disk.
+        layout: name in the checkpoint -> the part of a parameter that the tensor holds.
+    """
 
     def __init__(self, checkpoint: Checkpoint, layout: Layout) -> None:
         self.checkpoint, self.path = checkpoint, checkpoint.path
-        self._pieces: dict[str, dict[str, Piece]] = {}
-        for name, piece in layout.items():
-            self._pieces.setdefault(piece.parameter, {})[name] = piece
+        self._chunks: dict[str, dict[str, Chunk]] = {}
+        for name, chunk in layout.items():
+            self._chunks.setdefault(chunk.parameter, {})[name] = chunk
 
     @cached_property
     def headers(self) -> dict[str, torch.Tensor]:
-        """Name of a parameter -> tensor without values (on the meta device)."""
-        return {name: self._assemble(self.checkpoint.headers, name) for name in self._pieces}
+        """Parameter name -> tensor on the meta device, which has a shape and type but no values."""
+        return {name: self._assemble(self.checkpoint.headers, name) for name in self._chunks}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._assemble(self.checkpoint, name)
 
     def _assemble(self, tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
-        pieces = self._pieces[name]
+        chunks = self._chunks[name]
         whole: torch.Tensor | None = None
-        for source, piece in pieces.items():
+        for source, chunk in chunks.items():
             tensor = tensors[source]
-            if not piece.index:
+            if not chunk.index:
                 return tensor
             if whole is None:
-                whole = torch.empty(piece.shape, dtype=tensor.dtype, device=tensor.device)
-            whole[piece.index] = tensor
+                whole = torch.empty(chunk.shape, dtype=tensor.dtype, device=tensor.device)
+            whole[chunk.index] = tensor
         assert whole is not None
         return whole
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._pieces)
+        return iter(self._chunks)
 
     def __len__(self) -> int:
-        return len(self._pieces)
+        return len(self._chunks)

@@ -1,7 +1,7 @@
-"""Reading checkpoints lazily: a mapping of names to tensors that holds none of them.
+"""Read checkpoints lazily: a mapping of names to tensors that keeps no tensor in memory.
 
-Safetensors files are read with plain file reads rather than mapped: pages of a map count as this process's
-memory for as long as the system likes, a buffer is gone with its tensor.
+Safetensors files are read with plain file reads, not with a memory map. Mapped pages count as this process's memory
+until the system drops them, whereas a buffer is freed together with its tensor.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ __all__ = ["CONFIG", "DTYPES", "INDEX", "Checkpoint", "Entry"]
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 HEADER_LIMIT = 100_000_000
-"""Largest header in bytes, the format's own limit: a damaged length must not allocate the machine's memory."""
+"""Maximum header size in bytes, the format's own limit. It keeps a damaged length from allocating all memory."""
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-"""The names that safetensors gives to element types."""
+"""safetensors' name of an element type -> torch's type."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies: file, element type, shape, and its bytes from ``begin`` to ``end`` in the file."""
+    """The place of one tensor: its file, element type, shape, and byte range from ``begin`` to ``end`` in the file."""
 
     file: Path
     dtype: torch.dtype
@@ -45,26 +45,28 @@ class Entry:
 
 
 class Checkpoint(Mapping[str, torch.Tensor]):
-    """The tensors of a Hugging Face directory, a .safetensors file or a torch file, each read when asked for.
+    """The tensors of a Hugging Face directory, a .safetensors file or a torch file. Each is read on demand.
 
     Example:
-        >>> checkpoint = Checkpoint("Llama-3-8B")
-        >>> checkpoint.headers["lm_head.weight"].shape  # nothing is read
+        >>> from fastmatch.checkpoint import Checkpoint
+        >>> checkpoint = Checkpoint("model-a")
+        >>> checkpoint.headers["lm_head.weight"].shape  # reads no tensor
+        torch.Size([32, 16])
 
     Args:
-        path: a directory with model.safetensors or its shards and index, or one file. Torch files are mapped
-            and read with ``weights_only``.
-        device: where the tensors are put.
+        path: a directory with model.safetensors or with shards and their index, or a single file. Torch files are
+            memory-mapped and read with ``weights_only``.
+        device: the device that tensors are moved to.
 
     Raises:
-        FileNotFoundError, ValueError: a file is missing, damaged or of another format; the message names it,
-            and the tensor where one is concerned.
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged or has another format. The message names the file and, if there is one, the tensor.
     """
 
     def __init__(self, path: str | Path, device: str | torch.device = "cpu") -> None:
         self.path, self.device = Path(path), torch.device(device)
         self.seconds = 0.0
-        """Time spent reading so far."""
+        """Seconds spent reading tensors so far."""
         self._loaded: dict[str, torch.Tensor] = {}
         self._entries: dict[str, Entry] = {}
         if self.path.is_dir():
@@ -80,18 +82,18 @@ class Checkpoint(Mapping[str, torch.Tensor]):
 
     @cached_property
     def headers(self) -> dict[str, torch.Tensor]:
-        """Name -> tensor without values (on the meta device), for every check of names, shapes and types."""
+        """Name -> tensor on the meta device, which has a shape and type but no values."""
         known = {k: (v.shape, v.dtype) for k, v in self._loaded.items()}
         known |= {k: (torch.Size(v.shape), v.dtype) for k, v in self._entries.items()}
         return {k: torch.empty(shape, dtype=dtype, device="meta") for k, (shape, dtype) in known.items()}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors together."""
+        """Total size of all tensors in bytes."""
         return sum(t.numel() * t.element_size() for t in self.headers.values())
 
     def names_in(self, file: Path) -> list[str]:
-        """The tensors of one of :attr:`files`, in the order in which they lie there."""
+        """Return the names of the tensors in one of :attr:`files`, in the file's order."""
         if self._loaded:
             return list(self._loaded)
         names = [k for k, v in self._entries.items() if v.file == file]
@@ -146,16 +148,16 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         for name, shard in weight_map.items():
             if not isinstance(shard, str) or Path(shard).name != shard:
                 raise ValueError(
-                    f"{index}: tensor {name!r} is said to lie in {shard!r}, which is no file name"
+                    f"{index}: tensor {name!r} is mapped to {shard!r}, which is not a plain file name"
                 )
             if shard not in shards:
                 if not (self.path / shard).is_file():
-                    raise FileNotFoundError(f"{index}: names {shard} for tensor {name!r}, which is not there")
+                    raise FileNotFoundError(
+                        f"{index}: names {shard} for tensor {name!r}, but there is no such file"
+                    )
                 shards[shard] = read_header(self.path / shard)
             if name not in shards[shard]:
-                raise ValueError(
-                    f"{self.path / shard}: holds no tensor {name!r}, which the index says it does"
-                )
+                raise ValueError(f"{self.path / shard}: holds no tensor {name!r}, although the index says so")
         for shard, entries in shards.items():
             for name in entries:
                 if weight_map.get(name) != shard:
@@ -167,7 +169,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; ValueError naming the file when it is something else."""
+    """Read the object in a JSON file. Raise ValueError naming the file if it holds anything else."""
     try:
         data = json.loads(path.read_text())
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are both
@@ -178,7 +180,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """The entries of a safetensors file, checked against the file's length; no tensor is read."""
+    """Read the header of a safetensors file and check it against the file's length. No tensor is read."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

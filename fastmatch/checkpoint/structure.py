@@ -1,9 +1,9 @@
-"""The permutation groups of a checkpoint from its config.json, without its weights.
+"""Trace the permutation groups of a checkpoint from its config.json, without reading its weights.
 
-The model is built at its real size, so that nothing has to be scaled or bound afterwards, but no weight takes
-memory: entry (i, j) of every large parameter is entry i + j of one short random vector, a view with overlapping
-strides. The tracer's rules run on real values that way (uniform constants, routers), which fake tensors would not
-allow; buffers are made as the model makes them.
+The model is built at its real size, so that the traced sizes are the checkpoint's, but its weights take no memory: entry
+(i, j) of a parameter is entry i + j of one short random vector, a view with overlapping strides. Unlike fake tensors,
+these have real values, which some rules of the tracer need (uniform constants, routers). The model creates its buffers
+as usual.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BATCH, LENGTH = 2, 16
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Every parameter registered inside goes to the meta device, buffers stay."""
+    """Move every parameter that is registered inside to the meta device. Buffers stay where they are."""
     register = nn.Module.register_parameter
 
     def registered(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -46,11 +46,12 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def build_empty(directory: str | Path) -> nn.Module:
-    """The model of a directory's config.json in eval mode: parameters on the meta device, buffers made.
+    """Build the model of a directory's config.json in eval mode, with its parameters on the meta device.
 
     Raises:
         ImportError: transformers is not installed (the extra ``hf``).
-        ValueError: the config names no model that transformers has.
+        FileNotFoundError: the directory has no config.json.
+        ValueError: the config names no model of transformers.
     """
     try:
         import transformers
@@ -72,17 +73,19 @@ def build_empty(directory: str | Path) -> nn.Module:
         raise ValueError(f"{path}: no model can be built from it ({error})") from error
     model.config.use_cache = False
     if hasattr(model, "set_experts_implementation"):
-        # The grouped product of several experts takes no float64, in which functions are compared.
+        # The grouped product of the experts does not support float64, the type in which functions are compared.
         model.set_experts_implementation("eager")
     model.tie_weights()
     return model.eval().float()
 
 
 def config_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Small random inputs for a model by its config: tokens, pictures, both, spectra or waves, and a decoder's tokens.
+    """Return small random inputs for a model, by its config.
+
+    They are tokens, images, both, spectrograms or waveforms, and tokens for a decoder.
 
     Raises:
-        ValueError: what the model takes is none of these.
+        ValueError: the model takes other inputs.
     """
     config: Any = model.config
     generator = torch.Generator().manual_seed(0)
@@ -93,7 +96,7 @@ def config_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(BATCH, *shape, generator=generator)
 
-    def pictures() -> torch.Tensor:
+    def images() -> torch.Tensor:
         vision = getattr(config, "vision_config", config)
         size = getattr(vision, "image_size", 64)
         height, width = (size, size) if isinstance(size, int) else size
@@ -103,11 +106,11 @@ def config_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
     inputs: dict[str, torch.Tensor] = {}
     if main == "input_ids":
         inputs = {main: tokens()}
-        # Two towers that are compared need both inputs; a language model that can see runs without pictures.
+        # A model that compares two towers needs both inputs. A vision-language model runs without images.
         if hasattr(model, "get_text_features") and hasattr(model, "get_image_features"):
-            inputs["pixel_values"] = pictures()
+            inputs["pixel_values"] = images()
     elif main == "pixel_values" and hasattr(getattr(config, "vision_config", config), "num_channels"):
-        inputs = {main: pictures()}
+        inputs = {main: images()}
     elif main == "input_features" and hasattr(config, "max_source_positions"):
         frames = 2 * config.max_source_positions  # a convolution of stride 2 halves them
         inputs = {main: noise(config.num_mel_bins, frames)}
@@ -129,7 +132,7 @@ def config_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _fill(model: nn.Module) -> None:
-    """Puts overlapping views of short random vectors in the place of parameters on the meta device."""
+    """Replace the parameters on the meta device by overlapping views of short random vectors."""
     generator = torch.Generator().manual_seed(0)
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
@@ -144,13 +147,24 @@ def _fill(model: nn.Module) -> None:
 
 
 def trace_config(directory: str | Path) -> PermutationSpec:
-    """The spec of the model that a Hugging Face directory's config.json describes; no weight is read.
+    """Trace the model that a Hugging Face directory's config.json describes. No weight is read.
 
     Example:
-        >>> spec = trace_config("Llama-3-8B")
+        >>> from fastmatch.checkpoint import trace_config
+        >>> spec = trace_config("model-a")
+        >>> max(group.size for group in spec.groups.values())
+        24
+
+    Args:
+        directory: a folder with a config.json.
+
+    Returns:
+        The :class:`fastmatch.PermutationSpec` in the names of the model's parameters.
 
     Raises:
-        ImportError, FileNotFoundError, ValueError: see :func:`build_empty`.
+        ImportError: transformers is not installed (the extra ``hf``).
+        FileNotFoundError: the directory has no config.json.
+        ValueError: the config names no model of transformers, or no example inputs are known for the model.
     """
     model = build_empty(directory)
     inputs = config_inputs(model)
@@ -159,34 +173,38 @@ def trace_config(directory: str | Path) -> PermutationSpec:
 
 
 def compared(output: Any) -> list[str] | None:
-    """Which outputs a checkpoint's users compare: the logits of a model with a head, all of one without.
+    """Return the names of the outputs that must not change: the logits of a model with a head, otherwise None for all.
 
-    The hidden states that an encoder and decoder return beside the logits would hold the residual stream in place.
+    Encoders and decoders also return hidden states. Keeping those would pin the residual stream.
     """
     names = list(output) if isinstance(output, Mapping) else []
     return [name for name in names if name.startswith("logits")] or None
 
 
 def bind(spec: PermutationSpec, state: State, argument: str) -> PermutationSpec:
-    """The spec over the tensors that a checkpoint holds: the other names of tied parameters are left out.
+    """Restrict a spec to the tensors that a checkpoint holds: a tied parameter is kept under one of its names.
+
+    Args:
+        spec: the spec, traced from the config.
+        state: the checkpoint's tensors. Only the shapes are read.
+        argument: the name of the checkpoint in errors.
 
     Raises:
-        ValueError: a group's tensor is missing that is tied to none in the checkpoint, a shape differs, or
-            the checkpoint has no tensor of the spec at all.
+        ValueError: a shape differs, or a tensor of a group is missing and is not tied to a tensor of the checkpoint.
     """
     for name, shape in spec.shapes.items():
         if name in state and tuple(state[name].shape) != shape:
             raise ValueError(
-                f"{argument}: tensor {name!r} has shape {tuple(state[name].shape)}, its config makes it {shape}"
+                f"{argument}: tensor {name!r} has shape {tuple(state[name].shape)}, its config says {shape}"
             )
     groups = {}
     for group in spec.groups.values():
         kept = tuple(x for x in group.axes if x.parameter in state)
         places = {(replace(x, parameter=""), spec.shapes[x.parameter]) for x in kept}
         for axis in group.axes:
-            # A tied parameter lies in the file once: its twin has the same axis, shape and group.
+            # A tied parameter is in the file once. Its other name has the same axis, shape and group.
             if axis not in kept and (replace(axis, parameter=""), spec.shapes[axis.parameter]) not in places:
-                raise ValueError(f"{argument}: has no tensor {axis.parameter!r}, which its config asks for")
+                raise ValueError(f"{argument}: has no tensor {axis.parameter!r}, which its config requires")
         groups[group.name] = replace(group, axes=kept)
     shapes = {name: shape for name, shape in spec.shapes.items() if name in state}
     return replace(

@@ -1,4 +1,4 @@
-"""Proof that two checkpoints are the same function, with one module's parameters in memory at a time."""
+"""Check that two checkpoints are the same function, with the parameters of one module in memory at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fastmatch._internal.states import check_same_architecture
-from fastmatch.checkpoint.names import UnderParameterNames, layout_of
+from fastmatch.checkpoint.names import RenamedCheckpoint, layout_of
 from fastmatch.checkpoint.reader import Checkpoint
 from fastmatch.checkpoint.structure import build_empty, compared, config_inputs
 from fastmatch.permutations.verify import Wide
@@ -23,15 +23,20 @@ __all__ = ["CheckpointVerification", "verify_checkpoints"]
 
 @dataclass(frozen=True)
 class CheckpointVerification:
-    """The largest difference of the outputs relative to the largest output, and the number of outputs."""
+    """The result of :func:`verify_checkpoints`.
+
+    Attributes:
+        error: largest difference of an output, relative to its largest value.
+        outputs: number of outputs compared.
+    """
 
     error: float
     outputs: int
 
 
 def verify_checkpoints(
-    a: str | Path,
-    b: str | Path,
+    path_a: str | Path,
+    path_b: str | Path,
     *,
     model: nn.Module | None = None,
     example_inputs: Any = None,
@@ -39,32 +44,41 @@ def verify_checkpoints(
     dtype: torch.dtype = torch.float64,
     tolerance: float = 1e-9,
 ) -> CheckpointVerification:
-    """Runs both checkpoints on the same random inputs and compares every output.
+    """Run two checkpoints on the same random inputs and compare every output.
 
     Example:
-        >>> verify_checkpoints("model-b", "model-b-aligned")
+        >>> from fastmatch.checkpoint import align_checkpoints, verify_checkpoints
+        >>> alignment = align_checkpoints("model-a", "model-b", "model-b-aligned")
+        >>> verify_checkpoints("model-b", "model-b-aligned").error < 1e-9
+        True
 
     Args:
-        a, b: directories or files with the same tensors.
-        model: a module of that architecture, left as it is; built from A's config.json where left out.
-        example_inputs, kwargs: its inputs; random tokens or pictures by the config where left out.
-        dtype: what the computation runs in.
-        tolerance: largest difference allowed, relative to the largest output.
+        path_a, path_b: directories or files with tensors of the same names and shapes.
+        model: a module of that architecture, which is not changed. By default it is built from A's config.json.
+        example_inputs: positional inputs of ``model``: a tensor or a tuple. Not used without ``model``; the inputs are
+            then random and follow the config.
+        kwargs: keyword inputs of ``model``.
+        dtype: the type that the forward passes run in.
+        tolerance: largest difference allowed, relative to the largest value of the output.
 
     Raises:
-        ValueError: the outputs differ, or the checkpoints do not fit the model.
+        ValueError: the outputs differ, the checkpoints do not fit the model, or inputs are given without ``model``.
 
-    Memory: a parameter is read when it is asked for and dropped when its module has run, so the peak is the
-    largest module's in ``dtype`` plus activations, whatever the model's size.
+    Memory: a parameter is read on demand and dropped when its module has run. The peak is therefore the largest module
+    in ``dtype`` plus activations, whatever the size of the model.
     """
-    first, second = Checkpoint(a), Checkpoint(b)
-    check_same_architecture(first.headers, second.headers, str(a), str(b))
-    states: list[Checkpoint | UnderParameterNames] = [first, second]
+    if model is None and (example_inputs is not None or kwargs is not None):
+        raise ValueError(
+            "example_inputs: expected a model to run them on; without one the inputs follow the config"
+        )
+    a, b = Checkpoint(path_a), Checkpoint(path_b)
+    check_same_architecture(a.headers, b.headers, str(path_a), str(path_b))
+    states: list[Checkpoint | RenamedCheckpoint] = [a, b]
     if model is None:
-        model = build_empty(a)
+        model = build_empty(path_a)
         example_inputs, kwargs = (), config_inputs(model)
-        layout = layout_of(model, first.headers, str(a))
-        states = [UnderParameterNames(checkpoint, layout) for checkpoint in (first, second)]
+        layout = layout_of(model, a.headers, str(path_a))
+        states = [RenamedCheckpoint(checkpoint, layout) for checkpoint in (a, b)]
     args, keywords = arguments_of(example_inputs, kwargs)
     args = tuple(_cast(x, dtype) for x in args)
     keywords = {k: _cast(v, dtype) for k, v in keywords.items()}
@@ -72,7 +86,7 @@ def verify_checkpoints(
     error = max((_difference(x, y) for x, y in zip(old, new, strict=True)), default=float("inf"))
     if not error <= tolerance:
         raise ValueError(
-            f"{b}: is not the same function as {a}: outputs differ by {error:.2g} relative, "
+            f"{path_b}: is not the same function as {path_a}: outputs differ by {error:.2g} relative, "
             f"at most {tolerance:.2g} is allowed"
         )
     return CheckpointVerification(error, len(old))
@@ -84,7 +98,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 def _difference(old: torch.Tensor, new: torch.Tensor) -> float:
     if old.shape != new.shape or not bool(torch.isfinite(old).all() and torch.isfinite(new).all()):
-        # Masks are minus infinity on both sides: what is not finite must be the same.
+        # Masks are minus infinity in both: entries that are not finite must be equal.
         same = old.shape == new.shape and torch.equal(old.nan_to_num(), new.nan_to_num())
         return 0.0 if same else float("inf")
     if not old.numel():
@@ -93,22 +107,23 @@ def _difference(old: torch.Tensor, new: torch.Tensor) -> float:
 
 
 def _run(
-    model: nn.Module, state: Checkpoint | UnderParameterNames, args: Any, kwargs: Any, dtype: torch.dtype
+    model: nn.Module, state: Checkpoint | RenamedCheckpoint, args: Any, kwargs: Any, dtype: torch.dtype
 ) -> list[torch.Tensor]:
     wide = Wide() if dtype == torch.float64 else nullcontext()
-    with torch.no_grad(), plain_operations(model, "eager"), _streamed(model, state, dtype), wide:
+    with torch.no_grad(), plain_operations(model, "eager"), _read_on_demand(model, state, dtype), wide:
         returned = model(*args, **kwargs)
         outputs = outputs_named(returned, compared(returned))
     return [t.detach().to(torch.float64, copy=True) for t in outputs]
 
 
 @contextmanager
-def _streamed(
-    model: nn.Module, state: Checkpoint | UnderParameterNames, dtype: torch.dtype
+def _read_on_demand(
+    model: nn.Module, state: Checkpoint | RenamedCheckpoint, dtype: torch.dtype
 ) -> Iterator[None]:
-    """Inside, a parameter comes from ``state`` when it is asked for, until its module has run; after, all is put back.
+    """Inside, read a parameter from ``state`` when it is accessed and drop it when its module has run.
 
-    Asked for, and not before its module runs: some modules read the parameters of another one that they never call.
+    Reading on access, not before the module runs, also serves modules that read the parameters of another module
+    without calling it. At the end the model's own parameters are restored.
     """
     names = _names(model, state)
     saved = [(m, dict(m._parameters), dict(m._buffers), m.training) for m in model.modules()]
@@ -149,8 +164,8 @@ def _streamed(
             module.training = training
 
 
-def _names(model: nn.Module, state: Checkpoint | UnderParameterNames) -> dict[tuple[int, str], str]:
-    """(module, own name) -> name in the checkpoint; tied parameters share the one that is there."""
+def _names(model: nn.Module, state: Checkpoint | RenamedCheckpoint) -> dict[tuple[int, str], str]:
+    """Return (module id, own name) -> name in the checkpoint. Tied parameters share the name that the checkpoint has."""
     names: dict[tuple[int, str], str] = {}
     tied: dict[int, str] = {}
     places = [

@@ -1,4 +1,4 @@
-"""Writing checkpoints tensor by tensor, in the layout of another one, whole or not at all."""
+"""Write a checkpoint tensor by tensor, in the files of another one, completely or not at all."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastmatch.checkpoint.reader import CONFIG, DTYPES, INDEX, Checkpoint, read_
 
 __all__ = ["write_like"]
 
-WEIGHTS = (
+WEIGHT_SUFFIXES = (
     ".safetensors",
     ".safetensors.index.json",
     ".bin",
@@ -28,7 +28,9 @@ WEIGHTS = (
     ".h5",
     ".msgpack",
 )
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+"""Files with these endings hold weights and are not copied."""
+
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def write_like(
@@ -39,19 +41,19 @@ def write_like(
     dtype: torch.dtype | None = None,
     force: bool = False,
 ) -> None:
-    """Writes ``transform(name)`` for every tensor of ``source``, in the same files under the same names.
+    """Write ``transform(name)`` for every tensor of ``source``, in the same files and under the same names.
 
     Args:
-        source: a directory gives a directory, with all its other files (config, tokenizer) copied; a file
-            gives a file.
-        out: the directory or file to write. It is written beside its place and renamed when complete.
-        transform: gives the tensor to write; called once a name, so that one tensor is held at a time (a
-            torch file is the exception: it is gathered before it is saved).
-        dtype: element type of the floating point tensors; their own where left out.
+        source: the checkpoint to imitate. For a directory, a directory is written and all other files (config,
+            tokenizer) are copied. For a file, a file is written.
+        out: the directory or file to write. It is written under a temporary name and renamed when it is complete.
+        transform: returns the tensor to write. It is called once per name, so that one tensor is in memory at a time.
+            A torch file is the exception: its tensors are collected before it is saved.
+        dtype: element type for floating point tensors; by default each keeps its own.
         force: replace an output that exists.
 
     Raises:
-        OSError: a write failed (a full disk): the message names file and tensor, and nothing is left behind.
+        OSError: a write failed, for example on a full disk. The message names file and tensor, and nothing is kept.
     """
     out = Path(out)
     if not source.path.is_dir():
@@ -63,7 +65,7 @@ def write_like(
         return
     with _writing_directory(out, force=force) as folder:
         for file in source.path.iterdir():
-            if file.is_file() and not file.name.endswith(WEIGHTS):
+            if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES):
                 shutil.copy2(file, folder / file.name)
         if dtype is not None and (folder / CONFIG).is_file():
             _set_dtype(folder / CONFIG, dtype)
@@ -99,14 +101,14 @@ def _write_file(
     transform: Callable[[str], torch.Tensor],
     dtype: torch.dtype | None,
 ) -> None:
-    """One safetensors file: the header is known before any tensor is, so tensors pass one by one."""
+    """Write one safetensors file. Its header needs shapes and types only, so the tensors follow one by one."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
         like = source.headers[name]
         target = _target(like, dtype)
         begin, end = end, end + like.numel() * target.itemsize
-        header[name] = {"dtype": NAMES[target], "shape": list(like.shape), "data_offsets": [begin, end]}
+        header[name] = {"dtype": DTYPE_NAMES[target], "shape": list(like.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     current = "header"
@@ -133,7 +135,7 @@ def _write_all(file: FileIO, data: memoryview) -> None:
 
 @contextmanager
 def _writing_directory(path: Path, *, force: bool) -> Iterator[Path]:
-    """Gives a temporary folder beside ``path`` and renames it on success."""
+    """Yield a temporary folder next to ``path`` and rename it to ``path`` on success."""
     check_target(path, force=force)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
     try:
@@ -142,15 +144,15 @@ def _writing_directory(path: Path, *, force: bool) -> Iterator[Path]:
         os.umask(umask)
         temporary.chmod(0o777 & ~umask)
         if path.exists():
-            # A folder that is not empty cannot be renamed over: the old one steps aside first.
-            aside = temporary.with_suffix(".old")
-            path.rename(aside)
+            # A rename cannot replace a folder that is not empty, so the old folder is renamed first.
+            old = temporary.with_suffix(".old")
+            path.rename(old)
             try:
                 temporary.rename(path)
             except OSError:
-                aside.rename(path)
+                old.rename(path)
                 raise
-            shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
         else:
             temporary.rename(path)
     finally:

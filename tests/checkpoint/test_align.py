@@ -1,4 +1,4 @@
-"""Checkpoints on disk: read lazily, aligned in a stream, verified, written whole or not at all."""
+"""Checkpoints on disk: read on demand, aligned out of core, verified, written completely or not at all."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 
 import fastmatch as fm
 from fastmatch._internal.files import load_state, save_state
-from fastmatch.checkpoint import Checkpoint, align_checkpoints, trace_config, verify_checkpoints
-from fastmatch.checkpoint.align import journal_path
+from fastmatch.checkpoint import Checkpoint, WriteOptions, align_checkpoints, trace_config, verify_checkpoints
+from fastmatch.checkpoint.journal import journal_path
 from fastmatch.checkpoint.writer import write_like
 from fastmatch.cli.main import main
 from fastmatch.matching.ascent import Hooks
-from fastmatch.matching.weights import WeightMatching, match_weights
+from fastmatch.matching.weights import match_weights
 from fastmatch.permutations.apply import permute_tensor
 from helpers.networks import build
 
@@ -89,21 +89,21 @@ def test_merge_in_another_type(folder):
 def test_only_named_groups_move(folder):
     spec = trace_config(folder / "a")
     group = next(n for n in spec.groups if ".mlp." in n)
-    alignment = align_checkpoints(folder / "a", folder / "b", folder / "out", groups=[group])
+    alignment = align_checkpoints(folder / "a", folder / "b", folder / "out", spec=spec.select([group]))
     assert list(alignment.permutations) == [group]
     b, out = Checkpoint(folder / "b"), Checkpoint(folder / "out")
     changed = {k for k in b if not torch.equal(b[k], out[k])}
     assert changed <= {axis.parameter for axis in spec.groups[group].axes}
 
 
-def test_streamed_matching_is_matching(folder, monkeypatch):
+def test_matching_out_of_core_is_matching(folder, monkeypatch):
     monkeypatch.setattr("fastmatch.matching.gains.CHUNK", 100)
     spec = trace_config(folder / "a")
     a, b = Checkpoint(folder / "a"), Checkpoint(folder / "b")
-    held = match_weights(dict(a), dict(b), spec, WeightMatching(seed=3))
-    streamed = match_weights(a, b, spec, WeightMatching(seed=3), Hooks(out_of_core=True))
-    assert all(torch.equal(streamed.permutations[k], v) for k, v in held.permutations.items())
-    assert streamed.objective == pytest.approx(held.objective, rel=1e-9)
+    held = match_weights(dict(a), dict(b), spec, fm.WeightMatching(seed=3))
+    read = match_weights(a, b, spec, fm.WeightMatching(seed=3), Hooks(out_of_core=True))
+    assert all(torch.equal(read.permutations[k], v) for k, v in held.permutations.items())
+    assert read.objective == pytest.approx(held.objective, rel=1e-9)
 
 
 def test_verify_holds_and_finds_a_changed_weight(folder, capsys):
@@ -137,7 +137,7 @@ def test_verify_holds_one_modules_parameters_at_a_time(folder, monkeypatch):
 
 KILLED = """
 import os, signal, sys
-import fastmatch.checkpoint.align as streamed
+from fastmatch.checkpoint import align_checkpoints
 from fastmatch.checkpoint.journal import Journal
 add = Journal.add
 def killing(self, *args):
@@ -149,7 +149,7 @@ def killing(self, *args):
         os.kill(os.getpid(), signal.SIGKILL)
 killing.count = 0
 Journal.add = killing
-streamed.align_checkpoints(*sys.argv[1:])
+align_checkpoints(*sys.argv[1:])
 """
 
 
@@ -161,8 +161,10 @@ def test_a_killed_run_goes_on_from_its_journal(folder):
     lines = journal_path(folder / "out").read_bytes().splitlines()
     assert len(lines) == 5  # the run, three groups, half a line
     first = json.loads(lines[3])
-    with pytest.raises(ValueError, match=r"\.out\.journal: is the journal of another run"):
-        align_checkpoints(*paths, seed=1, resume=True)
+    others = [{"seed": 1}, {"init": "identity"}, {"init": trace_config(paths[0]).identity()}]
+    for options in others:
+        with pytest.raises(ValueError, match=r"\.out\.journal: is the journal of another run"):
+            align_checkpoints(*paths, fm.WeightMatching(**options), resume=True)
     assert journal_path(folder / "out").read_bytes().splitlines() == lines
     whole = match_weights(Checkpoint(paths[0]), Checkpoint(paths[1]), trace_config(paths[0])).solves
     resumed = align_checkpoints(*paths, resume=True).matching
@@ -195,20 +197,20 @@ def files(tmp_path, monkeypatch):
     for suffix in ("pt", "safetensors"):
         save_state(model.state_dict(), tmp_path / f"a.{suffix}")
         save_state(moved, tmp_path / f"b.{suffix}")
-    (tmp_path / "streamed_mlp.py").write_text(
+    (tmp_path / "built_mlp.py").write_text(
         "from helpers.networks import build\ndef make():\n    return build('mlp', 1)\n"
     )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "streamed_mlp", raising=False)
+    monkeypatch.delitem(sys.modules, "built_mlp", raising=False)
     return model.state_dict()
 
 
-MODEL = ["--model", "streamed_mlp:make"]
+MODEL = ["--model", "built_mlp:make"]
 
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 @pytest.mark.parametrize("written", ["pt", "safetensors"])
-def test_the_command_streams_single_files(files, tmp_path, monkeypatch, suffix, written):
+def test_the_command_aligns_single_files_out_of_core(files, tmp_path, monkeypatch, suffix, written):
     mapped = []
     load = load_state
 
@@ -218,7 +220,7 @@ def test_the_command_streams_single_files(files, tmp_path, monkeypatch, suffix, 
 
     monkeypatch.setattr("fastmatch._internal.files.load_state", noted)
     monkeypatch.setattr("fastmatch.checkpoint.reader.load_state", noted)
-    arguments = ["align", f"a.{suffix}", f"b.{suffix}", *MODEL, "--streamed", "--out", f"out.{written}"]
+    arguments = ["align", f"a.{suffix}", f"b.{suffix}", *MODEL, "--out-of-core", "--out", f"out.{written}"]
     assert main([*arguments, "--permutations", "p.safetensors"]) == 0
     assert mapped == [True, True] * (suffix == "pt")  # safetensors are read tensor by tensor, never whole
     found = load_state(f"out.{written}")
@@ -228,24 +230,32 @@ def test_the_command_streams_single_files(files, tmp_path, monkeypatch, suffix, 
     assert not journal_path(f"out.{written}").exists()
 
 
-def test_the_command_streams_a_merge_in_another_type(files):
-    arguments = ["align", "a.safetensors", "b.safetensors", *MODEL, "--streamed", "--out", "out.safetensors"]
+def test_the_command_merges_out_of_core_in_another_type(files):
+    arguments = [
+        "align",
+        "a.safetensors",
+        "b.safetensors",
+        *MODEL,
+        "--out-of-core",
+        "--out",
+        "out.safetensors",
+    ]
     assert main([*arguments, "--merge", "0.5", "--dtype", "bfloat16"]) == 0
     found = load_state("out.safetensors")
     assert all(torch.equal(found[k], v.bfloat16()) for k, v in files.items())
 
 
 @pytest.mark.parametrize(("extra", "message"), [
-    (["--dtype", "bfloat16"], "--dtype: for files needs --streamed"),
-    (["--device", "cpu"], "--device: for files needs --streamed"),
-    (["--resume"], "--resume: for files needs --streamed"),
-    (["--streamed", "--permutations", "out.pt"], "same file as --out"),
-    (["--streamed", "--permutations", "p.pt"], "--permutations: expected a file ending in .safetensors"),
-    (["--streamed", "--out", "out.ckpt"], "--out: expected a file ending in"),
-    (["--streamed", "--out", "a.pt"], "a.pt exists"),
-    (["--streamed", "--out", "a.pt", "--force"], "is one of the inputs"),
+    (["--dtype", "bfloat16"], "--dtype: is an option of --out-of-core"),
+    (["--device", "cpu"], "--device: is an option of --out-of-core"),
+    (["--resume"], "--resume: is an option of --out-of-core"),
+    (["--out-of-core", "--permutations", "out.pt"], "same file as --out"),
+    (["--out-of-core", "--permutations", "p.pt"], "--permutations: expected a file ending in .safetensors"),
+    (["--out-of-core", "--out", "out.ckpt"], "--out: expected a file ending in"),
+    (["--out-of-core", "--out", "a.pt"], "a.pt exists"),
+    (["--out-of-core", "--out", "a.pt", "--force"], "is one of the inputs"),
 ])  # fmt: skip
-def test_what_streaming_files_cannot_do_is_refused(files, tmp_path, capsys, extra, message):
+def test_what_is_impossible_out_of_core_is_refused(files, tmp_path, capsys, extra, message):
     before = names(tmp_path)
     assert main(["align", "a.pt", "b.pt", *MODEL, "--out", "out.pt", *extra]) == 2
     assert message in capsys.readouterr().err
@@ -304,7 +314,7 @@ def index_leaves_the_folder(path):
     data = json.loads(index.read_text())
     data["weight_map"]["ghost"] = "../a/model.safetensors"
     index.write_text(json.dumps(data))
-    return "'ghost' is said to lie in '../a/model.safetensors'"
+    return "'ghost' is mapped to '../a/model.safetensors'"
 
 
 def no_index(path):
@@ -360,17 +370,18 @@ def test_a_write_that_fails_names_file_and_tensor_and_leaves_nothing(folder, for
     if force:
         (folder / "out").mkdir()
         (folder / "out" / "mine").write_text("mine")
+    paths = [folder / x for x in ("a", "b", "out")]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # as a full disk: writes fail past it
     try:
         with pytest.raises(OSError, match=r"tensor '.*' could not be written .*out/model-"):
-            align_checkpoints(folder / "a", folder / "b", folder / "out", max_sweeps=1, force=force)
+            align_checkpoints(*paths, fm.WeightMatching(max_sweeps=1), write=WriteOptions(force=force))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert names(folder) == [".out.journal", "a", "b"] + ["out"] * force  # the journal is for --resume
     if force:
         assert names(folder / "out") == ["mine"]
-    align_checkpoints(folder / "a", folder / "b", folder / "out", resume=True, force=force)
+    align_checkpoints(*paths, write=WriteOptions(force=force), resume=True)
     assert names(folder / "out") == names(folder / "a")
 
 
@@ -390,3 +401,44 @@ def test_arguments(folder, capsys):
     (folder / "a" / "config.json").write_text('{"model_type": "no-such-model"}')
     with pytest.raises(ValueError, match=r"a/config\.json: no model can be built"):
         trace_config(a)
+
+
+@pytest.mark.parametrize("init", ["identity", "permutations"])
+def test_a_matcher_starts_where_it_says_and_is_part_of_the_journals_key(folder, init):
+    a, b = (Checkpoint(folder / x) for x in "ab")
+    spec = trace_config(folder / "a")
+    matcher = fm.WeightMatching(init="identity" if init == "identity" else spec.random())
+    found = align_checkpoints(folder / "a", folder / "b", folder / "out", matcher)
+    expected = match_weights(a, b, spec, matcher, Hooks(out_of_core=True))
+    assert found.matching is not None
+    assert found.matching.objective == expected.objective
+    assert all(torch.equal(found.permutations[k], v) for k, v in expected.permutations.items())
+
+
+@pytest.mark.parametrize(
+    "matcher",
+    [
+        fm.ActivationMatching([torch.zeros(2, 6)]),
+        fm.FisherMatching([(torch.zeros(2, 6), torch.zeros(2, dtype=torch.long))]),
+        "weights",
+    ],
+)
+def test_only_weight_matching_works_out_of_core(folder, matcher):
+    message = rf"matcher: expected a WeightMatching, .*got {type(matcher).__name__}"
+    with pytest.raises(TypeError, match=message):
+        align_checkpoints(folder / "a", folder / "b", folder / "out", matcher)
+    assert names(folder) == ["a", "b"]
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"merge": float("nan")}, "merge: expected a finite number"),
+    ({"dtype": torch.int8}, "dtype: expected a floating point type"),
+])  # fmt: skip
+def test_write_options_check_themselves(options, message):
+    with pytest.raises(ValueError, match=message):
+        WriteOptions(**options)
+
+
+def test_inputs_without_a_model_are_refused(folder):
+    with pytest.raises(ValueError, match="example_inputs: expected a model to run them on"):
+        verify_checkpoints(folder / "a", folder / "b", example_inputs=torch.zeros(1, 2))

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastmatch.checkpoint import Checkpoint, align_checkpoints, trace_config, verify_checkpoints
+from fastmatch.checkpoint import Checkpoint, WriteOptions, align_checkpoints, trace_config, verify_checkpoints
 from fastmatch.checkpoint.align import layout_for
-from fastmatch.checkpoint.names import UnderParameterNames, layout_of
+from fastmatch.checkpoint.names import RenamedCheckpoint, layout_of
 from fastmatch.checkpoint.reader import SINGLE
 from fastmatch.checkpoint.structure import bind
 from fastmatch.checkpoint.writer import write_like
@@ -38,7 +38,7 @@ def permute(source, out):
     """The same directory with every group moved at random."""
     checkpoint, traced = Checkpoint(source), trace_config(source)
     layout = layout_for(source, checkpoint, traced)
-    named = UnderParameterNames(checkpoint, layout)
+    named = RenamedCheckpoint(checkpoint, layout)
     spec = bind(traced, named.headers, str(source))
     permutations = spec.random()
     moved = {name: permute_tensor(named[name], name, spec, permutations) for name in named}
@@ -49,7 +49,7 @@ def permute(source, out):
 def test_a_directory_is_read_as_the_model_that_was_saved(family, tmp_path):
     model = save(family, tmp_path)
     checkpoint = Checkpoint(tmp_path)
-    named = UnderParameterNames(checkpoint, layout_of(model, checkpoint.headers, "a"))
+    named = RenamedCheckpoint(checkpoint, layout_of(model, checkpoint.headers, "a"))
     own, assembled = model.state_dict(), dict(named)
     assert assembled.keys() <= own.keys()
     assert {own[name].data_ptr() for name in own} == {own[name].data_ptr() for name in assembled}
@@ -78,7 +78,7 @@ def test_a_merge_of_experts_is_the_mean_of_its_parts(tmp_path):
     save(NAMED["Mixtral"], tmp_path / "a")
     save(NAMED["Mixtral"], tmp_path / "b")
     align_checkpoints(tmp_path / "a", tmp_path / "b", tmp_path / "aligned")
-    align_checkpoints(tmp_path / "a", tmp_path / "b", tmp_path / "merged", merge=0.5)
+    align_checkpoints(tmp_path / "a", tmp_path / "b", tmp_path / "merged", write=WriteOptions(merge=0.5))
     a, aligned, merged = (load_file(tmp_path / x / SINGLE) for x in ("a", "aligned", "merged"))
     assert all(torch.allclose(merged[k], (a[k] + aligned[k]) / 2, rtol=1e-12, atol=0) for k in a)
 
@@ -126,7 +126,7 @@ def test_a_spec_in_the_names_of_the_file_is_taken_as_it_is(tmp_path):
     checkpoint, spec = Checkpoint(tmp_path), trace_config(tmp_path)
     attention = [n for n, g in spec.groups.items() if all("self_attn" in x.parameter for x in g.axes)]
     layout = layout_for(tmp_path, checkpoint, spec.select(attention))
-    assert {name: piece.parameter for name, piece in layout.items()} == {name: name for name in checkpoint}
+    assert {name: chunk.parameter for name, chunk in layout.items()} == {name: name for name in checkpoint}
 
 
 def test_a_file_of_the_model_without_its_head_gets_the_prefix(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from numpy.random import SeedSequence
 from torch.nn.functional import normalize
 
-from fastmatch import PermutationSpec
+from fastmatch import PermutationSpec, WeightMatching
 from fastmatch.checkpoint import Checkpoint, align_checkpoints
 from fastmatch.checkpoint.structure import bind
 from fastmatch.checkpoint.writer import write_like
@@ -57,7 +57,7 @@ def test_a_planted_permutation_of_minilm_is_recovered_exactly(tmp_path):
     assert (a(ids) - b(ids)).abs().max() < 1e-5
     assert (a.embed(ids) - b.embed(ids)).abs().max() > 1e-2
 
-    found = align_checkpoints(folder, tmp_path / "b", tmp_path / "out", spec=spec, seed=seed)
+    found = align_checkpoints(folder, tmp_path / "b", tmp_path / "out", WeightMatching(seed=seed), spec=spec)
 
     for name, permutation in invert(planted, spec).items():
         assert torch.equal(found.permutations[name], permutation), name
