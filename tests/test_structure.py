@@ -114,3 +114,12 @@ def test_no_module_is_loose():
     assert loose == {"__init__.py", "__main__.py", "py.typed"}
     folders = {path.name for path in (ROOT / "fastmatch").iterdir() if path.is_dir()} - {"__pycache__"}
     assert folders == set(LAYERS)
+
+
+def test_only_the_command_line_parses_arguments():
+    found = {
+        path.relative_to(ROOT / "fastmatch").parts[0]
+        for path in (ROOT / "fastmatch").rglob("*.py")
+        if "argparse" in imported(path)
+    }
+    assert found == {"cli"}

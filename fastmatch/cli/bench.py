@@ -1,4 +1,4 @@
-"""``fastmatch bench``: the suites under bench/ of a checkout, run by pytest-benchmark, and the page made of them."""
+"""``fastmatch bench``: run the suites in a checkout's bench/ folder with pytest-benchmark and report the results."""
 
 from __future__ import annotations
 
@@ -12,54 +12,68 @@ from pathlib import Path
 from typing import Any
 
 from fastmatch._internal.files import check_target, writing
+from fastmatch.cli.options import Commands, add, add_command
 
-__all__ = ["SUITES", "add_arguments", "bench_command", "combined"]
+__all__ = ["SUITES", "add_commands", "combined"]
 
 SUITES = ("assignment", "gains", "moments", "matching", "renorm", "apply", "end-to-end", "growth")
 
 
-def add_arguments(command: argparse.ArgumentParser) -> None:
-    """What ``fastmatch bench`` takes."""
-    command.add_argument(
-        "suites", nargs="*", metavar="suite", help=f"some of: {', '.join(SUITES)}; all if left out"
+def add_commands(commands: Commands) -> None:
+    """Add the command to the grammar."""
+    command = add_command(
+        commands,
+        "bench",
+        bench_command,
+        "run the benchmark suites of a checkout and write a page of the results",
     )
-    command.add_argument("--quick", action="store_true", help="small sizes: under three minutes on two cores")
     command.add_argument(
-        "--out", default="out/bench.json", help="the run's JSON; its page goes beside it as .html"
+        "suites", nargs="*", metavar="suite", help=f"some of {', '.join(SUITES)}; all by default"
     )
-    command.add_argument("--compare", metavar="JSON", help="an earlier run to compare with")
-    command.add_argument("--pictures", metavar="FOLDER", help="also write the README's plots here")
+    command.add_argument(
+        "--quick", action="store_true", help="use small sizes: less than three minutes on two cores"
+    )
+    command.add_argument(
+        "--out", default="out/bench.json", metavar="FILE",
+        help="JSON file to write; the pages are written next to it as .html and .md",
+    )  # fmt: skip
+    command.add_argument("--compare", metavar="FILE", help="JSON file of an earlier run to compare with")
+    command.add_argument("--pictures", metavar="FOLDER", help="also write the README's plots to this folder")
     exists = command.add_mutually_exclusive_group()
-    exists.add_argument("--force", action="store_true", help="replace the run's JSON if it exists")
+    add(exists, "--force", help="replace the JSON file if it exists")
     exists.add_argument(
-        "--add",
-        action="store_true",
-        help="keep what it has of other rows: suites of hours, one after the other",
-    )
-    command.set_defaults(run=bench_command)
+        "--add", action="store_true",
+        help="keep the rows of the existing JSON file that this run does not measure, to run long suites one by one",
+    )  # fmt: skip
 
 
 def folder() -> Path:
-    """bench/ of the checkout in the current folder, or of the one this package is installed from.
+    """Return bench/ of the checkout in the current folder, or of the checkout that this package is installed from.
 
     Raises:
-        ValueError: neither is there: wheels do not carry the suites.
+        ValueError: there is neither. Wheels do not contain the suites.
     """
     for root in (Path.cwd(), Path(__file__).parents[2]):
         if (root / "bench" / "suites").is_dir():
             return root / "bench"
     raise ValueError(
-        "bench: no checkout here; clone the repository and run it there, the wheel has no suites"
+        "no checkout here; clone the repository and run the command there, because the wheel has no suites"
     )
 
 
 def combined(run: dict[str, Any], earlier: dict[str, Any] | None) -> dict[str, Any]:
-    """``run`` as pytest-benchmark wrote it, and the rows of ``earlier`` that it does not measure anew; ``runs`` says where
-    and when each was measured.
+    """Combine a run with the rows of an earlier run that it does not measure again.
+
+    Args:
+        run: the JSON that pytest-benchmark wrote. It is changed.
+        earlier: the same, or what this function returned.
+
+    Returns:
+        The run. Its entry ``runs`` says when and on which machine the rows were measured.
     """
     run["runs"] = {run["datetime"]: run["machine_info"]["fastmatch"]}
     for row in run["benchmarks"]:
-        row["stats"].pop("data", None)  # medians and ratios are in extra_info
+        row["stats"].pop("data", None)  # the raw times; medians and ratios are in extra_info
         row["extra_info"]["run"] = run["datetime"]
     if earlier is not None:
         earlier = earlier if "runs" in earlier else combined(earlier, None)
@@ -72,17 +86,17 @@ def combined(run: dict[str, Any], earlier: dict[str, Any] | None) -> dict[str, A
 
 
 def bench_command(args: argparse.Namespace) -> None:
-    """Runs the suites, keeps the JSON without the rounds' raw times, and writes the page.
+    """Run the suites, write their JSON without the raw times of the rounds, and write the pages.
 
     Raises:
-        ValueError: an unknown suite, no checkout, or a suite that failed (its output is above).
-        ImportError: pytest-benchmark is not installed (``pip install fastmatch[bench]``).
+        ValueError: a suite is unknown or failed (its output is printed), or there is no checkout.
+        ImportError: pytest-benchmark is not installed (the extra ``bench``).
     """
     unknown = [name for name in args.suites if name not in SUITES]
     if unknown:
         raise ValueError(f"suite: expected some of {', '.join(SUITES)}, got {unknown[0]!r}")
     if find_spec("pytest_benchmark") is None:
-        raise ImportError("the suites run under pytest-benchmark: pip install 'fastmatch[bench]'")
+        raise ImportError("the suites need pytest-benchmark: pip install 'fastmatch[bench]'")
     bench, out = folder(), Path(args.out).resolve()
     replace = args.force or args.add
     check_target(out, force=replace)
@@ -97,11 +111,11 @@ def bench_command(args: argparse.Namespace) -> None:
         f"--benchmark-json={raw}", "--rootdir", str(bench.parent), *(["--quick"] if args.quick else []),
         *(str(bench / "suites" / name) for name in files),
     ]  # fmt: skip
-    # Run from within another pytest (this project's tests), the suites are still a run of their own.
+    # Within another pytest (this project's tests), its variables would change the options of this run.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     try:
         if subprocess.run(command, cwd=bench.parent, env=environment, check=False).returncode:
-            raise ValueError("bench: a suite failed; nothing was kept")
+            raise ValueError("a suite failed; nothing was kept")
         run = json.loads(raw.read_text())
     finally:
         raw.unlink(missing_ok=True)

@@ -1,53 +1,24 @@
-"""The command line, as a user runs it."""
+"""``fastmatch align`` and ``align-many``, as a user runs them."""
 
 from __future__ import annotations
-
-import subprocess
-import sys
 
 import pytest
 import torch
 
 import fastmatch as fm
 from fastmatch._internal.files import load_state, save_state
-from fastmatch.cli.main import build_model, main
+from fastmatch.cli.loading import build_model
+from fastmatch.cli.main import main
 
-MODULE = """
-import torch
-from torch import nn
-
-def build():
-    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
-
-def build_with_inputs():
-    return build(), torch.zeros(2, 6)
-
-def broken():
-    return 3
-
-def loader():
-    torch.manual_seed(0)
-    return [(torch.randn(64, 6), torch.randint(0, 3, (64,))) for _ in range(2)]
-"""
+MODEL = ["--model", "cli_module:build_with_inputs"]
+ALIGN = ["align", "a.safetensors", "b.safetensors", *MODEL, "--out"]
+DATA = ["--data", "cli_module:loader"]
+FILES = ["a.safetensors", "b.safetensors", "c.pt"]
+MANY = ["align-many", *FILES, *MODEL]
+OUTS = ["--out", "b2.safetensors", "c2.safetensors"]
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    (tmp_path / "my_module.py").write_text(MODULE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "my_module", raising=False)
-    model, x = build_model("my_module:build_with_inputs")
-    spec = fm.PermutationSpec.trace(model, x)
-    save_state(model.state_dict(), "a.safetensors")
-    save_state(fm.Alignment(spec.random(), spec).apply(model.state_dict()), "b.safetensors")
-    yield tmp_path
-    sys.modules.pop("my_module", None)
-
-
-ALIGN = ["align", "a.safetensors", "b.safetensors", "--model", "my_module:build_with_inputs", "--out"]
-
-
-def test_align_undoes_a_planted_permutation(folder, capsys):
+def test_align_undoes_a_planted_permutation(planted, capsys):
     assert main([*ALIGN, "b_aligned.safetensors", "--permutations", "perms.safetensors"]) == 0
     assert "2 groups" in capsys.readouterr().out
     a, aligned = load_state("a.safetensors"), load_state("b_aligned.safetensors")
@@ -56,10 +27,19 @@ def test_align_undoes_a_planted_permutation(folder, capsys):
     assert all(torch.equal(moved[k], v) for k, v in a.items())
 
 
-@pytest.mark.parametrize("options", [[], ["--similarity", "cca"], ["--method", "straight-through"]])
-def test_align_on_data(folder, options, capsys):
-    assert main([*ALIGN, "b_aligned.safetensors", "--data", "my_module:loader", *options]) == 0
-    model, _ = build_model("my_module:build_with_inputs")
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--matcher", "activations"],
+        ["--matcher", "activations", "--similarity", "cca", "--site", "pre", "--reduce", "sum"],
+        ["--matcher", "fisher", "--include", "weights"],
+        ["--matcher", "straight-through", "--epochs", "2", "--learning-rate", "0.02"],
+        ["--matcher", "mixture", "--activation-weight", "0.3", "--similarity", "covariance", "--seed", "2"],
+    ],
+)
+def test_align_on_data(planted, options, capsys):
+    assert main([*ALIGN, "b_aligned.safetensors", *DATA, *options]) == 0
+    model, _ = build_model("cli_module:build_with_inputs")
     x = torch.randn(9, 6)
     outputs = []
     for path in ("b.safetensors", "b_aligned.safetensors"):
@@ -71,100 +51,184 @@ def test_align_on_data(folder, options, capsys):
         assert all(torch.equal(aligned[k], v) for k, v in a.items())
 
 
-def test_a_method_without_its_data_is_an_error(folder, capsys):
-    assert main([*ALIGN, "c.safetensors", "--method", "fisher"]) == 2
-    assert "--data: --method fisher needs a loader" in capsys.readouterr().err
-    assert not (folder / "c.safetensors").exists()
+def test_align_writes_what_the_library_makes(models, loader):
+    options = ["--matcher", "activations", "--similarity", "covariance", "--site", "pre", "--permutations"]
+    assert main([*ALIGN, "o.pt", *DATA, *options, "p.safetensors"]) == 0
+    matcher = fm.ActivationMatching(loader, similarity="covariance", site="pre")
+    expected = fm.align(*models[:2], torch.zeros(2, 6), matcher)
+    found = fm.Alignment.load("p.safetensors")
+    assert all(torch.equal(found.permutations[k], p) for k, p in expected.permutations.items())
 
 
-def test_merge_writes_the_average(folder):
+@pytest.mark.parametrize(
+    ("options", "matcher"),
+    [
+        (["--init", "identity", "--seed", "4"], fm.WeightMatching(init="identity", seed=4)),
+        (["--max-sweeps", "1", "--init", "identity"], fm.WeightMatching(init="identity", max_sweeps=1)),
+        (["--tolerance", "0.5"], fm.WeightMatching(tolerance=0.5)),
+        (["--include", "weights"], fm.WeightMatching(include="weights")),
+    ],
+)
+def test_options_of_weight_matching_are_used(models, options, matcher, capsys):
+    assert main([*ALIGN, "o.pt", *options, "--permutations", "p.safetensors"]) == 0
+    expected = fm.align(*models[:2], torch.zeros(2, 6), matcher)
+    found = fm.Alignment.load("p.safetensors")
+    assert all(torch.equal(found.permutations[k], p) for k, p in expected.permutations.items())
+    assert expected.matching is not None
+    state = "converged" if expected.matching.converged else "not converged, raise --max-sweeps"
+    assert f"{expected.matching.solves} assignments ({state})" in capsys.readouterr().out
+
+
+def test_align_starts_from_a_file_of_permutations(planted, capsys):
+    assert main([*ALIGN, "o.pt", "--permutations", "p.safetensors"]) == 0
+    capsys.readouterr()
+    assert main([*ALIGN, "again.pt", "--init", "p.safetensors"]) == 0
+    objectives = capsys.readouterr().out.split("objective ")[1].split(" in ")[0].split(" -> ")
+    assert objectives[0] == objectives[1]
+
+
+def test_only_some_groups_move(models):
+    assert main([*ALIGN, "o.pt", "--groups", "2"]) == 0
+    b, aligned = load_state("b.safetensors"), load_state("o.pt")
+    assert {k for k in b if not torch.equal(b[k], aligned[k])} <= {"2.weight", "2.bias", "4.weight"}
+    assert not torch.equal(b["2.weight"], aligned["2.weight"])
+
+
+def test_merge_writes_the_average(planted):
     assert main([*ALIGN, "merged.pt", "--merge", "0.5"]) == 0
     a, merged = load_state("a.safetensors"), load_state("merged.pt")
     assert all(torch.allclose(merged[k], v) for k, v in a.items())
 
 
-def test_an_existing_output_needs_force_and_is_left_alone(folder, capsys):
-    (folder / "b_aligned.safetensors").write_text("mine")
+def test_an_existing_output_needs_force_and_is_left_alone(planted, capsys):
+    (planted / "b_aligned.safetensors").write_text("mine")
     assert main([*ALIGN, "b_aligned.safetensors"]) == 2
     assert "--force" in capsys.readouterr().err
-    assert (folder / "b_aligned.safetensors").read_text() == "mine"
+    assert (planted / "b_aligned.safetensors").read_text() == "mine"
     assert main([*ALIGN, "b_aligned.safetensors", "--force"]) == 0
     assert load_state("b_aligned.safetensors").keys() == load_state("a.safetensors").keys()
 
 
-def test_two_outputs_in_one_file_lose_nothing(folder, capsys):
-    (folder / "same.safetensors").write_text("mine")
+def test_two_outputs_in_one_file_lose_nothing(planted, capsys):
+    (planted / "same.safetensors").write_text("mine")
     for extra in ([], ["--force"]):
         for second in ("same.safetensors", "./same.safetensors"):
             assert main([*ALIGN, "same.safetensors", "--permutations", second, *extra]) == 2
             assert "same file as --out" in capsys.readouterr().err
-    assert (folder / "same.safetensors").read_text() == "mine"
+    assert (planted / "same.safetensors").read_text() == "mine"
 
 
 @pytest.mark.parametrize("outputs", [
     ["z.ckpt"], ["noext"], ["z.pt", "--permutations", "p.pt"],
 ])  # fmt: skip
-def test_a_suffix_that_could_not_be_read_back_is_refused(folder, capsys, outputs):
-    assert main([*ALIGN, *outputs]) == 2
-    assert "expected a file ending in" in capsys.readouterr().err
-    assert not any((folder / name).exists() for name in ("z.ckpt", "noext", "z.pt", "p.pt"))
+def test_a_suffix_that_could_not_be_read_back_is_refused(planted, refused, outputs):
+    refused([*ALIGN, *outputs], "expected a file ending in")
 
 
-def test_weights_that_are_not_finite_are_named(folder, capsys):
+def test_weights_that_are_not_finite_are_named(planted, refused):
     state = load_state("b.safetensors")
     state["2.weight"][3] = float("nan")
     save_state(state, "nan.safetensors")
-    assert main(["align", "a.safetensors", "nan.safetensors", *ALIGN[3:], "o.pt"]) == 2
-    assert "nan.safetensors: tensor '2.weight' holds 16 NaN" in capsys.readouterr().err
-    assert not (folder / "o.pt").exists()
+    arguments = ["align", "a.safetensors", "nan.safetensors", *ALIGN[3:], "o.pt"]
+    refused(arguments, "nan.safetensors: tensor '2.weight' holds 16 NaN")
 
 
-def test_inspect_prints_groups_and_pins(folder, capsys):
-    assert main(["inspect", "--model", "my_module:build", "--input-shape", "2,6"]) == 0
-    out = capsys.readouterr().out
-    assert "0.weight:0, 0.bias:0, 2.weight:1" in out
-    assert "4.weight:0 of 3: model output" in out
-    assert main(["inspect", "--model", "my_module:build", "--input-shape", "2x6", "--json"]) == 0
-    assert list(fm.PermutationSpec.from_json(capsys.readouterr().out).groups) == ["0", "2"]
-
-
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["inspect", "--model", "my_module"], "expected module:callable"),
-    (["inspect", "--model", "no_such:build"], "no module 'no_such'"),
-    (["inspect", "--model", "my_module:nothing"], "has no callable 'nothing'"),
-    (["inspect", "--model", "my_module:broken"], "returned int"),
-    (["inspect", "--model", "my_module:build"], "--input-shape: needed"),
-    (["inspect", "--model", "my_module:build", "--input-shape", "a,b"], "expected whole numbers"),
-    (["align", "a.safetensors", "none.safetensors", "--model", "my_module:build_with_inputs", "--out", "o.pt"],
-     "none.safetensors: no such file"),
-    ([*ALIGN, "missing/out.pt"], "is not a folder"),
-    (["demo", "--width", "100000"], "width: expected 128 to 8192"),
-])  # fmt: skip
-def test_bad_input_is_one_line_and_status_2(folder, capsys, arguments, message):
-    assert main(arguments) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert "Traceback" not in error
-    assert not (folder / "o.pt").exists()
-
-
-def test_checkpoints_of_another_architecture_are_named(folder, capsys):
+def test_checkpoints_of_another_architecture_are_named(planted, refused):
     state = load_state("b.safetensors")
     state["2.weight"] = torch.zeros(16, 15)
     save_state(state, "c.safetensors")
     arguments = ["align", "a.safetensors", "c.safetensors", *ALIGN[3:], "o.pt"]
-    assert main(arguments) == 2
-    assert "c.safetensors: tensor '2.weight' has shape (16, 15)" in capsys.readouterr().err
+    refused(arguments, "c.safetensors: tensor '2.weight' has shape (16, 15)")
 
 
-def test_the_installed_command_runs(folder):
-    done = subprocess.run(
-        [sys.executable, "-m", "fastmatch", "--help"], capture_output=True, text=True, check=True, cwd=folder
-    )
-    assert "inspect" in done.stdout
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["align", "a.safetensors", "none.safetensors", *ALIGN[3:], "o.pt"], "none.safetensors: no such file"),
+    ([*ALIGN, "missing/out.pt"], "is not a folder"),
+    # A matcher without its data, and data without a matcher that reads it.
+    ([*ALIGN, "o.pt", "--matcher", "fisher"], "--data: --matcher fisher needs a loader"),
+    ([*ALIGN, "o.pt", "--matcher", "mixture"], "--data: --matcher mixture needs a loader"),
+    ([*ALIGN, "o.pt", *DATA], "--data: is an option of --matcher activations or fisher or straight-through or mixture"),
+    ([*ALIGN, "o.pt", *DATA, "--matcher", "weights"], "--data: is an option of --matcher activations"),
+    ([*ALIGN, "o.pt", "--data", "cli_module:stream", "--matcher", "activations"], "--data: expected a callable that returns a loader"),
+    # Options of another matcher.
+    ([*ALIGN, "o.pt", "--similarity", "cca"], "--similarity: is an option of --matcher activations or mixture"),
+    ([*ALIGN, "o.pt", "--site", "pre"], "--site: is an option of --matcher activations or mixture"),
+    ([*ALIGN, "o.pt", "--reduce", "sum"], "--reduce: is an option of --matcher activations or mixture"),
+    ([*ALIGN, "o.pt", "--epochs", "2"], "--epochs: is an option of --matcher straight-through"),
+    ([*ALIGN, "o.pt", "--learning-rate", "0.1"], "--learning-rate: is an option of --matcher straight-through"),
+    ([*ALIGN, "o.pt", "--activation-weight", "0.1"], "--activation-weight: is an option of --matcher mixture"),
+    ([*ALIGN, "o.pt", *DATA, "--matcher", "fisher", "--similarity", "cca"], "--similarity: is an option of"),
+    ([*ALIGN, "o.pt", *DATA, "--matcher", "mixture", "--epochs", "2"], "--epochs: is an option of"),
+    *(
+        ([*ALIGN, "o.pt", *DATA, "--matcher", "activations", flag, value], f"{flag}: is an option of --matcher weights or fisher")
+        for flag, value in (
+            ("--init", "identity"), ("--max-sweeps", "3"), ("--tolerance", "0"), ("--include", "weights"), ("--seed", "1"),
+        )
+    ),
+    # Values out of range, and what is not there.
+    ([*ALIGN, "o.pt", "--max-sweeps", "-5"], "max_sweeps: expected a whole number of at least 1"),
+    ([*ALIGN, "o.pt", "--tolerance", "nan"], "tolerance: expected a finite number"),
+    ([*ALIGN, "o.pt", "--init", "nonsense"], "init: expected one of 'greedy', 'identity'"),
+    ([*ALIGN, "o.pt", "--init", "none.safetensors"], "none.safetensors: no such file"),
+    ([*ALIGN, "o.pt", "--init", "a.safetensors"], "holds no permutations"),
+    ([*ALIGN, "o.pt", *DATA, "--matcher", "mixture", "--activation-weight", "1"], "activation_weight: expected"),
+    ([*ALIGN, "o.pt", "--groups", "nothing"], "groups: ['nothing'] not in the spec"),
+    # Out of core, and what is only out of core.
+    ([*ALIGN, "o.pt", "--dtype", "bfloat16"], "--dtype: is an option of --out-of-core"),
+    ([*ALIGN, "o.pt", "--device", "cpu"], "--device: is an option of --out-of-core"),
+    ([*ALIGN, "o.pt", "--resume"], "--resume: is an option of --out-of-core"),
+    ([*ALIGN, "o.pt", "--out-of-core", *DATA], "--data: is an option of --matcher activations"),
+    ([*ALIGN, "o.pt", "--out-of-core", *DATA, "--matcher", "activations"], "--matcher: alignment out of core matches by weights"),
+    ([*ALIGN, "o.pt", "--out-of-core", "--no-verify"], "--no-verify: alignment out of core does not verify"),
+    ([*ALIGN, "o.pt", "--out-of-core", "--similarity", "cca"], "--similarity: is an option of"),
+    ([*ALIGN, "o.pt", "--out-of-core", "--dtype", "int64"], "--dtype: expected a floating point type"),
+    ([*ALIGN, "o.pt", "--out-of-core", "--merge", "inf"], "merge: expected a finite number"),
+    (["align", "a.safetensors", "b.safetensors", "--out", "o.pt"], "--model: needed"),
+    (["align", ".", ".", "--out", "o", "--input-shape", "2,6"], "--input-shape: needs --model"),
+])  # fmt: skip
+def test_what_does_not_fit_together_is_refused_by_name(planted, refused, arguments, message):
+    refused(arguments, message)
 
 
-def test_importing_the_package_loads_neither_triton_nor_numba():
-    code = "import sys, fastmatch; print([m for m in ('triton', 'numba', 'lapjv', 'matplotlib') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+@pytest.mark.parametrize(
+    ("options", "strategy"),
+    [
+        ([], lambda data: fm.MergeMany()),
+        (["--strategy", "merge-many", "--max-rounds", "1"], lambda data: fm.MergeMany(max_rounds=1)),
+        (["--strategy", "frank-wolfe", "--max-steps", "3"], lambda data: fm.FrankWolfe(max_steps=3)),
+        (
+            ["--strategy", "merge-many", "--include", "weights", "--seed", "3"],
+            lambda data: fm.MergeMany(fm.WeightMatching("identity", include="weights", seed=3)),
+        ),
+        (["--strategy", "to-reference"], lambda data: fm.ToReference()),
+        (
+            ["--strategy", "chain", "--matcher", "activations", *DATA],
+            lambda data: fm.Chain(fm.ActivationMatching(data)),
+        ),
+    ],
+)
+def test_align_many(models, loader, options, strategy, capsys):
+    assert main([*MANY, *options, *OUTS]) == 0
+    assert capsys.readouterr().out.count("wrote") == 2
+    found = fm.align_many(models, torch.zeros(2, 6), strategy(loader))
+    for alignment, model, path in zip(found[1:], models[1:], OUTS[1:], strict=True):
+        expected = alignment.apply(model).state_dict()
+        assert all(torch.equal(expected[k], v) for k, v in load_state(path).items())
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ([*MANY, "--out", "b2.pt"], "--out: expected 2 files"),
+    ([*MANY, "--out", "x.pt", "x.pt"], "a file of its own"),
+    ([*MANY, "--out", "x.pt", "x.ckpt"], "--out: expected a file ending in"),
+    ([*MANY, *OUTS, *DATA], "--data: is an option of --matcher activations"),
+    ([*MANY, *OUTS, *DATA, "--matcher", "activations"], "--matcher: --strategy merge-many matches by weights"),
+    ([*MANY, *OUTS, *DATA, "--strategy", "frank-wolfe", "--matcher", "fisher"], "--matcher: --strategy frank-wolfe matches by weights"),
+    ([*MANY, *OUTS, "--strategy", "chain", "--max-rounds", "3"], "--max-rounds: is an option of --strategy merge-many or frank-wolfe"),
+    ([*MANY, *OUTS, "--max-steps", "3"], "--max-steps: is an option of --strategy frank-wolfe"),
+    ([*MANY, *OUTS, "--max-rounds", "0"], "max_rounds: expected a whole number of at least 1"),
+    ([*MANY, *OUTS, "--init", "greedy"], "matcher: each match begins at the current permutations"),
+    ([*MANY, *OUTS, "--strategy", "chain", "--site", "pre"], "--site: is an option of --matcher activations or mixture"),
+    (["align-many", "a.safetensors", "--model", "cli_module:build", "--out", "o.pt"], "--out: expected 0 files"),
+])  # fmt: skip
+def test_what_does_not_fit_together_for_many_is_refused_by_name(models, refused, arguments, message):
+    refused(arguments, message)

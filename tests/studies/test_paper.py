@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from fastmatch.cli.main import main
-from fastmatch.cli.study import table
+from fastmatch.cli.studies import claims_table
 from fastmatch.studies import paper as study
 from fastmatch.studies.networks import NETWORKS
 from fastmatch.studies.paper.report import report
@@ -158,4 +158,4 @@ def test_the_docs_show_the_committed_run():
     assert [vars(c) for c in study.judge(committed)] == [
         {**c, "numbers": tuple(c["numbers"]), "seeds": tuple(c["seeds"])} for c in committed["claims"]
     ]
-    assert table(committed) in (root / "docs/analysis.md").read_text()
+    assert claims_table(committed) in (root / "docs/analysis.md").read_text()

@@ -1,0 +1,246 @@
+"""``fastmatch align`` and ``align-many``: bring checkpoints into one order of units and write them."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from pathlib import Path
+
+from fastmatch._internal.files import STATE_SUFFIXES, load_state, save_state
+from fastmatch._internal.states import check_finite, check_same_architecture, state_of
+from fastmatch.cli.loading import build_model, build_network, check_outputs, example_from, load_into
+from fastmatch.cli.options import (
+    Commands,
+    add,
+    add_command,
+    add_matcher_options,
+    dtype_from,
+    matcher_from,
+)
+from fastmatch.matching.align import align
+from fastmatch.matching.align_many import align_many
+from fastmatch.matching.frank_wolfe import FrankWolfe
+from fastmatch.matching.matcher import Strategy
+from fastmatch.matching.merge_many import MergeMany
+from fastmatch.matching.pairwise import Chain, ToReference
+from fastmatch.matching.weights import WeightMatching
+from fastmatch.merging.average import merge_states
+from fastmatch.permutations.alignment import Alignment
+from fastmatch.permutations.verify import verify
+from fastmatch.spec import PermutationSpec
+
+__all__ = ["add_commands"]
+
+PAIRWISE = {"to-reference": ToReference, "chain": Chain}
+JOINT = {"merge-many": MergeMany, "frank-wolfe": FrankWolfe}
+
+
+def add_commands(commands: Commands) -> None:
+    """Add the commands to the grammar."""
+    command = add_command(
+        commands, "align", align_command, "align checkpoint B to checkpoint A by their weights or on data"
+    )
+    command.add_argument(
+        "a", help="the reference: .safetensors, a torch file of tensors, or a Hugging Face directory"
+    )
+    command.add_argument("b", help="the checkpoint whose units are permuted")
+    add(
+        command, "--model",
+        help="callable that returns the network, or (network, example inputs); not needed for directories with a "
+        "config.json",
+    )  # fmt: skip
+    add(command, "--input-shape")
+    add(command, "--out", help="what to write: .safetensors, .pt, .pth or .bin; a directory for directories")
+    command.add_argument(
+        "--merge", type=float, metavar="W", help="write the merge (1 - W) A + W B instead of the aligned B"
+    )
+    command.add_argument(
+        "--permutations",
+        metavar="FILE",
+        help="also write the permutations and the spec to this .safetensors file",
+    )
+    add(command, "--force")
+    add_matcher_options(command)
+    command.add_argument(
+        "--groups", nargs="+", metavar="NAME", help="match only these groups, named by `fastmatch inspect`"
+    )
+    command.add_argument(
+        "--no-residual", dest="residual", action="store_false", help="keep the order of residual streams"
+    )
+    command.add_argument(
+        "--no-verify", action="store_true", help="do not check that the permutations preserve B's function"
+    )
+    out_of_core = command.add_argument_group(
+        "out of core",
+        "read tensors when they are needed instead of loading both checkpoints; always for directories",
+    )
+    out_of_core.add_argument("--out-of-core", action="store_true", help="do so for files too")
+    out_of_core.add_argument(
+        "--dtype",
+        metavar="TYPE",
+        help="write floating point tensors in this type, such as bfloat16; by default their own",
+    )
+    out_of_core.add_argument("--device", help="device that computes the gain matrices (default: cpu)")
+    out_of_core.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue from the journal of a killed run with the same arguments",
+    )
+
+    command = add_command(
+        commands,
+        "align-many",
+        align_many_command,
+        "bring several checkpoints into the first one's order of units",
+    )
+    command.add_argument("checkpoints", nargs="+", help="two or more checkpoints; the first keeps its order")
+    add(command, "--model", required=True)
+    add(command, "--input-shape")
+    command.add_argument(
+        "--strategy", default="merge-many", choices=(*PAIRWISE, *JOINT),
+        help="match each checkpoint to the first (to-reference), to its aligned predecessor (chain), to the mean of the "
+        "others in rounds (merge-many), or all at once (frank-wolfe); the last two match by weights, from the identity",
+    )  # fmt: skip
+    add_matcher_options(command)
+    command.add_argument(
+        "--max-rounds", type=int, metavar="N",
+        help="maximum number of rounds; of merge-many and frank-wolfe (default: 100)",
+    )  # fmt: skip
+    command.add_argument(
+        "--max-steps", type=int, metavar="N",
+        help="maximum number of Frank-Wolfe steps; of frank-wolfe (default: 50)",
+    )  # fmt: skip
+    add(command, "--out", nargs="+", help="one file for each checkpoint but the first, in their order")
+    add(command, "--force")
+
+
+def align_command(args: argparse.Namespace) -> None:
+    """Align two checkpoints and write the second one aligned, or the merge of both."""
+    if args.out_of_core or args.model is None or any(Path(path).is_dir() for path in (args.a, args.b)):
+        alignment = _align_out_of_core(args, is_folder=Path(args.a).is_dir() and Path(args.b).is_dir())
+    else:
+        alignment = _align_in_memory(args)
+    if args.permutations is not None:
+        alignment.save(args.permutations, force=args.force)
+    print(f"{_summary(alignment)}; wrote {args.out}")
+
+
+def _align_in_memory(args: argparse.Namespace) -> Alignment:
+    for option in ("dtype", "device", "resume"):
+        if getattr(args, option):
+            raise ValueError(f"--{option}: is an option of --out-of-core, which is not given")
+    check_outputs(args, out=STATE_SUFFIXES, permutations={".safetensors"})
+    matcher = matcher_from(args)
+    model, example = build_network(args)
+    states = [load_state(path) for path in (args.a, args.b)]
+    check_same_architecture(state_of(model, "--model"), states[0], "--model", args.a)
+    check_same_architecture(state_of(model, "--model"), states[1], "--model", args.b)
+    check_same_architecture(states[0], states[1], args.a, args.b)
+    for path, state in zip((args.a, args.b), states, strict=True):
+        check_finite(state, path)
+    # The modules have the builder's types. The states keep the types of the files, which the output has too.
+    model_b = copy.deepcopy(model)
+    model.load_state_dict(states[0])
+    model_b.load_state_dict(states[1])
+    spec = _selected(PermutationSpec.trace(model, example), args)
+    if not spec.groups:
+        raise ValueError(
+            f"--model: no group of units of {args.model} is free to move; see `fastmatch inspect`"
+        )
+    if not args.no_verify:
+        verify(model_b, spec, example)
+    pair = states if isinstance(matcher, WeightMatching) else (model, model_b)
+    alignment = align(*pair, matcher=matcher, spec=spec)
+    result = alignment.apply(states[1])
+    if args.merge is not None:
+        result = merge_states([states[0], result], [1 - args.merge, args.merge])
+    save_state(result, args.out, force=args.force)
+    return alignment
+
+
+def _align_out_of_core(args: argparse.Namespace, *, is_folder: bool) -> Alignment:
+    from fastmatch.checkpoint import WriteOptions, align_checkpoints, trace_config
+
+    if args.model is None and not is_folder:
+        raise ValueError(
+            f"--model: needed unless both {args.a} and {args.b} are directories with a config.json"
+        )
+    if args.model is None and args.input_shape is not None:
+        raise ValueError("--input-shape: needs --model; without it the inputs follow A's config.json")
+    if args.no_verify:
+        raise ValueError("--no-verify: alignment out of core does not verify; `fastmatch verify` does")
+    if args.matcher not in (None, "weights"):
+        raise ValueError(
+            f"--matcher: alignment out of core matches by weights, because {args.matcher} has to run the networks"
+        )
+    check_outputs(args, out=None if is_folder else STATE_SUFFIXES, permutations={".safetensors"})
+    matcher = matcher_from(args)
+    assert isinstance(matcher, WeightMatching)
+    write = WriteOptions(args.merge, dtype_from(args.dtype), args.force)
+    spec = trace_config(args.a) if args.model is None else PermutationSpec.trace(*build_network(args))
+    return align_checkpoints(
+        args.a, args.b, args.out, matcher, spec=_selected(spec, args), write=write, device=args.device or "cpu",
+        resume=args.resume,
+    )  # fmt: skip
+
+
+def align_many_command(args: argparse.Namespace) -> None:
+    """Align all checkpoints to the order of the first one and write the others."""
+    if len(args.out) != len(args.checkpoints) - 1:
+        raise ValueError(
+            f"--out: expected {len(args.checkpoints) - 1} files, one per checkpoint but the first, got {len(args.out)}"
+        )
+    check_outputs(args, out=STATE_SUFFIXES)
+    strategy = _strategy_from(args)
+    model, built = build_model(args.model)
+    models = [load_into(model, path) for path in args.checkpoints]
+    found = align_many(models, example_from(args.input_shape, built), strategy)
+    for alignment, path, out in zip(found[1:], args.checkpoints[1:], args.out, strict=True):
+        save_state(alignment.apply(load_state(path)), out, force=args.force)  # in the types of the file
+        print(f"{path}: {_summary(alignment)}; wrote {out}")
+
+
+def _strategy_from(args: argparse.Namespace) -> Strategy:
+    """Build the strategy that the options describe, with its matcher.
+
+    Raises:
+        ValueError: the strategy does not take an option that was given.
+    """
+    takes = {"max_rounds": list(JOINT), "max_steps": ["frank-wolfe"]}
+    options = {name: getattr(args, name) for name in takes if getattr(args, name) is not None}
+    for name in options:
+        if args.strategy not in takes[name]:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag}: is an option of --strategy {' or '.join(takes[name])}")
+    if args.strategy in PAIRWISE:
+        return PAIRWISE[args.strategy](matcher_from(args))
+    if args.matcher not in (None, "weights"):
+        raise ValueError(
+            f"--matcher: --strategy {args.strategy} matches by weights; "
+            f"{args.matcher} is for {' or '.join(PAIRWISE)}"
+        )
+    if args.init is None:
+        args.init = "identity"  # where these strategies start
+    matcher = matcher_from(args)
+    assert isinstance(matcher, WeightMatching)
+    return JOINT[args.strategy](matcher, **options)
+
+
+def _selected(spec: PermutationSpec, args: argparse.Namespace) -> PermutationSpec:
+    """Return the spec with only the groups that the options leave free to move."""
+    if args.groups is not None:
+        spec = spec.select(args.groups)
+    return spec if args.residual else spec.without_residual()
+
+
+def _summary(alignment: Alignment) -> str:
+    """Return what was found as text: groups, moved units, objective, work, and whether it converged."""
+    matching = alignment.matching
+    assert matching is not None
+    total = sum(len(p) for p in alignment.permutations.values())
+    state = "converged" if matching.converged else "not converged, raise --max-sweeps"
+    return (
+        f"{len(alignment.permutations)} groups, {alignment.moved} of {total} units moved; objective "
+        f"{matching.objective[0]:.6g} -> {matching.objective[-1]:.6g} in {matching.sweeps} sweeps, "
+        f"{matching.solves} assignments ({state})"
+    )

@@ -1,0 +1,70 @@
+"""``fastmatch inspect`` and ``verify``: what can be permuted in a network, and whether two checkpoints are one function."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastmatch.cli.loading import build_network
+from fastmatch.cli.options import Commands, add, add_command, dtype_from
+from fastmatch.spec import PermutationSpec
+
+__all__ = ["add_commands"]
+
+
+def add_commands(commands: Commands) -> None:
+    """Add the commands to the grammar."""
+    command = add_command(
+        commands, "inspect", inspect_command, "print a network's permutation groups and its pinned axes"
+    )
+    add(command, "--model", required=True)
+    add(command, "--input-shape")
+    command.add_argument("--json", action="store_true", help="print the spec as JSON instead of a table")
+
+    command = add_command(
+        commands, "verify", verify_command,
+        "check that two checkpoints are the same function: run both on random inputs and compare all outputs",
+    )  # fmt: skip
+    command.add_argument("a", help="a Hugging Face directory, or a file (then --model is needed)")
+    command.add_argument("b", help="the other directory or file")
+    add(
+        command,
+        "--model",
+        help="callable that returns the network; by default it is built from A's config.json",
+    )
+    add(command, "--input-shape")
+    command.add_argument(
+        "--dtype", default="float64", metavar="TYPE", help="floating point type of the forward passes"
+    )
+    command.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-9,
+        help="largest difference allowed, relative to the largest output",
+    )
+
+
+def inspect_command(args: argparse.Namespace) -> None:
+    """Print the traced groups of a model, and which operation pins which axis."""
+    spec = PermutationSpec.trace(*build_network(args))
+    print(spec.to_json() if args.json else spec.table())
+
+
+def verify_command(args: argparse.Namespace) -> None:
+    """Run two checkpoints on the same random inputs and compare their outputs."""
+    from fastmatch.checkpoint.verify import verify_checkpoints
+
+    model: nn.Module | None = None
+    example: Any = None
+    if args.model is not None:
+        model, example = build_network(args)
+    elif args.input_shape is not None:
+        raise ValueError("--input-shape: needs --model; without it the inputs follow A's config.json")
+    found = verify_checkpoints(
+        args.a, args.b, model=model, example_inputs=example,
+        dtype=dtype_from(args.dtype) or torch.float64, tolerance=args.tolerance,
+    )  # fmt: skip
+    print(f"the same function: {found.outputs} outputs agree within {found.error:.2g} relative")

@@ -1,0 +1,120 @@
+"""``fastmatch merge`` and ``partial``: merge checkpoints completely, or from a layer on."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, get_args
+
+import torch
+from torch import nn
+
+from fastmatch._internal.files import STATE_SUFFIXES, save_state, writing
+from fastmatch.cli.loading import build_network, check_outputs, load_into, load_models, loader_from
+from fastmatch.cli.options import Commands, add, add_command
+from fastmatch.merging.average import Biases, merge
+from fastmatch.merging.ensemble import model_cost
+from fastmatch.merging.partial import merge_partial
+from fastmatch.merging.unit_rules import CCA, Identity, Permute, Zip
+from fastmatch.renorm import renormalize
+from fastmatch.renorm.options import Method
+from fastmatch.spec.trace import arguments_of
+
+__all__ = ["add_commands"]
+
+MATCHED_RULES = {"permute": Permute, "zip": Zip, "cca": CCA}
+"""The rules that match units on data."""
+
+
+def add_commands(commands: Commands) -> None:
+    """Add the commands to the grammar."""
+    command = add_command(commands, "merge", merge_command, "average aligned checkpoints; no data is read")
+    command.add_argument("checkpoints", nargs="+", help="one or more aligned checkpoints")
+    add(command, "--model", required=True)
+    add(command, "--weights")
+    command.add_argument(
+        "--biases", choices=get_args(Biases), default="average",
+        help="average them; scale them down like the activations of a merge (normalize); or set them to zero (remove)",
+    )  # fmt: skip
+    add(command, "--out", "--force")
+
+    command = add_command(
+        commands, "partial", partial_command,
+        "merge checkpoints from a layer on, keep the layers before it apart, and write an exported program",
+    )  # fmt: skip
+    command.add_argument("checkpoints", nargs="+", help="two or more checkpoints of one architecture")
+    add(command, "--model", required=True)
+    add(command, "--input-shape")
+    add(
+        command, "--data",
+        help="callable that returns a loader; needed by all rules but identity, and by --renormalize",
+    )  # fmt: skip
+    command.add_argument(
+        "--rule",
+        default="permute",
+        choices=("identity", *MATCHED_RULES),
+        help="which units are merged into one",
+    )
+    start = command.add_mutually_exclusive_group()
+    start.add_argument(
+        "--start-at", metavar="GROUP", help="the first group that is merged, named by `fastmatch inspect`"
+    )
+    start.add_argument("--keep", type=int, default=0, metavar="N", help="or the number of groups kept apart")
+    command.add_argument("--apart", nargs="+", default=[], metavar="GROUP", help="further groups kept apart")
+    add(
+        command,
+        "--weights",
+        help="merge coefficients, one per checkpoint, positive and of sum one; equal by default",
+    )
+    add(command, "--renormalize", choices=[word for word in get_args(Method) if word != "auto"])
+    add(command, "--out", help="file to write: .pt2, for torch.export.load")
+    add(command, "--force")
+
+
+def merge_command(args: argparse.Namespace) -> None:
+    """Average checkpoints that are aligned already."""
+    check_outputs(args, out=STATE_SUFFIXES)
+    models = load_models(args)
+    merged = merge(models, args.weights, biases=args.biases)
+    save_state(merged.state_dict(), args.out, force=args.force)
+    print(f"{len(models)} checkpoints, biases: {args.biases}; wrote {args.out}")
+
+
+def partial_command(args: argparse.Namespace) -> None:
+    """Merge checkpoints from a layer on and write the result as an exported program."""
+    check_outputs(args, out={".pt2"})
+    if args.data is None and args.rule in MATCHED_RULES:
+        raise ValueError(f"--data: needed by --rule {args.rule}")
+    if args.data is None and args.renormalize is not None:
+        raise ValueError(f"--data: needed by --renormalize {args.renormalize}")
+    if args.data is not None and args.rule == "identity" and args.renormalize is None:
+        raise ValueError("--data: --rule identity reads none; it is for another rule or --renormalize")
+    model, example = build_network(args)
+    data = [] if args.data is None else loader_from(args.data, "--data")
+    models = [load_into(model, path) for path in args.checkpoints]
+    rule = MATCHED_RULES[args.rule](data) if args.rule in MATCHED_RULES else Identity()
+    start_at = args.keep if args.start_at is None else args.start_at
+    found = merge_partial(models, example, rule, start_at=start_at, apart=args.apart, weights=args.weights)
+    merged: nn.Module = found.model
+    if args.renormalize is not None:
+        endpoints = None if args.renormalize == "reset" else found.endpoint_statistics(models, data)
+        merged = renormalize(merged, endpoints, data, args.renormalize)
+    _export(merged, example, args.out, force=args.force)
+    single, cost = model_cost(models[0], example), model_cost(merged, example)
+    flops = f", {cost.flops / single.flops:.2f} times the FLOPs" if single.flops else ""
+    print(
+        f"{len(found.maps)} of {len(found.spec.groups)} groups merged by {args.rule}; {cost.parameters} parameters, "
+        f"{cost.parameters / single.parameters:.2f} times one model's{flops}; wrote {args.out}"
+    )
+
+
+def _export(model: nn.Module, example_inputs: Any, out: str, *, force: bool) -> None:
+    """Write a model as an exported program, with every first dimension dynamic where its operations allow that."""
+    args, kwargs = arguments_of(example_inputs, None)
+
+    def dynamic(value: Any) -> Any:
+        return {0: torch.export.Dim.AUTO} if isinstance(value, torch.Tensor) and value.ndim else None
+
+    shapes = (*map(dynamic, args), *map(dynamic, kwargs.values()))
+    program = torch.export.export(model.eval(), args, kwargs or None, dynamic_shapes=shapes)
+    with writing(out, force=force) as temporary, open(temporary, "wb") as file:
+        torch.export.save(program, file)

@@ -1,0 +1,251 @@
+"""Options that several commands share, each defined once, and the matcher that the matcher options describe."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, TypeAlias, get_args
+
+import torch
+
+from fastmatch.cli.loading import loader_from
+from fastmatch.matching.activations import ActivationMatching
+from fastmatch.matching.fisher import FisherMatching
+from fastmatch.matching.matcher import Matcher
+from fastmatch.matching.mixture import Mixture
+from fastmatch.matching.objective import Include
+from fastmatch.matching.similarity import Similarity
+from fastmatch.matching.sites import Reduce, Site
+from fastmatch.matching.straight_through import StraightThrough
+from fastmatch.matching.weights import WeightMatching
+from fastmatch.permutations.alignment import Alignment
+from fastmatch.renorm.options import Method, Mode
+
+__all__ = [
+    "Commands",
+    "add",
+    "add_command",
+    "add_matcher_options",
+    "dtype_from",
+    "matcher_from",
+]
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+"""The sub-commands of a parser, to which each module of this package adds its own."""
+
+SHARED: dict[str, dict[str, Any]] = {
+    "--model": {
+        "metavar": "MODULE:CALLABLE",
+        "help": "callable that returns the network, or (network, example inputs)",
+    },
+    "--input-shape": {
+        "metavar": "SHAPE",
+        "help": "shape of a random example input, such as 2,3,32,32; by default the inputs that --model returns",
+    },
+    "--data": {
+        "metavar": "MODULE:CALLABLE",
+        "help": "callable that returns a loader or a list of batches",
+    },
+    "--out": {
+        "required": True,
+        "metavar": "FILE",
+        "help": "file to write: .safetensors, .pt, .pth or .bin",
+    },
+    "--force": {"action": "store_true", "help": "replace output files that exist"},
+    "--weights": {
+        "nargs": "+",
+        "type": float,
+        "metavar": "W",
+        "help": "merge coefficients, one per checkpoint; equal ones by default",
+    },
+    "--plot": {"metavar": "FILE", "help": "also draw the result: .png, .svg or .pdf"},
+    "--points": {"type": int, "help": "number of points"},
+    "--seed": {"type": int, "help": "seed of all random numbers"},
+    "--renormalize": {"choices": get_args(Method), "help": "renormalize the merge by this method"},
+    "--mode": {
+        "choices": get_args(Mode),
+        "help": "measure all layers in one read of the data, or each layer after correcting the earlier ones "
+        "(default: joint)",
+    },
+    "--samples": {
+        "type": int,
+        "metavar": "N",
+        "help": "calibrate on the first N samples; on all of them by default",
+    },
+}
+"""Options of several commands. A command may change the help, the default and ``required``."""
+
+PARTS: dict[str, tuple[type[Matcher], ...]] = {
+    "weights": (WeightMatching,),
+    "activations": (ActivationMatching,),
+    "fisher": (FisherMatching, WeightMatching),
+    "straight-through": (StraightThrough, WeightMatching),
+    "mixture": (Mixture, WeightMatching, ActivationMatching),
+}
+"""The words of ``--matcher`` -> the matchers whose options apply, the matcher itself first."""
+
+
+@dataclass(frozen=True)
+class MatcherOption:
+    """An option that sets one field of a matcher.
+
+    Attributes:
+        owner: the matcher.
+        field: the field.
+        settings: what argparse needs: the help, and the type or the choices.
+    """
+
+    owner: type[Matcher]
+    field: str
+    settings: dict[str, Any]
+
+    @property
+    def flag(self) -> str:
+        """The option's name on the command line."""
+        return "--" + self.field.replace("_", "-")
+
+    @property
+    def words(self) -> list[str]:
+        """The words of ``--matcher`` that take this option."""
+        return [word for word, parts in PARTS.items() if self.owner in parts]
+
+
+def _option(owner: type[Matcher], field: str, text: str, **settings: Any) -> MatcherOption:
+    """Return an option whose help names the default and the matchers that take it."""
+    default = next(f.default for f in fields(owner) if f.name == field)  # type: ignore[arg-type]
+    option = MatcherOption(owner, field, settings)
+    words = ", ".join(option.words)
+    settings["help"] = f"{text}; of {words} (default: {default})"
+    return option
+
+
+MATCHER_OPTIONS = (
+    _option(
+        WeightMatching, "init",
+        "where weight matching starts: greedy, identity, or a .safetensors file of --permutations",
+        metavar="WORD|FILE",
+    ),
+    _option(WeightMatching, "max_sweeps", "maximum number of passes over the groups", type=int, metavar="N"),
+    _option(
+        WeightMatching, "tolerance", "smallest relative rise of the objective that counts as progress",
+        type=float, metavar="X",
+    ),
+    _option(
+        WeightMatching, "include",
+        "tensors in the objective: matrices and kernels only (weights), biases and norms too (affine), running "
+        "statistics too (statistics)",
+        choices=get_args(Include),
+    ),
+    _option(WeightMatching, "seed", "seed of the order in which groups are visited", type=int, metavar="N"),
+    _option(ActivationMatching, "similarity", "how two units are compared", choices=get_args(Similarity)),
+    _option(
+        ActivationMatching, "site", "read activations after (post) or before (pre) the nonlinearity",
+        choices=get_args(Site),
+    ),
+    _option(
+        ActivationMatching, "reduce", "which site of a group with several counts, or the sum of their similarities",
+        choices=get_args(Reduce),
+    ),
+    _option(StraightThrough, "epochs", "passes over the data", type=int, metavar="N"),
+    _option(StraightThrough, "learning_rate", "step size of Adam", type=float, metavar="X"),
+    _option(
+        Mixture, "activation_weight", "weight of the activations' term, from 0 to below 1", type=float,
+        metavar="X",
+    ),
+)  # fmt: skip
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to the help of an option, unless it means that nothing was given."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help or ""
+        default = action.default
+        if default is None or isinstance(default, bool) or default == [] or "(default:" in text:
+            return text
+        return super()._get_help_string(action)
+
+
+def add_command(
+    commands: Commands, name: str, run: Callable[[argparse.Namespace], Any], summary: str, **settings: Any
+) -> argparse.ArgumentParser:
+    """Add a command that calls ``run`` with the parsed arguments, and return its parser."""
+    description = summary[0].upper() + summary[1:] + "."
+    command = commands.add_parser(
+        name, help=summary, description=description, formatter_class=HelpFormatter, **settings
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def add(command: argparse._ActionsContainer, *flags: str, **changes: Any) -> None:
+    """Add shared options to a command, with changes to their settings."""
+    for flag in flags:
+        command.add_argument(flag, **{**SHARED[flag], **changes})
+
+
+def add_matcher_options(command: argparse.ArgumentParser) -> None:
+    """Add ``--matcher``, ``--data`` and the options of all matchers to a command."""
+    group = command.add_argument_group("matcher", "how units are matched")
+    group.add_argument("--matcher", choices=tuple(PARTS), help="how units are matched (default: weights)")
+    data = dict(SHARED["--data"])
+    data["help"] += "; needed by, and only taken by, the matchers that read data: all but weights"
+    group.add_argument("--data", **data)
+    for option in MATCHER_OPTIONS:
+        group.add_argument(option.flag, **option.settings)
+
+
+def matcher_from(args: argparse.Namespace) -> Matcher:
+    """Build the matcher that the options describe.
+
+    Raises:
+        ValueError: the matcher does not take an option that was given, or it needs data and none is given.
+        TypeError: the data is not a loader.
+    """
+    word = args.matcher or "weights"
+    values: dict[type[Matcher], dict[str, Any]] = {part: {} for part in PARTS[word]}
+    for option in MATCHER_OPTIONS:
+        value = getattr(args, option.field)
+        if value is None:
+            continue
+        if option.owner not in values:
+            raise ValueError(f"{option.flag}: is an option of --matcher {' or '.join(option.words)}")
+        values[option.owner][option.field] = value
+    if word == "weights" and args.data is not None:
+        words = [name for name in PARTS if name != "weights"]
+        raise ValueError(f"--data: is an option of --matcher {' or '.join(words)}")
+    if word != "weights" and args.data is None:
+        raise ValueError(f"--data: --matcher {word} needs a loader, as module:callable")
+    init = values.get(WeightMatching, {}).get("init")
+    if init is not None and init.endswith(".safetensors"):
+        values[WeightMatching]["init"] = Alignment.load(init).permutations
+    return _build(word, values, args.data)
+
+
+def _build(word: str, values: dict[type[Matcher], dict[str, Any]], argument: str | None) -> Matcher:
+    """Build a matcher from the values of its fields and of those of its parts."""
+    by_weights = WeightMatching(**values.get(WeightMatching, {}))
+    if argument is None:
+        return by_weights
+    data = loader_from(argument, "--data")
+    if word == "fisher":
+        return FisherMatching(data, by_weights)
+    if word == "straight-through":
+        return StraightThrough(data, projection=by_weights, **values[StraightThrough])
+    by_activations = ActivationMatching(data, **values[ActivationMatching])
+    if word == "activations":
+        return by_activations
+    return Mixture(by_weights, by_activations, **values[Mixture])
+
+
+def dtype_from(name: str | None) -> torch.dtype | None:
+    """Return torch's floating point type of that name; None for None.
+
+    Raises:
+        ValueError: there is no such type.
+    """
+    dtype = None if name is None else getattr(torch, name, None)
+    if name is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"--dtype: expected a floating point type such as bfloat16, got {name!r}")
+    return dtype

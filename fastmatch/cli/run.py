@@ -1,0 +1,76 @@
+"""``fastmatch run`` and ``libraries``: run a script with other libraries' solvers replaced, unedited."""
+
+from __future__ import annotations
+
+import argparse
+import runpy
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+from fastmatch.cli.options import Commands, add_command
+
+__all__ = ["add_commands", "run_script"]
+
+
+def add_commands(commands: Commands) -> None:
+    """Add the commands to the grammar."""
+    command = add_command(
+        commands, "run", run_command,
+        "run a Python script with the assignment solvers of other libraries replaced by fastmatch's",
+        usage="%(prog)s script.py [arguments]  |  -m module [arguments]",
+    )  # fmt: skip
+    command.add_argument(
+        "script", nargs=argparse.REMAINDER,
+        help="script.py or -m module, as python takes them, followed by the script's own arguments",
+    )  # fmt: skip
+    add_command(
+        commands, "libraries", libraries_command,
+        "list the libraries whose solvers `fastmatch run` replaces, and whether they are installed",
+    )  # fmt: skip
+
+
+def run_command(args: argparse.Namespace) -> Callable[[], None]:
+    """Check the command and return the script, whose errors and exit status are its own.
+
+    Raises:
+        ValueError: no script is given, or there is no such file.
+    """
+    script = args.script
+    if script in ([], ["-m"]):
+        raise ValueError("expected a script, or -m and a module")
+    if script[0] != "-m" and not Path(script[0]).is_file():
+        raise ValueError(f"no file {script[0]}")
+    return lambda: run_script(script)
+
+
+def run_script(command: list[str]) -> None:
+    """Run ``script.py arguments`` or ``-m module arguments`` as python does, with the replacements installed."""
+    from fastmatch.backends import installed
+
+    is_module = command[0] == "-m"
+    if is_module:
+        command = command[1:]
+    arguments, path = sys.argv, list(sys.path)
+    sys.argv = list(command)
+    sys.path.insert(0, "" if is_module else str(Path(command[0]).resolve().parent))
+    try:
+        with installed():
+            if is_module:
+                runpy.run_module(command[0], run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(command[0], run_name="__main__")
+    finally:
+        sys.argv, sys.path[:] = arguments, path
+
+
+def libraries_command(args: argparse.Namespace) -> None:
+    """Print one line per library; for rebasin, which of the two packages of that name is installed."""
+    from fastmatch.backends import LIBRARIES, which_rebasin
+
+    for name in LIBRARIES:
+        found = "found" if find_spec(name) else "not installed"
+        if name == "rebasin" and which_rebasin():
+            found = f"found: the package {which_rebasin()}"
+        print(f"{name:8} {found}")

@@ -1,0 +1,94 @@
+"""``fastmatch demo`` and ``study``: train, align and measure small networks."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from fastmatch.cli.loading import callable_from
+from fastmatch.cli.options import Commands, add, add_command
+
+__all__ = ["add_commands", "claims_table"]
+
+
+def add_commands(commands: Commands) -> None:
+    """Add the commands to the grammar."""
+    command = add_command(
+        commands, "demo", demo_command, "train, align, merge and renormalize small networks on digits"
+    )
+    command.add_argument("--width", type=int, default=1024, help="width of the MLPs, 128 to 8192")
+    command.add_argument(
+        "--out", default="out", metavar="FOLDER", help="folder for the picture and the numbers"
+    )
+    add(command, "--seed", default=0, help="seed of the initial weights, batches and matching")
+
+    command = add_command(
+        commands,
+        "study",
+        study_command,
+        "measure the paper's claims on small networks and write an HTML report",
+    )
+    command.add_argument(
+        "--out", default="study", metavar="FOLDER", help="folder for study.html, study.json and study.png"
+    )
+    command.add_argument(
+        "--data", default="digits", metavar="MODULE:CALLABLE",
+        help="digits, or a callable that returns (train, test) torch datasets",
+    )  # fmt: skip
+    command.add_argument(
+        "--networks",
+        nargs="+",
+        metavar="NAME",
+        help="some of the study's networks, such as 'VGG, BN'; all by default",
+    )
+    command.add_argument(
+        "--widths", nargs="+", type=int, default=[1, 2, 4, 8], help="factors on the networks' widths"
+    )
+    command.add_argument("--seeds", nargs="+", type=int, default=[0], help="one run per seed")
+    add(command, "--points", default=7, help="number of points on each curve, odd")
+    command.add_argument(
+        "--epochs", type=int, help="epochs of training; by default each network's own number"
+    )
+
+
+def demo_command(args: argparse.Namespace) -> None:
+    """Train, align, merge and renormalize small networks on digits."""
+    from fastmatch.studies.demo import run
+
+    run(args.width, args.out, seed=args.seed)
+
+
+def study_command(args: argparse.Namespace) -> None:
+    """Measure the paper's claims on small networks and print the verdicts."""
+    from fastmatch.studies.paper import run
+
+    data = None if args.data == "digits" else _datasets_from(args.data)
+    record = run(
+        args.out, data=data, networks=args.networks, widths=args.widths, seeds=args.seeds, points=args.points,
+        epochs=args.epochs,
+    )  # fmt: skip
+    report = Path(args.out) / "study.html"
+    print(f"{claims_table(record)}\n\n{record['seconds']['wall']} s; the report is {report}")
+
+
+def _datasets_from(argument: str) -> tuple[Dataset[Any], Dataset[Any]]:
+    """Call ``module:callable`` and return the (train, test) datasets that it returns."""
+    built = callable_from(argument, "--data")()
+    is_pair = isinstance(built, (tuple, list)) and len(built) == 2
+    if not is_pair or not all(hasattr(dataset, "__getitem__") for dataset in built):
+        raise ValueError(
+            f"--data: {argument} returned {type(built).__name__}, expected (train, test) torch datasets"
+        )
+    return built[0], built[1]
+
+
+def claims_table(record: dict[str, Any]) -> str:
+    """Return the claims of a study's record as lines of text: verdict, number of cases, claim."""
+    from fastmatch.studies.paper.claims import Claim
+
+    claims = [Claim(**entry) for entry in record["claims"]]
+    width = max(len(claim.verdict) for claim in claims)
+    return "\n".join(f"{c.verdict:<{width}}  {c.true:>2} of {c.cases:<2}  {c.claim}" for c in claims)

@@ -1,0 +1,38 @@
+"""``fastmatch inspect`` and ``verify``, as a user runs them."""
+
+from __future__ import annotations
+
+import pytest
+
+import fastmatch as fm
+from fastmatch.cli.main import main
+
+
+def test_inspect_prints_groups_and_pins(folder, capsys):
+    assert main(["inspect", "--model", "cli_module:build", "--input-shape", "2,6"]) == 0
+    out = capsys.readouterr().out
+    assert "0.weight:0, 0.bias:0, 2.weight:1" in out
+    assert "4.weight:0 of 7: model output" in out
+    assert main(["inspect", "--model", "cli_module:build", "--input-shape", "2x6", "--json"]) == 0
+    assert list(fm.PermutationSpec.from_json(capsys.readouterr().out).groups) == ["0", "2"]
+
+
+def test_verify_compares_files_under_a_model(planted, capsys):
+    verify = ["verify", "a.safetensors", "b.safetensors", "--model", "cli_module:build"]
+    assert main([*verify, "--input-shape", "5,6"]) == 0
+    assert "the same function: 1 outputs agree" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["inspect", "--model", "cli_module"], "expected module:callable"),
+    (["inspect", "--model", "no_such:build"], "no module 'no_such'"),
+    (["inspect", "--model", "cli_module:nothing"], "has no callable 'nothing'"),
+    (["inspect", "--model", "cli_module:broken"], "returned int"),
+    (["inspect", "--model", "cli_module:build"], "--input-shape: needed"),
+    (["inspect", "--model", "cli_module:build", "--input-shape", "a,b"], "expected whole numbers"),
+    (["verify", "a.safetensors", "b.safetensors", "--input-shape", "2,6"], "--input-shape: needs --model"),
+    (["verify", "a.safetensors", "b.safetensors", "--model", "cli_module:build_with_inputs", "--dtype", "int8"],
+     "--dtype: expected a floating point type"),
+])  # fmt: skip
+def test_bad_input_is_one_line(planted, refused, arguments, message):
+    refused(arguments, message)

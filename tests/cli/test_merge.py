@@ -1,0 +1,92 @@
+"""``fastmatch merge`` and ``partial``, as a user runs them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastmatch as fm
+from fastmatch._internal.files import load_state, save_state
+from fastmatch.cli.loading import build_model
+from fastmatch.cli.main import main
+
+FILES = ["a.safetensors", "b.safetensors", "c.pt"]
+MERGE = ["merge", *FILES, "--model", "cli_module:build"]
+PARTIAL = [
+    "partial",
+    "a.safetensors",
+    "b.safetensors",
+    "--model",
+    "cli_module:build_normed",
+    "--input-shape",
+    "2,6",
+]
+DATA = ["--data", "cli_module:loader"]
+
+
+@pytest.mark.parametrize("biases", ["average", "normalize", "remove"])
+def test_merge(models, biases):
+    weights = ["--weights", "0.5", "0.25", "0.25"]
+    assert main([*MERGE, *weights, "--biases", biases, "--out", "m.safetensors"]) == 0
+    alphas = [0.5, 0.25, 0.25]
+    expected = {
+        "average": lambda: fm.merge(models, alphas),
+        "normalize": lambda: fm.merge(models, alphas, biases="normalize"),
+        "remove": lambda: fm.remove_biases(fm.merge(models, alphas)),
+    }[biases]()
+    found = load_state("m.safetensors")
+    assert all(torch.equal(found[k], v) for k, v in expected.state_dict().items())
+
+
+@pytest.mark.parametrize(("extra", "message"), [
+    (["--out", "a.safetensors"], "--force"),
+    (["--out", "m.ckpt"], "--out"),
+    (["--weights", "1", "--out", "m.pt"], "weights: expected 3"),
+])  # fmt: skip
+def test_bad_input_of_merge_is_one_line(models, refused, extra, message):
+    refused([*MERGE, *extra], message)
+
+
+@pytest.fixture
+def normed(folder):
+    """Two random networks with batch norm, saved as a.safetensors and b.safetensors."""
+    pair = [build_model("cli_module:build_normed")[0].eval() for _ in range(2)]
+    for name, model in zip("ab", pair, strict=True):
+        save_state(model.state_dict(), f"{name}.safetensors")
+    return pair
+
+
+@pytest.mark.parametrize("method", [None, "repair", "reset"])
+def test_partial_writes_a_program_that_computes_what_the_library_makes(normed, loader, method, capsys):
+    options = ["--rule", "zip", "--start-at", "3", "--weights", "0.25", "0.75", "--out", "merged.pt2"]
+    assert main([*PARTIAL, *DATA, *options, *(["--renormalize", method] if method else [])]) == 0
+    rule = fm.Zip(loader)
+    found = fm.merge_partial(normed, torch.zeros(2, 6), rule, start_at="3", weights=[0.25, 0.75])
+    expected: torch.nn.Module = found.model
+    if method is not None:
+        endpoints = found.endpoint_statistics(normed, loader)
+        expected = fm.renormalize(found.model, endpoints, loader, method, weights=[0.25, 0.75])
+    program = torch.export.load("merged.pt2").module()
+    x = torch.randn(11, 6)  # another batch size than the example's
+    with torch.no_grad():
+        torch.testing.assert_close(program(x), expected(x))
+    ratio = fm.model_cost(found.model, x).flops / fm.model_cost(normed[0], x).flops
+    said = capsys.readouterr().out
+    assert "2 of 2 groups merged by zip" in said  # the first at the boundary
+    assert f"{ratio:.2f} times the FLOPs; wrote merged.pt2" in said
+    assert main([*PARTIAL, *DATA, *options]) == 2
+    assert "--force" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ([*PARTIAL, "--out", "new.pt2"], "--data: needed by --rule permute"),
+    ([*PARTIAL, "--out", "new.pt"], "expected a file ending in"),
+    ([*PARTIAL, *DATA, "--keep", "9", "--out", "new.pt2"], "start_at: expected a position of 0 to 2"),
+    ([*PARTIAL, *DATA, "--start-at", "9", "--out", "new.pt2"], "start_at: unknown group '9'"),
+    ([*PARTIAL, *DATA, "--apart", "9", "--out", "new.pt2"], "apart: unknown group '9'"),
+    ([*PARTIAL, "--rule", "identity", "--renormalize", "reset", "--out", "new.pt2"], "--data: needed by --renormalize reset"),
+    ([*PARTIAL, *DATA, "--rule", "identity", "--out", "new.pt2"], "--data: --rule identity reads none"),
+    ([*PARTIAL[:2], *PARTIAL[3:], *DATA, "--out", "new.pt2"], "models: expected at least two, got 1"),
+])  # fmt: skip
+def test_bad_input_of_partial_is_one_line(normed, refused, arguments, message):
+    refused(arguments, message)
