@@ -27,7 +27,7 @@ from bench.lib import record
 from bench.lib.machine import processor
 from bench.lib.peers import batch_solvers, solvers
 from bench.lib.problems import problem, trained_gains
-from fastmatch.assignment import FactorCost, linear_sum_assignment, solve, solve_batched
+from fastmatch.assignment import CandidateLists, FactorCost, linear_sum_assignment, solve, solve_batched
 
 NAME = "assignment_solvers"
 PARTS = ("factor", "dense", "stack")
@@ -107,7 +107,7 @@ def factor_rows(n: int, d: int) -> Iterator[record.Row]:
             b += a[g.permutation(n)]
         left, right = torch.from_numpy(a), torch.from_numpy(b)
         cost = FactorCost([(a, b)])
-        solve(FactorCost([(a[:200], b[:200])]), maximize=True, method="lists")  # compiles
+        solve(FactorCost([(a[:200], b[:200])]), maximize=True, solver=CandidateLists())  # compiles
         height, width = cost.tile
         start = time.perf_counter()
         for lo in range(0, n, height):
@@ -115,7 +115,7 @@ def factor_rows(n: int, d: int) -> Iterator[record.Row]:
                 left[lo : lo + height] @ right[first : first + width].T
         product = time.perf_counter() - start
         start = time.perf_counter()
-        found = solve(cost, maximize=True, method="lists")
+        found = solve(cost, maximize=True, solver=CandidateLists())
         taken = time.perf_counter() - start
         yield {
             "part": "factor", "kind": kind, "n": n, "d": d, "machine": processor(), "seconds": taken,

@@ -2,7 +2,7 @@
 
     python -m bench.reports.bfloat16_screening
 
-Counts the rows that ``solve(FactorCost(...), method="lists")`` reads at both precisions. Where the CPU has bfloat16 matrix
+Counts the rows that ``solve(FactorCost(...), solver=CandidateLists())`` reads at both precisions. Where the CPU has bfloat16 matrix
 units, both are timed in turn. Elsewhere torch's bfloat16 product is hundreds of times too slow, so it is emulated: a
 float32 product of the rounded factors, rounded to bfloat16. Products of two bfloat16 numbers are exact in float32, so only
 the order of the sums differs. The time on a machine with the units is then predicted from the counts.
@@ -22,7 +22,7 @@ import torch
 
 from bench.lib import record
 from bench.lib.factor_pairs import FactorKind
-from fastmatch.assignment import FactorCost, solve
+from fastmatch.assignment import CandidateLists, FactorCost, solve
 from fastmatch_kernels.row_topk import cpu as kernel
 
 NAME = "bfloat16_screening"
@@ -104,7 +104,7 @@ def run(ledger, a, b, precision):
     """Solve once. Return the counts, the seconds, and the seconds outside of products."""
     ledger.clear()
     begin = time.perf_counter()
-    found = solve(FactorCost([(a, b)], precision=precision), maximize=True, method="lists")
+    found = solve(FactorCost([(a, b)], precision=precision), maximize=True, solver=CandidateLists())
     seconds = time.perf_counter() - begin
     if not found.gap <= found.gap_bound:
         raise AssertionError(f"{precision}: gap {found.gap}, allowed {found.gap_bound}")

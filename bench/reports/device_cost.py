@@ -18,9 +18,7 @@ import torch
 
 from bench.lib import record
 from bench.lib.problems import problem
-from fastmatch.assignment import solve
-from fastmatch.assignment.candidate_lists import try_lists
-from fastmatch.assignment.device import StoredCost
+from fastmatch.assignment import CandidateLists, DenseShortlists, DeviceCost, LapProblem, solve
 
 NAME = "device_cost"
 KINDS = ("uniform", "factors 256", "sibling 1", "log-normal 256", "ties", "constant")
@@ -36,7 +34,7 @@ def instances(n: int) -> Iterator[tuple[str, torch.Tensor]]:
     yield "sorted rows", torch.rand(n, n, generator=generator).sort(1).values
 
 
-class Timed(StoredCost):
+class Timed(DeviceCost):
     """Counts rows, rounds, copied numbers and seconds of the reading that a GPU would do."""
 
     def __init__(self, matrix):
@@ -62,14 +60,14 @@ class Timed(StoredCost):
 
 
 def row(kind: str, matrix: torch.Tensor) -> record.Row:
-    solve(matrix[:50, :50], method="shortlist")
-    try_lists(StoredCost(matrix[:50, :50]), 1.0)  # compiled
+    solve(matrix[:50, :50], solver=DenseShortlists())
+    CandidateLists().solve(LapProblem(DeviceCost(matrix[:50, :50]), 1.0))  # compiled
     begin = time.perf_counter()
-    dense = solve(matrix, method="shortlist")
+    dense = solve(matrix, solver=DenseShortlists())
     dense_seconds = time.perf_counter() - begin
     cost = Timed(matrix)
     begin = time.perf_counter()
-    found = try_lists(cost, 1.0)
+    found = CandidateLists().solve(LapProblem(cost, 1.0))
     host = time.perf_counter() - begin - cost.seconds
     if found is not None:
         total = float(matrix.double()[np.arange(len(matrix)), found[0]].sum())

@@ -19,8 +19,8 @@ import torch
 
 from bench.lib import record
 from bench.lib.factor_pairs import FactorKind
-from fastmatch.assignment import FactorCost
-from fastmatch.assignment.candidate_lists import ListSolve, norm_shift, sampled_spread
+from fastmatch.assignment import CandidateLists, FactorCost, LapProblem
+from fastmatch.assignment.candidate_lists import _ListPhases, sampled_spread
 from fastmatch_kernels import ops as kernels
 
 NAME = "initial_duals"
@@ -72,9 +72,10 @@ def auction(a, b, start, spread, scales: tuple[float, ...], max_passes: float = 
 def finish(cost: FactorCost, duals: torch.Tensor) -> record.Row:
     """Return what the host has left to do from these duals."""
     begin = time.perf_counter()
-    work = ListSolve(cost, -1.0, duals.double().numpy())
+    work = _ListPhases(LapProblem(cost, -1.0, duals.double().numpy()), CandidateLists())
     work.fill()
-    work.reduce()
+    work.match_tight()
+    work.reduce_rows()
     free = work.free()
     done = work.augment(MAX_REFILLS * len(duals))
     seconds = time.perf_counter() - begin
@@ -108,7 +109,7 @@ def rows(kinds: tuple[FactorKind, ...], n: int) -> Iterator[record.Row]:
         a, b = kind.draw(n, seed=1)
         cost = FactorCost([(a, b)])
         spread = sampled_spread(cost)
-        start = torch.from_numpy(norm_shift(cost, -1.0)).float()
+        start = torch.from_numpy(cost.first_duals(-1.0)).float()
         for name, make in starts(a, b, start, spread):
             duals, passes = make()
             yield {

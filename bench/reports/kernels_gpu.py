@@ -233,14 +233,14 @@ def run_assignment(bench, n):
     from fastmatch.assignment import solve
 
     matrix = bench.normal(n, n)
-    here, copied = (solve(matrix, method=method) for method in ("lists", "shortlist"))
+    here, copied = (solve(matrix, solver=solver) for solver in (CandidateLists(), DenseShortlists()))
     error = abs(here.objective - copied.objective) / (here.gap_bound + copied.gap_bound)
     yield bench.row(
         "solve a device matrix",
         f"{n} x {n}",
         "ieee",
-        lambda: solve(matrix, method="lists"),
-        lambda: solve(matrix, method="shortlist"),
+        lambda: solve(matrix, solver=CandidateLists()),
+        lambda: solve(matrix, solver=DenseShortlists()),
         (roofline.Work(3 * matrix.nbytes), "ieee"),
         error,
     )

@@ -1,4 +1,4 @@
-"""The line that says why the first call after an installation takes a while."""
+"""A warning that tells why the first call after an installation takes some seconds."""
 
 from __future__ import annotations
 
@@ -10,21 +10,26 @@ __all__ = ["prepared"]
 
 LOG = logging.getLogger("fastmatch.assignment")
 
-PATIENCE = 1.0
-"""Seconds after which a user is told: what loads from numba's cache is done by then."""
+SILENT_SECONDS = 1.0
+"""Seconds before the warning: kernels that load from numba's cache are ready by then."""
 
 _READY: set[Hashable] = set()
 
 
 def prepared(what: str, key: Hashable, run_tiny: Callable[[], object]) -> None:
-    """Compiles kernels, or loads them from numba's cache, by running them on a tiny problem; once a process.
+    """Compile kernels, or load them from numba's cache, by running them on a tiny problem, once per process.
 
-    If that takes more than a second, a warning of the logger ``fastmatch.assignment`` says what is going on.
+    If that takes more than a second, the logger ``fastmatch.assignment`` warns that they are being compiled.
+
+    Args:
+        what: what is being compiled, for the warning.
+        key: kernels with a key that was seen before are ready.
+        run_tiny: runs the kernels.
     """
     if key in _READY:
         return
     line = threading.Timer(
-        PATIENCE, LOG.warning, (f"compiling {what} (some seconds, once per installation)",)
+        SILENT_SECONDS, LOG.warning, (f"compiling {what} (some seconds, once per installation)",)
     )
     line.daemon = True
     line.start()

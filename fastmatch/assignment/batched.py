@@ -1,4 +1,4 @@
-"""Stacks of small problems of one shape: attention heads, experts, blocks."""
+"""Stacks of small problems of one shape, as those of attention heads, experts or blocks."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import numpy as np
 import torch
 
 from fastmatch.assignment._compile import prepared
-from fastmatch.assignment.solve import prepare_values
+from fastmatch.assignment.dense_cost import as_real
 from fastmatch_kernels._numba.parallel import threads
+from fastmatch_kernels.lap.state import SmallSchedule
 
 __all__ = ["solve_batched"]
 
-PIECE = 1 << 21
-"""Entries a worker solves between returns to Python: about 20 ms, so that Ctrl-C is heard."""
+CHUNK_ENTRIES = 1 << 21
+"""Entries that a worker solves between two returns to Python, where Ctrl-C is heard: about 20 ms."""
 
 
 @overload
@@ -23,38 +24,42 @@ def solve_batched(costs: torch.Tensor, maximize: bool = False) -> torch.Tensor: 
 @overload
 def solve_batched(costs: np.ndarray, maximize: bool = False) -> np.ndarray: ...
 def solve_batched(costs: Any, maximize: bool = False) -> Any:
-    """Solves a stack of assignment problems exactly, in parallel over the cores.
+    """Solve a stack of assignment problems exactly, in parallel over the cores.
 
     Example:
-        >>> cols = solve_batched(gains, maximize=True)  # gains (heads, n, n)
+        >>> gains = torch.randn(8, 32, 32)  # (heads, n, n)
+        >>> fm.assignment.solve_batched(gains, maximize=True).shape
+        torch.Size([8, 32])
 
     Args:
         costs: (batch, n, m), numpy or torch; entries as for :func:`fastmatch.assignment.solve`.
         maximize: look for the largest totals.
 
     Returns:
-        (batch, n) int64: each row's column, -1 for rows left over where n > m. A tensor for a tensor, on its device.
+        (batch, n) int64: each row's column, -1 for rows without one (if n > m). A tensor for a tensor, on its device.
 
     Raises:
-        ValueError: not three-dimensional, or a problem (which is named) that holds NaN, an infinity of the
-            wrong sign, or that no assignment solves.
-        TypeError: entries that are no real numbers.
+        ValueError: not three-dimensional; or a problem, which is named, holds NaN, an infinity of the wrong sign, or
+            has no feasible assignment.
+        TypeError: entries that are not real numbers.
     """
-    from fastmatch_kernels.lap.stack import solve_stack
+    from fastmatch_kernels.lap.small import solve_stack
 
-    stack = prepare_values(costs)
+    stack = as_real(costs)
     if stack.ndim != 3:
         raise ValueError(f"costs: expected (batch, n, m), got {stack.ndim} dimensions")
     batch, rows, columns = stack.shape
     transposed = rows > columns
     given = np.ascontiguousarray(stack.transpose(0, 2, 1)) if transposed else np.ascontiguousarray(stack)
     n, m = given.shape[1:]
+    schedule = tuple(SmallSchedule())
     prepared(
         f"the kernels for stacks of {given.dtype}",
         ("stack", given.dtype.char),
         lambda: solve_stack(
             np.zeros((1, 2, 2), given.dtype),
             1.0,
+            schedule,
             0,
             1,
             np.zeros((1, 2), np.int64),
@@ -66,14 +71,16 @@ def solve_batched(costs: Any, maximize: bool = False) -> Any:
     out = np.zeros((batch, n), np.int64)
     bad, no_duals = np.zeros(batch, np.int8), np.zeros((0, m))
     if out.size:
-        step = max(1, PIECE // (n * m))
-        pieces = [(lo, min(lo + step, batch)) for lo in range(0, batch, step)]
+        step = max(1, CHUNK_ENTRIES // (n * m))
+        chunks = [(lo, min(lo + step, batch)) for lo in range(0, batch, step)]
         sign = -1.0 if maximize else 1.0
-        pool = ThreadPoolExecutor(min(threads(), len(pieces)))
+        pool = ThreadPoolExecutor(min(threads(), len(chunks)))
         try:
             for done in [
-                pool.submit(solve_stack, given, sign, lo, hi, out, bad, no_duals, np.zeros(4, np.int64))
-                for lo, hi in pieces
+                pool.submit(
+                    solve_stack, given, sign, schedule, lo, hi, out, bad, no_duals, np.zeros(4, np.int64)
+                )
+                for lo, hi in chunks
             ]:
                 done.result()
         finally:

@@ -1,50 +1,103 @@
-"""Proof of optimality, recomputed from scratch: plain numpy, nothing shared with the solver."""
+"""Proof of optimality, recomputed from scratch in plain numpy, without the solvers' code."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+import torch
+
+from fastmatch.assignment.cost import Cost
+from fastmatch.assignment.dense_cost import DenseCost
+from fastmatch.assignment.device_cost import DeviceCost
+from fastmatch.assignment.factor_cost import FactorCost
+from fastmatch.assignment.gap import duality_gap
+from fastmatch.assignment.solution import Assignment
 
 __all__ = ["certificate"]
 
-BLOCK_ENTRIES = 1 << 22
+BATCH_ENTRIES = 1 << 22
+"""Entries that are read at once."""
 
 
-def certificate(cost, assignment, *, maximize: bool = False) -> tuple[float, float]:
-    """(gap, gap_bound) of an assignment, from its pairs and column duals alone, in float64.
+def certificate(
+    cost: np.ndarray | torch.Tensor | Cost, assignment: Assignment, *, maximize: bool = False
+) -> tuple[float, float]:
+    """Return (gap, gap_bound) of an assignment, recomputed in float64 from its pairs and its duals.
 
-    With ``c = cost`` (negated under ``maximize``, transposed if it has more rows than columns) and column
-    duals ``v <= 0`` up to a constant that unmatched columns share, ``u_i = min_j (c_ij - v_j)`` makes the
-    duals feasible whatever ``v`` is, so ``sum(u) + sum(v)`` bounds every assignment from below and
-    ``gap = sum_i c_i,p(i) - sum(u) - sum(v)`` is at least the distance from the optimum.
+    Only the duals of the longer side are used, say ``v`` of the columns. The row duals ``u_i = min_j c_ij - v_j`` make them
+    feasible whatever they are, so ``sum(u) + sum(v)`` bounds every assignment from below, and
+    ``gap = sum_i c_i,p(i) - sum(u) - sum(v)`` is at least the distance from the optimum. (Duals of unmatched columns are
+    compared with the largest one. A maximisation is the minimisation of the negated cost.)
+
+    Example:
+        >>> cost = np.random.rand(50, 50)
+        >>> gap, gap_bound = fm.assignment.certificate(cost, fm.solve(cost))
+        >>> gap <= gap_bound
+        True
 
     Args:
-        cost: (n, m) matrix, numpy or torch, or a factor cost.
-        assignment: an :class:`fastmatch.assignment.Assignment`; only its indices and duals are used.
-        maximize: as it was solved.
+        cost: (n, m) matrix, numpy or torch, or a cost object. A factor cost's rows are computed again by the obvious
+            expressions; a cost of your own is asked for its entries and row minima.
+        assignment: its indices and duals are used, nothing else.
+        maximize: the sense in which it was solved.
 
     Returns:
-        ``gap``: the certified distance. ``gap_bound``: what rounding in this computation may amount to; the
-        assignment is optimal for the matrix as stored if ``gap <= gap_bound``.
+        gap: a bound on the distance from the optimum.
+        gap_bound: what rounding in this computation can amount to. The assignment is optimal for exactly the entries as
+            stored if ``gap <= gap_bound``.
 
     Raises:
-        ValueError: the indices are no complete matching.
+        ValueError: the indices are not a complete matching.
+
+    Cost: one read of the cost.
     """
-    matrix: Any
-    if hasattr(cost, "pairs"):
-        return _check(_Products(cost.pairs, cost.metric), assignment, maximize)
-    cost = getattr(cost, "matrix", cost)
-    matrix = cost.detach().cpu() if hasattr(cost, "detach") else np.asarray(cost)
-    if not isinstance(matrix, np.ndarray):
-        matrix = matrix.double().numpy() if "bfloat16" in str(matrix.dtype) else matrix.numpy()
-    return _check(matrix, assignment, maximize)
+    sign = -1.0 if maximize else 1.0
+    rows, cols, v = np.asarray(assignment.row_ind), np.asarray(assignment.col_ind), assignment.v
+    matrix = _rows_of(cost)
+    if matrix.shape[0] > matrix.shape[1]:
+        matrix, v = matrix.T, assignment.u
+        order = np.argsort(cols)
+        rows, cols = cols[order], rows[order]
+    n, m = matrix.shape
+    v = sign * np.asarray(v, np.float64)
+    complete = np.array_equal(rows, np.arange(n)) and len(np.unique(cols)) == n
+    if not complete or (n and not (cols.min() >= 0 and cols.max() < m)):
+        raise ValueError("assignment: its indices are not a complete matching of the shorter side")
+    if isinstance(matrix, (np.ndarray, _Products)):
+        matched, u = np.empty(n), np.empty(n)
+        step = max(1, BATCH_ENTRIES // max(m, 1))
+        for lo in range(0, n, step):
+            block = sign * matrix[lo : lo + step].astype(np.float64)
+            part = np.arange(lo, min(lo + step, n))
+            matched[part] = block[part - lo, cols[part]]
+            u[part] = (block - v).min(axis=1)
+        rounding = matrix.rounding() if isinstance(matrix, _Products) else 0.0
+    else:
+        matched, u = sign * matrix.entries(np.arange(n), cols), matrix.row_min(v, sign)
+        rounding = 3 * float(matrix.entry_error().sum())
+    gap, gap_bound = duality_gap(matched, u, v, cols)
+    return gap, gap_bound + rounding
+
+
+def _rows_of(cost: Any) -> np.ndarray | _Products | Cost:
+    """Return something whose rows can be read in float64."""
+    if isinstance(cost, FactorCost):
+        return _Products(cost.pairs, cost.metric)
+    if isinstance(cost, (DenseCost, DeviceCost)):
+        cost = cost.matrix
+    if isinstance(cost, torch.Tensor):
+        cost = cost.detach().cpu()
+        return cost.double().numpy() if cost.dtype == torch.bfloat16 else cost.numpy()
+    if not isinstance(cost, np.ndarray) and isinstance(cost, Cost):
+        return cost
+    return np.asarray(cost)
 
 
 class _Products:
-    """Rows of a factor cost in float64, by the obvious expressions, and the rounding they may carry."""
+    """Rows of a factor cost in float64, by the obvious expressions, and a bound on their rounding."""
 
-    def __init__(self, pairs, metric: str) -> None:
+    def __init__(self, pairs: Any, metric: str) -> None:
         self.pairs = [(_host(a), _host(b)) for a, b in pairs]
         self.metric = metric
         self.shape = (len(self.pairs[0][0]), len(self.pairs[0][1]))
@@ -66,7 +119,7 @@ class _Products:
         return np.asarray(total)
 
     def rounding(self) -> float:
-        """A bound on the sum over rows of an entry's rounding, ``gamma_d`` times the size of its terms."""
+        """Return a bound on the sum over rows of an entry's rounding: ``gamma_d`` times the size of its terms."""
         total, depth = 0.0, 8
         for a, b in self.pairs:
             order = 1 if self.metric == "l1" else 2
@@ -78,42 +131,9 @@ class _Products:
         return 2 * depth * np.finfo(np.float64).eps * total
 
 
-def _host(x) -> np.ndarray:
-    """A factor as numpy has it; half precision, which numpy partly lacks, widened."""
+def _host(x: Any) -> np.ndarray:
+    """Return a factor as a numpy array; half precision, which numpy lacks in part, is widened."""
     if not hasattr(x, "detach"):
         return np.asarray(x)
     x = x.detach().cpu()
     return (x if x.element_size() > 2 else x.float()).numpy()
-
-
-def _check(matrix, assignment, maximize: bool) -> tuple[float, float]:
-    rows, cols, v = assignment.row_ind, assignment.col_ind, assignment.v
-    if matrix.shape[0] > matrix.shape[1]:
-        matrix, rows, cols, v = matrix.T, cols, rows, assignment.u
-        order = np.argsort(rows)
-        rows, cols = rows[order], cols[order]
-    n, m = matrix.shape
-    sign = -1.0 if maximize else 1.0
-    v = sign * np.asarray(v, np.float64)
-    whole = np.array_equal(np.asarray(rows), np.arange(n)) and len(np.unique(cols)) == n
-    if not whole or (n and not (cols.min() >= 0 and cols.max() < m)):
-        raise ValueError("assignment: its indices are no complete matching of the smaller side")
-    slack = np.empty(n)
-    size = np.empty(n)
-    step = max(1, BLOCK_ENTRIES // max(m, 1))
-    for lo in range(0, n, step):
-        block = sign * matrix[lo : lo + step].astype(np.float64)
-        part = np.arange(lo, min(lo + step, n))
-        matched = block[part - lo, cols[part]]
-        slack[part] = (matched - v[cols[part]]) - (block - v).min(axis=1)
-        size[part] = np.abs(matched) + 2 * np.abs(v[cols[part]])
-    gap = float(slack.sum())
-    unmatched = np.ones(m, bool)
-    unmatched[cols] = False
-    if unmatched.any():
-        # Duals of unmatched columns must be the largest; the constant they share is moved into u.
-        top = float(v.max())
-        gap += float((top - v[unmatched]).sum())
-    eps = np.finfo(np.float64).eps
-    bound = float(4 * eps * (size.sum() + 1e-300) + 4 * eps * n * (np.abs(v).max(initial=0.0)))
-    return gap, bound + (matrix.rounding() if isinstance(matrix, _Products) else 0.0)

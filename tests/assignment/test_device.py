@@ -1,4 +1,4 @@
-"""A matrix solved where it lies: by lists of its rows, of which a few numbers each come to the host."""
+"""A matrix that stays on its device: candidate lists are read there, and a few numbers per row come to the host."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from scipy.optimize import linear_sum_assignment as scipy_lsa
 from torch.overrides import TorchFunctionMode
 
 from bench.lib.problems import KINDS, problem
-from fastmatch.assignment import certificate, solve
-from fastmatch.assignment.device import StoredCost
+from fastmatch.assignment import CandidateLists, DeviceCost, DenseShortlists, certificate, solve
 from helpers.kernel_cases import DEVICE
 from helpers.networks import fresh_seed
 
 
 def check(matrix: torch.Tensor, maximize: bool, **options):
-    found = solve(matrix, maximize=maximize, method="lists", **options)
+    found = solve(matrix, maximize=maximize, solver=CandidateLists(), **options)
     values = matrix.double().cpu().numpy()
     rows, cols = scipy_lsa(values, maximize)
     size = np.abs(values[rows, cols]).sum()
@@ -46,7 +45,7 @@ def test_lists_of_every_type_prove_the_optimum_and_leave_the_matrix_alone(dtype)
     for cost, maximize in ((matrix, True), (matrix, False), (matrix.T, False), (matrix[::2], True)):
         found = check(cost, maximize)
         if dtype not in (torch.bfloat16, torch.float16):  # whose ties may send it to the other solver
-            assert found.stats["method"] == "lists"
+            assert found.stats["solver"] == "CandidateLists"
     assert torch.equal(matrix, given)
     warm = check(matrix, True, warm_start=solve(matrix, maximize=True))
     assert warm.objective == pytest.approx(float(solve(matrix, maximize=True).objective), rel=1e-12)
@@ -70,21 +69,21 @@ def test_only_lists_come_to_the_host():
     g = torch.Generator().manual_seed(fresh_seed())
     matrix = torch.randn(n, n, generator=g, dtype=torch.float64).to(DEVICE)
     with Crossings() as seen:
-        found = solve(matrix, method="lists")
-    assert found.stats["method"] == "lists"
+        found = solve(matrix, solver=CandidateLists())
+    assert found.stats["solver"] == "CandidateLists"
     assert 0 < max(seen.sizes) <= 48 * n
     with Crossings() as seen:
-        solve(matrix, method="shortlist")
+        solve(matrix, solver=DenseShortlists())
     assert max(seen.sizes) == n * n
 
 
 @pytest.mark.parametrize("batch", [1, 700, 1 << 25])
 def test_rows_are_exact_whatever_the_batch(monkeypatch, batch):
-    monkeypatch.setattr("fastmatch.assignment.device.ENTRIES", batch)
+    monkeypatch.setattr("fastmatch.assignment.device_cost.BATCH_ENTRIES", batch)
     g = np.random.default_rng(fresh_seed())
     values = np.rint(4 * g.standard_normal((23, 60)))
     v = g.standard_normal(60)
-    cost = StoredCost(torch.from_numpy(values).to(DEVICE))
+    cost = DeviceCost(torch.from_numpy(values).to(DEVICE))
     for sign in (1.0, -1.0):
         reduced = sign * values - v
         np.testing.assert_array_equal(cost.row_min(v, sign), reduced.min(1))
@@ -99,17 +98,17 @@ def test_rows_are_exact_whatever_the_batch(monkeypatch, batch):
 
 def test_what_lists_do_not_suit_goes_to_the_dense_solver():
     for matrix in (torch.zeros(200, 200), torch.rand(300, 300).sort(1).values):
-        assert check(matrix.to(DEVICE), False).stats["method"] == "shortlist"
+        assert check(matrix.to(DEVICE), False).stats["solver"] == "DenseShortlists"
     forbidden = torch.rand(60, 60).to(DEVICE)
     forbidden[0, 1:] = torch.inf
-    assert check(forbidden, False).stats["method"] == "shortlist"
+    assert check(forbidden, False).stats["solver"] == "DenseShortlists"
     with pytest.raises(ValueError, match="cost: holds NaN"):
-        solve(torch.full((3, 3), torch.nan, device=DEVICE), method="lists")
+        solve(torch.full((3, 3), torch.nan, device=DEVICE), solver=CandidateLists())
     with pytest.raises(ValueError, match="cost: expected a matrix, got 3 dimensions"):
-        solve(torch.zeros(3, 3, 3, device=DEVICE), method="lists")
+        solve(torch.zeros(3, 3, 3, device=DEVICE), solver=CandidateLists())
     for other in (np.zeros((3, 3), np.float32), torch.zeros(3, 3, dtype=torch.int64)):
-        with pytest.raises(ValueError, match="'lists' takes a FactorCost or a floating-point matrix"):
-            solve(other, method="lists")
+        with pytest.raises(ValueError, match="CandidateLists takes a FactorCost, a floating-point torch tensor"):
+            solve(other, solver=CandidateLists())
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
@@ -117,5 +116,5 @@ def test_large_matrices_stay_on_the_gpu():
     matrix = torch.randn(4200, 4200, device=DEVICE)
     with Crossings() as seen:
         found = solve(matrix, maximize=True)
-    assert found.stats["method"] == "lists"
+    assert found.stats["solver"] == "CandidateLists"
     assert max(seen.sizes) <= 48 * 4200

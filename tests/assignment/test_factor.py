@@ -7,7 +7,16 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment as scipy_lsa
 
-from fastmatch.assignment import DenseCost, FactorCost, certificate, select_method, solve
+from fastmatch.assignment import (
+    CandidateLists,
+    DenseCost,
+    FactorCost,
+    LapJV,
+    ListSchedule,
+    certificate,
+    select_solver,
+    solve,
+)
 from helpers.networks import fresh_seed
 
 
@@ -40,9 +49,9 @@ def whole(pairs, metric: str) -> np.ndarray:
     return np.asarray(total)
 
 
-def check(pairs, metric: str, maximize: bool, method: str):
+def check(pairs, metric, maximize: bool, solver):
     cost = FactorCost(pairs, metric, tile=(64, 100))
-    found = solve(cost, maximize=maximize, method=method)
+    found = solve(cost, maximize=maximize, solver=solver)
     matrix = whole(pairs, metric)
     rows, cols = scipy_lsa(matrix, maximize)
     size = np.abs(matrix[rows, cols]).sum() + 1e-300
@@ -55,15 +64,15 @@ def check(pairs, metric: str, maximize: bool, method: str):
     return found
 
 
-@pytest.mark.parametrize("method", ["auto", "lists"])
+@pytest.mark.parametrize("solver", [None, CandidateLists()])
 @pytest.mark.parametrize("kind", ["gaussian", "log-normal", "sibling", "dead", "integers", "one norm"])
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (60, 60), (50, 80), (80, 50), (200, 200)])
-def test_the_optimum_of_the_dense_matrix(kind, n, m, method):
+def test_the_optimum_of_the_dense_matrix(kind, n, m, solver):
     g = np.random.default_rng(fresh_seed())
     for metric in ("dot", "l2", "l1"):
         maximize = bool(g.random() < 0.5)
         pairs = [factors(g, kind, n, m, d) for d in (12, 3)]
-        check(pairs, metric, maximize, method)
+        check(pairs, metric, maximize, solver)
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "sibling"])
@@ -71,11 +80,11 @@ def test_lists_at_a_size_that_takes_every_step(kind):
     g = np.random.default_rng(fresh_seed())
     pairs = [factors(g, kind, 1000, 1000, 128)]
     cost = FactorCost(pairs)
-    found = solve(cost, maximize=True, method="lists")
+    found = solve(cost, maximize=True, solver=CandidateLists())
     best = whole(pairs, "dot")
     assert found.objective == pytest.approx(best[scipy_lsa(best, True)].sum(), rel=1e-11)
     assert found.gap <= found.gap_bound
-    warm = solve(cost, maximize=True, method="lists", warm_start=found)
+    warm = solve(cost, maximize=True, solver=CandidateLists(), warm_start=found)
     assert warm.objective == pytest.approx(found.objective, rel=1e-12)
 
 
@@ -96,10 +105,10 @@ def test_indices_do_not_overflow_beyond_46341():
     n = 50_000
     g = np.random.default_rng(fresh_seed())
     cost = FactorCost([(g.random((40, 1)).astype(np.float32), g.random((n, 1)).astype(np.float32))])
-    assert select_method(FactorCost([(np.ones((n, 1)), np.ones((n, 1)))])) == "lists"
+    assert select_solver(FactorCost([(np.ones((n, 1)), np.ones((n, 1)))])) == CandidateLists()
     items, costs, _ = cost.row_topk(np.zeros(n), 3)
     assert costs == pytest.approx(cost.entries(np.repeat(np.arange(40), 3), items.ravel()).reshape(40, 3))
-    found = solve(cost, method="lists")
+    found = solve(cost, solver=CandidateLists())
     assert found.gap <= found.gap_bound
     assert found.col_ind.max() < n
 
@@ -117,7 +126,7 @@ def test_fifty_thousand_rows_and_columns():
 
 def test_bad_input():
     ones = np.ones((3, 2), np.float32)
-    with pytest.raises(ValueError, match="metric: expected 'dot', 'l2' or 'l1'"):
+    with pytest.raises(ValueError, match="metric: expected one of 'dot', 'l2', 'l1'; got 'cosine'"):
         FactorCost([(ones, ones)], "cosine")
     with pytest.raises(ValueError, match="at least one pair"):
         FactorCost([])
@@ -132,9 +141,9 @@ def test_bad_input():
     with pytest.raises(TypeError, match="floating-point"):
         FactorCost([(np.ones((3, 2), int), ones)])
     with pytest.raises(ValueError, match="takes a matrix"):
-        solve(FactorCost([(ones, ones)]), method="lapjv")
+        solve(FactorCost([(ones, ones)]), solver=LapJV())
     with pytest.raises(ValueError, match="takes a FactorCost"):
-        solve(ones, method="lists")
+        solve(ones, solver=CandidateLists())
     with pytest.raises(ValueError, match="warm_start: expected 3 duals"):
         solve(FactorCost([(ones, ones)]), warm_start=solve(ones[:2]))
 
@@ -143,8 +152,6 @@ def test_bad_input():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("maximize", [False, True])
 def test_beginning_again_from_sinkhorns_duals_is_exact(metric, dtype, maximize, monkeypatch):
-    from fastmatch.assignment import candidate_lists as lists
-
     g = np.random.default_rng(fresh_seed())
     pairs = [tuple(torch.from_numpy(x).to(dtype) for x in factors(g, "log-normal", 150, 150, 8))]
     cost = FactorCost(pairs, metric)
@@ -153,9 +160,8 @@ def test_beginning_again_from_sinkhorns_duals_is_exact(metric, dtype, maximize, 
     monkeypatch.setattr(
         FactorCost, "sinkhorn_duals", lambda self, *given: begun.append(1) or real(self, *given)
     )
-    monkeypatch.setattr(lists, "EASY", -1.0)  # always
-    monkeypatch.setattr(lists.ListSolve, "scaled_auction", lambda self: None)
-    found = solve(cost, maximize=maximize, method="lists")
+    always = ListSchedule(restart_above=0.0, scaling_above=1.0)
+    found = solve(cost, maximize=maximize, solver=CandidateLists(schedule=always))
     assert begun
     matrix = cost.dense()
     assert found.objective == pytest.approx(matrix[scipy_lsa(matrix, maximize)].sum(), rel=1e-10)
@@ -170,11 +176,9 @@ def test_refills_beyond_one_a_row_begin_again(monkeypatch):
     g = np.random.default_rng(fresh_seed())
     cost = FactorCost([factors(g, "log-normal", 200, 200, 4)])
     begun = []
-    monkeypatch.setattr(lists, "PATIENCE", 0.0)
-    monkeypatch.setattr(lists, "EASY", 1.0)
-    monkeypatch.setattr(lists, "K", 2)
-    monkeypatch.setattr(lists.ListSolve, "soften", lambda self: begun.append(int(self.counts[0])))
-    found = solve(cost, method="lists")
+    monkeypatch.setattr(lists._ListPhases, "restart", lambda self: begun.append(int(self.counts[0])))
+    schedule = ListSchedule(refills=0.0, restart_above=1.0, scaling_above=1.0)
+    found = solve(cost, solver=CandidateLists(length=2, schedule=schedule))
     assert begun, "the path search was given up for better duals"
     matrix = cost.dense()
     assert found.objective == pytest.approx(matrix[scipy_lsa(matrix)].sum(), rel=1e-10)
@@ -193,9 +197,9 @@ def test_screening_in_bfloat16_is_as_exact(kind, metric, n, m):
     g = np.random.default_rng(fresh_seed())
     maximize = bool(g.random() < 0.5)
     pairs = [factors(g, kind, n, m, d) for d in (12, 3)]
-    plain = solve(FactorCost(pairs, metric), maximize=maximize, method="lists")
+    plain = solve(FactorCost(pairs, metric), maximize=maximize, solver=CandidateLists())
     cost = FactorCost(pairs, metric, tile=(64, 100), precision="bf16")
-    found = solve(cost, maximize=maximize, method="lists")
+    found = solve(cost, maximize=maximize, solver=CandidateLists())
     assert found.objective == pytest.approx(plain.objective, rel=1e-12)
     assert found.gap <= found.gap_bound == pytest.approx(plain.gap_bound, rel=0.5)
     gap, bound = certificate(cost, found, maximize=maximize)
@@ -216,7 +220,7 @@ def test_screening_rounds_the_factors_once_and_reads_little_in_float32(monkeypat
         return lists(self, v, k, which, sign, precision)
 
     monkeypatch.setattr(FactorCost, "_lists", counted)
-    found = solve(cost, maximize=True, method="lists")
+    found = solve(cost, maximize=True, solver=CandidateLists())
     assert found.gap <= found.gap_bound
     assert len(made) == 1
     assert rows["bf16"] >= 600, "first lists and the certificate"
@@ -250,7 +254,7 @@ def test_what_bfloat16_leaves_open_is_read_in_float32_and_then_in_float64(monkey
 
 def test_a_precision_that_does_not_fit_is_refused():
     ones = np.ones((3, 2), np.float32)
-    with pytest.raises(ValueError, match=r"precision: expected one of \('ieee', 'bf16'\), got 'tf32'"):
+    with pytest.raises(ValueError, match="precision: expected one of 'ieee', 'bf16'; got 'tf32'"):
         FactorCost([(ones, ones)], precision="tf32")
     with pytest.raises(
         ValueError, match="precision: 'bf16' takes 'dot' or 'l2' of at most float32, got 'l1'"

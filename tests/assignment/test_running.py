@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from fastmatch.assignment import FactorCost, solve
+from fastmatch.assignment import CandidateLists, DenseShortlists, FactorCost, solve
 from helpers.networks import fresh_seed
 
 
@@ -27,16 +27,16 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_factor_cost_does_not_load_torchs_compiler():
     code = (
-        "import sys, numpy as np; from fastmatch.assignment import FactorCost, solve; a = np.eye(60);"
-        "solve(FactorCost([(a, a)]), method='lists'); print('torch._dynamo' in sys.modules)"
+        "import sys, numpy as np; from fastmatch.assignment import CandidateLists, FactorCost, solve; a = np.eye(60);"
+        "solve(FactorCost([(a, a)]), solver=CandidateLists()); print('torch._dynamo' in sys.modules)"
     )
     assert run(code).stdout.strip() == "False"
 
 
 def test_compiling_is_announced_and_loading_is_not(tmp_path):
     code = (
-        "import numpy as np; from fastmatch.assignment import solve;"
-        "solve(np.eye(300, dtype=np.float32), method='shortlist')"
+        "import numpy as np; from fastmatch.assignment import DenseShortlists, solve;"
+        "solve(np.eye(300, dtype=np.float32), solver=DenseShortlists())"
     )
     first = run(code, NUMBA_CACHE_DIR=str(tmp_path))
     assert "compiling the assignment kernels for float32" in first.stderr
@@ -52,7 +52,7 @@ INTERRUPTED = """
 import _thread, signal, threading, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
 import numpy as np
-from fastmatch.assignment import FactorCost, solve, solve_batched
+from fastmatch.assignment import CandidateLists, DenseShortlists, FactorCost, solve, solve_batched
 g = np.random.default_rng(0)
 {setup}
 asked = []
@@ -71,7 +71,7 @@ except KeyboardInterrupt:
 LONG = {
     "matrix": (
         "x, y = (g.standard_normal((3000, 8), np.float32) * np.exp(g.standard_normal((3000, 1))).astype(np.float32)"
-        " for _ in range(2)); c = x @ y.T; solve(c[:300, :300], method='shortlist')",
+        " for _ in range(2)); c = x @ y.T; solve(c[:300, :300], solver=DenseShortlists())",
         "solve(c)",
     ),
     "stack": (
@@ -80,8 +80,8 @@ LONG = {
     ),
     "factors": (
         "c = FactorCost([tuple(g.standard_normal((6000, 8), np.float32) for _ in range(2))]);"
-        " solve(FactorCost([(np.eye(9), np.eye(9))]), method='lists')",
-        "solve(c, method='lists')",
+        " solve(FactorCost([(np.eye(9), np.eye(9))]), solver=CandidateLists())",
+        "solve(c, solver=CandidateLists())",
     ),
 }
 
@@ -96,21 +96,19 @@ def test_an_interrupt_is_heard_within_a_second_of_work(kind):
 
 def test_the_lock_is_released_while_a_kernel_runs():
     """Another thread goes on ticking inside one kernel call; it would stand still if the lock were held."""
-    from fastmatch_kernels.lap import dense as lap
-    from fastmatch_kernels.lap import passes as lap_rows
+    from fastmatch_kernels.lap import state
+    from fastmatch_kernels.lap.augment import augment
+    from fastmatch_kernels.lap.rows import list_rows
 
     seed = fresh_seed()
     n = 700
     g = np.random.default_rng(seed)
     cost = np.outer(np.arange(1.0, n + 1), np.arange(1.0, n + 1))[g.permutation(n)]  # long paths
-    solve(cost[:5, :5], method="shortlist")
+    solve(cost[:5, :5], solver=DenseShortlists())
     v = cost.min(axis=0)
-    near, near_cost = np.zeros((n, lap_rows.CAPACITY), np.int32), np.full((n, lap_rows.CAPACITY), np.inf)
-    bound = np.zeros(n)
-    lap_rows.shortlists(cost, 1.0, np.arange(n), v, near, near_cost, bound)
-    row_of, col_of, cost_of = np.full(n, -1), np.full(n, -1), np.zeros(n)
-    state = [np.full(2 * n, np.inf), np.empty(2 * n, np.intp), np.full(2 * n, -1), np.empty(n, np.intp), np.empty(n),
-             np.empty(4 * n, np.intp), np.empty(n, np.intp), np.full(n, -1)]  # fmt: skip
+    lists, rows = tuple(state.matrix_lists(n, cost.dtype)), np.arange(n)
+    list_rows(cost, 1.0, rows, v, lists)
+    matching, paths = tuple(state.new_matching(n, n)), tuple(state.new_paths(n, n))
     ticks: list[float] = []
     over = threading.Event()
 
@@ -122,25 +120,13 @@ def test_the_lock_is_released_while_a_kernel_runs():
     thread = threading.Thread(target=tick)
     thread.start()
     begin = time.perf_counter()
-    done = lap.augment(
-        cost,
-        1.0,
-        v,
-        near,
-        near_cost,
-        bound,
-        row_of,
-        col_of,
-        cost_of,
-        0,
-        1 << 60,
-        np.zeros(4, np.int64),
-        *state,
+    done, waits = augment(
+        cost, 1.0, v, lists, matching, rows, 0, 1 << 60, tuple(state.new_refills(n)), 0, paths, np.zeros(4, np.int64)
     )
     end = time.perf_counter()
     over.set()
     thread.join()
-    assert done == n
+    assert (done, waits) == (n, 0)
     inside = [t for t in ticks if begin < t < end]
     assert len(inside) >= 3, (end - begin, len(ticks))
 
@@ -148,10 +134,10 @@ def test_the_lock_is_released_while_a_kernel_runs():
 MEMORY = """
 import resource, sys
 import numpy as np
-from fastmatch.assignment import solve
+from fastmatch.assignment import DenseShortlists, solve
 n = int(sys.argv[1])
 g = np.random.default_rng(0)
-solve(g.standard_normal((600, 600), np.float32), method="shortlist")
+solve(g.standard_normal((600, 600), np.float32), solver=DenseShortlists())
 cost = np.empty((n, n), np.float32)
 for row in cost:
     row[:] = g.standard_normal(n, np.float32)
@@ -176,7 +162,7 @@ def test_a_planted_permutation_of_fifty_thousand(monkeypatch):
     n = 50_000
     rows = g.standard_normal((n, 16), np.float32)
     planted = g.permutation(n)
-    found = solve(FactorCost([(rows, rows[planted])], metric="l2"), method="lists")
+    found = solve(FactorCost([(rows, rows[planted])], metric="l2"), solver=CandidateLists())
     assert np.array_equal(planted[found.col_ind], np.arange(n))
     assert found.gap <= found.gap_bound
 

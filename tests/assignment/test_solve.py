@@ -12,8 +12,19 @@ import torch
 from scipy.optimize import linear_sum_assignment as scipy_lsa
 
 from bench.lib.problems import KINDS, problem
-from fastmatch.assignment import certificate, linear_sum_assignment, select_method, solve
-from fastmatch.assignment.small_dense import SMALL
+from fastmatch.assignment import (
+    DenseCost,
+    DenseShortlists,
+    FactorCost,
+    LapJV,
+    LapProblem,
+    SmallDense,
+    certificate,
+    linear_sum_assignment,
+    select_solver,
+    solve,
+)
+from fastmatch.assignment.solve import SMALL
 from helpers.networks import fresh_seed
 
 
@@ -22,14 +33,14 @@ def exact(cost: np.ndarray, rows, cols) -> float:
 
 
 def check(cost: np.ndarray, maximize: bool = False, **options):
-    """Proves what is found; a small matrix is given to both solvers. Returns the one of lists."""
-    if select_method(cost) != "shortlist":
-        assert prove(cost, maximize, **options).stats["method"] in ("rows", "none")
-    return prove(cost, maximize, method="shortlist", **options)
+    """Prove what is found, of a small matrix by both solvers; return the solution of DenseShortlists."""
+    if not isinstance(select_solver(cost), DenseShortlists):
+        assert prove(cost, maximize, **options).stats["solver"] in ("SmallDense", "none")
+    return prove(cost, maximize, solver=DenseShortlists(), **options)
 
 
 def prove(cost: np.ndarray, maximize: bool, **options):
-    """Solves, compares with scipy in float64, and proves the result by both certificates."""
+    """Solve, compare with scipy in float64, and prove the result by both certificates."""
     found = solve(cost, maximize=maximize, **options)
     n, m = cost.shape
     assert len(found.row_ind) == len(found.col_ind) == min(n, m)
@@ -93,37 +104,37 @@ def test_a_hundred_thousand_random_problems(part):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_at_a_size_that_takes_every_step(kind):
     found = check(problem(kind, 500, seed=fresh_seed()))
-    assert found.stats["method"] == "shortlist"
+    assert found.stats["solver"] == "DenseShortlists"
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "log-normal 8", "ties", "dead", "integers near 2^24"])
 @pytest.mark.parametrize(("n", "m"), [(300, 300), (200, 260)])
-@pytest.mark.parametrize("method", ["shortlist", "rows"])
-def test_what_must_not_change_the_objective(kind, n, m, method):
+@pytest.mark.parametrize("solver", [DenseShortlists(), SmallDense()])
+def test_what_must_not_change_the_objective(kind, n, m, solver):
     seed = fresh_seed()
     g = np.random.default_rng(seed)
     cost = problem(kind, n, m, seed).astype(np.float64)
     value = check(cost).objective
     close = {"rel": 1e-12, "abs": 1e-9}
-    assert solve(cost[g.permutation(n)][:, g.permutation(m)], method=method).objective == pytest.approx(
+    assert solve(cost[g.permutation(n)][:, g.permutation(m)], solver=solver).objective == pytest.approx(
         value, **close
     )
-    assert solve(cost.T, method=method).objective == pytest.approx(value, **close)
-    assert solve(-cost, maximize=True, method=method).objective == pytest.approx(-value, **close)
-    assert solve(cost * 1024.0, method=method).objective == pytest.approx(value * 1024, **close)
+    assert solve(cost.T, solver=solver).objective == pytest.approx(value, **close)
+    assert solve(-cost, maximize=True, solver=solver).objective == pytest.approx(-value, **close)
+    assert solve(cost * 1024.0, solver=solver).objective == pytest.approx(value * 1024, **close)
     rows, cols = g.integers(-9, 9, n), g.integers(-9, 9, m)
-    shifted = solve(cost + rows[:, None], method=method).objective - (rows.sum())
+    shifted = solve(cost + rows[:, None], solver=solver).objective - (rows.sum())
     assert shifted == pytest.approx(value, rel=1e-9, abs=1e-6)
     if n == m:
-        assert solve(cost + cols[None], method=method).objective - cols.sum() == pytest.approx(
+        assert solve(cost + cols[None], solver=solver).objective - cols.sum() == pytest.approx(
             value, rel=1e-9, abs=1e-6
         )
 
 
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize(("n", "m"), [(40, 40), (30, 45), (45, 30), (200, 200)])
-@pytest.mark.parametrize("method", ["shortlist", "rows"])
-def test_forbidden_entries(n, m, maximize, method):
+@pytest.mark.parametrize("solver", [DenseShortlists(), SmallDense()])
+def test_forbidden_entries(n, m, maximize, solver):
     g = np.random.default_rng(fresh_seed())
     worst = -np.inf if maximize else np.inf
     for share in (0.1, 0.5, 0.9):
@@ -133,13 +144,13 @@ def test_forbidden_entries(n, m, maximize, method):
         cost[side, g.permutation(max(n, m))[: len(side)] if n <= m else side] = 5.0
         if n > m:
             cost[g.permutation(n)[: len(side)], side] = 5.0
-        found = solve(cost, maximize=maximize, method=method)
+        found = solve(cost, maximize=maximize, solver=solver)
         best = exact(cost, *scipy_lsa(cost, maximize))
         assert found.objective == pytest.approx(best, rel=1e-6)
         assert found.gap <= found.gap_bound
     for infeasible in (np.full((n, m), worst), np.where(np.arange(m) < 2, 1.0, worst) * np.ones((n, 1))):
         with pytest.raises(ValueError, match="no assignment avoids the forbidden"):
-            solve(infeasible, maximize=maximize, method=method)
+            solve(infeasible, maximize=maximize, solver=solver)
 
 
 @pytest.mark.parametrize("value", [-9.0, -1.0, 0.0, 9.0])
@@ -175,14 +186,14 @@ def test_bad_input():
         solve(np.ones((2, 2), complex))
     with pytest.raises(ValueError, match="beyond 2"):
         solve(np.array([[2**60, 1], [1, 2**60 + 1]]))
-    with pytest.raises(ValueError, match="method: expected one of"):
-        solve(np.ones((2, 2)), method="fast")
+    with pytest.raises(TypeError, match="solver: expected a solver object"):
+        solve(np.ones((2, 2)), solver="fast")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="warm_start: expected 3 duals"):
         solve(np.ones((3, 3)), warm_start=solve(np.ones((2, 2))))
     with pytest.raises(ValueError, match="square"):
-        solve(np.ones((2, 3)), method="lapjv")
+        solve(np.ones((2, 3)), solver=LapJV())
     broken = solve(np.ones((3, 3)))
-    with pytest.raises(ValueError, match="no complete matching"):
+    with pytest.raises(ValueError, match="not a complete matching"):
         certificate(
             np.ones((3, 3)), type(broken)(broken.row_ind, np.zeros(3, int), broken.u, broken.v, 0, 0, 0)
         )
@@ -230,32 +241,30 @@ def test_the_input_is_left_alone_and_not_copied():
     for cost in (problem("dead", 300), np.asfortranarray(problem("dead", 300))):
         before = cost.copy()
         cost.flags.writeable = False
-        for method in ("shortlist", "rows"):
-            solve(cost, method=method)
-            solve(cost, maximize=True, method=method)
+        for solver in (DenseShortlists(), SmallDense()):
+            solve(cost, solver=solver)
+            solve(cost, maximize=True, solver=solver)
         assert np.array_equal(cost, before)
-    from fastmatch.assignment.solve import prepare
-
-    for view in (cost, cost.T):
-        matrix, _ = prepare(view)
-        assert np.shares_memory(matrix, cost)
+    for view in (DenseCost(cost), DenseCost(cost.T)):
+        given = view.T if view.is_column_major else view
+        assert np.shares_memory(LapProblem(given, 1.0).matrix(None), cost)
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "log-normal 32", "ties", "dead"])
-@pytest.mark.parametrize("method", ["shortlist", "rows"])
-def test_warm_equals_cold(kind, method):
+@pytest.mark.parametrize("solver", [DenseShortlists(), SmallDense()])
+def test_warm_equals_cold(kind, solver):
     seed = fresh_seed()
     g = np.random.default_rng(seed)
     cost = problem(kind, 400, seed=seed)
-    cold = solve(cost, method=method)
-    again = solve(cost, warm_start=cold, method=method)
+    cold = solve(cost, solver=solver)
+    again = solve(cost, warm_start=cold, solver=solver)
     assert again.objective == pytest.approx(cold.objective, rel=1e-12)
     changed = cost + (g.random(cost.shape) < 0.01) * g.standard_normal(cost.shape).astype(np.float32)
-    warm = solve(changed, warm_start=cold, method=method)
+    warm = solve(changed, warm_start=cold, solver=solver)
     assert warm.gap <= warm.gap_bound
-    assert warm.objective == pytest.approx(solve(changed, method=method).objective, rel=1e-12)
-    turned = solve(-changed.T, maximize=True, method=method)
-    again = solve(-changed.T, maximize=True, warm_start=turned, method=method)
+    assert warm.objective == pytest.approx(solve(changed, solver=solver).objective, rel=1e-12)
+    turned = solve(-changed.T, maximize=True, solver=solver)
+    again = solve(-changed.T, maximize=True, warm_start=turned, solver=solver)
     assert again.objective == pytest.approx(turned.objective)
 
 
@@ -270,22 +279,22 @@ def test_a_planted_permutation_of_a_large_problem():
 
 def test_methods_agree():
     cost = problem("gaussian", 120, seed=fresh_seed())
-    assert select_method(cost) == ("rows" if cost.size <= SMALL else "shortlist")
-    assert solve(cost, method="rows").objective == pytest.approx(solve(cost).objective, rel=1e-12)
-    reference = solve(cost, method="lapjv")
-    assert reference.stats["method"] == "lapjv"
-    assert solve(cost, method="shortlist").objective == pytest.approx(reference.objective, rel=1e-6)
-    assert solve(cost[:1, :1], method="lapjv").col_ind.tolist() == [0]
+    assert select_solver(cost) == (SmallDense() if cost.size <= SMALL else DenseShortlists())
+    assert solve(cost, solver=SmallDense()).objective == pytest.approx(solve(cost).objective, rel=1e-12)
+    reference = solve(cost, solver=LapJV())
+    assert reference.stats["solver"] == "LapJV"
+    assert solve(cost, solver=DenseShortlists()).objective == pytest.approx(reference.objective, rel=1e-6)
+    assert solve(cost[:1, :1], solver=LapJV()).col_ind.tolist() == [0]
 
 
-@pytest.mark.parametrize("method", ["shortlist", "rows"])
-def test_two_threads_do_not_share_state(method):
+@pytest.mark.parametrize("solver", [DenseShortlists(), SmallDense()])
+def test_two_threads_do_not_share_state(solver):
     costs = [problem("gaussian", 400, seed=k) for k in range(4)]
-    alone = [solve(c, method=method).objective for c in costs]
+    alone = [solve(c, solver=solver).objective for c in costs]
     together: list[float] = [0.0] * 4
 
     def work(k: int) -> None:
-        together[k] = solve(costs[k], method=method).objective
+        together[k] = solve(costs[k], solver=solver).objective
 
     threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
     for t in threads:
@@ -311,3 +320,63 @@ def test_the_interpreter_lock_is_released():
         ticks += 1
     thread.join()
     assert ticks > 5  # this thread went on meanwhile
+
+
+def test_a_cost_of_your_own():
+    """A class with the members of Cost is solved by candidate lists and certified."""
+
+    class Own:
+        def __init__(self, matrix: np.ndarray) -> None:
+            self.dense, self.shape = DenseCost(matrix), matrix.shape
+            self.row_topk, self.row_min = self.dense.row_topk, self.dense.row_min
+            self.entries, self.entry_error = self.dense.entries, self.dense.entry_error
+
+        @property
+        def T(self):
+            return Own(self.dense.matrix.T)
+
+    matrix = problem("gaussian64", 300, 240, seed=fresh_seed())
+    for cost in (matrix, matrix[:, :240], matrix[:240]):
+        found = solve(Own(cost), maximize=True)
+        assert found.stats["solver"] == "CandidateLists"
+        assert found.objective == pytest.approx(cost[scipy_lsa(cost, True)].sum(), rel=1e-12)
+        gap, bound = certificate(Own(cost), found, maximize=True)
+        assert -bound <= gap <= bound
+        assert found.is_certified
+        assert "certified, by CandidateLists" in repr(found)
+        assert found.dual_objective == pytest.approx(found.objective, rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "ties", "signed zeros"])
+def test_rows_of_a_dense_cost(kind):
+    g = np.random.default_rng(fresh_seed())
+    values = problem(kind, 23, 60, seed=fresh_seed())
+    cost, v = DenseCost(values), g.standard_normal(60)
+    for sign in (1.0, -1.0):
+        reduced = sign * values - v
+        np.testing.assert_array_equal(cost.row_min(v, sign), reduced.min(1))
+        rows = np.array([0, 1, 2, 7, 22])
+        items, costs, bound = cost.row_topk(v, 5, rows, sign)
+        np.testing.assert_array_equal(costs, np.take_along_axis(sign * values[rows], items.astype(int), 1))
+        ordered = np.sort(reduced[rows], 1)
+        np.testing.assert_array_equal(costs - v[items], ordered[:, :5])
+        np.testing.assert_array_equal(bound, ordered[:, 5])
+        assert np.isinf(cost.row_topk(v, 99, None, sign)[2]).all()
+
+
+def test_solvers_and_schedules_check_their_options():
+    from fastmatch.assignment import CandidateLists, DenseSchedule, ListSchedule, SmallSchedule
+
+    for bad, match in (
+        (lambda: CandidateLists(length=0), "length: expected a whole number of at least 1; got 0"),
+        (lambda: CandidateLists(batch_rows=2.5), "batch_rows: expected a whole number"),  # type: ignore[arg-type]
+        (lambda: DenseSchedule(short_eps=-1.0), "schedule.short_eps: expected a finite number"),
+        (lambda: DenseSchedule(short_bids=0.5), "schedule.short_bids: expected a whole number"),  # type: ignore[arg-type]
+        (lambda: ListSchedule(lower_factor=1.0), "schedule.lower_factor: expected a finite number above 1"),
+        (lambda: SmallDense(SmallSchedule(phases=-1)), "schedule.phases: expected a whole number"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            bad()
+    factors = FactorCost([(np.ones((3, 2), np.float32), np.ones((3, 2), np.float32))])
+    with pytest.raises(ValueError, match="SmallDense takes a matrix, not a FactorCost"):
+        solve(factors, solver=SmallDense())

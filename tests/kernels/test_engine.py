@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment as scipy_lsa
 
-from fastmatch.assignment import FactorCost, certificate, solve
+from fastmatch.assignment import CandidateLists, FactorCost, certificate, solve
 from fastmatch_kernels import ops as kernels
 from helpers.kernel_cases import DEVICE
 from helpers.networks import fresh_seed
@@ -40,7 +40,7 @@ def test_the_kernel_drives_the_list_solver_to_the_dense_optimum(kind, n, m, metr
         return found
 
     monkeypatch.setattr(kernels, "row_topk", seen)
-    found = solve(cost, maximize=maximize, method="lists")
+    found = solve(cost, maximize=maximize, solver=CandidateLists())
     # Only exact ties are read once more, in float64, by the plain form.
     assert "triton" in backends
     assert crossed
@@ -89,12 +89,12 @@ def test_factors_and_matrices_on_the_gpu(dtype):
     assert cost.pairs[0][0].device.type == "cuda"
     matrix = cost.dense()
     best = matrix[scipy_lsa(matrix, True)].sum()
-    assert solve(cost, maximize=True, method="lists").objective == pytest.approx(best, rel=1e-11)
+    assert solve(cost, maximize=True, solver=CandidateLists()).objective == pytest.approx(best, rel=1e-11)
     assert solve(torch.from_numpy(matrix).to(DEVICE), maximize=True).objective == pytest.approx(
         best, rel=1e-11
     )
     l1 = FactorCost([(a, b)], "l1")
-    assert solve(l1, method="lists").gap <= 1e-6
+    assert solve(l1, solver=CandidateLists()).gap <= 1e-6
 
 
 def test_factors_on_two_devices_and_backends_that_do_not_fit_are_named():

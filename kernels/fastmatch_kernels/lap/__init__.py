@@ -1,1 +1,1 @@
-"""Numba kernels of the assignment solvers."""
+"""Numba kernels of the assignment solvers: see ``state`` for the arrays that they share."""

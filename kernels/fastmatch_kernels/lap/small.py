@@ -1,13 +1,15 @@
-"""Many small assignment problems: one after the other in a core's cache, the lock released.
+"""Small assignment problems over whole rows, in one core's cache and without the interpreter's lock.
 
-Rows take their best columns, free ones bid in a short auction (Bertsekas 1988), and augmenting row reduction and shortest
-augmenting paths (Jonker and Volgenant 1987) finish exactly, over whole rows: at these sizes a row is a few vectors, and
-a list would cost more than it saves. There is no column reduction: where a few rows have the least of most
-columns, it leaves duals that take longer to undo than none.
+The steps: rows take their best columns; free rows bid in a short auction (Bertsekas 1988); augmenting row reduction and
+shortest augmenting paths (Jonker and Volgenant 1987) finish exactly. There is no column reduction: if a few rows have the
+minima of most columns, it leaves duals that take longer to undo than zeros.
 
-The costs of one problem are ``sign * c``: ``c`` is flat, row i at ``start + i * width`` with the width a whole number of
-vectors; what is beyond the columns is forbidden. Differences to the column duals v are float64, and so are column and row
-numbers where they travel with values in vectors.
+The auction and the augmentation are not those of the candidate lists, because at these sizes a row is a few vectors:
+{COPY}
+
+The costs of one problem are ``sign * c``. ``c`` is flat, row i begins at ``start + i * width``, and the width is a whole
+number of vectors; the entries beyond the columns are forbidden. Differences to the column duals v are float64, and so are
+the column and row numbers that travel with values in vectors.
 """
 
 from __future__ import annotations
@@ -31,35 +33,20 @@ from fastmatch_kernels._numba.simd import (
     splat,
     store,
 )
-from fastmatch_kernels.lap.dense import BIDS, POPS, READS, SEARCHES
-from fastmatch_kernels.lap.passes import row_minimum
+from fastmatch_kernels.lap.rows import row_minimum
+from fastmatch_kernels.lap.state import BIDS, POPS, READS, SEARCHES
 
 __all__ = ["INFEASIBLE", "SOLVED", "WRONG", "row_minima", "solve_stack"]
 
 SOLVED, WRONG, INFEASIBLE = 0, 1, 2
 
-EASY = 0.15
-"""Share of rows left free by their own minima up to which no auction pays."""
-
-HARD = 0.28
-"""Share of rows left free by a phase of the auction and row reduction above which another phase pays."""
-
-GAPS, LOWER, PHASES = 0.15, 0.2, 3
-"""The auction's first eps, in mean differences between a row's least two; the factor between phases; phases at most."""
-
-MOST = 16
-"""Bids a row at most in a phase: a price war means that eps is too small."""
-
-ROUNDS, STEPS = 2, 0.5
-"""Rounds of row reduction, and steps in each, in rows, beyond one for each free row: more would be price wars that a
-path settles sooner."""
-
 ALL = (1 << WIDTH) - 1
+"""The mask of a vector whose lanes all hold."""
 
 
 @njit(nogil=True, cache=True, forceinline=True)
 def _finite(c, start, n, m, width):  # pragma: no cover - compiled
-    """Whether the sum of all entries of the m columns is finite: each is, then."""
+    """Return whether the sum of all entries is finite; if it is, so is every entry."""
     zero = splat(0.0)
     total, other, rest = zero, zero, 0.0
     for at in range(start, start + n * width, width):
@@ -76,7 +63,7 @@ def _finite(c, start, n, m, width):  # pragma: no cover - compiled
 
 @njit(nogil=True, cache=True, forceinline=True)
 def _match_rows(c, start, sign, n, v, row_of, col_of):  # pragma: no cover - compiled
-    """Gives rows a free column among their best; returns the mean difference between a row's least two c - v."""
+    """Match rows to a free column among their best; return the mean difference between a row's least two c - v."""
     width = v.shape[0]
     signs = splat(sign)
     total = 0.0
@@ -105,9 +92,9 @@ def _match_rows(c, start, sign, n, v, row_of, col_of):  # pragma: no cover - com
 
 @njit(nogil=True, cache=True, forceinline=True)
 def _two_least(c, at, other, sign, v):  # pragma: no cover - compiled
-    """(the least of c - v, its column, the second least, a column of that if it is the same) of the rows at ``at``, ``other``.
+    """Return (least c - v, its column, second least, its column if the two are equal) of the rows at ``at`` and ``other``.
 
-    Of two rows at once: one alone would wait for each minimum.
+    Two rows at once keep the processor busy, because each minimum has to wait for the one before.
     """
     signs, none = splat(sign), splat(np.inf)
     first, second, column = none, none, splat(0.0)
@@ -129,7 +116,7 @@ def _two_least(c, at, other, sign, v):  # pragma: no cover - compiled
 
 @njit(nogil=True, cache=True, forceinline=True)
 def _across(first, second, column):  # pragma: no cover - compiled
-    """(least, its column, second least, a column of that if it is the same) from those of every lane."""
+    """Return (least, its column, second least, its column if the two are equal) from the values of every lane."""
     lowest = reduce_minimum(first)
     limit = splat(lowest)
     holders = less_equal_mask(first, limit)
@@ -144,11 +131,11 @@ def _across(first, second, column):  # pragma: no cover - compiled
 
 @njit(nogil=True, cache=True, forceinline=True)
 def _bid(c, start, sign, v, row_of, col_of, stack, top, eps, limit, counts):  # pragma: no cover - compiled
-    """Gauss-Seidel auction of the rows on ``stack[:top]`` until it is empty or ``limit`` bids are spent.
+    """Let the rows on ``stack[:top]`` bid until the stack is empty or ``limit`` bids are spent; return what is left.
 
     A row takes its best column and lowers its dual until the column is ``eps`` worse than the row's second best. With
-    eps = 0, augmenting row reduction, a row whose two best tie is left free. Two rows bid at once: the second's
-    bid is put off if the first one has moved what it rests on.
+    eps = 0 this is augmenting row reduction: a row whose two best tie is left free. Two rows bid at once; the second
+    one's bid is postponed if the first has changed a dual that it depends on.
     """
     width = v.shape[0]
     bids = 0
@@ -190,7 +177,7 @@ def _bid(c, start, sign, v, row_of, col_of, stack, top, eps, limit, counts):  # 
 
 @njit(nogil=True, cache=True, forceinline=True)
 def _free_rows(col_of, stack):  # pragma: no cover - compiled
-    """Puts the free rows on ``stack``, the first on top; returns how many."""
+    """Put the free rows on ``stack``, the first on top; return their number."""
     top = 0
     for i in range(col_of.shape[0] - 1, -1, -1):
         stack[top] = i
@@ -200,7 +187,10 @@ def _free_rows(col_of, stack):  # pragma: no cover - compiled
 
 @njit(nogil=True, cache=True, forceinline=True)
 def _relax(c, at, sign, w, base, i, dist, came_from):  # pragma: no cover - compiled
-    """Distances through row i; (the least of all, its column). Columns already scanned have w = -inf, dist = inf."""
+    """Update the distances through row i; return the least of all and its column.
+
+    Scanned columns have w = -inf and dist = inf.
+    """
     signs, shift, row = splat(sign), splat(base), splat(np.float64(i))
     nearest, column = splat(np.inf), splat(0.0)
     here, step = splat(0.0), splat(np.float64(WIDTH))
@@ -220,7 +210,7 @@ def _relax(c, at, sign, w, base, i, dist, came_from):  # pragma: no cover - comp
 
 @njit(nogil=True, cache=True, forceinline=True)
 def _free_at(dist, taken, low):  # pragma: no cover - compiled
-    """A free column whose distance is ``low``, -1 if there is none."""
+    """Return a free column whose distance is ``low``, -1 if there is none."""
     limit = splat(low)
     for j in range(0, dist.shape[0], WIDTH):
         bits = less_equal_mask(add(load(dist, j), load(taken, j)), limit)
@@ -233,7 +223,7 @@ def _free_at(dist, taken, low):  # pragma: no cover - compiled
 def _augment(
     c, start, sign, v, row_of, col_of, taken, source, w, dist, came_from, scanned, final, counts
 ):  # pragma: no cover
-    """One shortest augmenting path, from row ``source``; False if there is none."""
+    """Augment along a shortest path from row ``source``; return False if there is none."""
     width = v.shape[0]
     for j in range(width):
         w[j] = v[j]
@@ -274,7 +264,7 @@ def _augment(
 
 @njit(nogil=True, cache=True)
 def _wrong(C, sign):  # pragma: no cover - compiled
-    """Whether a problem holds NaN or an infinity that forbids nothing."""
+    """Return whether a problem holds NaN or an infinity of the wrong sign."""
     for i in range(C.shape[0]):
         for j in range(C.shape[1]):
             if not sign * C[i, j] > -np.inf:
@@ -284,19 +274,20 @@ def _wrong(C, sign):  # pragma: no cover - compiled
 
 @njit(nogil=True, cache=True)
 def row_minima(C, sign, v, u):  # pragma: no cover - compiled
-    """u = the least c - v of every row."""
+    """Write to u the least c - v of every row."""
     for i in range(C.shape[0]):
         u[i] = row_minimum(C[i], sign, v)
 
 
 @njit(nogil=True, cache=True)
-def solve_stack(C, sign, lo, hi, out, bad, duals, counts):  # pragma: no cover - compiled
-    """Solves problems lo..hi of the contiguous stack C (batch, n, m), n <= m: out[b, i] is row i's column.
+def solve_stack(C, sign, schedule, lo, hi, out, bad, duals, counts):  # pragma: no cover - compiled
+    """Solve problems lo..hi of the contiguous stack C (batch, n, m), n <= m; write row i's column to out[b, i].
 
-    ``duals`` (batch, m) holds column duals to start from, where n = m, and takes those found, those of unmatched
-    columns the largest; (0, m) neither gives nor takes any. ``counts`` is as in fastmatch_kernels.lap.dense.
+    ``duals`` (batch, m), in and out: initial column duals (used if n = m), replaced by the final ones; (0, m): none.
+    Unmatched columns have the largest final dual. ``schedule`` is a ``SmallSchedule``, as a plain tuple; ``counts`` is as in ``state``.
 
-    bad[b] is 1 for NaN or an infinity of the wrong sign, 2 where forbidden entries leave no assignment, else 0.
+    bad[b] is WRONG for NaN or an infinity of the wrong sign, INFEASIBLE if forbidden entries leave no assignment, else
+    SOLVED.
     """
     n, m = C.shape[1], C.shape[2]
     width = (m + WIDTH - 1) // WIDTH * WIDTH
@@ -306,6 +297,8 @@ def solve_stack(C, sign, lo, hi, out, bad, duals, counts):  # pragma: no cover -
     came_from, taken = np.zeros(width), np.empty(width)
     row_of, col_of = np.empty(width, np.int64), np.empty(n, np.int64)
     scanned, stack = np.empty(width, np.int64), np.empty(n, np.int64)
+    auction_above, repeat_above, phases, first_eps, eps_factor, bids, reductions, extra_steps = schedule
+    extra = int(extra_steps * n)
     for b in range(lo, hi):
         start = b * n * m
         if m != width:
@@ -323,24 +316,24 @@ def solve_stack(C, sign, lo, hi, out, bad, duals, counts):  # pragma: no cover -
             v[:m] = duals[b]
         row_of[:] = -1
         col_of[:] = -1
-        eps = GAPS * _match_rows(c, start, sign, n, v, row_of, col_of)
+        eps = first_eps * _match_rows(c, start, sign, n, v, row_of, col_of)
         counts[READS] += 2 * n
         top = _free_rows(col_of, stack)
-        for phase in range(PHASES if n == m and finite else 0):
-            if top <= (EASY if phase == 0 else HARD) * n or not 0.0 < eps < np.inf:
+        for phase in range(phases if n == m and finite else 0):
+            if top <= (auction_above if phase == 0 else repeat_above) * n or not 0.0 < eps < np.inf:
                 break
-            left = _bid(c, start, sign, v, row_of, col_of, stack, top, eps, MOST * n, counts)
+            left = _bid(c, start, sign, v, row_of, col_of, stack, top, eps, bids * n, counts)
             row_of[:] = -1
             col_of[:] = -1
             top = _free_rows(col_of, stack)
-            _bid(c, start, sign, v, row_of, col_of, stack, top, 0.0, top + int(STEPS * n), counts)
+            _bid(c, start, sign, v, row_of, col_of, stack, top, 0.0, top + extra, counts)
             top = _free_rows(col_of, stack)
             if left > 0:
                 break
-            eps *= LOWER
-        for _ in range(ROUNDS):
+            eps *= eps_factor
+        for _ in range(reductions):
             top = _free_rows(col_of, stack)
-            _bid(c, start, sign, v, row_of, col_of, stack, top, 0.0, top + int(STEPS * n), counts)
+            _bid(c, start, sign, v, row_of, col_of, stack, top, 0.0, top + extra, counts)
         for j in range(width):
             taken[j] = 0.0 if row_of[j] < 0 else np.inf
         for e in range(_free_rows(col_of, stack) - 1, -1, -1):

@@ -1,7 +1,7 @@
-"""Passes over the rows of a cost matrix: column minima, and the shortlist of a row.
+"""Passes over the rows of a cost matrix: column minima, a row's minimum, a row's candidate list.
 
-Costs are ``c = sign * C`` with C (n, m) float32 or float64 and sign 1 or -1: no negated copy is made. Differences
-``c - v`` are float64. Vector instructions come from fastmatch_kernels._numba.simd, since loops over minima stay scalar.
+Costs are ``c = sign * C`` with C (n, m) float32 or float64. Differences ``c - v`` are float64. Vector instructions come from
+fastmatch_kernels._numba.simd, because numba compiles a minimum over floats to a scalar loop.
 """
 
 from __future__ import annotations
@@ -24,38 +24,35 @@ from fastmatch_kernels._numba.simd import (
     splat,
     store,
 )
+from fastmatch_kernels.lap.state import CAPACITY
 
 __all__ = [
-    "CAPACITY",
     "column_minima",
     "constant_columns",
     "constant_rows",
     "list_row",
     "row_minimum",
-    "shortlists",
+    "list_rows",
     "workspace",
 ]
 
 WANTED = 17
-"""Entries a shortlist should have at least."""
-
-CAPACITY = 24
-"""Entries a shortlist has room for: whole vectors, since the cutoff is a bisection and finds a few more than wanted."""
+"""Entries that a list should have at least."""
 
 VECTORS = 16
-"""A row is cut into this many stretches; a stretch's eight lanes are as many disjoint sets of its columns. A value
-that is not below WANTED of these sets' minima is not below as many entries, and hardly any more."""
+"""Stretches that a row is cut into. Each of the eight lanes of a stretch is a set of columns. At least WANTED entries are
+at most x if WANTED of these sets have minima of at most x, and rarely many more."""
 
-SETS = (VECTORS + 1) * WIDTH  # the last vector is for columns that do not fill one
+SETS = (VECTORS + 1) * WIDTH  # the last vector holds the columns that do not fill one
 BLOCK = 4 * WIDTH
 LARGEST = np.finfo(np.float64).max
 
 
 @njit(nogil=True, cache=True)
 def column_minima(C, sign, lo, hi, least_of, row_at):  # pragma: no cover - compiled
-    """The least c of every column over rows lo..hi and a row that has it; returns a sum of all entries.
+    """Write the least c of every column over rows lo..hi and a row that has it; return the sum of all entries.
 
-    The sum is finite only if every entry is. ``least_of`` starts as inf; ``row_at`` stays where nothing is below that.
+    The sum is finite only if every entry is. ``least_of`` starts as inf; ``row_at`` is left alone if nothing is below that.
     """
     m = C.shape[1]
     whole = m - m % WIDTH
@@ -112,7 +109,7 @@ def _lane(x, k):  # pragma: no cover - compiled
 
 @njit(nogil=True, cache=True)
 def constant_rows(C, rows, same):  # pragma: no cover - compiled
-    """same[k]: whether row rows[k] holds one value."""
+    """Write to same[k] whether row rows[k] holds a single value."""
     for k in range(rows.shape[0]):
         row = C[rows[k]]
         same[k] = True
@@ -124,7 +121,7 @@ def constant_rows(C, rows, same):  # pragma: no cover - compiled
 
 @njit(nogil=True, cache=True)
 def constant_columns(C, rows, cols, values, same):  # pragma: no cover - compiled
-    """Clears same[k] where column cols[k] holds anything but values[k] in some of the rows."""
+    """Clear same[k] if column cols[k] differs from values[k] in any of the rows."""
     for i in rows:
         for k in range(cols.shape[0]):
             if C[i, cols[k]] != values[k]:
@@ -133,7 +130,7 @@ def constant_columns(C, rows, cols, values, same):  # pragma: no cover - compile
 
 @njit(nogil=True, cache=True)
 def workspace(m):  # pragma: no cover - compiled
-    """Arrays for :func:`list_row`: minima of sets, blocks that hold candidates, their bits; a sorted list."""
+    """Return the workspace of :func:`list_row`: minima of sets, blocks that hold candidates, their bits, a sorted list."""
     blocks = m // BLOCK + 1
     return (
         np.empty(SETS),
@@ -146,7 +143,7 @@ def workspace(m):  # pragma: no cover - compiled
 
 @njit(nogil=True, cache=True)
 def row_minimum(row, sign, v):  # pragma: no cover - compiled
-    """The least c - v of a row."""
+    """Return the least c - v of a row."""
     m = v.shape[0]
     signs, none = splat(sign), splat(np.inf)
     a, b, c, d = none, none, none, none
@@ -165,14 +162,14 @@ def row_minimum(row, sign, v):  # pragma: no cover - compiled
 
 @njit(nogil=True, cache=True)
 def _minima(row, sign, v, sets):  # pragma: no cover - compiled
-    """The least c - v of SETS disjoint sets of columns."""
+    """Write the least c - v of SETS disjoint sets of columns."""
     m = v.shape[0]
     vectors = m // WIDTH
     step = (vectors + VECTORS - 1) // VECTORS * WIDTH
     signs, none = splat(sign), splat(np.inf)
     g, start = 0, 0
     while start + 4 * step <= vectors * WIDTH and g + 4 <= VECTORS:
-        a, b, c, d = none, none, none, none  # four chains at once: one would wait for each minimum
+        a, b, c, d = none, none, none, none  # four chains at once, because each minimum has to wait for the one before
         for j in range(start, start + step, WIDTH):
             p, q, r = j + step, j + 2 * step, j + 3 * step
             a = minimum(difference(signs, load(row, j), load(v, j)), a)
@@ -212,7 +209,7 @@ def _count(sets, value):  # pragma: no cover - compiled
 
 @njit(nogil=True, cache=True)
 def _cutoff(sets):  # pragma: no cover - compiled
-    """A value that at least WANTED of the sets do not exceed, and few more; LARGEST where so many are not finite."""
+    """Return a value that WANTED of the sets' minima, and few more, do not exceed; LARGEST if fewer are finite."""
     low, high = np.inf, 0.0
     finite = 0
     for g in range(0, SETS, WIDTH):
@@ -252,7 +249,7 @@ def _cutoff(sets):  # pragma: no cover - compiled
 
 @njit(nogil=True, cache=True)
 def _block(row, signs, sign, v, j, limit):  # pragma: no cover - compiled
-    """Bit k says whether c - v at column j + k is at most ``limit``; 32 columns, fewer at the row's end."""
+    """Return a mask of 32 columns (fewer at the row's end): bit k says whether c - v at column j + k is at most ``limit``."""
     m = v.shape[0]
     if j + BLOCK <= m:
         bits = less_equal_mask(difference(signs, load(row, j), load(v, j)), limit)
@@ -274,9 +271,9 @@ def _block(row, signs, sign, v, j, limit):  # pragma: no cover - compiled
 
 @njit(nogil=True, cache=True)
 def _candidates(row, sign, v, i, cutoff, where, bits):  # pragma: no cover - compiled
-    """The blocks that hold columns of c - v <= cutoff, and which; returns (blocks, columns).
+    """Find the blocks that hold columns of c - v <= cutoff, and their masks; return the numbers of blocks and of columns.
 
-    Where much ties, what comes first is listed: each row begins elsewhere, so that rows do not list the same.
+    Among ties, the first ones are listed. Each row starts at another block, so that rows list different ones.
     """
     m = v.shape[0]
     blocks = (m + BLOCK - 1) // BLOCK
@@ -287,7 +284,7 @@ def _candidates(row, sign, v, i, cutoff, where, bits):  # pragma: no cover - com
         mask = _block(row, signs, sign, v, j, limit)
         where[found] = j
         bits[found] = mask
-        found += mask != 0  # no branch: it would be guessed wrong every other time
+        found += mask != 0  # without a branch, which would be mispredicted half the time
         j += BLOCK
         if j >= m:
             j = 0
@@ -298,41 +295,40 @@ def _candidates(row, sign, v, i, cutoff, where, bits):  # pragma: no cover - com
 
 
 @njit(nogil=True, cache=True)
-def list_row(C, sign, i, v, work, near, near_cost, bound):  # pragma: no cover - compiled
-    """Reads row i and writes its shortlist: columns of least c - v, and a bound that no other column is below.
+def list_row(C, sign, i, v, work, start, cols, costs, bound):  # pragma: no cover - compiled
+    """Read row i and write its candidate list: columns of least c - v, and a bound that no other column is below.
 
-    Entries that are not finite are never listed; the bound is inf where all others are such.
+    Entries that are not finite are never listed; the bound is inf if all others are such.
     """
     sets, where, bits, values, items = work
-    row = C[i]
+    row, at = C[i], start[i]
     _minima(row, sign, v, sets)
     cutoff = _cutoff(sets)
     found, columns = _candidates(row, sign, v, i, cutoff, where, bits)
     if columns > CAPACITY:
         bound[i] = _select(row, sign, v, found, where, bits, values, items)
-        columns = CAPACITY
         for e in range(CAPACITY):
-            near[i, e] = items[e]
-            near_cost[i, e] = sign * row[items[e]]
+            cols[at + e] = items[e]
+            costs[at + e] = sign * row[items[e]]
         return
     bound[i] = np.inf if cutoff == LARGEST else cutoff
-    e = 0
+    e = at
     for f in range(found):
         mask = bits[f]
         while mask != 0:
             j = where[f] + ctz(mask)
             mask &= mask - 1
-            near[i, e] = j
-            near_cost[i, e] = sign * row[j]
+            cols[e] = j
+            costs[e] = sign * row[j]
             e += 1
-    for e in range(columns, CAPACITY):
-        near[i, e] = 0
-        near_cost[i, e] = np.inf
+    for rest in range(e, at + CAPACITY):
+        cols[rest] = 0
+        costs[rest] = np.inf
 
 
 @njit(nogil=True, cache=True)
 def _select(row, sign, v, found, where, bits, values, items):  # pragma: no cover - compiled
-    """The CAPACITY candidates of least c - v, in order; returns the next one's value."""
+    """Write the CAPACITY candidates of least c - v, in order; return the next one's value."""
     values[:] = np.inf
     for f in range(found):
         mask = bits[f]
@@ -352,8 +348,9 @@ def _select(row, sign, v, found, where, bits, values, items):  # pragma: no cove
 
 
 @njit(nogil=True, cache=True)
-def shortlists(C, sign, rows, v, near, near_cost, bound):  # pragma: no cover - compiled
-    """The shortlists of ``rows``: one read of each."""
+def list_rows(C, sign, rows, v, lists):  # pragma: no cover - compiled
+    """Write the candidate lists of ``rows``: one read of each."""
+    start, _, cols, costs, bound = lists
     work = workspace(v.shape[0])
     for i in rows:
-        list_row(C, sign, i, v, work, near, near_cost, bound)
+        list_row(C, sign, i, v, work, start, cols, costs, bound)

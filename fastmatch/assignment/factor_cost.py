@@ -3,84 +3,84 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from fastmatch._internal.checks import check_choice
+from fastmatch.assignment.cost import row_index
 from fastmatch_kernels import ops as kernels
 from fastmatch_kernels._numba.parallel import over_rows
 
-__all__ = ["DenseCost", "FactorCost", "row_index"]
+__all__ = ["FactorCost", "Metric", "Precision"]
+
+Metric = Literal["dot", "l2", "l1"]
+"""What is computed between rows: the inner product, the squared Euclidean distance or the l1 distance."""
+
+Precision = Literal["ieee", "bf16"]
+"""The precision of the tiles that screen the entries."""
 
 TILE = (1024, 8192)
 """Rows and columns of a tile on the CPU: 32 MB in float32, large enough for BLAS on all cores."""
 
-PRECISIONS = ("ieee", "bf16")
-
 CERTAIN = 0.5
-"""Share of a bfloat16 list that its bound must leave certain; rows with less are read in float32 at once."""
+"""Fraction of a bfloat16 list that its bound must confirm. Rows with less are read in float32 at once."""
 
 LONGEST = 1 << 10
-"""Entries a row that the Triton kernel selects; longer lists, which few rows ask for, are sorted in float64."""
+"""Entries per row that the Triton kernel selects. Longer lists, which few rows ask for, are sorted in float64."""
 
+SAMPLE = 256
+"""Rows that tell which multiple of the squared norms to start from."""
 
-@dataclass(frozen=True)
-class DenseCost:
-    """A stored matrix as a cost object; :func:`fastmatch.assignment.solve` takes the matrix itself as well."""
-
-    matrix: Any
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(rows, columns)."""
-        return tuple(self.matrix.shape)
+MULTIPLES = (0.0, 0.0625, 0.125, 0.25, 0.5, 1.0)
+"""Multiples of the squared norms that :meth:`FactorCost.first_duals` tries, relative to the ratio of norms."""
 
 
 class FactorCost:
-    """The (n, m) matrix ``sum_k A_k B_k^T`` (or a sum of distances between rows), in the memory of its factors.
+    """The (n, m) matrix ``sum_k A_k B_k^T``, or a sum of distances between rows, in the memory of its factors.
 
-    Factors stay on their device, and rows are read there, through :mod:`fastmatch_kernels`: on a GPU by a
-    Triton kernel, on the CPU by its twin. What comes to the host is a few numbers a row. float64 factors on a GPU are
-    read in float64 by torch; "l1" is computed on the host.
+    The factors stay on their device, and rows are read there through :mod:`fastmatch_kernels`: by a Triton kernel on a GPU,
+    by numba and BLAS on the CPU. Only a few numbers per row come to the host. float64 factors on a GPU are read by torch in
+    float64; "l1" is computed on the host.
+
+    Tiles in the factors' precision discard the entries that are too large to matter, by a margin that bounds the tiles'
+    rounding. Every entry that a decision rests on is computed in float64 from the factors as stored (half precision
+    is first widened to float32, without loss).
 
     Example:
-        >>> gain = FactorCost([(wa, wb), (va, vb)])
-        >>> solve(gain, maximize=True).col_ind
-
-    Entries are sums of products of the factors as stored (half precision is widened to float32 first, without
-    loss). They are computed in float64 wherever a decision rests on them; tiles in the factors' precision only
-    sort out what is too large to matter, by a margin that bounds their rounding.
+        >>> a, b = torch.randn(300, 16), torch.randn(300, 16)
+        >>> gain = fm.assignment.FactorCost([(a, b)])
+        >>> fm.solve(gain, maximize=True).is_certified
+        True
 
     Args:
         factors: pairs (n, d_k), (m, d_k), numpy or torch, finite.
         metric: "dot", "l2" (squared Euclidean distance) or "l1".
-        tile: rows and columns computed at a time on the CPU.
-        backend: of the row reductions, as in :func:`fastmatch_kernels.row_topk`; None: by the device.
-        precision: of the tiles, "ieee" (the factors' own) or "bf16": rows are screened by products of factors rounded to
-            bfloat16, and read in float32 where these leave too much open. Results are as exact. It is for CPUs with
-            bfloat16 matrix units (elsewhere it is slow), "dot" and "l2", factors of at most float32, and shows where rows
-            are read at all: costs that ``method="auto"`` stores are not. See docs/kernels.md for when it should pay.
+        tile: rows and columns that are computed at a time on the CPU.
+        backend: of the row reductions, as in :func:`fastmatch_kernels.ops.row_topk`; None: by the device.
+        precision: of the tiles: "ieee" is the factors' own. "bf16" screens rows with products of factors rounded to
+            bfloat16 and reads in float32 the rows that these leave open; results are as exact. It needs a CPU with bfloat16
+            matrix units to be fast, "dot" or "l2", and factors of at most float32. It has no effect on costs of up to
+            2^24 entries, which :func:`fastmatch.assignment.select_solver` has computed once as a matrix. docs/kernels.md
+            says when it pays.
 
     Raises:
-        ValueError: factors that do not fit together or are not finite; an unknown metric; a precision that is unknown
-            or does not take these factors.
-        TypeError: factors that are no floating-point matrices.
+        ValueError: factors that do not fit together or are not finite, an unknown metric, or a precision that is unknown or
+            does not take these factors.
+        TypeError: factors that are not floating-point matrices.
     """
 
     def __init__(
         self,
         factors: Sequence[tuple[Any, Any]],
-        metric: str = "dot",
+        metric: Metric = "dot",
         tile: tuple[int, int] = TILE,
         backend: str | None = None,
-        precision: str = "ieee",
+        precision: Precision = "ieee",
     ) -> None:
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision: expected one of {PRECISIONS}, got {precision!r}")
-        if metric not in ("dot", "l2", "l1"):
-            raise ValueError(f"metric: expected 'dot', 'l2' or 'l1', got {metric!r}")
+        check_choice("precision", precision, Precision)
+        check_choice("metric", metric, Metric)
         if not len(factors):
             raise ValueError("factors: expected at least one pair, got none")
         if len(tile) != 2 or min(tile) < 1:
@@ -115,6 +115,9 @@ class FactorCost:
         if not largest < torch.finfo(self.dtype).max / 4:
             raise ValueError(f"factors: their products overflow {self.dtype}; pass float64 or scale them")
 
+    def __repr__(self) -> str:
+        return f"FactorCost({self.shape[0]} x {self.shape[1]}, {self.metric!r}, {len(self.pairs)} pairs, {self.device})"
+
     @property
     def T(self) -> FactorCost:
         """The transposed cost; the factors are shared."""
@@ -123,7 +126,7 @@ class FactorCost:
         )
 
     def _check_precision(self) -> None:
-        """Screening is of the CPU twin, of inner products and of factors that float32 holds."""
+        """Raise ValueError if bfloat16 tiles do not take these factors."""
         if self.precision != "bf16":
             return
         if self.device.type != "cpu" or self.backend not in (None, "cpu"):
@@ -151,17 +154,18 @@ class FactorCost:
         return total
 
     def entry_error(self) -> np.ndarray:
-        """(n,) bound on the rounding of :meth:`entries`, in float64."""
+        """Return (n,) float64, a bound by row on the rounding of :meth:`entries`."""
         eps = np.finfo(np.float64).eps
         unit = (self.depth + 8) * eps
         return unit / (1 - unit) * self._size + (self.depth + 4) * 1e-307
 
     def entries(self, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
-        """(len(rows),) float64: the entries at (rows, cols)."""
+        """Return (len(rows),) float64, the entries at (rows, cols)."""
         rows, cols = np.asarray(rows, np.int64), np.asarray(cols, np.int64)
         return self._rescored(rows, cols[:, None].astype(np.int32), 1.0)[:, 0]
 
     def _rescored(self, rows: np.ndarray, items: np.ndarray, sign: float) -> np.ndarray:
+        """Return the entries at (rows, items) times ``sign`` in float64; items (r, k), inf where an item is -1."""
         if self.device.type != "cpu":
             from fastmatch_kernels.row_topk.reference import entries
 
@@ -185,7 +189,7 @@ class FactorCost:
     def _nearest(
         self, v: np.ndarray, k: int, rows: np.ndarray, sign: float, precision: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(indices (r, k), bound (r,) float64): lists as tiles see them, and a valid bound on the rest."""
+        """Return (indices (r, k), bound (r,) float64): lists as tiles see them, and a valid bound on the rest."""
         index = row_index(rows, self.device)
         duals = torch.from_numpy(np.ascontiguousarray(v, np.float64)).to(self.device)
         sizes = self._terms[index]
@@ -209,7 +213,7 @@ class FactorCost:
     def _screened(
         self, duals: torch.Tensor, k: int, index: slice | torch.Tensor, sign: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """dispatch's ``row_topk`` at precision "bf16", but the factors are rounded once for all calls."""
+        """Screen with bfloat16 tiles, as ``ops.row_topk`` does, but round the factors once for all calls."""
         from fastmatch_kernels.row_topk.cpu import screened_topk, screening_pair
         from fastmatch_kernels.row_topk.reference import term_sizes
 
@@ -224,7 +228,7 @@ class FactorCost:
     def _as_products(
         self, duals: torch.Tensor, sign: float, rows: slice | torch.Tensor = slice(None)
     ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
-        """(factors, duals) under which dispatch's ``c = -(A . B)`` is ``sign * value - v``, up to a term of rows.
+        """Return (factors, duals) for which the kernels' ``-(A . B) - duals`` is ``sign * value - v`` up to a term per row.
 
         ``sign |a - b|^2 - v = -(2 sign a . b) - (v - sign |b|^2) + sign |a|^2``.
         """
@@ -235,11 +239,47 @@ class FactorCost:
     def _shifted(self, duals: torch.Tensor, sign: float) -> torch.Tensor:
         return duals - sign * self._squares[1] if self.metric == "l2" else duals
 
+    @property
+    def has_soft_duals(self) -> bool:
+        """Whether :meth:`sinkhorn_duals` takes this cost."""
+        return self.metric != "l1"
+
+    def first_duals(self, sign: float) -> np.ndarray:
+        """Return (m,) float64 column duals: the multiple of the columns' squared norms with which rows want most columns.
+
+        ``min -a.b`` is ``min |a - b|^2 / 2`` up to terms of rows and of columns, so ``v_j = -t |b_j|^2 / 2`` is close to tight
+        if each row has a noisy copy of itself among the columns, with t near the ratio of norms. Independent factors
+        need a smaller t. A sample of rows decides. Metrics other than "dot" start from zeros.
+        """
+        n, m = self.shape
+        if self.metric != "dot":
+            return np.zeros(m)
+        norms = np.zeros((2, max(n, m)))
+        for a, b in self.pairs:
+            norms[0, :n] += a.double().square().sum(1).cpu().numpy()
+            norms[1, :m] += b.double().square().sum(1).cpu().numpy()
+        squares = norms[1, :m]
+        if not squares.max() > 0:
+            return np.zeros(m)
+        scale = float(np.sqrt(norms[0, :n].mean() / squares.mean()))
+        rows = np.unique(np.linspace(0, n - 1, min(n, SAMPLE)).astype(np.int64))
+        best, most = np.zeros(m), -1
+        for t in MULTIPLES:
+            v = -0.5 * t * scale * squares
+            wanted = len(np.unique(self.row_topk(v, 1, rows, sign)[0]))
+            if wanted > most:
+                best, most = v, wanted
+        return best
+
     def sinkhorn_duals(
         self, v: np.ndarray, temperatures: Sequence[float], sign: float = 1.0, relaxation: float = 1.0
     ) -> np.ndarray:
-        """(m,) float64 column duals of the minimisation of ``sign * value``, from ``v``: see
-        :func:`fastmatch_kernels.sinkhorn_duals`. Square costs, not "l1".
+        """Return (m,) float64 column duals of the minimisation of ``sign * value`` by Sinkhorn's iteration from ``v``.
+
+        See :func:`fastmatch_kernels.ops.sinkhorn_duals`.
+
+        Raises:
+            ValueError: the metric is "l1".
         """
         if self.metric == "l1":
             raise ValueError("metric: Sinkhorn's duals take 'dot' or 'l2', got 'l1'")
@@ -253,7 +293,7 @@ class FactorCost:
         return duals.cpu().numpy()
 
     def _in_float64(self) -> bool:
-        """Whether the device's kernels cannot read these factors, and the reference must."""
+        """Return whether the device has no kernel for these factors, so that the reference reads them."""
         return self.device.type != "cpu" and self.backend is None and self.dtype == torch.float64
 
     def _nearest_l1(
@@ -274,17 +314,9 @@ class FactorCost:
     def row_topk(
         self, v: np.ndarray, k: int, rows: np.ndarray | None = None, sign: float = 1.0
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The k smallest of ``sign * value_ij - v_j`` per row, and a lower bound on all others.
+        """Return the k columns of least ``sign * c - v`` of each row: see :meth:`Cost.row_topk`.
 
-        Args:
-            v: (m,) float64.
-            k: entries a row.
-            rows: (r,) indices; None for all.
-            sign: 1 or -1.
-
-        Returns:
-            (items (r, k) int32, costs (r, k) float64, bound (r,) float64), by rising computed ``c - v``; -1
-            and inf where a row has fewer than k columns, and inf for a bound with nothing outside.
+        Columns are ordered by the tiles' values.
         """
         rows = np.arange(self.shape[0]) if rows is None else np.asarray(rows, np.int64)
         items, costs, bound = self._lists(v, k, rows, sign, self.precision)
@@ -298,7 +330,7 @@ class FactorCost:
     def _lists(
         self, v: np.ndarray, k: int, rows: np.ndarray, sign: float, precision: str
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What :meth:`row_topk` returns, from tiles in one precision."""
+        """Return what :meth:`row_topk` returns, from tiles in one precision."""
         m = self.shape[1]
         k = min(k, m)
         found, bound = self._nearest(v, k, rows, sign, precision)
@@ -307,17 +339,17 @@ class FactorCost:
         return items, self._rescored(rows, items, sign), outside
 
     def row_min(self, v: np.ndarray, sign: float = 1.0, k: int = 4) -> np.ndarray:
-        """(n,) least ``sign * value_ij - v_j``: never above the true one but for float64's rounding.
+        """Return (n,) float64, the least ``sign * c - v`` of each row; never above the true one but for rounding.
 
-        The k smallest as tiles see them are computed again in float64; where the bound on the others does not
-        settle the minimum, the row is read again with a longer list, and then at the next higher precision.
+        The k smallest entries as tiles see them are computed again in float64. If the bound on the others does not settle
+        the minimum, the row is read again with a longer list, and then at the next higher precision.
         """
         out = np.empty(self.shape[0])
         rows = np.arange(self.shape[0])
         for precision in ("bf16", "ieee") if self.precision == "bf16" else ("ieee",):
             rows = self._settle(v, k, rows, sign, precision, out)
         if len(rows) and self.dtype == torch.float32:
-            # Ties within the tiles' rounding: once more with tiles in float64.
+            # Ties within the tiles' rounding need tiles in float64.
             doubled = FactorCost(
                 [(a[torch.from_numpy(rows).to(a.device)].double(), b.double()) for a, b in self.pairs],
                 self.metric,
@@ -329,7 +361,7 @@ class FactorCost:
     def _settle(
         self, v: np.ndarray, k: int, rows: np.ndarray, sign: float, precision: str, out: np.ndarray
     ) -> np.ndarray:
-        """Writes valid minima of ``rows`` to ``out``; returns the rows whose minimum lists of 32 leave open."""
+        """Write valid minima of ``rows`` to ``out``; return the rows whose minimum lists of 32 leave open."""
         m = self.shape[1]
         while len(rows):
             items, costs, bound = self._lists(v, k, rows, sign, precision)
@@ -343,7 +375,7 @@ class FactorCost:
         return rows
 
     def dense(self) -> np.ndarray:
-        """The whole matrix in float64."""
+        """Return the whole matrix in float64, on the host."""
         total = torch.zeros(self.shape, dtype=torch.float64, device=self.device)
         for a, b in self.pairs:
             a, b = a.double(), b.double()
@@ -357,20 +389,13 @@ class FactorCost:
         return total.cpu().numpy()
 
 
-def row_index(rows: np.ndarray, device: torch.device) -> slice | torch.Tensor:
-    """An index of the rows: a range, which copies nothing, where they follow each other."""
-    if len(rows) and bool((np.diff(rows) == 1).all()):
-        return slice(int(rows[0]), int(rows[-1]) + 1)
-    return torch.from_numpy(rows).to(device)
-
-
 def _squares(pairs: list[tuple[torch.Tensor, torch.Tensor]], side: int) -> torch.Tensor:
-    """Squared norms of the rows of one side, summed over the pairs, in float64."""
+    """Return the squared norms of the rows of one side, summed over the pairs, in float64."""
     return torch.stack([pair[side].double().square().sum(1) for pair in pairs]).sum(0)
 
 
 def _common_dtype(factors: list[torch.Tensor], metric: str) -> torch.dtype:
-    """One type for all: half precision stays what it is where the GPU multiplies it as it is."""
+    """Return one type for all factors. Half precision is kept if a GPU multiplies it as it is."""
     dtypes = {x.dtype for x in factors}
     if torch.float64 in dtypes:
         return torch.float64

@@ -1,0 +1,125 @@
+"""Costs stored as a matrix on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = ["DenseCost", "as_real"]
+
+BATCH_ENTRIES = 1 << 22
+"""Entries that are read at once: 32 MB in float64."""
+
+EXACT = 1 << 53
+"""The largest integer up to which float64 holds all integers."""
+
+
+@dataclass(frozen=True, eq=False)
+class DenseCost:
+    """A matrix on the host. :func:`fastmatch.assignment.solve` wraps arrays and tensors in it by itself.
+
+    Example:
+        >>> cost = fm.assignment.DenseCost(np.array([[1.0, 2.0], [2.0, 4.0]]))
+        >>> fm.solve(cost).objective
+        4.0
+
+    Args:
+        matrix: (n, m), numpy or torch. It is kept as a numpy array of float32 or float64 and copied only if its type
+            demands that: half precision and 8- or 16-bit integers become float32, other integers float64.
+
+    Raises:
+        TypeError: the entries are not real numbers of at most float64.
+        ValueError: not two-dimensional, or integers beyond 2^53.
+    """
+
+    matrix: Any
+
+    def __post_init__(self) -> None:
+        matrix = as_real(self.matrix)
+        if matrix.ndim != 2:
+            raise ValueError(f"cost: expected a matrix, got {matrix.ndim} dimensions")
+        object.__setattr__(self, "matrix", matrix)
+
+    def __repr__(self) -> str:
+        return f"DenseCost({self.shape[0]} x {self.shape[1]}, {self.matrix.dtype})"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns)."""
+        return self.matrix.shape
+
+    @property
+    def T(self) -> DenseCost:
+        """The transposed cost; the entries are shared."""
+        return DenseCost(self.matrix.T)
+
+    @property
+    def is_column_major(self) -> bool:
+        """Whether the entries of a column, and not those of a row, are contiguous."""
+        return self.matrix.flags.f_contiguous and not self.matrix.flags.c_contiguous
+
+    def row_topk(
+        self, v: np.ndarray, k: int, rows: np.ndarray | None = None, sign: float = 1.0
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the k columns of least ``sign * c - v`` of each row: see :meth:`Cost.row_topk`."""
+        rows = np.arange(self.shape[0]) if rows is None else np.asarray(rows, np.int64)
+        m = self.shape[1]
+        k = min(k, m)
+        items, costs = np.empty((len(rows), k), np.int32), np.empty((len(rows), k))
+        bound = np.full(len(rows), np.inf)
+        for place, values in self._batches(rows, sign):
+            reduced = values - v
+            order = np.argsort(reduced, axis=1, kind="stable")[:, : k + 1]
+            items[place] = order[:, :k]
+            costs[place] = np.take_along_axis(values, order[:, :k], 1)
+            if k < m:
+                bound[place] = np.take_along_axis(reduced, order[:, k:], 1)[:, 0]
+        return items, costs, bound
+
+    def row_min(self, v: np.ndarray, sign: float = 1.0) -> np.ndarray:
+        """Return (n,) float64, the least ``sign * c - v`` of each row."""
+        out = np.empty(self.shape[0])
+        for place, values in self._batches(np.arange(self.shape[0]), sign):
+            out[place] = (values - v).min(axis=1)
+        return out
+
+    def entries(self, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
+        """Return (len(rows),) float64, the entries at (rows, cols)."""
+        return self.matrix[rows, cols].astype(np.float64)
+
+    def entry_error(self) -> np.ndarray:
+        """Return zeros: entries are stored."""
+        return np.zeros(self.shape[0])
+
+    def _batches(self, rows: np.ndarray, sign: float) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yield ranges of ``rows`` and ``sign * matrix`` there in float64."""
+        step = max(1, BATCH_ENTRIES // max(self.shape[1], 1))
+        for lo in range(0, len(rows), step):
+            part = rows[lo : lo + step]
+            yield slice(lo, lo + len(part)), sign * self.matrix[part].astype(np.float64)
+
+
+def as_real(cost: Any) -> np.ndarray:
+    """Return the entries as a numpy array of float32 or float64, copied only if their type demands it."""
+    if isinstance(cost, torch.Tensor):
+        host = cost.detach()
+        if host.dtype in (torch.float16, torch.bfloat16):
+            host = host.float()
+        matrix = host.cpu().numpy()
+    else:
+        matrix = np.asarray(cost)
+    if not matrix.dtype.isnative:
+        matrix = matrix.astype(matrix.dtype.newbyteorder("="))
+    if matrix.dtype.kind == "b" or matrix.dtype in (np.int8, np.uint8, np.int16, np.uint16, np.float16):
+        matrix = matrix.astype(np.float32)
+    elif matrix.dtype.kind in "iu":
+        if matrix.size and max(int(matrix.max()), -int(matrix.min())) > EXACT:
+            raise ValueError("cost: integers beyond 2^53 are not exact in float64; subtract a constant first")
+        matrix = matrix.astype(np.float64)
+    elif matrix.dtype not in (np.float32, np.float64):
+        raise TypeError(f"cost: expected real numbers up to float64, got {matrix.dtype}")
+    return matrix

@@ -1,0 +1,110 @@
+"""Costs stored as a matrix on a GPU: their rows are read there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from fastmatch.assignment.cost import row_index
+
+__all__ = ["DeviceCost"]
+
+BATCH_ENTRIES = 1 << 25
+"""Entries that are read at once: 256 MB in float64."""
+
+
+class DeviceCost:
+    """A matrix that stays on its device. Only a few numbers per row come to the host.
+
+    Reading all rows of a matrix on a GPU takes as long as its memory needs, while the whole matrix may be more than the
+    host holds. All arithmetic is float64. :func:`fastmatch.assignment.solve` wraps large tensors on a GPU by itself.
+
+    Example:
+        >>> cost = fm.assignment.DeviceCost(torch.randn(300, 300, dtype=torch.float64))
+        >>> fm.solve(cost, maximize=True).is_certified
+        True
+
+    Args:
+        matrix: (n, m) floating-point tensor of any strides, on a device that has float64.
+
+    Raises:
+        TypeError: not a floating-point tensor.
+        ValueError: not two-dimensional.
+    """
+
+    def __init__(self, matrix: torch.Tensor) -> None:
+        if not isinstance(matrix, torch.Tensor) or not matrix.is_floating_point():
+            kind = getattr(matrix, "dtype", type(matrix).__name__)
+            raise TypeError(f"matrix: expected a floating-point torch tensor, got {kind}")
+        if matrix.ndim != 2:
+            raise ValueError(f"cost: expected a matrix, got {matrix.ndim} dimensions")
+        self.matrix = matrix.detach()
+        self.shape: tuple[int, int] = (matrix.shape[0], matrix.shape[1])
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.shape[0]} x {self.shape[1]}, {self.matrix.dtype}, {self.matrix.device})"
+
+    @property
+    def T(self) -> DeviceCost:
+        """The transposed cost; the entries are shared."""
+        return type(self)(self.matrix.T)
+
+    def row_topk(
+        self, v: np.ndarray, k: int, rows: np.ndarray | None = None, sign: float = 1.0
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the k columns of least ``sign * c - v`` of each row: see :meth:`Cost.row_topk`.
+
+        The bound is the least value outside the list.
+        """
+        rows = np.arange(self.shape[0]) if rows is None else np.asarray(rows, np.int64)
+        m = self.shape[1]
+        k = min(k, m)
+        items = np.empty((len(rows), k), np.int32)
+        costs = np.empty((len(rows), k))
+        bound = np.full(len(rows), np.inf)
+        duals = self._on_device(v)
+        for place, values in self._batches(rows, sign):
+            least, found = torch.topk(values - duals, min(k + 1, m), largest=False)
+            items[place] = found[:, :k].to(torch.int32).cpu().numpy()
+            costs[place] = values.gather(1, found[:, :k]).cpu().numpy()
+            if k < m:
+                bound[place] = least[:, k].cpu().numpy()
+        return items, costs, bound
+
+    def row_min(self, v: np.ndarray, sign: float = 1.0) -> np.ndarray:
+        """Return (n,) float64, the least ``sign * c - v`` of each row."""
+        duals = self._on_device(v)
+        out = np.empty(self.shape[0])
+        for place, values in self._batches(np.arange(self.shape[0]), sign):
+            out[place] = (values - duals).amin(1).cpu().numpy()
+        return out
+
+    def entries(self, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
+        """Return (len(rows),) float64, the entries at (rows, cols)."""
+        at = (torch.from_numpy(np.asarray(x, np.int64)).to(self.matrix.device) for x in (rows, cols))
+        return self.matrix[tuple(at)].double().cpu().numpy()
+
+    def entry_error(self) -> np.ndarray:
+        """Return zeros: entries are stored."""
+        return np.zeros(self.shape[0])
+
+    def is_finite(self) -> bool:
+        """Return whether no entry is NaN or infinite. It reads the matrix once."""
+        return all(bool(torch.isfinite(part).all()) for part in self.matrix.split(self._step()))
+
+    def _step(self) -> int:
+        """Return how many rows are read at once."""
+        return max(1, BATCH_ENTRIES // max(self.shape[1], 1))
+
+    def _on_device(self, v: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(v, np.float64)).to(self.matrix.device)
+
+    def _batches(self, rows: np.ndarray, sign: float) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yield ranges of ``rows`` and ``sign * matrix`` there in float64, which may be a view of the matrix."""
+        step = self._step()
+        for lo in range(0, len(rows), step):
+            part = rows[lo : lo + step]
+            values = self.matrix[row_index(part, self.matrix.device)]
+            yield slice(lo, lo + len(part)), (values if sign > 0 else -values).double()

@@ -1,0 +1,135 @@
+"""The arrays of one solve, shared by the kernels of this folder. No numba here.
+
+All kernels minimise ``c = sign * cost`` over n rows and m >= n columns, with sign 1 or -1, so that a maximisation needs
+no negated copy. Column duals ``v`` (m,) are float64 and only fall. Row duals are implied: ``u_i = min_j c_ij - v_j``.
+
+Each row has a candidate list: the columns of least ``c - v`` when the row was last read, and a bound on all other
+columns. Because v only falls, ``c - v`` only rises, and the bound stays valid. A row is read again only if its list does
+not settle a decision.
+
+Lists are refilled in one of two ways, and ``C``, the first argument of the auction and of the augmentation, selects it
+when they are compiled. If ``C`` is an (n, m) matrix, the kernel reads the row at once. If ``C`` is None, the kernel notes
+the row in ``Refills`` and goes on with the next one; the caller then reads all noted rows in one product.
+
+Kernels take these as plain tuples: numba finds the type of a named one in Python, which takes longer than a small solve.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+__all__ = [
+    "ASIDE", "BIDS", "CAPACITY", "FREE", "POPS", "READS", "SEARCHES",
+    "Lists", "Matching", "Paths", "Refills", "SmallSchedule", "matrix_lists", "new_matching", "new_paths", "new_refills",
+]  # fmt: skip
+
+FREE, ASIDE = -1, -3
+"""Values of ``col_of`` for a row without a column: free, or left out for now."""
+
+READS, BIDS, POPS, SEARCHES = range(4)
+"""Places in ``counts`` (4,) int64: rows read again, bids, columns popped from the heap, path searches."""
+
+CAPACITY = 24
+"""Entries of a list that is filled from a matrix: three vectors. The cutoff is found by bisection, which lists a few
+columns more than wanted."""
+
+
+class Lists(NamedTuple):
+    """Candidate lists in one pool: row i's are the ``length[i]`` entries from ``start[i]``.
+
+    Lengths are whole numbers of vectors of eight. Unused entries have column 0 and cost inf.
+    """
+
+    start: np.ndarray  # (n,) int64
+    length: np.ndarray  # (n,) int64
+    cols: np.ndarray  # (pool,) int32
+    costs: np.ndarray  # (pool,) c of those columns: float64, or the matrix's type
+    bound: np.ndarray  # (n,) float64: least c - v outside the list when it was filled; inf if it holds every column
+
+
+class Matching(NamedTuple):
+    """Who is matched to whom."""
+
+    row_of: np.ndarray  # (m,) int64: row of a column, -1 if the column is free
+    col_of: np.ndarray  # (n,) int64: column of a row, FREE or ASIDE without one
+    cost_of: np.ndarray  # (n,) float64: cost of a row's match
+
+
+class Refills(NamedTuple):
+    """Rows whose lists have to be filled again before they can go on."""
+
+    pending: np.ndarray  # (n,) int64
+    waiting: np.ndarray  # (n,) uint8: whether the augmentation has noted a row
+
+
+class Paths(NamedTuple):
+    """Workspace of the augmentation. Heap items are columns 0..m-1 and markers m..m+n-1, one per row."""
+
+    key: np.ndarray  # (m + n,) float64: distance of an item; inf between searches
+    heap: np.ndarray  # (m + n,) int64
+    where: np.ndarray  # (m + n,) int64: an item's place on the heap; -1 between searches, -2 once popped
+    touched: np.ndarray  # (2 (m + n),) int64: items to reset after the search
+    came_from: np.ndarray  # (m,) int64: the row before a column on its path
+    via: np.ndarray  # (m,) int64: the entry of that row's list
+    scanned: np.ndarray  # (m,) int64: columns popped in this search
+    base_of: np.ndarray  # (n,) float64: distance of a row
+    read_in: np.ndarray  # (n,) int64: the search that last read a row; -1 at first
+
+
+def matrix_lists(n: int, dtype: np.dtype) -> Lists:
+    """Return n empty lists for a matrix. Their bounds say nothing yet."""
+    return Lists(
+        np.arange(n, dtype=np.int64) * CAPACITY,
+        np.full(n, CAPACITY, np.int64),
+        np.zeros(n * CAPACITY, np.int32),
+        np.full(n * CAPACITY, np.inf, dtype),
+        np.full(n, -np.inf),
+    )
+
+
+def new_matching(n: int, m: int) -> Matching:
+    """Return an empty matching."""
+    return Matching(np.full(m, -1, np.int64), np.full(n, FREE, np.int64), np.zeros(n))
+
+
+def new_refills(n: int) -> Refills:
+    """Return room for rows that wait."""
+    return Refills(np.empty(n, np.int64), np.zeros(n, np.uint8))
+
+
+def new_paths(n: int, m: int) -> Paths:
+    """Return the augmentation's workspace."""
+    return Paths(
+        np.full(m + n, np.inf),
+        np.empty(m + n, np.int64),
+        np.full(m + n, -1, np.int64),
+        np.empty(2 * (m + n), np.int64),
+        np.empty(m, np.int64),
+        np.empty(m, np.int64),
+        np.empty(m, np.int64),
+        np.empty(n),
+        np.full(n, -1, np.int64),
+    )
+
+
+class SmallSchedule(NamedTuple):
+    """When the phases of a small problem run, and for how long."""
+
+    auction_above: float = 0.15
+    """Fraction of the rows: if row minima leave more of them free, a short auction runs."""
+    repeat_above: float = 0.28
+    """Fraction of the rows: if a phase of the auction leaves more of them free, another one runs."""
+    phases: int = 3
+    """Phases of the auction at most."""
+    first_eps: float = 0.15
+    """The first phase's eps, in mean differences between a row's least two costs."""
+    eps_factor: float = 0.2
+    """The factor from one phase's eps to the next one's."""
+    bids: int = 16
+    """Bids per row and phase at most: more are a price war, and a smaller eps or a path ends it sooner."""
+    reductions: int = 2
+    """Rounds of augmenting row reduction."""
+    extra_steps: float = 0.5
+    """Steps of a round of row reduction beyond one per free row, per row of the problem."""
