@@ -26,7 +26,7 @@ CALLS = {
     "solve, float64 matrix": "A.solve(a.astype(np.float64))",
     "solve, small float32 matrix": "A.solve(a[:60, :60])",
     "solve_batched, float32": "A.solve_batched(a[None])",
-    "solve, FactorCost by lists": 'A.solve(A.FactorCost([(a[:60], a[:60])]), solver=A.CandidateLists())',
+    "solve, FactorCost by lists": "A.solve(A.FactorCost([(a[:60], a[:60])]), solver=A.CandidateLists())",
 }
 
 CODE = """

@@ -7,7 +7,7 @@ read together. docs/assignment.md explains why that is exact.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -60,7 +60,7 @@ class CandidateLists:
 
     length: int = 48
     batch_rows: int = 4096
-    schedule: ListSchedule = ListSchedule()
+    schedule: ListSchedule = field(default_factory=ListSchedule)
 
     def __post_init__(self) -> None:
         check_integer("length", self.length, 1)
@@ -87,7 +87,9 @@ class _ListPhases(Phases):
         self.cost: Cost = problem.cost
         self.batch = solver.batch_rows
         self.k = min(solver.length, problem.shape[1])
-        super().__init__(problem.shape, empty_lists(problem.shape[0], self.k), solver.schedule, problem.sign, None)
+        super().__init__(
+            problem.shape, empty_lists(problem.shape[0], self.k), solver.schedule, problem.sign, None
+        )
         self.listed = np.empty(self.n, np.int64)  # entries of a row's list that are in use
         self.used = 0
         self.version = np.full(self.n, -1, np.int64)
@@ -145,9 +147,7 @@ class _ListPhases(Phases):
         if not spread > 0:
             return
         steps = np.geomspace(plan.first_temperature, plan.last_temperature, plan.temperatures)
-        duals = cost.sinkhorn_duals(
-            self.first_duals(), (spread * steps).tolist(), self.sign, plan.relaxation
-        )
+        duals = cost.sinkhorn_duals(self.first_duals(), (spread * steps).tolist(), self.sign, plan.relaxation)
         if np.isfinite(duals).all():
             self.v = duals
             self.fill()
@@ -215,7 +215,7 @@ class _ListPhases(Phases):
 
     def live(self, rows: np.ndarray) -> np.ndarray:
         """Return how many entries of each row's list are still known to be its smallest."""
-        start, length, cols, costs, bound = self.lists
+        start, _, cols, costs, bound = self.lists
         out = np.empty(len(rows), np.int64)
         for k in np.unique(self.listed[rows]).tolist():
             group = np.flatnonzero(self.listed[rows] == k)
@@ -237,7 +237,10 @@ class _ListPhases(Phases):
         at = 0
         for i in range(self.n):
             old, size = int(start[i]), int(length[i])
-            cols[at : at + size], costs[at : at + size] = old_cols[old : old + size], old_costs[old : old + size]
+            cols[at : at + size], costs[at : at + size] = (
+                old_cols[old : old + size],
+                old_costs[old : old + size],
+            )
             start[i] = at
             at += size
         self.lists, self.used = Lists(start, length, cols, costs, bound), at

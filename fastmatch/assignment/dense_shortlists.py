@@ -5,7 +5,7 @@ docs/assignment.md says why lists that are refilled on demand are exact, and wha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -38,7 +38,7 @@ class DenseShortlists:
     pairs per row in addition to the matrix.
     """
 
-    schedule: DenseSchedule = DenseSchedule()
+    schedule: DenseSchedule = field(default_factory=DenseSchedule)
 
     def solve(self, problem: LapProblem) -> LapSolution:
         """Solve the problem: see :meth:`Solver.solve`."""
@@ -213,9 +213,7 @@ class _DensePhases(Phases):
         value = self.sign * float(self.matrix[rows[0], cols[0]])
         inner = self.matrix[np.ix_(live_rows, live_cols)]
         tall = len(live_rows) > len(live_cols)
-        live = _DensePhases(
-            np.ascontiguousarray(inner.T) if tall else inner, self.sign, self.schedule, None
-        )
+        live = _DensePhases(np.ascontiguousarray(inner.T) if tall else inner, self.sign, self.schedule, None)
         found, u, v, _ = live.run()
         self.counts += live.counts
         if tall:
@@ -293,9 +291,7 @@ class _DensePhases(Phases):
         for _ in range(plan.short_phases):
             if not 0 < eps < np.inf:
                 break
-            left = self.bid(
-                self.free_rows(), eps, plan.short_bids * self.n, int(plan.short_leaves * self.n)
-            )
+            left = self.bid(self.free_rows(), eps, plan.short_bids * self.n, int(plan.short_leaves * self.n))
             self.refresh()
             self.match_tight()
             if len(left) > int(plan.war_above * self.n):

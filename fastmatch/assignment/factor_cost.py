@@ -91,7 +91,8 @@ class FactorCost:
         self.device, self.backend = flat[0].device, backend
         stored = _common_dtype(flat, metric)
         self.dtype = torch.float64 if stored == torch.float64 else torch.float32
-        self.metric, self.precision = metric, precision
+        self.metric: Metric = metric
+        self.precision: Precision = precision
         self._check_precision()
         self.pairs = [(a.to(stored).contiguous(), b.to(stored).contiguous()) for a, b in pairs]
         self.shape = (len(pairs[0][0]), len(pairs[0][1]))
@@ -187,7 +188,7 @@ class FactorCost:
         return out
 
     def _nearest(
-        self, v: np.ndarray, k: int, rows: np.ndarray, sign: float, precision: str
+        self, v: np.ndarray, k: int, rows: np.ndarray, sign: float, precision: Precision
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (indices (r, k), bound (r,) float64): lists as tiles see them, and a valid bound on the rest."""
         index = row_index(rows, self.device)
@@ -328,7 +329,7 @@ class FactorCost:
         return items, costs, bound
 
     def _lists(
-        self, v: np.ndarray, k: int, rows: np.ndarray, sign: float, precision: str
+        self, v: np.ndarray, k: int, rows: np.ndarray, sign: float, precision: Precision
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return what :meth:`row_topk` returns, from tiles in one precision."""
         m = self.shape[1]
@@ -359,7 +360,7 @@ class FactorCost:
         return out
 
     def _settle(
-        self, v: np.ndarray, k: int, rows: np.ndarray, sign: float, precision: str, out: np.ndarray
+        self, v: np.ndarray, k: int, rows: np.ndarray, sign: float, precision: Precision, out: np.ndarray
     ) -> np.ndarray:
         """Write valid minima of ``rows`` to ``out``; return the rows whose minimum lists of 32 leave open."""
         m = self.shape[1]

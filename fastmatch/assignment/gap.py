@@ -7,9 +7,7 @@ import numpy as np
 __all__ = ["duality_gap"]
 
 
-def duality_gap(
-    matched: np.ndarray, u: np.ndarray, v: np.ndarray, col_of: np.ndarray
-) -> tuple[float, float]:
+def duality_gap(matched: np.ndarray, u: np.ndarray, v: np.ndarray, col_of: np.ndarray) -> tuple[float, float]:
     """Return (gap, gap_bound) of a minimisation with n <= m.
 
     The gap is ``sum_i c_i,p(i) - sum(u) - sum(v)``, summed by row. Duals of unmatched columns must be the largest; the

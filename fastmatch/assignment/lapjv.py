@@ -36,7 +36,9 @@ class LapJV:
             cols, v = np.zeros(n, np.int64), np.zeros(n)
         else:
             given = np.negative(matrix) if problem.sign < 0 else matrix
-            reference = getattr(lapjv.lapjv, "__wrapped__", lapjv.lapjv)  # fastmatch.backends may have replaced it
+            reference = getattr(
+                lapjv.lapjv, "__wrapped__", lapjv.lapjv
+            )  # fastmatch.backends may have replaced it
             cols, _, (_, _, v) = reference(given, force_doubles=matrix.dtype == np.float64)
             cols, v = cols.astype(np.int64), v.astype(np.float64)
         return LapSolution(cols, DenseCost(matrix).row_min(v, problem.sign), v)

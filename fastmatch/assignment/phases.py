@@ -44,10 +44,12 @@ class Phases:
 
     @property
     def row_of(self) -> np.ndarray:
+        """The matching's row of each column."""
         return self.matching.row_of
 
     @property
     def col_of(self) -> np.ndarray:
+        """The matching's column of each row."""
         return self.matching.col_of
 
     def spread(self) -> float:
@@ -59,9 +61,11 @@ class Phases:
         raise NotImplementedError
 
     def free_rows(self) -> np.ndarray:
+        """Return the rows without a column."""
         return np.flatnonzero(self.col_of == FREE)
 
     def free(self) -> int:
+        """Return the number of rows without a column."""
         return len(self.free_rows())
 
     def drop(self) -> None:

@@ -46,7 +46,9 @@ class AuctionSchedule:
 
     def __post_init__(self) -> None:
         fields = asdict(self)
-        check_fields("schedule", fields, {name: type(self).__dataclass_fields__[name].default for name in fields})
+        check_fields(
+            "schedule", fields, {name: type(self).__dataclass_fields__[name].default for name in fields}
+        )
         for name in ("lower_factor", "raise_factor"):
             check_number(f"schedule.{name}", fields[name], least=1.0, exclusive=True)
 

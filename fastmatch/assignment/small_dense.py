@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -31,7 +31,7 @@ class SmallDense:
         ValueError: a number that is out of range.
     """
 
-    schedule: SmallSchedule = SmallSchedule()
+    schedule: SmallSchedule = field(default_factory=SmallSchedule)
 
     def __post_init__(self) -> None:
         check_fields("schedule", self.schedule._asdict(), SmallSchedule._field_defaults)

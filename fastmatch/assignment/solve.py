@@ -106,7 +106,9 @@ def solve(
     if n == 0:
         return _empty(m, transposed)
     sign = -1.0 if maximize else 1.0
-    problem = LapProblem(given.T if transposed else given, sign, _first_duals(warm_start, m, sign, transposed))
+    problem = LapProblem(
+        given.T if transposed else given, sign, _first_duals(warm_start, m, sign, transposed)
+    )
     solution = chosen.solve(problem)
     if solution is None:  # only a matrix on a GPU is given up
         assert isinstance(given, DeviceCost)
@@ -120,7 +122,11 @@ def _as_cost(cost: Any, solver: Solver | None) -> Cost:
     if isinstance(cost, (DenseCost, DeviceCost, FactorCost)):
         return cost
     if isinstance(cost, torch.Tensor) and cost.is_floating_point():
-        stays = cost.is_cuda and math.prod(cost.shape) > STORED if solver is None else isinstance(solver, CandidateLists)
+        stays = (
+            cost.is_cuda and math.prod(cost.shape) > STORED
+            if solver is None
+            else isinstance(solver, CandidateLists)
+        )
         return DeviceCost(cost) if stays else DenseCost(cost)
     if not isinstance(cost, (torch.Tensor, np.ndarray)) and isinstance(cost, Cost):
         return cost

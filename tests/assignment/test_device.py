@@ -9,7 +9,7 @@ from scipy.optimize import linear_sum_assignment as scipy_lsa
 from torch.overrides import TorchFunctionMode
 
 from bench.lib.problems import KINDS, problem
-from fastmatch.assignment import CandidateLists, DeviceCost, DenseShortlists, certificate, solve
+from fastmatch.assignment import CandidateLists, DenseShortlists, DeviceCost, certificate, solve
 from helpers.kernel_cases import DEVICE
 from helpers.networks import fresh_seed
 
@@ -107,7 +107,9 @@ def test_what_lists_do_not_suit_goes_to_the_dense_solver():
     with pytest.raises(ValueError, match="cost: expected a matrix, got 3 dimensions"):
         solve(torch.zeros(3, 3, 3, device=DEVICE), solver=CandidateLists())
     for other in (np.zeros((3, 3), np.float32), torch.zeros(3, 3, dtype=torch.int64)):
-        with pytest.raises(ValueError, match="CandidateLists takes a FactorCost, a floating-point torch tensor"):
+        with pytest.raises(
+            ValueError, match="CandidateLists takes a FactorCost, a floating-point torch tensor"
+        ):
             solve(other, solver=CandidateLists())
 
 

@@ -121,7 +121,18 @@ def test_the_lock_is_released_while_a_kernel_runs():
     thread.start()
     begin = time.perf_counter()
     done, waits = augment(
-        cost, 1.0, v, lists, matching, rows, 0, 1 << 60, tuple(state.new_refills(n)), 0, paths, np.zeros(4, np.int64)
+        cost,
+        1.0,
+        v,
+        lists,
+        matching,
+        rows,
+        0,
+        1 << 60,
+        tuple(state.new_refills(n)),
+        0,
+        paths,
+        np.zeros(4, np.int64),
     )
     end = time.perf_counter()
     over.set()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from fastmatch_kernels._numba.cache import njit
 
+from fastmatch_kernels._numba.cache import njit
 from fastmatch_kernels.lap.lists import best_two
 from fastmatch_kernels.lap.rows import list_row, workspace
 from fastmatch_kernels.lap.state import BIDS, READS
@@ -26,8 +26,7 @@ def auction(
     start, length, cols, costs, bound = lists
     row_of, col_of, cost_of = matching
     pending, _ = refills
-    if C is not None:
-        room = workspace(v.shape[0])
+    room = workspace(v.shape[0])
     bids = 0
     while top > 0 and bids < limit:
         top -= 1
@@ -39,12 +38,11 @@ def auction(
                 pending[waits] = i
                 waits += 1
                 continue
-            else:
-                list_row(C, sign, i, v, room, start, cols, costs, bound)
-                counts[READS] += 1
-                bids += v.shape[0] // 512  # a read is work too: slices stay short
-                first, place, second = best_two(C, v, start, length, cols, costs, i)
-                second = min(second, bound[i])
+            list_row(C, sign, i, v, room, start, cols, costs, bound)
+            counts[READS] += 1
+            bids += v.shape[0] // 512  # a read is work too: slices stay short
+            first, place, second = best_two(C, v, start, length, cols, costs, i)
+            second = min(second, bound[i])
         if not second < np.inf:
             continue  # one allowed column or none: the shortest paths decide
         j = cols[place]
@@ -52,9 +50,8 @@ def auction(
         if eps == 0.0 and old >= 0 and first == second:
             continue
         lower = v[j] - ((second - first) + eps)
-        if C is None:
-            if old >= 0 and not lower < v[j]:
-                continue  # the step is below the dual's rounding: a price war without end
+        if C is None and old >= 0 and not lower < v[j]:
+            continue  # a step below the dual's rounding is a price war without end; with a matrix, bids run out sooner
         v[j] = lower
         row_of[j] = i
         col_of[i] = j

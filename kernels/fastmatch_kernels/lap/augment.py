@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from fastmatch_kernels._numba.cache import njit
 
+from fastmatch_kernels._numba.cache import njit
 from fastmatch_kernels._numba.simd import WIDTH, add, ctz, difference, gather, less_mask, load, splat
 from fastmatch_kernels.lap.heap import pop, sift_up
 from fastmatch_kernels.lap.rows import list_row, workspace
@@ -39,12 +39,10 @@ def augment(
     pending, waiting = refills
     key, heap, where, touched, came_from, via, scanned, base_of, read_in = paths
     m = v.shape[0]
-    one = splat(1.0)
+    one, signs = splat(1.0), splat(sign)
+    room = workspace(m)
+    free, frees = np.empty(m, np.int64), 0  # the free columns; only searches over a matrix ask for them
     if C is not None:
-        room = workspace(m)
-        signs = splat(sign)
-        free = np.empty(m, np.int64)
-        frees = 0
         for j in range(m):
             free[frees] = j
             frees += row_of[j] < 0

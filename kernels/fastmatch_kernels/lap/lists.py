@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from fastmatch_kernels._numba.cache import njit
 
+from fastmatch_kernels._numba.cache import njit
 from fastmatch_kernels._numba.simd import (
     WIDTH,
     add,
@@ -36,8 +36,7 @@ def best_two(C, v, start, length, cols, costs, i):  # pragma: no cover - compile
     at = start[i]
     if C is None:
         return _best_two_of_many(v, cols, costs, at, length[i])
-    else:
-        return _best_two_of_three(v, cols, costs, at)
+    return _best_two_of_three(v, cols, costs, at)
 
 
 @njit(nogil=True, cache=True, forceinline=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from fastmatch_kernels._numba.cache import njit
 
+from fastmatch_kernels._numba.cache import njit
 from fastmatch_kernels._numba.simd import WIDTH, ctz, difference, less_equal_mask, load, splat
 from fastmatch_kernels.lap.lists import best_two
 from fastmatch_kernels.lap.state import FREE, READS

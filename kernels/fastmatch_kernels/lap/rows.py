@@ -31,8 +31,8 @@ __all__ = [
     "constant_columns",
     "constant_rows",
     "list_row",
-    "row_minimum",
     "list_rows",
+    "row_minimum",
     "workspace",
 ]
 
@@ -169,7 +169,12 @@ def _minima(row, sign, v, sets):  # pragma: no cover - compiled
     signs, none = splat(sign), splat(np.inf)
     g, start = 0, 0
     while start + 4 * step <= vectors * WIDTH and g + 4 <= VECTORS:
-        a, b, c, d = none, none, none, none  # four chains at once, because each minimum has to wait for the one before
+        a, b, c, d = (
+            none,
+            none,
+            none,
+            none,
+        )  # four chains at once, because each minimum has to wait for the one before
         for j in range(start, start + step, WIDTH):
             p, q, r = j + step, j + 2 * step, j + 3 * step
             a = minimum(difference(signs, load(row, j), load(v, j)), a)

@@ -46,7 +46,9 @@ class Lists(NamedTuple):
     length: np.ndarray  # (n,) int64
     cols: np.ndarray  # (pool,) int32
     costs: np.ndarray  # (pool,) c of those columns: float64, or the matrix's type
-    bound: np.ndarray  # (n,) float64: least c - v outside the list when it was filled; inf if it holds every column
+    bound: (
+        np.ndarray
+    )  # (n,) float64: least c - v outside the list when it was filled; inf if it holds every column
 
 
 class Matching(NamedTuple):
