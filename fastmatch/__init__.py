@@ -1,5 +1,7 @@
 """fastmatch: align, merge and renormalize wide networks of the same architecture."""
 
+from fastmatch import assignment
+from fastmatch.assignment import linear_sum_assignment, solve
 from fastmatch.evaluation.between import Renormalized
 from fastmatch.evaluation.curve import Curve, interpolate
 from fastmatch.evaluation.distances import distances
@@ -68,11 +70,13 @@ __all__ = [
     "Zip",
     "align",
     "align_many",
+    "assignment",
     "distances",
     "endpoint_statistics",
     "evaluate",
     "interpolate",
     "layer_table",
+    "linear_sum_assignment",
     "merge",
     "merge_partial",
     "model_cost",
@@ -82,6 +86,7 @@ __all__ = [
     "renormalize_many",
     "running_statistics",
     "score",
+    "solve",
     "triangle",
     "verify",
 ]

@@ -230,7 +230,7 @@ def run_memory(bench, n):
 
 def run_assignment(bench, n):
     """A matrix on the device: solved there by reading its rows, against copying it. Predicted: three reads of it."""
-    from fastmatch.assignment import solve
+    from fastmatch.assignment import CandidateLists, DenseShortlists, solve
 
     matrix = bench.normal(n, n)
     here, copied = (solve(matrix, solver=solver) for solver in (CandidateLists(), DenseShortlists()))

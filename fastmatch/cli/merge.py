@@ -17,7 +17,7 @@ from fastmatch.merging.partial import merge_partial
 from fastmatch.merging.unit_rules import CCA, Identity, Permute, Zip
 from fastmatch.renorm import renormalize
 from fastmatch.renorm.options import Method
-from fastmatch.spec.trace import arguments_of
+from fastmatch.spec.running import arguments_of
 
 __all__ = ["add_commands"]
 

@@ -9,9 +9,6 @@ from helpers.examples import docstrings, run_docstring
 TESTS = list(docstrings())
 
 PENDING = (
-    "fastmatch.assignment.batched.solve_batched",
-    "fastmatch.assignment.factor.FactorCost",
-    "fastmatch.assignment.solve.solve",
     "fastmatch_kernels.channel_affine.channel_affine",
     "fastmatch_kernels.gain.gain",
     "fastmatch_kernels.moments.moments",
