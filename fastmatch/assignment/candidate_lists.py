@@ -15,7 +15,7 @@ from fastmatch._internal.checks import check_integer
 from fastmatch.assignment.cost import Cost, SoftCost
 from fastmatch.assignment.dense_cost import DenseCost
 from fastmatch.assignment.device_cost import DeviceCost
-from fastmatch.assignment.phases import Phases
+from fastmatch.assignment.phases import SLICE, Phases
 from fastmatch.assignment.problem import LapProblem, LapSolution
 from fastmatch.assignment.schedule import ListSchedule
 from fastmatch_kernels.lap.state import BIDS, READS, Lists
@@ -257,7 +257,8 @@ class _ListPhases(Phases):
         if eps > 0:
             self.drop()
             everyone = np.arange(self.n)
-            self.bid(everyone, eps, plan.short_bids * self.n, int(plan.short_leaves * self.n))
+            enough = int(plan.short_leaves * self.n)
+            self.bid(everyone, eps, plan.short_bids * self.n, enough, self.n if enough else SLICE)
 
 
 def empty_lists(n: int, k: int) -> Lists:

@@ -291,7 +291,8 @@ class _DensePhases(Phases):
         for _ in range(plan.short_phases):
             if not 0 < eps < np.inf:
                 break
-            left = self.bid(self.free_rows(), eps, plan.short_bids * self.n, int(plan.short_leaves * self.n))
+            enough = int(plan.short_leaves * self.n)
+            left = self.bid(self.free_rows(), eps, plan.short_bids * self.n, enough, self.n)
             self.refresh()
             self.match_tight()
             if len(left) > int(plan.war_above * self.n):

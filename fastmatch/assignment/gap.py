@@ -27,7 +27,7 @@ def duality_gap(matched: np.ndarray, u: np.ndarray, v: np.ndarray, col_of: np.nd
         unmatched = np.ones(len(v), bool)
         unmatched[col_of] = False
         gap += float((v.max() - v[unmatched]).sum())
-    eps = np.finfo(np.float64).eps
+    eps = float(np.finfo(np.float64).eps)
     largest = float(np.abs(v).max(initial=0.0))
     size = float((np.abs(matched) + 2 * np.abs(v[col_of])).sum())
     return gap, 4 * eps * (size + len(u) * largest + 1e-300)

@@ -91,28 +91,29 @@ class Phases:
             if len(free):
                 self.bid(free, 0.0, 2 * len(free))
 
-    def bid(self, rows: np.ndarray, eps: float, bids: int, enough: int | None = None) -> np.ndarray:
+    def bid(
+        self, rows: np.ndarray, eps: float, bids: int, enough: int = 0, at_once: int = SLICE
+    ) -> np.ndarray:
         """Run the auction among ``rows``; return the rows that still wait for their turn, in order.
 
         It ends after ``bids`` bids, or when no more than ``enough`` rows are left: those would take more bids than all
-        rows before them.
+        rows before them. Every ``at_once`` bids it checks for that.
         """
         from fastmatch_kernels.lap.auction import auction
 
         stack = np.zeros(self.n, np.int64)
-        stop, most = (0, SLICE) if enough is None else (enough, min(SLICE, self.n))
         top = len(rows)
         stack[:top] = rows[::-1]
-        while top > stop:
+        while top > enough:
             waits = 0
-            while top > stop and bids > 0:
-                part = min(bids, most)
+            while top > enough and bids > 0:
+                part = min(bids, SLICE, at_once)
                 top, waits = auction(
                     self.matrix, self.sign, self.v, *self.arrays, stack, top, eps, part,
                     tuple(self.refills), waits, self.counts,
                 )  # fmt: skip
                 bids -= part
-            if top > stop or waits <= stop:
+            if top > enough or waits <= enough:
                 break
             rows = self.refill(self.refills.pending[:waits].copy(), False)
             top = len(rows)

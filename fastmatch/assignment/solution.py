@@ -46,7 +46,7 @@ class Assignment:
     @property
     def is_certified(self) -> bool:
         """Whether ``gap <= gap_bound``: the assignment is optimal for exactly the entries as stored."""
-        return self.gap <= self.gap_bound
+        return bool(self.gap <= self.gap_bound)
 
     @property
     def dual_objective(self) -> float:

@@ -160,7 +160,7 @@ def _finish(problem: LapProblem, solution: LapSolution, transposed: bool, name: 
     if error.any():
         # u comes from float64 products summed in some order, as the matched entries do.
         largest = float(np.abs(v).max(initial=0.0))
-        gap_bound += 3 * float(error.sum()) + 16 * np.finfo(np.float64).eps * n * largest
+        gap_bound += 3 * float(error.sum()) + 16 * float(np.finfo(np.float64).eps) * n * largest
     if n < m:
         shift = float(v.max())  # 0 unless a warm start moved it
         u, v = u + shift, v - shift

@@ -79,7 +79,9 @@ def row_reduction(C, v, lists, matching):  # pragma: no cover - compiled
             continue
         first, place, _ = best_two(C, v, start, length, cols, costs, i)
         if first < np.inf and first <= bound[i]:
-            for e in range(place, start[i] + length[i]):  # any free column among the equally good will do
+            # Any free column among the equally good will do; without a matrix, only the first one is tried.
+            last = place + 1 if C is None else start[i] + length[i]
+            for e in range(place, last):
                 j = cols[e]
                 if row_of[j] < 0 and costs[e] - v[j] == first:
                     row_of[j] = i
