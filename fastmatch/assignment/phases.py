@@ -113,7 +113,9 @@ class Phases:
                     tuple(self.refills), waits, self.counts,
                 )  # fmt: skip
                 bids -= part
-            if top > enough or waits <= enough:
+            if top > enough:  # rows that wait for a refill have not had their turn either
+                return stack[:top][::-1].copy() if self.matrix is not None else self.free_rows()
+            if waits <= enough:
                 break
             rows = self.refill(self.refills.pending[:waits].copy(), False)
             top = len(rows)

@@ -28,6 +28,9 @@ STORED = 1 << 24
 """Entries up to which the matrix of a factor cost is computed, in float64 (128 MB), and up to which a matrix on a GPU
 comes to the host."""
 
+SMALL_DENSE, DENSE_SHORTLISTS, CANDIDATE_LISTS = SmallDense(), DenseShortlists(), CandidateLists()
+"""The solvers with their default options. They are made once, because a small solve takes as long as their checks."""
+
 
 def select_solver(cost: np.ndarray | torch.Tensor | Cost) -> Solver:
     """Return the solver that :func:`solve` uses for ``cost`` by default.
@@ -51,10 +54,10 @@ def select_solver(cost: np.ndarray | torch.Tensor | Cost) -> Solver:
     cost = _as_cost(cost, None)
     entries = math.prod(cost.shape)
     if isinstance(cost, (DenseCost, DeviceCost)) and entries <= SMALL:
-        return SmallDense()
+        return SMALL_DENSE
     if isinstance(cost, DenseCost) or (isinstance(cost, (DeviceCost, FactorCost)) and entries <= STORED):
-        return DenseShortlists()
-    return CandidateLists()
+        return DENSE_SHORTLISTS
+    return CANDIDATE_LISTS
 
 
 def solve(
@@ -112,8 +115,8 @@ def solve(
     solution = chosen.solve(problem)
     if solution is None:  # only a matrix on a GPU is given up
         assert isinstance(given, DeviceCost)
-        fallback = DenseShortlists()
-        return solve(DenseCost(given.matrix), maximize=maximize, warm_start=warm_start, solver=fallback)
+        matrix = DenseCost(given.matrix)
+        return solve(matrix, maximize=maximize, warm_start=warm_start, solver=DENSE_SHORTLISTS)
     return _finish(problem, solution, transposed, type(chosen).__name__)
 
 
