@@ -45,7 +45,7 @@ docs: $(VENV)/.installed  ## the documentation site, into build/site
 
 bench: $(VENV)/.installed  ## every benchmark suite, into bench/results/; about an hour on two cores
 	@$(PIP) install -q -c constraints.txt -e '.[bench]'
-	$(BIN)/python -m fastmatch bench --out bench/results/bench.json --pictures docs --force
+	$(BIN)/python -m fastmatch bench --out bench/results/bench.json --pictures docs/pictures --force
 
 clean:  ## remove what was built
 	rm -rf build dist out *.egg-info

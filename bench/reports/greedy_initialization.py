@@ -2,7 +2,7 @@
 
     python -m bench.reports.greedy_initialization
 
-Pairs of networks that are trained on digits, or randomly initialized. docs/matching.md holds the table.
+Pairs of networks that are trained on digits, or randomly initialized. docs/design/matching.md includes the table.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python -m bench.reports.partial_merging
 
-Writes the table in docs/partial.md and docs/pictures/partial.png too.
+Writes the table in docs/guides/partial-merging.md and docs/pictures/partial.png too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fastmatch.studies.digits import digits, train
 
 ROOT = Path(__file__).parents[2]
 NAME = "partial_merging"
-PAGE, PICTURE = ROOT / "docs/partial.md", ROOT / "docs/pictures/partial.png"
+PAGE, PICTURE = ROOT / "docs/guides/partial-merging.md", ROOT / "docs/pictures/partial.png"
 MATCHED = {"permute": fm.Permute, "zip": fm.Zip, "cca": fm.CCA}
 RULES = ("identity", *MATCHED)
 NETWORK = "conv 16-16-32-32, linear 64, without norm"

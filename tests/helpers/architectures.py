@@ -1,4 +1,4 @@
-"""Writes docs/architectures.md, what is found in every family: ``python tests/architectures.py``."""
+"""Writes docs/architectures.md: ``PYTHONPATH=tests python -m helpers.architectures``."""
 
 from __future__ import annotations
 
@@ -19,23 +19,30 @@ COLUMNS = {
     "experts": "experts", "latent": "latents", "other": "other",
 }  # fmt: skip
 
-TEXT = """# Architectures
+TEXT = """# Traced architectures
 
-What tracing finds in the families that people merge. Each is a small model of
-[transformers](https://github.com/huggingface/transformers) with random weights in float64; `tests/families.py` has
-their sizes. `tests/test_families.py` permutes every group of each at random and compares the outputs on new inputs
-(at most 1e-9 of the largest), and this page is written by `python tests/architectures.py` from the same traces.
+What tracing finds in the model families that people merge. Each row is a small model of
+[transformers](https://github.com/huggingface/transformers) with random weights in float64; `tests/helpers/families.py` has
+their sizes. `tests/spec/test_architectures.py` permutes every group of each model at random and compares the outputs on new
+inputs (they differ by at most 1e-9 of the largest). `PYTHONPATH=tests python -m helpers.architectures` writes this page
+from the same traces.
 
 ## Groups
 
-The number of groups of each kind, in models of two layers a stack (or two stages of two blocks). A dash is a kind that
-the architecture holds in place, **gap** one that could move and is not found, *part* one that is found in some layers
-only; a blank is a kind that the architecture does not have. *Hidden units* are those of MLPs, experts, convolution
-blocks and state-space mixers; *channels of heads* those of values and output projections inside a head; *channels of
-queries* those inside a head that only queries and keys share; *latents* are the ranks of low-rank projections and the
-states of Mamba; *other* are first and last convolutions. A parameter of these small models counts as moved when any of
-its axes is. The last column is attention as `scaled_dot_product_attention`, where the class has it: how many of the
-groups are found there too.
+The number of groups of each kind, in models with two layers per stack (or two stages of two blocks).
+
+| entry | meaning |
+| --- | --- |
+| blank | the architecture has no such units |
+| – | the architecture holds them in place |
+| **gap** | they could move, but tracing does not find them |
+| *part* | they are found in some layers only |
+
+*Hidden units* are those of MLPs, experts, convolution blocks and state-space mixers. *Channels of heads* are those of values
+and output projections inside a head. *Channels of queries* are those inside a head that only queries and keys share. *Latents*
+are the ranks of low-rank projections and the states of Mamba. *Other* are first and last convolutions. A parameter counts as
+moved if any of its axes moves. The last column says how many of the groups are also found with attention as
+`scaled_dot_product_attention`, where the class has it.
 """
 
 HELD = """
@@ -53,9 +60,9 @@ Units that could move, and the operation that holds them.
 PINS = """
 ## Pinned axes
 
-How many axes of parameters no group moves at all, by the operation that holds them. Vocabularies, classes and inputs
-are what the outside of a network sees; a *constant* is a table that the model computes, such as rotary frequencies or
-a mask. Positions of convolution kernels are left out.
+How many axes of parameters no group moves, by the operation that pins them. Vocabularies, classes and inputs are the
+interface of a network. A *constant* is a table that the model computes, such as rotary frequencies or a mask. Positions
+of convolution kernels are omitted.
 
 """
 

@@ -121,7 +121,7 @@ def test_a_config_gives_the_structure_of_its_model(family, tmp_path):
 
 
 def test_the_page_of_architectures_is_current():
-    assert PAGE.read_text() == page(), "write it again: python tests/architectures.py"
+    assert PAGE.read_text() == page(), "write it again: PYTHONPATH=tests python -m helpers.architectures"
 
 
 @pytest.mark.parametrize(

@@ -158,4 +158,4 @@ def test_the_docs_show_the_committed_run():
     assert [vars(c) for c in study.judge(committed)] == [
         {**c, "numbers": tuple(c["numbers"]), "seeds": tuple(c["seeds"])} for c in committed["claims"]
     ]
-    assert claims_table(committed) in (root / "docs/analysis.md").read_text()
+    assert claims_table(committed) in (root / "docs/guides/analysis.md").read_text()
