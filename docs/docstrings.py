@@ -1,8 +1,8 @@
 """Griffe extension: docstrings as the reference pages need them.
 
 The docstrings use Sphinx' roles, which other tools and editors understand, and ``Example:`` for a single example. This
-extension turns roles into code, ``Example:`` into the section that renders code, and an entry for several
-arguments (``model_a, model_b: ...``) into one entry each.
+extension turns roles into code, ``Example:`` into the section that renders code, an entry for several arguments
+(``model_a, model_b: ...``) into one entry each, and a table of equality signs into a block that keeps its columns.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import griffe
 
 ROLE = re.compile(r":(?:class|func|meth|data|attr|mod|exc):`~?([\w.]+)`")
 EXAMPLE = re.compile(r"^Example:$", re.MULTILINE)
+TABLE = re.compile(r"^(=+ +=+\n(?:.*\n)*?=+ +=+\n(?:.*\n)*?=+ +=+)$", re.MULTILINE)
 SHARED = re.compile(r"^( {4})(\w+(?:, \w+)+): (.*(?:\n {8}.*)*)", re.MULTILINE)
 
 
@@ -30,6 +31,7 @@ def rewritten(text: str) -> str:
     """Return a docstring with sections and names that mkdocstrings renders."""
     text = ROLE.sub(lambda role: f"`{role[1]}`", text)
     text = EXAMPLE.sub("Examples:", text)
+    text = TABLE.sub(r"```text\n\1\n```", text)
     return SHARED.sub(
         lambda entry: "\n".join(f"{entry[1]}{name}: {entry[3]}" for name in entry[2].split(", ")), text
     )
