@@ -2,7 +2,7 @@
 
 The steps are those of :mod:`fastmatch.assignment.dense_shortlists`. The difference: reading one row costs nearly as much as
 reading a thousand (a product of matrices), so the kernels pass over the rows that need a refill, and all of them are
-read together. docs/assignment.md explains why that is exact.
+read together. docs/design/assignment.md explains why that is exact.
 """
 
 from __future__ import annotations

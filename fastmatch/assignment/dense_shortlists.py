@@ -1,6 +1,6 @@
 """The solver for matrices: candidate lists that are read once and refilled on demand, an auction if it pays, paths.
 
-docs/assignment.md says why lists that are refilled on demand are exact, and what each step costs.
+docs/design/assignment.md says why lists that are refilled on demand are exact, and what each step costs.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ class FactorCost:
         precision: of the tiles: "ieee" is the factors' own. "bf16" screens rows with products of factors rounded to
             bfloat16 and reads in float32 the rows that these leave open; results are as exact. It needs a CPU with bfloat16
             matrix units to be fast, "dot" or "l2", and factors of at most float32. It has no effect on costs of up to
-            2^24 entries, which :func:`fastmatch.assignment.select_solver` has computed once as a matrix. docs/kernels.md
+            2^24 entries, which :func:`fastmatch.assignment.select_solver` has computed once as a matrix. docs/design/kernels.md
             says when it pays.
 
     Raises:
