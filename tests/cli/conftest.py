@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 import fastmatch as fm
 from fastmatch._internal.files import save_state
 from fastmatch.cli.loading import build_model
+from fastmatch.cli.main import main
 from helpers.networks import fresh_seed
 
 MODULE = """
@@ -79,9 +81,6 @@ def loader(folder):
 @pytest.fixture
 def refused(capsys):
     """Run a command that has to be refused: one line with the message, status 2, and no file written."""
-    from pathlib import Path
-
-    from fastmatch.cli.main import main
 
     def files():
         return sorted(p.name for p in Path.cwd().iterdir() if p.name != "__pycache__")
