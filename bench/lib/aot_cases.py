@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fastmatch_kernels._triton.product import GROUP
 from fastmatch_kernels._triton.tiles import CROSS, MATMUL, Target, Tiles
 from fastmatch_kernels.channel_affine import triton as channel_affine
 from fastmatch_kernels.gain import triton as gain
@@ -59,16 +60,12 @@ def _flat(values: Any) -> Iterator[Any]:
 # Factors: gain, cost_rows and row_softmin
 
 
-def _pair(dtype: str, gathered: bool, count: int) -> dict[str, Any]:
+def _factor_arguments(dtype: str, gathered: bool, count: int) -> dict[str, Any]:
     pointer, size = f"*{dtype}:16", "i32:16"
     index = "*i64:16" if gathered else None
+    pointers, strides = (pointer,) * count, ((size, 1),) * count
     return {
-        "a_ptrs": (pointer,) * count,
-        "b_ptrs": (pointer,) * count,
-        "depths": (size,) * count,
-        "a_strides": ((size, 1),) * count,
-        "b_strides": ((size, 1),) * count,
-        "contraction_ptrs": (index,) * count,
+        "factors": (pointers, pointers, (size,) * count, strides, strides, (index,) * count),
         "b_index_ptr": index,
     }
 
@@ -80,12 +77,12 @@ def _matmul_cases(target: Target, which: slice) -> Iterator[Case]:
         matrix = precision != "ieee" or target.backend == "hip"
         for tiles, (variant, gathered, count) in itertools.product(dict.fromkeys(sizes[which]), variants):
             arguments = {
-                **_pair(dtype, gathered, count),
+                **_factor_arguments(dtype, gathered, count),
                 "n": "i32:16",
                 "m": "i32:16",
                 "K": count,
                 "PRECISION": "ieee" if precision == "half" else precision,
-                "GROUP": gain.GROUP,
+                "GROUP": GROUP,
                 "BLOCK_M": tiles.rows,
                 "BLOCK_N": tiles.columns,
                 "BLOCK_K": tiles.depth,
@@ -287,12 +284,7 @@ def _merge_cases(aligned: bool) -> Iterator[Case]:
                 "first_ptrs": first,
                 "second_ptrs": second,
                 "out_ptr": f"*{dtype}:16",
-                "runs": "i32:16",
-                "n1": "i32:16",
-                "middle": block,
-                "length": "i32:16",
-                "block1": block,
-                "block2": block,
+                "layout": ("i32:16", "i32:16", block, "i32:16", block, block),
                 "K": count,
                 "BLOCK_R": tiles.rows,
                 "BLOCK_L": tiles.columns,

@@ -16,7 +16,7 @@ import torch
 from bench.lib import record
 from fastmatch_kernels import ops as kernels
 from fastmatch_kernels.channel_affine.reference import affine_of
-from fastmatch_kernels.moments.reference import Moments, update
+from fastmatch_kernels.moments.reference import Moments, MomentsArguments, moments_update
 from fastmatch_kernels.row_topk.reference import term_sizes
 
 NAME = "kernels_cpu"
@@ -52,7 +52,7 @@ def bench_moments(repeats: int, tiny: bool) -> Iterator[record.Row]:
             kernels.moments(a, b, state=state, backend="cpu").settle()
 
             def reference(a=a, b=b, s=exact):
-                update(a, b, 1, *s.shifts, *s.stats, s.cross["ab"], None, None)
+                moments_update(MomentsArguments(a, b, 1, *s.shifts, *s.stats, s.cross["ab"], None, None, "ieee"))
 
             def lean(a=a, b=b, channels=shape[1]):
                 """Raw float64 sums without a shift: the fewest passes, but large means lose precision."""
@@ -94,7 +94,9 @@ def bench_streamed_moments(repeats: int, tiny: bool) -> Iterator[record.Row]:
     def reference():
         state = Moments.empty(a[0], b[0])
         for x, y in zip(a, b, strict=True):
-            update(x, y, 1, *state.shifts, *state.stats, state.cross["ab"], None, None)
+            moments_update(
+                MomentsArguments(x, y, 1, *state.shifts, *state.stats, state.cross["ab"], None, None, "ieee")
+            )
         state.count = batch * batches
         return state
 

@@ -1,11 +1,15 @@
-"""Which backend takes an operation, and the checks that all of them share."""
+"""How an operation reaches its backend, and the checks that all operations share.
+
+An operation is a folder. Its ``__init__`` holds the public function, which checks its arguments once. ``reference``,
+``cpu`` and ``triton`` each have a function of the operation's name that takes the checked arguments as one tuple.
+"""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
-from types import ModuleType
-from typing import Any
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -14,13 +18,11 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 __all__ = [
     "BACKENDS",
     "PRECISIONS",
+    "Operation",
     "backend_of",
     "check_floating",
     "check_precision",
     "check_range",
-    "is_plain",
-    "module_of",
-    "run",
 ]
 
 BACKENDS = ("triton", "cpu", "reference")
@@ -28,7 +30,7 @@ PRECISIONS = ("ieee", "tf32", "bf16x3")
 
 
 def backend_of(*tensors: Tensor, backend: str | None = None) -> str:
-    """The backend that ``tensors`` go to.
+    """Return the backend that ``tensors`` go to.
 
     Raises:
         ValueError: an unknown backend, tensors on several devices, or a device without a backend.
@@ -48,34 +50,79 @@ def backend_of(*tensors: Tensor, backend: str | None = None) -> str:
     return "cpu" if device.type == "cpu" else "triton"
 
 
-def module_of(backend: str, op: str) -> ModuleType:
-    """The module of an operation, imported on first use."""
-    return importlib.import_module(f"fastmatch_kernels.{op}.{backend}")
+class Operation:
+    """Runs checked arguments on a backend, directly or through a custom op of torch.
 
+    Plain tensors in eager mode go straight to the backend: the first call of a custom op imports torch's compiler, most
+    of a second, and every call costs some microseconds. Under torch.compile, autograd, a dispatch mode or with a tensor
+    subclass the custom op ``fastmatch::<name>`` is called. Backends are imported when they are first used.
 
-def is_plain(*tensors: Tensor) -> bool:
-    """Whether nothing traces or differentiates what is done with ``tensors``: no custom op is needed.
-
-    The first call of a custom op imports all of torch's compiler, most of a second, and each costs a little.
+    Args:
+        name: of the function in each backend's module.
+        arguments: a NamedTuple class; its annotations are the custom op's schema.
+        fake: arguments -> empty results, for torch.compile.
+        returns: annotation of the result.
+        mutates: names of the arguments that are written to.
+        folder: of the backends' modules, if it is not the name.
     """
+
+    def __init__(
+        self,
+        name: str,
+        arguments: type[tuple[Any, ...]],
+        fake: Callable[..., Any],
+        *,
+        returns: Any = None,
+        mutates: Iterable[str] = (),
+        folder: str | None = None,
+    ) -> None:
+        self._name = name
+        self._folder = folder or name
+
+        def call(*given: Any) -> Any:
+            *values, backend = given
+            return self._function(backend)(
+                arguments(*values)
+            )  # a NamedTuple, whose fields no checker knows here
+
+        hints = {**get_type_hints(arguments), "backend": str}
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        signature = inspect.Signature(
+            [inspect.Parameter(name, kind, annotation=hint) for name, hint in hints.items()],
+            return_annotation=returns,
+        )
+        call.__signature__ = signature  # what torch infers the schema from
+        self._custom_op = torch.library.custom_op(f"fastmatch::{name}", call, mutates_args=tuple(mutates))
+        self._custom_op.register_fake(lambda *given: fake(arguments(*given[:-1])))
+
+    def _function(self, backend: str) -> Callable[[Any], Any]:
+        return getattr(importlib.import_module(f"fastmatch_kernels.{self._folder}.{backend}"), self._name)
+
+    def __call__(self, arguments: tuple[Any, ...], backend: str) -> Any:
+        if _is_plain(arguments):
+            return self._function(backend)(arguments)
+        return self._custom_op(*arguments, backend)
+
+
+def _is_plain(arguments: Iterable[Any]) -> bool:
+    """Whether nothing traces, differentiates or intercepts what is done with the tensors among ``arguments``."""
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return False
-    return all(type(x) is Tensor and not x.requires_grad for x in tensors)
-
-
-def run(op: Any, function: Any, a: Sequence[Tensor], b: Sequence[Tensor], *args: Any) -> Any:
-    """An operation that writes to no argument, by its custom op only where it must be."""
-    return (function if is_plain(*a, *b) else op)(a, b, *args)
+    for value in arguments:
+        for x in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(x, Tensor) and (type(x) is not Tensor or x.requires_grad):
+                return False
+    return True
 
 
 def check_precision(precision: str, allowed: tuple[str, ...] = PRECISIONS) -> None:
-    """ValueError for a precision that is not one of ``allowed``."""
+    """Raise ValueError for a precision that is not one of ``allowed``."""
     if precision not in allowed:
         raise ValueError(f"precision: expected one of {allowed}, got {precision!r}")
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
-    """TypeError for what is no floating point tensor."""
+    """Raise TypeError for what is not a floating point tensor."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if not tensor.is_floating_point():
@@ -83,7 +130,7 @@ def check_floating(name: str, tensor: Tensor) -> None:
 
 
 def check_range(name: str, index: Tensor, size: int) -> None:
-    """ValueError for an index that leaves 0 to ``size - 1``."""
+    """Raise ValueError for an index with entries outside 0 to ``size - 1``."""
     # Kernels do not check bounds. Reading two numbers back costs a GPU far less than a wild read.
     if index.numel() and not torch.compiler.is_compiling():
         low, high = (int(x) for x in index.aminmax())

@@ -1,4 +1,4 @@
-"""What the operations on factors check of them."""
+"""The checks of operations on factors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastmatch_kernels._dispatch import backend_of, check_floating, check_range
 
-__all__ = ["Factors", "check_duals", "check_factors"]
+__all__ = ["Factors", "check_duals", "check_factors", "result_dtype"]
 
 Factors: TypeAlias = Sequence[tuple[Tensor, Tensor]]
 
@@ -21,7 +21,7 @@ def check_factors(
     contraction_index: Tensor | Sequence[Tensor | None] | None,
     backend: str | None,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor | None], tuple[int, int], str]:
-    """(A's, B's, contraction index of each pair, (n, m), backend), or an error that names what does not fit."""
+    """Return (A's, B's, contraction index of each pair, (n, m), backend), or raise an error that names what does not fit."""
     if not factors:
         raise ValueError("factors: expected at least one pair")
     a, b = [pair[0] for pair in factors], [pair[1] for pair in factors]
@@ -44,7 +44,7 @@ def check_factors(
     else:
         contractions = list(contraction_index)
     if len(contractions) != len(factors):
-        raise ValueError(f"contraction_index: expected {len(factors)}, one a pair, got {len(contractions)}")
+        raise ValueError(f"contraction_index: expected {len(factors)}, one per pair, got {len(contractions)}")
     for k, index in enumerate(contractions):
         if index is not None:
             depth = b[k].shape[1]
@@ -57,6 +57,11 @@ def check_factors(
     return a, b, contractions, (len(a[0]), m), backend_of(*a, *b, *given, backend=backend)
 
 
+def result_dtype(factor: Tensor) -> torch.dtype:
+    """Return float64 for float64 factors, else float32."""
+    return torch.float64 if factor.dtype == torch.float64 else torch.float32
+
+
 def _check_gather(name: str, index: Tensor, length: int | None, size: int) -> None:
     if index.dtype != torch.int64:
         raise TypeError(f"{name}: expected int64, got {index.dtype}")
@@ -66,7 +71,7 @@ def _check_gather(name: str, index: Tensor, length: int | None, size: int) -> No
 
 
 def check_duals(v: Tensor, m: int, device: torch.device) -> None:
-    """ValueError for column duals that do not fit."""
+    """Raise ValueError for column duals that do not fit."""
     if v.shape != (m,) or not v.is_floating_point() or v.device != device:
         raise ValueError(
             f"v: expected {m} floating point numbers on {device}, got {tuple(v.shape)} of {v.dtype} on {v.device}"

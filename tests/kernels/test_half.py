@@ -8,36 +8,24 @@ import torch
 from fastmatch_kernels._numba import half
 
 
-@numba.njit
-def decoded(bits, kind):
-    out = np.empty(len(bits), np.float32)
-    for i in range(len(bits)):
-        out[i] = half.decode(bits[i], kind, np.float32(0))
-    return out
+def over_arrays(convert, dtype):
+    """``convert(number, kind)`` compiled over an array."""
+    convert = numba.njit(convert)
+
+    @numba.njit
+    def converted(values, kind):
+        out = np.empty(len(values), dtype)
+        for i in range(len(values)):
+            out[i] = convert(values[i], kind)
+        return out
+
+    return converted
 
 
-@numba.njit
-def encoded(values, kind):
-    out = np.empty(len(values), np.uint16)
-    for i in range(len(values)):
-        out[i] = half.encode(values[i], kind)
-    return out
-
-
-@numba.njit
-def decoded_without_hardware(bits, kind):
-    out = np.empty(len(bits), np.float32)
-    for i in range(len(bits)):
-        out[i] = half._decode_float16(bits[i])
-    return out
-
-
-@numba.njit
-def encoded_without_hardware(values, kind):
-    out = np.empty(len(values), np.uint16)
-    for i in range(len(values)):
-        out[i] = half._encode_float16(values[i])
-    return out
+decoded = over_arrays(lambda bits, kind: half.decode(bits, kind, np.float32(0)), np.float32)
+encoded = over_arrays(lambda value, kind: half.encode(value, kind), np.uint16)
+decoded_without_hardware = over_arrays(lambda bits, kind: half._decode_float16(bits), np.float32)
+encoded_without_hardware = over_arrays(lambda value, kind: half._encode_float16(value), np.uint16)
 
 
 CASES = [

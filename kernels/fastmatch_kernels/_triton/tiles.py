@@ -15,6 +15,7 @@ import torch
 
 __all__ = [
     "CROSS",
+    "FACTOR_DTYPES",
     "INTERPRETER",
     "MATMUL",
     "PRECISIONS",
@@ -30,6 +31,9 @@ __all__ = [
     "precision_of",
     "target_of",
 ]
+
+FACTOR_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes that the kernels read."""
 
 PRECISIONS = ("ieee", "tf32", "bf16x3")
 """Of float32 products: every bit; 11 bits of each factor; about 16 bits of each factor in three bfloat16

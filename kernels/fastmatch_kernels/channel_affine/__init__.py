@@ -1,33 +1,23 @@
-"""The entry of ``channel_affine``."""
+"""Renormalization of a layer's output by its own statistics: ``channel_affine``."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fastmatch_kernels._dispatch import backend_of, check_floating, is_plain, module_of
-from fastmatch_kernels.channel_affine.reference import METHODS
+from fastmatch_kernels._dispatch import Operation, backend_of, check_floating
+from fastmatch_kernels.channel_affine.reference import METHODS, AffineArguments
 
 __all__ = ["channel_affine"]
 
 
-@torch.library.custom_op("fastmatch::channel_affine", mutates_args=("out",))
-def _channel_affine(
-    x: Tensor,
-    dim: int,
-    goal_mean: Tensor,
-    goal_std: Tensor,
-    method: str,
-    eps: float,
-    out: Tensor,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    return module_of(backend, "channel_affine").channel_affine(x, dim, goal_mean, goal_std, method, eps, out)
+def _fake(arguments: AffineArguments) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(arguments.goal_mean), torch.empty_like(arguments.goal_mean)
 
 
-@_channel_affine.register_fake
-def _(x, dim, goal_mean, goal_std, method, eps, out, backend) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(goal_mean), torch.empty_like(goal_mean)
+_channel_affine = Operation(
+    "channel_affine", AffineArguments, _fake, returns=tuple[Tensor, Tensor], mutates=("out",)
+)
 
 
 def channel_affine(
@@ -41,29 +31,35 @@ def channel_affine(
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A layer's output brought to its goals by its own statistics, which come back too.
+    """Map each channel of a layer's output to target statistics; return the result and the statistics that it had.
 
-    With mean mu and population variance v of each channel and ``g = goal_std / sqrt(v + eps)``:
-    repair ``(x - mu) g + goal_mean``, rescale ``x g``, reshift ``x - mu + goal_mean``.
+    With mean mu and population variance v of a channel and ``g = goal_std / sqrt(v + eps)``: repair is
+    ``(x - mu) g + goal_mean``, rescale ``x g`` and reshift ``x - mu + goal_mean``.
 
     Example:
-        >>> z, mean, variance = channel_affine(z, goal_mean, goal_std, "repair")
+        >>> from fastmatch_kernels.ops import channel_affine
+        >>> z = torch.randn(8, 3, 4, 4)
+        >>> mapped, mean, variance = channel_affine(z, torch.zeros(3), torch.ones(3), "repair")
+        >>> torch.allclose(mapped.mean((0, 2, 3)), torch.zeros(3), atol=1e-5)
+        True
 
     Args:
-        x: (B, C, *spatial) with channels at ``dim``, at least one sample; float64 not on "triton". Any strides.
+        x: (B, C, *spatial) with channels at ``dim`` and at least one sample; float64 not on "triton". Any strides.
             NaN and inf stay in their channel.
-        goal_mean, goal_std: (C,), float64 (others are converted).
-        method: "repair", "rescale", "reshift".
-        dim: where the channels lie.
+        goal_mean: (C,) target means, converted to float64.
+        goal_std: (C,) target standard deviations, converted to float64.
+        method: "repair", "rescale" or "reshift".
+        dim: dimension of the channels.
         eps: added to the variance.
         out: like ``x``, written and returned; may be ``x``.
-        backend: see :func:`backend_of`.
+        backend: "triton", "cpu" or "reference"; by the tensors' device if None.
 
     Returns:
         (out, mean (C,) float64, population variance (C,) float64).
 
     Raises:
-        ValueError, TypeError: shapes, types or options that do not fit.
+        TypeError: ``x`` is not a floating point tensor.
+        ValueError: shapes, devices or options that do not fit.
     """
     check_floating("x", x)
     if not -x.ndim <= dim < x.ndim:
@@ -81,14 +77,5 @@ def channel_affine(
     elif out.shape != x.shape or out.dtype != x.dtype or out.device != x.device:
         raise ValueError(f"out: expected a tensor like x, got {tuple(out.shape)} of {out.dtype}")
     goals = (goal_mean.detach().double(), goal_std.detach().double())
-    arguments = (x.detach(), dim, *goals, method, eps, out)
-    shares = (
-        not torch.compiler.is_compiling()
-        and x.untyped_storage().data_ptr() == out.untyped_storage().data_ptr()
-    )
-    # torch.library knows no output that is also an input; under torch.compile this is never eager.
-    if shares or is_plain(arguments[0], out):
-        mean, variance = module_of(chosen, "channel_affine").channel_affine(*arguments)
-    else:
-        mean, variance = _channel_affine(*arguments, chosen)
+    mean, variance = _channel_affine(AffineArguments(x.detach(), dim, *goals, method, eps, out), chosen)
     return out, mean, variance

@@ -1,8 +1,8 @@
 """Renormalization of a layer's output on CPU: statistics around the first value as shift, then the affine map.
 
-Where positions lie next to each other a task takes one channel through both steps while its values are still
-in cache: one read from memory and one write. Where channels do, every task meets every channel, so all
-statistics come before the map and the data is read twice.
+If positions are contiguous, a task takes one channel through both steps while its values are in the caches: memory is
+read once and written once. If channels are contiguous, every task has samples of every channel. All statistics then
+precede the map, and the data is read twice.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import torch
 
 from fastmatch_kernels._numba.cache import njit
 from fastmatch_kernels.channel_affine import reference
+from fastmatch_kernels.channel_affine.reference import AffineArguments
 
 __all__ = ["channel_affine"]
 
 SEGMENT = 128
-"""Samples of one task and one float32 sum, where channels lie next to each other."""
+"""Samples of one task and of one float32 sum, if channels are contiguous."""
 
 _REASSOCIATE = {"reassoc", "contract"}
 METHOD = {name: i for i, name in enumerate(reference.METHODS)}
@@ -27,7 +28,7 @@ METHOD = {name: i for i, name in enumerate(reference.METHODS)}
 
 @njit(nogil=True)
 def _affine(mean, variance, goal_mean, goal_std, method, eps):
-    """(centre, scale, goal) with ``z' = (z - centre) scale + goal``: nothing large cancels at the end."""
+    """Return (centre, scale, goal) of ``z' = (z - centre) scale + goal``: no large numbers cancel at the end."""
     gain = goal_std / math.sqrt(variance + eps)
     if method == 0:
         return mean, gain, goal_mean
@@ -38,7 +39,7 @@ def _affine(mean, variance, goal_mean, goal_std, method, eps):
 
 @njit(parallel=True, fastmath=_REASSOCIATE)
 def _channel_major(x, goal_mean, goal_std, method, eps, out, mean, variance):
-    """x (B, C, P): positions are near each other."""
+    """Map x (B, C, P), positions contiguous."""
     batch, channels, positions = x.shape
     count = batch * positions
     for c in numba.prange(channels):
@@ -66,7 +67,7 @@ def _channel_major(x, goal_mean, goal_std, method, eps, out, mean, variance):
 
 @njit(parallel=True, fastmath=_REASSOCIATE)
 def _sample_major(x, goal_mean, goal_std, method, eps, out, mean, variance):
-    """x (T, C): channels are near each other, and no task has a channel to itself: two reads."""
+    """Map x (T, C), channels contiguous: two reads."""
     samples, channels = x.shape
     segments = (samples + SEGMENT - 1) // SEGMENT
     partial = np.zeros((segments, 2, channels), np.float32)
@@ -95,18 +96,11 @@ def _sample_major(x, goal_mean, goal_std, method, eps, out, mean, variance):
                 out[t, c] = (x[t, c] - centre[c]) * scale[c] + goal[c]
 
 
-def channel_affine(
-    x: torch.Tensor,
-    dim: int,
-    goal_mean: torch.Tensor,
-    goal_std: torch.Tensor,
-    method: str,
-    eps: float,
-    out: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As the reference. float64 and layouts without a (B, C, P) or (T, C) view go through it or a copy."""
+def channel_affine(arguments: AffineArguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """Copy layouts without a (B, C, P) or (T, C) view; float64 goes through the reference."""
+    x, dim, goal_mean, goal_std, method, eps, out = arguments
     if x.dtype == torch.float64:
-        return reference.channel_affine(x, dim, goal_mean, goal_std, method, eps, out)
+        return reference.channel_affine(arguments)
     work = x.detach().float()
     view = work.movedim(dim, 1) if work.ndim > 1 else work[None]
     by_sample = view.stride(1) == 1
@@ -136,7 +130,7 @@ def channel_affine(
 
 
 def _same_view(out: torch.Tensor, dim: int, by_sample: bool) -> torch.Tensor | None:
-    """``out`` in the shape the kernel writes, or None where that takes a copy."""
+    """Return ``out`` in the shape that the kernel writes, or None if that takes a copy."""
     view = out.movedim(dim, 1) if out.ndim > 1 else out[None]
     try:
         if by_sample:

@@ -1,16 +1,30 @@
-"""Renormalization of a layer's output in one go: its statistics, and the affine map to its goals; plain torch.
+"""Renormalization of a layer's output in plain torch: its statistics, and the affine map to target statistics.
 
-With the batch's mean mu and population variance v, and ``g = sigma* / sqrt(v + eps)``:
-repair ``(z - mu) g + mu*``, rescale ``z g``, reshift ``z - mu + mu*`` (see fastmatch.renorm).
+With the batch's mean mu and population variance v, targets mu* and sigma*, and ``g = sigma* / sqrt(v + eps)``:
+repair ``(z - mu) g + mu*``, rescale ``z g``, reshift ``z - mu + mu*``.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
-__all__ = ["METHODS", "affine_of", "channel_affine", "fold"]
+__all__ = ["METHODS", "AffineArguments", "affine_of", "channel_affine", "fold"]
 
 METHODS = ("repair", "rescale", "reshift")
+
+
+class AffineArguments(NamedTuple):
+    """Checked arguments of :func:`fastmatch_kernels.ops.channel_affine`, whose backends return (mean, variance)."""
+
+    x: torch.Tensor  # (B, C, *spatial) with channels at dim
+    dim: int
+    goal_mean: torch.Tensor  # (C,) float64
+    goal_std: torch.Tensor  # (C,) float64
+    method: str
+    eps: float
+    out: torch.Tensor  # like x; may be x
 
 
 def affine_of(
@@ -21,7 +35,7 @@ def affine_of(
     method: str,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(scale, shift), (C,) each, with ``z' = scale z + shift``."""
+    """Return (scale, shift), (C,) each, of the map ``z' = scale z + shift``."""
     gain = goal_std / (variance + eps).sqrt()
     if method == "repair":
         return gain, goal_mean - gain * mean
@@ -30,24 +44,9 @@ def affine_of(
     return torch.ones_like(mean), goal_mean - mean
 
 
-def channel_affine(
-    x: torch.Tensor,
-    dim: int,
-    goal_mean: torch.Tensor,
-    goal_std: torch.Tensor,
-    method: str,
-    eps: float,
-    out: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Writes ``x`` brought to its goals to ``out`` and returns its (mean, population variance), float64.
-
-    Args:
-        x: (B, C, *spatial), channels at ``dim``, at least one sample.
-        goal_mean, goal_std: (C,) float64.
-        method: one of :data:`METHODS`.
-        eps: added to the variance.
-        out: like x; may be x.
-    """
+def channel_affine(arguments: AffineArguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute in float64."""
+    x, dim, goal_mean, goal_std, method, eps, out = arguments
     others = [d for d in range(x.ndim) if d != dim % x.ndim]
     variance, mean = torch.var_mean(x.double(), dim=others, correction=0)
     scale, shift = affine_of(mean, variance, goal_mean, goal_std, method, eps)
@@ -60,9 +59,16 @@ def channel_affine(
 def fold(
     weight: torch.Tensor, bias: torch.Tensor | None, scale: torch.Tensor, shift: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(weight, bias) of a layer whose output is ``scale z + shift``: ``scale W`` and ``scale b + shift``.
+    """Return (weight, bias) of a layer whose output is ``scale z + shift``: ``scale W`` and ``scale b + shift``.
 
-    One read and one write of the weight, output channels first; in float64 inside, returned in its dtype.
+    Args:
+        weight: (C, ...) with output channels first. It is read once and written once.
+        bias: (C,), or None for zeros.
+        scale: (C,) float64.
+        shift: (C,) float64.
+
+    Returns:
+        Both in the weight's dtype, computed in float64.
     """
     rows = scale.to(weight.device).view(-1, *[1] * (weight.ndim - 1))
     start = torch.zeros_like(scale) if bias is None else bias.double()

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from fastmatch_kernels._triton.tiles import Tiles, ceil_div, is_aligned, target_of
-from fastmatch_kernels.channel_affine.reference import METHODS
+from fastmatch_kernels.channel_affine.reference import METHODS, AffineArguments
 from fastmatch_kernels.moments.triton import DTYPES, _load, _sample_offset, sample_layout
 
 __all__ = ["HELD", "channel_affine", "channel_tiles"]
@@ -128,20 +128,13 @@ def channel_tiles(samples: int, stride_c: int, *, aligned: bool = True) -> tuple
     return Tiles(wide, 1, 64 if wide > 1 else 4096, 4, 2), False
 
 
-def channel_affine(
-    x: torch.Tensor,
-    dim: int,
-    goal_mean: torch.Tensor,
-    goal_std: torch.Tensor,
-    method: str,
-    eps: float,
-    out: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As the reference, in float32.
+def channel_affine(arguments: AffineArguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute in float32.
 
     Raises:
         TypeError: ``x`` is not float32, bfloat16 or float16.
     """
+    x, dim, goal_mean, goal_std, method, eps, out = arguments
     if x.dtype not in DTYPES:
         raise TypeError(f"x: expected one of {DTYPES} on the Triton backend, got {x.dtype}")
     target_of(x.device)
@@ -153,7 +146,7 @@ def channel_affine(
     samples = sizes[0] * sizes[1] * sizes[2]
     if moved is not out:  # more sample dimensions than the kernel follows: nothing a network makes
         whole = torch.empty_like(out, memory_format=torch.contiguous_format)
-        results = channel_affine(x, dim, goal_mean, goal_std, method, eps, whole)
+        results = channel_affine(arguments._replace(out=whole))
         out.copy_(whole)
         return results
     numbers = (*sizes, *strides, stride_c, *out_sizes, *out_strides, out_stride_c)

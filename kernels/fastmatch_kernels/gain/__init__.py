@@ -1,4 +1,4 @@
-"""The entry of ``gain``."""
+"""The dense gain matrix of factors: ``gain``."""
 
 from __future__ import annotations
 
@@ -7,31 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmatch_kernels._dispatch import check_precision, module_of
-from fastmatch_kernels._factors import Factors, check_factors
+from fastmatch_kernels._dispatch import Operation, check_precision
+from fastmatch_kernels._factors import Factors, check_factors, result_dtype
+from fastmatch_kernels.gain.reference import GainArguments
 
 __all__ = ["gain"]
 
-
-@torch.library.custom_op("fastmatch::gain", mutates_args=("out",))
-def _gain(
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    b_index: Tensor | None,
-    contraction_index: Sequence[Tensor | None],
-    out: Tensor,
-    accumulate: bool,
-    precision: str,
-    backend: str,
-) -> None:
-    module_of(backend, "gain").gain(
-        list(a), list(b), b_index, list(contraction_index), out, accumulate, precision
-    )
-
-
-@_gain.register_fake
-def _(a, b, b_index, contraction_index, out, accumulate, precision, backend) -> None:
-    return None
+_gain = Operation("gain", GainArguments, lambda arguments: None, mutates=("out",))
 
 
 def gain(
@@ -44,27 +26,37 @@ def gain(
     precision: str = "ieee",
     backend: str | None = None,
 ) -> Tensor:
-    """The gain matrix ``G = sum_k A_k @ B_k[b_index][:, contraction_index[k]].T``, no permuted copy made.
+    """Return the gain matrix ``G = sum_k A_k @ B_k[b_index][:, contraction_index[k]].T`` without a permuted copy of B.
 
     Example:
-        >>> g = gain([(w_a, w_b), (bias_a[:, None], bias_b[:, None])], contraction_index=[inputs, None])
-        >>> gain([rank_update(w_a, w_b, inputs, new_inputs)], out=g, accumulate=True)
+        >>> from fastmatch_kernels.ops import gain
+        >>> a, b = torch.randn(4, 3), torch.randn(5, 3)
+        >>> order = torch.tensor([2, 0, 1])
+        >>> matrix = gain([(a, b)], contraction_index=order)
+        >>> torch.allclose(matrix, a @ b[:, order].T, atol=1e-6)
+        True
+        >>> more = gain([(a, b)], out=matrix, accumulate=True)
 
     Args:
-        factors: pairs (n, d_k), (m, d_k) of one dtype; float64 not on "triton". Any strides.
-        b_index: (m',) int64, which of B's rows, in which order.
-        contraction_index: (d_k,) int64 for every pair, or one per pair or None: the order of B's columns.
+        factors: pairs (n, d_k), (m, d_k) of one floating point dtype; float64 not on "triton". Any strides.
+        b_index: (m',) int64, the rows of B to use, in order. All m by default.
+        contraction_index: (d_k,) int64 for all pairs, or a list with an index or None for each pair: the order of
+            B's columns.
         out: (n, m') float32 (float64 for float64 factors), written and returned.
-        accumulate: add to what ``out`` holds: a rank-r update costs ``2 n m r`` operations.
-        precision: of float32 products on "triton": "ieee", "tf32", "bf16x3". Always float32 on "cpu".
-        backend: see :func:`backend_of`.
+        accumulate: add to ``out`` instead of overwriting it. A change of rank r costs ``2 n m r`` operations this way.
+        precision: of float32 products on "triton": "ieee", "tf32" or "bf16x3". On "cpu" always float32.
+        backend: "triton", "cpu" or "reference"; by the tensors' device if None.
+
+    Returns:
+        (n, m') float32 (float64 for float64 factors).
 
     Raises:
-        ValueError, TypeError: shapes, types, indices or options that do not fit.
+        TypeError: factors or an index of a wrong dtype.
+        ValueError: shapes, entries of an index, devices or options that do not fit.
     """
     check_precision(precision)
     a, b, contractions, shape, chosen = check_factors(factors, b_index, contraction_index, backend)
-    dtype = torch.float64 if a[0].dtype == torch.float64 else torch.float32
+    dtype = result_dtype(a[0])
     if accumulate and out is None:
         raise ValueError("out: expected the gain to add to, got None")
     if out is None:
@@ -74,5 +66,5 @@ def gain(
             f"out: expected {shape} of {dtype} on {a[0].device}, "
             f"got {tuple(out.shape)} of {out.dtype} on {out.device}"
         )
-    _gain(a, b, b_index, contractions, out, accumulate, precision, chosen)
+    _gain(GainArguments(a, b, b_index, contractions, out, accumulate, precision), chosen)
     return out

@@ -1,40 +1,31 @@
-"""The dense gain on CPU: BLAS products, B gathered a tile at a time, so no permuted copy of it is made.
+"""The dense gain on CPU: products by BLAS, with B gathered a tile at a time, so that no permuted copy of it is made.
 
-A tile is ``ROWS`` of B's rows: gathered once, multiplied while in cache. Half-precision factors are widened
-to float32 tile by tile as well. Float32 products whatever ``precision`` says: no CPU path is less exact.
+A tile is ``ROWS`` rows of B. It is gathered once and multiplied while it is in the caches. Half-precision factors are
+widened to float32 a tile at a time too. Products are in float32 whatever ``precision`` says: no CPU path is less exact.
 Three bfloat16 products, on CPUs with matrix units for them, were measured no faster than one float32 product.
+
+Error: that of float32 products summed in float32 (float64 if ``out`` is), ``gamma_d |A| |B|^T``.
 """
 
 from __future__ import annotations
 
-import torch
-
-from fastmatch_kernels.gain.reference import gathered
+from fastmatch_kernels.gain.reference import GainArguments, gathered
 
 __all__ = ["gain"]
 
 ROWS = 1024
+"""Rows of B in a tile."""
 
 
-def gain(
-    a: list[torch.Tensor],
-    b: list[torch.Tensor],
-    b_index: torch.Tensor | None,
-    contraction_index: list[torch.Tensor | None],
-    out: torch.Tensor,
-    accumulate: bool,
-    precision: str = "ieee",
-) -> None:
-    """Writes the gain to ``out``, or adds it. Arguments as in the reference.
-
-    Error: that of float32 products summed in float32 (float64 where ``out`` is), ``gamma_d |A| |B|^T``.
-    """
+def gain(arguments: GainArguments) -> None:
+    """Multiply tile by tile into ``out``."""
+    a, b, b_index, contraction_index, out, accumulate, _ = arguments
     if not accumulate:
         out.zero_()
     for first, second, index in zip(a, b, contraction_index, strict=True):
         left = first.to(out.dtype)
-        plain = b_index is None and index is None and second.dtype == out.dtype
-        step = max(len(out.T), 1) if plain else ROWS
+        needs_copy = b_index is not None or index is not None or second.dtype != out.dtype
+        step = ROWS if needs_copy else max(len(out.T), 1)
         for start in range(0, out.shape[1], step):
             rows = None if b_index is None else b_index[start : start + step]
             tile = second if rows is not None else second[start : start + step]

@@ -8,8 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastmatch_kernels._dispatch import backend_of, check_floating, check_precision, module_of
-from fastmatch_kernels.moments.reference import CROSS, Moments
+from fastmatch_kernels._dispatch import Operation, backend_of, check_floating, check_precision
+from fastmatch_kernels.moments.reference import CROSS, Moments, MomentsArguments
 
 __all__ = ["PENDING", "moments"]
 
@@ -19,27 +19,13 @@ PENDING = 4096
 """Samples that small batches wait for before a cross product is added to: its memory would cost more."""
 
 
-@torch.library.custom_op("fastmatch::moments_update", mutates_args=("stats_a", "stats_b", "ab", "aa", "bb"))
-def _moments_update(
-    a: Tensor,
-    b: Tensor | None,
-    dim: int,
-    shift_a: Tensor,
-    shift_b: Tensor | None,
-    stats_a: Tensor,
-    stats_b: Tensor | None,
-    ab: Tensor | None,
-    aa: Tensor | None,
-    bb: Tensor | None,
-    precision: str,
-    backend: str,
-) -> None:
-    module_of(backend, "moments").update(a, b, dim, shift_a, shift_b, stats_a, stats_b, ab, aa, bb, precision)
-
-
-@_moments_update.register_fake
-def _(a, b, dim, shift_a, shift_b, stats_a, stats_b, ab, aa, bb, precision, backend) -> None:
-    return None
+_moments_update = Operation(
+    "moments_update",
+    MomentsArguments,
+    lambda arguments: None,
+    mutates=("stats_a", "stats_b", "ab", "aa", "bb"),
+    folder="moments",
+)
 
 
 def moments(
@@ -134,7 +120,7 @@ def _add_moments(
     state: Moments, a: Tensor, b: Tensor | None = None, *, dim: int = 1, precision: str, backend: str
 ) -> None:
     two = b is not None
-    arguments = (
+    arguments = MomentsArguments(
         a,
         b,
         dim,
@@ -147,10 +133,7 @@ def _add_moments(
         state.cross.get("bb"),
         precision,
     )
-    if torch.compiler.is_compiling():
-        _moments_update(*arguments, backend)
-    else:  # the custom operator costs more than the sums of a small map
-        module_of(backend, "moments").update(*arguments)
+    _moments_update(arguments, backend)
 
 
 def _leave_pending(state: Moments, models: list[Tensor], count: int, add: partial[None]) -> None:

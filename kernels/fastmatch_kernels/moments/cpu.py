@@ -22,8 +22,9 @@ import torch
 
 from fastmatch_kernels._numba.cache import njit
 from fastmatch_kernels.moments import reference
+from fastmatch_kernels.moments.reference import MomentsArguments
 
-__all__ = ["update"]
+__all__ = ["moments_update"]
 
 ROWS = 4096
 """Samples of one float32 product at most."""
@@ -168,28 +169,12 @@ def _add_product(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor) -> None:
             _accumulate(torch.bmm(part, right.mT, out=product).numpy(), into.numpy())
 
 
-def update(
-    a: torch.Tensor,
-    b: torch.Tensor | None,
-    dim: int,
-    shift_a: torch.Tensor,
-    shift_b: torch.Tensor | None,
-    stats_a: torch.Tensor,
-    stats_b: torch.Tensor | None,
-    ab: torch.Tensor | None,
-    aa: torch.Tensor | None,
-    bb: torch.Tensor | None,
-    precision: str = "ieee",
-) -> None:
-    """Adds one batch to the accumulators, in place. Arguments as in the reference; float64 stays float64."""
-    if a.dtype == torch.float64 or (b is not None and b.dtype == torch.float64):
-        reference.update(a, b, dim, shift_a, shift_b, stats_a, stats_b, ab, aa, bb)
+def moments_update(arguments: MomentsArguments) -> None:
+    """Add a batch chunk by chunk; float64 goes through the reference."""
+    models, dim = arguments.models, arguments.dim
+    if any(x.dtype == torch.float64 for x, _, _ in models):
+        reference.moments_update(arguments)
         return
-    models = [(a, shift_a, stats_a)]
-    if b is not None:
-        assert shift_b is not None
-        assert stats_b is not None
-        models.append((b, shift_b, stats_b))
     views = [_as_batch_channel_position(x.detach(), dim) for x, _, _ in models]
     # Channel-last data (also every linear layer's) is read along channels, other data along positions.
     by_sample = all(v.stride(1) == 1 or v.shape[2] == 1 for v in views)
@@ -216,6 +201,5 @@ def update(
                 kept = filled.view(-1, samples)
                 _read_channel_major(piece.numpy(), shift.numpy(), stats.numpy(), kept.numpy())
                 shifted.append(kept)
-        for out, i, j in ((ab, 0, 1), (aa, 0, 0), (bb, 1, 1)):
-            if out is not None:
-                _add_product(shifted[i], shifted[j], out)
+        for out, i, j in arguments.products:
+            _add_product(shifted[i], shifted[j], out)

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
-__all__ = ["CROSS", "Moments", "samples_by_channels", "update"]
+__all__ = ["CROSS", "Moments", "MomentsArguments", "moments_update", "samples_by_channels"]
 
 CROSS = ("ab", "aa", "bb")
 """Cross products that can be kept: between the models, and within each (for CCA and zip)."""
@@ -35,6 +36,39 @@ def _shift_of(x: torch.Tensor, dim: int) -> torch.Tensor:
     rows = front[: -(-SHIFT_SAMPLES // per_entry)] if front.ndim > 1 else front
     work = x.dtype if x.dtype == torch.float64 else torch.float32
     return rows.reshape(-1, x.shape[dim]).to(work).mean(dim=0)
+
+
+class MomentsArguments(NamedTuple):
+    """Checked arguments of an update: one batch, and the accumulators that backends add to in place.
+
+    Whatever belongs to b is None if there is one model; a cross product that is not kept is None.
+    """
+
+    a: torch.Tensor  # (B, C, *spatial) with channels at dim, any strides
+    b: torch.Tensor | None  # (B, C', *spatial)
+    dim: int
+    shift_a: torch.Tensor  # (C,)
+    shift_b: torch.Tensor | None  # (C',)
+    stats_a: torch.Tensor  # (3, C) float64
+    stats_b: torch.Tensor | None  # (3, C') float64
+    ab: torch.Tensor | None  # (C, C') float64
+    aa: torch.Tensor | None  # (C, C) float64
+    bb: torch.Tensor | None  # (C', C') float64
+    precision: str
+
+    @property
+    def models(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """(activations, shift, statistics) of each model."""
+        found = [(self.a, self.shift_a, self.stats_a)]
+        if self.b is not None and self.shift_b is not None and self.stats_b is not None:
+            found.append((self.b, self.shift_b, self.stats_b))
+        return found
+
+    @property
+    def products(self) -> list[tuple[torch.Tensor, int, int]]:
+        """(accumulator, model of its rows, model of its columns) of each cross product that is kept."""
+        every = ((self.ab, 0, 1), (self.aa, 0, 0), (self.bb, 1, 1))
+        return [(out, i, j) for out, i, j in every if out is not None]
 
 
 @dataclass
@@ -155,38 +189,15 @@ class Moments:
         return result
 
 
-def update(
-    a: torch.Tensor,
-    b: torch.Tensor | None,
-    dim: int,
-    shift_a: torch.Tensor,
-    shift_b: torch.Tensor | None,
-    stats_a: torch.Tensor,
-    stats_b: torch.Tensor | None,
-    ab: torch.Tensor | None,
-    aa: torch.Tensor | None,
-    bb: torch.Tensor | None,
-    precision: str = "ieee",
-) -> None:
-    """Adds one batch to the accumulators, in place, in float64 throughout.
-
-    Args:
-        a, b: (B, C, *spatial) with channels at ``dim``, any strides.
-        shift_a, shift_b: (C,).
-        stats_a, stats_b: (3, C) float64.
-        ab, aa, bb: (C, C') float64 or None.
-        precision: of the products; float64 is above them all.
-    """
+def moments_update(arguments: MomentsArguments) -> None:
+    """Add in float64 throughout."""
     shifted = []
-    for x, shift, stats in ((a, shift_a, stats_a), (b, shift_b, stats_b)):
-        if x is None or shift is None or stats is None:
-            continue
-        rows = samples_by_channels(x.double(), dim)
+    for x, shift, stats in arguments.models:
+        rows = samples_by_channels(x.double(), arguments.dim)
         stats[2] += (rows <= 0).sum(dim=0)
         rows = rows - shift.double()
         stats[0] += rows.sum(dim=0)
         stats[1] += rows.square().sum(dim=0)
         shifted.append(rows)
-    for out, i, j in ((ab, 0, 1), (aa, 0, 0), (bb, 1, 1)):
-        if out is not None:
-            out += shifted[i].T @ shifted[j]
+    for out, i, j in arguments.products:
+        out += shifted[i].T @ shifted[j]

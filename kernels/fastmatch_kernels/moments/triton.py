@@ -37,11 +37,15 @@ from fastmatch_kernels._triton.tiles import (
     matmul_tiles,
     target_of,
 )
+from fastmatch_kernels.moments.reference import MomentsArguments
 
-__all__ = ["CHUNK", "update"]
+__all__ = ["CHUNK", "moments_update"]
 
 CHUNK = 4096
 """Samples per float32 accumulator."""
+
+Model = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""(activations, shift, statistics)."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -69,6 +73,12 @@ def _load(x_ptr, sizes, strides, stride_c, channel, channels, sample, end, DIMS:
     mask = (channel < channels)[:, None] & (sample < end)[None, :]
     offset = channel.to(tl.int64)[:, None] * stride_c + _sample_offset(sample, sizes, strides, DIMS)[None, :]
     return tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32), mask
+
+
+@triton.jit
+def _sums(x, y, mask):
+    """Sum, sum of squares and number of samples that are not above 0, of every channel of a block."""
+    return tl.sum(y, 1), tl.sum(y * y, 1), tl.sum(((x <= 0) & mask).to(tl.float32), 1)
 
 
 @triton.jit
@@ -136,13 +146,15 @@ def _cross_kernel(
         acc = dot(y_a, tl.trans(y_b), acc, PRECISION)
         if STATS:
             if tile_b == 0:
-                total_a += tl.sum(y_a, 1)
-                square_a += tl.sum(y_a * y_a, 1)
-                off_a += tl.sum(((a <= 0) & mask_a).to(tl.float32), 1)
+                total, square, off = _sums(a, y_a, mask_a)
+                total_a += total
+                square_a += square
+                off_a += off
             if tile_a == 0:
-                total_b += tl.sum(y_b, 1)
-                square_b += tl.sum(y_b * y_b, 1)
-                off_b += tl.sum(((b <= 0) & mask_b).to(tl.float32), 1)
+                total, square, off = _sums(b, y_b, mask_b)
+                total_b += total
+                square_b += square
+                off_b += off
     mask = (channel_a < channels_a)[:, None] & (channel_b < channels_b)[None, :]
     out = cross_ptr + split * channels_a * channels_b
     out = out + channel_a.to(tl.int64)[:, None] * channels_b + channel_b[None, :]
@@ -185,9 +197,10 @@ def _stats_kernel(
             sample = start + tl.arange(0, BLOCK_T)
             x, mask = _load(x_ptr, sizes, strides, stride_c, channel, channels, sample, end, DIMS)
             y = tl.where(mask, x - shift[:, None], 0.0)
-            total += tl.sum(y, 1)
-            square += tl.sum(y * y, 1)
-            off += tl.sum(((x <= 0) & mask).to(tl.float32), 1)
+            total_t, square_t, off_t = _sums(x, y, mask)
+            total += total_t
+            square += square_t
+            off += off_t
         _flush(stats_ptr + split * 3 * channels, channel, channels, total, square, off)
 
 
@@ -260,17 +273,10 @@ def _stats(x: torch.Tensor, dim: int, shift: torch.Tensor, stats: torch.Tensor, 
 
 
 def _cross(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    dim: int,
-    shift_a: torch.Tensor,
-    shift_b: torch.Tensor,
-    stats_a: torch.Tensor | None,
-    stats_b: torch.Tensor | None,
-    cross: torch.Tensor,
-    precision: str,
-    target: Target,
+    first: Model, second: Model, dim: int, cross: torch.Tensor, with_stats: bool, precision: str
 ) -> None:
+    (a, shift_a, stats_a), (b, shift_b, stats_b) = first, second
+    target = target_of(a.device)
     a, a_sizes, a_strides, a_stride_c, a_dims = sample_layout(a, dim)
     b, b_sizes, b_strides, b_stride_c, b_dims = sample_layout(b, dim)
     channels_a, channels_b = cross.shape
@@ -282,11 +288,8 @@ def _cross(
     # One chunk a program: a loop over chunks would keep the accumulator's addresses in registers.
     chunks = ceil_div(samples, CHUNK)
     splits = min(chunks, max(2 * target.processors // (grid[0] * grid[1]), 1))
-    with_stats = stats_a is not None and stats_b is not None
-    outs = [cross, stats_a if with_stats else cross, stats_b if with_stats else cross]
-    parts = [
-        x[None] if splits == 1 else x.new_zeros(splits, *x.shape) for x in outs[: 3 if with_stats else 1]
-    ]
+    outs = [cross, stats_a, stats_b] if with_stats else [cross]
+    parts = [x[None] if splits == 1 else x.new_zeros(splits, *x.shape) for x in outs]
     parts += parts[:1] * (3 - len(parts))  # unused pointers
     for start in range(0, chunks, splits):
         _cross_kernel[(*grid, min(splits, chunks - start))](
@@ -318,48 +321,26 @@ def _cross(
             **tiles.options,
         )
     if splits > 1:
-        for out, part in zip(outs[: 3 if with_stats else 1], parts, strict=False):
+        for out, part in zip(outs, parts, strict=False):
             out += part.sum(dim=0)
 
 
-def update(
-    a: torch.Tensor,
-    b: torch.Tensor | None,
-    dim: int,
-    shift_a: torch.Tensor,
-    shift_b: torch.Tensor | None,
-    stats_a: torch.Tensor,
-    stats_b: torch.Tensor | None,
-    ab: torch.Tensor | None,
-    aa: torch.Tensor | None,
-    bb: torch.Tensor | None,
-    precision: str = "ieee",
-) -> None:
-    """Adds one batch to the accumulators, in place. Arguments as in the reference.
+def moments_update(arguments: MomentsArguments) -> None:
+    """Take float32, bfloat16 or float16 activations.
 
     Raises:
-        TypeError: activations that are not float32, bfloat16 or float16.
+        TypeError: activations of another dtype.
     """
-    for name, x in (("a", a), ("b", b)):
-        if x is not None and x.dtype not in DTYPES:
+    for name, (x, _, _) in zip("ab", arguments.models, strict=False):
+        if x.dtype not in DTYPES:
             raise TypeError(f"{name}: expected one of {DTYPES} on the Triton backend, got {x.dtype}")
-    if a.numel() == 0 and (b is None or b.numel() == 0):
+    if all(x.numel() == 0 for x, _, _ in arguments.models):
         return
-    target = target_of(a.device)
-    shift_a = shift_a.float()
-    if ab is not None:
-        assert b is not None
-        assert shift_b is not None
-        _cross(a, b, dim, shift_a, shift_b.float(), stats_a, stats_b, ab, precision, target)
-    else:
-        _stats(a, dim, shift_a, stats_a, target)
-        if b is not None:
-            assert shift_b is not None
-            assert stats_b is not None
-            _stats(b, dim, shift_b.float(), stats_b, target)
-    if aa is not None:
-        _cross(a, a, dim, shift_a, shift_a, None, None, aa, precision, target)
-    if bb is not None:
-        assert b is not None
-        assert shift_b is not None
-        _cross(b, b, dim, shift_b.float(), shift_b.float(), None, None, bb, precision, target)
+    models = [(x, shift.float(), stats) for x, shift, stats in arguments.models]
+    dim, precision = arguments.dim, arguments.precision
+    if arguments.ab is None:
+        for x, shift, stats in models:
+            _stats(x, dim, shift, stats, target_of(x.device))
+    for out, i, j in arguments.products:
+        # The product between the models reads both, so it takes their statistics along.
+        _cross(models[i], models[j], dim, out, with_stats=i != j, precision=precision)

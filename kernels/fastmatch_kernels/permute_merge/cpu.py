@@ -20,6 +20,7 @@ from fastmatch_kernels._numba.cache import njit
 from fastmatch_kernels._numba.half import HALF, HARDWARE, decode, encode
 from fastmatch_kernels._numba.register_transpose import BYTES, from_words, to_words
 from fastmatch_kernels.permute_merge import reference
+from fastmatch_kernels.permute_merge.reference import MergeArguments
 
 __all__ = ["permute_merge"]
 
@@ -234,19 +235,9 @@ def _source_runs(
     return (runs * middle + np.arange(middle)).ravel()
 
 
-def permute_merge(
-    weights: list[torch.Tensor],
-    alphas: list[float],
-    first: list[torch.Tensor | None],
-    second: list[torch.Tensor | None],
-    dims: Sequence[int],
-    blocks: Sequence[int],
-    out: torch.Tensor,
-) -> None:
-    """Writes the merge to ``out``. Arguments as in the reference.
-
-    Bytes: (len(weights) + 1) times one weight, plus the indices.
-    """
+def permute_merge(arguments: MergeArguments) -> None:
+    """Move ``len(weights) + 1`` times the bytes of a weight, and the indices."""
+    weights, alphas, first, second, dims, blocks, out = arguments
     if out.numel() == 0:
         return
     shape = out.shape

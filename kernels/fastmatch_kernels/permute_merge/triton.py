@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from fastmatch_kernels._triton.tiles import Tiles, ceil_div, is_aligned, target_of
+from fastmatch_kernels.permute_merge.reference import MergeArguments
 
 __all__ = ["permute_merge", "run_tiles", "runs_of"]
 
@@ -32,17 +33,13 @@ def _permute_merge_kernel(
     first_ptrs,  # K x (n1 / block1,) int64, or None
     second_ptrs,  # K x (length / block2,) int64, or None
     out_ptr,  # (outer, n1, middle, length)
-    runs,
-    n1,
-    middle,
-    length,
-    block1,
-    block2,
+    layout,  # what runs_of returns
     K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_L: tl.constexpr,
     STEPS: tl.constexpr,
 ):
+    runs, n1, middle, length, block1, block2 = layout
     run = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     in_run = run < runs
     m = run % middle
@@ -97,33 +94,27 @@ def run_tiles(length: int, gathered: bool, *, aligned: bool = True) -> tuple[Til
     return Tiles(rows, columns, 1, warps, 1), min(steps, 16)
 
 
-def permute_merge(
-    weights: list[torch.Tensor],
-    alphas: list[float],
-    first: list[torch.Tensor | None],
-    second: list[torch.Tensor | None],
-    dims: Sequence[int],
-    blocks: Sequence[int],
-    out: torch.Tensor,
-) -> None:
-    """Writes the merge to ``out``. Arguments as in the reference.
+def permute_merge(arguments: MergeArguments) -> None:
+    """Take float32, bfloat16 or float16 weights.
 
     Raises:
-        TypeError: weights that are not float32, bfloat16 or float16.
+        TypeError: weights of another dtype.
     """
+    weights, alphas, first, second, dims, blocks, out = arguments
     if out.dtype not in DTYPES:
         raise TypeError(f"weights: expected one of {DTYPES} on the Triton backend, got {out.dtype}")
     target_of(out.device)
     if out.numel() == 0:
         return
     any_first, any_second = (any(i is not None for i in indices) for indices in (first, second))
-    runs, n1, middle, length, block1, block2 = runs_of(tuple(out.shape), dims, blocks, any_first, any_second)
+    layout = runs_of(tuple(out.shape), dims, blocks, any_first, any_second)
+    runs, n1, _, length, _, _ = layout
     if any_first and n1 == 1 and not any_second:
         first, second = second, first  # short runs: the axis was turned into the second
     gathered = any(i is not None for i in second)
     target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
     sources = tuple(w.contiguous() for w in weights)
-    aligned = is_aligned((*sources, target), (runs, n1, middle, length, block1, block2))
+    aligned = is_aligned((*sources, target), layout)
     tiles, steps = run_tiles(length, gathered, aligned=aligned)
     grid = (ceil_div(runs, tiles.rows), ceil_div(length, tiles.columns * steps))
     _permute_merge_kernel[grid](
@@ -132,12 +123,7 @@ def permute_merge(
         tuple(first),
         tuple(second),
         target,
-        runs,
-        n1,
-        middle,
-        length,
-        block1,
-        block2,
+        layout,
         K=len(weights),
         BLOCK_R=tiles.rows,
         BLOCK_L=tiles.columns,

@@ -1,7 +1,7 @@
 """Soft minima of rows of costs given by factors, on CPU: BLAS tiles, then one pass of vector exponentials.
 
-A row keeps two numbers between tiles, the least value seen and the sum of ``exp((least - x) / t)``. LANES numbers are
-worked on side by side, with unsigned indices, which is the form that compiles to vectors.
+A row keeps two numbers between tiles: the least value seen and the sum of ``exp((least - x) / t)``. Loops over ``LANES``
+numbers with unsigned indices are the form that LLVM turns into vector instructions.
 """
 
 from __future__ import annotations
@@ -11,30 +11,31 @@ import torch
 
 from fastmatch_kernels._numba.cache import njit
 from fastmatch_kernels.row_softmin import reference
+from fastmatch_kernels.row_softmin.reference import SoftminArguments
 from fastmatch_kernels.row_topk.cpu import TILE, each_tile, products
 
 __all__ = ["row_softmin"]
 
 LANES = 64
-LOWEST = np.float32(-87.0)
-"""exp of it is near float32's smallest normal number; what is below adds nothing."""
+EXP_UNDERFLOW = np.float32(-87.0)
+"""exp of it is near float32's smallest normal number; smaller arguments add nothing."""
 LOG2E = np.float32(1.4426950408889634)
 ROUND = np.float32(1.5 * 2**23)
-"""Added and taken away again, it leaves the nearest integer."""
-# Of 2^f for |f| <= 1/2: f ln 2 to the n over n factorial, relative error 3e-7 after the fifth.
+"""Adding and subtracting it rounds to the nearest integer."""
+# Taylor coefficients of 2^f for |f| <= 1/2, (ln 2)^n / n!: the relative error after the fifth is 3e-7.
 C1, C2, C3, C4, C5 = (np.float32(np.log(2.0) ** k / np.prod(np.arange(1.0, k + 1))) for k in range(1, 6))
 ONE = np.float32(1.0)
 
 
 @njit(nogil=True, inline="always")
 def _exp(x):  # pragma: no cover - compiled
-    """float32 exp for x <= 0; 0 below LOWEST, and of NaN."""
-    y = (x if x > LOWEST else LOWEST) * LOG2E
+    """float32 exp for x <= 0; 0 below EXP_UNDERFLOW, and of NaN."""
+    y = (x if x > EXP_UNDERFLOW else EXP_UNDERFLOW) * LOG2E
     whole = (y + ROUND) - ROUND
     f = y - whole
     power = ONE + f * (C1 + f * (C2 + f * (C3 + f * (C4 + f * C5))))
     scale = np.uint32(np.uint32(np.int32(whole) + np.int32(127)) << np.uint32(23)).view(np.float32)
-    return power * scale if x > LOWEST else np.float32(0.0)
+    return power * scale if x > EXP_UNDERFLOW else np.float32(0.0)
 
 
 @njit(nogil=True)
@@ -81,17 +82,12 @@ def add_tile(tile, v, lo, hi, temperature, least, total):  # pragma: no cover - 
             total[i] += np.float64(part[lane])
 
 
-def row_softmin(
-    factors: list[tuple[torch.Tensor, torch.Tensor]],
-    v: torch.Tensor,
-    temperature: float,
-    *,
-    precision: str = "ieee",
-) -> torch.Tensor:
-    """Arguments and result as in the reference; products in float32, whatever ``precision``."""
-    if factors[0][0].dtype == torch.float64:
-        return reference.row_softmin(factors, v, temperature)
-    n = len(factors[0][0])
+def row_softmin(arguments: SoftminArguments) -> torch.Tensor:
+    """Multiply in float32 a tile at a time, whatever the precision asked for; float64 goes through the reference."""
+    a, b, v, temperature, _ = arguments
+    if a[0].dtype == torch.float64:
+        return reference.row_softmin(arguments)
+    n, factors = len(a[0]), list(zip(a, b, strict=True))
     least, total, duals = np.full(n, np.inf), np.zeros(n), v.float().numpy()
 
     def add(tile: np.ndarray, top: int, first: int, lo: int, hi: int) -> None:

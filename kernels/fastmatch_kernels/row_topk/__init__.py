@@ -1,4 +1,4 @@
-"""The entries of ``row_topk`` and ``row_min``."""
+"""Shortlists and minima of the rows of a cost given by factors: ``row_topk`` and ``row_min``."""
 
 from __future__ import annotations
 
@@ -7,89 +7,47 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmatch_kernels._dispatch import PRECISIONS, check_precision, module_of, run
-from fastmatch_kernels._factors import Factors, check_duals, check_factors
+from fastmatch_kernels._dispatch import PRECISIONS, Operation, check_precision
+from fastmatch_kernels._factors import Factors, check_duals, check_factors, result_dtype
+from fastmatch_kernels.row_topk.reference import RowArguments
 
 __all__ = ["row_min", "row_topk"]
 
 ROW_PRECISIONS = (*PRECISIONS, "bf16")
 
 
-def _row_topk(
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
+def _fake_topk(arguments: RowArguments) -> tuple[Tensor, Tensor, Tensor]:
+    value, _ = _fake_min(arguments)
+    shape = (len(value), arguments.k)
+    return value.new_empty(shape, dtype=torch.int64), value.new_empty(shape), value
+
+
+def _fake_min(arguments: RowArguments) -> tuple[Tensor, Tensor]:
+    first = arguments.a[0]
+    value = first.new_empty(first.shape[0], dtype=result_dtype(first))
+    return value, torch.empty_like(value, dtype=torch.int64)
+
+
+_row_topk = Operation("row_topk", RowArguments, _fake_topk, returns=tuple[Tensor, Tensor, Tensor])
+_row_min = Operation("row_min", RowArguments, _fake_min, returns=tuple[Tensor, Tensor], folder="row_topk")
+
+
+def _checked(
+    factors: Factors,
     v: Tensor,
-    k: int,
-    b_index: Tensor | None,
-    contraction_index: Sequence[Tensor | None],
+    indices: tuple[Tensor | None, Tensor | Sequence[Tensor | None] | None],
     precision: str,
-    sizes: Tensor | None,
-    tile: Sequence[int],
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return module_of(backend, "row_topk").row_topk(
-        list(zip(a, b, strict=True)),
-        v,
-        k,
-        b_index=b_index,
-        contraction_index=list(contraction_index),
-        precision=precision,
-        sizes=sizes,
-        tile=tuple(tile),
-    )
-
-
-_row_topk_op = torch.library.custom_op("fastmatch::row_topk", mutates_args=())(_row_topk)
-
-
-@_row_topk_op.register_fake
-def _(
-    a, b, v, k, b_index, contraction_index, precision, sizes, tile, backend
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = torch.float64 if a[0].dtype == torch.float64 else torch.float32
-    n = a[0].shape[0]
-    return (
-        a[0].new_empty(n, k, dtype=torch.int64),
-        a[0].new_empty(n, k, dtype=dtype),
-        a[0].new_empty(n, dtype=dtype),
-    )
-
-
-def _row_min(
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    v: Tensor,
-    b_index: Tensor | None,
-    contraction_index: Sequence[Tensor | None],
-    precision: str,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    return module_of(backend, "row_topk").row_min(
-        list(zip(a, b, strict=True)),
-        v,
-        b_index=b_index,
-        contraction_index=list(contraction_index),
-        precision=precision,
-    )
-
-
-_row_min_op = torch.library.custom_op("fastmatch::row_min", mutates_args=())(_row_min)
-
-
-@_row_min_op.register_fake
-def _(a, b, v, b_index, contraction_index, precision, backend) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if a[0].dtype == torch.float64 else torch.float32
-    n = a[0].shape[0]
-    return a[0].new_empty(n, dtype=dtype), a[0].new_empty(n, dtype=torch.int64)
-
-
-def _check_screening(precision: str, dtype: torch.dtype, backend: str) -> None:
-    if precision != "bf16" or backend == "reference":
-        return
-    if backend != "cpu":
-        raise ValueError(f"precision: 'bf16' is of backend 'cpu', got {backend!r}, which takes {PRECISIONS}")
-    if dtype == torch.float64:
+    backend: str | None,
+) -> tuple[RowArguments, str]:
+    """(arguments with k = 1, backend), or an error that names what does not fit."""
+    check_precision(precision, ROW_PRECISIONS)
+    a, b, contractions, (_, m), chosen = check_factors(factors, *indices, backend)
+    if precision == "bf16" and chosen == "triton":
+        raise ValueError(f"precision: 'bf16' is of backend 'cpu', got {chosen!r}, which takes {PRECISIONS}")
+    if precision == "bf16" and chosen == "cpu" and a[0].dtype == torch.float64:
         raise ValueError("precision: 'bf16' takes factors of at most float32, got torch.float64")
+    check_duals(v, m, a[0].device)
+    return RowArguments(a, b, v, 1, indices[0], contractions, precision), chosen
 
 
 def row_topk(
@@ -104,35 +62,46 @@ def row_topk(
     tile: tuple[int, int] | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Per row k columns of smallest ``c_ij - v_j``, ``c = -gain(factors)``, and a bound on all the others.
+    """Return, per row, the k columns of smallest ``c_ij - v_j`` with ``c = -gain(factors)``, and a bound on the others.
 
-    The n x m matrix is never stored. Entries not above the bound are the row's smallest, in order; what is
-    outside the list is at least the bound, rounding included.
+    The n x m matrix is never stored. Listed entries that are not above the bound are the row's smallest, in order.
+    Every entry that is not listed is at least the bound, rounding included.
+
+    Example:
+        >>> from fastmatch_kernels.ops import row_topk
+        >>> a, b = torch.eye(3), 2 * torch.eye(3)
+        >>> columns, costs, bound = row_topk([(a, b)], torch.zeros(3), k=1)
+        >>> columns.flatten().tolist(), costs.flatten().tolist()
+        ([0, 1, 2], [-2.0, -2.0, -2.0])
+        >>> bool((bound <= 0).all())
+        True
 
     Args:
-        factors, b_index, contraction_index, backend: as for :func:`gain`.
-        precision: as for :func:`gain`, or "bf16" for factors up to float32 on "cpu": one product of factors rounded to
-            bfloat16, each entry lowered by a bound on what the rounding took. Costs and minima are then at most the
-            true ones (but for float32's rounding), the bound as valid as ever. For processors with bfloat16 matrix
-            units; slow elsewhere.
-        v: (m,) column duals; -inf keeps a column out of every list.
-        k: how many, at least 0.
-        sizes: (n,) float64, ``sum_k |a_ik| max_j |b_jk|`` or more, where the caller knows it: the bound needs it, and
-            computing it reads the factors once more. "bf16" has no use for it.
-        tile: rows and columns computed at a time on "cpu"; the other backends have their own.
+        factors: as for :func:`gain`.
+        v: (m',) column duals; -inf keeps a column out of every list.
+        k: entries per row, at least 0.
+        b_index: as for :func:`gain`.
+        contraction_index: as for :func:`gain`.
+        precision: as for :func:`gain`, or "bf16" on "cpu" for factors up to float32: one product of factors rounded to
+            bfloat16, each entry lowered by a bound on the rounding. Costs are then at most the true ones (up to
+            float32's rounding) and the bound is as valid as ever. It needs bfloat16 matrix units to be fast.
+        sizes: (n,) float64, ``sum_k |a_ik| max_j |b_jk|`` or more, if the caller knows it. The bound needs it, and
+            computing it reads the factors once more. Not used at "bf16".
+        tile: rows and columns computed at a time on "cpu"; the other backends choose their own.
+        backend: as for :func:`gain`.
 
     Returns:
-        (indices (n, k) int64, costs c (n, k), bound (n,)); -1 and +inf where a row has fewer than k entries.
+        (indices (n, k) int64, costs c (n, k), bound (n,)), the last two float32 (float64 for float64 factors); -1 and
+        +inf if a row has fewer than k entries.
 
     Raises:
-        ValueError, TypeError: shapes, types, indices or options that do not fit.
+        TypeError: factors or an index of a wrong dtype.
+        ValueError: shapes, entries of an index, devices or options that do not fit.
     """
-    check_precision(precision, ROW_PRECISIONS)
     if k < 0:
         raise ValueError(f"k: expected at least 0, got {k}")
-    a, b, contractions, (n, m), chosen = check_factors(factors, b_index, contraction_index, backend)
-    _check_screening(precision, a[0].dtype, chosen)
-    check_duals(v, m, a[0].device)
+    arguments, chosen = _checked(factors, v, (b_index, contraction_index), precision, backend)
+    n = len(arguments.a[0])
     if sizes is not None and (
         sizes.shape != (n,) or sizes.dtype != torch.float64 or sizes.device != v.device
     ):
@@ -142,9 +111,7 @@ def row_topk(
         )
     if tile is not None and (len(tile) != 2 or min(tile) < 1):
         raise ValueError(f"tile: expected (rows, columns), both at least 1, got {tile}")
-    return run(
-        _row_topk_op, _row_topk, a, b, v, k, b_index, contractions, precision, sizes, tile or (), chosen
-    )
+    return _row_topk(arguments._replace(k=k, sizes=sizes, tile=tile or ()), chosen)
 
 
 def row_min(
@@ -156,9 +123,17 @@ def row_min(
     precision: str = "ieee",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Per row the smallest ``c_ij - v_j`` (n,) and its column (n,) int64; arguments as :func:`row_topk`."""
-    check_precision(precision, ROW_PRECISIONS)
-    a, b, contractions, (_, m), chosen = check_factors(factors, b_index, contraction_index, backend)
-    _check_screening(precision, a[0].dtype, chosen)
-    check_duals(v, m, a[0].device)
-    return run(_row_min_op, _row_min, a, b, v, b_index, contractions, precision, chosen)
+    """Return, per row, the smallest ``c_ij - v_j`` with ``c = -gain(factors)``, and its column.
+
+    The n x m matrix is never stored. Arguments and errors are those of :func:`row_topk`.
+
+    Example:
+        >>> from fastmatch_kernels.ops import row_min
+        >>> value, column = row_min([(torch.eye(3), 2 * torch.eye(3))], torch.zeros(3))
+        >>> value.tolist(), column.tolist()
+        ([-2.0, -2.0, -2.0], [0, 1, 2])
+
+    Returns:
+        (values (n,) float32 (float64 for float64 factors), columns (n,) int64); +inf and -1 for a row without entries.
+    """
+    return _row_min(*_checked(factors, v, (b_index, contraction_index), precision, backend))

@@ -21,10 +21,11 @@ import torch
 from numba import types
 from numba.extending import overload
 
+from fastmatch_kernels._factors import result_dtype
 from fastmatch_kernels._numba.cache import njit
 from fastmatch_kernels._numba.parallel import over_rows
 from fastmatch_kernels.gain.reference import gathered
-from fastmatch_kernels.row_topk.reference import product_error, term_sizes
+from fastmatch_kernels.row_topk.reference import RowArguments, product_error, term_sizes
 
 __all__ = [
     "DISTANCES",
@@ -291,43 +292,32 @@ def screened_topk(
     return _lists(values, items, v, k, product_error(sizes, v, pair[0].shape[1], torch.float32))
 
 
-def _gathered_pair(factors, b_index, contraction_index) -> tuple[torch.Tensor, torch.Tensor]:
-    contractions = contraction_index or [None] * len(factors)
-    return screening_pair(
-        [(a, gathered(b, b_index, inner)) for (a, b), inner in zip(factors, contractions, strict=True)]
-    )
+def _screened_pair(arguments: RowArguments) -> tuple[torch.Tensor, torch.Tensor]:
+    gathered_pairs = [
+        (a, gathered(b, arguments.b_index, inner))
+        for (a, b), inner in zip(arguments.pairs, arguments.contraction_index, strict=True)
+    ]
+    return screening_pair(gathered_pairs)
 
 
-def _smallest_products(factors, v, kept, b_index, contraction_index, tile):
-    dtype = torch.float64 if factors[0][0].dtype == torch.float64 else torch.float32
-    fill = products(factors, b_index, contraction_index)
-    return smallest(len(factors[0][0]), v.to(dtype), kept, tile or TILE, fill)
+def _smallest_products(arguments: RowArguments, kept: int) -> tuple[np.ndarray, np.ndarray]:
+    dtype = result_dtype(arguments.a[0])
+    fill = products(arguments.pairs, arguments.b_index, arguments.contraction_index)
+    return smallest(len(arguments.a[0]), arguments.v.to(dtype), kept, arguments.tile or TILE, fill)
 
 
-def row_topk(
-    factors: list[tuple[torch.Tensor, torch.Tensor]],
-    v: torch.Tensor,
-    k: int,
-    *,
-    b_index: torch.Tensor | None = None,
-    contraction_index: list[torch.Tensor | None] | None = None,
-    precision: str = "ieee",
-    sizes: torch.Tensor | None = None,
-    tile: Sequence[int] = (),
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Arguments and result as in the reference; products in float32 (float64 for float64), but for ``precision="bf16"``.
+def row_topk(arguments: RowArguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Multiply in float32 (float64 for float64), or in bfloat16 for ``precision="bf16"``, a tile at a time.
 
-    Half-precision factors are widened a tile at a time, and B is gathered a tile at a time. At "bf16" the factors are
-    rounded, and B gathered, once; costs too are at most the true ones then, and ``sizes`` are of no use.
+    Half-precision factors are widened, and B is gathered, a tile at a time. At "bf16" the factors are rounded and
+    gathered once, costs are at most the true ones, and ``sizes`` are not used.
     """
-    if precision == "bf16":
-        pair = _gathered_pair(factors, b_index, contraction_index)
-        return screened_topk(pair, v, k, term_sizes([pair]), tile)
-    values, items = _smallest_products(factors, v, k + 1, b_index, contraction_index, tile)
-    if sizes is None:
-        sizes = term_sizes(factors, contraction_index)
-    depth = sum(a.shape[1] for a, _ in factors)
-    error = product_error(sizes, v, depth, torch.from_numpy(values).dtype)
+    v, k = arguments.v, arguments.k
+    if arguments.precision == "bf16":
+        pair = _screened_pair(arguments)
+        return screened_topk(pair, v, k, term_sizes([pair]), arguments.tile)
+    values, items = _smallest_products(arguments, k + 1)
+    error = product_error(arguments.term_sizes(), v, arguments.depth, torch.from_numpy(values).dtype)
     return _lists(values, items, v, k, error)
 
 
@@ -351,17 +341,10 @@ def _lists(
     return index, costs, torch.where(outside.isfinite(), below, outside)
 
 
-def row_min(
-    factors: list[tuple[torch.Tensor, torch.Tensor]],
-    v: torch.Tensor,
-    *,
-    b_index: torch.Tensor | None = None,
-    contraction_index: list[torch.Tensor | None] | None = None,
-    precision: str = "ieee",
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per row the smallest ``c_ij - v_j`` as computed and its column; arguments as :func:`row_topk`."""
-    if precision == "bf16":
-        values, items = _smallest_screened(_gathered_pair(factors, b_index, contraction_index), v, 1, ())
+def row_min(arguments: RowArguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keep one entry of each row, computed as by :func:`row_topk`."""
+    if arguments.precision == "bf16":
+        values, items = _smallest_screened(_screened_pair(arguments), arguments.v, 1, ())
     else:
-        values, items = _smallest_products(factors, v, 1, b_index, contraction_index, ())
+        values, items = _smallest_products(arguments, 1)
     return torch.from_numpy(values)[:, 0], torch.from_numpy(items[:, 0].astype(np.int64))

@@ -24,37 +24,22 @@ import torch
 import triton
 import triton.language as tl
 
-from fastmatch_kernels._triton.product import product_tile
-from fastmatch_kernels._triton.tiles import (
-    ROUNDOFF,
-    Tiles,
-    ceil_div,
-    dot_precision,
-    factors_aligned,
-    matmul_tiles,
-    precision_of,
-    target_of,
-)
-from fastmatch_kernels.gain.triton import check_dtypes, grouped_tile
-from fastmatch_kernels.row_topk.reference import term_sizes
+from fastmatch_kernels._triton.product import factor_arguments, output_tile, plan_product, reduced_cost_tile
+from fastmatch_kernels._triton.tiles import ROUNDOFF, Tiles, ceil_div, precision_of
+from fastmatch_kernels.row_topk.reference import RowArguments, term_sizes
 
 __all__ = ["few_of", "product_error", "row_min", "row_topk"]
 
-GROUP = 8
 WORKSPACE = 1 << 28
 """Bytes for candidates."""
+
 MAX_CANDIDATES = 1 << 14
 """Candidates of a row that one program of the selection holds."""
 
 
 @triton.jit
 def _candidates_kernel(
-    a_ptrs,  # K x (n, d)
-    b_ptrs,  # K x (m, d)
-    depths,
-    a_strides,
-    b_strides,
-    contraction_ptrs,  # K x (d,) int64, or None
+    factors,
     b_index_ptr,  # (m,) int64, or None
     v_ptr,  # (m,) float32
     value_ptr,  # (n, tiles_n, few) float32
@@ -71,33 +56,10 @@ def _candidates_kernel(
     BLOCK_K: tl.constexpr,
 ):
     tiles_n = tl.cdiv(m, BLOCK_N)
-    tile_m, tile_n = grouped_tile(tl.cdiv(n, BLOCK_M), tiles_n, GROUP)
-    row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    if b_index_ptr is None:
-        b_row = column
-    else:
-        b_row = tl.load(b_index_ptr + column, mask=column < m, other=0)
-    gain = product_tile(
-        a_ptrs,
-        b_ptrs,
-        depths,
-        a_strides,
-        b_strides,
-        contraction_ptrs,
-        row,
-        row < n,
-        b_row,
-        column < m,
-        K,
-        PRECISION,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
+    tile_n, row, column = output_tile(n, m, GROUP, BLOCK_M, BLOCK_N)
+    value = reduced_cost_tile(
+        factors, b_index_ptr, v_ptr, row, column, n, m, K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
     )
-    v = tl.load(v_ptr + column, mask=column < m, other=0.0)
-    value = -gain - v[None, :]
-    value = tl.where((column < m)[None, :] & (value == value), value, float("inf"))
     at = row.to(tl.int64) * tiles_n + tile_n
     for pick in range(few):
         best, where = tl.min(value, 1, return_indices=True, return_indices_tie_break_left=True)
@@ -155,10 +117,10 @@ def few_of(k: int, tiles_n: int) -> int:
 
 
 def product_error(
-    factors: list[tuple[torch.Tensor, torch.Tensor]],
+    factors: Sequence[tuple[torch.Tensor, torch.Tensor]],
     v: torch.Tensor,
     precision: str,
-    contraction_index: list[torch.Tensor | None] | None = None,
+    contraction_index: Sequence[torch.Tensor | None] | None = None,
     sizes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """(n,) float64: a bound on the rounding error of every computed ``c_ij - v_j`` of row i.
@@ -187,28 +149,18 @@ def select_tiles(candidates: int) -> Tiles:
 
 
 def _reduce(
-    factors: list[tuple[torch.Tensor, torch.Tensor]],
-    v: torch.Tensor,
-    k: int,
-    b_index: torch.Tensor | None,
-    contraction_index: list[torch.Tensor | None] | None,
-    precision: str,
+    arguments: RowArguments,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(indices, values, costs, smallest computed value outside) of every row."""
-    a = [pair[0] for pair in factors]
-    b = [pair[1] for pair in factors]
-    check_dtypes(a, b)
-    device = a[0].device
-    target = target_of(device)
-    n, m = a[0].shape[0], len(v)
+    """Return (indices, values, costs, smallest computed value outside) of every row."""
+    a, b, v, k = arguments.a, arguments.b, arguments.v, arguments.k
+    n, m, device = len(a[0]), len(v), v.device
+    tiles, constants = plan_product(a, b, m, arguments.precision)
     index = torch.full((n, k), -1, dtype=torch.int64, device=device)
     best, cost = (torch.full((n, k), float("inf"), device=device) for _ in range(2))
     outside = torch.full((n,), float("inf"), device=device)
     if n == 0 or m == 0 or k == 0:
         return index, best, cost, outside
     v32 = v.float().contiguous()
-    key = precision_of(a[0].dtype, precision)
-    tiles = matmul_tiles(n, m, key, target, aligned=factors_aligned(*a, *b))
     tiles_n = ceil_div(m, tiles.columns)
     few = few_of(min(k, m), tiles_n)
     candidates = tiles_n * few
@@ -225,13 +177,8 @@ def _reduce(
         part = slice(start, min(start + step, n))
         count = part.stop - start
         _candidates_kernel[(ceil_div(count, tiles.rows) * tiles_n,)](
-            tuple(x[part] for x in a),
-            tuple(b),
-            tuple(x.shape[1] for x in a),
-            tuple(x.stride() for x in a),
-            tuple(x.stride() for x in b),
-            tuple(contraction_index or [None] * len(a)),
-            b_index,
+            factor_arguments([x[part] for x in a], b, arguments.contraction_index),
+            arguments.b_index,
             v32,
             value,
             column,
@@ -239,13 +186,7 @@ def _reduce(
             count,
             m,
             few,
-            K=len(a),
-            PRECISION=dot_precision(key, target),
-            GROUP=GROUP,
-            BLOCK_M=tiles.rows,
-            BLOCK_N=tiles.columns,
-            BLOCK_K=tiles.depth,
-            **tiles.options,
+            **constants,
         )
         _select_kernel[(ceil_div(count, select.rows),)](
             value,
@@ -268,56 +209,21 @@ def _reduce(
     return index, best, cost, outside
 
 
-def row_topk(
-    factors: list[tuple[torch.Tensor, torch.Tensor]],
-    v: torch.Tensor,
-    k: int,
-    *,
-    b_index: torch.Tensor | None = None,
-    contraction_index: list[torch.Tensor | None] | None = None,
-    precision: str = "ieee",
-    sizes: torch.Tensor | None = None,
-    tile: Sequence[int] = (),
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Per row k columns of smallest ``c_ij - v_j``, and a lower bound on ``c_ij - v_j`` outside the list.
-
-    Args:
-        factors: pairs (n, d), (m, d) of one dtype: ``c = -sum A B[b_index][:, contraction_index]^T``.
-        v: (m,) finite, or -inf for a column that is not to be listed.
-        k: how many.
-        b_index: (m,) int64, or None.
-        contraction_index: per pair (d,) int64, or None.
-        precision: "ieee", "tf32", "bf16x3"; half-precision factors are multiplied as they are.
-        sizes: (n,) float64, what :func:`term_sizes` returns, if it is known.
-        tile: of the CPU's; tiles here are picked by :func:`matmul_tiles`.
-
-    Returns:
-        (indices (n, k) int64, costs c (n, k) float32, bound (n,) float32), by rising ``c - v``; where a row
-        has fewer than k entries, -1 and +inf. The bound is +inf where nothing is outside.
-    """
-    index, _, cost, outside = _reduce(factors, v, k, b_index, contraction_index, precision)
+def row_topk(arguments: RowArguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Reduce tile by tile in float32; ``v`` is finite or -inf, and ``tile`` is not used."""
+    index, _, cost, outside = _reduce(arguments)
+    v = arguments.v
     if cost.numel() == 0 and outside.numel() and len(v):
         outside = torch.full_like(outside, -float("inf"))  # k = 0: everything is outside
-    error = product_error(factors, v, precision, contraction_index, sizes)
-    bound = (outside.double() - error).float()
-    return (
-        index,
-        cost,
-        torch.where(bound.isfinite(), bound.nextafter(bound.new_tensor(-float("inf"))), outside),
+    error = product_error(
+        arguments.pairs, v, arguments.precision, arguments.contraction_index, arguments.sizes
     )
+    bound = (outside.double() - error).float()
+    below = bound.nextafter(bound.new_tensor(-float("inf")))
+    return index, cost, torch.where(bound.isfinite(), below, outside)
 
 
-def row_min(
-    factors: list[tuple[torch.Tensor, torch.Tensor]],
-    v: torch.Tensor,
-    *,
-    b_index: torch.Tensor | None = None,
-    contraction_index: list[torch.Tensor | None] | None = None,
-    precision: str = "ieee",
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per row the smallest ``c_ij - v_j`` as computed (n,) float32, and its column (n,) int64.
-
-    It differs from the true minimum by at most :func:`product_error`. +inf and -1 for a row without entries.
-    """
-    index, best, _, _ = _reduce(factors, v, 1, b_index, contraction_index, precision)
+def row_min(arguments: RowArguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """List one entry per row; its value differs from the true minimum by at most :func:`product_error`."""
+    index, best, _, _ = _reduce(arguments)
     return best[:, 0], index[:, 0]
