@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from fastmatch._internal.states import State, headers_of
-from fastmatch.permutations.apply import dimension_indices, moved_positions, permute_tensor
+from fastmatch.permutations.apply import dimension_indices, permute_tensor
 from fastmatch.spec import Axis, Group, Permutations, PermutationSpec
+from fastmatch_kernels.inner_product import moved_positions
 
 __all__ = ["Gains", "unit_rows"]
 

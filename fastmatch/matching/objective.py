@@ -8,9 +8,9 @@ from typing import Literal, TypeAlias
 import torch
 
 from fastmatch._internal.states import State, headers_of
-from fastmatch.matching.inner import change_of_inner, inner
 from fastmatch.permutations.apply import dimension_indices, permute_tensor
 from fastmatch.spec import Axis, Group, Permutations, PermutationSpec
+from fastmatch_kernels.inner_product import change_of_inner, inner
 
 __all__ = ["Include", "WeightObjective", "included", "objective", "weight_scale"]
 

@@ -12,7 +12,7 @@ from fastmatch.spec.checks import check_spec
 
 __all__ = [
     "apply_permutations", "check_permutations", "compose", "dimension_indices", "invert", "is_identity",
-    "moved_positions", "permute_tensor", "slice_indices",
+    "permute_tensor", "slice_indices",
 ]  # fmt: skip
 
 LARGE = 1 << 20
@@ -91,24 +91,6 @@ def slice_indices(
 def is_identity(permutation: torch.Tensor) -> bool:
     """Return whether a permutation moves nothing."""
     return torch.equal(permutation, torch.arange(len(permutation)))
-
-
-def moved_positions(
-    now: Mapping[int, torch.Tensor], then: Mapping[int, torch.Tensor], shape: Sequence[int]
-) -> dict[int, torch.Tensor]:
-    """Return dimension -> the positions at which two results of :func:`dimension_indices` differ, if any do."""
-    moved: dict[int, torch.Tensor] = {}
-    for dim in now.keys() | then.keys():
-        after, before = now.get(dim), then.get(dim)
-        if after is before:
-            continue
-        every = torch.arange(shape[dim]) if after is None or before is None else after
-        positions = torch.nonzero(
-            (every if after is None else after) != (every if before is None else before)
-        )
-        if len(positions):
-            moved[dim] = positions.flatten()
-    return moved
 
 
 def permute_tensor(

@@ -1,21 +1,29 @@
-"""Inner products of two tensors in float64 on CPU, the second read through its indices: no copy of either is made.
+"""Inner products of a tensor with a reordered one on CPU: the second is read through its indices, without a copy.
 
-Products of float32 are exact in float64, so an error is that of the float64 sum alone.
+Products of float32 are exact in float64, so the error is that of the float64 sum alone.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import numpy as np
+from torch import Tensor
 
 from fastmatch_kernels._numba.cache import njit
+from fastmatch_kernels._numba.parallel import over_rows
 
 __all__ = ["inner"]
+
+GATHER_COST = 4
+"""Entries read in order in the time of one that is gathered."""
 
 _REASSOCIATE = {"reassoc", "contract"}  # lets sums use vector lanes; NaN and inf keep their meaning
 
 
 @njit(nogil=True, fastmath=_REASSOCIATE)
-def inner(
+def _sum_rows(
     lo, hi, a, b, rows, columns, now_rows, now_columns, then_rows, then_columns
 ):  # pragma: no cover - compiled
     """The sum over k in lo..hi and j of <a[:, rows[k], :, columns[j]], b[:, now_rows[k], :, now_columns[j]]>.
@@ -49,3 +57,55 @@ def inner(
                 for j in range(columns.shape[0]):
                     total += terms[j]
     return total
+
+
+def inner(
+    a: Tensor,
+    b: Tensor,
+    moved: Mapping[int, Tensor],
+    now: Mapping[int, Tensor],
+    then: Mapping[int, Tensor] | None,
+) -> float:
+    """Return the inner product under ``now``, minus that under ``then`` if given, over the positions ``moved``.
+
+    Args:
+        a: float32 or float64.
+        b: float32 or float64, of a's shape.
+        moved: dimension -> positions to sum over; all positions of the dimensions that it does not name.
+        now: at most two dimensions with ``then``: dimension -> positions of ``b``.
+        then: the same for the inner product that is subtracted.
+    """
+    shape, first, second, columns = a.shape, -1, -1, 1  # -1: no such dimension
+    dims = sorted(now.keys() | (then or {}).keys())
+    # Seen as (outer, rows, middle, columns, rest). Rows and columns are the reordered dimensions; if there is one, the
+    # rows are the dimensions before it, or it is itself the rows.
+    if len(dims) == 2:
+        first, second = dims
+        outer, rows, middle = math.prod(shape[:first]), shape[first], math.prod(shape[first + 1 : second])
+    elif dims and dims[0] > 0:
+        outer, rows, middle, second = 1, math.prod(shape[: dims[0]]), 1, dims[0]
+    else:
+        outer, rows, middle, first = 1, shape[0], 1, 0
+    if second > 0:
+        columns = shape[second]
+    view = (outer, rows, middle, columns, math.prod(shape[1 + max(first, second) :]))
+
+    def positions(dim: int, count: int, order: Mapping[int, Tensor]) -> np.ndarray:
+        index, picked = order.get(dim), moved.get(dim)
+        if index is None:
+            index = picked
+        elif picked is not None:
+            index = index[picked]
+        # Unsigned, so that compiled code does not check for negative indices.
+        return np.arange(count, dtype=np.uint32) if index is None else index.numpy().astype(np.uint32)
+
+    places = [positions(*dim, order) for order in ({}, now) for dim in ((first, rows), (second, columns))]
+    before = (
+        (None, None) if then is None else (positions(first, rows, then), positions(second, columns, then))
+    )
+    views = [t.detach().contiguous().view(view).numpy() for t in (a, b)]
+    work = len(places[0]) * len(places[1]) * outer * middle * view[4] * GATHER_COST
+    arguments = [*views, *places, *before]
+    parts: list[float] = []
+    over_rows(len(places[0]), work, lambda lo, hi: parts.append(_sum_rows(lo, hi, *arguments)))
+    return math.fsum(parts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastmatch.matching.inner import change_of_inner, inner
+from fastmatch_kernels.inner_product import change_of_inner, inner
 from helpers.networks import fresh_seed
 
 SHAPES = {
