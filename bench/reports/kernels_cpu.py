@@ -52,7 +52,9 @@ def bench_moments(repeats: int, tiny: bool) -> Iterator[record.Row]:
             kernels.moments(a, b, state=state, backend="cpu").settle()
 
             def reference(a=a, b=b, s=exact):
-                moments_update(MomentsArguments(a, b, 1, *s.shifts, *s.stats, s.cross["ab"], None, None, "ieee"))
+                moments_update(
+                    MomentsArguments(a, b, 1, *s.shifts, *s.stats, s.cross["ab"], None, None, "ieee")
+                )
 
             def lean(a=a, b=b, channels=shape[1]):
                 """Raw float64 sums without a shift: the fewest passes, but large means lose precision."""

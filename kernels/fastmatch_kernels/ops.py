@@ -1,11 +1,10 @@
-"""Picks a backend for each operation: by the tensors' device, or as asked. Registered with torch.library.
+"""The public operations. Each runs on a backend chosen by the tensors' device, or by name.
 
-``backend=None`` takes "triton" for CUDA and HIP tensors and "cpu" for CPU tensors; "reference" is the plain
-torch form, on any device. What is asked for explicitly is used or fails, it is never replaced by another.
-Arguments are checked in :mod:`fastmatch_kernels.entries`, once, and trusted below. Every operation is a
-``torch.library`` custom op with a fake implementation, so ``torch.compile`` traces through it.
+``backend=None`` takes "triton" for CUDA and HIP tensors and "cpu" for CPU tensors. "reference" is plain torch on any
+device. A backend that is asked for is used, or the call fails; another never replaces it.
 
-Backends are imported on first use: importing this module loads neither triton nor numba.
+An operation checks its arguments once and works under ``torch.compile``, as a ``torch.library`` custom op with a fake
+implementation. Backends are imported when they are first used: importing this module loads neither triton nor numba.
 """
 
 from __future__ import annotations

@@ -9,11 +9,6 @@ from helpers.examples import docstrings, run_docstring
 TESTS = list(docstrings())
 
 PENDING = (
-    "fastmatch_kernels.channel_affine.channel_affine",
-    "fastmatch_kernels.gain.gain",
-    "fastmatch_kernels.moments.moments",
-    "fastmatch_kernels.permute_merge.permute_merge",
-    "fastmatch_kernels.row_softmin.sinkhorn_duals",
 )
 """Docstrings whose examples use names that they do not define. To be emptied."""
 

@@ -76,8 +76,8 @@ def test_pieces_and_blocks_of_the_cpu_twin_meet(monkeypatch, batch, side, channe
     from fastmatch_kernels.moments import cpu as twin
 
     monkeypatch.setattr(twin, "ROWS", 16)
-    monkeypatch.setattr(twin, "LEAST", 8)
-    monkeypatch.setattr(twin, "PIECE", 50 * 6)
+    monkeypatch.setattr(twin, "MIN_CHUNK_SAMPLES", 8)
+    monkeypatch.setattr(twin, "CHUNK_ENTRIES", 50 * 6)
     generator = fresh_generator()
     layout = torch.channels_last if channels_last else torch.contiguous_format
     a, b = (normal(generator, batch, c, side, side).cpu().contiguous(memory_format=layout) for c in (6, 4))
@@ -88,7 +88,7 @@ def test_the_cpu_twins_buffers_serve_every_batch_whatever_came_before(monkeypatc
     """Larger and smaller than a buffer, products in several parts, in inference mode and out of it."""
     from fastmatch_kernels.moments import cpu as twin
 
-    monkeypatch.setattr(twin, "PIECE", 4096)
+    monkeypatch.setattr(twin, "CHUNK_ENTRIES", 4096)
     monkeypatch.setattr(twin, "_buffers", twin._Buffers())
     generator = fresh_generator()
     for samples, channels, inference in ((40, 90, True), (2000, 90, False), (30, 7, True), (5000, 70, False)):

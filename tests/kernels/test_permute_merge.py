@@ -106,7 +106,7 @@ def test_what_is_stored_past_the_caches_is_what_is_stored_in_them(monkeypatch, d
             room = torch.full((wanted.numel() + 3,), 7.0, dtype=dtype)
             out = room[1:-2].view(shape)
             with monkeypatch.context() as patch:
-                patch.setattr(twin, "STREAMED", 0)
+                patch.setattr(twin, "NONTEMPORAL_BYTES", 0)
                 permute_merge(weights, alphas, *indices, out=out, **options)
             torch.testing.assert_close(out, wanted, rtol=torch.finfo(dtype).eps, atol=1e-7)
             assert (room[:1] == 7).all()
@@ -124,7 +124,7 @@ def test_the_cpu_twin_rounds_halves_to_even_as_torch_does(monkeypatch, dtype):
         (other, True),
     ):
         # Means of neighbours are exact halfway points of the type; means of strangers are anything.
-        monkeypatch.setattr("fastmatch_kernels.permute_merge.cpu.STREAMED", 0 if past else 1 << 40)
+        monkeypatch.setattr("fastmatch_kernels.permute_merge.cpu.NONTEMPORAL_BYTES", 0 if past else 1 << 40)
         got = permute_merge([every, partner], [0.5, 0.5], backend="cpu")
         wanted = (0.5 * every.float() + 0.5 * partner.float()).to(dtype)
         assert torch.equal(got.isnan(), wanted.isnan())
@@ -136,7 +136,7 @@ def test_the_cpu_twin_rounds_halves_to_even_as_torch_does(monkeypatch, dtype):
 @pytest.mark.parametrize("factor", [math.inf, math.nan, struct.unpack("d", b"\xff" * 8)[0]])
 def test_a_factor_that_is_no_number_follows_arithmetic_too(monkeypatch, dtype, factor):
     # The last NaN has every bit set: to round it as if it were a number would give zero.
-    monkeypatch.setattr("fastmatch_kernels.permute_merge.cpu.STREAMED", 0)
+    monkeypatch.setattr("fastmatch_kernels.permute_merge.cpu.NONTEMPORAL_BYTES", 0)
     a = torch.tensor([0.0, 1.0, -2.0, math.inf]).to(dtype).repeat(25)
     got = permute_merge([a, torch.ones_like(a)], [factor, 0.5], backend="cpu")
     torch.testing.assert_close(got, (factor * a.float() + 0.5).to(dtype), equal_nan=True)

@@ -1,1 +1,1 @@
-"""What the CPU kernels share: vector intrinsics, half precision, threads."""
+"""Shared by the CPU kernels: compilation and its cache, vector intrinsics, half precision, threads."""

@@ -1,7 +1,6 @@
-"""bfloat16 and float16 inside compiled loops, which know neither type: bits as uint16 to float32 and back.
+"""Conversions of bfloat16 and float16 for numba, which has neither type: bits in uint16 to float32 and back.
 
-Written so that LLVM turns a loop over them into vector instructions. Every number keeps its value; float32 is
-rounded to nearest, ties to even; NaN stays NaN.
+LLVM vectorizes loops over them. Decoding is exact. Encoding rounds to nearest, ties to even. NaN stays NaN.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ __all__ = ["BFLOAT16", "FLOAT16", "HALF", "HARDWARE", "decode", "encode"]
 
 BFLOAT16, FLOAT16 = 1, 2
 HALF = {torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
-"""What ``half`` is below. For the types that numba knows it is None, and numba compiles no branch on it."""
+"""Values of ``half`` below. It is None for the types that numba has, and numba prunes the branches on None."""
 
 
 def _converts_float16() -> bool:
-    """Whether the processor that code is compiled for converts float16 itself; LLVM would else call a library."""
+    """Return whether the target processor converts float16; otherwise LLVM would call a library."""
     context: Any = cpu_target.target_context  # a property that no checker sees through
     triple, _, features = context.codegen().magic_tuple()
     return "+f16c" in features or triple.startswith(("aarch64", "arm64"))
@@ -37,7 +36,7 @@ HARDWARE = _converts_float16()
 
 @intrinsic
 def _view(typing: Any, bits: Any, like: Any) -> Any:
-    """The low bits of an unsigned integer as a number of the type of ``like``, float32 or float64."""
+    """Reinterpret the low bits of an unsigned integer as the type of ``like``, float32 or float64."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         word = types.Integer.from_bitwidth(like.bitwidth, signed=False)
@@ -49,7 +48,7 @@ def _view(typing: Any, bits: Any, like: Any) -> Any:
 
 @intrinsic
 def _bits(typing: Any, value: Any) -> Any:
-    """The bits of a float32 or float64 in an unsigned integer of its width."""
+    """Return the bits of a float32 or float64 in an unsigned integer of its width."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.bitcast(args[0], ir.IntType(value.bitwidth))
@@ -59,7 +58,7 @@ def _bits(typing: Any, value: Any) -> Any:
 
 @intrinsic
 def _extend(typing: Any, bits: Any) -> Any:
-    """float32 of float16 bits, one instruction."""
+    """Convert float16 bits to float32 in one instruction."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
@@ -69,7 +68,7 @@ def _extend(typing: Any, bits: Any) -> Any:
 
 @intrinsic
 def _truncate(typing: Any, value: Any) -> Any:
-    """float16 bits of a float32, one instruction."""
+    """Convert a float32 to float16 bits in one instruction."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
@@ -79,7 +78,7 @@ def _truncate(typing: Any, value: Any) -> Any:
 
 @njit(nogil=True)
 def decode(bits, half, like):
-    """The number that the low bits of an unsigned integer stand for: float32, or of ``like``'s type for None."""
+    """Return the number in the low bits of an unsigned integer: float32, or of ``like``'s type if ``half`` is None."""
     if half is None:
         return _view(bits, like)
     if half == BFLOAT16:
@@ -91,7 +90,7 @@ def decode(bits, half, like):
 
 @njit(nogil=True)
 def encode(value, half):
-    """The bits of a number in an unsigned integer: of a float32 rounded to ``half``, or as it is for None."""
+    """Return the bits of a float32 rounded to ``half``, or of the number itself if ``half`` is None."""
     if half is None:
         return _bits(value)
     if half == BFLOAT16:
@@ -117,7 +116,7 @@ def _decode_float16(bits):
 @njit(nogil=True)
 def _encode_float16(value):
     bits = np.float32(value).view(np.uint32)
-    # No product: one that falls below float32's normal numbers costs a hundred cycles.
+    # No multiplication: a subnormal float32 result costs a hundred cycles.
     magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
     odd = np.uint32(np.uint32(magnitude >> np.uint32(13)) & np.uint32(1))
     rounded = np.uint32(np.uint32(magnitude + np.uint32(0xC8000FFF) + odd) >> np.uint32(13))

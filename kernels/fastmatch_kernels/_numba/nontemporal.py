@@ -1,8 +1,8 @@
-"""Stores past the caches, for numba: what a large result needs, since nobody reads it before it has left them.
+"""Non-temporal stores for numba: a large result leaves the caches before it is read, so it need not enter them.
 
-An ordinary store first reads the line that it writes to: a copy moves three times its bytes, not twice. LLVM stores
-past the caches only where it is told to, and does not make vectors of loops that are. So these are its vector
-instructions, 32 bytes at a time. Nothing is checked: positions must be in range.
+An ordinary store first reads the line that it writes to, so a copy moves three times its bytes instead of twice. LLVM
+emits non-temporal stores only on request and does not vectorize loops that have them. These intrinsics are therefore its
+vector instructions, 32 bytes at a time. Bounds are not checked.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from numba.np.arrayobj import make_array
 from fastmatch_kernels._numba.half import BFLOAT16, FLOAT16
 from fastmatch_kernels._numba.llvm import declared, intrinsic, vector_at
 
-__all__ = ["BYTES", "ask", "fence", "mean", "misaligned", "move"]
+__all__ = ["BYTES", "copy", "fence", "mean", "misaligned", "prefetch"]
 
 BYTES = 32
-"""Of one store, and its alignment."""
+"""Size and alignment of one store."""
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 
 
 @intrinsic
 def misaligned(typing: Any, run: Any) -> Any:
-    """Elements of a contiguous run before the first that may be stored to."""
+    """Number of elements of a contiguous run before the first aligned one."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         address = builder.ptrtoint(make_array(run)(context, builder, args[0]).data, _I64)
@@ -39,7 +39,7 @@ def misaligned(typing: Any, run: Any) -> Any:
 
 @intrinsic
 def fence(typing: Any) -> Any:
-    """What was stored before is seen by whatever runs after."""
+    """Make earlier stores visible to whatever runs later."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         builder.fence("seq_cst")
@@ -49,8 +49,8 @@ def fence(typing: Any) -> Any:
 
 
 @intrinsic
-def ask(typing: Any, x: Any, j: Any) -> Any:
-    """Asks memory for x[j], which may lie beyond the end of x: nothing waits for it, and nothing faults."""
+def prefetch(typing: Any, x: Any, j: Any) -> Any:
+    """Prefetch x[j], which may be beyond the end of x: it does not wait and does not fault."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         place = builder.gep(make_array(x)(context, builder, args[0]).data, [args[1]])
@@ -74,7 +74,7 @@ def _write(context: Any, builder: Any, array: Any, value: Any, j: Any, vector: A
 
 
 @intrinsic
-def move(typing: Any, x: Any, run: Any, j: Any) -> Any:
+def copy(typing: Any, x: Any, run: Any, j: Any) -> Any:
     """``run[j : j + 32 bytes] = x[j : ...]``."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -88,10 +88,10 @@ def _splat(value: int, like: Any) -> Any:
 
 
 def _decode(builder: Any, bits: Any, half: int | None, number: Any) -> list[Any]:
-    """A vector of integers as the numbers they stand for, of the element type ``number``.
+    """Decode a vector of integers to numbers of the element type ``number``.
 
-    Of bfloat16 first those at even places, then those at odd ones: a number is the upper half of a float32, so two
-    neighbours come apart by a shift and a mask, where widening them in their order has to move them across lanes.
+    bfloat16 gives two vectors, of the even and of the odd elements. A bfloat16 is the upper half of a float32, so two
+    neighbours are separated by a shift and a mask; widening them in order would move them across lanes.
     """
     wide = ir.VectorType(number, bits.type.count)
     if half is None:
@@ -106,10 +106,10 @@ def _decode(builder: Any, bits: Any, half: int | None, number: Any) -> list[Any]
 
 
 def _encode(builder: Any, values: list[Any], half: int | None, like: Any) -> Any:
-    """The reverse; as :func:`fastmatch_kernels._numba.half.encode`, to nearest, ties to even.
+    """Encode what :func:`_decode` returns, as :func:`fastmatch_kernels._numba.half.encode` does: to nearest, ties to even.
 
-    NaN in bfloat16 is not looked for: one that arithmetic makes, or hands on from numbers of this type, has zeros below
-    its upper half, and what rounding adds to those stays there. So must a factor's.
+    bfloat16 NaN is not handled separately. A NaN that arithmetic makes, or passes on from bfloat16, has a zero lower
+    half, and rounding changes only that half. A factor that is NaN must have a zero lower half too.
     """
     if half is None:
         return builder.bitcast(values[0], like)
@@ -122,7 +122,7 @@ def _encode(builder: Any, values: list[Any], half: int | None, like: Any) -> Any
         rounded.append(builder.add(builder.add(bits, _splat(0x7FFF, bits.type)), last))
     even = builder.bitcast(builder.lshr(rounded[0], _splat(16, rounded[0].type)), like)
     odd = builder.bitcast(rounded[1], like)
-    # The upper halves: those at odd places are where they belong, on a little-endian machine, as numba's are.
+    # Upper halves; those of odd elements are in place already on a little-endian machine, which numba requires.
     places = [k + (k % 2) * like.count for k in range(like.count)]
     return builder.shuffle_vector(even, odd, ir.Constant(ir.VectorType(_I32, like.count), places))
 
@@ -160,13 +160,13 @@ _mean, _mean_bfloat16, _mean_float16 = _mean_of(None), _mean_of(BFLOAT16), _mean
 
 
 def mean(x: Any, y: Any, half: Any, alpha: Any, beta: Any, run: Any, j: Any) -> None:
-    """``run[j : j + 32 bytes] = alpha x[j : ...] + beta y[j : ...]`` of the numbers that the bits stand for; compiled only."""
+    """``run[j : j + 32 bytes] = alpha x[j : ...] + beta y[j : ...]`` of the numbers that the bits stand for; in compiled code only."""
     raise NotImplementedError("for compiled functions")
 
 
 @extending.overload(mean)
 def _compiled_mean(x, y, half, alpha, beta, run, j):
-    # By type, since numba compiles both sides of a branch on a value.
+    # Select by type: numba compiles both sides of a branch on a value.
     if isinstance(half, types.NoneType):
 
         def code(x, y, half, alpha, beta, run, j):

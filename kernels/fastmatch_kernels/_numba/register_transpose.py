@@ -1,9 +1,9 @@
-"""Columns of a matrix moved through words of 16 bytes, for numba: element j of as many rows as fit, side by side.
+"""Transposes in registers for numba: reorder the columns of a matrix through words of 16 bytes.
 
-:func:`to_words` turns rows into words, :func:`from_words` words, in whatever order, into rows again. Both transpose in
-registers, two square blocks at a time: LLVM does not find vectors in a loop that reads along rows and writes along
-columns. Like :mod:`simd`, these are its own vector instructions, so a machine with other registers gets what it has.
-Nothing is checked: positions must be in range.
+A word holds element j of as many rows as fit. :func:`to_words` turns rows into words, and :func:`from_words` turns words,
+in any order, into rows. Both transpose two square blocks at a time in registers, since LLVM does not vectorize a loop
+that reads along rows and writes along columns. The instructions are LLVM's and portable, as in :mod:`simd`. Bounds are
+not checked.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastmatch_kernels._numba.llvm import intrinsic, vector_at
 __all__ = ["BYTES", "from_words", "to_words"]
 
 BYTES = 16
-"""Of a word: the unit within which one instruction interleaves two vectors on every machine."""
+"""Size of a word: one instruction interleaves two vectors within 16 bytes on every machine."""
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 
@@ -29,15 +29,15 @@ def _lanes(array: Any) -> int:
 
 
 def _word(context: Any, builder: Any, words: Any, value: Any, column: Any) -> Any:
-    """Pointer to a column's word."""
+    """Return a pointer to a column's word."""
     place = builder.mul(column, ir.Constant(_I64, _lanes(words)))
     return vector_at(context, builder, words, value, place, BYTES)
 
 
-def _entry(context: Any, builder: Any, array: Any, value: Any, place: Any, plus: int) -> Any:
-    """``array[place + plus]`` of a contiguous array of integers, as a position."""
+def _entry(context: Any, builder: Any, array: Any, value: Any, place: Any, offset: int) -> Any:
+    """Return ``array[place + offset]`` of a contiguous array of integers, as intp."""
     data = make_array(array)(context, builder, value).data
-    number = builder.load(builder.gep(data, [builder.add(place, ir.Constant(_I64, plus))]))
+    number = builder.load(builder.gep(data, [builder.add(place, ir.Constant(_I64, offset))]))
     return context.cast(builder, number, array.dtype, types.intp)
 
 
@@ -46,9 +46,9 @@ def _order(places: list[int]) -> Any:
 
 
 def _transposed(builder: Any, vectors: list[Any]) -> list[Any]:
-    """Two square blocks, one in the first halves of the vectors and one in the second, each transposed."""
+    """Transpose two square blocks, one in the first halves of the vectors and one in the second halves."""
     lanes = len(vectors)
-    # log2(lanes) perfect shuffles of the whole; each is one unpack instruction a vector.
+    # log2(lanes) perfect shuffles; each is one unpack instruction per vector.
     low = [block * lanes + k // 2 + (k % 2) * 2 * lanes for block in (0, 1) for k in range(lanes)]
     for _ in range(lanes.bit_length() - 1):
         vectors = [
@@ -65,7 +65,7 @@ def _is_contiguous(array: Any, dimensions: int) -> bool:
 
 @intrinsic
 def to_words(typing: Any, source: Any, starts: Any, column: Any, words: Any) -> Any:
-    """``words[column + j, i] = source.flat[starts[i] + column + j]`` for two words' worth of columns j."""
+    """``words[column + j, i] = source.flat[starts[i] + column + j]`` for ``2 * lanes`` columns j."""
     if not (_is_contiguous(source, 2) and _is_contiguous(words, 2) and _is_contiguous(starts, 1)):
         return None
     lanes = _lanes(source)
@@ -91,7 +91,7 @@ def to_words(typing: Any, source: Any, starts: Any, column: Any, words: Any) -> 
 
 @intrinsic
 def from_words(typing: Any, words: Any, columns: Any, at: Any, target: Any) -> Any:
-    """``target[i, at + j] = words[columns[at + j], i]`` for two words' worth of columns j."""
+    """``target[i, at + j] = words[columns[at + j], i]`` for ``2 * lanes`` columns j."""
     if not (_is_contiguous(words, 2) and _is_contiguous(target, 2) and _is_contiguous(columns, 1)):
         return None
     lanes = _lanes(words)

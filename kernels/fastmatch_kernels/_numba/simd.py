@@ -1,11 +1,10 @@
-"""Vectors of eight float64 for numba: what its loop vectorizer will not do by itself.
+"""Vectors of eight float64 for numba, for loops that LLVM does not vectorize.
 
-A minimum over floats is no sum: LLVM may not reorder it without leave, numba cannot give that leave, and a loop
-over a row comes out one element at a time. So a vector is a numba type here, and the few operations the
-assignment kernels need on it are LLVM's own vector instructions. They are portable: a machine without
-512-bit registers gets two or four of what it has.
+LLVM may not reorder a minimum over floats, and numba has no flag that permits it, so such a loop handles one element at a
+time. Here a vector is a numba type, and its operations are LLVM's vector instructions. They are portable: a machine
+without 512-bit registers uses two or four of its own.
 
-Values are always float64; rows may be float32 or float64. Nothing is checked: indices must be in range.
+Values are float64; rows may be float32 or float64. Bounds are not checked.
 
     total = splat(np.inf)
     for j in range(0, m, WIDTH):

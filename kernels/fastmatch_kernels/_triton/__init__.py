@@ -1,1 +1,1 @@
-"""What the Triton kernels share: tile choice and the tiled product."""
+"""Shared by the Triton kernels: tile choice and the tiled product."""

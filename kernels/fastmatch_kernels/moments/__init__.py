@@ -1,4 +1,4 @@
-"""The entry of ``moments``: batches of two models' activations, small ones put together first."""
+"""Streaming moments of activations: ``moments``, which gathers small batches before it adds them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["PENDING", "moments"]
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
 PENDING = 4096
-"""Samples that small batches wait for before a cross product is added to: its memory would cost more."""
+"""Samples of small batches that are added to a cross product at once: a pass over its memory costs more than few samples."""
 
 
 _moments_update = Operation(
@@ -38,33 +38,36 @@ def moments(
     precision: str = "ieee",
     backend: str | None = None,
 ) -> Moments:
-    """Adds a batch of one or two models' activations to ``state``, in one read, and returns it.
+    """Add a batch of one or two models' activations to ``state`` in one read, and return the state.
 
-    Batches of few samples are copied and wait until a product over them is worth its n x n accumulator.
+    Small batches are copied and wait until a product over them is worth a pass over its n x n accumulator.
 
     Example:
+        >>> from fastmatch_kernels.ops import moments
         >>> state = None
-        >>> for a, b in batches:
-        ...     state = moments(a, b, state=state)
-        >>> state.correlation(), state.mean(0), state.variance(1), state.off(0)
+        >>> for _ in range(3):
+        ...     state = moments(torch.randn(16, 5), torch.randn(16, 4), state=state)
+        >>> state.count, state.correlation().shape, state.mean(0).shape
+        (48, torch.Size([5, 4]), torch.Size([5]))
 
     Args:
-        a, b: (B, C, *spatial) activations of the two models on the same samples, channels at ``dim``; any
-            strides; float32, bfloat16, float16 (float64 not on "triton"). Channel counts may differ. NaN and
-            inf reach the statistics of their own channel only (its row and column of a cross product).
-        dim: where the channels lie.
-        cross: cross products to keep, of "ab", "aa", "bb"; "ab" where there are two models. Fixed by the
-            first batch.
-        state: what earlier calls returned; changed in place. None starts anew.
-        precision: of float32 products: "ieee", "tf32", "bf16x3". On CPU always float32.
-        backend: see :func:`backend_of`.
+        a: (B, C, *spatial) activations with channels at ``dim``; float32, bfloat16 or float16 (float64 not on
+            "triton"). Any strides. NaN and inf reach only the statistics of their own channel (its row and column of a
+            cross product).
+        b: (B, C', *spatial) activations of a second model on the same samples.
+        dim: dimension of the channels.
+        cross: cross products to keep, of "ab", "aa" and "bb"; by default "ab" if there are two models. The first batch
+            fixes them.
+        state: result of an earlier call, changed in place. None starts a new one.
+        precision: of float32 products on "triton": "ieee", "tf32" or "bf16x3". On "cpu" always float32.
+        backend: "triton", "cpu" or "reference"; by the tensors' device if None.
 
     Returns:
-        The :class:`Moments`, float64.
+        The :class:`Moments`, in float64.
 
     Raises:
-        ValueError: sample counts, channel counts or options do not fit.
         TypeError: activations that are not floating point.
+        ValueError: sample counts, channel counts or options that do not fit.
     """
     check_precision(precision)
     models = {"a": a} if b is None else {"a": a, "b": b}
@@ -137,9 +140,9 @@ def _add_moments(
 
 
 def _leave_pending(state: Moments, models: list[Tensor], count: int, add: partial[None]) -> None:
-    """Copies a small batch, channels last, behind those of its kind that wait, and adds all once they are enough.
+    """Copy a small batch, channels last, behind the waiting ones of its kind; add all once they are ``PENDING`` samples.
 
-    Never shares memory with the batch, which a network may overwrite.
+    The copy never shares memory with the batch, which a network may overwrite.
     """
     alike = isinstance(state.add, partial) and state.add.keywords == add.keywords
     if not alike or any(
@@ -150,8 +153,7 @@ def _leave_pending(state: Moments, models: list[Tensor], count: int, add: partia
     state.add = add
     needed = state.waiting + count
     if not state.pending or needed > len(state.pending[0]):
-        # The same memory serves all that follow. A host's costs nothing before it is written to: room for all that
-        # will ever wait. Elsewhere twice what there was.
+        # CPU memory is committed lazily, so the full size is allocated at once; elsewhere the size doubles.
         most = PENDING + PENDING // 4
         room = max(needed, most if models[0].device.type == "cpu" else min(2 * needed, most))
         with torch.inference_mode(False):  # else no later batch outside of it could be copied here

@@ -1,9 +1,9 @@
 """Streaming moments on CPU: one read of each activation, float32 products, float64 sums.
 
-A batch is taken in pieces. numba reads a piece once from whatever strides it has, adds its
+A batch is taken in chunks. numba reads a chunk once from whatever strides it has, adds its
 sums, squares and off-counts, and writes the shifted values in the layout that the product likes; float32 GEMMs
 over at most ``ROWS`` samples each go to the float64 accumulator. The buffers stay for the next batch, since fresh
-pages cost more than reading: at most three of ``PIECE`` entries, 96 MiB, for each thread that calls.
+pages cost more than reading: at most three of ``CHUNK_ENTRIES`` entries, 96 MiB, for each thread that calls.
 Deterministic: no order of summation depends on threads.
 
 Error, per entry of a cross product: float32 rounding of sums of at most ``ROWS`` products,
@@ -29,12 +29,12 @@ __all__ = ["moments_update"]
 ROWS = 4096
 """Samples of one float32 product at most."""
 
-PIECE = 1 << 23
-"""Entries of one model's piece, and of a product: so many that few passes over a wide accumulator are needed and threads
-rarely wait for each other, so few that the buffers can stay."""
+CHUNK_ENTRIES = 1 << 23
+"""Entries of one model's chunk, and of a product: enough that few passes over a wide accumulator are needed and threads
+rarely wait for each other, and few enough that the buffers can be kept."""
 
-LEAST = 1024
-"""Samples of a piece at least, where channels are many: each pays for a pass over the float64 accumulator."""
+MIN_CHUNK_SAMPLES = 1024
+"""Samples of a chunk at least, if channels are many: each chunk costs a pass over the float64 accumulator."""
 
 SEGMENT = 128
 """Samples of one task and one float32 sum, where channels lie next to each other."""
@@ -124,7 +124,7 @@ def _as_batch_channel_position(x: torch.Tensor, dim: int) -> torch.Tensor:
     return x.reshape(x.shape[0], x.shape[1], -1)
 
 
-def _pieces(batch: int, positions: int, rows: int) -> Iterator[tuple[slice, slice]]:
+def _chunks(batch: int, positions: int, rows: int) -> Iterator[tuple[slice, slice]]:
     """Ranges of batch entries and of positions with at most ``rows`` samples each, covering all."""
     entries = max(rows // max(positions, 1), 1)
     for start in range(0, batch, entries):
@@ -133,7 +133,7 @@ def _pieces(batch: int, positions: int, rows: int) -> Iterator[tuple[slice, slic
 
 
 class _Buffers(threading.local):
-    """Flat float32 buffers by name, kept for the next batch where they are no larger than a piece."""
+    """Flat float32 buffers by name, kept for the next batch where they are no larger than a chunk."""
 
     def __init__(self) -> None:
         self.kept: dict[str, torch.Tensor] = {}
@@ -144,7 +144,7 @@ class _Buffers(threading.local):
         if found is None or found.numel() < entries:
             with torch.inference_mode(False):  # else no later call outside of it could write here
                 found = torch.empty(entries, dtype=torch.float32, device="cpu")
-            if entries <= PIECE:
+            if entries <= CHUNK_ENTRIES:
                 self.kept[name] = found
         return found[:entries]
 
@@ -162,7 +162,7 @@ def _add_product(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor) -> None:
         if stop == start:
             continue
         left, right = (z[:, start:stop].unflatten(1, (-1, block)).movedim(1, 0) for z in (x, y))
-        at_once = max(PIECE // max(len(right) * right.shape[1], 1), 1)
+        at_once = max(CHUNK_ENTRIES // max(len(right) * right.shape[1], 1), 1)
         for part, into in zip(left.split(at_once, dim=1), out.split(at_once), strict=True):
             shape = (len(part), part.shape[1], right.shape[1])
             product = _buffers.get("product", math.prod(shape)).view(shape)
@@ -182,24 +182,24 @@ def moments_update(arguments: MomentsArguments) -> None:
         views = [v.movedim(1, 2).reshape(1, -1, v.shape[1]).movedim(2, 1) for v in views]
     batch, _, positions = views[0].shape
     channels = [v.shape[1] for v in views]
-    rows = max(PIECE // max(channels), LEAST)
+    rows = max(CHUNK_ENTRIES // max(channels), MIN_CHUNK_SAMPLES)
     buffers = [
         _buffers.get(name, min(rows, batch * positions) * n)
         for name, n in zip(("a", "b"), channels, strict=False)
     ]
-    for entries, part in _pieces(batch, positions, rows):
+    for entries, part in _chunks(batch, positions, rows):
         shifted = []
         for view, buffer, (_, shift, stats) in zip(views, buffers, models, strict=True):
-            piece = view[entries, :, part].float()
-            samples = piece.shape[0] * piece.shape[2]
+            chunk = view[entries, :, part].float()
+            samples = chunk.shape[0] * chunk.shape[2]
             filled = buffer[: samples * view.shape[1]]
             if by_sample:
                 kept = filled.view(samples, -1)
-                _read_sample_major(piece[0].T.numpy(), shift.numpy(), stats.numpy(), kept.numpy())
+                _read_sample_major(chunk[0].T.numpy(), shift.numpy(), stats.numpy(), kept.numpy())
                 shifted.append(kept.T)
             else:
                 kept = filled.view(-1, samples)
-                _read_channel_major(piece.numpy(), shift.numpy(), stats.numpy(), kept.numpy())
+                _read_channel_major(chunk.numpy(), shift.numpy(), stats.numpy(), kept.numpy())
                 shifted.append(kept)
         for out, i, j in arguments.products:
             _add_product(shifted[i], shifted[j], out)

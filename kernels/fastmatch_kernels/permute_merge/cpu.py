@@ -1,9 +1,9 @@
-"""Permute and merge on CPU: every weight read once, the result written once, no permuted copy between.
+"""Permute and merge on CPU: each weight is read once and the result is written once, without a permuted copy.
 
-A weight is seen as (outer, n1, middle, length): whole runs of ``length`` elements move by the first index;
-within a run, blocks of ``block`` elements by the second. Runs are taken as many at a time as fill 16 bytes an
-element: what moves within them moves for all at once, as integers, in cache. Up to two are combined in one loop, more in
-short parts. A large result is stored past the caches.
+A weight is seen as (outer, n1, middle, length). The first index moves whole runs of ``length`` elements; the second moves
+blocks of ``block`` elements within a run. As many runs are taken at a time as fill 16 bytes per element, and elements
+move for all of them at once, as integers, in the caches. One or two weights are combined in one loop, more in short parts.
+A large result is written by non-temporal stores.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numba
 import numpy as np
 import torch
 
-from fastmatch_kernels._numba import nontemporal as streamed
+from fastmatch_kernels._numba import nontemporal
 from fastmatch_kernels._numba.cache import njit
 from fastmatch_kernels._numba.half import HALF, HARDWARE, decode, encode
 from fastmatch_kernels._numba.register_transpose import BYTES, from_words, to_words
@@ -28,13 +28,13 @@ PART = 1024
 """Elements of a run that are summed before they are written."""
 
 BLOCK = 16
-"""Neighbouring elements from which on a block that moves is copied by itself rather than gathered."""
+"""Blocks of at least this many elements are copied one by one; smaller ones are gathered."""
 
-AHEAD = 2048
-"""Bytes ahead of those read at which memory is asked: processors themselves look no further than a page's end."""
+PREFETCH_BYTES = 2048
+"""Distance of prefetches: the processor's own prefetcher stops at the end of a page."""
 
-STREAMED = 1 << 23
-"""Bytes of a result from which on it is stored past the caches, which could not hold it."""
+NONTEMPORAL_BYTES = 1 << 23
+"""Results of at least this size are written by non-temporal stores: the caches could not hold them."""
 
 
 @njit(nogil=True)
@@ -84,34 +84,34 @@ def _mean_of_two(x, y, half, alpha, beta, run):
 
 @njit(nogil=True)
 def _edges(run):
-    """Where a run's part that can be stored past the caches begins and ends."""
-    lanes = streamed.BYTES // run.itemsize
-    head = min(streamed.misaligned(run), run.shape[0])
+    """Where the aligned part of a run begins and ends."""
+    lanes = nontemporal.BYTES // run.itemsize
+    head = min(nontemporal.misaligned(run), run.shape[0])
     return head, head + (run.shape[0] - head) // lanes * lanes
 
 
 @njit(nogil=True)
-def _copy_past(bits, run):
-    """As :func:`_copy`, past the caches."""
+def _copy_nontemporal(bits, run):
+    """As :func:`_copy`, by non-temporal stores."""
     head, tail = _edges(run)
     _copy(bits[:head], run[:head])
-    for j in range(head, tail, streamed.BYTES // run.itemsize):
-        streamed.move(bits, run, j)
+    for j in range(head, tail, nontemporal.BYTES // run.itemsize):
+        nontemporal.copy(bits, run, j)
     _copy(bits[tail:], run[tail:])
 
 
 @njit(nogil=True)
-def _mean_past(x, y, half, alpha, beta, run, next_x, next_y):
-    """As :func:`_mean_of_two`, past the caches; ``next_x`` tells whether what follows x in memory is needed next."""
+def _mean_nontemporal(x, y, half, alpha, beta, run, next_x, next_y):
+    """As :func:`_mean_of_two`, by non-temporal stores; ``next_x`` says whether what follows x in memory is needed next."""
     head, tail = _edges(run)
-    ahead_x = AHEAD // run.itemsize if next_x else 0
-    ahead_y = AHEAD // run.itemsize if next_y else 0
+    ahead_x = PREFETCH_BYTES // run.itemsize if next_x else 0
+    ahead_y = PREFETCH_BYTES // run.itemsize if next_y else 0
     if head > 0:
         _mean_of_two(x[:head], y[:head], half, alpha, beta, run[:head])
-    for j in range(head, tail, streamed.BYTES // run.itemsize):
-        streamed.ask(x, j + ahead_x)
-        streamed.ask(y, j + ahead_y)
-        streamed.mean(x, y, half, alpha, beta, run, j)
+    for j in range(head, tail, nontemporal.BYTES // run.itemsize):
+        nontemporal.prefetch(x, j + ahead_x)
+        nontemporal.prefetch(y, j + ahead_y)
+        nontemporal.mean(x, y, half, alpha, beta, run, j)
     if tail < run.shape[0]:
         _mean_of_two(x[tail:], y[tail:], half, alpha, beta, run[tail:])
 
@@ -137,7 +137,7 @@ def _write(total, half, bits):
 
 
 @njit(parallel=True, nogil=True)
-def _merge(weights, alphas, rows, columns, block, half, out, in_place, past, tasks):
+def _merge(weights, alphas, rows, columns, block, half, out, in_place, nontemporal_stores, tasks):
     """out (R, L) = sum_k alphas[k] * weights[k][rows[k]][:, columns[k]]; an empty index leaves an axis in place.
 
     Weights and result are unsigned integers. ``columns`` are of elements where ``block`` is 1, else the starts of blocks.
@@ -173,18 +173,18 @@ def _merge(weights, alphas, rows, columns, block, half, out, in_place, past, tas
             for r in range(first, last):
                 x = moved[0, r - first, :length] if columns[0].shape[0] else weights[0][rows[0][r]]
                 if only_moved:
-                    if past:
-                        _copy_past(x, out[r])
+                    if nontemporal_stores:
+                        _copy_nontemporal(x, out[r])
                     else:
                         _copy(x, out[r])
                     continue
                 # Where the result takes a weight's place, no loop over both could use vectors.
                 if count == 2 and not in_place:
                     y = moved[1, r - first, :length] if columns[1].shape[0] else weights[1][rows[1][r]]
-                    if past:
+                    if nontemporal_stores:
                         next_x = columns[0].shape[0] == 0 and _follows(rows[0], r)
                         next_y = columns[1].shape[0] == 0 and _follows(rows[1], r)
-                        _mean_past(x, y, half, alphas[0], alphas[1], out[r], next_x, next_y)
+                        _mean_nontemporal(x, y, half, alphas[0], alphas[1], out[r], next_x, next_y)
                     else:
                         _mean_of_two(x, y, half, alphas[0], alphas[1], out[r])
                     continue
@@ -199,8 +199,8 @@ def _merge(weights, alphas, rows, columns, block, half, out, in_place, past, tas
                             run = moved[k, r - first]
                         _add(run[start:stop], half, alphas[k], k == 0, part)
                     _write(part, half, out[r, start:stop])
-        if past:
-            streamed.fence()
+        if nontemporal_stores:
+            nontemporal.fence()
 
 
 def _as_runs(
@@ -265,8 +265,8 @@ def permute_merge(arguments: MergeArguments) -> None:
         HALF.get(out.dtype),
         target.view(-1, length).view(bits).numpy(),
         in_place,
-        # A result in a weight's place is in the caches when it is written.
-        target.nbytes >= STREAMED and not in_place and (HARDWARE or out.dtype != torch.float16),
+        # A result that replaces a weight is in the caches when it is written.
+        target.nbytes >= NONTEMPORAL_BYTES and not in_place and (HARDWARE or out.dtype != torch.float16),
         min(4 * numba.get_num_threads(), -(-len(rows[0]) * out.element_size() // BYTES)),
     )
     if target is not out:

@@ -1,4 +1,4 @@
-"""Row reductions of ``c_ij - v_j`` for costs given by factors, on CPU: BLAS tiles, then a streamed top-k.
+"""Row reductions of ``c_ij - v_j`` for costs given by factors, on CPU: BLAS tiles, then a running top-k.
 
 Tiles of c come from the caller's BLAS in the factors' own precision; these kernels keep, per row, the k smallest ``c - v``
 with their columns, and afterwards compute the costs of what was kept again, in float64 from the factors. So
