@@ -12,7 +12,7 @@ from fastmatch._internal.checks import check_integer
 from fastmatch._internal.progress import progress_bar
 from fastmatch._internal.states import State, state_of
 from fastmatch.assignment import linear_sum_assignment
-from fastmatch.matching.matcher import Model, Strategy, check_matcher
+from fastmatch.matching.matcher import Models, Strategy, check_matcher
 from fastmatch.matching.merge_many import MergeMany, check_init, match_mean
 from fastmatch.matching.pair_objective import anchored, moving, pair_objective, sum_over_pairs
 from fastmatch.matching.weights import WeightMatching
@@ -67,12 +67,7 @@ class FrankWolfe(Strategy):
         check_integer("max_rounds", self.max_rounds, least=1)
 
     def match(
-        self,
-        models: Sequence[Model],
-        spec: PermutationSpec,
-        reference: int = 0,
-        *,
-        progress: bool | None = None,
+        self, models: Models, spec: PermutationSpec, reference: int = 0, *, progress: bool | None = None
     ) -> list[Alignment]:
         """Return one alignment per model; see :meth:`Strategy.match`.
 

@@ -17,6 +17,7 @@ from fastmatch.spec import PermutationSpec
 __all__ = [
     "Matcher",
     "Model",
+    "Models",
     "Strategy",
     "check_matcher",
     "check_rereadable",
@@ -26,6 +27,8 @@ __all__ = [
 
 Model: TypeAlias = nn.Module | State
 """A torch module or a state dict."""
+
+Models: TypeAlias = Sequence[Model]
 
 
 class Matcher(ABC):
@@ -55,12 +58,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def match(
-        self,
-        models: Sequence[Model],
-        spec: PermutationSpec,
-        reference: int = 0,
-        *,
-        progress: bool | None = None,
+        self, models: Models, spec: PermutationSpec, reference: int = 0, *, progress: bool | None = None
     ) -> list[Alignment]:
         """Return one alignment per model; that of ``models[reference]`` is the identity.
 

@@ -11,7 +11,7 @@ import torch
 from fastmatch._internal.checks import check_integer
 from fastmatch._internal.progress import progress_bar
 from fastmatch._internal.states import State, state_of
-from fastmatch.matching.matcher import Model, Strategy, check_matcher
+from fastmatch.matching.matcher import Models, Strategy, check_matcher
 from fastmatch.matching.pair_objective import anchored, moving, pair_objective
 from fastmatch.matching.weights import WeightMatching, match_weights
 from fastmatch.permutations.alignment import Alignment, Matching
@@ -63,12 +63,7 @@ class MergeMany(Strategy):
         check_integer("max_rounds", self.max_rounds, least=1)
 
     def match(
-        self,
-        models: Sequence[Model],
-        spec: PermutationSpec,
-        reference: int = 0,
-        *,
-        progress: bool | None = None,
+        self, models: Models, spec: PermutationSpec, reference: int = 0, *, progress: bool | None = None
     ) -> list[Alignment]:
         """Return one alignment per model; see :meth:`Strategy.match`.
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from abc import abstractmethod
 from dataclasses import dataclass
 
-from fastmatch.matching.matcher import Matcher, Model, Strategy, check_matcher, check_rereadable
+from fastmatch.matching.matcher import Matcher, Model, Models, Strategy, check_matcher, check_rereadable
 from fastmatch.matching.weights import WeightMatching
 from fastmatch.permutations.alignment import Alignment
 from fastmatch.spec import PermutationSpec
@@ -14,7 +14,34 @@ __all__ = ["Chain", "ToReference"]
 
 
 @dataclass(frozen=True)
-class ToReference(Strategy):
+class _Pairwise(Strategy):
+    """What the strategies of this file share: one matcher, and one match per model but the reference."""
+
+    matcher: Matcher = WeightMatching()
+
+    def __post_init__(self) -> None:
+        check_matcher("matcher", self.matcher)
+        check_rereadable("matcher", self.matcher)
+
+    def match(
+        self, models: Models, spec: PermutationSpec, reference: int = 0, *, progress: bool | None = None
+    ) -> list[Alignment]:
+        """Return one alignment per model; see :meth:`Strategy.match`."""
+        found = {reference: Alignment(spec.identity(), spec)}
+        target = models[reference]
+        for k in ((reference + step) % len(models) for step in range(1, len(models))):
+            matching = self.matcher.match(target, models[k], spec, progress=progress)
+            found[k] = Alignment(matching.permutations, spec, matching)
+            target = self._next_target(target, models[k], found[k])
+        return [found[k] for k in range(len(models))]
+
+    @abstractmethod
+    def _next_target(self, target: Model, model: Model, alignment: Alignment) -> Model:
+        """Return what the next model is matched to, after ``model`` was matched to ``target``."""
+
+
+@dataclass(frozen=True)
+class ToReference(_Pairwise):
     """Match each model to the reference.
 
     Example:
@@ -29,30 +56,12 @@ class ToReference(Strategy):
         TypeError: ``matcher`` is not a matcher, or its data is an iterator, which can be read only once.
     """
 
-    matcher: Matcher = WeightMatching()
-
-    def __post_init__(self) -> None:
-        check_matcher("matcher", self.matcher)
-        check_rereadable("matcher", self.matcher)
-
-    def match(
-        self,
-        models: Sequence[Model],
-        spec: PermutationSpec,
-        reference: int = 0,
-        *,
-        progress: bool | None = None,
-    ) -> list[Alignment]:
-        """Return one alignment per model; see :meth:`Strategy.match`."""
-        found = {reference: Alignment(spec.identity(), spec)}
-        for k in _others(len(models), reference):
-            matching = self.matcher.match(models[reference], models[k], spec, progress=progress)
-            found[k] = Alignment(matching.permutations, spec, matching)
-        return [found[k] for k in range(len(models))]
+    def _next_target(self, target: Model, model: Model, alignment: Alignment) -> Model:
+        return target
 
 
 @dataclass(frozen=True)
-class Chain(Strategy):
+class Chain(_Pairwise):
     """Match each model to its aligned predecessor, in the given order from the reference on and around.
 
     Example:
@@ -60,36 +69,8 @@ class Chain(Strategy):
         >>> alignments[0].moved
         0
 
-    Args:
-        matcher: how two models are matched. Its data, if it has any, is read for every model but the reference.
-
-    Raises:
-        TypeError: ``matcher`` is not a matcher, or its data is an iterator, which can be read only once.
+    The argument and the errors are those of :class:`ToReference`.
     """
 
-    matcher: Matcher = WeightMatching()
-
-    def __post_init__(self) -> None:
-        check_matcher("matcher", self.matcher)
-        check_rereadable("matcher", self.matcher)
-
-    def match(
-        self,
-        models: Sequence[Model],
-        spec: PermutationSpec,
-        reference: int = 0,
-        *,
-        progress: bool | None = None,
-    ) -> list[Alignment]:
-        """Return one alignment per model; see :meth:`Strategy.match`."""
-        found = {reference: Alignment(spec.identity(), spec)}
-        target = models[reference]
-        for k in _others(len(models), reference):
-            matching = self.matcher.match(target, models[k], spec, progress=progress)
-            found[k] = Alignment(matching.permutations, spec, matching)
-            target = found[k].apply(models[k])
-        return [found[k] for k in range(len(models))]
-
-
-def _others(count: int, reference: int) -> Iterator[int]:
-    return ((reference + step) % count for step in range(1, count))
+    def _next_target(self, target: Model, model: Model, alignment: Alignment) -> Model:
+        return alignment.apply(model)
