@@ -74,7 +74,7 @@ def solve(
     Example:
         >>> gain = np.random.rand(200, 200)
         >>> found = fm.solve(gain, maximize=True)
-        >>> found.objective == gain[found.row_ind, found.col_ind].sum()
+        >>> bool(np.isclose(found.objective, gain[found.row_ind, found.col_ind].sum()))
         True
         >>> found.is_certified
         True
