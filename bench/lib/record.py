@@ -130,3 +130,21 @@ def run(
         write(name, found)
     (RESULTS / f"{name}.md").write_text(page(read(name)))
     return 0
+
+
+def script(
+    name: str,
+    doc: str,
+    measure: Callable[[argparse.Namespace], Record],
+    page: Callable[[Record], str],
+    **options: tuple[int, str],
+) -> Callable[..., int]:
+    """Return the ``main`` of a report whose own options are whole numbers: ``seeds=(3, "pairs of networks")``."""
+
+    def main(arguments: list[str] | None = None) -> int:
+        parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+        for option, (default, text) in options.items():
+            parser.add_argument(f"--{option}", type=int, default=default, help=text)
+        return run(name, measure, page, parser, arguments)
+
+    return main

@@ -224,11 +224,7 @@ def page(found: record.Record) -> str:
     )  # fmt: skip
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=3, help="solves of each case")
-    return record.run(NAME, measure, page, parser, arguments)
-
+main = record.script(NAME, __doc__, measure, page, repeats=(3, "solves of each case"))
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -90,21 +90,21 @@ def measure(options: argparse.Namespace) -> record.Record:
     return record.record(row(kind, matrix) for kind, matrix in instances(n))
 
 
+NOTE = (
+    "Each row is one run on a float32 matrix. Rows are read on the CPU here, and that time is left out: on a GPU it is not "
+    "known. A round reads the rows whose lists ran out. (index, cost) pairs are copied to the host; their number is given as "
+    "a fraction of the matrix's entries. Where lists are given up, the matrix is copied and the time of the dense solver "
+    "comes on top."
+)
+
+
 def page(found: record.Record) -> str:
     return record.page(
-        "A matrix solved on its device", NAME, found,
-        "Each row is one run on a float32 matrix. Rows are read on the CPU here, and that time is left out: on a GPU it is not "
-        "known. A round reads the rows whose lists ran out. (index, cost) pairs are copied to the host; their number is given as "
-        "a fraction of the matrix's entries. Where lists are given up, the matrix is copied and the time of the dense solver "
-        "comes on top.",
-        record.table(found["rows"], form=".3g"),
-    )  # fmt: skip
+        "A matrix solved on its device", NAME, found, NOTE, record.table(found["rows"], form=".3g")
+    )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    return record.run(NAME, measure, page, parser, arguments)
-
+main = record.script(NAME, __doc__, measure, page)
 
 if __name__ == "__main__":
     sys.exit(main())

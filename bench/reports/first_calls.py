@@ -92,10 +92,7 @@ def page(found: record.Record) -> str:
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    return record.run(NAME, measure, page, parser, arguments)
-
+main = record.script(NAME, __doc__, measure, page)
 
 if __name__ == "__main__":
     sys.exit(main())

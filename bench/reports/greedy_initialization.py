@@ -108,11 +108,7 @@ def table(found: record.Record) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=5, help="pairs of each network")
-    return record.run(NAME, measure, table, parser, arguments)
-
+main = record.script(NAME, __doc__, measure, table, pairs=(5, "pairs of each network"))
 
 if __name__ == "__main__":
     sys.exit(main())

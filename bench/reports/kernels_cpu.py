@@ -287,18 +287,13 @@ def measure(options: argparse.Namespace) -> record.Record:
 
 
 def page(found: record.Record) -> str:
+    note = f"Median of {found['settings']['repeats']} alternating calls. Ratios are within the run."
     return record.page(
-        "The kernels on the CPU", NAME, found,
-        f"Median of {found['settings']['repeats']} alternating calls. Ratios are within the run.",
-        record.sections(found["rows"], by="operation"),
-    )  # fmt: skip
+        "The kernels on the CPU", NAME, found, note, record.sections(found["rows"], by="operation")
+    )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=9, help="timed calls of each function")
-    return record.run(NAME, measure, page, parser, arguments)
-
+main = record.script(NAME, __doc__, measure, page, repeats=(9, "timed calls of each function"))
 
 if __name__ == "__main__":
     sys.exit(main())

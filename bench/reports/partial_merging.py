@@ -166,11 +166,7 @@ def page(found: record.Record) -> str:
     return record.page("Partial merging on digits", NAME, found, table(found))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3, help="pairs of networks")
-    return record.run(NAME, measure, page, parser, arguments)
-
+main = record.script(NAME, __doc__, measure, page, seeds=(3, "pairs of networks"))
 
 if __name__ == "__main__":
     sys.exit(main())

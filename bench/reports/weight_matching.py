@@ -73,11 +73,7 @@ def page(found: record.Record) -> str:
     )  # fmt: skip
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--width", type=int, default=1024, help="units of each hidden layer")
-    return record.run(NAME, measure, page, parser, arguments)
-
+main = record.script(NAME, __doc__, measure, page, width=(1024, "units of each hidden layer"))
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -55,8 +55,8 @@ def layer_table(
     data: Iterable[Any],
     *,
     endpoints: Sequence[str] = (),
-    weights: Sequence[float] | None = None,
     samples: int | None = None,
+    weights: Sequence[float] | None = None,
     forward: Forward = default_forward,
     progress: bool | None = None,
 ) -> Table:
@@ -71,8 +71,8 @@ def layer_table(
         models: name -> module, of one architecture; they are not changed.
         data: a loader of inputs or (inputs, targets); inputs are tensors. Read once for all models.
         endpoints: names of the models that ratios are taken to.
-        weights: one per endpoint; None takes equal ones.
         samples: stop after this many samples; None reads all of them.
+        weights: one per endpoint; None takes equal ones.
         forward: ``forward(model, batch)`` runs a model on a batch.
         progress: show a progress bar; None shows it on a terminal.
 

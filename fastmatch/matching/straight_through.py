@@ -81,12 +81,7 @@ class StraightThrough(Matcher):
     def match(
         self, model_a: Model, model_b: Model, spec: PermutationSpec, *, progress: bool | None = None
     ) -> Matching:
-        """Match the units of model B to those of model A.
-
-        Args:
-            model_a, model_b: modules of the same architecture; A is the reference. Neither is changed.
-            spec: which axes move together.
-            progress: show progress bars; None shows them on a terminal.
+        """Match the units of model B to those of model A; see :meth:`Matcher.match`. Both models are modules.
 
         Returns:
             A :class:`Matching` whose ``objective`` is the negated mean loss of the midpoint, by weight matching and

@@ -100,9 +100,7 @@ class Zip(MatchedUnits):
         >>> found = fm.merge_partial([model_a, model_b], x, fm.Zip(loader), start_at=1)
 
     Attributes:
-        data: a loader of inputs or (inputs, targets); read once.
-        site: read activations after (``"post"``) or before (``"pre"``) the nonlinearity.
-        forward: ``forward(model, batch)`` runs a model on a batch.
+        data, site, forward: as for :class:`Permute`.
         a: the similarity of a merged unit to a third one is the smaller similarity of its parts, times this. None
             takes 0.3 for two models, as published, and 1 for more, where a merged pair must remain similar to the
             third model's unit.

@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from bench.lib.problems import KINDS, problem
 from fastmatch.assignment import CandidateLists, DenseShortlists, DeviceCost, certificate, solve
+from helpers.costs import check_rows
 from helpers.kernel_cases import DEVICE
 from helpers.networks import fresh_seed
 
@@ -84,16 +85,7 @@ def test_rows_are_exact_whatever_the_batch(monkeypatch, batch):
     values = np.rint(4 * g.standard_normal((23, 60)))
     v = g.standard_normal(60)
     cost = DeviceCost(torch.from_numpy(values).to(DEVICE))
-    for sign in (1.0, -1.0):
-        reduced = sign * values - v
-        np.testing.assert_array_equal(cost.row_min(v, sign), reduced.min(1))
-        rows = np.array([0, 1, 2, 7, 22])
-        items, costs, bound = cost.row_topk(v, 5, rows, sign)
-        np.testing.assert_array_equal(costs, np.take_along_axis(sign * values[rows], items.astype(int), 1))
-        ordered = np.sort(reduced[rows], 1)
-        np.testing.assert_array_equal(costs - v[items], ordered[:, :5])
-        np.testing.assert_array_equal(bound, ordered[:, 5])
-        assert np.isinf(cost.row_topk(v, 99, None, sign)[2]).all()
+    check_rows(cost, values, v)
 
 
 def test_what_lists_do_not_suit_goes_to_the_dense_solver():

@@ -25,6 +25,7 @@ from fastmatch.assignment import (
     solve,
 )
 from fastmatch.assignment.solve import SMALL
+from helpers.costs import check_rows
 from helpers.networks import fresh_seed
 
 
@@ -352,16 +353,7 @@ def test_rows_of_a_dense_cost(kind):
     g = np.random.default_rng(fresh_seed())
     values = problem(kind, 23, 60, seed=fresh_seed())
     cost, v = DenseCost(values), g.standard_normal(60)
-    for sign in (1.0, -1.0):
-        reduced = sign * values - v
-        np.testing.assert_array_equal(cost.row_min(v, sign), reduced.min(1))
-        rows = np.array([0, 1, 2, 7, 22])
-        items, costs, bound = cost.row_topk(v, 5, rows, sign)
-        np.testing.assert_array_equal(costs, np.take_along_axis(sign * values[rows], items.astype(int), 1))
-        ordered = np.sort(reduced[rows], 1)
-        np.testing.assert_array_equal(costs - v[items], ordered[:, :5])
-        np.testing.assert_array_equal(bound, ordered[:, 5])
-        assert np.isinf(cost.row_topk(v, 99, None, sign)[2]).all()
+    check_rows(cost, values, v)
 
 
 def test_solvers_and_schedules_check_their_options():

@@ -121,7 +121,7 @@ def test_relaxed_steps_go_further_the_same_way_and_arrive_sooner(backend):
 @ALL
 def test_compiles_without_a_graph_break(backend):
     g = fresh_generator()
-    a, b, v = normal(g, 9, 7), normal(g, 9, 7), normal(g, 9)
+    a, b, v = (normal(g, *shape) for shape in ((9, 7), (9, 7), (9,)))
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def duals(a, b, v):

@@ -18,25 +18,21 @@ from fastmatch.spec import Axis
 from fastmatch.spec.activation_sites import Site, SiteReader
 from fastmatch.studies.digits import Batches, digits
 from helpers.networks import NETWORKS, build, fresh_seed
-from helpers.trained import TRAINED, trained
+from helpers.trained import TRAINED, planted, trained
 
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_planted_permutation_of_a_trained_network_is_recovered(name):
     seed = fresh_seed()
-    model, x = trained(name, seed)
-    data, _ = digits()
-    spec = fm.PermutationSpec.trace(model, x)
-    planted = fm.Alignment(spec.random(torch.Generator().manual_seed(seed)), spec)
-    permuted = planted.apply(model)
-    data.reads = 0
+    model, x, data, spec, hidden = planted(name, seed)
+    permuted = hidden.apply(model)
     found = fm.align(model, permuted, x, fm.ActivationMatching(data))
     assert data.reads == 1
     # Units that never fire are all alike to the data: any order of them is a right answer.
     aligned = found.apply(permuted)
     dead = dead_units(model, spec, data)
     for group, perm in found.permutations.items():
-        wrong = perm != planted.invert().permutations[group]
+        wrong = perm != hidden.invert().permutations[group]
         assert not bool((wrong & ~dead[group]).any()), group
     with torch.no_grad():
         torch.testing.assert_close(aligned(data.inputs), model(data.inputs), rtol=1e-4, atol=1e-4)

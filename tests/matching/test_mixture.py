@@ -8,24 +8,20 @@ import pytest
 import torch
 
 import fastmatch as fm
-from fastmatch.studies.digits import Batches, digits
+from fastmatch.studies.digits import Batches
 from helpers.networks import build, fresh_seed
-from helpers.trained import TRAINED, trained
+from helpers.trained import TRAINED, planted
 
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_planted_permutation_is_recovered_in_one_read(name):
     seed = fresh_seed()
-    model, x = trained(name, seed)
-    data, _ = digits()
-    spec = fm.PermutationSpec.trace(model, x)
-    planted = fm.Alignment(spec.random(torch.Generator().manual_seed(seed)), spec)
-    data.reads = 0
+    model, x, data, _, hidden = planted(name, seed)
     matcher = fm.Mixture(fm.WeightMatching(seed=seed), fm.ActivationMatching(data), 0.5)
-    found = fm.align(model, planted.apply(model), x, matcher)
+    found = fm.align(model, hidden.apply(model), x, matcher)
     assert data.reads == 1
     for group, perm in found.permutations.items():
-        assert torch.equal(perm, planted.invert().permutations[group]), group
+        assert torch.equal(perm, hidden.invert().permutations[group]), group
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9])

@@ -12,7 +12,7 @@ from fastmatch.matching.fisher import match_fisher
 from fastmatch.statistics.fisher import diagonal_fisher
 from fastmatch.studies.digits import Batches, digits
 from helpers.networks import build, fresh_seed
-from helpers.trained import TRAINED, trained
+from helpers.trained import TRAINED, planted, trained
 
 
 def random_fisher(state, generator):
@@ -205,16 +205,12 @@ def test_whitened_similarity_is_its_formula(name):
 @pytest.mark.parametrize("name", TRAINED)
 def test_whitened_matching_undoes_a_planted_permutation(name):
     seed = fresh_seed()
-    model, x = trained(name, seed)
-    data, _ = digits()
-    spec = fm.PermutationSpec.trace(model, x)
-    planted = fm.Alignment(spec.random(torch.Generator().manual_seed(seed)), spec)
-    other = planted.apply(model)
-    data.reads = 0
+    model, x, data, spec, hidden = planted(name, seed)
+    other = hidden.apply(model)
     whitened = fm.ActivationMatching(data, similarity="cca")
     found = fm.align(model, other, x, whitened)
     assert data.reads == 1
-    truth = planted.invert().permutations
+    truth = hidden.invert().permutations
     gains = whitened.similarities(model, other, spec)
     for group, perm in found.permutations.items():
         units = torch.arange(len(perm))

@@ -19,10 +19,11 @@ def _convolution(record: Record, call: Call) -> None:
     for label in [*inputs[channel + 1 :], *weight[2:]]:
         pin(label, spatial)
     unite = _unite_transposed if call["transposed"] else _unite_plain
-    result = unite(record, inputs[channel], weight, call)
-    if result is None:
+    inputs_split, filters_split = (split_groups(x, call["groups"]) for x in (inputs[channel], weight[0]))
+    if inputs_split is None or filters_split is None:
         pin_all(record, call, call.name)
         return
+    result = unite(record, call, inputs_split, filters_split, weight)
     record.contract(inputs[channel])
     if call["bias"] is not None:
         unify(result, record.labels(call["bias"])[0], call.name)
@@ -33,26 +34,20 @@ def _convolution(record: Record, call: Call) -> None:
     record.set(call.out, labels)
 
 
-def _unite_plain(record: Record, channels: Label, weight: list[Label], call: Call) -> Label | None:
-    """Return the label of the output channels of a kernel (out, in / groups, ...); None if it has none."""
-    filters, per_group = weight[:2]
-    inputs = split_groups(channels, call["groups"])
-    outputs = split_groups(filters, call["groups"])
-    if inputs is None or outputs is None:
-        return None
-    unify(inputs[0], outputs[0], call.name)
-    unify(inputs[1], per_group, call.name)
-    record.contract(per_group, [outputs[0]])
-    return filters
+def _unite_plain(
+    record: Record, call: Call, inputs: list[Label], filters: list[Label], weight: list[Label]
+) -> Label:
+    """Return the label of the output channels of a kernel (out, in / groups, ...). Pairs are (groups, per group)."""
+    unify(inputs[0], filters[0], call.name)
+    unify(inputs[1], weight[1], call.name)
+    record.contract(weight[1], [filters[0]])
+    return weight[0]
 
 
-def _unite_transposed(_record: Record, channels: Label, weight: list[Label], call: Call) -> Label | None:
-    """Return the label of the output channels of a kernel (in, out / groups, ...); None if it has none."""
-    filters, per_group = weight[:2]
-    kernel = split_groups(filters, call["groups"])
-    inputs = split_groups(channels, call["groups"])
-    if inputs is None or kernel is None:
-        return None
-    for mine, label in zip(inputs, kernel, strict=True):
+def _unite_transposed(
+    _record: Record, call: Call, inputs: list[Label], filters: list[Label], weight: list[Label]
+) -> Label:
+    """Return the label of the output channels of a kernel (in, out / groups, ...). Pairs are (groups, per group)."""
+    for mine, label in zip(inputs, filters, strict=True):
         unify(mine, label, call.name)
-    return product([inputs[0], per_group])
+    return product([inputs[0], weight[1]])

@@ -94,15 +94,13 @@ def sinkhorn_duals(
         relaxation: above 0 and below 2. At temperatures under ``RELAXED_BELOW`` times the first, a half step goes this
             many times as far. About 1.8 saves half of the steps and more (Thibault et al. 2017); at high temperatures
             it diverges.
-        precision: as for :func:`gain`.
-        backend: as for :func:`gain`.
+        precision, backend: as for :func:`gain`.
 
     Returns:
-        (n,) float32 (float64 for float64 factors).
+        (n,) column duals, float32 (float64 for float64 factors).
 
     Raises:
-        TypeError: factors of a wrong dtype.
-        ValueError: shapes, devices or options that do not fit.
+        TypeError, ValueError: as :func:`row_softmin`.
     """
     for k, temperature in enumerate(temperatures):
         _check_temperature(f"temperatures[{k}]", temperature)
