@@ -40,8 +40,8 @@ def test_compiling_is_announced_and_loading_is_not(tmp_path):
     )
     first = run(code, NUMBA_CACHE_DIR=str(tmp_path))
     assert "compiling the assignment kernels for float32" in first.stderr
-    assert list(tmp_path.rglob("*.nbi"))
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nbc")}
+    assert files
     run(code, NUMBA_CACHE_DIR=str(tmp_path))
     assert {
         path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nbc")
