@@ -23,6 +23,6 @@ def test_the_wheel_holds_both_packages(tmp_path):
         str(path.relative_to(root))
         for package, root in roots.items()
         for path in (root / package).rglob("*")
-        if path.suffix in (".py", ".typed")
+        if path.suffix in (".py", ".pyi", ".typed")
     }
     assert held == expected

@@ -111,7 +111,7 @@ def test_no_import_circle(package):
 
 def test_no_module_is_loose():
     loose = {path.name for path in (ROOT / "fastmatch").iterdir() if path.is_file()}
-    assert loose == {"__init__.py", "__main__.py", "py.typed"}
+    assert loose == {"__init__.py", "__init__.pyi", "__main__.py", "py.typed"}
     folders = {path.name for path in (ROOT / "fastmatch").iterdir() if path.is_dir()} - {"__pycache__"}
     assert folders == set(LAYERS)
 
