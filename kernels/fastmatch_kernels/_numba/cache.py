@@ -1,4 +1,4 @@
-"""``njit`` for the kernels: numba's, with a cache on disk that follows every source and never stands in the way.
+"""``njit`` for the kernels: numba's, with a cache on disk that follows every source and never makes a call fail.
 
 numba's own cache hashes the file of a function and not those of the functions that it calls, fails where neither the
 package nor a home can be written, and numbers its files through an index that two processes can both rewrite. Here each

@@ -1,9 +1,8 @@
-"""Tile sizes, picked in plain Python from shapes, precision and target, and what is known of the targets.
+"""Tile sizes, chosen in plain Python from shapes, precision and target, and the properties of the targets.
 
-No autotuner: it needs a driver, and what it may pick could not be compiled and inspected ahead of time.
-Every choice for a product is one of ``MATMUL[target][precision]`` or ``CROSS``: for small shapes, for wide ones, and
-for data of which no alignment is known, where each thread holds many addresses: larger tiles spill there. Tests
-compile all of them.
+There is no autotuner: it needs a driver, and its choices could not all be compiled and inspected ahead of time. A product
+uses one of three tiles of ``MATMUL[target][precision]`` or ``CROSS``: for small shapes, for wide shapes, and for data of
+unknown alignment, for which each thread holds many addresses and larger tiles spill. Tests compile all of them.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ ROUNDOFF = {
     "bf16x3": (2.0**-16, 3),
 }
 """Precision -> (bound on the relative error of one product, products summed for it). Factors lose at most
-2^-10 to tf32, where hardware cuts off; x = hi + lo + r with |r| <= 2^-18 |x|, and lo times lo is left out."""
+2^-10 to tf32, if hardware truncates; x = hi + lo + r with |r| <= 2^-18 |x|, and lo times lo is omitted."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +183,7 @@ MATMUL["sm_100"] = {
 _UNITS = (Tiles(64, 64, 32, 4, 3), Tiles(128, 64, 32, 8, 2), Tiles(64, 64, 32, 8, 2))
 _AMD = (Tiles(64, 64, 32, 8, 2), Tiles(128, 64, 16, 8, 2), Tiles(128, 64, 16, 8, 2))
 CROSS: dict[str, dict[str, tuple[Tiles, Tiles, Tiles]]] = {
-    # Moments keep statistics and two shifts in registers beside the product: 128 x 128 would spill.
+    # Moments keep statistics and two shifts in registers in addition to the product: 128 x 128 would spill.
     "sm_80": {
         "ieee": (Tiles(64, 64, 16, 4, 3), Tiles(128, 64, 16, 8, 3), Tiles(64, 64, 16, 8, 2)),
         "tf32": _UNITS,

@@ -1,6 +1,6 @@
 """Inner products of a tensor with a reordered one, in float64: ``inner`` and ``change_of_inner``.
 
-A reordering maps dimensions to int64 positions, ``{dim: index}``, and stands for ``b.index_select(dim, index)`` along each.
+A reordering maps dimensions to int64 positions, ``{dim: index}``: ``b.index_select(dim, index)`` along each.
 """
 
 from __future__ import annotations

@@ -166,7 +166,7 @@ def _merge(weights, alphas, rows, columns, block, half, out, in_place, nontempor
                             run = weights[k][rows[k][r]]
                             _move_blocks(run, columns[k], block, words[0], moved[k, r - first, :length])
                     else:
-                        # The last group may be short: its last run stands for those missing.
+                        # The last group may be short: its last run is repeated for the missing ones.
                         for g in range(lanes):
                             starts[g] = rows[k][min(first + g, runs - 1)] * length
                         _move_columns(weights[k], starts, columns[k], words, moved[k])

@@ -50,7 +50,7 @@ CHUNK = 64
 DISTANCES = {"dot": 0, "l2": 1, "l1": 2}
 
 BALANCE = 16.0
-"""Power of two that makes the columns of norms in a screening pair small beside the factors themselves: see there."""
+"""Power of two that keeps the columns of norms in a screening pair small compared with the factors: see :func:`screening_pair`."""
 
 
 def cost_of(x):
