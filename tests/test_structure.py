@@ -123,3 +123,20 @@ def test_only_the_command_line_parses_arguments():
         if "argparse" in imported(path)
     }
     assert found == {"cli"}
+
+
+def test_no_function_has_more_than_eight_parameters():
+    """Outside the kernels, one that has more says why on the line above: ``# parameters: <reason>``."""
+    wrong = []
+    for path in (ROOT / "fastmatch").rglob("*.py"):
+        lines = path.read_text().splitlines()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                continue
+            given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            count = len([a for a in given if a.arg not in ("self", "cls")])
+            count += sum(a is not None for a in (node.args.vararg, node.args.kwarg))
+            reason = lines[node.lineno - 2].strip().startswith("# parameters: ")
+            if count > 8 and not reason:
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name} has {count}")
+    assert not wrong

@@ -11,6 +11,7 @@ import torch
 from fastmatch._internal.checks import check_choice
 from fastmatch.assignment.cost import row_index
 from fastmatch_kernels import ops as kernels
+from fastmatch_kernels._dispatch import Backend
 from fastmatch_kernels._numba.parallel import over_rows
 
 __all__ = ["FactorCost", "Metric", "Precision"]
@@ -76,7 +77,7 @@ class FactorCost:
         factors: Sequence[tuple[Any, Any]],
         metric: Metric = "dot",
         tile: tuple[int, int] = TILE,
-        backend: str | None = None,
+        backend: Backend | None = None,
         precision: Precision = "ieee",
     ) -> None:
         check_choice("precision", precision, Precision)
@@ -88,7 +89,8 @@ class FactorCost:
         pairs = [(_factor(a, metric), _factor(b, metric)) for a, b in factors]
         flat = [x for pair in pairs for x in pair]
         kernels.backend_of(*flat, backend=backend)
-        self.device, self.backend = flat[0].device, backend
+        self.device = flat[0].device
+        self.backend: Backend | None = backend
         stored = _common_dtype(flat, metric)
         self.dtype = torch.float64 if stored == torch.float64 else torch.float32
         self.metric: Metric = metric

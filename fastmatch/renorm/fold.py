@@ -14,7 +14,7 @@ from torch import nn
 from fastmatch.renorm.layers import Layer, bias_mask, channel_dim, raw_weight
 from fastmatch.renorm.targets import EPS, Target
 from fastmatch.statistics.moments import ChannelMoments
-from fastmatch_kernels.channel_affine.reference import affine_of
+from fastmatch_kernels.channel_affine.reference import Method, affine_of
 from fastmatch_kernels.channel_affine.reference import fold as folded
 from fastmatch_kernels.ops import channel_affine
 
@@ -22,7 +22,7 @@ __all__ = ["bring_to_target", "fold"]
 
 
 def _affine(
-    layer: Layer, moments: ChannelMoments, target: Target, method: str
+    layer: Layer, moments: ChannelMoments, target: Target, method: Method
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(scale, shift) for a layer's output. The shift is zero where a pruned bias is masked."""
     mean, std = (t.to(moments.mean.device) for t in target)
@@ -32,7 +32,7 @@ def _affine(
 
 
 def bring_to_target(
-    layer: Layer, outputs: list[torch.Tensor], target: Target, method: str
+    layer: Layer, outputs: list[torch.Tensor], target: Target, method: Method
 ) -> tuple[list[torch.Tensor], ChannelMoments]:
     """Map outputs of one layer so that their pooled statistics are the target's.
 
@@ -71,7 +71,7 @@ def _has_kernel(output: torch.Tensor) -> bool:
     return on_gpu and importlib.util.find_spec("triton") is not None
 
 
-def fold(layer: Layer, moments: ChannelMoments, target: Target, method: str) -> None:
+def fold(layer: Layer, moments: ChannelMoments, target: Target, method: Method) -> None:
     """Change a layer's weight and bias in place so that its output has the target statistics; masks stay.
 
     Args:

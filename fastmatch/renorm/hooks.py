@@ -15,6 +15,7 @@ from fastmatch.renorm.layers import Layer, batch_norms, survey
 from fastmatch.renorm.plan import Plan
 from fastmatch.renorm.targets import Target
 from fastmatch.statistics.moments import ChannelMoments
+from fastmatch_kernels.channel_affine.reference import Method as AffineMethod
 
 __all__ = ["CalibrationHook", "affine_hooks", "reset_hooks"]
 
@@ -50,9 +51,10 @@ class CalibrationHook(ABC):
 class _AffineHook(CalibrationHook):
     """A linear or convolution layer whose output is brought to the target of the call."""
 
-    def __init__(self, name: str, layer: Layer, targets: Targets, method: str) -> None:
+    def __init__(self, name: str, layer: Layer, targets: Targets, method: AffineMethod) -> None:
         super().__init__(name, layer)
-        self._layer, self._targets, self._method = layer, targets, method
+        self._layer, self._targets = layer, targets
+        self._method: AffineMethod = method
 
     def treat(self, tensors: list[torch.Tensor], call: int) -> list[torch.Tensor]:
         news, moments = bring_to_target(self._layer, tensors, self._targets(call)[self.name], self._method)
@@ -111,7 +113,10 @@ class _ResetHook(CalibrationHook):
 def affine_hooks(model: nn.Module, plan: Plan, targets: Targets) -> list[CalibrationHook]:
     """Return the hooks of REPAIR, RESCALE or RESHIFT."""
     layers = survey(model, plan.layers)[0]
-    return [_AffineHook(name, layer, targets, plan.method) for name, layer in layers.items()]
+    method = plan.method
+    assert method != "auto"
+    assert method != "reset"
+    return [_AffineHook(name, layer, targets, method) for name, layer in layers.items()]
 
 
 def reset_hooks(model: nn.Module) -> list[CalibrationHook]:

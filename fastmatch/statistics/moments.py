@@ -14,6 +14,7 @@ import torch
 
 from fastmatch._internal.checks import check_choice
 from fastmatch_kernels import ops as kernels
+from fastmatch_kernels._dispatch import Backend
 from fastmatch_kernels.moments.reference import Moments
 
 __all__ = ["ChannelMoments", "CrossMoments", "PooledSimilarity"]
@@ -122,7 +123,7 @@ class CrossMoments:
         ]()
 
 
-def _backend(*activations: torch.Tensor) -> str | None:
+def _backend(*activations: torch.Tensor) -> Backend | None:
     """The backend: the device's kernels if there are any for these activations, else the reference in float64."""
     on_gpu = all(x.device.type == "cuda" and x.dtype != torch.float64 for x in activations)
     return None if on_gpu or activations[0].device.type == "cpu" else "reference"

@@ -9,34 +9,37 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any, get_type_hints
+from typing import Any, Literal, TypeAlias, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 __all__ = [
-    "BACKENDS",
-    "PRECISIONS",
+    "Backend",
     "Operation",
+    "Precision",
+    "RowPrecision",
     "backend_of",
+    "check_choice",
     "check_floating",
-    "check_precision",
     "check_range",
 ]
 
-BACKENDS = ("triton", "cpu", "reference")
-PRECISIONS = ("ieee", "tf32", "bf16x3")
+Backend: TypeAlias = Literal["triton", "cpu", "reference"]
+Precision: TypeAlias = Literal["ieee", "tf32", "bf16x3"]
+RowPrecision: TypeAlias = Literal["ieee", "tf32", "bf16x3", "bf16"]
+"""Those of row reductions. bf16 screens on the CPU: exact results from a first pass in bfloat16."""
 
 
-def backend_of(*tensors: Tensor, backend: str | None = None) -> str:
+def backend_of(*tensors: Tensor, backend: Backend | None = None) -> Backend:
     """Return the backend that ``tensors`` go to.
 
     Raises:
         ValueError: an unknown backend, tensors on several devices, or a device without a backend.
     """
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
+    if backend is not None:
+        check_choice("backend", backend, Backend)
     devices = {t.device for t in tensors}
     if len(devices) > 1:
         raise ValueError(f"tensors: expected one device, got {sorted(map(str, devices))}")
@@ -115,10 +118,11 @@ def _is_plain(arguments: Iterable[Any]) -> bool:
     return True
 
 
-def check_precision(precision: str, allowed: tuple[str, ...] = PRECISIONS) -> None:
-    """Raise ValueError for a precision that is not one of ``allowed``."""
-    if precision not in allowed:
-        raise ValueError(f"precision: expected one of {allowed}, got {precision!r}")
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """Raise ValueError for a value that is not one of the words of ``choices``, a ``Literal`` type."""
+    words = get_args(choices)
+    if value not in words:
+        raise ValueError(f"{name}: expected one of {words}, got {value!r}")
 
 
 def check_floating(name: str, tensor: Tensor) -> None:

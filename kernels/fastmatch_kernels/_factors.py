@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from fastmatch_kernels._dispatch import backend_of, check_floating, check_range
+from fastmatch_kernels._dispatch import Backend, backend_of, check_floating, check_range
 
 __all__ = ["Factors", "check_duals", "check_factors", "result_dtype"]
 
@@ -19,7 +19,7 @@ def check_factors(
     factors: Factors,
     b_index: Tensor | None,
     contraction_index: Tensor | Sequence[Tensor | None] | None,
-    backend: str | None,
+    backend: Backend | None,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor | None], tuple[int, int], str]:
     """Return (A's, B's, contraction index of each pair, (n, m), backend), or raise an error that names what does not fit."""
     if not factors:

@@ -9,7 +9,7 @@ implementation. Backends are imported when they are first used: importing this m
 
 from __future__ import annotations
 
-from fastmatch_kernels._dispatch import BACKENDS, backend_of
+from fastmatch_kernels._dispatch import backend_of
 from fastmatch_kernels.channel_affine import channel_affine
 from fastmatch_kernels.gain import gain
 from fastmatch_kernels.moments import moments
@@ -18,7 +18,6 @@ from fastmatch_kernels.row_softmin import row_softmin, sinkhorn_duals
 from fastmatch_kernels.row_topk import row_min, row_topk
 
 __all__ = [
-    "BACKENDS",
     "backend_of",
     "channel_affine",
     "gain",

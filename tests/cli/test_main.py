@@ -66,7 +66,7 @@ def test_the_installed_command_runs(tmp_path):
     assert "inspect" in done.stdout
 
 
-@pytest.mark.parametrize("code", ["import fastmatch", "import fastmatch.cli.main"])
+@pytest.mark.parametrize("code", ["import fastmatch", "from fastmatch import *", "import fastmatch.cli.main"])
 def test_importing_loads_neither_triton_nor_numba(code):
     heavy = ("triton", "numba", "lapjv", "matplotlib", "scipy", "sklearn", "transformers", "pandas")
     code = f"import sys; {code}; print([m for m in {heavy} if m in sys.modules])"

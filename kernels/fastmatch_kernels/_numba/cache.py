@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numba
+import torch
 from numba.core import config as numba_config
 from numba.core.caching import _Cache
 from numba.core.compiler import CompileResult
@@ -181,13 +182,26 @@ class _Kernel(CPUDispatcher):
         self._cache: Any = _FileCache(self.py_func)
 
     def compile(self, sig: Any) -> Any:
-        """Compiles under ``NUMBA_DISABLE_JIT`` too: the kernels' vector instructions have no form in Python."""
+        """Compiles or loads what a signature needs.
+
+        Compiles under ``NUMBA_DISABLE_JIT`` too: the kernels' vector instructions have no form in Python.
+        """
+        if self.targetoptions.get("parallel"):
+            _start_threads()
         with global_compiler_lock:
             disabled, config.DISABLE_JIT = config.DISABLE_JIT, 0
             try:
                 return super().compile(sig)
             finally:
                 config.DISABLE_JIT = disabled
+
+
+@functools.cache
+def _start_threads() -> None:
+    """Starts numba's threads once. numba then sets the number of OpenMP's threads, which torch shares: it is set back."""
+    threads = torch.get_num_threads()
+    numba.get_num_threads()
+    torch.set_num_threads(threads)
 
 
 def njit(*, cache: bool = True, **options: Any) -> Callable[[Callable[..., Any]], Any]:

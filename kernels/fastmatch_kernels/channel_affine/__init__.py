@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmatch_kernels._dispatch import Operation, backend_of, check_floating
-from fastmatch_kernels.channel_affine.reference import METHODS, AffineArguments
+from fastmatch_kernels._dispatch import Backend, Operation, backend_of, check_choice, check_floating
+from fastmatch_kernels.channel_affine.reference import AffineArguments, Method
 
 __all__ = ["channel_affine"]
 
@@ -24,12 +24,12 @@ def channel_affine(
     x: Tensor,
     goal_mean: Tensor,
     goal_std: Tensor,
-    method: str = "repair",
+    method: Method = "repair",
     *,
     dim: int = 1,
     eps: float = 1e-5,
     out: Tensor | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Map each channel of a layer's output to target statistics; return the result and the statistics that it had.
 
@@ -64,8 +64,7 @@ def channel_affine(
     check_floating("x", x)
     if not -x.ndim <= dim < x.ndim:
         raise ValueError(f"x: expected a dimension {dim}, got shape {tuple(x.shape)}")
-    if method not in METHODS:
-        raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
+    check_choice("method", method, Method)
     if x.numel() == 0:
         raise ValueError(f"x: expected at least one sample and channel, got shape {tuple(x.shape)}")
     for name, goal in (("goal_mean", goal_mean), ("goal_std", goal_std)):

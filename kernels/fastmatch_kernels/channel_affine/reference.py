@@ -6,13 +6,15 @@ repair ``(z - mu) g + mu*``, rescale ``z g``, reshift ``z - mu + mu*``.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 
-__all__ = ["METHODS", "AffineArguments", "affine_of", "channel_affine", "fold"]
+__all__ = ["METHODS", "AffineArguments", "Method", "affine_of", "channel_affine", "fold"]
 
-METHODS = ("repair", "rescale", "reshift")
+Method: TypeAlias = Literal["repair", "rescale", "reshift"]
+METHODS: tuple[Method, ...] = get_args(Method)
+"""The kernels know a method by its position here."""
 
 
 class AffineArguments(NamedTuple):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmatch_kernels._dispatch import Operation, check_precision
+from fastmatch_kernels._dispatch import Backend, Operation, Precision, check_choice
 from fastmatch_kernels._factors import Factors, check_factors, result_dtype
 from fastmatch_kernels.gain.reference import GainArguments
 
@@ -23,8 +23,8 @@ def gain(
     contraction_index: Tensor | Sequence[Tensor | None] | None = None,
     out: Tensor | None = None,
     accumulate: bool = False,
-    precision: str = "ieee",
-    backend: str | None = None,
+    precision: Precision = "ieee",
+    backend: Backend | None = None,
 ) -> Tensor:
     """Return the gain matrix ``G = sum_k A_k @ B_k[b_index][:, contraction_index[k]].T`` without a permuted copy of B.
 
@@ -54,7 +54,7 @@ def gain(
         TypeError: factors or an index of a wrong dtype.
         ValueError: shapes, entries of an index, devices or options that do not fit.
     """
-    check_precision(precision)
+    check_choice("precision", precision, Precision)
     a, b, contractions, shape, chosen = check_factors(factors, b_index, contraction_index, backend)
     dtype = result_dtype(a[0])
     if accumulate and out is None:

@@ -8,7 +8,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastmatch_kernels._dispatch import Operation, backend_of, check_floating, check_precision
+from fastmatch_kernels._dispatch import (
+    Backend,
+    Operation,
+    Precision,
+    backend_of,
+    check_choice,
+    check_floating,
+)
 from fastmatch_kernels.moments.reference import CROSS, Moments, MomentsArguments
 
 __all__ = ["PENDING", "moments"]
@@ -35,8 +42,8 @@ def moments(
     dim: int = 1,
     cross: Iterable[str] | None = None,
     state: Moments | None = None,
-    precision: str = "ieee",
-    backend: str | None = None,
+    precision: Precision = "ieee",
+    backend: Backend | None = None,
 ) -> Moments:
     """Add a batch of one or two models' activations to ``state`` in one read, and return the state.
 
@@ -69,7 +76,7 @@ def moments(
         TypeError: activations that are not floating point.
         ValueError: sample counts, channel counts or options that do not fit.
     """
-    check_precision(precision)
+    check_choice("precision", precision, Precision)
     models = {"a": a} if b is None else {"a": a, "b": b}
     for name, x in models.items():
         check_floating(name, x)
@@ -120,7 +127,13 @@ def moments(
 
 
 def _add_moments(
-    state: Moments, a: Tensor, b: Tensor | None = None, *, dim: int = 1, precision: str, backend: str
+    state: Moments,
+    a: Tensor,
+    b: Tensor | None = None,
+    *,
+    dim: int = 1,
+    precision: Precision,
+    backend: Backend,
 ) -> None:
     two = b is not None
     arguments = MomentsArguments(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmatch_kernels._dispatch import Operation, backend_of, check_floating, check_range
+from fastmatch_kernels._dispatch import Backend, Operation, backend_of, check_floating, check_range
 from fastmatch_kernels.permute_merge.reference import MergeArguments
 
 __all__ = ["permute_merge"]
@@ -24,7 +24,7 @@ def permute_merge(
     dims: tuple[int, int] = (0, 1),
     blocks: tuple[int, int] = (1, 1),
     out: Tensor | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """Return ``sum_k alphas[k] * weights[k]``, each weight reordered on up to two axes, in one read and one write.
 

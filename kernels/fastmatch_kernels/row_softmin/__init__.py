@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmatch_kernels._dispatch import Operation, check_precision
+from fastmatch_kernels._dispatch import Backend, Operation, Precision, check_choice
 from fastmatch_kernels._factors import Factors, check_duals, check_factors, result_dtype
 from fastmatch_kernels.row_softmin.reference import SoftminArguments
 
@@ -26,7 +26,12 @@ _row_softmin = Operation("row_softmin", SoftminArguments, _fake, returns=Tensor)
 
 
 def row_softmin(
-    factors: Factors, v: Tensor, temperature: float, *, precision: str = "ieee", backend: str | None = None
+    factors: Factors,
+    v: Tensor,
+    temperature: float,
+    *,
+    precision: Precision = "ieee",
+    backend: Backend | None = None,
 ) -> Tensor:
     """Return, per row, the soft minimum ``-t log sum_j exp((v_j - c_ij) / t)`` with ``c = -gain(factors)``.
 
@@ -54,7 +59,7 @@ def row_softmin(
         TypeError: factors of a wrong dtype.
         ValueError: shapes, devices or options that do not fit.
     """
-    check_precision(precision)
+    check_choice("precision", precision, Precision)
     a, b, _, (_, m), chosen = check_factors(factors, None, None, backend)
     check_duals(v, m, a[0].device)
     _check_temperature("temperature", temperature)
@@ -72,8 +77,8 @@ def sinkhorn_duals(
     *,
     v: Tensor | None = None,
     relaxation: float = 1.0,
-    precision: str = "tf32",
-    backend: str | None = None,
+    precision: Precision = "tf32",
+    backend: Backend | None = None,
 ) -> Tensor:
     """Return column duals near an assignment's, by Sinkhorn's iteration (Cuturi 2013) at falling temperatures.
 

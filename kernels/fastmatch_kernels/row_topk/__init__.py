@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from fastmatch_kernels._dispatch import PRECISIONS, Operation, check_precision
+from fastmatch_kernels._dispatch import Backend, Operation, Precision, RowPrecision, check_choice
 from fastmatch_kernels._factors import Factors, check_duals, check_factors, result_dtype
 from fastmatch_kernels.row_topk.reference import RowArguments
 
 __all__ = ["row_min", "row_topk"]
-
-ROW_PRECISIONS = (*PRECISIONS, "bf16")
 
 
 def _fake_topk(arguments: RowArguments) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,14 +35,16 @@ def _checked(
     factors: Factors,
     v: Tensor,
     indices: tuple[Tensor | None, Tensor | Sequence[Tensor | None] | None],
-    precision: str,
-    backend: str | None,
+    precision: RowPrecision,
+    backend: Backend | None,
 ) -> tuple[RowArguments, str]:
     """(arguments with k = 1, backend), or an error that names what does not fit."""
-    check_precision(precision, ROW_PRECISIONS)
+    check_choice("precision", precision, RowPrecision)
     a, b, contractions, (_, m), chosen = check_factors(factors, *indices, backend)
     if precision == "bf16" and chosen == "triton":
-        raise ValueError(f"precision: 'bf16' is of backend 'cpu', got {chosen!r}, which takes {PRECISIONS}")
+        raise ValueError(
+            f"precision: 'bf16' is of backend 'cpu', got {chosen!r}, which takes {get_args(Precision)}"
+        )
     if precision == "bf16" and chosen == "cpu" and a[0].dtype == torch.float64:
         raise ValueError("precision: 'bf16' takes factors of at most float32, got torch.float64")
     check_duals(v, m, a[0].device)
@@ -57,10 +58,10 @@ def row_topk(
     *,
     b_index: Tensor | None = None,
     contraction_index: Tensor | Sequence[Tensor | None] | None = None,
-    precision: str = "ieee",
+    precision: RowPrecision = "ieee",
     sizes: Tensor | None = None,
     tile: tuple[int, int] | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return, per row, the k columns of smallest ``c_ij - v_j`` with ``c = -gain(factors)``, and a bound on the others.
 
@@ -120,8 +121,8 @@ def row_min(
     *,
     b_index: Tensor | None = None,
     contraction_index: Tensor | Sequence[Tensor | None] | None = None,
-    precision: str = "ieee",
-    backend: str | None = None,
+    precision: RowPrecision = "ieee",
+    backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return, per row, the smallest ``c_ij - v_j`` with ``c = -gain(factors)``, and its column.
 
