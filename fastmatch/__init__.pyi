@@ -55,3 +55,5 @@ from .assignment import solve as solve, linear_sum_assignment as linear_sum_assi
 
 # Packages
 from . import assignment as assignment, backends as backends, checkpoint as checkpoint
+
+__version__: str
