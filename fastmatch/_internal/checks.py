@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral, Real
 from typing import Any, get_args
 
 __all__ = ["check_choice", "check_fraction", "check_integer", "check_number"]
@@ -18,16 +19,25 @@ def check_choice(name: str, value: object, choices: Any) -> None:
 
 def check_integer(name: str, value: object, least: int = 0) -> None:
     """Raise ValueError unless ``value`` is a whole number of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:  # type: ignore[operator]
         raise ValueError(f"{name}: expected a whole number of at least {least}; got {value!r}")
 
 
 def check_number(name: str, value: object, *, least: float = 0.0, exclusive: bool = False) -> None:
     """Raise ValueError unless ``value`` is a finite number of at least (``exclusive``: above) ``least``."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or value < least or (exclusive and value == least):  # type: ignore[operator]
+    if not _is_finite(value) or value < least or (exclusive and value == least):  # type: ignore[operator]
         relation = "above" if exclusive else "of at least"
         raise ValueError(f"{name}: expected a finite number {relation} {least:g}; got {value!r}")
+
+
+def _is_finite(value: object) -> bool:
+    """Whether the value is a finite number, of Python or NumPy, that fits a float."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def check_fraction(name: str, value: object) -> None:

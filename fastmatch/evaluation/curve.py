@@ -144,6 +144,7 @@ def interpolate(
     Cost: ``points`` reads of ``data``.
     """
     check_integer("points", points, least=3)
+    points = int(points)
     check_between(between)
     check_module(model_a, "model_a")
     check_module(model_b, "model_b")

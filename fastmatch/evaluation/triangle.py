@@ -132,6 +132,7 @@ def triangle(
     if len(models) != 3:
         raise ValueError(f"models: expected three, got {len(models)}")
     check_integer("points", points, least=2)
+    points = int(points)
     check_between(between)
     for k, model in enumerate(models):
         check_module(model, f"models[{k}]")

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from fastmatch._internal.checks import check_integer
 from fastmatch._internal.states import State, check_finite, check_same_architecture, state_of
 from fastmatch.matching.align import traced_spec
 from fastmatch.matching.matcher import Strategy, check_strategy
@@ -62,7 +63,8 @@ def align_many(
     check_strategy("strategy", strategy)
     if len(models) < 2:
         raise ValueError(f"models: expected at least two, got {len(models)}")
-    if isinstance(reference, bool) or not isinstance(reference, int) or not 0 <= reference < len(models):
+    check_integer("reference", reference)
+    if reference >= len(models):
         raise ValueError(f"reference: expected an index below {len(models)}, got {reference!r}")
     states = [state_of(m, f"models[{k}]") for k, m in enumerate(models)]
     for k, state in enumerate(states):

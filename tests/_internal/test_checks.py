@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
 import pytest
 
 from fastmatch._internal.checks import check_choice, check_fraction, check_integer, check_number
@@ -16,6 +17,12 @@ def test_what_fits_passes():
     check_fraction("share", 1)
 
 
+def test_numpy_scalars_are_numbers():
+    check_integer("count", np.int64(3))
+    check_number("rate", np.float32(1e-6))
+    check_fraction("share", np.float64(0.5))
+
+
 @pytest.mark.parametrize(
     ("check", "arguments", "message"),
     [
@@ -27,6 +34,10 @@ def test_what_fits_passes():
         (check_integer, (2.0, 1), "got 2.0"),
         (check_number, (float("nan"),), "option: expected a finite number of at least 0; got nan"),
         (check_number, (float("inf"),), "got inf"),
+        (check_integer, (np.float64(2), 1), "expected a whole number"),
+        (check_number, (10**400,), "expected a finite number of at least 0; got 1000"),
+        (check_number, (True,), "got True"),
+        (check_number, (np.bool_(True),), "expected a finite number"),
         (check_number, ("1",), "got '1'"),
         (check_fraction, (1.5,), "option: expected a number from 0 to 1; got 1.5"),
     ],

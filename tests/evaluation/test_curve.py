@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,13 @@ def test_the_curve_is_what_plain_evaluation_says():
         assert accuracy == pytest.approx(float((out.argmax(1) == data.targets).float().mean()))
     assert curve.barrier == pytest.approx(max(0, max(curve.loss) - (curve.loss[0] + curve.loss[-1]) / 2))
     assert curve.midpoint == (curve.loss[2], curve.accuracy[2])
+
+
+def test_points_may_be_a_numpy_scalar():
+    model, _ = build("mlp", 0)
+    curve = fm.interpolate(model, model, classify(), points=np.int64(3))
+    assert all(type(position) is float for position in curve.positions)
+    assert fm.triangle([model] * 3, classify(), points=np.int64(2)).weights[0] == (1.0, 0.0, 0.0)
 
 
 def test_barriers_of_known_curves():

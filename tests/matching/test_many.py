@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -109,9 +110,12 @@ def test_data_is_read_once_for_every_model_but_one(strategy):
 
 def test_bad_input():
     (a, x), (b, _) = build("mlp", 0), build("mlp", 1)
-    for reference in (2, -1, True, 1.0):
-        with pytest.raises(ValueError, match="reference: expected an index below 2"):
+    for reference in (-1, True, 1.0):
+        with pytest.raises(ValueError, match="reference: expected a whole number of at least 0"):
             fm.align_many([a, b], x, reference=reference)
+    with pytest.raises(ValueError, match="reference: expected an index below 2"):
+        fm.align_many([a, b], x, reference=2)
+    assert fm.align_many([a, b], x, reference=np.int64(1))[1].moved == 0
     with pytest.raises(ValueError, match="models: expected at least two, got 1"):
         fm.align_many([a], x)
     with pytest.raises(
