@@ -9,12 +9,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from fastmatch._internal.checks import check_integer
 from fastmatch._internal.progress import progress_bar
 
 __all__ = [
     "Forward",
     "batches_of",
     "check_data",
+    "check_forward",
     "check_module",
     "default_forward",
     "evaluating",
@@ -116,6 +118,12 @@ def first_samples(data: Iterable[Any], samples: int | None) -> Iterator[Any]:
             return
 
 
+def check_forward(forward: object) -> None:
+    """Raise TypeError unless ``forward`` is callable."""
+    if not callable(forward):
+        raise TypeError(f"forward: expected a function of a model and a batch, got {type(forward).__name__}")
+
+
 def check_data(data: object, *, reads: int = 1) -> None:
     """Raise TypeError unless ``data`` is an iterable of batches that can be read ``reads`` times."""
     if not isinstance(data, Iterable) or isinstance(data, (str, bytes, Mapping)):
@@ -148,8 +156,8 @@ def batches_of(
         TypeError: ``data`` cannot be iterated, or is one tensor or one pair instead of batches.
         ValueError: ``data`` yields nothing, or ``samples`` is not a positive number.
     """
-    if samples is not None and samples < 1:
-        raise ValueError(f"samples: expected a positive number, got {samples}")
+    if samples is not None:
+        check_integer("samples", samples, least=1)
     check_data(data)
     empty = True
     for batch in first_samples(progress_bar(data, title, show=progress), samples):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from torch import nn
 
-from fastmatch._internal.batches import Forward
+from fastmatch._internal.batches import Forward, check_data
 from fastmatch.merging.average import merge
 from fastmatch.renorm.endpoints import EndpointStatistics
 from fastmatch.renorm.options import Method, Renormalization, renormalization_of
@@ -27,28 +27,31 @@ class Renormalized:
 
     Attributes:
         data: a loader of inputs or (inputs, targets) to calibrate on; read once for the endpoints, unless
-            ``statistics`` are given, and once for all merges.
+            ``statistics`` are given or the method is ``"reset"``, and once for all merges.
         method: a method's word, or a :class:`fastmatch.Renormalization`.
-        statistics: those of the models, if they are measured already.
+        statistics: those of the models, if they are measured already; not for ``"reset"``, which does not use them.
 
     Raises:
-        ValueError, TypeError: no data, or an unknown method.
+        ValueError: an unknown method, or statistics for ``"reset"``.
+        TypeError: ``data`` is not an iterable of batches that can be read as often as needed, or an argument has
+            another type.
 
     Memory: all merges at once.
     """
 
-    data: Iterable[Any]
+    data: Iterable[Any] = field(repr=False)
     method: Method | Renormalization = "auto"
-    statistics: EndpointStatistics | None = None
+    statistics: EndpointStatistics | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.data, Iterable):
-            raise TypeError(f"data: expected a loader to calibrate on; got {type(self.data).__name__}")
+        is_reset = renormalization_of(self.method).method == "reset"
+        check_data(self.data, reads=1 if is_reset or self.statistics is not None else 2)
         if self.statistics is not None and not isinstance(self.statistics, EndpointStatistics):
             raise TypeError(
                 f"statistics: expected an EndpointStatistics or None; got {type(self.statistics).__name__}"
             )
-        renormalization_of(self.method)
+        if is_reset and self.statistics is not None:
+            raise ValueError('statistics: method "reset" does not use those of the models')
 
 
 Between: TypeAlias = Renormalized | Callable[[nn.Module, tuple[float, ...]], nn.Module]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastmatch._internal.batches import Forward, batches_of, check_data, default_forward
+from fastmatch._internal.batches import Forward, batches_of, check_data, check_forward, default_forward
 from fastmatch._internal.checks import check_choice
 from fastmatch._internal.progress import progress_bar
 from fastmatch.assignment import linear_sum_assignment
@@ -69,10 +69,7 @@ class ActivationMatching(Matcher):
         check_choice("similarity", self.similarity, Similarity)
         check_choice("site", self.site, Site)
         check_choice("reduce", self.reduce, Reduce)
-        if not callable(self.forward):
-            raise TypeError(
-                f"forward: expected a function of a model and a batch, got {type(self.forward).__name__}"
-            )
+        check_forward(self.forward)
 
     def match(
         self, model_a: Model, model_b: Model, spec: PermutationSpec, *, progress: bool | None = None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 import torch
 
-from fastmatch._internal.batches import Forward, default_forward
+from fastmatch._internal.batches import Forward, check_data, check_forward, default_forward
 from fastmatch._internal.checks import check_choice, check_fraction, check_number
 from fastmatch.matching.activations import best_permutation
 from fastmatch.matching.cca import GAMMA, roots
@@ -43,21 +43,27 @@ class MatchedUnits(ABC):
         data: a loader of inputs or (inputs, targets); read once. It is not read if no unit is merged.
         site: read activations after (``"post"``) or before (``"pre"``) the nonlinearity.
         forward: ``forward(model, batch)`` runs a model on a batch.
+
+    Raises:
+        ValueError: no data, or an option is out of range; the message names it.
+        TypeError: ``data`` is not an iterable of batches, or ``forward`` is not callable.
     """
 
     name: ClassVar[RuleName]
     pairwise: ClassVar[bool] = False
     """Whether the rule compares the first model with each other one, instead of all models' units at once."""
 
-    data: Iterable[Any]
+    data: Iterable[Any] = field(repr=False)
     _: KW_ONLY
     site: Site = "post"
-    forward: Forward = default_forward
+    forward: Forward = field(default=default_forward, repr=False)
 
     def __post_init__(self) -> None:
         if self.data is None:
             raise ValueError(f"data: needed by rule {self.name!r}, which matches activations")
+        check_data(self.data)
         check_choice("site", self.site, Site)
+        check_forward(self.forward)
 
     @abstractmethod
     def maps(self, moments: Sequence[CrossMoments], weights: Sequence[float]) -> UnitMaps:

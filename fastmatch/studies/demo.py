@@ -214,7 +214,7 @@ def compare(
         statistics = measured.permuted(None, alignment)
         for method in progress_bar(architecture.methods, f"{name}: renormalized curves", show=progress):
             with watch(f"{method} of {points - 2} merges, {matched}"):
-                between = Renormalized(train_data, method, statistics)
+                between = Renormalized(train_data, method, None if method == "reset" else statistics)
                 curve = interpolate(model_a, aligned, test_data, points, between=between, progress=False)
             rows.append(Row.of(name, matched, method, curve))
     return rows

@@ -162,8 +162,23 @@ def test_a_renormalized_curve_calibrates_all_points_in_one_read(mode):
     assert again == curve
     one = fm.renormalize(fm.merge([a, b], [0.75, 0.25]), statistics, calibration, options)
     assert curve.loss[1] == pytest.approx(fm.evaluate(one, data)[0])
-    with pytest.raises(TypeError, match="data: expected a loader to calibrate on; got NoneType"):
-        fm.Renormalized(None, "repair")
+
+
+def test_a_renormalized_curve_checks_its_data_and_statistics():
+    for data, message in [
+        (None, "expected a loader or any iterable of batches, got NoneType"),
+        ("abc", "got str"),
+        (torch.zeros(2, 12), "got one tensor"),
+        (iter([torch.zeros(2, 12)]), "is read 2 times"),
+    ]:
+        with pytest.raises(TypeError, match=f"data: .*{message}"):
+            fm.Renormalized(data, "repair")
+    model, _ = build("mlp", 0)
+    statistics = fm.endpoint_statistics([model, model], classify())
+    fm.Renormalized(iter([torch.zeros(2, 12)]), "repair", statistics)
+    fm.Renormalized(iter([torch.zeros(2, 12)]), "reset")
+    with pytest.raises(ValueError, match='statistics: method "reset" does not use'):
+        fm.Renormalized(classify(), fm.Renormalization("reset"), statistics)
 
 
 def test_the_triangle_of_three_models(tmp_path):

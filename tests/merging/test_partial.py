@@ -406,6 +406,16 @@ def test_a_rule_refuses_its_options_by_name(rule, options, message):
 
 
 @pytest.mark.parametrize("rule", ["permute", "zip", "cca"])
+def test_a_rule_checks_its_data_and_forward(rule):
+    for data in ("abc", torch.zeros(2, 12), (torch.zeros(2, 12), torch.zeros(2)), 3):
+        with pytest.raises(TypeError, match="data: expected"):
+            rule_of(rule, data)
+    with pytest.raises(TypeError, match="forward: expected a function of a model and a batch, got int"):
+        rule_of(rule, [torch.zeros(2, 12)], forward=3)
+    assert "tensor" not in repr(rule_of(rule, [torch.zeros(2, 12)]))
+
+
+@pytest.mark.parametrize("rule", ["permute", "zip", "cca"])
 def test_a_rule_that_matches_activations_needs_data(rule):
     with pytest.raises(ValueError, match=f"data: needed by rule '{rule}'"):
         rule_of(rule, None)

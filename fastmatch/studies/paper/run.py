@@ -248,7 +248,7 @@ def _curve(
 
         return interpolate(a, b, test, points, between=normalized, progress=False)
     options = Renormalization(method, "sequential", SAMPLES)
-    between = Renormalized(train_data, options, statistics)
+    between = Renormalized(train_data, options, None if method == "reset" else statistics)
     return interpolate(a, b, test, points, between=between, progress=False)
 
 
