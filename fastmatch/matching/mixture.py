@@ -32,22 +32,22 @@ class Mixture(Matcher):
         True
 
     Args:
-        weights: the options of the coordinate ascent and of the weights' term.
-        activations: the options of the activations' term. Its data is read once.
+        weight_matching: the options of the coordinate ascent and of the weights' term.
+        activation_matching: the options of the activations' term. Its data is read once.
         activation_weight: w, from 0 (weights alone) to below 1. For activations alone use :class:`ActivationMatching`.
 
     Raises:
         ValueError: ``activation_weight`` is out of range.
-        TypeError: ``weights`` or ``activations`` is not a matcher of that kind.
+        TypeError: ``weight_matching`` or ``activation_matching`` is not a matcher of that kind.
     """
 
-    weights: WeightMatching
-    activations: ActivationMatching
+    weight_matching: WeightMatching
+    activation_matching: ActivationMatching
     activation_weight: float = 0.5
 
     def __post_init__(self) -> None:
-        check_matcher("weights", self.weights, WeightMatching)
-        check_matcher("activations", self.activations, ActivationMatching)
+        check_matcher("weight_matching", self.weight_matching, WeightMatching)
+        check_matcher("activation_matching", self.activation_matching, ActivationMatching)
         check_number("activation_weight", self.activation_weight)
         if self.activation_weight >= 1:
             raise ValueError(
@@ -75,12 +75,12 @@ class Mixture(Matcher):
             ValueError: the spec has no site for a group, the data yields nothing, or activations are not finite.
         """
         spec = spec.flat()
-        gains = self.activations.similarities(model_a, model_b, spec, progress=progress)
+        gains = self.activation_matching.similarities(model_a, model_b, spec, progress=progress)
         a, b = state_of(model_a, "model_a"), state_of(model_b, "model_b")
         reach = sum(float(g.norm()) * len(g) ** 0.5 for g in gains.values()) or 1.0
-        scale = weight_scale(a, b, spec, self.weights.include) or 1.0
+        scale = weight_scale(a, b, spec, self.weight_matching.include) or 1.0
         unit = (1 - self.activation_weight) / scale
         bonus = {name: gain * (self.activation_weight / reach / unit) for name, gain in gains.items()}
-        found = match_weights(a, b, spec, self.weights, Hooks(bonus=bonus), progress=progress)
+        found = match_weights(a, b, spec, self.weight_matching, Hooks(bonus=bonus), progress=progress)
         objective = tuple(value * unit for value in found.objective)
         return replace(found, matcher="Mixture", objective=objective)

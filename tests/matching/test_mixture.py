@@ -58,14 +58,16 @@ def test_bad_input():
     for share in (1.0, 1.5, -0.1, float("nan"), "half"):
         with pytest.raises(ValueError, match="activation_weight: expected a"):
             fm.Mixture(weights, activations, share)
-    with pytest.raises(TypeError, match=r"activations: expected fm.ActivationMatching\(...\), got list"):
+    with pytest.raises(
+        TypeError, match=r"activation_matching: expected fm.ActivationMatching\(...\), got list"
+    ):
         fm.Mixture(weights, [torch.zeros(2, 12)])
     with pytest.raises(
-        TypeError, match=r"weights: expected fm.WeightMatching\(...\), got ActivationMatching"
+        TypeError, match=r"weight_matching: expected fm.WeightMatching\(...\), got ActivationMatching"
     ):
         fm.Mixture(activations, weights)
     with pytest.raises(
-        TypeError, match=r"weights: .* got the class WeightMatching; write WeightMatching\(...\)"
+        TypeError, match=r"weight_matching: .* got the class WeightMatching; write WeightMatching\(...\)"
     ):
         fm.Mixture(fm.WeightMatching, activations)
     model, x = build("mlp", 0)
