@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -59,7 +59,8 @@ class Renormalization:
         check_choice("target", self.target, TargetMix)
         check_number("std_factor", self.std_factor, exclusive=True)
         if self.layers is not None:
-            names = () if isinstance(self.layers, str) else tuple(self.layers)
+            is_sequence = isinstance(self.layers, Iterable) and not isinstance(self.layers, str)
+            names = tuple(self.layers) if is_sequence else ()
             if not names or not all(isinstance(name, str) for name in names):
                 raise ValueError(f"layers: expected a sequence of layer names, or None; got {self.layers!r}")
             object.__setattr__(self, "layers", names)

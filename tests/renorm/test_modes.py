@@ -228,7 +228,7 @@ def test_a_sample_budget_is_kept_to_the_sample(mode):
         cut(x), fm.renormalize(merged, ends, part, fm.Renormalization("repair", mode))(x)
     )
     assert fm.endpoint_statistics(ends, data, samples=41).models[0]["classifier.0"].count == 41
-    for bad in (0, -3):
+    for bad in (0, -3, True):
         with pytest.raises(ValueError, match="samples: expected a whole number of at least 1"):
             fm.Renormalization("repair", samples=bad)
         with pytest.raises(ValueError, match="samples: expected a"):
@@ -377,6 +377,9 @@ def test_autocast_reaches_the_passes_of_sequential_mode():
     ({"std_factor": float("inf")}, "std_factor: expected a finite number"),
     ({"samples": 0}, "samples: expected a whole number of at least 1; got 0"),
     ({"samples": 2.5}, "samples: expected a whole number"),
+    ({"samples": True}, "samples: expected a whole number of at least 1; got True"),
+    ({"layers": 3}, "layers: expected a sequence of layer names, or None; got 3"),
+    ({"layers": "0"}, "layers: expected a sequence of layer names, or None; got '0'"),
     ({"layers": []}, "layers: expected a sequence of layer names"),
     ({"layers": "stem"}, "layers: expected a sequence of layer names, or None; got 'stem'"),
     ({"layers": [3]}, "layers: expected a sequence of layer names"),
