@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from fastmatch._internal.checks import check_choice
+from fastmatch._internal.checks import check_choice, check_integer
 
 __all__ = ["ActivationSite", "Axis", "Group", "Permutations", "Pin", "Role"]
 
@@ -39,6 +39,9 @@ class Axis:
         inner: positions per unit, next to each other (49 for a flatten of 512 x 7 x 7).
         at: (dimension, start, length) of other dimensions. The units are only in that slice of the tensor:
             the hidden units of one expert, in a tensor that stacks the experts.
+
+    Raises:
+        ValueError: a number is negative, ``outer`` or ``inner`` is less than 1, or one is not a whole number.
     """
 
     parameter: str
@@ -48,6 +51,12 @@ class Axis:
     stride: int = 0
     inner: int = 1
     at: tuple[tuple[int, int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "start", "stride"):
+            check_integer(name, getattr(self, name))
+        for name in ("outer", "inner"):
+            check_integer(name, getattr(self, name), least=1)
 
     def slice_of(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a view of the part of ``tensor`` that holds the units; all of it without ``at``.
@@ -101,6 +110,9 @@ class Group:
         axes: where the units are.
         within: name of the outer group; empty for a top-level group.
         block: unit of the outer group that holds these units; -1 for a top-level group.
+
+    Raises:
+        ValueError: ``size`` is not a whole number of at least 1.
     """
 
     name: str
@@ -108,6 +120,9 @@ class Group:
     axes: tuple[Axis, ...]
     within: str = ""
     block: int = -1
+
+    def __post_init__(self) -> None:
+        check_integer("size", self.size, least=1)
 
 
 @dataclass(frozen=True)

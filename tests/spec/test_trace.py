@@ -184,3 +184,14 @@ def test_a_spec_survives_its_text_form():
     for text in ("", "{}", '{"format": "other"}', "[1]"):
         with pytest.raises(ValueError, match=r"spec|format"):
             fm.PermutationSpec.from_json(text)
+
+
+@pytest.mark.parametrize("wrong", [-1, True, 1.0, "0"])
+def test_axes_and_groups_are_whole_numbers(wrong):
+    with pytest.raises(ValueError, match="dim: expected a whole number of at least 0"):
+        Axis("w", wrong)
+    with pytest.raises(ValueError, match="inner: expected a whole number of at least 1"):
+        Axis("w", 0, inner=0)
+    for size in (0, wrong):
+        with pytest.raises(ValueError, match="size: expected a whole number of at least 1"):
+            fm.Group("h", size, (Axis("w", 0),))
