@@ -67,6 +67,9 @@ class WeightMatching(Matcher):
 
     def __post_init__(self) -> None:
         if isinstance(self.init, Mapping):
+            for name in self.init:
+                if not isinstance(name, str):
+                    raise ValueError(f"init: expected names of groups as keys; got {name!r}")
             object.__setattr__(self, "init", {name: _index(name, p) for name, p in self.init.items()})
         else:
             check_choice("init", self.init, Init)
@@ -105,15 +108,20 @@ def _state(model: Model, argument: str) -> State:
 
 
 def _index(name: str, permutation: object) -> torch.Tensor:
-    """The permutation as a LongTensor on the CPU; ValueError unless it is one."""
-    index = torch.as_tensor(permutation).detach().cpu()
+    """A copy of the permutation as a LongTensor on the CPU; ValueError unless it is one."""
+    try:
+        index = torch.as_tensor(permutation).detach().cpu()  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"init[{name!r}]: expected integers of shape (size,), got {permutation!r}"
+        ) from error
     if index.ndim != 1 or index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
         raise ValueError(
             f"init[{name!r}]: expected integers of shape (size,), got shape {tuple(index.shape)} of {index.dtype}"
         )
     if not torch.equal(index.long().sort().values, torch.arange(len(index))):
         raise ValueError(f"init[{name!r}]: not a permutation of 0..{len(index) - 1}")
-    return index.long()
+    return index.long().clone()
 
 
 def match_weights(

@@ -202,4 +202,14 @@ def test_an_init_is_copied_and_lists_are_taken():
     given.clear()
     assert isinstance(matcher.init, dict)
     assert torch.equal(matcher.init["0"], torch.tensor(order))
-    assert hash(matcher) == hash(WeightMatching())
+    start = torch.arange(24)
+    matcher = WeightMatching({"0": start})
+    start[:2] = torch.tensor([1, 0])
+    assert isinstance(matcher.init, dict)
+    assert torch.equal(matcher.init["0"], torch.arange(24))
+
+
+@pytest.mark.parametrize("init", [{"g": "text"}, {"g": None}, {"g": ["a"]}, {3: torch.arange(4)}, 3])
+def test_an_init_that_is_no_permutation_is_named(init):
+    with pytest.raises(ValueError, match=r"^init(\['g'\])?: expected"):
+        WeightMatching(init)
