@@ -15,7 +15,7 @@ from fastmatch.permutations.verify import verify as verify_spec
 from fastmatch.spec import PermutationSpec
 from fastmatch.spec.checks import check_spec
 
-__all__ = ["align", "traced_spec"]
+__all__ = ["align", "traced_spec", "warn_if_nothing_moves"]
 
 
 def align(
@@ -72,16 +72,21 @@ def align(
     if spec is None:
         spec = traced_spec(model_a, example_inputs, "model_a")
     check_spec(spec, a, "model_a")
-    if not spec.groups:
-        warnings.warn(
-            "align: no group of units is free to move, so nothing will be matched; "
-            "`fastmatch inspect` or spec.table() lists what pins them",
-            stacklevel=2,
-        )
+    warn_if_nothing_moves(spec, "align")
     if verify and example_inputs is not None and isinstance(model_b, nn.Module):
         verify_spec(model_b, spec, example_inputs)
     matching = matcher.match(model_a, model_b, spec, progress=progress)
     return Alignment(matching.permutations, spec, matching)
+
+
+def warn_if_nothing_moves(spec: PermutationSpec, function: str) -> None:
+    """Warn, at the line that called ``function``, of a spec without groups."""
+    if not spec.groups:
+        warnings.warn(
+            f"{function}: no group of units is free to move, so nothing will be matched; "
+            "`fastmatch inspect` or spec.table() lists what pins them",
+            stacklevel=3,
+        )
 
 
 def traced_spec(model: Model, example_inputs: Any, argument: str) -> PermutationSpec:

@@ -9,7 +9,7 @@ from torch import nn
 
 from fastmatch._internal.checks import check_integer
 from fastmatch._internal.states import State, check_finite, check_same_architecture, state_of
-from fastmatch.matching.align import traced_spec
+from fastmatch.matching.align import traced_spec, warn_if_nothing_moves
 from fastmatch.matching.matcher import Strategy, check_strategy
 from fastmatch.matching.pairwise import ToReference
 from fastmatch.permutations.alignment import Alignment
@@ -73,6 +73,7 @@ def align_many(
     if spec is None:
         spec = traced_spec(models[reference], example_inputs, f"models[{reference}]")
     check_spec(spec, states[reference], f"models[{reference}]")
+    warn_if_nothing_moves(spec, "align_many")
     if verify and example_inputs is not None:
         for k, model in enumerate(models):
             if k != reference and isinstance(model, nn.Module):

@@ -163,8 +163,12 @@ def test_the_repr_is_one_short_line():
 
 def test_a_spec_in_which_nothing_can_move_is_warned_of():
     model = nn.Sequential(nn.Linear(4, 3))
-    with pytest.warns(UserWarning, match="no group of units is free to move"):
+    with pytest.warns(UserWarning, match="^align: no group of units is free to move") as warned:
         fm.align(model, model, torch.randn(2, 4))
+    assert warned[0].filename == __file__
+    with pytest.warns(UserWarning, match="^align_many: no group of units is free to move") as warned:
+        fm.align_many([model] * 3, torch.randn(2, 4))
+    assert [w.filename for w in warned] == [__file__]
 
 
 def test_names_that_a_wrapper_prefixed():
