@@ -17,7 +17,7 @@ from fastmatch.renorm.renormalize import renormalize_many
 __all__ = ["Between", "Renormalized", "check_between", "merges_between"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Renormalized:
     """Renormalize every merge of a curve or triangle; all of them are calibrated in one read of ``data``.
 

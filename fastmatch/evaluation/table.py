@@ -32,6 +32,10 @@ class Table:
 
     rows: tuple[dict[str, Any], ...]
 
+    def __hash__(self) -> int:
+        """A hash of the size and the columns, whatever their order; values may have none."""
+        return hash((len(self.rows), frozenset(self.columns)))
+
     @property
     def columns(self) -> list[str]:
         """Names of the columns, in order."""

@@ -28,7 +28,7 @@ Maps = list[list[torch.Tensor]]
 """Per model and group, a doubly stochastic (size, size) float64 matrix."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FrankWolfe(Strategy):
     """Match all pairs of models at once: one map per model into a shared order of units, found by Frank-Wolfe.
 

@@ -31,7 +31,7 @@ def check_init(matcher: WeightMatching) -> None:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MergeMany(Strategy):
     """Match each model to the mean of the others, in random order, until a whole round moves nothing.
 

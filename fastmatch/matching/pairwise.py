@@ -13,7 +13,7 @@ from fastmatch.spec import PermutationSpec
 __all__ = ["Chain", "ToReference"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Pairwise(Strategy):
     """What the strategies of this file share: one matcher, and one match per model but the reference."""
 
@@ -40,7 +40,7 @@ class _Pairwise(Strategy):
         """Return what the next model is matched to, after ``model`` was matched to ``target``."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ToReference(_Pairwise):
     """Match each model to the reference.
 
@@ -60,7 +60,7 @@ class ToReference(_Pairwise):
         return target
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Chain(_Pairwise):
     """Match each model to its aligned predecessor, in the given order from the reference on and around.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import torch
@@ -25,7 +25,7 @@ Init: TypeAlias = Literal["greedy", "identity"]
 are known by then; ``"identity"`` begins with the units as they are, as published."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class WeightMatching(Matcher):
     """Match units by their weights: maximize ``sum_t <A_t, P B_t>`` over the permutations P of B's units.
 
@@ -59,7 +59,7 @@ class WeightMatching(Matcher):
     neighbours moved) and one n x n assignment problem. Memory: n^2, and kept gains of up to the size of both models.
     """
 
-    init: Init | Mapping[str, torch.Tensor] = field(default="greedy", hash=False)
+    init: Init | Mapping[str, torch.Tensor] = "greedy"
     max_sweeps: int = 100
     tolerance: float = 1e-12
     include: Include = "affine"

@@ -31,7 +31,7 @@ TOLERANCE = 1e-10
 """Largest relative difference allowed between a model and its rewired graph, in float64."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PartialMerge:
     """A partial merge and how it was made.
 

@@ -35,7 +35,7 @@ class Identity:
     name: ClassVar[RuleName] = "identity"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MatchedUnits(ABC):
     """Base of the rules that match units by their activations on data.
 
@@ -76,7 +76,7 @@ class MatchedUnits(ABC):
         """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Permute(MatchedUnits):
     """Permute the units of each model to those of the first, by the correlation of activations.
 
@@ -98,7 +98,7 @@ class Permute(MatchedUnits):
         return cluster_maps([torch.arange(len(found[0])), *(perm.argsort() for perm in found)], weights)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Zip(MatchedUnits):
     """Merge the most similar units, within a model too (ZipIt, Stoica et al. 2023).
 
@@ -136,7 +136,7 @@ class Zip(MatchedUnits):
         return cluster_maps([part.clone() for part in columns.long().chunk(count)], weights)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CCA(MatchedUnits):
     """Map each model into the first one's units along canonical directions (CCA-Merge, Horoi et al. 2024).
 

@@ -64,7 +64,7 @@ class _Matrix(nn.Module):
         return mapped.view(front.shape).movedim(0, dim)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class UnitMaps:
     """The maps of one group, one per model. Each is called as ``map(tensor, dim)``.
 

@@ -18,7 +18,7 @@ from fastmatch.spec import Permutations, PermutationSpec
 __all__ = ["Alignment", "Matching"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Matching:
     """The outcome of a matcher.
 
@@ -47,7 +47,7 @@ class Matching:
     converged: bool = True
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Alignment:
     """Permutations of a model's hidden units, with the spec that says where they apply.
 

@@ -25,7 +25,7 @@ Calls: TypeAlias = tuple[ChannelMoments, ...]
 """The moments of a layer's first, second, ... call in a forward pass."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EndpointStatistics:
     """Statistics of each layer's output in each endpoint; measured once, used for every merge.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -34,7 +34,7 @@ class Plan:
     method: Method
     why: str
     layers: tuple[str, ...]
-    left_alone: dict[str, str]
+    left_alone: dict[str, str] = field(hash=False)
 
     def __str__(self) -> str:
         """The plan as text: the method, the reason, and one line per module left alone."""

@@ -55,6 +55,10 @@ class PermutationSpec:
                 table.setdefault(axis.parameter, []).append((axis, name))
         self._by_parameter.update({k: tuple(v) for k, v in table.items()})
 
+    def __hash__(self) -> int:
+        """A hash of the groups, whatever their order; the shapes and pins of two specs seldom differ alone."""
+        return hash(frozenset(self.groups.items()))
+
     def _check_axis(self, group: Group, axis: Axis) -> None:
         shape = self.shapes.get(axis.parameter)
         if shape is None:

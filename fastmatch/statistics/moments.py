@@ -23,7 +23,7 @@ PooledSimilarity: TypeAlias = Literal["correlation", "covariance", "inner"]
 """The similarities that :class:`CrossMoments` computes."""
 
 
-@dataclass
+@dataclass(eq=False)
 class ChannelMoments:
     """Mean and variance per channel, merged over batches.
 
@@ -68,7 +68,7 @@ class ChannelMoments:
         return ChannelMoments(self.count, self.mean[index], self.m2[index])
 
 
-@dataclass
+@dataclass(eq=False)
 class CrossMoments:
     """Second moments between the activations of two models on the same samples.
 
