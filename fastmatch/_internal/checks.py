@@ -6,7 +6,7 @@ import math
 from numbers import Integral, Real
 from typing import Any, get_args
 
-__all__ = ["check_choice", "check_fraction", "check_integer", "check_number"]
+__all__ = ["check_choice", "check_fraction", "check_integer", "check_number", "check_type"]
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:
@@ -38,6 +38,14 @@ def _is_finite(value: object) -> bool:
         return math.isfinite(value)
     except OverflowError:
         return False
+
+
+def check_type(name: str, value: object, expected: type) -> None:
+    """Raise TypeError unless ``value`` is an object of the class ``expected``."""
+    if not isinstance(value, expected):
+        got = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+        article = "an" if expected.__name__[0] in "AEIOU" else "a"
+        raise TypeError(f"{name}: expected {article} {expected.__name__}, got {got}")
 
 
 def check_fraction(name: str, value: object) -> None:

@@ -85,7 +85,9 @@ class Solver(Protocol):
     """A solver is a frozen dataclass that holds its options. Any object with this method is one."""
 
     def solve(self, problem: LapProblem) -> LapSolution | None:
-        """Solve the problem exactly; return None if the cost does not suit the solver and another one has to.
+        """Solve the problem exactly, or return None to let `solve` choose another solver.
+
+        None is for matrices: :class:`DenseShortlists` then solves them. For other costs it is an error.
 
         Raises:
             ValueError: the solver does not take this kind of cost, NaN, or an infinity of the wrong sign.

@@ -8,6 +8,7 @@ from typing import Any, overload
 import numpy as np
 import torch
 
+from fastmatch._internal.checks import check_type
 from fastmatch.assignment.candidate_lists import CandidateLists
 from fastmatch.assignment.cost import Cost
 from fastmatch.assignment.dense_cost import DenseCost
@@ -91,12 +92,17 @@ def solve(
 
     Raises:
         ValueError: NaN, an infinity of the wrong sign, no feasible assignment, or a solver that does not take this cost.
-        TypeError: entries that are not real numbers, or a solver without a method ``solve``.
+        TypeError: entries that are not real numbers, a solver without a method ``solve`` or a class in place of a solver, or
+            a ``warm_start`` that is not an :class:`Assignment`.
 
     Cost: see the solver.
     """
+    if isinstance(solver, type) and isinstance(solver, Solver):  # a class has the method too
+        raise TypeError(f"solver: got the class {solver.__name__}; write {solver.__name__}()")
     if solver is not None and not isinstance(solver, Solver):
         raise TypeError(f"solver: expected a solver object such as DenseShortlists(), got {solver!r}")
+    if warm_start is not None:
+        check_type("warm_start", warm_start, Assignment)
     given = _as_cost(cost, solver)
     chosen = select_solver(given) if solver is None else solver
     if isinstance(given, DeviceCost) and solver is None and not isinstance(chosen, CandidateLists):
@@ -113,8 +119,12 @@ def solve(
         given.T if transposed else given, sign, _first_duals(warm_start, m, sign, transposed)
     )
     solution = chosen.solve(problem)
-    if solution is None:  # only a matrix on a GPU is given up
-        assert isinstance(given, DeviceCost)
+    if solution is None:
+        if not isinstance(given, (DenseCost, DeviceCost)):
+            kind = type(given).__name__
+            raise ValueError(
+                f"solver: {type(chosen).__name__} does not solve this {kind}; choose another one"
+            )
         matrix = DenseCost(given.matrix)
         return solve(matrix, maximize=maximize, warm_start=warm_start, solver=DENSE_SHORTLISTS)
     return _finish(problem, solution, transposed, type(chosen).__name__)

@@ -15,6 +15,7 @@ from bench.lib.problems import KINDS, problem
 from fastmatch.assignment import (
     DenseCost,
     DenseShortlists,
+    DeviceCost,
     FactorCost,
     LapJV,
     LapProblem,
@@ -189,6 +190,10 @@ def test_bad_input():
         solve(np.array([[2**60, 1], [1, 2**60 + 1]]))
     with pytest.raises(TypeError, match="solver: expected a solver object"):
         solve(np.ones((2, 2)), solver="fast")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"solver: got the class LapJV; write LapJV\(\)"):
+        solve(np.ones((2, 2)), solver=LapJV)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="warm_start: expected an Assignment, got str"):
+        solve(np.ones((3, 3)), warm_start="x")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="warm_start: expected 3 duals"):
         solve(np.ones((3, 3)), warm_start=solve(np.ones((2, 2))))
     with pytest.raises(ValueError, match="square"):
@@ -372,3 +377,17 @@ def test_solvers_and_schedules_check_their_options():
     factors = FactorCost([(np.ones((3, 2), np.float32), np.ones((3, 2), np.float32))])
     with pytest.raises(ValueError, match="SmallDense takes a matrix, not a FactorCost"):
         solve(factors, solver=SmallDense())
+
+
+def test_a_solver_that_declines_a_matrix_leaves_it_to_shortlists():
+    class Picky:
+        def solve(self, problem):
+            return None
+
+    matrix = np.random.default_rng(fresh_seed()).random((30, 20))
+    for cost in (matrix, DeviceCost(torch.from_numpy(matrix))):
+        found = solve(cost, maximize=True, solver=Picky())
+        assert found.stats["solver"] == "DenseShortlists"
+        assert found.objective == pytest.approx(matrix[scipy_lsa(matrix, True)].sum(), rel=1e-12)
+    with pytest.raises(ValueError, match="solver: Picky does not solve this FactorCost"):
+        solve(FactorCost([(np.ones((3, 2)), np.ones((3, 2)))]), solver=Picky())
