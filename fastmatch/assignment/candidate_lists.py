@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fastmatch._internal.checks import check_integer
+from fastmatch._internal.checks import check_integer, check_type
 from fastmatch.assignment.cost import Cost, SoftCost
 from fastmatch.assignment.dense_cost import DenseCost
 from fastmatch.assignment.device_cost import DeviceCost
@@ -52,6 +52,7 @@ class CandidateLists:
         schedule: when its phases run.
 
     Raises:
+        TypeError: ``schedule`` is not a :class:`ListSchedule`.
         ValueError: a number that is out of range.
 
     Cost: one batched read of all rows for the first lists, one for the row duals, and those of the refills
@@ -65,6 +66,7 @@ class CandidateLists:
     def __post_init__(self) -> None:
         check_integer("length", self.length, 1)
         check_integer("batch_rows", self.batch_rows, 1)
+        check_type("schedule", self.schedule, ListSchedule)
 
     def solve(self, problem: LapProblem) -> LapSolution | None:
         """Solve the problem: see :meth:`Solver.solve`. Only a :class:`DeviceCost` can be given up."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from fastmatch._internal.checks import check_type
 from fastmatch.assignment._compile import prepared
 from fastmatch.assignment.phases import Phases
 from fastmatch.assignment.problem import LapProblem, LapSolution, check_entries
@@ -33,12 +34,18 @@ class DenseShortlists:
     Args:
         schedule: when its phases run.
 
+    Raises:
+        TypeError: ``schedule`` is not a :class:`DenseSchedule`.
+
     Cost: one read of the matrix if most rows have a column's minimum, as for copies with noise, two for independent
     entries, plus the rows that the auction or the paths read again (``stats["reads"]`` counts rows). Memory: 24 (index, cost)
     pairs per row in addition to the matrix.
     """
 
     schedule: DenseSchedule = field(default_factory=DenseSchedule)
+
+    def __post_init__(self) -> None:
+        check_type("schedule", self.schedule, DenseSchedule)
 
     def solve(self, problem: LapProblem) -> LapSolution:
         """Solve the problem: see :meth:`Solver.solve`."""

@@ -5,16 +5,22 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fastmatch._internal.checks import check_integer, check_number
+from fastmatch._internal.checks import check_fraction, check_integer, check_number
 
 __all__ = ["AuctionSchedule", "DenseSchedule", "ListSchedule", "check_fields"]
 
 
+FRACTIONS = {"short_leaves", "dead_imbalance"}
+"""Fields that are fractions, in addition to all those that end in ``_above``."""
+
+
 def check_fields(name: str, fields: dict[str, Any], defaults: dict[str, Any]) -> None:
-    """Raise ValueError unless counts are whole numbers, and all other fields finite numbers, of at least 0."""
+    """Raise ValueError unless counts are whole and other fields finite, of at least 0, and fractions at most 1."""
     for field, value in fields.items():
         if isinstance(defaults[field], int):
             check_integer(f"{name}.{field}", value)
+        elif field in FRACTIONS or field.endswith("_above"):
+            check_fraction(f"{name}.{field}", value)
         else:
             check_number(f"{name}.{field}", value)
 
@@ -110,4 +116,19 @@ class ListSchedule(AuctionSchedule):
     temperatures: int = 40
     """Steps from the first temperature to the last."""
     relaxation: float = 1.8
-    """Over-relaxation of Sinkhorn's steps."""
+    """Over-relaxation of Sinkhorn's steps, between 0 and 2."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("first_temperature", "last_temperature", "relaxation"):
+            check_number(f"schedule.{name}", getattr(self, name), exclusive=True)
+        if self.last_temperature > self.first_temperature:
+            raise ValueError(
+                f"schedule.last_temperature: expected at most first_temperature, {self.first_temperature:g}; "
+                f"got {self.last_temperature!r}"
+            )
+        check_integer("schedule.temperatures", self.temperatures, 1)
+        if self.relaxation >= 2.0:
+            raise ValueError(
+                f"schedule.relaxation: expected a number between 0 and 2; got {self.relaxation!r}"
+            )

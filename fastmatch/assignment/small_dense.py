@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from fastmatch._internal.checks import check_type
 from fastmatch.assignment._compile import prepared
 from fastmatch.assignment.problem import Infeasible, LapProblem, LapSolution, check_entries
 from fastmatch.assignment.schedule import check_fields
@@ -28,12 +29,14 @@ class SmallDense:
         schedule: when its phases run.
 
     Raises:
+        TypeError: ``schedule`` is not a :class:`SmallSchedule`.
         ValueError: a number that is out of range.
     """
 
     schedule: SmallSchedule = field(default_factory=SmallSchedule)
 
     def __post_init__(self) -> None:
+        check_type("schedule", self.schedule, SmallSchedule)
         check_fields("schedule", self.schedule._asdict(), SmallSchedule._field_defaults)
 
     def solve(self, problem: LapProblem) -> LapSolution:

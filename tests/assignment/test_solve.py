@@ -371,9 +371,40 @@ def test_solvers_and_schedules_check_their_options():
         (lambda: DenseSchedule(short_bids=0.5), "schedule.short_bids: expected a whole number"),  # type: ignore[arg-type]
         (lambda: ListSchedule(lower_factor=1.0), "schedule.lower_factor: expected a finite number above 1"),
         (lambda: SmallDense(SmallSchedule(phases=-1)), "schedule.phases: expected a whole number"),
+        (lambda: DenseSchedule(war_above=1.5), "schedule.war_above: expected a number from 0 to 1"),
+        (lambda: DenseSchedule(short_leaves=2.0), "schedule.short_leaves: expected a number from 0 to 1"),
+        (lambda: DenseSchedule(dead_imbalance=2.0), "schedule.dead_imbalance: expected a number from 0 to 1"),
+        (
+            lambda: SmallDense(SmallSchedule(auction_above=2.0)),
+            "schedule.auction_above: expected a number from 0",
+        ),
+        (
+            lambda: ListSchedule(last_temperature=0.0),
+            "schedule.last_temperature: expected a finite number above 0",
+        ),
+        (
+            lambda: ListSchedule(first_temperature=0.001),
+            "schedule.last_temperature: expected at most first_temp",
+        ),
+        (
+            lambda: ListSchedule(temperatures=0),
+            "schedule.temperatures: expected a whole number of at least 1",
+        ),
+        (
+            lambda: ListSchedule(relaxation=2.0),
+            "schedule.relaxation: expected a number between 0 and 2; got 2.0",
+        ),
+        (lambda: ListSchedule(relaxation=0.0), "schedule.relaxation: expected a finite number above 0"),
     ):
         with pytest.raises(ValueError, match=match):
             bad()
+    for solver, schedule, match in (
+        (CandidateLists, DenseSchedule(), "schedule: expected a ListSchedule, got DenseSchedule"),
+        (DenseShortlists, DenseSchedule, "schedule: expected a DenseSchedule, got the class DenseSchedule"),
+        (SmallDense, None, "schedule: expected a SmallSchedule, got NoneType"),
+    ):
+        with pytest.raises(TypeError, match=match):
+            solver(schedule=schedule)
     factors = FactorCost([(np.ones((3, 2), np.float32), np.ones((3, 2), np.float32))])
     with pytest.raises(ValueError, match="SmallDense takes a matrix, not a FactorCost"):
         solve(factors, solver=SmallDense())
