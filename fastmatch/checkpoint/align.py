@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from fastmatch._internal.checks import check_type
 from fastmatch._internal.files import check_target
 from fastmatch._internal.states import check_finite, check_same_architecture
 from fastmatch.checkpoint.journal import Journal, fingerprint, journal_path
@@ -37,7 +38,8 @@ class WriteOptions:
         force: replace an output that exists.
 
     Raises:
-        ValueError: ``merge`` is not a finite number, or ``dtype`` is not a floating point type.
+        TypeError: ``merge`` is not a number, ``dtype`` not a torch.dtype, or ``force`` not a bool.
+        ValueError: ``merge`` is not finite, or ``dtype`` is not a floating point type.
     """
 
     merge: float | None = None
@@ -45,12 +47,18 @@ class WriteOptions:
     force: bool = False
 
     def __post_init__(self) -> None:
-        if self.merge is not None and not math.isfinite(self.merge):
-            raise ValueError(f"merge: expected a finite number; got {self.merge!r}")
-        if self.dtype is not None and not self.dtype.is_floating_point:
-            raise ValueError(
-                f"dtype: expected a floating point type such as torch.bfloat16; got {self.dtype}"
-            )
+        if self.merge is not None:
+            if isinstance(self.merge, bool) or not isinstance(self.merge, (int, float)):
+                raise TypeError(f"merge: expected a finite number; got {self.merge!r}")
+            if not math.isfinite(self.merge):
+                raise ValueError(f"merge: expected a finite number; got {self.merge!r}")
+        if self.dtype is not None:
+            expected = "dtype: expected a floating point type such as torch.bfloat16"
+            if not isinstance(self.dtype, torch.dtype):
+                raise TypeError(f"{expected}; got {self.dtype!r}")
+            if not self.dtype.is_floating_point:
+                raise ValueError(f"{expected}; got {self.dtype}")
+        check_type("force", self.force, bool)
 
 
 def layout_for(path: str | Path, checkpoint: Checkpoint, spec: PermutationSpec) -> Layout:
@@ -87,6 +95,7 @@ class _Output:
         return merge_states([{name: self.a[name]}, {name: aligned}], [1 - self.weight, self.weight])[name]
 
 
+# parameters: progress is part of every long call
 def align_checkpoints(
     path_a: str | Path,
     path_b: str | Path,
@@ -97,6 +106,7 @@ def align_checkpoints(
     write: WriteOptions = WriteOptions(),
     device: str | torch.device = "cpu",
     resume: bool = False,
+    progress: bool | None = None,
 ) -> Alignment:
     """Align checkpoint B to checkpoint A without holding either in memory, and write the result.
 
@@ -117,7 +127,8 @@ def align_checkpoints(
         write: what to write: the aligned B or a merge, its element type, and whether an existing output is replaced.
         device: the device that computes the gain matrices.
         resume: continue from the journal of a killed run with the same files and settings. The journal is a hidden file
-            in the folder of ``out`` and is removed when the output is complete.
+            in the folder of ``out`` and is removed when the output is complete. ``max_sweeps`` may differ.
+        progress: show progress bars; None shows them on a terminal, for work of more than a second.
 
     Returns:
         The :class:`fastmatch.Alignment`.
@@ -153,10 +164,13 @@ def align_checkpoints(
         raise ValueError(f"{path_a}: no group of units is free to move")
     for checkpoint in (a, b):
         check_finite(checkpoint, str(checkpoint.path))
-    key = fingerprint(a, b, spec, seed=matcher.seed, include=matcher.include, init=_init_of(matcher))
+    # Without max_sweeps: a run that goes on may take more of them.
+    settings = {"seed": matcher.seed, "include": matcher.include, "tolerance": matcher.tolerance}
+    key = fingerprint(a, b, spec, init=_init_of(matcher), **settings)
     journal = Journal(journal_path(out), key, spec, resume=resume)
     hooks = Hooks(out_of_core=True, stale=journal.stale, on_solve=journal.add)
-    matching = match_weights(model_a, model_b, spec, _continuing(matcher, journal, spec), hooks)
+    start = _continuing(matcher, journal, spec)
+    matching = match_weights(model_a, model_b, spec, start, hooks, progress=progress)
     alignment = Alignment(matching.permutations, spec, matching)
     output = _Output(a, b, layout, alignment, write.merge)
     write_like(b, out, output, dtype=write.dtype, force=write.force)

@@ -161,13 +161,18 @@ def test_a_killed_run_goes_on_from_its_journal(folder):
     lines = journal_path(folder / "out").read_bytes().splitlines()
     assert len(lines) == 5  # the run, three groups, half a line
     first = json.loads(lines[3])
-    others = [{"seed": 1}, {"init": "identity"}, {"init": trace_config(paths[0]).identity()}]
+    others = [
+        {"seed": 1},
+        {"tolerance": 1e-3},
+        {"init": "identity"},
+        {"init": trace_config(paths[0]).identity()},
+    ]
     for options in others:
         with pytest.raises(ValueError, match=r"\.out\.journal: is the journal of another run"):
             align_checkpoints(*paths, fm.WeightMatching(**options), resume=True)
     assert journal_path(folder / "out").read_bytes().splitlines() == lines
     whole = match_weights(Checkpoint(paths[0]), Checkpoint(paths[1]), trace_config(paths[0])).solves
-    resumed = align_checkpoints(*paths, resume=True).matching
+    resumed = align_checkpoints(*paths, fm.WeightMatching(max_sweeps=99), resume=True).matching
     assert resumed is not None
     assert resumed.solves < whole + len(first["stale"])
     assert names(folder) == ["a", "b", "out"]
@@ -430,13 +435,30 @@ def test_only_weight_matching_works_out_of_core(folder, matcher):
     assert names(folder) == ["a", "b"]
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"merge": float("nan")}, "merge: expected a finite number"),
-    ({"dtype": torch.int8}, "dtype: expected a floating point type"),
+@pytest.mark.parametrize(("options", "error", "message"), [
+    ({"merge": float("nan")}, ValueError, "merge: expected a finite number"),
+    ({"merge": True}, TypeError, "merge: expected a finite number; got True"),
+    ({"merge": "half"}, TypeError, "merge: expected a finite number; got 'half'"),
+    ({"dtype": torch.int8}, ValueError, "dtype: expected a floating point type"),
+    ({"dtype": "bfloat16"}, TypeError, "dtype: expected a floating point type"),
+    ({"force": 1}, TypeError, "force: expected a bool, got int"),
 ])  # fmt: skip
-def test_write_options_check_themselves(options, message):
-    with pytest.raises(ValueError, match=message):
+def test_write_options_check_themselves(options, error, message):
+    with pytest.raises(error, match=message):
         WriteOptions(**options)
+
+
+@pytest.mark.parametrize("progress", [True, False, None])
+def test_progress_reaches_the_bars(folder, monkeypatch, progress):
+    shown = set()
+
+    def bar(items, title, *, show=None, total=None):
+        shown.add(show)
+        return iter(items)
+
+    monkeypatch.setattr("fastmatch.matching.ascent.progress_bar", bar)
+    align_checkpoints(folder / "a", folder / "b", folder / "out", progress=progress)
+    assert shown == {progress}
 
 
 def test_inputs_without_a_model_are_refused(folder):
