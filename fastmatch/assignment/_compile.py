@@ -1,4 +1,4 @@
-"""A warning that tells why the first call after an installation takes some seconds."""
+"""A warning that tells why the first call after an installation or an upgrade takes some seconds."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ __all__ = ["prepared"]
 LOG = logging.getLogger("fastmatch.assignment")
 
 SILENT_SECONDS = 1.0
-"""Seconds before the warning: kernels that load from numba's cache are ready by then."""
+"""Seconds before the warning: kernels that load from the cache of fastmatch_kernels are ready by then."""
 
 _READY: set[Hashable] = set()
 
 
 def prepared(what: str, key: Hashable, run_tiny: Callable[[], object]) -> None:
-    """Compile kernels, or load them from numba's cache, by running them on a tiny problem, once per process.
+    """Compile kernels, or load them from the cache of fastmatch_kernels, by running them on a tiny problem, once per process.
 
     If that takes more than a second, the logger ``fastmatch.assignment`` warns that they are being compiled.
 
@@ -29,7 +29,9 @@ def prepared(what: str, key: Hashable, run_tiny: Callable[[], object]) -> None:
     if key in _READY:
         return
     line = threading.Timer(
-        SILENT_SECONDS, LOG.warning, (f"compiling {what} (some seconds, once per installation)",)
+        SILENT_SECONDS,
+        LOG.warning,
+        (f"compiling {what} (some seconds, once per installation and version of the sources)",),
     )
     line.daemon = True
     line.start()

@@ -261,7 +261,7 @@ class _DensePhases(Phases):
         others = self.v[self.v > -np.inf]
         top = float(others.max()) if len(others) else 0.0
         self.v[cols] = top
-        # No list knows these columns, so what they offer bounds what is outside a list.
+        # These columns are in no list, so their smallest cost bounds the entries outside the lists.
         np.minimum(self.bound, value - top, out=self.bound)
         self.lists.costs.reshape(self.n, -1)[rows] = np.inf
         self.bound[rows] = value - top

@@ -11,7 +11,7 @@ from fastmatch_kernels.lap.state import ASIDE, FREE, READS, Lists, new_matching,
 __all__ = ["Phases"]
 
 SLICE = 1 << 19
-"""Bids between two returns to Python, where Ctrl-C is heard: some 50 ms."""
+"""Bids per call of the kernel, about 50 ms. Ctrl-C is handled between calls."""
 
 PATH_SLICE = SLICE // 4
 """The same for paths, in popped columns and 1/32 of the columns of a row that is read."""

@@ -40,6 +40,7 @@ def test_compiling_is_announced_and_loading_is_not(tmp_path):
     )
     first = run(code, NUMBA_CACHE_DIR=str(tmp_path))
     assert "compiling the assignment kernels for float32" in first.stderr
+    assert "once per installation and version of the sources" in first.stderr
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nbc")}
     assert files
     run(code, NUMBA_CACHE_DIR=str(tmp_path))
