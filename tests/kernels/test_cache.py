@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
+import numba
 import pytest
 
 import fastmatch_kernels
+from fastmatch_kernels._numba import cache
 
 CALLEE = (
     "from fastmatch_kernels._numba.cache import njit\n\n@njit(nogil=True)\ndef inner(x):\n    return x + 1\n"
@@ -23,6 +27,18 @@ from fastmatch_kernels.probe.callee import inner
 @njit(nogil=True)
 def outer(x):
     return 2 * inner(x)
+"""
+CLOSURE = """
+from fastmatch_kernels._numba.cache import njit
+from fastmatch_kernels.probe.callee import inner
+
+def make(factor):
+    @njit(nogil=True)
+    def outer(x):
+        return factor * inner(x)
+    return outer
+
+outer = make(2)
 """
 RUN = """
 import sys
@@ -38,7 +54,7 @@ def package(tmp_path):
     target = tmp_path / "site" / "fastmatch_kernels"
     source = Path(fastmatch_kernels.__file__).parent
     (target / "_numba").mkdir(parents=True)
-    for name in ("__init__.py", "_numba/__init__.py", "_numba/cache.py"):
+    for name in ("__init__.py", "_numba/__init__.py", "_numba/cache.py", "_numba/parallel.py"):
         shutil.copy(source / name, target / name)
     probe = target / "probe"
     probe.mkdir()
@@ -132,13 +148,85 @@ def test_without_any_place_every_process_compiles_and_says_what_to_set(package):
         assert errors.count("set NUMBA_CACHE_DIR to a folder that can be written") == 1
 
 
-def test_a_temporary_folder_that_others_can_write_to_is_not_used(package, tmp_path):
+@pytest.mark.parametrize("place", ["home", "temporary folder"])
+@pytest.mark.parametrize("flaw", ["mode", "link"])
+def test_a_folder_that_others_can_write_to_is_neither_loaded_from_nor_saved_to(
+    package, place, flaw, tmp_path
+):
+    block(package)
+    environment = {"HOME": str(tmp_path / "home")} if place == "home" else {}
+    assert run(package, **environment)[0] == ["4", "0"]
+    (folder,) = {p.parent for p in tmp_path.rglob("*.nbc")}
+    assert folder.stat().st_mode & 0o777 == 0o700
+    if flaw == "mode":
+        folder.chmod(0o777)
+    else:
+        folder.rename(tmp_path / "elsewhere")
+        folder.symlink_to(tmp_path / "elsewhere")
+    before = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
+    assert run(package, **environment)[0] == ["4", "0"]
+    assert {p: p.stat().st_mtime_ns for p in folder.iterdir()} == before
+
+
+def test_a_temporary_folder_made_by_others_is_not_used(package, tmp_path):
     block(package)
     shared = tmp_path / f"fastmatch-{os.geteuid()}"
     shared.mkdir()
     shared.chmod(0o777)
     assert run(package)[0] == ["4", "0"]
     assert not list(shared.rglob("*"))
+
+
+def test_versions_of_numba_keep_each_their_own_files(package):
+    run(package)
+    compiled = package / "__pycache__"
+    other = [
+        p.rename(p.with_name(p.name.replace(f"numba{numba.__version__}", "numba0.1")))
+        for p in compiled.glob("*.nbc")
+    ]
+    (package / "probe" / "callee.py").write_text(CALLEE.replace("x + 1", "x + 2"))
+    assert run(package)[0] == ["6", "0"]
+    assert all(p.exists() for p in other)
+    assert len(list(compiled.glob("*.nbc"))) == 4
+
+
+def test_a_closure_and_a_function_from_elsewhere_are_not_cached(package):
+    (package / "probe" / "caller.py").write_text(CLOSURE)
+    assert run(package)[0] == ["4", "0"]
+    assert run(package)[0] == ["4", "0"]
+    (package / "probe" / "caller.py").write_text("from elsewhere import outer\n")
+    (package.parent / "elsewhere.py").write_text(CALLER)
+    for _ in range(2):
+        assert run(package)[0] == ["4", "0"]
+    assert not list((package / "__pycache__").glob("*outer*"))
+
+
+def test_temporary_files_of_processes_that_died_are_removed_after_a_day(package):
+    compiled = package / "__pycache__"
+    compiled.mkdir()
+    old, new = compiled / "old.nbc.0123", compiled / "new.nbc.4567"
+    old.touch()
+    new.touch()
+    os.utime(old, (0, 0))
+    run(package)
+    assert not old.exists()
+    assert new.exists()
+
+
+@pytest.mark.parametrize(("number", "kept"), [(errno.ENOSPC, True), (errno.EROFS, False)])
+def test_a_full_disk_is_tried_again_and_a_read_only_one_is_not(tmp_path, monkeypatch, number, kept):
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(cache, "folders", lambda: (tmp_path,))
+    monkeypatch.setattr(cache, "_unwritable", set())
+    monkeypatch.setattr(cache, "dumps", lambda _: b"")
+    monkeypatch.setattr(cache._FileCache, "_write", fail)
+    files = cache._FileCache(fail)
+    monkeypatch.setattr(files, "_file", lambda *_: "name")
+    monkeypatch.setattr(files, "_enabled", True)
+    files.save_overload(None, MagicMock(library=MagicMock(has_dynamic_globals=False), lifted=[]))
+    assert (tmp_path not in cache._unwritable) == kept
 
 
 def test_processes_that_compile_at_once_leave_what_all_can_load(package):

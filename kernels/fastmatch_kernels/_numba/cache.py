@@ -2,12 +2,15 @@
 
 numba's own cache hashes the file of a function and not those of the functions that it calls, fails where neither the
 package nor a home can be written, and numbers its files through an index that two processes can both rewrite. Here each
-compiled function is one file. Its name holds a hash of all sources of the kernels and one of the signature and processor,
-and it is written under a temporary name and renamed: a reader finds all of it or nothing.
+compiled function is one file. Its name holds numba's version, a hash of all sources of the kernels and one of the
+signature and processor. It is written under a temporary name and renamed: a reader finds all of it or nothing.
+
+What is loaded is run. So the user's cache folder and the temporary one are used only if nobody else can write to them.
 """
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import logging
@@ -16,13 +19,13 @@ import pickle
 import stat
 import sys
 import tempfile
+import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numba
-import torch
 from numba.core import config as numba_config
 from numba.core.caching import _Cache
 from numba.core.compiler import CompileResult
@@ -31,21 +34,30 @@ from numba.core.registry import CPUDispatcher
 from numba.core.serialize import dumps
 from numba.misc.appdirs import AppDirs
 
+from fastmatch_kernels._numba.parallel import start_threads
+
 __all__ = ["folders", "njit"]
 
 config: Any = numba_config  # its attributes come from the environment: no checker knows them
 
-LOG = logging.getLogger("fastmatch.kernels")
+LOG = logging.getLogger("fastmatch_kernels")
 
 PACKAGE = Path(__file__).parents[1]
 
+UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT}
+"""Errors after which a process does not try a folder again; a full disk may have room later. EEXIST: a file is in the
+folder's place."""
+
+LEFTOVER_SECONDS = 86400
+"""Age from which a temporary file belongs to a process that died while it wrote."""
+
 
 def _hash_sources() -> str | None:
-    """A hash of numba's version and of every source that compiled code may depend on; None if there are no sources."""
+    """A hash of every source that compiled code may depend on; None if there are no sources."""
     paths = sorted(p for p in PACKAGE.rglob("*.py") if "triton" not in p.stem and "_triton" not in p.parts)
     if not paths:  # imported from an archive
         return None
-    digest = hashlib.sha256(numba.__version__.encode())
+    digest = hashlib.sha256()
     for path in paths:
         digest.update(str(path.relative_to(PACKAGE)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:20]
@@ -57,7 +69,7 @@ SOURCES = _hash_sources()
 
 @functools.cache
 def folders() -> tuple[Path, ...]:
-    """Where compiled kernels are looked for, in this order, and saved, in the first that can be written.
+    """Cache folders in order. Kernels are loaded from the first that has them and saved to the first that is writable.
 
     ``NUMBA_CACHE_DIR`` alone if it is set. Else ``__pycache__`` of the package, the user's cache directory and a
     private directory in the temporary folder.
@@ -79,33 +91,53 @@ def folders() -> tuple[Path, ...]:
 
 
 def _private_folder() -> Path | None:
-    """A folder in the temporary one that nobody else can write to: what is loaded from it is run."""
+    """A folder of this user in the temporary one, or None if there is none that only this user can write to."""
     if not hasattr(os, "geteuid"):
         return None
     try:
         path = Path(tempfile.gettempdir()) / f"fastmatch-{os.geteuid()}"
         path.mkdir(mode=0o700, exist_ok=True)
-        found = path.lstat()
     except OSError:
         return None
-    is_private = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
-    return path if is_private else None
+    return path if _is_trusted(path) else None
+
+
+def _is_trusted(folder: Path) -> bool:
+    """Whether this is a directory, not a link to one, that belongs to this user and that nobody else can write to."""
+    try:
+        found = folder.lstat()
+    except OSError:
+        return False
+    if not stat.S_ISDIR(found.st_mode):
+        return False
+    if not hasattr(os, "geteuid"):  # Windows: access lists protect the user's folder
+        return True
+    return found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _is_chosen(folder: Path) -> bool:
+    """Whether the folder is as safe as the package or was named by the user, so that it needs no check."""
+    return bool(config.CACHE_DIR) or folder == PACKAGE / "__pycache__"
 
 
 class _FileCache(_Cache):
     """The files of one function; see the module."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        module = function.__module__.removeprefix("fastmatch_kernels.")
-        self._name = f"{module}.{function.__qualname__}.{sys.implementation.cache_tag}"
-        self._enabled = True
+        package, _, module = function.__module__.partition(".")
+        self._name = (
+            f"{module}.{function.__qualname__}.{sys.implementation.cache_tag}-numba{numba.__version__}"
+        )
+        # The file's name says nothing of sources elsewhere, nor of the values that a closure holds.
+        self._is_covered = package == "fastmatch_kernels" and function.__closure__ is None
+        self._enabled = self._is_covered
 
     @property
     def cache_path(self) -> Any:
         return str(folders()[0]) if folders() else None
 
     def enable(self) -> None:
-        self._enabled = True
+        self._enabled = self._is_covered
 
     def disable(self) -> None:
         self._enabled = False
@@ -123,6 +155,8 @@ class _FileCache(_Cache):
         target_context.refresh()
         name = self._file(sig, target_context.codegen())
         for folder in folders() if self._enabled else ():
+            if not _is_chosen(folder) and not _is_trusted(folder):
+                continue
             try:
                 payload = pickle.loads((folder / name).read_bytes())
                 return CompileResult._rebuild(target_context, *payload)
@@ -136,37 +170,63 @@ class _FileCache(_Cache):
         """Writes a compiled function to the first folder that takes it."""
         if data.library.has_dynamic_globals or not all(x.can_cache for x in data.lifted):
             return
-        name = self._file(sig, data.codegen)
-        for folder in folders() if self._enabled else ():
-            if folder not in _unwritable and self._write(folder, name, data):
+        if not self._enabled or not folders():
+            return
+        name, payload = self._file(sig, data.codegen), dumps(data._reduce())
+        for folder in folders():
+            if folder in _unwritable:
+                continue
+            try:
+                self._write(folder, name, payload)
                 return
+            except OSError as error:
+                if error.errno in UNWRITABLE:
+                    _unwritable.add(folder)
+                if folder == folders()[-1]:
+                    _warn(folder, error.strerror)
 
-    def _write(self, folder: Path, name: str, data: Any) -> bool:
-        payload = dumps(data._reduce())
+    def _write(self, folder: Path, name: str, payload: bytes) -> None:
+        if _is_chosen(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        else:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not _is_trusted(folder):
+                raise PermissionError(errno.EPERM, "others can write to it, or it belongs to somebody else")
         # Not the process's number: containers that share a folder have the same ones.
         temporary = folder / f"{name}.{uuid.uuid4().hex}"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             temporary.write_bytes(payload)
             temporary.replace(folder / name)
-        except OSError as error:
-            _unwritable.add(folder)
+        except OSError:
             _remove([temporary])
-            if folder == folders()[-1]:
-                LOG.warning(
-                    "compiled kernels are not kept, every process compiles them: %s; "
-                    "set NUMBA_CACHE_DIR to a folder that can be written",
-                    error,
-                )
-            return False
+            raise
+        # Of this version of numba only: environments with different ones may share the sources.
         _remove(p for p in folder.glob(f"{self._name}-*.nbc") if f"-{SOURCES}-" not in p.name)
-        return True
+        _remove(p for p in folder.glob("*.nbc.*") if _is_leftover(p))
 
 
 _unwritable: set[Path] = set()
 
 
-def _remove(paths: Iterator[Path] | list[Path]) -> None:
+@functools.cache
+def _warn(folder: Path, reason: str) -> None:
+    """Says once per folder and reason that nothing is kept."""
+    LOG.warning(
+        "compiled kernels are not kept, every process compiles them: %s: %s; "
+        "set NUMBA_CACHE_DIR to a folder that can be written",
+        folder,
+        reason,
+    )
+
+
+def _is_leftover(temporary: Path) -> bool:
+    try:
+        return time.time() - temporary.lstat().st_mtime > LEFTOVER_SECONDS
+    except OSError:  # its process renamed it
+        return False
+
+
+def _remove(paths: Iterable[Path]) -> None:
     for path in paths:
         try:
             path.unlink(missing_ok=True)
@@ -187,21 +247,13 @@ class _Kernel(CPUDispatcher):
         Compiles under ``NUMBA_DISABLE_JIT`` too: the kernels' vector instructions have no form in Python.
         """
         if self.targetoptions.get("parallel"):
-            _start_threads()
+            start_threads()
         with global_compiler_lock:
             disabled, config.DISABLE_JIT = config.DISABLE_JIT, 0
             try:
                 return super().compile(sig)
             finally:
                 config.DISABLE_JIT = disabled
-
-
-@functools.cache
-def _start_threads() -> None:
-    """Starts numba's threads once. numba then sets the number of OpenMP's threads, which torch shares: it is set back."""
-    threads = torch.get_num_threads()
-    numba.get_num_threads()
-    torch.set_num_threads(threads)
 
 
 def njit(*, cache: bool = True, **options: Any) -> Callable[[Callable[..., Any]], Any]:

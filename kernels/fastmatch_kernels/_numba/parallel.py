@@ -1,13 +1,16 @@
-"""Passes over rows on all cores. The compiled kernels release the interpreter's lock."""
+"""Threads: passes over rows on all cores, in which compiled kernels release the interpreter's lock, and numba's own."""
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
-__all__ = ["over_rows", "threads"]
+import torch
+
+__all__ = ["over_rows", "start_threads", "threads"]
 
 ENTRIES_PER_THREAD = 1 << 22
 """Entries of work that justify another thread: waking a core takes up to half a millisecond, in which a running core
@@ -29,3 +32,13 @@ def over_rows(n: int, entries: int, work: Callable[[int, int], None]) -> None:
     with ThreadPoolExecutor(workers) as pool:
         for done in [pool.submit(work, lo, hi) for lo, hi in pairwise(edges)]:
             done.result()
+
+
+@functools.cache
+def start_threads() -> None:
+    """Start numba's threads once. numba then sets the number of OpenMP's threads, which torch shares: it is set back."""
+    import numba  # here, because importing fastmatch must not load it
+
+    count = torch.get_num_threads()
+    numba.get_num_threads()
+    torch.set_num_threads(count)
