@@ -63,6 +63,7 @@ def _is_contiguous(array: Any, dimensions: int) -> bool:
     return isinstance(array, types.Array) and array.ndim == dimensions and array.layout == "C"
 
 
+# The two intrinsics have the same frame but load and store in opposite orders: sharing it would hide what each does.
 @intrinsic
 def to_words(typing: Any, source: Any, starts: Any, column: Any, words: Any) -> Any:
     """``words[column + j, i] = source.flat[starts[i] + column + j]`` for ``2 * lanes`` columns j."""
@@ -89,6 +90,7 @@ def to_words(typing: Any, source: Any, starts: Any, column: Any, words: Any) -> 
     return types.void(source, starts, types.intp, words), code
 
 
+# The frame of :func:`to_words` again, for the opposite direction.
 @intrinsic
 def from_words(typing: Any, words: Any, columns: Any, at: Any, target: Any) -> Any:
     """``target[i, at + j] = words[columns[at + j], i]`` for ``2 * lanes`` columns j."""

@@ -1,10 +1,12 @@
-"""What candidate lists tell: a row's best two columns, its dual, a free column among its best."""
+"""Results from candidate lists: a row's best two columns, the mean gap between them, and row duals."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from fastmatch_kernels._numba.cache import njit
+
+# small.py imports nearly the same names: both find the best two columns of a row, from different data.
 from fastmatch_kernels._numba.simd import (
     WIDTH,
     add,
@@ -91,7 +93,7 @@ def _best_two_of_many(v, cols, costs, begin, length):  # pragma: no cover - comp
 
 @njit(nogil=True, cache=True)
 def mean_gap(C, v, lists, col_of, stale):  # pragma: no cover - compiled
-    """Return the mean difference between a row's best two; mark the rows whose lists do not tell these."""
+    """Return the mean difference between a row's best two; set ``stale`` for rows whose lists may miss one of them."""
     start, length, cols, costs, bound = lists
     total, told = 0.0, 0
     for i in range(col_of.shape[0]):

@@ -28,8 +28,8 @@ def column_reduction(C, sign, v, row_at, matching):  # pragma: no cover - compil
 def tie_reduction(C, sign, v, misses, matching, counts):  # pragma: no cover - compiled
     """Match free rows to a free column whose minimum they share; v are column minima. It suits entries of few values.
 
-    Each row is read from a place of its own up to the first such column. Ends when the rows that found none outnumber
-    those that found one by ``misses``.
+    Each row is searched for such a column from a different start, wrapping at the end, up to the first one. The function
+    ends when the rows without one outnumber the rows with one by more than ``misses``.
     """
     row_of, col_of, cost_of = matching
     m = v.shape[0]

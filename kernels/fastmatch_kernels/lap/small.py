@@ -17,6 +17,8 @@ from __future__ import annotations
 import numpy as np
 
 from fastmatch_kernels._numba.cache import njit
+
+# lists.py imports nearly the same names: both find the best two columns of a row, from different data.
 from fastmatch_kernels._numba.simd import (
     WIDTH,
     add,

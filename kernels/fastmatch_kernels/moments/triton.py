@@ -131,6 +131,7 @@ def _cross_kernel(
     begin = first + tl.program_id(2) * CHUNK
     end = tl.minimum(begin + CHUNK, samples)
     acc = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+    # Written out for a, b and in the kernel below: the loop updates each by name, so a helper would save nothing.
     total_a = tl.zeros((BLOCK_A,), tl.float32)
     square_a = tl.zeros((BLOCK_A,), tl.float32)
     off_a = tl.zeros((BLOCK_A,), tl.float32)
@@ -190,6 +191,7 @@ def _stats_kernel(
     stop = tl.minimum(begin + span, samples)
     for chunk in range(begin, stop, CHUNK):
         end = tl.minimum(chunk + CHUNK, stop)
+        # Written out as in the kernel above, for the same reason.
         total = tl.zeros((BLOCK_C,), tl.float32)
         square = tl.zeros((BLOCK_C,), tl.float32)
         off = tl.zeros((BLOCK_C,), tl.float32)

@@ -31,6 +31,7 @@ def _softmin_kernel(
     temperature,
     n,
     m,
+    # These six are written out in every kernel of this kind: Triton takes compile-time constants only as parameters.
     K: tl.constexpr,
     PRECISION: tl.constexpr,
     GROUP: tl.constexpr,

@@ -51,6 +51,7 @@ def _checked(
     return RowArguments(a, b, v, 1, indices[0], contractions, precision), chosen
 
 
+# The two signatures repeat their common options, so that editors and type checkers show each one in full.
 def row_topk(
     factors: Factors,
     v: Tensor,
@@ -115,6 +116,7 @@ def row_topk(
     return _row_topk(arguments._replace(k=k, sizes=sizes, tile=tile or ()), chosen)
 
 
+# Repeats options of :func:`row_topk`, for the reason given there.
 def row_min(
     factors: Factors,
     v: Tensor,
