@@ -77,7 +77,7 @@ def _is_row(array: Any) -> bool:
 
 
 def _at(context: Any, builder: Any, array: Any, value: Any, index: Any) -> tuple[Any, int]:
-    """Pointer to eight elements of a one-dimensional contiguous array, and the alignment one element has."""
+    """Pointer to eight elements of a one-dimensional contiguous array, and the alignment of one element."""
     size = array.dtype.bitwidth // 8
     return vector_at(context, builder, array, value, index, WIDTH * size), size
 
@@ -101,7 +101,7 @@ def load(typing: Any, row: Any, j: Any) -> Any:
 
 @intrinsic
 def load_part(typing: Any, row: Any, j: Any, count: Any, fill: Any) -> Any:
-    """row[j : j + count] as float64, ``fill`` in the other lanes, whose memory is not touched; 0 <= count <= 8."""
+    """row[j : j + count] as float64, and ``fill`` in the other lanes, whose memory is not read; 0 <= count <= 8."""
     if not _is_row(row):
         return None
 
@@ -121,7 +121,7 @@ def load_part(typing: Any, row: Any, j: Any, count: Any, fill: Any) -> Any:
 
 @intrinsic
 def gather(typing: Any, row: Any, items: Any, e: Any) -> Any:
-    """row[items[e : e + 8]]: a float64 row, int32 items."""
+    """row[items[e : e + 8]] for a float64 row and int32 items."""
     if not _is_row(row) or row.dtype != types.float64 or items.dtype != types.int32 or items.layout != "C":
         return None
 
@@ -144,7 +144,7 @@ def gather(typing: Any, row: Any, items: Any, e: Any) -> Any:
 
 @intrinsic
 def store(typing: Any, row: Any, j: Any, x: Any) -> Any:
-    """row[j : j + 8] = x, a float64 row."""
+    """row[j : j + 8] = x for a float64 row."""
     if not _is_row(row) or row.dtype != types.float64:
         return None
 
@@ -184,7 +184,7 @@ def add(typing: Any, a: Any, b: Any) -> Any:
 
 @intrinsic
 def difference(typing: Any, sign: Any, c: Any, v: Any) -> Any:
-    """sign c - v with sign 1 or -1: one rounding, so it may be a fused instruction where there is one."""
+    """sign * c - v for a sign of 1 or -1. The product is exact, so fusing it with the subtraction changes nothing."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         function = declared(builder, f"llvm.fmuladd.v{WIDTH}f64", _VECTOR, [_VECTOR] * 3)
@@ -194,13 +194,13 @@ def difference(typing: Any, sign: Any, c: Any, v: Any) -> Any:
 
 
 def _less(builder: Any, a: Any, b: Any) -> Any:
-    # Exactly what the hardware's minimum does: the second where the first is not less.
+    # As the hardware's minimum instruction: b unless a < b.
     return builder.select(builder.fcmp_ordered("<", a, b), a, b)
 
 
 @intrinsic
 def minimum(typing: Any, a: Any, b: Any) -> Any:
-    """The lesser of a and b, lane by lane; b's where a's is NaN."""
+    """Elementwise minimum; takes b where a is NaN."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return _less(builder, *args)
@@ -210,7 +210,7 @@ def minimum(typing: Any, a: Any, b: Any) -> Any:
 
 @intrinsic
 def maximum(typing: Any, a: Any, b: Any) -> Any:
-    """The greater of a and b, lane by lane; b's where a's is NaN."""
+    """Elementwise maximum; takes b where a is NaN."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         a, b = args
@@ -221,7 +221,7 @@ def maximum(typing: Any, a: Any, b: Any) -> Any:
 
 @intrinsic
 def replace_at_most(typing: Any, a: Any, limit: Any, b: Any) -> Any:
-    """a, and b in the lanes where a <= limit."""
+    """b in the lanes where a <= limit, a in the others."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         a, limit, b = args
@@ -253,7 +253,7 @@ def lane(typing: Any, a: Any, k: Any) -> Any:
 
 @intrinsic
 def reduce_minimum(typing: Any, a: Any) -> Any:
-    """The least of the eight lanes."""
+    """Minimum of the eight lanes."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         (x,) = args
@@ -281,13 +281,13 @@ def _comparison(relation: str, about: str) -> Any:
     return bits
 
 
-less_equal_mask = _comparison("<=", "Bit k says whether a <= b in lane k.")
-less_mask = _comparison("<", "Bit k says whether a < b in lane k.")
+less_equal_mask = _comparison("<=", "Mask whose bit k is set if a <= b in lane k.")
+less_mask = _comparison("<", "Mask whose bit k is set if a < b in lane k.")
 
 
 @intrinsic
 def ctz(typing: Any, bits: Any) -> Any:
-    """The place of the lowest bit that is set; of no use where none is."""
+    """Index of the lowest set bit; undefined for 0."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
@@ -297,7 +297,7 @@ def ctz(typing: Any, bits: Any) -> Any:
 
 @intrinsic
 def popcount(typing: Any, bits: Any) -> Any:
-    """How many bits are set."""
+    """Number of set bits."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.ctpop(args[0])

@@ -84,7 +84,7 @@ def factor_arguments(
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """``acc + a @ b``. The interpreter multiplies in float32 whatever it is told, and does not multiply bfloat16."""
+    """``acc + a @ b``. In the interpreter always in float32: it ignores the precision and cannot multiply bfloat16."""
     if PRECISION == "interpreter":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     return tl.dot(a, b, acc, input_precision=PRECISION)

@@ -140,7 +140,7 @@ class Tiles:
 
     @property
     def options(self) -> dict[str, int | bool]:
-        """What a launch passes on to the compiler; a fused multiply-add rounds once, it only helps."""
+        """Compiler options of a launch. Fused multiply-adds are allowed: they round once instead of twice."""
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
@@ -162,7 +162,7 @@ MATMUL: dict[str, dict[str, tuple[Tiles, Tiles, Tiles]]] = {
         "bf16x3": (Tiles(64, 64, 32, 4, 3), Tiles(128, 128, 32, 8, 3), _ANY),
         "half": (Tiles(64, 64, 64, 4, 3), Tiles(128, 128, 64, 8, 3), _ANY),
     },
-    # One for all: deeper or wider tiles in half precision spill where nothing is known of strides.
+    # The same tiles for every precision: deeper or wider ones spill in half precision if strides are not known multiples.
     "gfx942": {
         p: (Tiles(64, 64, 32, 4, 2), Tiles(128, 64, 32, 8, 2), _ANY)
         for p in ("ieee", "tf32", "bf16x3", "half")
@@ -172,7 +172,7 @@ MATMUL: dict[str, dict[str, tuple[Tiles, Tiles, Tiles]]] = {
         for p in ("ieee", "tf32", "bf16x3", "half")
     },
 }
-# Those of sm_90 spill here in one variant or another, with one or another of Triton 3.7.1 to 3.9.
+# The tiles of sm_90 that are replaced here spill on sm_100 in some variant under some Triton from 3.7.1 to 3.9.
 MATMUL["sm_100"] = {
     **MATMUL["sm_90"],
     "ieee": (Tiles(64, 64, 16, 8, 2), *MATMUL["sm_90"]["ieee"][1:]),
@@ -200,11 +200,11 @@ CROSS: dict[str, dict[str, tuple[Tiles, Tiles, Tiles]]] = {
 CROSS["sm_90"] = {**CROSS["sm_80"], "bf16x3": _UNITS}
 
 WIDE = 1024
-"""From so many rows and columns the larger tile is used: 64 tiles of 128 x 128."""
+"""Rows and columns from which the larger tile is used: 64 tiles of 128 x 128."""
 
 
 def precision_of(dtype: torch.dtype, precision: str) -> str:
-    """The key of the product's precision: ``"half"`` for half-precision inputs, else what was asked."""
+    """The product's key in the tables: ``"half"`` for half-precision inputs, else ``precision``."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision: expected one of {PRECISIONS}, got {precision!r}")
     return "half" if dtype in (torch.float16, torch.bfloat16) else precision
@@ -219,7 +219,7 @@ def matmul_tiles(
     *,
     aligned: bool = True,
 ) -> Tiles:
-    """The tile for a (rows, columns) output; ``precision`` as :func:`precision_of` gives it."""
+    """The tile for a (rows, columns) output; ``precision`` is a result of :func:`precision_of`."""
     small, wide, unaligned = table[target.name][precision]
     if not aligned:
         return unaligned
@@ -229,11 +229,11 @@ def matmul_tiles(
 
 
 def is_aligned(tensors: Iterable[torch.Tensor], numbers: Iterable[int]) -> bool:
-    """Whether Triton will know of pointers, strides and sizes what 16-byte loads need: it looks for multiples of 16.
+    """Whether Triton can use 16-byte loads: all pointers, strides and sizes are multiples of 16.
 
     Args:
-        tensors: what is read by pointer.
-        numbers: strides and sizes; 0 and 1 are constants to the compiler.
+        tensors: tensors that are read by pointer.
+        numbers: strides and sizes. 0 and 1 are allowed, since the compiler treats them as constants.
     """
     return all(x.data_ptr() % 16 == 0 for x in tensors) and all(k in (0, 1) or k % 16 == 0 for k in numbers)
 

@@ -1,9 +1,9 @@
 """Streaming moments on CPU: one read of each activation, float32 products, float64 sums.
 
-A batch is taken in chunks. numba reads a chunk once from whatever strides it has, adds its
-sums, squares and off-counts, and writes the shifted values in the layout that the product likes; float32 GEMMs
-over at most ``ROWS`` samples each go to the float64 accumulator. The buffers stay for the next batch, since fresh
-pages cost more than reading: at most three of ``CHUNK_ENTRIES`` entries, 96 MiB, for each thread that calls.
+A batch is processed in chunks. A numba kernel reads a chunk once, with any strides, adds its sums, squares and
+off-counts, and writes the shifted values contiguously for the product. Float32 GEMMs over at most ``ROWS`` samples
+each are added to the float64 accumulator. The buffers are kept for the next batch, since fresh pages cost more than
+reading: at most three of ``CHUNK_ENTRIES`` entries, 96 MiB, for each thread that calls.
 Deterministic: no order of summation depends on threads.
 
 Error, per entry of a cross product: float32 rounding of sums of at most ``ROWS`` products,
@@ -133,13 +133,13 @@ def _chunks(batch: int, positions: int, rows: int) -> Iterator[tuple[slice, slic
 
 
 class _Buffers(threading.local):
-    """Flat float32 buffers by name, kept for the next batch where they are no larger than a chunk."""
+    """Flat float32 buffers by name. Those no larger than a chunk are kept for the next batch."""
 
     def __init__(self) -> None:
         self.kept: dict[str, torch.Tensor] = {}
 
     def get(self, name: str, entries: int) -> torch.Tensor:
-        """``entries`` numbers, whatever they are; the same memory at the next call with this name."""
+        """A buffer of ``entries`` numbers, not initialized. The next call with this name returns the same memory."""
         found = self.kept.get(name)
         if found is None or found.numel() < entries:
             with torch.inference_mode(False):  # else no later call outside of it could write here

@@ -93,16 +93,16 @@ class Moments:
     pending: tuple[torch.Tensor, ...] = field(default=(), repr=False)
     waiting: int = 0
     add: Callable[..., None] | None = field(default=None, repr=False)
-    """Adds rows of the pending kind; set by whoever leaves them."""
+    """Adds pending rows to the state; set by the code that leaves rows pending."""
 
     def settle(self) -> Moments:
-        """Adds what is pending, gives its memory back, and returns the state."""
+        """Adds the pending rows, frees their memory, and returns the state."""
         self.add_pending()
         self.pending = ()
         return self
 
     def add_pending(self) -> None:
-        """Adds what is pending; its memory stays for what comes next."""
+        """Adds the pending rows; their memory is kept for the next ones."""
         if self.waiting:
             assert self.add is not None
             rows = [x[: self.waiting] for x in self.pending]

@@ -60,9 +60,9 @@ def _move_columns(weight, starts, columns, words, moved):
 
 @njit(nogil=True)
 def _move_blocks(run, starts, block, near, moved):
-    """Blocks of ``block`` elements of a run, from where each of ``starts`` says.
+    """Copy the blocks of ``block`` elements that begin at ``starts`` in a run to ``moved``, one after another.
 
-    The run is read in order first: memory gives short blocks here and there at a third of its speed.
+    The run is first copied in order to ``near``: short blocks in random order are read from memory at a third of its speed.
     """
     _copy(run, near)
     for i in range(starts.shape[0]):
@@ -77,7 +77,7 @@ def _copy(bits, run):
 
 @njit(nogil=True, fastmath={"contract"})
 def _mean_of_two(x, y, half, alpha, beta, run):
-    """``run = alpha x + beta y`` in one loop, so that memory is waited for while numbers are converted."""
+    """``run = alpha x + beta y`` in one loop, so that conversions overlap with waiting for memory."""
     for j in range(run.shape[0]):
         run[j] = encode(alpha * decode(x[j], half, alpha) + beta * decode(y[j], half, beta), half)
 

@@ -54,7 +54,7 @@ BALANCE = 16.0
 
 
 def cost_of(x):
-    """The cost that an entry of a tile says: itself, or the least that a bfloat16 inner product allows."""
+    """The cost of a tile's entry: a float is the cost itself; bits of a bfloat16 inner product give a lower bound on it."""
     raise NotImplementedError("compiled code only")
 
 
@@ -237,8 +237,8 @@ def _rounded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor,
 def round_rows(x, near, squares, lo, hi):  # pragma: no cover - compiled
     """near[i] = bits of the float32 x[i] rounded to bfloat16; squares[:, i] = |x_i|^2, |near_i|^2, |x_i - near_i|^2.
 
-    Matrix units take subnormal numbers as zero, so they become zero here, where it counts as a loss; and what is
-    finite stays finite.
+    Subnormal numbers become zero, as matrix units treat them, and the difference counts in the third norm. Finite
+    numbers stay finite.
     """
     infinity, largest, normal = np.uint32(0x7F800000), np.uint32(0x7F7F0000), np.uint32(0x00800000)
     for i in range(lo, hi):
@@ -246,7 +246,7 @@ def round_rows(x, near, squares, lo, hi):  # pragma: no cover - compiled
         whole, kept, lost = 0.0, 0.0, 0.0
         for q in range(row.shape[0]):
             size = bits[q] & np.uint32(0x7FFFFFFF)
-            # To nearest, ties to even: a carry into the exponent is right as it is.
+            # Round to nearest, ties to even. A carry from the mantissa into the exponent gives the right number.
             up = np.uint32(0x7FFF) + ((size >> np.uint32(16)) & np.uint32(1))
             nearest = np.uint32(size + up) & np.uint32(0xFFFF0000)
             nearest = min(nearest, largest) if nearest >= normal else np.uint32(0)
@@ -261,12 +261,12 @@ def round_rows(x, near, squares, lo, hi):  # pragma: no cover - compiled
 
 
 def _above(x: torch.Tensor) -> torch.Tensor:
-    """(n, 1) bfloat16 not below x >= 0 (n,). Never zero, whose product with an overflow would be NaN."""
+    """Round x >= 0 (n,) up to bfloat16 (n, 1). The result is never zero, since zero times infinity would be NaN."""
     return (x * (1 + 2.0**-7)).clamp(min=torch.finfo(torch.bfloat16).tiny).bfloat16()[:, None]
 
 
 def upper_products(a: torch.Tensor, b: torch.Tensor) -> Callable[[slice, slice, torch.Tensor], None]:
-    """What writes the bits of a tile of ``a b^T``, bfloat16 (n, e) and (m, e), to a uint16 tile."""
+    """A function that writes the bits of a tile of ``a b^T`` to a uint16 tile; a (n, e) and b (m, e) are bfloat16."""
 
     def fill(rows: slice, columns: slice, out: torch.Tensor) -> None:
         torch.mm(a[rows], b[columns].T, out=out.view(torch.bfloat16))

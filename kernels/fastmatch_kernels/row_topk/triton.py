@@ -2,14 +2,14 @@
 # Launches pass plain values for tl.constexpr parameters; tl.static_range is only known to the compiler.
 """Row reductions of ``c_ij - v_j`` for ``c = -(sum_k A_k B_k^T)``: shortlists with a bound, and row minima.
 
-The cost matrix is never stored. Each tile of it is formed in registers and hands out, per row, its ``few``
-smallest values with their columns and its cut-off, the smallest value it kept back. A second kernel selects
-k of a row's candidates; the bound is the least of the cut-offs and of the candidates not selected, so it is
-exactly the smallest computed value outside the list. What is returned as bound is that, less the rounding
-error of the computation (:func:`product_error`), so it is never above a true value outside the list.
+The cost matrix is never stored. Each tile of it is computed in registers. Per row, the tile writes its ``few``
+smallest values with their columns, the candidates, and a cut-off: the smallest value that it did not write. A
+second kernel selects k of a row's candidates. The minimum of the cut-offs and of the candidates not selected is
+the smallest computed value outside the list. The returned bound is this minimum minus the rounding error of the
+computation (:func:`product_error`), so it is never above a true value outside the list.
 
-If one tile holds more than ``few`` of a row's k smallest, those beyond are outside the list and the bound says
-so: the entries not above the bound are always the row's smallest, in order.
+If one tile holds more than ``few`` of a row's k smallest values, the others are missing from the list, and the
+bound is at most the smallest of them. So the entries not above the bound are always the row's smallest, in order.
 
 Operations: ``2 n m d`` for the products and about ``4 few n m`` for the picking. Bytes: the factors as in a
 GEMM, ``8 few + 4`` bytes per row and tile of columns, taken in chunks of rows within WORKSPACE bytes.
@@ -48,6 +48,7 @@ def _candidates_kernel(
     n,
     m,
     few,
+    # These six are written out in every kernel of this kind: Triton takes compile-time constants only as parameters.
     K: tl.constexpr,
     PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
@@ -112,7 +113,7 @@ def _select_kernel(
 
 
 def few_of(k: int, tiles_n: int) -> int:
-    """Candidates a tile hands out per row: twice its share of the k, and two."""
+    """Number of candidates that a tile writes per row: twice its share of the k, plus two."""
     return min(k, 2 * ceil_div(k, tiles_n) + 2)
 
 
