@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -20,7 +20,12 @@ def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     """
     if weights is None:
         return [1.0 / count] * count
-    values = [float(w) for w in weights]
+    if isinstance(weights, (str, Mapping)) or not isinstance(weights, Iterable):
+        raise TypeError(f"weights: expected {count} numbers, got {type(weights).__name__}")
+    try:
+        values = [float(w) for w in weights]
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"weights: expected {count} numbers, got {weights!r}") from error
     if len(values) != count:
         raise ValueError(f"weights: expected {count}, one per model, got {len(values)}")
     if not all(abs(w) < float("inf") for w in values):

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 import torch
 from torch import nn
 
-__all__ = ["State", "check_finite", "check_same_architecture", "headers_of", "state_of"]
+__all__ = ["State", "check_finite", "check_models", "check_same_architecture", "headers_of", "state_of"]
 
 State: TypeAlias = Mapping[str, torch.Tensor]
+
+
+def check_models(argument: str, models: object, least: int = 1) -> None:
+    """Raise unless ``models`` is a sequence of at least ``least`` models: ``f(a, b)`` in place of ``f([a, b])`` is common."""
+    if isinstance(models, Mapping) or not isinstance(models, Sequence):
+        raise TypeError(f"{argument}: expected a list of models, such as [a, b]; got {type(models).__name__}")
+    if len(models) < least:
+        raise ValueError(f"{argument}: expected at least {('one', 'two')[least - 1]}, got {len(models)}")
 
 
 def state_of(model: nn.Module | State, argument: str) -> dict[str, torch.Tensor]:

@@ -14,6 +14,7 @@ from fastmatch.cli.options import (
     add,
     add_command,
     add_matcher_options,
+    device_from,
     dtype_from,
     matcher_from,
 )
@@ -179,7 +180,7 @@ def _align_out_of_core(args: argparse.Namespace, *, is_folder: bool) -> Alignmen
     write = WriteOptions(args.merge, dtype_from(args.dtype), args.force)
     spec = trace_config(args.a) if args.model is None else PermutationSpec.trace(*build_network(args))
     return align_checkpoints(
-        args.a, args.b, args.out, matcher, spec=_selected(spec, args), write=write, device=args.device or "cpu",
+        args.a, args.b, args.out, matcher, spec=_selected(spec, args), write=write, device=device_from(args.device),
         resume=args.resume,
     )  # fmt: skip
 

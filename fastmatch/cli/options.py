@@ -27,6 +27,7 @@ __all__ = [
     "add",
     "add_command",
     "add_matcher_options",
+    "device_from",
     "dtype_from",
     "matcher_from",
 ]
@@ -249,3 +250,17 @@ def dtype_from(name: str | None) -> torch.dtype | None:
     if name is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"--dtype: expected a floating point type such as bfloat16, got {name!r}")
     return dtype
+
+
+def device_from(name: str | None) -> str:
+    """Return the name of a device that tensors can be put on; the CPU for None.
+
+    Raises:
+        ValueError: torch has no such device here.
+    """
+    try:
+        torch.empty(0, device=name or "cpu")
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device: cannot be used here, got {name!r} ({reason})") from error
+    return name or "cpu"

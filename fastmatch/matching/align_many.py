@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from fastmatch._internal.checks import check_integer
-from fastmatch._internal.states import State, check_finite, check_same_architecture, state_of
+from fastmatch._internal.states import State, check_finite, check_models, check_same_architecture, state_of
 from fastmatch.matching.align import traced_spec, warn_if_nothing_moves
 from fastmatch.matching.matcher import Strategy, check_strategy
 from fastmatch.matching.pairwise import ToReference
@@ -61,8 +61,7 @@ def align_many(
     """
     strategy = ToReference() if strategy is None else strategy
     check_strategy("strategy", strategy)
-    if len(models) < 2:
-        raise ValueError(f"models: expected at least two, got {len(models)}")
+    check_models("models", models, least=2)
     check_integer("reference", reference)
     if reference >= len(models):
         raise ValueError(f"reference: expected an index below {len(models)}, got {reference!r}")

@@ -12,7 +12,7 @@ from torch import nn
 from fastmatch._internal.checks import check_choice
 from fastmatch._internal.coefficients import check_weights, remember_weights
 from fastmatch._internal.modules import with_state
-from fastmatch._internal.states import State, check_finite, check_same_architecture, state_of
+from fastmatch._internal.states import State, check_finite, check_models, check_same_architecture, state_of
 from fastmatch.merging.biases import bias_depths, zeroed_biases
 from fastmatch.permutations.apply import LARGE
 
@@ -113,8 +113,7 @@ def merge(
         UserWarning: the weights do not sum to one, so that every tensor is scaled.
     """
     check_choice("biases", biases, Biases)
-    if not models:
-        raise ValueError("models: expected at least one")
+    check_models("models", models)
     states = [state_of(m, f"models[{k}]") for k, m in enumerate(models)]
     for k, state in enumerate(states):
         check_finite(state, f"models[{k}]")

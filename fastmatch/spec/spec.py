@@ -179,6 +179,8 @@ class PermutationSpec:
         Raises:
             ValueError: a name is not a group of the spec.
         """
+        if isinstance(names, str):
+            raise TypeError(f"groups: expected a list of names, such as [{names!r}]; got one text")
         missing = [n for n in names if n not in self.groups]
         if missing:
             raise ValueError(f"groups: {missing} not in the spec; it has {list(self.groups)}")

@@ -91,3 +91,18 @@ def test_weights_that_do_not_sum_to_one_are_warned_of_and_nan_is_named():
         broken[0].weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"models\[1\]: tensor '0.weight' holds 1 NaN"):
         fm.merge([model, broken])
+
+
+def test_a_model_in_place_of_a_list_is_named():
+    a, _ = build("mlp", 0)
+    with pytest.raises(
+        TypeError, match="models: expected a list of models"
+    ):
+        fm.merge(a, a)
+    with pytest.raises(TypeError, match="models: expected a list of models"):
+        fm.align_many(a.state_dict())
+    for weights in (0.5, "ab", ["a", "b"]):
+        with pytest.raises(TypeError, match="weights: expected 2 numbers"):
+            fm.merge([a, a], weights)
+    with pytest.raises(TypeError, match="groups: expected a list of names"):
+        fm.PermutationSpec({}, {}).select("0")
