@@ -26,11 +26,7 @@ class SmallDense:
         True
 
     Args:
-        schedule: when its phases run.
-
-    Raises:
-        TypeError: ``schedule`` is not a :class:`SmallSchedule`.
-        ValueError: a number that is out of range.
+        schedule: when its phases run, a :class:`SmallSchedule`. Its numbers are checked here.
     """
 
     schedule: SmallSchedule = field(default_factory=SmallSchedule)
