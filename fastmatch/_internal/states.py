@@ -15,7 +15,7 @@ State: TypeAlias = Mapping[str, torch.Tensor]
 
 def check_models(argument: str, models: object, least: int = 1) -> None:
     """Raise unless ``models`` is a sequence of at least ``least`` models: ``f(a, b)`` in place of ``f([a, b])`` is common."""
-    if isinstance(models, Mapping) or not isinstance(models, Sequence):
+    if not isinstance(models, (Sequence, nn.ModuleList)):
         raise TypeError(f"{argument}: expected a list of models, such as [a, b]; got {type(models).__name__}")
     if len(models) < least:
         raise ValueError(f"{argument}: expected at least {('one', 'two')[least - 1]}, got {len(models)}")

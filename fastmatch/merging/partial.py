@@ -12,7 +12,7 @@ from torch import fx, nn
 from fastmatch._internal.batches import batches_of, check_module, device_of, evaluating
 from fastmatch._internal.coefficients import check_weights, remember_weights
 from fastmatch._internal.modules import copy_module
-from fastmatch._internal.states import State, check_finite, check_same_architecture, state_of
+from fastmatch._internal.states import State, check_finite, check_models, check_same_architecture, state_of
 from fastmatch.matching.sites import choose_sites, unit_columns
 from fastmatch.merging.rewire import Rewiring, rewire
 from fastmatch.merging.unit_rules import Identity, MatchedUnits, RuleName
@@ -161,8 +161,7 @@ def merge_partial(
     Memory: for each merged group one (N n, N n) float64 matrix, or N - 1 of (n, n) to permute; :class:`fastmatch.CCA`
     also keeps n x n maps at the boundary.
     """
-    if len(models) < 2:
-        raise ValueError(f"models: expected at least two, got {len(models)}")
+    check_models("models", models, least=2)
     if not isinstance(rule, (Identity, MatchedUnits)):
         raise TypeError(
             "rule: expected fm.Identity(), fm.Permute(data), fm.Zip(data) or fm.CCA(data); "

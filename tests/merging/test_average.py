@@ -95,6 +95,7 @@ def test_weights_that_do_not_sum_to_one_are_warned_of_and_nan_is_named():
 
 def test_a_model_in_place_of_a_list_is_named():
     a, _ = build("mlp", 0)
+    assert isinstance(fm.merge(nn.ModuleList([a, a])), type(a))
     with pytest.raises(TypeError, match="models: expected a list of models"):
         fm.merge(a, a)
     with pytest.raises(TypeError, match="models: expected a list of models"):
