@@ -1,0 +1,189 @@
+"""Assignment solvers in processes of their own: a limit of processor time, and a crash is a result, not the end.
+
+A :class:`Runner` keeps one process for each solver. The matrix goes by a file, so that every solver reads the same entries
+into an array of its own. A solver that uses its limit is ended; its process starts anew for the next problem.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+OURS = "fastmatch"
+
+SHORT = 0.02
+"""Seconds of processor time that a measurement takes at least: faster solves are repeated within it."""
+
+PATIENCE = 6.0
+"""Seconds of a clock for every second of processor time that a solver may use, on a machine with other work."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a solver did with one matrix.
+
+    Args:
+        seconds: processor time of one solve; None if it failed.
+        failure: "limit", "crash", or the text of its error. "" if it returned a matching.
+        objective: the exact sum of the matched entries.
+        size: the sum of their absolute values.
+        gap: the gap that was claimed, and its bound; None for peers.
+    """
+
+    seconds: float | None
+    failure: str = ""
+    objective: Fraction = Fraction(0)
+    size: float = 0.0
+    gap: tuple[float, float] | None = None
+
+
+def matched(cost: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> tuple[Fraction, float]:
+    """Return the exact objective and the sum of the sizes of a matching.
+
+    Raises:
+        ValueError: it is no matching of the shorter side, or it uses a forbidden entry.
+    """
+    rows, columns = np.asarray(rows), np.asarray(columns)
+    k = min(cost.shape)
+    if len(rows) != k or len(np.unique(rows)) != k or len(np.unique(columns)) != k:
+        raise ValueError("no matching of the shorter side")
+    values = cost[rows, columns].tolist()
+    if not all(map(math.isfinite, values)):
+        raise ValueError("a forbidden entry is used")
+    total = sum(map(Fraction, values), Fraction(0))
+    return total, min(float(np.abs(np.array(values, float) / 2).sum()), 1e308) * 2 if k else 0.0
+
+
+def work(name: str, asked: Connection) -> None:
+    """Solve what comes through the pipe: the path of a matrix, again and again."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if name == OURS:
+        from fastmatch.assignment import linear_sum_assignment as solve
+
+        solve(np.random.default_rng(0).random((1100, 1100)))  # loads the kernels
+        solve(np.random.default_rng(0).random((40, 50)))
+    else:
+        from bench.lib.peers import peers
+
+        solve = peers()[name].solve
+    asked.send(None)
+    while True:
+        try:
+            path = asked.recv()
+        except EOFError:
+            return
+        cost = np.array(np.load(path, mmap_mode="r"))
+        try:
+            outcome = attempt(name, solve, cost)
+        except Exception as error:  # what a peer raises is its result
+            outcome = Outcome(None, f"{type(error).__name__}: {error}"[:120])
+        asked.send(outcome)
+
+
+def attempt(name: str, solve: Any, cost: np.ndarray) -> Outcome:
+    """Time a solve, repeated while that is short, and describe what it returned."""
+    count, taken = 1, 0.0
+    while True:
+        start = time.process_time()
+        for _ in range(count):
+            pairs = solve(cost)
+        taken = time.process_time() - start
+        if taken >= SHORT:
+            break
+        count *= 2 if taken > SHORT / 8 else 8
+    objective, size = matched(cost, *pairs)
+    gap = None
+    if name == OURS:
+        from fastmatch.assignment import solve as proved
+
+        found = proved(cost)
+        gap = (float(found.gap), float(found.gap_bound))
+    return Outcome(taken / count, "", objective, size, gap)
+
+
+def processor_seconds(pid: int | None) -> float:
+    """Return the processor time of a process so far, where Linux tells; 0 elsewhere."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+class Runner:
+    """Solvers by name, each in its process.
+
+    Example:
+        with Runner(["scipy"], limit=20) as runner:
+            runner.place(cost)
+            runner.run("scipy").seconds
+    """
+
+    def __init__(self, names: Iterable[str], limit: float):
+        self.limit = limit
+        self._context = multiprocessing.get_context("spawn")
+        self._folder = tempfile.TemporaryDirectory()
+        self._path = Path(self._folder.name) / "cost.npy"
+        self._processes: dict[str, tuple[BaseProcess, Connection]] = {}
+        self.names = list(names)
+
+    def __enter__(self) -> Runner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name in list(self._processes):
+            self._end(name)
+        self._folder.cleanup()
+
+    def place(self, cost: np.ndarray) -> None:
+        """Give all solvers this matrix."""
+        np.save(self._path, cost)
+
+    def run(self, name: str) -> Outcome:
+        """Solve the matrix once by the named solver."""
+        process, pipe = self._processes.get(name) or self._start(name)
+        limit = self.limit if name != OURS else 2 * self.limit  # ours solves a second time, for its gap
+        start, used = time.monotonic(), processor_seconds(process.pid)
+        try:
+            pipe.send(str(self._path))
+            while not pipe.poll(0.5):
+                if (
+                    processor_seconds(process.pid) - used > limit
+                    or time.monotonic() - start > PATIENCE * limit
+                ):
+                    return self._failed(name, "limit")
+            return pipe.recv()
+        except (EOFError, ConnectionError):
+            return self._failed(name, "crash")
+
+    def _failed(self, name: str, what: str) -> Outcome:
+        self._end(name)
+        return Outcome(None, what)
+
+    def _start(self, name: str) -> tuple[BaseProcess, Connection]:
+        mine, theirs = self._context.Pipe()
+        process = self._context.Process(target=work, args=(name, theirs), daemon=True)
+        process.start()
+        theirs.close()
+        mine.recv()  # it is ready
+        self._processes[name] = (process, mine)
+        return self._processes[name]
+
+    def _end(self, name: str) -> None:
+        process, pipe = self._processes.pop(name)
+        pipe.close()
+        process.kill()
+        process.join()

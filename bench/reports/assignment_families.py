@@ -1,0 +1,275 @@
+"""The assignment on every family of costs, beside every other solver.
+
+    python -m bench.reports.assignment_families --sizes 300,1500 --shapes 1:1,1:2 --dtypes float64 --families "gains*"
+    python -m bench.reports.assignment_families --sizes 300 --out mine.json --peers-from all.json
+
+A row is one matrix. Solvers take turns on it, each in a process of its own; the figure is the median processor time. What
+they return is checked: a peer that fails, or whose objective is above the best one by more than rounding, is noted and not
+compared. A peer that takes over 20 times as long as the fastest has one turn; one that reached its limit is not asked about
+larger matrices of that family. ``--peers-from`` takes the peers' figures from an earlier run and measures only ours.
+
+Size is that of the shorter side; a shape 1:1.001 has at least one column more than rows. Matrices beyond 2^27 entries are
+left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+from bench.lib import record
+from bench.lib.families import DTYPES, Family, select
+from bench.lib.peers import peers
+from bench.lib.timed_solves import OURS, Outcome, Runner
+
+NAME = "assignment_families"
+SIZES = (300, 1500)
+SHAPES = ("1:1", "1:1.001", "1:2", "1:10")
+LARGEST = 2**27
+SLOW = 20.0
+"""A peer that takes this many times the fastest's seconds is not repeated."""
+
+TARGET = 1.2
+"""Ratio of our seconds to the fastest peer's up to which a row is good."""
+
+ROUNDING = {"float32": 1e-5, "float64": 1e-9, "int32": 1e-9}
+"""Share of the sum of absolute values by which a peer's objective may be above the best."""
+
+
+def sides(size: int, shape: str) -> tuple[int, int]:
+    """Return rows and columns of a shape such as ``1:2``, whose shorter side is ``size``."""
+    a, b = (float(part) for part in shape.split(":"))
+    n, m = (round(size * part / min(a, b)) for part in (a, b))
+    if a != b and n == m:
+        n, m = (n, m + 1) if a < b else (n + 1, m)
+    return n, m
+
+
+class Measurement:
+    """Our solver and its peers on one matrix after the other.
+
+    Args:
+        options: of the command line.
+        earlier: rows whose peers' figures are taken, by their key; empty to measure the peers.
+    """
+
+    def __init__(self, options: argparse.Namespace, earlier: dict[tuple, record.Row]):
+        asked = [name for name in peers() if options.peers is None or name in options.peers]
+        self.peers = {} if options.peers_from else {k: p for k, p in peers().items() if k in asked}
+        self.runner = Runner([OURS, *self.peers], options.limit)
+        self.repeats: int = options.repeats
+        self.earlier = earlier
+        self.too_slow: set[tuple[str, str, str]] = set()
+
+    def row(self, family: Family, n: int, m: int, dtype: str, seed: int) -> record.Row:
+        """Measure one matrix."""
+        row: record.Row = {"family": family.name, "n": n, "m": m, "dtype": dtype, "seed": seed}
+        cost = family(n, m, seed, dtype)
+        self.runner.place(cost)
+        skipped = [name for name in self.peers if (name, family.name, dtype) in self.too_slow]
+        names = [name for name, peer in self.peers.items() if name not in skipped and peer.takes(cost)]
+        first = {name: self.runner.run(name) for name in (OURS, *names)}
+        self.too_slow |= {(k, family.name, dtype) for k, r in first.items() if r.failure == "limit"}
+        before = self.earlier.get(key(row), {})
+        objective = {k: r.objective for k, r in first.items() if not r.failure}
+        objective |= {k: Fraction(v) for k, v in before.get("objective", {}).items()}
+        size = max((r.size for r in first.values()), default=0.0) or before.get("size", 0.0)
+        best = min(objective.values(), default=Fraction(0))
+        slack = Fraction(ROUNDING[dtype]) * Fraction(size)
+        wrong = sorted(k for k, value in objective.items() if value - best > slack and k != OURS)
+        failed = {k: r.failure for k, r in first.items() if r.failure and k != OURS}
+        seconds = {k: [r.seconds] for k, r in first.items() if r.seconds is not None}
+        fastest = min((taken[0] for k, taken in seconds.items() if k != OURS and k not in wrong), default=0.0)
+        again = [k for k in seconds if k == OURS or seconds[k][0] <= SLOW * fastest]
+        for _ in range(self.repeats - 1):
+            for name in again:
+                taken = self.runner.run(name).seconds
+                seconds[name] += [] if taken is None else [taken]
+        medians = {k: statistics.median(taken) for k, taken in seconds.items()}
+        row["seconds"] = medians | {k: v for k, v in before.get("seconds", {}).items() if k != OURS}
+        row["wrong"] = wrong
+        row["failed"] = before.get("failed", {}) | failed
+        row["skipped"] = skipped or before.get("skipped", [])
+        row["objective"] = {k: str(v) for k, v in objective.items()}
+        row["size"] = size
+        row |= ours(first[OURS], best)
+        return row | ratio(row)
+
+
+def ours(found: Outcome, best: Fraction) -> record.Row:
+    """Return what there is to say about our result: its gap, and its fault if it has one."""
+    if found.failure or found.gap is None:
+        return {"gap": None, "gap_bound": None, "fault": found.failure or "no gap"}
+    gap, bound = found.gap
+    fault = ""
+    if not math.isfinite(bound):
+        fault = "no bound"
+    elif found.objective - best > Fraction(bound) + Fraction(1e-12) * Fraction(found.size):
+        fault = "not optimal"
+    elif not gap <= bound:
+        fault = "gap above its bound"
+    return {"gap": gap, "gap_bound": bound, "fault": fault}
+
+
+def ratio(row: record.Row) -> record.Row:
+    """Return the fastest peer that is right, and our seconds over its."""
+    right = {k: t for k, t in row["seconds"].items() if k != OURS and k not in row["wrong"]}
+    if not right or OURS not in row["seconds"]:
+        return {"fastest": None, "ratio": None}
+    fastest = min(right, key=lambda k: right[k])
+    return {"fastest": fastest, "ratio": row["seconds"][OURS] / right[fastest]}
+
+
+def key(row: record.Row) -> tuple:
+    """What a new measurement of a row replaces."""
+    return tuple(row[k] for k in ("family", "n", "m", "dtype", "seed"))
+
+
+def rows(options: argparse.Namespace) -> Iterator[record.Row]:
+    """Measure the asked families, smallest matrices first."""
+    earlier = {}
+    if options.peers_from:
+        earlier = {key(row): row for row in json.loads(Path(options.peers_from).read_text())["rows"]}
+    measurement = Measurement(options, earlier)
+    with measurement.runner:
+        for size in sorted(options.sizes):
+            for shape in options.shapes:
+                n, m = sides(size, shape)
+                if n * m > LARGEST:
+                    print(f"{n} x {m} is left out: more than 2^27 entries", flush=True)
+                    continue
+                for dtype in options.dtypes:
+                    for family in select(options.families):
+                        if dtype in family.dtypes:
+                            yield measurement.row(family, n, m, dtype, options.seed)
+
+
+def line(row: record.Row) -> str:
+    """Return a row as one line of text."""
+    times = " ".join(f"{k}={t:.3g}" for k, t in row["seconds"].items())
+    notes = [row["fault"].upper()] if row["fault"] else []
+    notes += [f"{k} wrong" for k in row["wrong"]] + [f"{k}: {v}" for k, v in row["failed"].items()]
+    shown = "   -  " if row["ratio"] is None else f"{row['ratio']:6.2f}"
+    return f"{shown} {row['family']}, {row['n']} x {row['m']}, {row['dtype']}: {times} {'; '.join(notes)}"
+
+
+def summary(found: list[record.Row]) -> list[str]:
+    """Return sentences: how many rows, the worst, the mean, how many are above the target, faults."""
+    ratios = [row["ratio"] for row in found if row["ratio"] is not None]
+    faults = [row for row in found if row["fault"]]
+    told = [f"{len(found)} matrices of {len({row['family'] for row in found})} families."]
+    if ratios:
+        mean = math.exp(-statistics.fmean(math.log(max(r, 1e-9)) for r in ratios))
+        above = sum(r > TARGET for r in ratios)
+        told.append(
+            f"Our seconds over the fastest peer's: {max(ratios):.2f} at worst, above {TARGET} in {above} of "
+            f"{len(ratios)}. Fastest peer over ours, geometric mean: {mean:.2f}."
+        )
+    kinds = {
+        fault: sum(row["fault"] == fault for row in faults)
+        for fault in sorted({row["fault"] for row in faults})
+    }
+    told.append(
+        "Faults: " + (", ".join(f"{count} {fault}" for fault, count in kinds.items()) or "none") + "."
+    )
+    return told
+
+
+def measure(options: argparse.Namespace) -> record.Record:
+    """Measure. Rows of the output file that are not measured again stay."""
+    if options.tiny:
+        options.sizes, options.shapes, options.repeats = [12], ["1:1", "2:1"], 1
+    packages = [peer.package for peer in peers().values()]
+    out = Path(options.out)
+    kept = json.loads(out.read_text())["rows"] if out.exists() and not options.tiny else []
+    found = record.record((), packages=packages, limit=options.limit, repeats=options.repeats)
+    fresh: list[record.Row] = []
+    for row in rows(options):
+        fresh.append(row)
+        print(line(row), flush=True)
+        if len(fresh) % 20 == 0 and not options.tiny:
+            save(out, found, kept, fresh)
+    found["rows"] = merged(kept, fresh)
+    print("\n".join(summary(fresh)), flush=True)
+    if not options.tiny:
+        save(out, found, kept, fresh)
+    return found
+
+
+def merged(kept: list[record.Row], fresh: list[record.Row]) -> list[record.Row]:
+    """Return the rows of both; a fresh one replaces the kept one of its key."""
+    return list(({key(row): row for row in kept} | {key(row): row for row in fresh}).values())
+
+
+def save(out: Path, found: record.Record, kept: list[record.Row], fresh: list[record.Row]) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({**found, "rows": merged(kept, fresh)}, indent=1) + "\n")
+
+
+def page(found: record.Record) -> str:
+    """Return the page: the summary, a table by kind of matrix, then every row, worst ratios first."""
+    every = found["rows"]
+    groups = sorted({(row["dtype"], row["n"], row["m"]) for row in every})
+    by_kind = []
+    for dtype, n, m in groups:
+        ratios = [
+            r["ratio"]
+            for r in every
+            if (r["dtype"], r["n"], r["m"]) == (dtype, n, m) and r["ratio"] is not None
+        ]
+        if ratios:
+            mean = math.exp(-statistics.fmean(map(math.log, ratios)))
+            by_kind.append({
+                "matrix": f"{n} x {m}, {dtype}", "families": len(ratios), "worst": max(ratios),
+                f"above {TARGET}": sum(r > TARGET for r in ratios), "geometric mean of peer / ours": mean,
+            })  # fmt: skip
+    names = list(dict.fromkeys(k for row in every for k in row["seconds"]))
+    ordered = sorted(every, key=lambda row: -math.inf if row["ratio"] is None else row["ratio"], reverse=True)
+    shown = [
+        {"family": row["family"], "matrix": f"{row['n']} x {row['m']}, {row['dtype']}"}
+        | {"ours / fastest": row["ratio"] if row["ratio"] is not None else "-"}
+        | {name: told(row, name) for name in names}
+        | {"fault": row["fault"] or "-"}
+        for row in ordered
+    ]
+    parts = [*summary(every), record.table(by_kind), "Seconds of processor time.", record.table(shown)]
+    return record.page("The assignment on every family of costs", NAME, found, *parts)
+
+
+def told(row: record.Row, name: str) -> str:
+    """Return a solver's cell: its seconds, or why there are none."""
+    if name in row["seconds"]:
+        return f"{row['seconds'][name]:.3g}" + (" (wrong)" if name in row["wrong"] else "")
+    if name in row["failed"]:
+        return {"limit": "limit", "crash": "crash"}.get(row["failed"][name], "error")
+    return "limit before" if name in row["skipped"] else "-"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    def words(text: str) -> list[str]:
+        return [word.strip() for word in text.split(",")]
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", type=lambda text: [int(word) for word in words(text)], default=list(SIZES))
+    parser.add_argument(
+        "--shapes", type=words, default=list(SHAPES), help="rows:columns, such as 1:1,1:2,10:1"
+    )
+    parser.add_argument("--dtypes", type=words, default=list(DTYPES))
+    parser.add_argument("--families", default="*", help="a pattern of names; several with ; between them")
+    parser.add_argument("--peers", type=words, help="only these; all that are installed by default")
+    parser.add_argument("--peers-from", metavar="FILE", help="take the peers' figures from this record")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit", type=float, default=20.0, help="processor seconds that a solve may take")
+    parser.add_argument("--out", default=str(record.RESULTS / f"{NAME}.json"), help="where the record goes")
+    return record.run(NAME, measure, page, parser, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
