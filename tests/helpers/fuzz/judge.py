@@ -10,11 +10,20 @@ from fractions import Fraction
 import numpy as np
 from scipy.optimize import linear_sum_assignment as scipy_lsa
 
-from fastmatch.assignment import certificate, linear_sum_assignment, solve, solve_batched
+from fastmatch.assignment import (
+    Assignment,
+    FactorCost,
+    certificate,
+    linear_sum_assignment,
+    solve,
+    solve_batched,
+)
 from helpers.fuzz.problems import Problem, warm_start
 
 TIMES = 10.0
 """Processor time of scipy's solver up to which ours may take."""
+
+EPS = float(np.finfo(np.float64).eps)
 
 FLOOR = 0.02
 """Seconds that ours may take whatever scipy's takes."""
@@ -23,9 +32,12 @@ Pairs = tuple[np.ndarray, np.ndarray]
 Finding = tuple[str, str]
 
 
-def exact(values: np.ndarray) -> Fraction:
-    """Return the exact sum; entries must be finite."""
-    return sum(map(Fraction, values.tolist()), Fraction(0))
+def exact(values: np.ndarray) -> Fraction | float:
+    """Return the exact sum; infinity if an entry is infinite."""
+    numbers = values.tolist()
+    if math.inf in numbers:
+        return math.inf
+    return sum(map(Fraction, numbers), Fraction(0))
 
 
 def separated(base: np.ndarray) -> np.ndarray | None:
@@ -62,8 +74,6 @@ def judge(problem: Problem, seed: int) -> Iterator[float | Finding]:
     """Yield scipy's processor time before ours begins, then what is wrong: (kind, detail)."""
     references, theirs = reference(problem)
     yield theirs
-    cost, maximize = problem.cost, problem.maximize
-    sign = -1 if maximize else 1
     try:
         warm = warm_start(problem, seed)
         start = time.process_time()
@@ -74,42 +84,58 @@ def judge(problem: Problem, seed: int) -> Iterator[float | Finding]:
         if not any(word in told for word in problem.may_refuse):
             yield "raised", told[:200]
         return
-    fault = invalid(cost, pairs)
+    fault = invalid(problem, pairs)
     if fault:
         yield "no matching", fault
         return
-    value = sign * exact(cost[pairs])
-    best = min(sign * exact(cost[other]) for other in references if np.isfinite(cost[other]).all())
-    size = float(min(sum(map(abs, map(Fraction, cost[pairs].tolist())), Fraction(0)), Fraction(1e308)))
-    proved = found is not None and found.gap <= found.gap_bound
-    if value - best > Fraction(1e-9) * Fraction(size):
-        kind = "wrong, and said to be proved" if proved else "wrong"
-        yield kind, f"{float(value - best) if value - best < 10**308 else math.inf} above, of {size}"
-    if taken > FLOOR + TIMES * theirs:
+    value = exact(entries(problem, pairs))
+    best = min(exact(entries(problem, other)) for other in references)
+    sizes = sum(map(abs, map(Fraction, entries(problem, pairs).tolist())), Fraction(0))
+    size = float(min(sizes, Fraction(1e308)))
+    sides = sum(problem.base.shape)
+    if value - best > Fraction(1e-9) * sizes + Fraction(EPS) * sides * Fraction(problem.scale):
+        proved = found is not None and found.gap <= found.gap_bound
+        above = float(value - best) if value - best < 10**308 else math.inf
+        yield "wrong, and said to be proved" if proved else "wrong", f"{above} above, of {size}"
+    if problem.solver is None and taken > FLOOR + TIMES * theirs:
         start = time.process_time()
         answer(problem, warm)  # kernels may have been compiled the first time
         taken = min(taken, time.process_time() - start)
         if taken > FLOOR + TIMES * theirs:
             yield "slow", f"{taken:.3f} s, scipy {theirs:.3f} s"
     if found is not None:
-        yield from unproved(problem, found, sign * value, size)
+        yield from unproved(problem, found, value, size)
 
 
-def unproved(problem: Problem, found, value: Fraction, size: float) -> Iterator[Finding]:
+def unproved(problem: Problem, found: Assignment, value: Fraction, size: float) -> Iterator[Finding]:
     """Yield what is wrong with the proof: the gap, its bound, the duals, the objective, the certificate."""
+    base = problem.base
+    largest = float(np.abs(np.where(np.isfinite(base), base, 0)).max(initial=0))
+    if largest > np.finfo(np.float64).max / (8 * max(1, sum(base.shape))):
+        return  # sums overflow, so that no bound is finite
     if not (math.isfinite(found.gap_bound) and np.isfinite(found.u).all() and np.isfinite(found.v).all()):
         yield "no proof", f"gap {found.gap}, bound {found.gap_bound}, or duals that are not finite"
         return
     if not found.gap <= found.gap_bound:
         yield "gap above its bound", f"{found.gap} > {found.gap_bound}"
-    if abs(value) < 10**308 and abs(Fraction(found.objective) - value) > Fraction(1e-11) * Fraction(size):
-        yield "objective", f"{found.objective}, exactly {float(value)}"
+    objective = -found.objective if problem.maximize else found.objective
+    rounding = Fraction(1e-11) * Fraction(size) + Fraction(EPS) * sum(base.shape) * Fraction(problem.scale)
+    if abs(Fraction(objective) - value) > rounding:
+        yield "objective", f"{found.objective}, exactly {float(value)} in the minimum's sense"
     gap, bound = certificate(problem.cost, found, maximize=problem.maximize)
     if not -bound <= gap <= bound:
         yield "certificate above its bound", f"{gap} against {bound}"
 
 
-def answer(problem: Problem, warm) -> tuple[object, Pairs]:
+def entries(problem: Problem, pairs: Pairs) -> np.ndarray:
+    """Return the matched entries as they are minimized: exact Python numbers for integers beyond 2^53."""
+    if isinstance(problem.cost, FactorCost):
+        return problem.base[pairs]
+    matched = problem.cost[pairs].astype(object)
+    return -matched if problem.maximize else matched
+
+
+def answer(problem: Problem, warm: Assignment | None) -> tuple[Assignment | None, Pairs]:
     """Return the Assignment (None if the way has none) and the pairs."""
     cost, maximize = problem.cost, problem.maximize
     if problem.way == "linear_sum_assignment":
@@ -123,20 +149,15 @@ def answer(problem: Problem, warm) -> tuple[object, Pairs]:
     return found, (found.row_ind, found.col_ind)
 
 
-def invalid(cost: np.ndarray, pairs: Pairs) -> str:
+def invalid(problem: Problem, pairs: Pairs) -> str:
     """Return why the pairs are no matching of the shorter side; "" if they are one."""
     rows, columns = pairs
-    k = min(cost.shape)
+    n, m = problem.base.shape
+    k = min(n, m)
     if len(rows) != k or len(columns) != k:
         return f"{len(rows)} rows, {len(columns)} columns"
-    inside = k == 0 or (
-        rows.min() >= 0
-        and columns.min() >= 0
-        and rows.max() < cost.shape[0]
-        and columns.max() < cost.shape[1]
-    )
-    if not inside:
+    if k and not (rows.min() >= 0 and columns.min() >= 0 and rows.max() < n and columns.max() < m):
         return "indices out of range"
     if (np.diff(rows) <= 0).any() or len(np.unique(columns)) != k:
         return "rows not ascending, or a column twice"
-    return "" if np.isfinite(cost[pairs]).all() else "a forbidden entry is used"
+    return "" if np.isfinite(problem.base[pairs]).all() else "a forbidden entry is used"

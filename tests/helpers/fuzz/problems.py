@@ -40,16 +40,18 @@ class Problem:
         way: the function that is called.
         warm: how a warm start is made of the cost; None for a cold start.
         solver: one of :data:`SOLVERS`, or None for the choice of the library.
+        scale: the size of the numbers whose rounding nobody avoids. 0 where only the matched entries' sizes count.
         may_refuse: words, one of which an error may contain that refuses the problem by name.
     """
 
     told: str
-    cost: np.ndarray
+    cost: Any
     maximize: bool
     base: np.ndarray
     way: Way = "solve"
     warm: str | None = None
     solver: type | None = None
+    scale: float = 0.0
     may_refuse: tuple[str, ...] = ()
 
 
@@ -67,9 +69,8 @@ def shape(g: Generator) -> tuple[int, int]:
     return (n, m) if g.random() < 0.5 else (m, n)
 
 
-def problem(seed: int, number: int, largest: int | None = None) -> Problem:
-    """Return the problem of a seed and a number; ``largest`` bounds its sides."""
-    g = np.random.default_rng([seed, number])
+def matrix_problem(g: Generator, largest: int | None = None) -> Problem:
+    """Return the problem that a generator draws; ``largest`` bounds its sides."""
     n, m = shape(g)
     if largest is not None:
         n, m = min(n, largest), min(m, largest)
@@ -113,7 +114,9 @@ def _floats(g: Generator, family: Family, sides: tuple[int, int], dtype: str) ->
         return Problem("", base, False, base.astype(np.float64))
     name = list(DISTORTIONS)[g.integers(len(DISTORTIONS))]
     cost = DISTORTIONS[name](g, base).astype(base.dtype)
-    return Problem(f", {name}", cost, False, cost.astype(np.float64))
+    # Sums of entries of such different sizes are rounded to the largest.
+    scale = float(np.abs(np.where(np.isfinite(cost), cost, 0)).max(initial=0)) if name == MIXED else 0.0
+    return Problem(f", {name}", cost, False, cost.astype(np.float64), scale=scale)
 
 
 def _normalized(cost: np.ndarray) -> np.ndarray:
@@ -168,11 +171,13 @@ def quantized(g: Generator, cost: np.ndarray) -> np.ndarray:
     return np.rint(_normalized(cost) * int(g.integers(1, 9)))
 
 
+MIXED = "mixed from the smallest to the largest"
+
 DISTORTIONS: dict[str, Callable[[Generator, np.ndarray], np.ndarray]] = {
     "times a power of two": power,
     "near the largest float": near_largest,
     "below the smallest normal": below_normal,
-    "mixed from the smallest to the largest": mixed,
+    MIXED: mixed,
     "with sentinels": sentinels,
     "shifted": shifted,
     "rows scaled": with_scaled_rows,

@@ -20,8 +20,8 @@ from multiprocessing.connection import Connection
 import numpy as np
 
 from bench.lib.timed_solves import processor_seconds
+from helpers.fuzz.draw import problem
 from helpers.fuzz.judge import FLOOR, TIMES, judge
-from helpers.fuzz.problems import problem
 
 LOADING = 30.0
 """Seconds of processor time that compiling kernels may take within a solve."""
