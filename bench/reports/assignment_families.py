@@ -5,8 +5,8 @@
 
 A row is one matrix. Solvers take turns on it, each in a process of its own; the figure is the median processor time. What
 they return is checked: a peer that fails, or whose objective is above the best one by more than rounding, is noted and not
-compared. A peer that takes over 20 times as long as the fastest has one turn; one that reached its limit is not asked about
-larger matrices of that family. ``--peers-from`` takes the peers' figures from an earlier run and measures only ours.
+compared. A peer that takes over 20 times as long as the fastest has one turn, and is ended at 40 times and a second; it is
+not asked about larger matrices of that family. ``--peers-from`` takes the peers' figures from an earlier run and measures only ours.
 
 Size is that of the shorter side; a shape 1:1.001 has at least one column more than rows. Matrices beyond 2^27 entries are
 left out.
@@ -34,6 +34,9 @@ SHAPES = ("1:1", "1:1.001", "1:2", "1:10")
 LARGEST = 2**27
 SLOW = 20.0
 """A peer that takes this many times the fastest's seconds is not repeated."""
+
+SPARE = 1.0
+"""Processor seconds that a peer has in any case."""
 
 TARGET = 1.2
 """Ratio of our seconds to the fastest peer's up to which a row is good."""
@@ -74,7 +77,7 @@ class Measurement:
         self.runner.place(cost)
         skipped = [name for name in self.peers if (name, family.name, dtype) in self.too_slow]
         names = [name for name, peer in self.peers.items() if name not in skipped and peer.takes(cost)]
-        first = {name: self.runner.run(name) for name in (OURS, *names)}
+        first = self.first(names)
         self.too_slow |= {(k, family.name, dtype) for k, r in first.items() if r.failure == "limit"}
         before = self.earlier.get(key(row), {})
         objective = {k: r.objective for k, r in first.items() if not r.failure}
@@ -100,6 +103,16 @@ class Measurement:
         row["size"] = size
         row |= ours(first[OURS], best)
         return row | ratio(row)
+
+    def first(self, names: list[str]) -> dict[str, Outcome]:
+        """Ask everyone once. A peer need not end that takes far longer than another one."""
+        found = {OURS: self.runner.run(OURS)}
+        limit = None
+        for name in names:
+            found[name] = self.runner.run(name, limit)
+            peers = [r.seconds for k, r in found.items() if k != OURS and r.seconds is not None]
+            limit = 2 * SLOW * min(peers) + SPARE if peers else None
+        return found
 
 
 def ours(found: Outcome, best: Fraction) -> record.Row:
