@@ -46,11 +46,11 @@ class Outcome:
     seconds: float | None
     failure: str = ""
     objective: Fraction = Fraction(0)
-    size: float = 0.0
+    size: Fraction = Fraction(0)
     gap: tuple[float, float] | None = None
 
 
-def matched(cost: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> tuple[Fraction, float]:
+def matched(cost: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> tuple[Fraction, Fraction]:
     """Return the exact objective and the sum of the sizes of a matching.
 
     Raises:
@@ -63,8 +63,8 @@ def matched(cost: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> tuple[Fr
     values = cost[rows, columns].tolist()
     if not all(map(math.isfinite, values)):
         raise ValueError("a forbidden entry is used")
-    total = sum(map(Fraction, values), Fraction(0))
-    return total, min(float(np.abs(np.array(values, float) / 2).sum()), 1e308) * 2 if k else 0.0
+    exact = [Fraction(value) for value in values]
+    return sum(exact, Fraction(0)), sum(map(abs, exact), Fraction(0))
 
 
 def work(name: str, asked: Connection) -> None:

@@ -82,9 +82,9 @@ class Measurement:
         before = self.earlier.get(key(row), {})
         objective = {k: r.objective for k, r in first.items() if not r.failure}
         objective |= {k: Fraction(v) for k, v in before.get("objective", {}).items()}
-        size = max((r.size for r in first.values()), default=0.0) or before.get("size", 0.0)
+        size = max([Fraction(before.get("size", 0)), *(r.size for r in first.values())])
         best = min(objective.values(), default=Fraction(0))
-        slack = Fraction(ROUNDING[dtype]) * Fraction(size)
+        slack = Fraction(ROUNDING[dtype]) * size
         wrong = sorted(k for k, value in objective.items() if value - best > slack and k != OURS)
         failed = {k: r.failure for k, r in first.items() if r.failure and k != OURS}
         seconds = {k: [r.seconds] for k, r in first.items() if r.seconds is not None}
@@ -100,7 +100,7 @@ class Measurement:
         row["failed"] = before.get("failed", {}) | failed
         row["skipped"] = skipped or before.get("skipped", [])
         row["objective"] = {k: str(v) for k, v in objective.items()}
-        row["size"] = size
+        row["size"] = str(size)
         row |= ours(first[OURS], best)
         return row | ratio(row)
 
@@ -123,7 +123,7 @@ def ours(found: Outcome, best: Fraction) -> record.Row:
     fault = ""
     if not math.isfinite(bound):
         fault = "no bound"
-    elif found.objective - best > Fraction(bound) + Fraction(1e-12) * Fraction(found.size):
+    elif found.objective - best > Fraction(bound) + Fraction(1e-12) * found.size:
         fault = "not optimal"
     elif not gap <= bound:
         fault = "gap above its bound"
