@@ -92,8 +92,7 @@ def judge(problem: Problem, seed: int) -> Iterator[float | Finding]:
     best = min(exact(entries(problem, other)) for other in references)
     sizes = sum(map(abs, map(Fraction, entries(problem, pairs).tolist())), Fraction(0))
     size = float(min(sizes, Fraction(1e308)))
-    sides = sum(problem.base.shape)
-    if value - best > Fraction(1e-9) * sizes + Fraction(EPS) * sides * Fraction(problem.scale):
+    if value - best > tolerance(problem, sizes):
         proved = found is not None and found.gap <= found.gap_bound
         above = float(value - best) if value - best < 10**308 else math.inf
         yield "wrong, and said to be proved" if proved else "wrong", f"{above} above, of {size}"
@@ -125,6 +124,16 @@ def unproved(problem: Problem, found: Assignment, value: Fraction, size: float) 
     gap, bound = certificate(problem.cost, found, maximize=problem.maximize)
     if not -bound <= gap <= bound:
         yield "certificate above its bound", f"{gap} against {bound}"
+
+
+def tolerance(problem: Problem, sizes: Fraction) -> Fraction:
+    """Return how far above the best known value a result may be, whose entries' sizes sum to ``sizes``.
+
+    Nothing for integers. Otherwise a share of those sizes, and the rounding that nobody avoids.
+    """
+    if isinstance(problem.cost, np.ndarray) and problem.cost.dtype.kind in "iub":
+        return Fraction(0)
+    return Fraction(1e-9) * sizes + Fraction(EPS) * sum(problem.base.shape) * Fraction(problem.scale)
 
 
 def entries(problem: Problem, pairs: Pairs) -> np.ndarray:

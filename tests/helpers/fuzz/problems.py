@@ -96,7 +96,7 @@ def _integers(g: Generator, family: Family, sides: tuple[int, int], dtype: str) 
     if dtype == "int64" and g.random() < 0.5:
         room = 62 - int(np.abs(base).max(initial=1)).bit_length()
         shift = int(g.integers(0, max(room, 1)))
-        offset = int(g.choice([0, 2**40, 2**53, 2**61])) * int(g.choice([-1, 1]))
+        offset = int(g.choice([0, 2**40, 2**50, 2**52, 2**53, 2**61])) * int(g.choice([-1, 1]))
         cost = (base << shift) + offset
         told = f" times 2^{shift} plus {offset}"
         may_refuse = ("2^53",) if max(int(cost.max()), -int(cost.min())) > 2**53 else ()

@@ -14,7 +14,7 @@ import multiprocessing
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 
 import numpy as np
@@ -42,12 +42,26 @@ def work(seed: int, first: int, last: int, largest: int | None, pipe: Connection
 
 
 def findings(
-    seed: int, first: int, last: int, largest: int | None = None, until: float = float("inf")
+    seed: int,
+    last: int,
+    largest: int | None = None,
+    until: float = float("inf"),
+    work: Callable[..., None] = work,
+    loading: float = LOADING,
 ) -> Iterator[tuple]:
     """Yield (number, kind, detail, description) of what is wrong, and (number, "done", ...) at the end.
 
     A process that crashes, or that takes more than its time, is replaced by one that goes on after that problem.
+
+    Args:
+        seed: of all problems.
+        last: the number of the problem after the last.
+        largest: bound on their sides.
+        until: a time of the monotonic clock.
+        work: what the processes run.
+        loading: seconds of processor time that compiling may take within a solve.
     """
+    first = 0
     context = multiprocessing.get_context("spawn")
     while first < last and time.monotonic() < until:
         ours, theirs = context.Pipe()
@@ -67,7 +81,7 @@ def findings(
                 if what == "problem":
                     number, allowed = value, None
                 elif what == "time":
-                    allowed, used = LOADING + TIMES * value + FLOOR, processor_seconds(process.pid)
+                    allowed, used = loading + TIMES * value + FLOOR, processor_seconds(process.pid)
                 elif what == "finding":
                     yield value
                 else:
@@ -88,7 +102,7 @@ def run(seed: int, problems: int, seconds: float = float("inf"), largest: int | 
     """Judge so many problems, or as many as the seconds allow. Print every finding; return the count of each kind."""
     until = time.monotonic() + seconds
     counts: Counter[str] = Counter()
-    for number, kind, detail, told in findings(seed, 0, problems, largest, until):
+    for number, kind, detail, told in findings(seed, problems, largest, until):
         if kind == "done":
             print(
                 f"seed {seed}: {number} problems; "
