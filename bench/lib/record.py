@@ -120,16 +120,26 @@ def run(
         parser: the report's own options. ``--tiny`` and ``--page`` are added here.
         arguments: the command line, ``sys.argv`` by default.
     """
-    parser.add_argument("--tiny", action="store_true", help="measure small sizes and write nothing")
-    parser.add_argument("--page", action="store_true", help="write only the page, from the committed record")
-    options = parser.parse_args(arguments)
-    if not options.page:
-        found = measure(options)
-        if options.tiny:
+    given = options(parser, arguments)
+    if not given.page:
+        found = measure(given)
+        if given.tiny:
             return 0
         write(name, found)
-    (RESULTS / f"{name}.md").write_text(page(read(name)))
+    write_page(name, page)
     return 0
+
+
+def options(parser: argparse.ArgumentParser, arguments: list[str] | None = None) -> argparse.Namespace:
+    """Return the parsed command line, with ``--tiny`` and ``--page``."""
+    parser.add_argument("--tiny", action="store_true", help="measure small sizes and write nothing")
+    parser.add_argument("--page", action="store_true", help="write only the page, from the committed record")
+    return parser.parse_args(arguments)
+
+
+def write_page(name: str, page: Callable[[Record], str]) -> None:
+    """Write the page of the committed record."""
+    (RESULTS / f"{name}.md").write_text(page(read(name)))
 
 
 def script(

@@ -31,6 +31,10 @@ PATIENCE = 6.0
 """Seconds of a clock for every second of processor time that a solver may use, on a machine with other work."""
 
 
+START = "spawn"
+"""How processes start: without what this one holds."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a solver did with one matrix.
@@ -134,13 +138,13 @@ class Runner:
 
     def __init__(self, names: Iterable[str], limit: float):
         self.limit = limit
-        self._context = multiprocessing.get_context("spawn")
-        self._folder = tempfile.TemporaryDirectory()
-        self._path = Path(self._folder.name) / "cost.npy"
+        self._context = multiprocessing.get_context(START)
         self._processes: dict[str, tuple[BaseProcess, Connection]] = {}
         self.names = list(names)
 
     def __enter__(self) -> Runner:
+        self._folder = tempfile.TemporaryDirectory()
+        self._path = Path(self._folder.name) / "cost.npy"
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -32,6 +32,8 @@ NAME = "assignment_families"
 SIZES = (300, 1500)
 SHAPES = ("1:1", "1:1.001", "1:2", "1:10")
 LARGEST = 2**27
+LARGEST_FLOAT = Fraction(sys.float_info.max)
+
 SLOW = 20.0
 """A peer that takes this many times the fastest's seconds is not repeated."""
 
@@ -58,16 +60,23 @@ class Measurement:
     """Our solver and its peers on one matrix after the other.
 
     Args:
-        options: of the command line.
-        earlier: rows whose peers' figures are taken, by their key; empty to measure the peers.
+        asked: the peers; None for all that are installed.
+        limit: processor seconds that a solve may take.
+        repeats: turns of each solver.
+        earlier: rows whose peers' figures are taken, by their key. Then no peer is measured.
     """
 
-    def __init__(self, options: argparse.Namespace, earlier: dict[tuple, record.Row]):
-        asked = [name for name in peers() if options.peers is None or name in options.peers]
-        self.peers = {} if options.peers_from else {k: p for k, p in peers().items() if k in asked}
-        self.runner = Runner([OURS, *self.peers], options.limit)
-        self.repeats: int = options.repeats
-        self.earlier = earlier
+    def __init__(
+        self,
+        asked: list[str] | None = None,
+        limit: float = 20.0,
+        repeats: int = 3,
+        earlier: dict[tuple, record.Row] | None = None,
+    ):
+        self.peers = {k: p for k, p in peers().items() if earlier is None and (asked is None or k in asked)}
+        self.runner = Runner([OURS, *self.peers], limit)
+        self.repeats = repeats
+        self.earlier = earlier or {}
         self.too_slow: set[tuple[str, str, str]] = set()
 
     def row(self, family: Family, n: int, m: int, dtype: str, seed: int) -> record.Row:
@@ -81,11 +90,12 @@ class Measurement:
         self.too_slow |= {(k, family.name, dtype) for k, r in first.items() if r.failure == "limit"}
         before = self.earlier.get(key(row), {})
         objective = {k: r.objective for k, r in first.items() if not r.failure}
-        objective |= {k: Fraction(v) for k, v in before.get("objective", {}).items()}
+        best = min(
+            [*objective.values(), *([Fraction(before["best"])] if before else [])], default=Fraction(0)
+        )
         size = max([Fraction(before.get("size", 0)), *(r.size for r in first.values())])
-        best = min(objective.values(), default=Fraction(0))
         slack = Fraction(ROUNDING[dtype]) * size
-        wrong = sorted(k for k, value in objective.items() if value - best > slack and k != OURS)
+        wrong = [k for k, value in objective.items() if value - best > slack and k != OURS]
         failed = {k: r.failure for k, r in first.items() if r.failure and k != OURS}
         seconds = {k: [r.seconds] for k, r in first.items() if r.seconds is not None}
         fastest = min((taken[0] for k, taken in seconds.items() if k != OURS and k not in wrong), default=0.0)
@@ -96,11 +106,10 @@ class Measurement:
                 seconds[name] += [] if taken is None else [taken]
         medians = {k: statistics.median(taken) for k, taken in seconds.items()}
         row["seconds"] = medians | {k: v for k, v in before.get("seconds", {}).items() if k != OURS}
-        row["wrong"] = wrong
+        row["wrong"] = wrong or before.get("wrong", [])
         row["failed"] = before.get("failed", {}) | failed
         row["skipped"] = skipped or before.get("skipped", [])
-        row["objective"] = {k: str(v) for k, v in objective.items()}
-        row["size"] = str(size)
+        row["best"], row["size"] = str(best), str(size)
         row |= ours(first[OURS], best)
         return row | ratio(row)
 
@@ -122,8 +131,12 @@ def ours(found: Outcome, best: Fraction) -> record.Row:
     gap, bound = found.gap
     fault = ""
     if not math.isfinite(bound):
-        fault = "no bound"
-    elif found.objective - best > Fraction(bound) + Fraction(1e-12) * found.size:
+        fault = (
+            "" if found.size * 16 > LARGEST_FLOAT else "no bound"
+        )  # sums overflow, and with them any bound
+    elif found.objective - best > min(
+        Fraction(bound) + Fraction(1e-12) * found.size, Fraction(1e-9) * found.size
+    ):
         fault = "not optimal"
     elif not gap <= bound:
         fault = "gap above its bound"
@@ -146,10 +159,10 @@ def key(row: record.Row) -> tuple:
 
 def rows(options: argparse.Namespace) -> Iterator[record.Row]:
     """Measure the asked families, smallest matrices first."""
-    earlier = {}
+    earlier = None
     if options.peers_from:
         earlier = {key(row): row for row in json.loads(Path(options.peers_from).read_text())["rows"]}
-    measurement = Measurement(options, earlier)
+    measurement = Measurement(options.peers, options.limit, options.repeats, earlier)
     with measurement.runner:
         for size in sorted(options.sizes):
             for shape in options.shapes:
@@ -245,7 +258,7 @@ def page(found: record.Record) -> str:
     names = list(dict.fromkeys(k for row in every for k in row["seconds"]))
     ordered = sorted(every, key=lambda row: -math.inf if row["ratio"] is None else row["ratio"], reverse=True)
     shown = [
-        {"family": row["family"], "matrix": f"{row['n']} x {row['m']}, {row['dtype']}"}
+        {"family": row["family"].replace("|", "\\|"), "matrix": f"{row['n']} x {row['m']}, {row['dtype']}"}
         | {"ours / fastest": row["ratio"] if row["ratio"] is not None else "-"}
         | {name: told(row, name) for name in names}
         | {"fault": row["fault"] or "-"}
@@ -264,24 +277,34 @@ def told(row: record.Row, name: str) -> str:
     return "limit before" if name in row["skipped"] else "-"
 
 
-def main(arguments: list[str] | None = None) -> int:
+def parser() -> argparse.ArgumentParser:
     def words(text: str) -> list[str]:
         return [word.strip() for word in text.split(",")]
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", type=lambda text: [int(word) for word in words(text)], default=list(SIZES))
-    parser.add_argument(
+    found = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    found.add_argument("--sizes", type=lambda text: [int(word) for word in words(text)], default=list(SIZES))
+    found.add_argument(
         "--shapes", type=words, default=list(SHAPES), help="rows:columns, such as 1:1,1:2,10:1"
     )
-    parser.add_argument("--dtypes", type=words, default=list(DTYPES))
-    parser.add_argument("--families", default="*", help="a pattern of names; several with ; between them")
-    parser.add_argument("--peers", type=words, help="only these; all that are installed by default")
-    parser.add_argument("--peers-from", metavar="FILE", help="take the peers' figures from this record")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=float, default=20.0, help="processor seconds that a solve may take")
-    parser.add_argument("--out", default=str(record.RESULTS / f"{NAME}.json"), help="where the record goes")
-    return record.run(NAME, measure, page, parser, arguments)
+    found.add_argument("--dtypes", type=words, default=list(DTYPES))
+    found.add_argument("--families", default="*", help="a pattern of names; several with ; between them")
+    found.add_argument("--peers", type=words, help="only these; all that are installed by default")
+    found.add_argument("--peers-from", metavar="FILE", help="take the peers' figures from this record")
+    found.add_argument("--repeats", type=int, default=3)
+    found.add_argument("--seed", type=int, default=0)
+    found.add_argument("--limit", type=float, default=20.0, help="processor seconds that a solve may take")
+    found.add_argument("--out", default=str(record.RESULTS / f"{NAME}.json"), help="where the record goes")
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, and write the page if the record is the committed one."""
+    options = record.options(parser(), arguments)
+    if not options.page:
+        measure(options)
+    if options.page or (not options.tiny and Path(options.out) == record.RESULTS / f"{NAME}.json"):
+        record.write_page(NAME, page)
+    return 0
 
 
 if __name__ == "__main__":

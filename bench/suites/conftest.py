@@ -7,8 +7,8 @@
     python -m fastmatch bench                                 all of this at once
 
 ``--quick`` measures small sizes: under three minutes on two cores. A benchmark names its sizes by a marker,
-``@pytest.mark.widths(quick=(...), full=(...))`` or ``depths``, and takes one as its argument ``width`` or ``depth``. All
-other options are pytest-benchmark's.
+``@pytest.mark.widths(quick=(...), full=(...))`` or ``depths``, and takes one as its argument ``width`` or ``depth``.
+``--families "*"`` measures the families of costs, which are left out without it. All other options are pytest-benchmark's.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from bench.lib.peers import solvers
 
 def pytest_addoption(parser):
     parser.addoption("--quick", action="store_true", help="small sizes: under three minutes on two cores")
+    parser.addoption("--families", help="measure the families of costs whose names fit this pattern")
 
 
 @pytest.fixture

@@ -37,6 +37,10 @@ def add_commands(commands: Commands) -> None:
         "--out", default="out/bench.json", metavar="FILE",
         help="JSON file to write; the pages are written next to it as .html and .md",
     )  # fmt: skip
+    command.add_argument(
+        "--families", nargs="?", const="*", metavar="PATTERN",
+        help="with the suite assignment alone: measure families of costs in place of it, all or those whose names fit",
+    )  # fmt: skip
     command.add_argument("--compare", metavar="FILE", help="JSON file of an earlier run to compare with")
     command.add_argument("--pictures", metavar="FOLDER", help="also write the README's plots to this folder")
     exists = command.add_mutually_exclusive_group()
@@ -89,12 +93,17 @@ def bench_command(args: argparse.Namespace) -> None:
     """Run the suites, write their JSON without the raw times of the rounds, and write the pages.
 
     Raises:
-        ValueError: a suite is unknown or failed (its output is printed), or there is no checkout.
+        ValueError: a suite is unknown or failed (its output is printed), ``--families`` comes without the suite
+            assignment or with another one, or there is no checkout.
         ImportError: pytest-benchmark is not installed (the extra ``bench``).
     """
     unknown = [name for name in args.suites if name not in SUITES]
     if unknown:
         raise ValueError(f"suite: expected some of {', '.join(SUITES)}, got {unknown[0]!r}")
+    if args.families is not None and args.suites != ["assignment"]:
+        raise ValueError(
+            f"--families: expected the suite assignment alone, got {' '.join(args.suites) or 'all'}"
+        )
     if find_spec("pytest_benchmark") is None:
         raise ImportError("the suites need pytest-benchmark: pip install 'fastmatch[bench]'")
     bench, out = folder(), Path(args.out).resolve()
@@ -106,9 +115,12 @@ def bench_command(args: argparse.Namespace) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     raw = out.with_suffix(".raw.json").resolve()
     files = [f"test_{name.replace('-', '_')}.py" for name in args.suites or SUITES]
+    options = ["--quick"] if args.quick else []
+    if args.families is not None:
+        files, options = ["test_assignment_families.py"], [*options, "--families", args.families]
     command = [
         sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "--benchmark-columns=median",
-        f"--benchmark-json={raw}", "--rootdir", str(bench.parent), *(["--quick"] if args.quick else []),
+        f"--benchmark-json={raw}", "--rootdir", str(bench.parent), *options,
         *(str(bench / "suites" / name) for name in files),
     ]  # fmt: skip
     # Within another pytest (this project's tests), its variables would change the options of this run.

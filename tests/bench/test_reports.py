@@ -16,6 +16,7 @@ from bench.reports import device_cost, first_calls, initial_duals, kernels_cpu, 
 
 TINY = Namespace(tiny=True)
 PAGES = (
+    "assignment_families",
     "assignment_solvers",
     "bfloat16_screening",
     "device_cost",

@@ -85,6 +85,8 @@ def test_rows_of_an_earlier_run_stay_where_they_were_not_measured_anew():
     ("arguments", "message"),
     [
         (["bench", "speed"], "suite: expected some of assignment, gains"),
+        (["bench", "--families"], "--families: expected the suite assignment alone, got all"),
+        (["bench", "assignment", "apply", "--families"], "alone, got assignment apply"),
         (["bench", "apply", "--compare", "missing.json"], "--compare: no file missing.json"),
     ],
 )
@@ -101,10 +103,27 @@ def test_without_a_checkout_it_says_so(tmp_path, monkeypatch, capsys):
 
 
 def test_every_suite_has_a_file():
-    assert {f"test_{name.replace('-', '_')}.py" for name in SUITES} == {
-        path.name for path in (ROOT / "bench/suites").glob("test_*.py")
+    names = {f"test_{name.replace('-', '_')}.py" for name in SUITES}
+    assert {path.name for path in (ROOT / "bench/suites").glob("test_*.py")} == names | {
+        "test_assignment_families.py"  # run by --families
     }
-    assert set(report.SUITES) == set(SUITES)
+    assert set(report.SUITES) == {*SUITES, "families"}
+
+
+def test_families_of_costs_are_measured_beside_every_solver(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    out = tmp_path / "run.json"
+    arguments = ["bench", "assignment", "--quick", "--families", "uniform;sparse, 1%", "--out", str(out)]
+    assert main(arguments) == 0
+    rows = {row["instance"]: row for row in report.rows_of(json.loads(out.read_text()))}
+    assert set(rows) == {"uniform, 1:1, float64", "sparse, 1%, 1:1, float64"}
+    for row in rows.values():
+        assert (row["suite"], row["size"]) == ("families", 300)
+        assert {"scipy", "lapjv"} <= set(row["ratios"])
+    assert "scipy sparse" in rows["sparse, 1%, 1:1, float64"]["ratios"]
+    page = out.with_suffix(".md").read_text()
+    assert "| families | 2 |" in page
+    assert "| families | uniform, 1:1, float64 | 300 |" in page
 
 
 def test_exponents_are_those_of_the_larger_sizes():
@@ -121,6 +140,7 @@ def test_the_committed_run_is_what_the_docs_show():
     rows = report.rows_of(run)
     assert {row["suite"] for row in rows} == set(SUITES)
     text = (ROOT / "bench/results/bench.md").read_text()
+    assert report.as_markdown(report.extremes_table(rows)) in text
     assert report.as_markdown(report.ratio_table(rows)) in text
     assert report.as_markdown(report.growth_table(rows)) in text
     assert report.machine_text(run) in text
