@@ -104,3 +104,11 @@ def test_a_short_run(capsys):
 def test_two_hundred_thousand_random_problems(part):
     assert len(FAMILIES) >= 90
     assert not run(fresh_seed(), 10_000)
+
+
+@pytest.mark.slow
+def test_no_index_leaves_its_array(monkeypatch, tmp_path):
+    """Kernels compiled with bounds checks raise an IndexError where they would read or write out of range."""
+    monkeypatch.setenv("NUMBA_BOUNDSCHECK", "1")
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    assert not run(fresh_seed(), 20_000, largest=150)

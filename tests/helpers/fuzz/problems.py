@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -115,7 +117,7 @@ def _floats(g: Generator, family: Family, sides: tuple[int, int], dtype: str) ->
     name = list(DISTORTIONS)[g.integers(len(DISTORTIONS))]
     cost = DISTORTIONS[name](g, base).astype(base.dtype)
     # Sums of entries of such different sizes are rounded to the largest.
-    scale = float(np.abs(np.where(np.isfinite(cost), cost, 0)).max(initial=0)) if name == MIXED else 0.0
+    scale = float(np.abs(np.where(np.isfinite(cost), cost, 0)).max(initial=0)) if name in UNEVEN else 0.0
     return Problem(f", {name}", cost, False, cost.astype(np.float64), scale=scale)
 
 
@@ -171,16 +173,17 @@ def quantized(g: Generator, cost: np.ndarray) -> np.ndarray:
     return np.rint(_normalized(cost) * int(g.integers(1, 9)))
 
 
-MIXED = "mixed from the smallest to the largest"
+UNEVEN = ("mixed from the smallest to the largest", "rows scaled")
+"""Distortions that leave entries of very different sizes."""
 
 DISTORTIONS: dict[str, Callable[[Generator, np.ndarray], np.ndarray]] = {
     "times a power of two": power,
     "near the largest float": near_largest,
     "below the smallest normal": below_normal,
-    MIXED: mixed,
+    UNEVEN[0]: mixed,
     "with sentinels": sentinels,
     "shifted": shifted,
-    "rows scaled": with_scaled_rows,
+    UNEVEN[1]: with_scaled_rows,
     "quantized": quantized,
 }
 
@@ -194,7 +197,7 @@ def _dressed(g: Generator, found: Problem) -> Problem:
     maximize = bool(negative and g.random() < 0.4)
     if maximize:
         cost, told = -cost, told + ", maximized"
-    layout = str(g.choice(list(LAYOUTS), p=[0.7, 0.1, 0.05, 0.05, 0.05, 0.05]))
+    layout = str(g.choice(list(LAYOUTS), p=[0.6, 0.1, 0.05, 0.05, 0.05, 0.1, 0.05]))
     cost = LAYOUTS[layout](cost)
     way = str(g.choice(["solve", "linear_sum_assignment", "solve_batched"], p=[0.8, 0.1, 0.1]))
     warm = solver = None
@@ -221,12 +224,26 @@ def _read_only(cost: np.ndarray) -> np.ndarray:
     return out
 
 
+def _guarded(cost: np.ndarray) -> np.ndarray:
+    """Return the matrix in memory that ends where no process may read."""
+    page = mmap.PAGESIZE
+    size = -(-cost.nbytes // page) * page
+    memory = mmap.mmap(-1, size + page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    if ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + size), page, 0):
+        raise OSError("mprotect")
+    out = np.frombuffer(memory, cost.dtype, cost.size, size - cost.nbytes).reshape(cost.shape)
+    out[...] = cost
+    return out
+
+
 LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "rows": np.ascontiguousarray,
     "columns": np.asfortranarray,
     "reversed": lambda cost: np.ascontiguousarray(cost[::-1, ::-1])[::-1, ::-1],
     "strided": _strided,
     "read-only": _read_only,
+    "before a guard page": _guarded,
     "swapped bytes": lambda cost: cost.astype(cost.dtype.newbyteorder(">")),
 }
 
