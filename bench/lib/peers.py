@@ -116,7 +116,9 @@ def _lap() -> Peer:
         rows = np.flatnonzero(columns >= 0)
         return rows, columns[rows]
 
-    return Peer("lap", "lapx", solve)
+    return Peer(
+        "lap", "lapx" if hasattr(lap, "lapjvx") else "lap", solve
+    )  # two packages share this module's name
 
 
 def _fastlap() -> Peer:

@@ -74,7 +74,7 @@ class Measurement:
         earlier: dict[tuple, record.Row] | None = None,
     ):
         self.peers = {k: p for k, p in peers().items() if earlier is None and (asked is None or k in asked)}
-        self.runner = Runner([OURS, *self.peers], limit)
+        self.runner = Runner(limit)
         self.repeats = repeats
         self.earlier = earlier or {}
         self.too_slow: set[tuple[str, str, str]] = set()

@@ -122,7 +122,7 @@ def spin(name, pipe):
 def test_a_solver_that_crashes_or_does_not_end_is_told(monkeypatch, solver, failure):
     monkeypatch.setattr(timed_solves, "work", solver)
     monkeypatch.setattr(timed_solves, "START", "fork")
-    with Runner(["scipy"], limit=0.3) as runner:
+    with Runner(limit=0.3) as runner:
         runner.place(np.eye(3))
         assert runner.run("scipy").failure == failure
         assert runner.run("scipy").failure == failure, "its process starts anew"
