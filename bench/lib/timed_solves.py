@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from bench.lib.families import Factors
+
 OURS = "fastmatch"
 
 SHORT = 0.02
@@ -88,7 +90,7 @@ def work(name: str, asked: Connection) -> None:
             path = asked.recv()
         except EOFError:
             return
-        cost = np.array(np.load(path, mmap_mode="r"))
+        cost = loaded(path)
         try:
             outcome = attempt(name, solve, cost)
         except Exception as error:  # what a peer raises is its result
@@ -96,8 +98,21 @@ def work(name: str, asked: Connection) -> None:
         asked.send(outcome)
 
 
-def attempt(name: str, solve: Any, cost: np.ndarray) -> Outcome:
+def loaded(path: str) -> np.ndarray | Factors:
+    """Return an array of this process, or factors."""
+    found = np.load(path, mmap_mode="r")
+    if path.endswith(".npy"):
+        return np.array(found)
+    with found:
+        return Factors(found["a"], found["b"], str(found["metric"]))  # type: ignore[arg-type]
+
+
+def attempt(name: str, solver: Any, cost: np.ndarray | Factors) -> Outcome:
     """Time a solve, repeated while that is short, and describe what it returned."""
+    if isinstance(cost, Factors):
+        solve = by_factors if name == OURS else lambda factors: solver(factors.matrix())
+    else:
+        solve = solver
     count, taken = 1, 0.0
     while True:
         start = time.process_time()
@@ -107,14 +122,23 @@ def attempt(name: str, solve: Any, cost: np.ndarray) -> Outcome:
         if taken >= SHORT:
             break
         count *= 2 if taken > SHORT / 8 else 8
-    objective, size = matched(cost, *pairs)
+    objective, size = matched(cost.matrix() if isinstance(cost, Factors) else cost, *pairs)
     gap = None
     if name == OURS:
+        from fastmatch.assignment import FactorCost
         from fastmatch.assignment import solve as proved
 
-        found = proved(cost)
+        found = proved(FactorCost([(cost.a, cost.b)], cost.metric) if isinstance(cost, Factors) else cost)
         gap = (float(found.gap), float(found.gap_bound))
     return Outcome(taken / count, "", objective, size, gap)
+
+
+def by_factors(factors: Factors) -> tuple[np.ndarray, np.ndarray]:
+    """Solve without the matrix, or as the library decides."""
+    from fastmatch.assignment import FactorCost, solve
+
+    found = solve(FactorCost([(factors.a, factors.b)], factors.metric))
+    return found.row_ind, found.col_ind
 
 
 def processor_seconds(pid: int | None) -> float:
@@ -142,7 +166,7 @@ class Runner:
 
     def __enter__(self) -> Runner:
         self._folder = tempfile.TemporaryDirectory()
-        self._path = Path(self._folder.name) / "cost.npy"
+        self._path = Path(self._folder.name)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -150,9 +174,14 @@ class Runner:
             self._end(name)
         self._folder.cleanup()
 
-    def place(self, cost: np.ndarray) -> None:
-        """Give all solvers this matrix."""
-        np.save(self._path, cost)
+    def place(self, cost: np.ndarray | Factors) -> None:
+        """Give all solvers this cost."""
+        if isinstance(cost, Factors):
+            self._path = Path(self._folder.name) / "cost.npz"
+            np.savez(self._path, a=cost.a, b=cost.b, metric=cost.metric)
+        else:
+            self._path = Path(self._folder.name) / "cost.npy"
+            np.save(self._path, cost)
 
     def run(self, name: str, limit: float | None = None) -> Outcome:
         """Solve the matrix by the named solver, within a limit of its own if there is one."""

@@ -5,7 +5,7 @@
 
 A row is one matrix. Solvers take turns on it, each in a process of its own; the figure is the median processor time. What
 they return is checked: a peer that fails, or whose objective is above the best one by more than rounding, is noted and not
-compared. A peer that takes over 20 times as long as the fastest has one turn, and is ended at 40 times and a second; it is
+compared. Costs given by factors are solved as such by ours, and made a matrix first for the peers. A peer that takes over 20 times as long as the fastest has one turn, and is ended at 40 times and a second; it is
 not asked about larger matrices of that family. ``--peers-from`` takes the peers' figures from an earlier run and measures only ours.
 
 Size is that of the shorter side; a shape 1:1.001 has at least one column more than rows. Matrices beyond 2^27 entries are
@@ -23,8 +23,10 @@ from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
+
 from bench.lib import record
-from bench.lib.families import DTYPES, Family, select
+from bench.lib.families import DTYPES, FactorFamily, Factors, Family, select
 from bench.lib.peers import peers
 from bench.lib.timed_solves import OURS, Outcome, Runner
 
@@ -43,7 +45,7 @@ SPARE = 1.0
 TARGET = 1.2
 """Ratio of our seconds to the fastest peer's up to which a row is good."""
 
-ROUNDING = {"float32": 1e-5, "float64": 1e-9, "int32": 1e-9}
+ROUNDING = {"float32": 1e-5, "float64": 1e-9, "int32": 1e-9, "factors": 1e-9}
 """Share of the sum of absolute values by which a peer's objective may be above the best."""
 
 
@@ -79,13 +81,14 @@ class Measurement:
         self.earlier = earlier or {}
         self.too_slow: set[tuple[str, str, str]] = set()
 
-    def row(self, family: Family, n: int, m: int, dtype: str, seed: int) -> record.Row:
+    def row(self, family: Family | FactorFamily, n: int, m: int, dtype: str, seed: int) -> record.Row:
         """Measure one matrix."""
         row: record.Row = {"family": family.name, "n": n, "m": m, "dtype": dtype, "seed": seed}
         cost = family(n, m, seed, dtype)
         self.runner.place(cost)
         skipped = [name for name in self.peers if (name, family.name, dtype) in self.too_slow]
-        names = [name for name, peer in self.peers.items() if name not in skipped and peer.takes(cost)]
+        shown = np.broadcast_to(0.0, cost.shape) if isinstance(cost, Factors) else cost
+        names = [name for name, peer in self.peers.items() if name not in skipped and peer.takes(shown)]
         first = self.first(names)
         self.too_slow |= {(k, family.name, dtype) for k, r in first.items() if r.failure == "limit"}
         before = self.earlier.get(key(row), {})

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import pytest
 
-from bench.lib.families import DTYPES, select
-from bench.lib.timed_solves import OURS
+from bench.lib.families import DTYPES, Factors, select
+from bench.lib.timed_solves import OURS, by_factors
 from bench.reports.assignment_families import LARGEST, SHAPES, Measurement, sides
 from fastmatch.assignment import linear_sum_assignment
 
-QUICK = ((300,), ("1:1",), ("float64",))
+QUICK = ((300,), ("1:1",), ("float64", "factors"))
 FULL = ((300, 1500, 4096, 8192), SHAPES, DTYPES)
 
 
@@ -47,9 +47,8 @@ def test_family(benchmark, measurement, family, size, shape, dtype):
     mine = row["seconds"][OURS]
     cost = family(n, m, 0, dtype)
     benchmark.group = "families"
-    benchmark.pedantic(
-        linear_sum_assignment, args=(cost,), rounds=measurement.repeats, iterations=1, warmup_rounds=1
-    )
+    solve = by_factors if isinstance(cost, Factors) else linear_sum_assignment
+    benchmark.pedantic(solve, args=(cost,), rounds=measurement.repeats, iterations=1, warmup_rounds=1)
     right = {k: t for k, t in row["seconds"].items() if k not in (OURS, *row["wrong"])}
     benchmark.extra_info.update(
         suite="families", instance=f"{family.name}, {shape}, {dtype}", size=size, along="rows", rounds=measurement.repeats,

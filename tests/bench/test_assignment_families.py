@@ -156,29 +156,19 @@ def test_shapes_have_at_least_one_column_more():
 
 def test_a_run_is_kept_and_continued(tmp_path, capsys):
     out = tmp_path / "found.json"
-    arguments = [
-        "--sizes",
-        "12",
-        "--shapes",
-        "1:2",
-        "--dtypes",
-        "float64",
-        "--repeats",
-        "1",
-        "--peers",
-        "scipy",
-    ]
+    arguments = "--sizes 12 --shapes 1:2 --dtypes float64,factors --repeats 1 --peers scipy".split()
     found = []
-    for families in ("uniform", "sums;uniform"):
+    for families in ("uniform", "sums;uniform;factors, clusters"):
         assert report.main([*arguments, "--families", families, "--out", str(out)]) == 0
         found.append([row["family"] for row in json.loads(out.read_text())["rows"]])
-    assert found == [["uniform"], ["uniform", "sums"]]
+    assert found == [["uniform"], ["uniform", "sums", "factors, clusters"]]
     kept = json.loads(out.read_text())
     assert kept["versions"]["scipy"]
     assert kept["rows"][0]["m"] == 24
     assert "Faults: none." in capsys.readouterr().out
     page = report.page(kept)
     assert "| sums | 12 x 24, float64 |" in page
+    assert "| factors, clusters | 12 x 24, factors |" in page
 
 
 def test_the_page_puts_the_worst_first():

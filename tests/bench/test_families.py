@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 
-from bench.lib.families import DTYPES, FAMILIES, MODULES, select
+from bench.lib.families import DTYPES, FACTOR_FAMILIES, FAMILIES, MODULES, select
 
 SHAPES = ((1, 1), (1, 2), (2, 1), (3, 5), (17, 17), (30, 31), (31, 30), (12, 120), (120, 12))
 
@@ -61,3 +61,21 @@ def test_families_are_chosen_by_patterns():
         select("sums;nothing")
     with pytest.raises(ValueError, match=r"sparse, 1%: expected a dtype among float32, float64, got int32"):
         FAMILIES["sparse, 1%"](3, 3, 0, "int32")
+
+
+@pytest.mark.parametrize("family", FACTOR_FAMILIES, ids=lambda family: family.name)
+def test_factors_are_those_of_their_matrix(family):
+    for n, m in ((1, 1), (9, 9), (9, 14), (14, 9)):
+        factors = family(n, m, 4)
+        assert factors.shape == (n, m) == factors.matrix().shape
+        again = family(n, m, 4)
+        np.testing.assert_array_equal(factors.a, again.a)
+        np.testing.assert_array_equal(factors.b, again.b)
+        if factors.metric == "dot":
+            expected = np.einsum("ik,jk->ij", factors.a.astype(float), factors.b.astype(float))
+        else:
+            expected = ((factors.a[:, None].astype(float) - factors.b) ** 2).sum(-1)
+        np.testing.assert_allclose(factors.matrix(), expected, rtol=1e-9, atol=1e-9)
+    assert family in select("factors*")
+    with pytest.raises(ValueError, match="expected the dtype factors, got int32"):
+        family(3, 3, 0, "int32")
