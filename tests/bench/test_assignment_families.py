@@ -156,7 +156,7 @@ def test_shapes_have_at_least_one_column_more():
 
 def test_a_run_is_kept_and_continued(tmp_path, capsys):
     out = tmp_path / "found.json"
-    arguments = "--sizes 12 --shapes 1:2 --dtypes float64,factors --repeats 1 --peers scipy".split()
+    arguments = ["--sizes=12", "--shapes=1:2", "--dtypes=float64,factors", "--repeats=1", "--peers=scipy"]
     found = []
     for families in ("uniform", "sums;uniform;factors, clusters"):
         assert report.main([*arguments, "--families", families, "--out", str(out)]) == 0
