@@ -259,7 +259,7 @@ def page(found: record.Record) -> str:
                 f"above {TARGET}": sum(r > TARGET for r in ratios), "geometric mean of peer / ours": mean,
             })  # fmt: skip
     names = list(dict.fromkeys(k for row in every for k in row["seconds"]))
-    ordered = sorted(every, key=lambda row: -math.inf if row["ratio"] is None else row["ratio"], reverse=True)
+    ordered = sorted(every, key=badness, reverse=True)
     shown = [
         {"family": row["family"].replace("|", "\\|"), "matrix": f"{row['n']} x {row['m']}, {row['dtype']}"}
         | {"ours / fastest": row["ratio"] if row["ratio"] is not None else "-"}
@@ -269,6 +269,13 @@ def page(found: record.Record) -> str:
     ]
     parts = [*summary(every), record.table(by_kind), "Seconds of processor time.", record.table(shown)]
     return record.page("The assignment on every family of costs", NAME, found, *parts)
+
+
+def badness(row: record.Row) -> float:
+    """Return what rows are ordered by: the ratio; above all where we have no time, below all where no peer has."""
+    if row["ratio"] is not None:
+        return row["ratio"]
+    return -math.inf if OURS in row["seconds"] else math.inf
 
 
 def told(row: record.Row, name: str) -> str:

@@ -147,6 +147,17 @@ def test_every_peer_solves_what_it_says_it_takes(name):
     assert taken >= 4
 
 
+def test_rows_are_ordered_from_the_worst():
+    rows = [
+        {"ratio": 0.5, "seconds": {OURS: 1.0, "scipy": 2.0}},
+        {"ratio": None, "seconds": {OURS: 1.0}},
+        {"ratio": None, "seconds": {"scipy": 1.0}},
+        {"ratio": 3.0, "seconds": {OURS: 3.0, "scipy": 1.0}},
+    ]
+    ordered = sorted(rows, key=report.badness, reverse=True)
+    assert [rows.index(row) for row in ordered] == [2, 3, 0, 1]
+
+
 def test_shapes_have_at_least_one_column_more():
     assert report.sides(300, "1:1") == (300, 300)
     assert report.sides(300, "1:1.001") == (300, 301)
