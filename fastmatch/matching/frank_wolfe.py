@@ -109,8 +109,11 @@ def _climb(
 ) -> tuple[Maps, int]:
     """The relaxed maps at which no step raises the objective, and the number of assignment problems solved."""
     names = moving(states[0], spec, options.matcher.include)
-    tensors = [{n: s[n].double() for n in names} for s in states]
-    maps = [[torch.eye(g.size, dtype=torch.float64) for g in spec.groups.values()] for _ in states]
+    device = states[0][names[0]].device if names else None
+    tensors = [{n: s[n].to(device, torch.float64) for n in names} for s in states]
+    maps = [
+        [torch.eye(g.size, dtype=torch.float64, device=device) for g in spec.groups.values()] for _ in states
+    ]
     solves = 0
     for _ in progress_bar(range(options.max_steps), "Frank-Wolfe", show=progress):
         value, gradients = _gradient(tensors, spec, maps)
@@ -132,7 +135,8 @@ def _climb(
 def _rounded(maps: list[torch.Tensor], spec: PermutationSpec) -> Permutations:
     """The nearest permutations; the identity for groups that the maps do not move."""
     nearest = {
-        g: linear_sum_assignment(m, maximize=True)[1] for g, m in zip(spec.flat().groups, maps, strict=True)
+        g: linear_sum_assignment(m, maximize=True)[1].cpu()
+        for g, m in zip(spec.flat().groups, maps, strict=True)
     }
     return {**spec.identity(), **nearest}
 
@@ -184,7 +188,7 @@ def _mix_axis(tensor: torch.Tensor, axis: Axis, matrix: torch.Tensor) -> torch.T
         part.copy_(_mix_axis(part.clone(), replace(axis, at=()), matrix))
         return whole
     front = tensor.movedim(axis.dim, 0)
-    positions = axis.positions(len(matrix))  # (outer, size, inner)
+    positions = axis.positions(len(matrix)).to(tensor.device)  # (outer, size, inner)
     mixed = torch.einsum("ij,ojk...->oik...", matrix, front[positions])
     mixed = mixed.reshape(-1, *front.shape[1:])
     return front.index_copy(0, positions.flatten(), mixed).movedim(0, axis.dim)

@@ -240,7 +240,7 @@ def _read_moments(
     with evaluating(*copies):
         for batch in batches_of(rule.data, "partial merge", progress=progress):
             for copy in copies:
-                with SiteReader(chosen, keep, site=rule.site):
+                with SiteReader(chosen, keep, site=rule.site, model=copy):
                     rule.forward(copy, batch)
             for name, parts in rows.items():
                 if rule.pairwise:

@@ -83,10 +83,15 @@ def verify(
     """
     args, keywords = arguments_of(example_inputs, kwargs)
     args, keywords = in_double(args), in_double(keywords)
-    double = copy.deepcopy(model).double().eval()
     generator = torch.Generator().manual_seed(seed)
     try:
+        double = copy.deepcopy(model).double().eval()
         expected = outputs_of(double, args, keywords, outputs)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"model: no memory for a run of its float64 copy ({error}); verify a copy on the CPU, or pass verify=False "
+            "to go on without the proof"
+        ) from error
     except RuntimeError as error:
         raise ValueError(
             f"model: does not run in float64 on the example inputs ({error}); "

@@ -6,8 +6,6 @@ that the map on activations and the folded form are one formula.
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import nn
 
@@ -66,9 +64,7 @@ def bring_to_target(
 def _has_kernel(output: torch.Tensor) -> bool:
     if output.device.type == "cpu":
         return True
-    # The GPU kernel needs Triton, an optional dependency, and does not take float64.
-    on_gpu = output.device.type == "cuda" and output.dtype != torch.float64
-    return on_gpu and importlib.util.find_spec("triton") is not None
+    return output.device.type == "cuda" and output.dtype != torch.float64
 
 
 def fold(layer: Layer, moments: ChannelMoments, target: Target, method: Method) -> None:

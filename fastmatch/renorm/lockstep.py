@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -141,11 +141,13 @@ def _single_threaded_operations() -> Iterator[int]:
 
 
 def _as_this_thread(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """Return ``run`` without gradients and under this thread's autocast, which is local to a thread."""
+    """Return ``run`` without gradients and under this thread's autocast, device and stream, which are local to a thread."""
     enabled, dtype = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
     def wrapped() -> None:
-        with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=enabled):
+        on_stream = nullcontext() if stream is None else torch.cuda.stream(stream)
+        with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=enabled), on_stream:
             run()
 
     return wrapped

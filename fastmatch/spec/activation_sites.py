@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmatch._internal.checks import check_choice
@@ -28,7 +29,8 @@ class SiteReader(TorchDispatchMode):
         receive: called as ``receive(site, tensor)`` when the tensor is computed. It must copy what it
             keeps, because the model may write into the tensor afterwards.
         site: at a nonlinearity, read its output (``"post"``) or its input (``"pre"``).
-        model: the model that will run; needed where tracing changed its operations (fused attention, experts).
+        model: the model that will run. Operations are counted from its call on (or that of a part of it);
+            None counts all of them.
 
     Raises:
         ValueError: ``site`` is another word.
@@ -50,14 +52,26 @@ class SiteReader(TorchDispatchMode):
             self._sites.setdefault(place.op, []).append(place)
         self._receive, self._site = receive, site
         self._op = -1
+        # The trace knows nothing of what prepares a batch, such as its copy to a GPU: the count begins with the model.
+        self._parts = set() if model is None else {id(part) for part in model.modules()}
+        self._waits: Any = None
         self._plain = plain_operations(model)
 
     def __enter__(self) -> SiteReader:
         self._plain.__enter__()
+        if self._parts:
+            self._waits = register_module_forward_pre_hook(self._begin)
         return super().__enter__()
+
+    def _begin(self, module: nn.Module, _inputs: Any) -> None:
+        if self._waits is not None and id(module) in self._parts:
+            self._waits.remove()
+            self._waits = None
 
     def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
         super().__exit__(exc_type, exc_value, traceback)
+        if self._waits is not None:
+            self._waits.remove()
         self._plain.__exit__(exc_type, exc_value, traceback)
         if exc_type is None and self._sites and self._op < max(self._sites):
             last = max(self._sites)
@@ -69,7 +83,7 @@ class SiteReader(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if not counts(func):
+        if self._waits is not None or not counts(func):
             return func(*args, **(kwargs or {}))
         self._op += 1
         sites = self._sites.get(self._op, ())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, TypeAlias, get_args, get_type_hints
 
@@ -32,8 +33,17 @@ RowPrecision: TypeAlias = Literal["ieee", "tf32", "bf16x3", "bf16"]
 """Those of row reductions. bf16 screens on the CPU: exact results from a first pass in bfloat16."""
 
 
+TRITON = (3, 6)
+"""The oldest Triton whose compiler and launcher the kernels were tried with."""
+
+_without_kernels: dict[torch.device, bool] = {}
+"""GPUs that were asked about, and whether they run plain torch."""
+
+
 def backend_of(*tensors: Tensor, backend: Backend | None = None) -> Backend:
     """Return the backend that ``tensors`` go to.
+
+    On a GPU that cannot run the Triton kernels this is "reference", with one warning that says why.
 
     Raises:
         ValueError: an unknown backend, tensors on several devices, or a device without a backend.
@@ -50,7 +60,42 @@ def backend_of(*tensors: Tensor, backend: Backend | None = None) -> Backend:
         return backend
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device: expected cpu or cuda, got {device}; backend='reference' runs anywhere")
-    return "cpu" if device.type == "cpu" else "triton"
+    if device.type == "cpu":
+        return "cpu"
+    return "triton" if _has_kernels(device) else "reference"
+
+
+def _has_kernels(device: torch.device) -> bool:
+    """Whether the Triton kernels run on a GPU; the first GPU without them is warned of."""
+    if torch.compiler.is_compiling():
+        return True
+    if device not in _without_kernels:
+        reason = _missing(device)
+        if reason is not None and not any(_without_kernels.values()):
+            warnings.warn(
+                f"fastmatch: {device} runs plain torch in place of the Triton kernels, which is slower: {reason}",
+                stacklevel=4,
+            )
+        _without_kernels[device] = reason is not None
+    return not _without_kernels[device]
+
+
+def _missing(device: torch.device) -> str | None:
+    """What the Triton kernels lack on a GPU, or None."""
+    needed = ".".join(map(str, TRITON))
+    try:
+        import triton
+    except ImportError:
+        return f"triton is not installed (pip install 'triton>={needed}')"
+    if tuple(int(x) for x in triton.__version__.split(".")[:2]) < TRITON:
+        return f"triton {triton.__version__} is older than {needed}"
+    from fastmatch_kernels._triton.tiles import target_of
+
+    try:
+        target_of(device)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 class Operation:
@@ -84,9 +129,7 @@ class Operation:
 
         def call(*given: Any) -> Any:
             *values, backend = given
-            return self._function(backend)(
-                arguments(*values)
-            )  # a NamedTuple, whose fields no checker knows here
+            return self._run(arguments(*values), backend)  # a NamedTuple, whose fields no checker knows here
 
         hints = {**get_type_hints(arguments), "backend": str}
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -101,9 +144,19 @@ class Operation:
     def _function(self, backend: str) -> Callable[[Any], Any]:
         return getattr(importlib.import_module(f"fastmatch_kernels.{self._folder}.{backend}"), self._name)
 
+    def _run(self, arguments: tuple[Any, ...], backend: str) -> Any:
+        function = self._function(backend)
+        if backend == "triton":
+            first = arguments[0] if isinstance(arguments[0], Tensor) else arguments[0][0]
+            if first.device.type == "cuda":
+                # Triton launches on the current device, whatever device the tensors are on.
+                with torch.cuda.device(first.device):
+                    return function(arguments)
+        return function(arguments)
+
     def __call__(self, arguments: tuple[Any, ...], backend: str) -> Any:
         if _is_plain(arguments):
-            return self._function(backend)(arguments)
+            return self._run(arguments, backend)
         return self._custom_op(*arguments, backend)
 
 

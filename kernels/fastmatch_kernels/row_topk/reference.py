@@ -157,7 +157,7 @@ def row_topk(arguments: RowArguments) -> tuple[torch.Tensor, torch.Tensor, torch
         costs[rows, : best.shape[1]] = best + shift
     error = product_error(arguments.term_sizes(), v, arguments.depth, torch.float64)
     bound = (outside - error).to(dtype)
-    below = bound.nextafter(bound.new_tensor(-torch.inf))
+    below = bound.nextafter(torch.full_like(bound, -torch.inf))
     return index, costs.to(dtype), torch.where(outside.isfinite(), below, outside.to(dtype))
 
 

@@ -220,7 +220,7 @@ def row_topk(arguments: RowArguments) -> tuple[torch.Tensor, torch.Tensor, torch
         arguments.pairs, v, arguments.precision, arguments.contraction_index, arguments.sizes
     )
     bound = (outside.double() - error).float()
-    below = bound.nextafter(bound.new_tensor(-float("inf")))
+    below = bound.nextafter(torch.full_like(bound, -float("inf")))
     return index, cost, torch.where(bound.isfinite(), below, outside)
 
 
