@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fastmatch_kernels._triton.product import GROUP
-from fastmatch_kernels._triton.tiles import CROSS, MATMUL, Target, Tiles
+from fastmatch_kernels._triton.tiles import CROSS, MATMUL, Target, Tiles, dot_precision
 from fastmatch_kernels.channel_affine import triton as channel_affine
 from fastmatch_kernels.gain import triton as gain
 from fastmatch_kernels.moments import triton as moments
@@ -81,7 +81,7 @@ def _matmul_cases(target: Target, which: slice) -> Iterator[Case]:
                 "n": "i32:16",
                 "m": "i32:16",
                 "K": count,
-                "PRECISION": "ieee" if precision == "half" else precision,
+                "PRECISION": dot_precision(precision, target),
                 "GROUP": GROUP,
                 "BLOCK_M": tiles.rows,
                 "BLOCK_N": tiles.columns,
@@ -172,7 +172,7 @@ def _cross_cases(target: Target, which: slice, layouts: dict[str, dict[str, Any]
                     "STATS": statistics,
                     "DIMS_A": layout["dims"],
                     "DIMS_B": layout["dims"],
-                    "PRECISION": precision,
+                    "PRECISION": dot_precision(precision, target),
                     "CHUNK": moments.CHUNK,
                     "BLOCK_A": tiles.rows,
                     "BLOCK_B": tiles.columns,

@@ -46,8 +46,9 @@ def table(rows):
 def works(n, target):
     """(operation, precision, work) of every operation at width ``n``."""
     from bench.lib import roofline
+    from fastmatch_kernels._triton.tiles import PRECISIONS
 
-    for precision in ("ieee", "tf32", "bf16x3", "half"):
+    for precision in (*PRECISIONS, "half"):
         size = 2 if precision == "half" else 4
         yield f"gain, d = {DEPTH}", precision, roofline.gain(n, n, DEPTH, size)
         work = roofline.cost_rows(n, n, DEPTH, SHORTLIST, precision, target, size)

@@ -14,8 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from fastmatch._internal.states import State, headers_of
+from fastmatch.matching.device_gain import FactorViews, factor_views
 from fastmatch.permutations.apply import dimension_indices, permute_tensor
 from fastmatch.spec import Axis, Group, Permutations, PermutationSpec
+from fastmatch_kernels import ops as kernels
 from fastmatch_kernels.inner_product import moved_positions
 
 __all__ = ["Gains", "unit_rows"]
@@ -29,6 +31,13 @@ number and is twice that of a rebuilt gain after about 16 updates (measured on a
 
 CHUNK = 1 << 23
 """Elements of a tensor that enter a gain at a time, so that copies in the gain's dtype stay small compared with it."""
+
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes that the GPU kernel multiplies."""
+
+PRECISION = "tf32x3"
+"""Of the GPU kernel's float32 products: about float32's own, on matrix units. Progress is checked in float64."""
 
 
 def unit_rows(
@@ -53,6 +62,23 @@ def _chunks(a: torch.Tensor, b: torch.Tensor, axis: Axis) -> Iterator[tuple[torc
     dim = max(others, key=lambda d: a.shape[d])
     step = max(1, CHUNK * a.shape[dim] // a.numel())
     yield from zip(a.split(step, dim), b.split(step, dim), strict=True)
+
+
+def _has_kernel(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether the kernel multiplies them where they are: on one GPU, of one dtype of at most float32."""
+    alike = a.device == b.device and a.dtype == b.dtype
+    return a.is_cuda and alike and a.dtype in KERNEL_DTYPES and kernels.backend_of(a) == "triton"
+
+
+def _multiply(out: torch.Tensor, views: FactorViews, *, accumulate: bool) -> None:
+    """Write the sum of products to ``out``, or add it."""
+    if _has_kernel(*views.pairs[0]) and out.dtype == torch.float32:
+        options = {"contraction_index": views.index, "accumulate": accumulate, "precision": PRECISION}
+        kernels.gain(views.pairs, out=out, **options)
+        return
+    for a, b in views.pairs:
+        out.addmm_(a.to(out.dtype), b.T.to(out.dtype), beta=int(accumulate))
+        accumulate = True
 
 
 Order = Mapping[int, torch.Tensor]
@@ -138,10 +164,12 @@ class Gains:
         self, group: Group, axes: Sequence[Axis], permutations: Permutations, out: torch.Tensor | None
     ) -> torch.Tensor:
         """Compute the gain from all axes."""
-        for k, (rows_a, rows_b) in enumerate(self._pairs(group, axes, permutations)):
+        for k, views in enumerate(self._pairs(group, axes, permutations)):
             if out is None:
-                out = torch.empty(group.size, group.size, dtype=rows_a.dtype, device=rows_a.device)
-            out.addmm_(rows_a, rows_b.T, beta=min(k, 1))
+                first = views.pairs[0][0]
+                dtype = torch.promote_types(first.dtype, torch.float32)
+                out = torch.empty(group.size, group.size, dtype=dtype, device=first.device)
+            _multiply(out, views, accumulate=k > 0)
         assert out is not None, f"group {group.name!r} was given no axes"
         return out
 
@@ -149,25 +177,30 @@ class Gains:
         self, gain: torch.Tensor, group: Group, axes: Sequence[Axis], permutations: Permutations
     ) -> None:
         """Add axes that are new to a gain."""
-        for rows_a, rows_b in self._pairs(group, axes, permutations):
-            gain.addmm_(rows_a.to(gain.dtype), rows_b.T.to(gain.dtype))
+        for views in self._pairs(group, axes, permutations):
+            _multiply(gain, views, accumulate=True)
 
     def _pairs(
         self, group: Group, axes: Sequence[Axis], permutations: Permutations
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    ) -> Iterator[FactorViews]:
         """The (n, features) matrices of A and B, B's other axes permuted; vectors (biases, norms) joined to one.
 
-        Each tensor is read once and released before the next, because a state may read them from disk.
+        On a GPU they are views, which the kernel reads through an index. Elsewhere they are copies. Each tensor is read once and released before the next, because a state may read them from disk.
         """
         a, b = headers_of(self.a), headers_of(self.b)
         wide = any(a[x.parameter].dtype == b[x.parameter].dtype == torch.float64 for x in axes)
         dtype = torch.float64 if wide else torch.float32
         vectors: list[tuple[torch.Tensor, torch.Tensor]] = []
         for axis in axes:
-            whole_a = axis.slice_of(self.a[axis.parameter])
-            whole_b = axis.slice_of(
-                permute_tensor(self.b[axis.parameter], axis.parameter, self.spec, permutations, skip=axis)
-            )
+            a, b, name = self.a[axis.parameter], self.b[axis.parameter], axis.parameter
+            if not wide and a.ndim > 1 and _has_kernel(a, b) and not self.spec.has_slices(name):
+                order = dimension_indices(name, self.spec, permutations, skip=axis)
+                views = factor_views(a, b, axis, group.size, order)
+                if views is not None:
+                    yield views
+                    continue
+            whole_a = axis.slice_of(a)
+            whole_b = axis.slice_of(permute_tensor(b, name, self.spec, permutations, skip=axis))
             within = replace(axis, at=())
             for part_a, part_b in _chunks(whole_a, whole_b, axis):
                 rows_a = unit_rows(part_a, within, group.size, dtype)
@@ -175,9 +208,9 @@ class Gains:
                 if rows_a.shape[1] == 1:
                     vectors.append((rows_a, rows_b))
                 else:
-                    yield rows_a, rows_b
+                    yield FactorViews([(rows_a, rows_b)])
         if vectors:
-            yield torch.cat([x for x, _ in vectors], 1), torch.cat([y for _, y in vectors], 1)
+            yield FactorViews([(torch.cat([x for x, _ in vectors], 1), torch.cat([y for _, y in vectors], 1))])
 
     def _change(self, axis: Axis, then: Order, now: Order) -> _Change:
         """What has moved in B. If it moved along several dimensions, the gain has to be rebuilt."""
@@ -195,7 +228,7 @@ class Gains:
             rows_a, rows_b = factors[0]
             if len(factors) > 1:
                 rows_a, rows_b = (torch.cat([factor[side] for factor in factors], 1) for side in range(2))
-            kept.gain.addmm_(rows_a, rows_b.T)
+            _multiply(kept.gain, FactorViews([(rows_a, rows_b)]), accumulate=True)
             kept.updates += 1
 
     def _moved_rows(self, group: Group, gain: torch.Tensor, move: _Move) -> tuple[torch.Tensor, torch.Tensor]:

@@ -25,11 +25,12 @@ __all__ = [
     "check_choice",
     "check_floating",
     "check_range",
+    "beside",
 ]
 
 Backend: TypeAlias = Literal["triton", "cpu", "reference"]
-Precision: TypeAlias = Literal["ieee", "tf32", "bf16x3"]
-RowPrecision: TypeAlias = Literal["ieee", "tf32", "bf16x3", "bf16"]
+Precision: TypeAlias = Literal["ieee", "tf32", "bf16x3", "tf32x3"]
+RowPrecision: TypeAlias = Literal["ieee", "tf32", "bf16x3", "tf32x3", "bf16"]
 """Those of row reductions. bf16 screens on the CPU: exact results from a first pass in bfloat16."""
 
 
@@ -193,3 +194,10 @@ def check_range(name: str, index: Tensor, size: int) -> None:
         low, high = (int(x) for x in index.aminmax())
         if low < 0 or high >= size:
             raise ValueError(f"{name}: expected entries of 0..{size - 1}, got {low}..{high}")
+
+
+def beside(index: Tensor | None, tensor: Tensor) -> Tensor | None:
+    """Return ``index`` on the device of ``tensor`` if it is on the CPU, where checking it costs a GPU no wait."""
+    if index is None or index.device.type != "cpu" or tensor.device.type == "cpu":
+        return index
+    return index.to(tensor.device, non_blocking=True)

@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from fastmatch_kernels._dispatch import Backend, backend_of, check_floating, check_range
+from fastmatch_kernels._dispatch import Backend, backend_of, beside, check_floating, check_range
 
 __all__ = ["Factors", "check_duals", "check_factors", "result_dtype"]
 
@@ -20,8 +20,14 @@ def check_factors(
     b_index: Tensor | None,
     contraction_index: Tensor | Sequence[Tensor | None] | None,
     backend: Backend | None,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor | None], tuple[int, int], str]:
-    """Return (A's, B's, contraction index of each pair, (n, m), backend), or raise an error that names what does not fit."""
+) -> tuple[list[Tensor], list[Tensor], Tensor | None, list[Tensor | None], tuple[int, int], str]:
+    """Return (A's, B's, index of B's rows, contraction index of each pair, (n, m), backend).
+
+    Indices come back on the factors' device.
+
+    Raises:
+        TypeError, ValueError: something does not fit; the message names it.
+    """
     if not factors:
         raise ValueError("factors: expected at least one pair")
     a, b = [pair[0] for pair in factors], [pair[1] for pair in factors]
@@ -46,15 +52,18 @@ def check_factors(
     if len(contractions) != len(factors):
         raise ValueError(f"contraction_index: expected {len(factors)}, one per pair, got {len(contractions)}")
     for k, index in enumerate(contractions):
-        if index is not None:
+        # An index that several pairs share is checked, and brought to their device, once.
+        if index is not None and not (k and index is contractions[0] and b[k].shape[1] == b[0].shape[1]):
             depth = b[k].shape[1]
             _check_gather(f"contraction_index[{k}]", index, depth, depth)
     m = len(b[0])
     if b_index is not None:
         _check_gather("b_index", b_index, None, m)
         m = len(b_index)
-    given = [x for x in (b_index, *contractions) if x is not None]
-    return a, b, contractions, (len(a[0]), m), backend_of(*a, *b, *given, backend=backend)
+    placed = {id(x): beside(x, a[0]) for x in (b_index, *contractions)}
+    rows, *contractions = [placed[id(x)] for x in (b_index, *contractions)]
+    given = [x for x in (rows, *contractions) if x is not None]
+    return a, b, rows, contractions, (len(a[0]), m), backend_of(*a, *b, *given, backend=backend)
 
 
 def result_dtype(factor: Tensor) -> torch.dtype:

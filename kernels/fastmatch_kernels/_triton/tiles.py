@@ -34,18 +34,20 @@ __all__ = [
 FACTOR_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes that the kernels read."""
 
-PRECISIONS = ("ieee", "tf32", "bf16x3")
+PRECISIONS = ("ieee", "tf32", "bf16x3", "tf32x3")
 """Of float32 products: every bit; 11 bits of each factor; about 16 bits of each factor in three bfloat16
-products. Half-precision inputs are multiplied as they are (``"half"``), which is exact in float32."""
+products; about 20 bits in three TF32 products, on the matrix units where IEEE products have none. Half-precision inputs are multiplied as they are (``"half"``), which is exact in float32."""
 
 ROUNDOFF = {
     "ieee": (0.0, 1),
     "half": (0.0, 1),
     "tf32": (2.0**-8.9, 1),
     "bf16x3": (2.0**-16, 3),
+    "tf32x3": (2.0**-18, 3),
 }
 """Precision -> (bound on the relative error of one product, products summed for it). Factors lose at most
-2^-10 to tf32, if hardware truncates; x = hi + lo + r with |r| <= 2^-18 |x|, and lo times lo is omitted."""
+2^-10 to tf32, if hardware truncates; x = hi + lo + r with |r| <= 2^-18 |x| for bfloat16 and 2^-20 |x| for tf32, and lo
+times lo is omitted."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Target:
 
 
 def _rates(ieee: float, tf32: float, half: float) -> dict[str, float]:
-    return {"ieee": ieee, "tf32": tf32, "bf16x3": half / 3, "half": half}
+    return {"ieee": ieee, "tf32": tf32, "bf16x3": half / 3, "tf32x3": tf32 / 3, "half": half}
 
 
 TARGETS = {
@@ -153,6 +155,7 @@ MATMUL: dict[str, dict[str, tuple[Tiles, Tiles, Tiles]]] = {
         "tf32": (Tiles(64, 64, 32, 8, 3), Tiles(128, 128, 32, 8, 3), _ANY),
         # Both halves of each factor are in registers here, where wgmma and tcgen05 read shared memory.
         "bf16x3": (Tiles(64, 64, 32, 8, 3), Tiles(128, 64, 16, 8, 4), _ANY),
+        "tf32x3": (Tiles(64, 64, 32, 8, 3), Tiles(128, 64, 16, 8, 4), _ANY),
         "half": (Tiles(64, 64, 64, 8, 3), Tiles(128, 128, 64, 8, 3), _ANY),
     },
     "sm_90": {
@@ -160,16 +163,17 @@ MATMUL: dict[str, dict[str, tuple[Tiles, Tiles, Tiles]]] = {
         "ieee": (Tiles(64, 64, 16, 4, 3), Tiles(128, 64, 16, 8, 3), Tiles(128, 64, 16, 8, 2)),
         "tf32": (Tiles(64, 64, 32, 4, 3), Tiles(128, 128, 32, 8, 3), _ANY),
         "bf16x3": (Tiles(64, 64, 32, 4, 3), Tiles(128, 128, 32, 8, 3), _ANY),
+        "tf32x3": (Tiles(64, 64, 32, 4, 3), Tiles(128, 128, 32, 8, 3), _ANY),
         "half": (Tiles(64, 64, 64, 4, 3), Tiles(128, 128, 64, 8, 3), _ANY),
     },
     # The same tiles for every precision: deeper or wider ones spill in half precision if strides are not known multiples.
     "gfx942": {
         p: (Tiles(64, 64, 32, 4, 2), Tiles(128, 64, 32, 8, 2), _ANY)
-        for p in ("ieee", "tf32", "bf16x3", "half")
+        for p in (*PRECISIONS, "half")
     },
     "interpreter": {
         p: (Tiles(32, 32, 32, 4, 1), Tiles(64, 64, 64, 4, 1), Tiles(32, 32, 32, 4, 1))
-        for p in ("ieee", "tf32", "bf16x3", "half")
+        for p in (*PRECISIONS, "half")
     },
 }
 # The tiles of sm_90 that are replaced here spill on sm_100 in some variant under some Triton from 3.7.1 to 3.9.
@@ -177,6 +181,7 @@ MATMUL["sm_100"] = {
     **MATMUL["sm_90"],
     "ieee": (Tiles(64, 64, 16, 8, 2), *MATMUL["sm_90"]["ieee"][1:]),
     "bf16x3": (Tiles(64, 64, 16, 8, 3), *MATMUL["sm_90"]["bf16x3"][1:]),
+    "tf32x3": (Tiles(64, 64, 16, 8, 3), *MATMUL["sm_90"]["tf32x3"][1:]),
     "tf32": (*MATMUL["sm_90"]["tf32"][:2], Tiles(64, 64, 32, 4, 2)),
 }
 
@@ -188,16 +193,18 @@ CROSS: dict[str, dict[str, tuple[Tiles, Tiles, Tiles]]] = {
         "ieee": (Tiles(64, 64, 16, 4, 3), Tiles(128, 64, 16, 8, 3), Tiles(64, 64, 16, 8, 2)),
         "tf32": _UNITS,
         "bf16x3": (*_UNITS[:2], Tiles(64, 64, 16, 4, 2)),
+        "tf32x3": (*_UNITS[:2], Tiles(64, 64, 16, 4, 2)),
     },
     "sm_100": {
         "ieee": (Tiles(64, 32, 16, 8, 3), Tiles(64, 32, 16, 8, 3), Tiles(64, 32, 16, 8, 1)),
         "tf32": _UNITS,
         "bf16x3": (*_UNITS[:2], Tiles(64, 64, 16, 4, 2)),
+        "tf32x3": (*_UNITS[:2], Tiles(64, 64, 16, 4, 2)),
     },
-    "gfx942": {"ieee": _AMD, "tf32": _AMD, "bf16x3": _AMD},
+    "gfx942": dict.fromkeys(PRECISIONS, _AMD),
     "interpreter": {p: MATMUL["interpreter"][p] for p in PRECISIONS},
 }
-CROSS["sm_90"] = {**CROSS["sm_80"], "bf16x3": _UNITS}
+CROSS["sm_90"] = {**CROSS["sm_80"], "bf16x3": _UNITS, "tf32x3": _UNITS}
 
 WIDE = 1024
 """Rows and columns from which the larger tile is used: 64 tiles of 128 x 128."""
@@ -247,6 +254,8 @@ def dot_precision(precision: str, target: Target) -> str:
     """The name that ``product.dot`` takes."""
     if target is INTERPRETER:
         return "interpreter"
+    if precision == "tf32x3" and target.backend == "hip":
+        return "ieee"  # which runs on the matrix units there
     return "ieee" if precision == "half" else precision
 
 

@@ -41,10 +41,10 @@ def gain(
         factors: pairs (n, d_k), (m, d_k) of one floating point dtype; float64 not on "triton". Any strides.
         b_index: (m',) int64, the rows of B to use, in order. All m by default.
         contraction_index: (d_k,) int64 for all pairs, or a list with an index or None for each pair: the order of
-            B's columns.
+            B's columns. Indices may be on the CPU, where checking them costs a GPU no wait.
         out: (n, m') float32 (float64 for float64 factors), written and returned.
         accumulate: add to ``out`` instead of overwriting it. A change of rank r costs ``2 n m r`` operations this way.
-        precision: of float32 products on "triton": "ieee", "tf32" or "bf16x3". On "cpu" always float32.
+        precision: of float32 products on "triton": "ieee", "tf32", "bf16x3" or "tf32x3". On "cpu" always float32.
         backend: "triton", "cpu" or "reference"; by the tensors' device if None.
 
     Returns:
@@ -55,7 +55,7 @@ def gain(
         ValueError: shapes, entries of an index, devices or options that do not fit.
     """
     check_choice("precision", precision, Precision)
-    a, b, contractions, shape, chosen = check_factors(factors, b_index, contraction_index, backend)
+    a, b, rows, contractions, shape, chosen = check_factors(factors, b_index, contraction_index, backend)
     dtype = result_dtype(a[0])
     if accumulate and out is None:
         raise ValueError("out: expected the gain to add to, got None")
@@ -66,5 +66,5 @@ def gain(
             f"out: expected {shape} of {dtype} on {a[0].device}, "
             f"got {tuple(out.shape)} of {out.dtype} on {out.device}"
         )
-    _gain(GainArguments(a, b, b_index, contractions, out, accumulate, precision), chosen)
+    _gain(GainArguments(a, b, rows, contractions, out, accumulate, precision), chosen)
     return out

@@ -19,6 +19,9 @@ from fastmatch_kernels.gain.reference import GainArguments
 
 __all__ = ["gain"]
 
+PAIRS = 2
+"""Pairs of one launch; more are added by further launches, since every pair takes registers."""
+
 
 @triton.jit
 def _gain_kernel(
@@ -53,7 +56,7 @@ def gain(arguments: GainArguments) -> None:
     """
     a, b, b_index, contraction_index, out, accumulate, precision = arguments
     n, m = out.shape
-    tiles, constants = plan_product(a, b, m, precision)
+    plan_product(a, b, m, precision)  # raises for factors that the kernel does not take
     if out.dtype != torch.float32:
         raise TypeError(f"out: expected torch.float32 on the Triton backend, got {out.dtype}")
     if out.numel() == 0:
@@ -63,13 +66,16 @@ def gain(arguments: GainArguments) -> None:
         gain(arguments._replace(out=contiguous))
         out.copy_(contiguous)
         return
-    _gain_kernel[(ceil_div(n, tiles.rows) * ceil_div(m, tiles.columns),)](
-        factor_arguments(a, b, contraction_index),
-        b_index,
-        out,
-        n,
-        m,
-        out.stride(0),
-        ACCUMULATE=accumulate,
-        **constants,
-    )
+    for first in range(0, len(a), PAIRS):
+        part = slice(first, first + PAIRS)
+        tiles, constants = plan_product(a[part], b[part], m, precision)
+        _gain_kernel[(ceil_div(n, tiles.rows) * ceil_div(m, tiles.columns),)](
+            factor_arguments(a[part], b[part], contraction_index[part]),
+            b_index,
+            out,
+            n,
+            m,
+            out.stride(0),
+            ACCUMULATE=accumulate or first > 0,
+            **constants,
+        )

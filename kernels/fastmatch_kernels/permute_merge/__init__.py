@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmatch_kernels._dispatch import Backend, Operation, backend_of, check_floating, check_range
+from fastmatch_kernels._dispatch import Backend, Operation, backend_of, beside, check_floating, check_range
 from fastmatch_kernels.permute_merge.reference import MergeArguments
 
 __all__ = ["permute_merge"]
@@ -41,7 +41,8 @@ def permute_merge(
             inf follow arithmetic.
         alphas: one number per weight.
         first: per weight an int64 index for axis ``dims[0]``, or None to leave it; ``new[i] = weight[index[i]]``. It
-            has one entry per block and need not be a permutation.
+            has one entry per block and need not be a permutation. Indices may be on the CPU, where checking them costs
+            a GPU no wait.
         second: the same for ``dims[1]``.
         dims: two axes in rising order; the second need not exist if no index names it.
         blocks: how many neighbouring elements move together along each axis: 49 for the columns behind a flattened
@@ -76,7 +77,7 @@ def permute_merge(
         for k, index in enumerate(indices):
             if index is not None:
                 _check_index(f"{name}[{k}]", index, head.shape, dim, block)
-        lists.append(indices)
+        lists.append([beside(index, head) for index in indices])
     if not 0 <= dims[0] < dims[1] and any(i is not None for i in lists[1]):
         raise ValueError(f"dims: expected two axes in rising order, got {tuple(dims)}")
     chosen = backend_of(*weights, *(i for part in lists for i in part if i is not None), backend=backend)

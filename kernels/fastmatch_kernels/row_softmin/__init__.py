@@ -60,7 +60,7 @@ def row_softmin(
         ValueError: shapes, devices or options that do not fit.
     """
     check_choice("precision", precision, Precision)
-    a, b, _, (_, m), chosen = check_factors(factors, None, None, backend)
+    a, b, _, _, (_, m), chosen = check_factors(factors, None, None, backend)
     check_duals(v, m, a[0].device)
     _check_temperature("temperature", temperature)
     return _row_softmin(SoftminArguments(a, b, v, temperature, precision), chosen)
@@ -111,7 +111,7 @@ def sinkhorn_duals(
         _check_temperature(f"temperatures[{k}]", temperature)
     if not 0 < relaxation < 2:
         raise ValueError(f"relaxation: expected a number between 0 and 2, got {relaxation}")
-    a, b, _, (n, m), _ = check_factors(factors, None, None, backend)
+    a, b, _, _, (n, m), _ = check_factors(factors, None, None, backend)
     if n != m:
         raise ValueError(f"factors: expected as many rows as columns, got {n} and {m}")
     duals = torch.zeros(m, device=b[0].device) if v is None else v

@@ -40,7 +40,7 @@ def _checked(
 ) -> tuple[RowArguments, str]:
     """(arguments with k = 1, backend), or an error that names what does not fit."""
     check_choice("precision", precision, RowPrecision)
-    a, b, contractions, (_, m), chosen = check_factors(factors, *indices, backend)
+    a, b, rows, contractions, (_, m), chosen = check_factors(factors, *indices, backend)
     if precision == "bf16" and chosen == "triton":
         raise ValueError(
             f"precision: 'bf16' is of backend 'cpu', got {chosen!r}, which takes {get_args(Precision)}"
@@ -48,7 +48,7 @@ def _checked(
     if precision == "bf16" and chosen == "cpu" and a[0].dtype == torch.float64:
         raise ValueError("precision: 'bf16' takes factors of at most float32, got torch.float64")
     check_duals(v, m, a[0].device)
-    return RowArguments(a, b, v, 1, indices[0], contractions, precision), chosen
+    return RowArguments(a, b, v, 1, rows, contractions, precision), chosen
 
 
 # The two signatures repeat their common options, so that editors and type checkers show each one in full.
