@@ -77,9 +77,21 @@ def check_same_architecture(a: State, b: State, name_a: str = "model_a", name_b:
 
 def check_finite(state: State, argument: str) -> None:
     """Raise ValueError naming the first tensor that holds NaN or infinity."""
-    for name, tensor in state.items():
-        # A sum needs one read and no mask. It is finite if every term is, except on overflow; only then count.
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.sum(dtype=torch.float64))):
-            bad = int((~torch.isfinite(tensor)).sum())
-            if bad:
-                raise ValueError(f"{argument}: tensor {name!r} holds {bad} NaN or infinite values")
+    # A sum needs one read and no mask. It is finite if every term is, except on overflow; only then count.
+    floating = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+    sums = {
+        name: tensor.sum(dtype=torch.float64)
+        for name, tensor in floating.items()
+        if tensor.device.type != "cpu"
+    }
+    # The host waits for each device once.
+    fine = {
+        device: bool(torch.isfinite(torch.stack([x for x in sums.values() if x.device == device])).all())
+        for device in {x.device for x in sums.values()}
+    }
+    for name, tensor in floating.items():
+        if fine.get(tensor.device) or bool(torch.isfinite(sums.get(name, tensor).sum(dtype=torch.float64))):
+            continue
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:
+            raise ValueError(f"{argument}: tensor {name!r} holds {bad} NaN or infinite values")

@@ -13,6 +13,7 @@ import torch
 
 from fastmatch._internal.progress import progress_bar
 from fastmatch.assignment import Assignment, solve
+from fastmatch.matching.device_gain import gain_solver
 from fastmatch.matching.gains import Gains
 from fastmatch.matching.greedy import greedy_order
 from fastmatch.matching.nested import match_nested
@@ -141,7 +142,7 @@ class Ascent:
         gain = self.gains.of(group, axes, self.permutations)
         if name in problem.bonus:
             gain = gain + problem.bonus[name].to(gain)
-        solution = solve(gain, maximize=True, warm_start=self.solutions.get(name))
+        solution = solve(gain, maximize=True, warm_start=self.solutions.get(name), solver=gain_solver(gain))
         self.solutions[name] = solution
         return {name: torch.from_numpy(solution.col_ind)}
 

@@ -1,4 +1,4 @@
-"""The gain of one tensor's axis on a GPU: strided views and indices that the kernel ``gain`` reads, and no copies."""
+"""Gains on a GPU: of one tensor's axis, as views that the kernel reads without copies, and how their problems are solved."""
 
 from __future__ import annotations
 
@@ -9,12 +9,22 @@ from typing import NamedTuple
 
 import torch
 
+from fastmatch.assignment import CandidateLists, Solver
 from fastmatch.spec import Axis
 
-__all__ = ["FactorViews", "factor_views"]
+__all__ = ["FactorViews", "factor_views", "gain_solver"]
 
 MOST_VIEWS = 32
 """Views of one tensor up to which it is multiplied where it is."""
+
+
+LISTED = 2048
+"""Units from which a gain stays on its GPU, and lists of candidates come to the host in its place."""
+
+
+def gain_solver(gain: torch.Tensor) -> Solver | None:
+    """Return the solver of a gain; None for the default."""
+    return CandidateLists() if gain.is_cuda and len(gain) >= LISTED else None
 
 
 class FactorViews(NamedTuple):
@@ -92,4 +102,6 @@ def _matrix(tensor: torch.Tensor, unit: int, run: list[int], at: Mapping[int, in
     """The (units, run) view at one position of the other dimensions."""
     length = math.prod(tensor.shape[d] for d in run)
     offset = tensor.storage_offset() + sum(i * tensor.stride(d) for d, i in at.items())
-    return tensor.as_strided((tensor.shape[unit], length), (tensor.stride(unit), tensor.stride(run[-1])), offset)
+    return tensor.as_strided(
+        (tensor.shape[unit], length), (tensor.stride(unit), tensor.stride(run[-1])), offset
+    )

@@ -180,9 +180,7 @@ class Gains:
         for views in self._pairs(group, axes, permutations):
             _multiply(gain, views, accumulate=True)
 
-    def _pairs(
-        self, group: Group, axes: Sequence[Axis], permutations: Permutations
-    ) -> Iterator[FactorViews]:
+    def _pairs(self, group: Group, axes: Sequence[Axis], permutations: Permutations) -> Iterator[FactorViews]:
         """The (n, features) matrices of A and B, B's other axes permuted; vectors (biases, norms) joined to one.
 
         On a GPU they are views, which the kernel reads through an index. Elsewhere they are copies. Each tensor is read once and released before the next, because a state may read them from disk.
@@ -210,7 +208,9 @@ class Gains:
                 else:
                     yield FactorViews([(rows_a, rows_b)])
         if vectors:
-            yield FactorViews([(torch.cat([x for x, _ in vectors], 1), torch.cat([y for _, y in vectors], 1))])
+            yield FactorViews(
+                [(torch.cat([x for x, _ in vectors], 1), torch.cat([y for _, y in vectors], 1))]
+            )
 
     def _change(self, axis: Axis, then: Order, now: Order) -> _Change:
         """What has moved in B. If it moved along several dimensions, the gain has to be rebuilt."""

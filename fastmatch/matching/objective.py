@@ -10,7 +10,7 @@ import torch
 from fastmatch._internal.states import State, headers_of
 from fastmatch.permutations.apply import dimension_indices, permute_tensor
 from fastmatch.spec import Axis, Group, Permutations, PermutationSpec
-from fastmatch_kernels.inner_product import change_of_inner, inner
+from fastmatch_kernels.inner_product import InnerSum, inner
 
 __all__ = ["Include", "WeightObjective", "included", "objective", "weight_scale"]
 
@@ -88,8 +88,10 @@ class WeightObjective:
 
     def value(self, permutations: Permutations) -> float:
         """Return the objective, in float64."""
-        value = sum(self._inner(name, permutations) for name in self.names())
-        return value + sum(self._bonus(name, p) for name, p in permutations.items())
+        total = InnerSum()
+        for name in self.names():
+            self._add_inner(total, name, permutations)
+        return total.value() + sum(self._bonus(name, p) for name, p in permutations.items())
 
     def change(self, new: Permutations, old: Permutations) -> float:
         """Return by how much the objective rises if the groups in ``new`` move there from ``old``.
@@ -99,32 +101,33 @@ class WeightObjective:
         """
         changed = {name: p for name, p in new.items() if not torch.equal(p, old[name])}
         moved = {**old, **changed}
-        total = 0.0
+        total = InnerSum()
         for name, p in changed.items():
-            total += self._bonus(name, p) - self._bonus(name, old[name])
+            total.add_number(self._bonus(name, p) - self._bonus(name, old[name]))
         for name in sorted({x.parameter for group in changed for x in self.axes(self.spec.groups[group])}):
             if self.spec.has_slices(name):
-                now, then = (self._inner(name, p) for p in (moved, old))
-                total += now - then
+                now, then = (permute_tensor(self.b[name], name, self.spec, p) for p in (moved, old))
+                total.add_number(inner(self.a[name], now, {}) - inner(self.a[name], then, {}))
             else:
                 orders = (dimension_indices(name, self.spec, p) for p in (moved, old))
-                total += change_of_inner(self.a[name], self.b[name], *orders)
-        return total
+                total.add_change(self.a[name], self.b[name], *orders)
+        return total.value()
 
     def scale(self) -> float:
         """Return the norm of A's times the norm of B's parameters: no inner product is larger."""
-        squares = [0.0, 0.0]
+        squares = InnerSum(), InnerSum()
         for name in self.names():
-            for k, state in enumerate((self.a, self.b)):
+            for total, state in zip(squares, (self.a, self.b), strict=True):
                 tensor = state[name]
-                squares[k] += inner(tensor, tensor, {})
-        return (squares[0] * squares[1]) ** 0.5
+                total.add(tensor, tensor, {})
+        return (squares[0].value() * squares[1].value()) ** 0.5
 
-    def _inner(self, name: str, permutations: Permutations) -> float:
+    def _add_inner(self, total: InnerSum, name: str, permutations: Permutations) -> None:
         if self.spec.has_slices(name):
             moved = permute_tensor(self.b[name], name, self.spec, permutations)
-            return inner(self.a[name], moved, {})
-        return inner(self.a[name], self.b[name], dimension_indices(name, self.spec, permutations))
+            total.add(self.a[name], moved, {})
+        else:
+            total.add(self.a[name], self.b[name], dimension_indices(name, self.spec, permutations))
 
     def _bonus(self, name: str, permutation: torch.Tensor) -> float:
         if name not in self.bonus:

@@ -53,18 +53,19 @@ def merge_states(states: Sequence[State], weights: Sequence[float] | None = None
 
 
 def _has_kernel(tensors: Sequence[torch.Tensor]) -> bool:
-    """Return whether the kernel that reads each tensor once is faster: on CPU, one dtype, large.
+    """Return whether the kernel that reads each tensor once is faster: for one dtype and device, on CPU if large.
 
     Threshold: 1M elements in half precision, 4M otherwise, because torch needs no copies in a wider type there and is
     fast while the sum is in cache.
     """
     first = tensors[0]
-    return (
-        first.numel() >= (LARGE if first.itemsize < 4 else 4 * LARGE)
-        and first.is_floating_point()
-        and first.itemsize >= 2
-        and all(t.dtype == first.dtype and t.device.type == "cpu" for t in tensors)
-    )
+    if not first.is_floating_point() or first.itemsize < 2:
+        return False
+    if any(t.dtype != first.dtype or t.device != first.device for t in tensors):
+        return False
+    if first.device.type == "cuda":
+        return first.itemsize <= 4
+    return first.device.type == "cpu" and first.numel() >= (LARGE if first.itemsize < 4 else 4 * LARGE)
 
 
 @overload

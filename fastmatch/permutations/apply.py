@@ -143,8 +143,7 @@ def apply_permutations(
 
 def _reordered(tensor: torch.Tensor, indices: dict[int, torch.Tensor]) -> torch.Tensor:
     """``tensor`` selected by every index; the kernel reads and writes it once for two dimensions."""
-    is_large = tensor.numel() >= LARGE and tensor.itemsize >= 2
-    if is_large and tensor.is_floating_point() and tensor.device.type == "cpu" and len(indices) == 2:
+    if len(indices) == 2 and _has_kernel(tensor):
         from fastmatch_kernels import ops as kernels
 
         (first, rows), (second, columns) = sorted(indices.items())
@@ -152,6 +151,15 @@ def _reordered(tensor: torch.Tensor, indices: dict[int, torch.Tensor]) -> torch.
     for dim, index in indices.items():
         tensor = tensor.index_select(dim, index.to(tensor.device))
     return tensor
+
+
+def _has_kernel(tensor: torch.Tensor) -> bool:
+    """Whether the kernel reorders two dimensions faster than torch, which copies the tensor once for each."""
+    if not tensor.is_floating_point() or tensor.itemsize < 2:
+        return False
+    if tensor.device.type == "cuda":
+        return tensor.itemsize <= 4
+    return tensor.device.type == "cpu" and tensor.numel() >= LARGE
 
 
 def invert(permutations: Permutations, spec: PermutationSpec | None = None) -> Permutations:

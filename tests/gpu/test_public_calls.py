@@ -184,7 +184,9 @@ def test_other_dtypes(gpu, dtype):
     ga, gb = gpu.module(a), gpu.module(b)
     found = fm.align(ga, gb, spec=spec)
     assert same(found, expected)
-    check_models(fm.merge([ga, found.apply(gb)]), fm.merge([a, expected.apply(b)]), 0)
+    # The interpreter cuts bfloat16 off where a GPU rounds.
+    tolerance = 2 * torch.finfo(dtype).eps
+    check_models(fm.merge([ga, found.apply(gb)]), fm.merge([a, expected.apply(b)]), tolerance)
     data = [torch.randn(8, 12, dtype=dtype) for _ in range(2)]
     matched = fm.align(ga, gb, spec=spec, matcher=fm.ActivationMatching(data))
     assert matched.matching.objective[1] >= matched.matching.objective[0]

@@ -155,7 +155,7 @@ MATMUL: dict[str, dict[str, tuple[Tiles, Tiles, Tiles]]] = {
         "tf32": (Tiles(64, 64, 32, 8, 3), Tiles(128, 128, 32, 8, 3), _ANY),
         # Both halves of each factor are in registers here, where wgmma and tcgen05 read shared memory.
         "bf16x3": (Tiles(64, 64, 32, 8, 3), Tiles(128, 64, 16, 8, 4), _ANY),
-        "tf32x3": (Tiles(64, 64, 32, 8, 3), Tiles(128, 64, 16, 8, 4), _ANY),
+        "tf32x3": (Tiles(64, 64, 32, 8, 3), Tiles(64, 64, 32, 8, 3), Tiles(64, 64, 16, 8, 2)),
         "half": (Tiles(64, 64, 64, 8, 3), Tiles(128, 128, 64, 8, 3), _ANY),
     },
     "sm_90": {
@@ -167,10 +167,7 @@ MATMUL: dict[str, dict[str, tuple[Tiles, Tiles, Tiles]]] = {
         "half": (Tiles(64, 64, 64, 4, 3), Tiles(128, 128, 64, 8, 3), _ANY),
     },
     # The same tiles for every precision: deeper or wider ones spill in half precision if strides are not known multiples.
-    "gfx942": {
-        p: (Tiles(64, 64, 32, 4, 2), Tiles(128, 64, 32, 8, 2), _ANY)
-        for p in (*PRECISIONS, "half")
-    },
+    "gfx942": {p: (Tiles(64, 64, 32, 4, 2), Tiles(128, 64, 32, 8, 2), _ANY) for p in (*PRECISIONS, "half")},
     "interpreter": {
         p: (Tiles(32, 32, 32, 4, 1), Tiles(64, 64, 64, 4, 1), Tiles(32, 32, 32, 4, 1))
         for p in (*PRECISIONS, "half")
@@ -193,7 +190,7 @@ CROSS: dict[str, dict[str, tuple[Tiles, Tiles, Tiles]]] = {
         "ieee": (Tiles(64, 64, 16, 4, 3), Tiles(128, 64, 16, 8, 3), Tiles(64, 64, 16, 8, 2)),
         "tf32": _UNITS,
         "bf16x3": (*_UNITS[:2], Tiles(64, 64, 16, 4, 2)),
-        "tf32x3": (*_UNITS[:2], Tiles(64, 64, 16, 4, 2)),
+        "tf32x3": (Tiles(64, 64, 16, 8, 2),) * 3,
     },
     "sm_100": {
         "ieee": (Tiles(64, 32, 16, 8, 3), Tiles(64, 32, 16, 8, 3), Tiles(64, 32, 16, 8, 1)),

@@ -10,19 +10,66 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fastmatch_kernels._dispatch import backend_of
 from fastmatch_kernels.inner_product import reference
 
-__all__ = ["change_of_inner", "inner", "moved_positions"]
+__all__ = ["InnerSum", "change_of_inner", "inner", "moved_positions"]
 
 COMPILED = (torch.float32, torch.float64)
 """Dtypes that the CPU kernel reads; others go through the reference."""
+
+ON_GPU = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+"""Dtypes that the GPU kernel reads."""
 
 Indices = Mapping[int, Tensor]
 """Dimension -> int64 positions to select."""
 
 
+class InnerSum:
+    """A sum of inner products in float64, for which the host waits for a GPU once, at the end.
+
+    Example:
+        >>> from fastmatch_kernels.inner_product import InnerSum
+        >>> total = InnerSum()
+        >>> total.add(torch.ones(3), torch.tensor([1.0, 2.0, 3.0]), {})
+        >>> total.value()
+        6.0
+    """
+
+    def __init__(self) -> None:
+        self._host = 0.0
+        self._waiting: list[Tensor] = []
+
+    def add(self, a: Tensor, b: Tensor, indices: Indices) -> None:
+        """Add ``<a, b reordered by indices>``; see :func:`inner`."""
+        self._add(_inner(a, b, indices))
+
+    def add_change(self, a: Tensor, b: Tensor, now: Indices, then: Indices) -> None:
+        """Add what :func:`change_of_inner` returns."""
+        for term in _changes(a, b, now, then):
+            self._add(term)
+
+    def add_number(self, number: float | Tensor) -> None:
+        """Add a number, or a scalar that may be on a GPU."""
+        self._add(number)
+
+    def _add(self, term: float | Tensor) -> None:
+        if isinstance(term, Tensor):
+            self._waiting.append(term)
+        else:
+            self._host += term
+
+    def value(self) -> float:
+        """Return the sum."""
+        for device in {term.device for term in self._waiting}:
+            parts = [term.double() for term in self._waiting if term.device == device]
+            self._host += float(torch.stack(parts).sum())
+        self._waiting = []
+        return self._host
+
+
 def inner(a: Tensor, b: Tensor, indices: Indices) -> float:
-    """Return ``<a, b reordered by indices>``, summed in float64, without a reordered copy of ``b`` on CPU.
+    """Return ``<a, b reordered by indices>``, summed in float64, without a reordered copy of ``b``.
 
     Example:
         >>> from fastmatch_kernels.inner_product import inner
@@ -36,11 +83,7 @@ def inner(a: Tensor, b: Tensor, indices: Indices) -> float:
         b: of a's shape; devices and dtypes may differ.
         indices: dimension -> int64 positions of ``b``.
     """
-    if _has_kernel(a, b, indices):
-        from fastmatch_kernels.inner_product import cpu
-
-        return cpu.inner(a, b, {}, indices, None)
-    return reference.inner(a, b, indices)
+    return float(_inner(a, b, indices))
 
 
 def change_of_inner(a: Tensor, b: Tensor, now: Indices, then: Indices) -> float:
@@ -60,16 +103,49 @@ def change_of_inner(a: Tensor, b: Tensor, now: Indices, then: Indices) -> float:
         now: dimension -> int64 positions of ``b``.
         then: the same for the second inner product.
     """
-    moved = moved_positions(now, then, a.shape)
-    if not moved:
-        return 0.0
-    if len(moved) > 1:  # positions that differ along two dimensions are more than a few rows
-        return inner(a, b, now) - inner(a, b, then)
-    if _has_kernel(a, b, now.keys() | then.keys()):
+    return float(sum(_changes(a, b, now, then)))
+
+
+def _inner(a: Tensor, b: Tensor, indices: Indices) -> float | Tensor:
+    """The inner product: a number, or a scalar on the GPU."""
+    if _has_kernel(a, b, indices):
         from fastmatch_kernels.inner_product import cpu
 
-        return cpu.inner(a, b, moved, now, then)
-    return reference.change_of_inner(a, b, moved, now, then)
+        return cpu.inner(a, b, {}, indices, None)
+    if _is_on_gpu(a, b, indices):
+        return _on_gpu(a, b, {}, indices, None)
+    return reference.inner(a, b, indices)
+
+
+def _changes(a: Tensor, b: Tensor, now: Indices, then: Indices) -> list[float | Tensor]:
+    """Terms whose sum is the change: numbers, or scalars on the GPU."""
+    moved = moved_positions(now, then, a.shape)
+    if not moved:
+        return []
+    dims = now.keys() | then.keys()
+    if len(moved) > 1:  # positions that differ along two dimensions are more than a few rows
+        if _is_on_gpu(a, b, dims):
+            return [_on_gpu(a, b, {}, now, then)]
+        return [_inner(a, b, now) - _inner(a, b, then)]
+    if _has_kernel(a, b, dims):
+        from fastmatch_kernels.inner_product import cpu
+
+        return [cpu.inner(a, b, moved, now, then)]
+    if _is_on_gpu(a, b, dims):
+        return [_on_gpu(a, b, moved, now, then)]
+    return [reference.change_of_inner(a, b, moved, now, then)]
+
+
+def _is_on_gpu(a: Tensor, b: Tensor, dims: Collection[int]) -> bool:
+    alike = a.is_cuda and a.dtype in ON_GPU and b.dtype in ON_GPU and len(dims) <= 2
+    return alike and backend_of(a) == "triton"
+
+
+def _on_gpu(a: Tensor, b: Tensor, moved: Indices, now: Indices, then: Indices | None) -> Tensor:
+    from fastmatch_kernels.inner_product import triton
+
+    with torch.cuda.device(a.device):
+        return triton.inner(a, b.to(a.device), moved, now, then)
 
 
 def moved_positions(now: Indices, then: Indices, shape: Sequence[int]) -> dict[int, Tensor]:

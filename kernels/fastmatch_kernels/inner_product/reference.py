@@ -13,20 +13,22 @@ CHUNK = 1 << 20
 """Numbers that are copied to float64 at a time: the copies stay in the caches."""
 
 
-def inner(a: Tensor, b: Tensor, indices: Mapping[int, Tensor]) -> float:
-    """Reorder all of ``b``."""
+def inner(a: Tensor, b: Tensor, indices: Mapping[int, Tensor]) -> float | Tensor:
+    """Reorder all of ``b``; the result is a scalar on a's device if that is no CPU, so that nobody waits for it."""
     for dim, index in indices.items():
         b = b.index_select(dim, index.to(b.device))
     pairs = zip(a.flatten().split(CHUNK), b.to(a.device).flatten().split(CHUNK), strict=True)
-    return sum(float(torch.dot(x.double(), y.double())) for x, y in pairs)
+    number = float if a.device.type == "cpu" else Tensor.double
+    return sum(number(torch.dot(x.double(), y.double())) for x, y in pairs)
 
 
 def change_of_inner(
     a: Tensor, b: Tensor, moved: Mapping[int, Tensor], now: Mapping[int, Tensor], then: Mapping[int, Tensor]
-) -> float:
+) -> float | Tensor:
     """Copy the positions that differ, ``moved``, along their one dimension."""
     ((dim, units),) = moved.items()
-    total = 0.0
+    number = float if a.device.type == "cpu" else Tensor.double
+    total: float | Tensor = 0.0
     for part in units.split(max(1, CHUNK * a.shape[dim] // max(a.numel(), 1))):
         after, before = (order[dim][part] if dim in order else part for order in (now, then))
         step = b.index_select(dim, after.to(b.device)).double()
@@ -35,5 +37,5 @@ def change_of_inner(
             if other != dim:
                 step = step.index_select(other, index.to(step.device))
         rows = a.index_select(dim, part.to(a.device)).double()
-        total += float(torch.dot(rows.flatten(), step.to(rows.device).flatten()))
+        total = total + number(torch.dot(rows.flatten(), step.to(rows.device).flatten()))
     return total
