@@ -14,7 +14,8 @@ import torch
 from fastmatch._internal.batches import Forward, batches_of, check_data, check_forward, default_forward
 from fastmatch._internal.checks import check_choice
 from fastmatch._internal.progress import progress_bar
-from fastmatch.assignment import linear_sum_assignment
+from fastmatch.assignment import solve
+from fastmatch.matching.device_gain import gain_solver
 from fastmatch.matching.matcher import Matcher, Model, modules_of
 from fastmatch.matching.nested import best_orders
 from fastmatch.matching.similarity import Similarity, measure_similarities
@@ -135,7 +136,7 @@ class _Found(NamedTuple):
 
 def _match_group(name: str, gain: torch.Tensor) -> _Found:
     permutation = best_permutation(gain)
-    after = float(gain.cpu().gather(1, permutation[:, None]).sum())
+    after = float(_entries(gain, torch.arange(len(gain)), permutation).sum())
     return _Found({name: permutation}, [float(gain.diagonal().sum())], after)
 
 
@@ -158,17 +159,25 @@ def best_permutation(gain: torch.Tensor) -> torch.Tensor:
     itself should be left alone. After the assignment, unit i takes its own column wherever exchanging two columns
     loses nothing.
     """
-    perm = linear_sum_assignment(gain, maximize=True)[1].cpu()
-    matrix, units = gain.cpu(), torch.arange(len(gain))
+    solution = solve(gain, maximize=True, solver=gain_solver(gain))
+    perm, units = torch.from_numpy(solution.col_ind), torch.arange(len(gain))
     owner = perm.argsort()  # the unit that has the column of unit i
+    largest = float(gain.abs().max()) if len(gain) else 0.0
 
     def loss(i: torch.Tensor) -> torch.Tensor:
-        return matrix[i, perm[i]] + matrix[owner[i], i] - matrix[i, i] - matrix[owner[i], perm[i]]
+        rows, columns = torch.stack([i, owner[i], i, owner[i]]), torch.stack([perm[i], i, i, perm[i]])
+        taken, lost, own, others = _entries(gain, rows, columns)
+        return taken + lost - own - others
 
-    tolerance = 1e-12 * float(matrix.abs().max()) if len(matrix) else 0.0
+    tolerance = 1e-12 * largest
     for i in units[(perm != units) & (loss(units) <= tolerance)]:
         if perm[i] != i and loss(i) <= tolerance:
             other, column = owner[i].clone(), perm[i].clone()
             perm[other], owner[column] = column, other
             perm[i], owner[i] = i, i
     return perm
+
+
+def _entries(gain: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """``gain[rows, columns]`` on the CPU: on a GPU it is gathered there, and nothing else crosses."""
+    return gain[rows.to(gain.device), columns.to(gain.device)].cpu()

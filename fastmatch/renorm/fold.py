@@ -56,6 +56,9 @@ def bring_to_target(
         shape = [1] * output.ndim
         shape[channel_dim(layer, output)] = -1
         work = torch.promote_types(output.dtype, torch.float32)
+        if output.is_cuda and output.dtype == work:  # one read and one write
+            news.append(torch.addcmul(shift.to(work).view(shape), output, scale.to(work).view(shape)))
+            continue
         new = output.to(work) * scale.to(work).view(shape) + shift.to(work).view(shape)
         news.append(new.to(output.dtype))
     return news, moments

@@ -23,6 +23,10 @@ PooledSimilarity: TypeAlias = Literal["correlation", "covariance", "inner"]
 """The similarities that :class:`CrossMoments` computes."""
 
 
+PRECISION = "tf32x3"
+"""Of products on a GPU: about float32's own, on matrix units. On the CPU they are float32."""
+
+
 @dataclass(eq=False)
 class ChannelMoments:
     """Mean and variance per channel, merged over batches.
@@ -89,7 +93,9 @@ class CrossMoments:
         if a.numel() == 0:
             return
         a, b = (x if x.is_floating_point() else x.float() for x in (a, b.to(a.device)))
-        self.state = kernels.moments(a, b, dim=dim, state=self.state, backend=_backend(a, b))
+        self.state = kernels.moments(
+            a, b, dim=dim, state=self.state, precision=PRECISION, backend=_backend(a, b)
+        )
 
     @property
     def count(self) -> int:

@@ -1,0 +1,122 @@
+"""What crosses from a GPU to the host in each call: lists of candidates, and never a matrix of 2048 units and more."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import fastmatch as fm
+from fastmatch.matching import device_gain
+from fastmatch.matching.objective import WeightObjective
+from helpers.networks import fresh_seed
+
+UNITS = 512
+"""As many as make a gain stay on the device in these tests; 2048 by default."""
+
+LISTED = 64
+"""Numbers per unit that one copy to the host may hold."""
+
+
+@pytest.fixture
+def siblings(monkeypatch):
+    """A wide network, one with the same units in another order and some noise, and the order."""
+    assert device_gain.LISTED <= 2048
+    monkeypatch.setattr(device_gain, "LISTED", UNITS)
+    torch.manual_seed(fresh_seed())
+    a = nn.Sequential(nn.Linear(6, UNITS), nn.ReLU(), nn.Linear(UNITS, 3)).eval()
+    b, order = copy.deepcopy(a), torch.randperm(UNITS)
+    with torch.no_grad():
+        b[0].weight.copy_(a[0].weight[order])
+        b[0].bias.copy_(a[0].bias[order])
+        b[2].weight.copy_(a[2].weight[:, order])
+        for parameter in b.parameters():
+            parameter.add_(1e-3 * torch.randn_like(parameter))
+    return a, b, order.argsort()
+
+
+def check_crossed(gpu, units: int = UNITS, passes: int = 16) -> None:
+    """One copy holds at most ``LISTED`` float64 numbers per unit, and all copies together those of a few passes."""
+    assert gpu.traffic.largest_to_host <= 8 * LISTED * units, gpu.traffic.bytes_to_host.most_common(3)
+    assert gpu.traffic.total <= passes * 12 * LISTED * units, gpu.traffic.bytes_to_host.most_common(3)
+
+
+def test_align_by_weights(gpu, siblings):
+    a, b, order = siblings
+    spec = fm.PermutationSpec.trace(a, torch.randn(2, 6))
+    ga, gb = gpu.module(a), gpu.module(b)
+    gpu.traffic.clear()
+    found = fm.align(ga, gb, spec=spec)
+    assert torch.equal(*(p for p in (next(iter(found.permutations.values())), order)))
+    check_crossed(gpu)
+
+
+def test_align_by_activations(gpu, siblings):
+    a, b, order = siblings
+    spec = fm.PermutationSpec.trace(a, torch.randn(2, 6))
+    ga, gb, data = gpu.module(a), gpu.module(b), [torch.randn(96, 6)]
+    gpu.traffic.clear()
+    found = fm.align(ga, gb, spec=spec, matcher=fm.ActivationMatching(data))
+    assert (next(iter(found.permutations.values())) == order).double().mean() > 0.95
+    assert gpu.traffic.operations["moments_update"] > 0
+    check_crossed(gpu)
+
+
+def test_apply_and_merge_move_nothing_to_the_host(gpu, siblings):
+    a, b, _ = siblings
+    found = fm.align(a, b, torch.randn(2, 6))
+    ga, gb = gpu.module(a), gpu.module(b)
+    gpu.traffic.clear()
+    aligned = found.apply(gb)
+    fm.merge([ga, aligned])
+    assert gpu.traffic.total == 0
+    assert (
+        gpu.traffic.operations["permute_merge"] == 4
+    )  # the merge; each tensor of apply moves along one axis
+    assert len([site for site in gpu.traffic.waits if "kernels/" in site]) == 0
+    assert sum(gpu.traffic.waits.values()) <= 2  # that the weights of each model are finite
+
+
+@pytest.mark.parametrize("mode", ["joint", "sequential"])
+@pytest.mark.parametrize("method", ["repair", "rescale", "reshift", "reset"])
+def test_renormalize_moves_nothing_to_the_host(gpu, method, mode):
+    torch.manual_seed(fresh_seed())
+    nets = [
+        nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 4)
+        ).eval()
+        for _ in range(2)
+    ]
+    data = [torch.randn(4, 3, 6, 6) for _ in range(2)]
+    placed = [gpu.module(m) for m in nets]
+    merged = fm.merge(placed)
+    gpu.traffic.clear()
+    fm.renormalize(merged, placed, data, fm.Renormalization(method, mode=mode))
+    assert gpu.traffic.total == 0
+    assert not gpu.traffic.waits
+    assert gpu.traffic.operations["moments_update"] > 0
+
+
+def test_a_solve_waits_for_its_check_once(gpu):
+    """The objective's change over all tensors of a group is one number."""
+    torch.manual_seed(fresh_seed())
+    nets = [
+        nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 3))
+        for _ in range(2)
+    ]
+    spec = fm.PermutationSpec.trace(nets[0], torch.randn(2, 6))
+    on_cpu, on_gpu = (
+        WeightObjective(*(m.state_dict() for m in models), spec, "affine")
+        for models in (nets, [gpu.module(m) for m in nets])
+    )
+    old = {name: torch.randperm(group.size) for name, group in spec.groups.items()}
+    for name in spec.groups:
+        new = {name: torch.randperm(spec.groups[name].size)}
+        gpu.traffic.clear()
+        assert on_gpu.change(new, old) == pytest.approx(on_cpu.change(new, old), rel=1e-10)
+        assert sum(gpu.traffic.waits.values()) == 1
+        assert gpu.traffic.total <= 8
+    assert on_gpu.value(old) == pytest.approx(on_cpu.value(old), rel=1e-10)
+    assert on_gpu.scale() == pytest.approx(on_cpu.scale(), rel=1e-10)
