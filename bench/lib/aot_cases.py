@@ -11,9 +11,11 @@ from fastmatch_kernels._triton.product import GROUP
 from fastmatch_kernels._triton.tiles import CROSS, MATMUL, Target, Tiles, dot_precision
 from fastmatch_kernels.channel_affine import triton as channel_affine
 from fastmatch_kernels.gain import triton as gain
+from fastmatch_kernels.inner_product import triton as inner_product
 from fastmatch_kernels.moments import triton as moments
 from fastmatch_kernels.permute_merge import triton as permute_merge
 from fastmatch_kernels.row_softmin import triton as row_softmin
+from fastmatch_kernels.row_topk import entries_triton
 from fastmatch_kernels.row_topk import triton as cost_rows
 
 __all__ = ["DIVISIBLE", "Case", "cases"]
@@ -228,32 +230,43 @@ def _affine_cases(layouts: dict[str, dict[str, Any]], aligned: bool) -> Iterator
         tiles, held = channel_affine.channel_tiles(samples, stride_c, aligned=aligned)
         if samples == 8192 and not held:
             continue  # as 2^20 samples
+        affine = {
+            **shape,
+            "out_ptr": f"*{dtype}:16",
+            "out_sizes": layout["sizes"],
+            "out_strides": layout["strides"],
+            "out_stride_c": layout["stride_c"],
+            "goal_mean_ptr": "*fp32:16",
+            "goal_std_ptr": "*fp32:16",
+            "mean_ptr": "*fp64:16",
+            "variance_ptr": "*fp64:16",
+            "eps": "fp32",
+            "OUT_DIMS": layout["dims"],
+            "HELD": held,
+            "BLOCK_C": tiles.rows,
+            "BLOCK_T": tiles.depth,
+        }
         for method in range(3):
             yield Case(
                 "channel_affine",
                 f"{variant}, {dtype}, {samples} samples, method {method}",
                 "-",
                 channel_affine._channel_affine_kernel,
-                {
-                    **shape,
-                    "out_ptr": f"*{dtype}:16",
-                    "out_sizes": layout["sizes"],
-                    "out_strides": layout["strides"],
-                    "out_stride_c": layout["stride_c"],
-                    "goal_mean_ptr": "*fp32:16",
-                    "goal_std_ptr": "*fp32:16",
-                    "mean_ptr": "*fp64:16",
-                    "variance_ptr": "*fp64:16",
-                    "eps": "fp32",
-                    "OUT_DIMS": layout["dims"],
-                    "METHOD": method,
-                    "HELD": held,
-                    "BLOCK_C": tiles.rows,
-                    "BLOCK_T": tiles.depth,
-                },
+                {**affine, "METHOD": method},
                 tiles,
                 False,
                 samples != 256 or stride_c == 1,
+            )
+        if not held:
+            shared = {k: v for k, v in affine.items() if k != "HELD"}
+            yield Case(
+                "channel_affine, map",
+                f"{variant}, {dtype}",
+                "-",
+                channel_affine._channel_map_kernel,
+                {**shared, "METHOD": 0, "shift_ptr": "*fp32:16", "stats_ptr": "*fp64:16"},
+                tiles,
+                False,
             )
 
 
@@ -326,6 +339,67 @@ def _selection_cases() -> Iterator[Case]:
         )
 
 
+def _entry_cases() -> Iterator[Case]:
+    for dtype, (position, metric) in itertools.product(
+        ("fp32", "bf16", "fp64"), enumerate(entries_triton.METRICS)
+    ):
+        tiles = entries_triton.entry_tiles(4096)
+        yield Case(
+            "cost_rows, entries",
+            f"{metric}, {dtype}",
+            "-",
+            entries_triton._entries_kernel,
+            {
+                "a_ptr": f"*{dtype}:16",
+                "b_ptr": f"*{dtype}:16",
+                "row_ptr": "*i64:16",
+                "item_ptr": "*i64:16",
+                "out_ptr": "*fp64:16",
+                "count": "i32:16",
+                "depth": "i32:16",
+                "a_stride": "i32:16",
+                "b_stride": "i32:16",
+                "METRIC": position,
+                "ADD": True,
+                "BLOCK_E": tiles.rows,
+                "BLOCK_D": tiles.depth,
+            },
+            tiles,
+            False,
+            False,
+        )
+
+
+def _inner_cases() -> Iterator[Case]:
+    for dtype, length, change in itertools.product(("fp32", "bf16", "fp64"), (1, 4096), (True, False)):
+        tiles = inner_product.inner_tiles(length)
+        index = "*i64:16"
+        yield Case(
+            "inner_product",
+            f"runs of {length}, {dtype}, {'change' if change else 'one'}",
+            "-",
+            inner_product._inner_kernel,
+            {
+                "a_ptr": f"*{dtype}:16",
+                "b_ptr": f"*{dtype}:16",
+                "row_ptr": index,
+                "now_row_ptr": index,
+                "then_row_ptr": index,
+                "column_ptr": None,
+                "now_column_ptr": index,
+                "then_column_ptr": index,
+                "out_ptr": "*fp64:16",
+                "shape": ("i32",) * 7,
+                "CHANGE": change,
+                "BLOCK_R": tiles.rows,
+                "BLOCK_L": tiles.columns,
+            },
+            tiles,
+            False,
+            False,
+        )
+
+
 # All of them
 
 
@@ -339,6 +413,8 @@ def _known(target: Target, aligned: bool) -> Iterator[Case]:
     yield from _affine_cases(layouts, aligned)
     yield from _merge_cases(aligned)
     yield from _selection_cases()
+    yield from _entry_cases()
+    yield from _inner_cases()
 
 
 def cases(target: Target) -> list[Case]:

@@ -11,7 +11,7 @@ import torch
 from fastmatch._internal.checks import check_choice
 from fastmatch.assignment.cost import row_index
 from fastmatch_kernels import ops as kernels
-from fastmatch_kernels._dispatch import Backend
+from fastmatch_kernels._dispatch import Backend, RowPrecision
 from fastmatch_kernels._numba.parallel import over_rows
 
 __all__ = ["FactorCost", "Metric", "Precision"]
@@ -26,7 +26,10 @@ TILE = (1024, 8192)
 """Rows and columns of a tile on the CPU: 32 MB in float32, large enough for BLAS on all cores."""
 
 CERTAIN = 0.5
-"""Fraction of a bfloat16 list that its bound must confirm. Rows with less are read in float32 at once."""
+"""Fraction of a coarse list that its bound must confirm. Rows with less are read in float32 at once."""
+
+TF32_DEPTH = 2048
+"""Products per entry from which a GPU screens in TF32, whose bound is then at most three times that of three products."""
 
 LONGEST = 1 << 10
 """Entries per row that the Triton kernel selects. Longer lists, which few rows ask for, are sorted in float64."""
@@ -139,6 +142,16 @@ class FactorCost:
                 f"precision: 'bf16' takes 'dot' or 'l2' of at most float32, got {self.metric!r} of {self.dtype}"
             )
 
+    @property
+    def _screening(self) -> tuple[RowPrecision, ...]:
+        """The precisions of the tiles: rows that the first leaves open are read again in the next."""
+        if self.precision == "bf16":
+            return "bf16", "ieee"
+        if self.device.type == "cpu" or self.pairs[0][0].dtype != torch.float32:
+            return ("ieee",)
+        # Matrix units. With many terms it is their number, not the precision of each, that the bound grows by.
+        return "tf32" if self.depth >= TF32_DEPTH else "tf32x3", "ieee"
+
     def _sizes(self) -> torch.Tensor:
         total = torch.zeros(self.shape[0], dtype=torch.float64, device=self.device)
         if 0 in self.shape:
@@ -170,7 +183,7 @@ class FactorCost:
     def _rescored(self, rows: np.ndarray, items: np.ndarray, sign: float) -> np.ndarray:
         """Return the entries at (rows, items) times ``sign`` in float64; items (r, k), inf where an item is -1."""
         if self.device.type != "cpu":
-            from fastmatch_kernels.row_topk.reference import entries
+            from fastmatch_kernels.row_topk import entries
 
             at, which = (torch.from_numpy(x.astype(np.int64)).to(self.device) for x in (rows, items))
             found = entries(self.pairs, at, which, self.metric)
@@ -190,7 +203,7 @@ class FactorCost:
         return out
 
     def _nearest(
-        self, v: np.ndarray, k: int, rows: np.ndarray, sign: float, precision: Precision
+        self, v: np.ndarray, k: int, rows: np.ndarray, sign: float, precision: RowPrecision
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (indices (r, k), bound (r,) float64): lists as tiles see them, and a valid bound on the rest."""
         index = row_index(rows, self.device)
@@ -206,7 +219,7 @@ class FactorCost:
             if self._in_float64() or (self.device.type != "cpu" and backend is None and k > LONGEST):
                 backend = "reference"
             found, _, bound = kernels.row_topk(
-                factors, duals, k, sizes=sizes, tile=self.tile, backend=backend
+                factors, duals, k, sizes=sizes, precision=precision, tile=self.tile, backend=backend
             )
         bound = bound.double()
         if self.metric == "l2":
@@ -322,16 +335,17 @@ class FactorCost:
         Columns are ordered by the tiles' values.
         """
         rows = np.arange(self.shape[0]) if rows is None else np.asarray(rows, np.int64)
-        items, costs, bound = self._lists(v, k, rows, sign, self.precision)
-        if self.precision == "bf16":
+        first, *then = self._screening
+        items, costs, bound = self._lists(v, k, rows, sign, first)
+        if then:
             certain = (costs - v[items] <= bound[:, None]).sum(axis=1)
             again = np.flatnonzero(certain < CERTAIN * items.shape[1])
             if len(again):
-                items[again], costs[again], bound[again] = self._lists(v, k, rows[again], sign, "ieee")
+                items[again], costs[again], bound[again] = self._lists(v, k, rows[again], sign, then[0])
         return items, costs, bound
 
     def _lists(
-        self, v: np.ndarray, k: int, rows: np.ndarray, sign: float, precision: Precision
+        self, v: np.ndarray, k: int, rows: np.ndarray, sign: float, precision: RowPrecision
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return what :meth:`row_topk` returns, from tiles in one precision."""
         m = self.shape[1]
@@ -349,7 +363,7 @@ class FactorCost:
         """
         out = np.empty(self.shape[0])
         rows = np.arange(self.shape[0])
-        for precision in ("bf16", "ieee") if self.precision == "bf16" else ("ieee",):
+        for precision in self._screening:
             rows = self._settle(v, k, rows, sign, precision, out)
         if len(rows) and self.dtype == torch.float32:
             # Ties within the tiles' rounding need tiles in float64.
@@ -362,7 +376,7 @@ class FactorCost:
         return out
 
     def _settle(
-        self, v: np.ndarray, k: int, rows: np.ndarray, sign: float, precision: Precision, out: np.ndarray
+        self, v: np.ndarray, k: int, rows: np.ndarray, sign: float, precision: RowPrecision, out: np.ndarray
     ) -> np.ndarray:
         """Write valid minima of ``rows`` to ``out``; return the rows whose minimum lists of 32 leave open."""
         m = self.shape[1]

@@ -11,6 +11,7 @@ from torch import nn
 import fastmatch as fm
 from fastmatch.matching import device_gain
 from fastmatch.matching.objective import WeightObjective
+from fastmatch_kernels.row_topk import entries, reference
 from helpers.networks import fresh_seed
 
 UNITS = 512
@@ -120,3 +121,34 @@ def test_a_solve_waits_for_its_check_once(gpu):
         assert gpu.traffic.total <= 8
     assert on_gpu.value(old) == pytest.approx(on_cpu.value(old), rel=1e-10)
     assert on_gpu.scale() == pytest.approx(on_cpu.scale(), rel=1e-10)
+
+
+@pytest.mark.parametrize("metric", ["dot", "l2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_factor_cost_brings_lists(gpu, dtype, metric):
+    torch.manual_seed(fresh_seed())
+    n = 96
+    a, b = torch.randn(n, 20).to(dtype), torch.randn(n, 20).to(dtype)
+    maximize = metric == "dot"
+    expected = fm.solve(fm.assignment.FactorCost([(a, b)], metric).dense(), maximize=maximize)
+    cost = fm.assignment.FactorCost([(gpu.tensor(a), gpu.tensor(b))], metric)
+    gpu.traffic.clear()
+    found = fm.solve(cost, maximize=maximize, solver=fm.assignment.CandidateLists())
+    assert found.is_certified
+    assert found.objective == pytest.approx(expected.objective, rel=1e-11)
+    if dtype != torch.float64:
+        assert gpu.traffic.operations["row_topk"] > 0
+    assert gpu.traffic.largest_to_host <= 8 * LISTED * n
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("metric", ["dot", "l2", "l1"])
+def test_entries_are_exact_in_float64(gpu, metric, dtype):
+    torch.manual_seed(fresh_seed())
+    factors = [(torch.randn(30, d).to(dtype), torch.randn(50, d).to(dtype)) for d in (7, 130)]
+    rows, items = torch.randint(30, (11,)), torch.randint(-1, 50, (11, 19))
+    on_gpu = [(gpu.tensor(x), gpu.tensor(y)) for x, y in factors]
+    found = entries(on_gpu, gpu.tensor(rows), gpu.tensor(items), metric)
+    torch.testing.assert_close(
+        found.cpu(), reference.entries(factors, rows, items, metric), rtol=1e-13, atol=1e-12
+    )

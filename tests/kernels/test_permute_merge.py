@@ -1,3 +1,4 @@
+import importlib
 import math
 import struct
 
@@ -5,7 +6,7 @@ import pytest
 import torch
 
 from fastmatch_kernels.ops import permute_merge
-from fastmatch_kernels.permute_merge.reference import expand_blocks
+from fastmatch_kernels.permute_merge.reference import MergeArguments, expand_blocks
 from helpers.kernel_cases import BACKENDS, DEVICE, fresh_generator, normal, strided
 
 CASES = [  # shape, dims, blocks
@@ -216,3 +217,22 @@ def test_bad_input_is_named(options, error, match):
     arguments = {"weights": [torch.ones(2, 3)], "alphas": [1.0], **options}
     with pytest.raises(error, match=match):
         permute_merge(**arguments)
+
+
+def test_more_parts_of_a_run_than_a_grids_second_dimension_takes(monkeypatch):
+    """All programs of a launch are along the first dimension, of which CUDA takes 2^31."""
+    launcher, grids = importlib.import_module("fastmatch_kernels.permute_merge.triton"), []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *args, **options: None
+
+    monkeypatch.setattr(launcher, "_permute_merge_kernel", Kernel())
+    # No memory for 300 million numbers is needed.
+    monkeypatch.setattr(torch.Tensor, "contiguous", lambda self: self)
+    monkeypatch.setattr(torch.Tensor, "is_contiguous", lambda self: True)
+    weight = torch.empty(1, dtype=torch.float16, device=DEVICE).expand(300_000_000)
+    launcher.permute_merge(MergeArguments([weight], [1.0], [None], [None], (0, 1), (1, 1), weight))
+    ((programs,),) = grids
+    assert 65535 < programs < 2**31

@@ -179,10 +179,23 @@ def test_rows_in_pieces_give_the_same(monkeypatch):
         assert torch.equal(one, other)
 
 
-def test_more_columns_than_the_selection_holds_is_an_error(monkeypatch):
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("k", [4, 40])
+def test_more_columns_than_the_selection_holds(monkeypatch, k, gathered):
+    generator = fresh_generator()
+    a, b, v = normal(generator, 20, 6), normal(generator, 500, 6), normal(generator, 500)
+    v[17] = -INF
+    rows = torch.randperm(500, generator=generator).to(DEVICE) if gathered else None
+    monkeypatch.setattr(cost_rows, "MAX_CANDIDATES", 64)
+    found = row_topk([(a, b)], v, k, b_index=rows, backend="triton")
+    check(found, [(a, b if rows is None else b[rows])], v, k)
+
+
+def test_more_entries_than_the_selection_holds_is_an_error(monkeypatch):
     monkeypatch.setattr(cost_rows, "MAX_CANDIDATES", 4)
-    with pytest.raises(ValueError, match="v: expected at most"):
-        row_topk([(torch.ones(2, 2), torch.ones(99, 2))], torch.ones(99), 4, backend="triton")
+    a, b, v = (torch.ones(shape, device=DEVICE) for shape in ((2, 2), (99, 2), (99,)))
+    with pytest.raises(ValueError, match="k: expected at most 4 entries"):
+        row_topk([(a, b)], v, 5, backend="triton")
 
 
 @ALL

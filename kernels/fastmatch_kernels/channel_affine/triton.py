@@ -6,6 +6,8 @@ A program owns a block of channels. Where all their samples fit one block (HELD)
 registers, and the variance is two-pass. Else the program reads its channels twice: a channel's samples do not
 fit on chip, and what the programs in flight hold together (bytes in flight, about 4 T channels per program)
 is meant to be found in L2 the second time. Statistics of the second kind are summed around the first sample.
+Where there are fewer blocks of channels than processors, two launches split the samples too: the statistics by the kernel
+of ``moments``, then the map.
 
 Bytes: one read and one write of x from memory, a second read from L2 where not HELD. Deterministic.
 """
@@ -18,7 +20,7 @@ import triton.language as tl
 
 from fastmatch_kernels._triton.tiles import Tiles, ceil_div, is_aligned, target_of
 from fastmatch_kernels.channel_affine.reference import METHODS, AffineArguments
-from fastmatch_kernels.moments.triton import DTYPES, _load, _sample_offset, sample_layout
+from fastmatch_kernels.moments.triton import DTYPES, _load, _sample_offset, add_statistics, sample_layout
 
 __all__ = ["HELD", "channel_affine", "channel_tiles"]
 
@@ -117,6 +119,59 @@ def _channel_affine_kernel(
             tl.store(out + at[None, :], value.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _channel_map_kernel(
+    x_ptr,  # (B, C, *spatial)
+    sizes,
+    strides,
+    stride_c,
+    out_ptr,  # (B, C, *spatial)
+    out_sizes,
+    out_strides,
+    out_stride_c,
+    goal_mean_ptr,  # (C,) float32
+    goal_std_ptr,  # (C,) float32
+    shift_ptr,  # (C,) float32
+    stats_ptr,  # (3, C) float64, sums around the shift
+    mean_ptr,  # (C,) float64
+    variance_ptr,  # (C,) float64
+    channels,
+    samples,
+    eps,
+    DIMS: tl.constexpr,
+    OUT_DIMS: tl.constexpr,
+    METHOD: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_channel = channel < channels
+    part = tl.load(stats_ptr + channel, mask=in_channel, other=0.0) / samples
+    square = tl.load(stats_ptr + channels + channel, mask=in_channel, other=0.0) / samples
+    mean = tl.load(shift_ptr + channel, mask=in_channel, other=0.0).to(tl.float64) + part
+    variance = tl.maximum(square - part * part, 0.0)
+    if tl.program_id(1) == 0:
+        tl.store(mean_ptr + channel, mean, mask=in_channel)
+        tl.store(variance_ptr + channel, variance, mask=in_channel)
+    centre, scale, goal = _affine(
+        mean.to(tl.float32),
+        variance.to(tl.float32),
+        goal_mean_ptr,
+        goal_std_ptr,
+        channel,
+        in_channel,
+        eps,
+        METHOD,
+    )
+    out = out_ptr + channel.to(tl.int64)[:, None] * out_stride_c
+    for start in range(tl.program_id(1) * BLOCK_T, samples, tl.num_programs(1) * BLOCK_T):
+        sample = start + tl.arange(0, BLOCK_T)
+        x, mask = _load(x_ptr, sizes, strides, stride_c, channel, channels, sample, samples, DIMS)
+        value = (x - centre[:, None]) * scale[:, None] + goal[:, None]
+        at = _sample_offset(sample, out_sizes, out_strides, OUT_DIMS)
+        tl.store(out + at[None, :], value.to(out_ptr.dtype.element_ty), mask=mask)
+
+
 def channel_tiles(samples: int, stride_c: int, *, aligned: bool = True) -> tuple[Tiles, bool]:
     """(tile of channels x samples, whether it holds all samples); along whichever is contiguous."""
     wide = 32 if stride_c == 1 else 1
@@ -137,7 +192,7 @@ def channel_affine(arguments: AffineArguments) -> tuple[torch.Tensor, torch.Tens
     x, dim, goal_mean, goal_std, method, eps, out = arguments
     if x.dtype not in DTYPES:
         raise TypeError(f"x: expected one of {DTYPES} on the Triton backend, got {x.dtype}")
-    target_of(x.device)
+    target = target_of(x.device)
     channels = x.shape[dim]
     mean = torch.empty(channels, dtype=torch.float64, device=x.device)
     variance = torch.empty_like(mean)
@@ -151,28 +206,27 @@ def channel_affine(arguments: AffineArguments) -> tuple[torch.Tensor, torch.Tens
         return results
     numbers = (*sizes, *strides, stride_c, *out_sizes, *out_strides, out_stride_c)
     tiles, held = channel_tiles(samples, stride_c, aligned=is_aligned((source, out), numbers))
-    _channel_affine_kernel[(ceil_div(channels, tiles.rows),)](
-        source,
-        sizes,
-        strides,
-        stride_c,
-        out,
-        out_sizes,
-        out_strides,
-        out_stride_c,
-        goal_mean.float(),
-        goal_std.float(),
-        mean,
-        variance,
-        channels,
-        samples,
-        eps,
-        DIMS=dims,
-        OUT_DIMS=out_dims,
-        METHOD=METHODS.index(method),
-        HELD=held,
-        BLOCK_C=tiles.rows,
-        BLOCK_T=tiles.depth,
+    blocks = ceil_div(channels, tiles.rows)
+    both = (source, sizes, strides, stride_c, out, out_sizes, out_strides, out_stride_c)
+    goals = (goal_mean.float(), goal_std.float())
+    constants = {
+        "DIMS": dims,
+        "OUT_DIMS": out_dims,
+        "METHOD": METHODS.index(method),
+        "BLOCK_C": tiles.rows,
+        "BLOCK_T": tiles.depth,
         **tiles.options,
+    }
+    if held or blocks >= target.processors:
+        _channel_affine_kernel[(blocks,)](
+            *both, *goals, mean, variance, channels, samples, eps, HELD=held, **constants
+        )
+        return mean, variance
+    shift = x.movedim(dim, -1)[(0,) * (x.ndim - 1)].float()
+    stats = torch.zeros(3, channels, dtype=torch.float64, device=x.device)
+    add_statistics(x, dim, shift, stats, target)
+    splits = min(ceil_div(4 * target.processors, blocks), ceil_div(samples, tiles.depth))
+    _channel_map_kernel[(blocks, splits)](
+        *both, *goals, shift, stats, mean, variance, channels, samples, eps, **constants
     )
     return mean, variance

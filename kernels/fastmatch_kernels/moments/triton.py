@@ -39,7 +39,7 @@ from fastmatch_kernels._triton.tiles import (
 )
 from fastmatch_kernels.moments.reference import MomentsArguments
 
-__all__ = ["CHUNK", "moments_update"]
+__all__ = ["CHUNK", "add_statistics", "moments_update", "sample_layout"]
 
 CHUNK = 4096
 """Samples per float32 accumulator."""
@@ -247,7 +247,10 @@ def stats_tiles(stride_c: int, *, aligned: bool = True) -> Tiles:
     return Tiles(8 if aligned else 4, 1, 256, 4, 2)
 
 
-def _stats(x: torch.Tensor, dim: int, shift: torch.Tensor, stats: torch.Tensor, target: Target) -> None:
+def add_statistics(
+    x: torch.Tensor, dim: int, shift: torch.Tensor, stats: torch.Tensor, target: Target
+) -> None:
+    """Add the sums around ``shift`` (C,) float32 of one model's activations to ``stats`` (3, C) float64."""
     x, sizes, strides, stride_c, dims = sample_layout(x, dim)
     channels = shift.shape[0]
     samples = sizes[0] * sizes[1] * sizes[2]
@@ -287,9 +290,12 @@ def _cross(
     aligned = is_aligned((a, b), numbers)
     tiles = matmul_tiles(channels_a, channels_b, precision, target, CROSS, aligned=aligned)
     grid = (ceil_div(channels_a, tiles.rows), ceil_div(channels_b, tiles.columns))
-    # One chunk a program: a loop over chunks would keep the accumulator's addresses in registers.
-    chunks = ceil_div(samples, CHUNK)
-    splits = min(chunks, max(2 * target.processors // (grid[0] * grid[1]), 1))
+    # One chunk a program: a loop over chunks would keep the accumulator's addresses in registers. Few channels make few
+    # tiles, so their chunks are shorter, and there are programs for every processor.
+    tiles_all = grid[0] * grid[1]
+    chunk = CHUNK if tiles_all * ceil_div(samples, CHUNK) >= 2 * target.processors else CHUNK // 4
+    chunks = ceil_div(samples, chunk)
+    splits = min(chunks, max(2 * target.processors // tiles_all, 1))
     outs = [cross, stats_a, stats_b] if with_stats else [cross]
     parts = [x[None] if splits == 1 else x.new_zeros(splits, *x.shape) for x in outs]
     parts += parts[:1] * (3 - len(parts))  # unused pointers
@@ -311,12 +317,12 @@ def _cross(
             channels_a,
             channels_b,
             samples,
-            start * CHUNK,
+            start * chunk,
             STATS=with_stats,
             DIMS_A=a_dims,
             DIMS_B=b_dims,
             PRECISION=dot_precision(precision, target),
-            CHUNK=CHUNK,
+            CHUNK=chunk,
             BLOCK_A=tiles.rows,
             BLOCK_B=tiles.columns,
             BLOCK_T=tiles.depth,
@@ -342,7 +348,7 @@ def moments_update(arguments: MomentsArguments) -> None:
     dim, precision = arguments.dim, arguments.precision
     if arguments.ab is None:
         for x, shift, stats in models:
-            _stats(x, dim, shift, stats, target_of(x.device))
+            add_statistics(x, dim, shift, stats, target_of(x.device))
     for out, i, j in arguments.products:
         # The product between the models reads both, so it takes their statistics along.
         _cross(models[i], models[j], dim, out, with_stats=i != j, precision=precision)

@@ -40,13 +40,16 @@ def _permute_merge_kernel(
     STEPS: tl.constexpr,
 ):
     runs, n1, middle, length, block1, block2 = layout
-    run = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    # One flat grid: CUDA takes 2^31 programs along its first dimension, and 65535 along the others.
+    parts = tl.cdiv(length, BLOCK_L * STEPS)
+    part = (tl.program_id(0) % parts).to(tl.int64)
+    run = (tl.program_id(0) // parts).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     in_run = run < runs
     m = run % middle
     i1 = (run // middle) % n1
     outer = run // middle // n1
     for step in range(STEPS):
-        j = (tl.program_id(1) * STEPS + step) * BLOCK_L + tl.arange(0, BLOCK_L)
+        j = (part * STEPS + step) * BLOCK_L + tl.arange(0, BLOCK_L)
         mask = in_run[:, None] & (j < length)[None, :]
         acc = tl.zeros((BLOCK_R, BLOCK_L), tl.float32)
         for k in tl.static_range(K):
@@ -56,10 +59,12 @@ def _permute_merge_kernel(
                 moved = tl.load(first_ptrs[k] + i1 // block1, mask=in_run, other=0)
                 source = (outer * n1 + moved * block1 + i1 % block1) * middle + m
             if second_ptrs[k] is None:
-                column = j.to(tl.int64)
+                column = j
             else:
-                moved_block = tl.load(second_ptrs[k] + j // block2, mask=j < length, other=0)
-                column = moved_block * block2 + j % block2
+                # A run that is gathered has fewer than 2^31 elements, and 64-bit division takes a call.
+                short = j.to(tl.int32)
+                moved_block = tl.load(second_ptrs[k] + short // block2, mask=j < length, other=0)
+                column = moved_block * block2 + short % block2
             value = tl.load(weight_ptrs[k] + source[:, None] * length + column[None, :], mask=mask, other=0.0)
             acc += alphas[k] * value.to(tl.float32)
         tl.store(out_ptr + run[:, None] * length + j[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
@@ -116,8 +121,8 @@ def permute_merge(arguments: MergeArguments) -> None:
     sources = tuple(w.contiguous() for w in weights)
     aligned = is_aligned((*sources, target), layout)
     tiles, steps = run_tiles(length, gathered, aligned=aligned)
-    grid = (ceil_div(runs, tiles.rows), ceil_div(length, tiles.columns * steps))
-    _permute_merge_kernel[grid](
+    programs = ceil_div(runs, tiles.rows) * ceil_div(length, tiles.columns * steps)
+    _permute_merge_kernel[(programs,)](
         sources,
         tuple(float(x) for x in alphas),
         tuple(first),

@@ -8,11 +8,19 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from fastmatch_kernels._dispatch import Backend, Operation, Precision, RowPrecision, check_choice
+from fastmatch_kernels._dispatch import (
+    Backend,
+    Operation,
+    Precision,
+    RowPrecision,
+    backend_of,
+    check_choice,
+)
 from fastmatch_kernels._factors import Factors, check_duals, check_factors, result_dtype
+from fastmatch_kernels.row_topk import reference
 from fastmatch_kernels.row_topk.reference import RowArguments
 
-__all__ = ["row_min", "row_topk"]
+__all__ = ["entries", "row_min", "row_topk"]
 
 
 def _fake_topk(arguments: RowArguments) -> tuple[Tensor, Tensor, Tensor]:
@@ -29,6 +37,23 @@ def _fake_min(arguments: RowArguments) -> tuple[Tensor, Tensor]:
 
 _row_topk = Operation("row_topk", RowArguments, _fake_topk, returns=tuple[Tensor, Tensor, Tensor])
 _row_min = Operation("row_min", RowArguments, _fake_min, returns=tuple[Tensor, Tensor], folder="row_topk")
+
+
+def entries(factors: Factors, rows: Tensor, items: Tensor, metric: str = "dot") -> Tensor:
+    """Return (r, e) float64 entries of the cost at (rows[i], items[i, e]), on the factors' GPU; inf where an item is -1.
+
+    Args:
+        factors: pairs (n, d_k), (m, d_k) of any floating point dtypes, rows contiguous.
+        rows: (r,) int64.
+        items: (r, e) int64.
+        metric: "dot", "l2" (squared Euclidean distance) or "l1".
+    """
+    if rows.is_cuda and backend_of(rows) == "triton":
+        from fastmatch_kernels.row_topk import entries_triton
+
+        with torch.cuda.device(rows.device):
+            return entries_triton.entries(factors, rows, items, metric)
+    return reference.entries(factors, rows, items, metric)
 
 
 def _checked(

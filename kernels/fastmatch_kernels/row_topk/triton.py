@@ -149,10 +149,51 @@ def select_tiles(candidates: int) -> Tiles:
     return Tiles(max(min(4096 // columns, 16), 1), columns, 1, 4 if columns <= 4096 else 8, 1)
 
 
+def most_columns(k: int, tile: int) -> int:
+    """How many columns one selection holds the candidates of, for tiles of ``tile`` columns."""
+    # The more tiles there are, the fewer candidates each hands out: double the tiles while they fit.
+    tiles_n = 1
+    while few_of(k, 2 * tiles_n) * 2 * tiles_n <= MAX_CANDIDATES:
+        tiles_n *= 2
+    return tiles_n * tile
+
+
 def _reduce(
     arguments: RowArguments,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return (indices, values, costs, smallest computed value outside) of every row."""
+    """Return (indices, values, costs, smallest computed value outside) of every row.
+
+    Columns beyond what one selection holds are reduced part by part, and the parts' lists are merged.
+    """
+    m, k = len(arguments.v), arguments.k
+    tiles, _ = plan_product(arguments.a, arguments.b, m, arguments.precision)
+    most = most_columns(min(k, m), tiles.columns)
+    if m <= most or k == 0:
+        return _reduce_part(arguments)
+    found = []
+    for lo in range(0, m, most):
+        part = slice(lo, min(lo + most, m))
+        rows = arguments.b_index
+        given = arguments._replace(
+            b=arguments.b if rows is not None else [x[part] for x in arguments.b],
+            b_index=None if rows is None else rows[part],
+            v=arguments.v[part],
+        )
+        index, best, cost, outside = _reduce_part(given)
+        found.append((torch.where(index < 0, index, index + lo), best, cost, outside))
+    index, best, cost = (torch.cat([part[i] for part in found], 1) for i in range(3))
+    # Stable, so that ties go to the lower column here too.
+    best, order = best.sort(dim=1, stable=True)
+    index, cost = index.gather(1, order), cost.gather(1, order)
+    outside = torch.stack([part[3] for part in found]).amin(0)
+    outside = torch.minimum(outside, best[:, k])
+    return (*(x[:, :k].contiguous() for x in (index, best, cost)), outside)
+
+
+def _reduce_part(
+    arguments: RowArguments,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What :func:`_reduce` returns, of at most as many columns as one selection holds."""
     a, b, v, k = arguments.a, arguments.b, arguments.v, arguments.k
     n, m, device = len(a[0]), len(v), v.device
     tiles, constants = plan_product(a, b, m, arguments.precision)
@@ -166,8 +207,7 @@ def _reduce(
     few = few_of(min(k, m), tiles_n)
     candidates = tiles_n * few
     if candidates > MAX_CANDIDATES:
-        limit = MAX_CANDIDATES // few * tiles.columns
-        raise ValueError(f"v: expected at most {limit} columns for k = {k}, got {m}")
+        raise ValueError(f"k: expected at most {MAX_CANDIDATES} entries per row, got {k}")
     select = select_tiles(candidates)
     step = max(WORKSPACE // (tiles_n * (8 * few + 4)) // tiles.rows, 1) * tiles.rows
     rows = min(step, n)
