@@ -6,9 +6,12 @@ JOBS   ?= auto
 BIN    := $(VENV)/bin
 # worksteal gives each process a run of neighbouring tests, so that few kernels are compiled twice at the same time.
 PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
+# A machine with a GPU may have its own Python and no network: nothing is installed there.
+GPU    := PYTHONPATH=$(CURDIR):$(CURDIR)/kernels PYTHONUNBUFFERED=1 $(PYTHON)
+GPUOUT ?= out/gpu
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test nightly lint types docs bench install clean
+.PHONY: help demo test nightly gpu gpucounters gpusolves lint types docs bench install clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{ printf "make %-8s %s\n", $$1, $$2 }'
@@ -32,6 +35,20 @@ test: $(VENV)/.installed  ## the tests, one process per core (JOBS=auto)
 
 nightly: $(VENV)/.installed  ## the tests, those marked slow included
 	$(PYTEST)
+
+gpu:  ## on a GPU: its tests, public calls and kernels; findings into GPUOUT (no install; PYTHON=python3, JOBS=12)
+	mkdir -p $(GPUOUT)
+	-timeout 170 env $(GPU) -m pytest -q -m gpu -n $(JOBS) -W default -o cache_dir=$(GPUOUT)/.pytest tests/gpu tests/kernels > $(GPUOUT)/tests.log 2>&1
+	-tail -40 $(GPUOUT)/tests.log
+	env $(GPU) -m bench.reports.kernels_gpu --out $(GPUOUT) --parts env:10 ceilings:15 calls:75 kernels:140
+
+gpucounters:  ## on a GPU: Nsight Compute's counters of a few launches
+	mkdir -p $(GPUOUT)
+	timeout 110 env $(GPU) -m bench.lib.gpu_probe
+	timeout 110 env $(GPU:$(PYTHON)=) ncu --csv --kernel-name regex:_kernel --metrics gpu__time_duration.sum,l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum,sm__inst_executed_pipe_tensor.sum,sm__inst_executed_pipe_fma.sum,dram__bytes.sum,lts__t_bytes.sum $(PYTHON) -m bench.lib.gpu_probe > $(GPUOUT)/counters.csv
+
+gpusolves:  ## on a GPU: solves end to end, and where the time of public calls goes
+	env $(GPU) -m bench.reports.kernels_gpu --out $(GPUOUT) --parts ceilings:15 solve:110 profile:50
 
 lint: $(VENV)/.installed  ## ruff
 	$(BIN)/ruff check .

@@ -90,7 +90,7 @@ def _split(tensor: torch.Tensor, axis: Axis, size: int) -> torch.Tensor:
 def _runs(a: torch.Tensor, b: torch.Tensor, dims: list[int]) -> list[list[int]]:
     """``dims`` as runs that are one dimension of one stride in both tensors."""
     runs = [[dims[0]]]
-    for before, dim in zip(dims, dims[1:], strict=False):
+    for before, dim in itertools.pairwise(dims):
         if all(x.stride(before) == x.shape[dim] * x.stride(dim) for x in (a, b)):
             runs[-1].append(dim)
         else:

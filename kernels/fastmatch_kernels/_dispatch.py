@@ -22,10 +22,10 @@ __all__ = [
     "Precision",
     "RowPrecision",
     "backend_of",
+    "beside",
     "check_choice",
     "check_floating",
     "check_range",
-    "beside",
 ]
 
 Backend: TypeAlias = Literal["triton", "cpu", "reference"]

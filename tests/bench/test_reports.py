@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from bench.lib import record
+from bench.lib.findings import Findings, read_findings
 from bench.reports import device_cost, first_calls, initial_duals, kernels_cpu, kernels_gpu, weight_matching
 
 TINY = Namespace(tiny=True)
@@ -28,17 +29,64 @@ PAGES = (
 )
 
 
-@pytest.mark.parametrize(("backend", "rows"), [("cpu", 2 * 2 + 2 + 3 + 1), ("triton", 3 * 2 + 2 + 3 + 1)])
-def test_every_kernel_is_checked_and_timed(backend, rows):
+def gpu_options(tmp_path, backend, *parts):
+    return Namespace(tiny=True, device="cpu", backend=backend, sizes=None, parts=parts, out=tmp_path)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_every_kernel_is_checked_and_timed(tmp_path, backend):
     if torch.cuda.is_available() and backend == "triton":
         pytest.skip("the interpreter is for machines without a GPU")
-    found = kernels_gpu.measure(Namespace(tiny=True, device="cpu", backend=backend, sizes=None))
-    assert len(found["rows"]) == rows
-    softmin = [row for row in found["rows"] if row["operation"] == "row_softmin"]
-    assert len(softmin) == 2, "float32 and half precision"
-    assert all(row["error / bound"] <= 1 for row in found["rows"]), "a result outside its bound was recorded"
-    found["settings"]["gpu"] = "none"
-    assert kernels_gpu.page(found).count("\n| ") == rows + 1
+    kernels_gpu.measure(gpu_options(tmp_path, backend, "env", "ceilings", "kernels:300"))
+    found = read_findings(tmp_path / "findings.jsonl")
+    assert all(row["ok"] for row in found), [row for row in found if not row["ok"]]
+    kernels = [row for row in found if row["part"] == "kernels"]
+    names = {row["name"].partition(",")[0] for row in kernels}
+    assert names >= {
+        "gain",
+        "row_softmin",
+        "moments",
+        "permute_merge",
+        "channel_affine",
+        "entries in float64",
+    }
+    assert ("row_topk" in names) == (backend == "triton")
+    assert all(row["error / bound"] <= 1 for row in kernels), "a result outside its bound was recorded"
+    assert all(row["fraction of the copy"] > 0 for row in kernels)
+    assert "## kernels" in kernels_gpu.page(found)
+
+
+def test_public_calls_and_solves_are_compared_with_the_cpu(tmp_path):
+    kernels_gpu.measure(gpu_options(tmp_path, "cpu", "calls:300", "solve:60", "profile:60"))
+    found = read_findings(tmp_path / "findings.jsonl")
+    assert all(row["ok"] for row in found), [row for row in found if not row["ok"]]
+    assert all(row.get("same", True) for row in found)
+    assert all(row.get("difference", 0.0) <= 1e-4 for row in found)
+    assert {row["part"] for row in found} == {"calls", "solve", "profile"}
+    assert (tmp_path / "profile.txt").exists()
+
+
+def test_a_finding_that_fails_or_comes_too_late_stops_nothing(tmp_path):
+    def fail():
+        raise RuntimeError("CUDA error")
+
+    findings = Findings(tmp_path / "findings.jsonl")
+    with findings.part("one", 60):
+        findings.attempt("bad", fail)
+        findings.attempt("good", lambda: {"ms": 1.0})
+    with findings.part("two", -1):
+        findings.attempt("late", lambda: {"ms": 1.0})
+    with findings.part("three", 60):
+        fail()
+    rows = read_findings(tmp_path / "findings.jsonl")
+    assert [(row["name"], row["ok"]) for row in rows] == [
+        ("bad", False),
+        ("good", True),
+        ("late", False),
+        ("part", False),
+    ]
+    assert "CUDA error" in rows[0]["error"]
+    assert "time is used up" in rows[2]["error"]
 
 
 def test_the_reading_of_device_matrices_is_counted():

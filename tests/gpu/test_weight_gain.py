@@ -10,7 +10,7 @@ import fastmatch as fm
 from fastmatch.matching.device_gain import factor_views
 from fastmatch.matching.gains import Gains
 from fastmatch.spec import Axis
-from helpers.networks import ResNet, VGG, fresh_seed, mlp
+from helpers.networks import VGG, ResNet, fresh_seed, mlp
 
 
 @pytest.mark.parametrize(

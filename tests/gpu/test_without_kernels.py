@@ -69,5 +69,5 @@ def test_every_call_runs_and_warns_once(bare_gpu):
 def test_kernels_that_are_asked_for_are_an_error_on_such_a_gpu():
     with pretended_cuda((7, 5)) as gpu:
         x = gpu.tensor(torch.randn(4, 3))
-        with pytest.raises(ValueError, match="device: expected one of .* got sm_7x"):
+        with pytest.raises(ValueError, match=r"device: expected one of .* got sm_7x"):
             kernels.gain([(x, x)], backend="triton")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import importlib
 import shutil
 import subprocess
 import sys
@@ -390,13 +391,7 @@ def pretended_cuda(capability: tuple[int, int] = (9, 0), index: int = 0) -> Iter
         (lockstep, "_as_this_thread", in_thread),
         (GridExecutor, "__call__", _launch(GridExecutor.__call__)),
     ]
-    for module in list(sys.modules.values()):
-        if (
-            module.__name__.startswith("fastmatch_kernels.")
-            and getattr(module, "target_of", None) is real_target
-        ):
-            patches.append((module, "target_of", interpreter))
-    _import_kernels(patches, interpreter)
+    patches += [(module, "target_of", interpreter) for module in _launchers()]
     TRAFFIC.clear()
     with ExitStack() as stack:
         for owner, name, value in patches:
@@ -428,17 +423,15 @@ def _index(device: Any) -> int:
     return _current.device if found is None else found
 
 
-def _import_kernels(patches: list[tuple[Any, str, Any]], interpreter: Any) -> None:
-    """Import every launcher, so that each finds the pretended target."""
-    import importlib
-
+def _launchers() -> list[Any]:
+    """Every module that asks which GPU it launches on."""
     from fastmatch_kernels._triton import tiles
 
-    done = {id(owner) for owner, name, _ in patches if name == "target_of"}
+    found = []
     for path in sorted((ROOT / "kernels" / "fastmatch_kernels").rglob("*.py")):
-        if "triton" not in path.stem and "_triton" not in path.parts:
-            continue
-        name = ".".join(path.relative_to(ROOT / "kernels").with_suffix("").parts).removesuffix(".__init__")
-        module = importlib.import_module(name)
-        if getattr(module, "target_of", None) is tiles.target_of and id(module) not in done:
-            patches.append((module, "target_of", interpreter))
+        if path.stem.endswith("triton") or "_triton" in path.parts:
+            name = ".".join(path.relative_to(ROOT / "kernels").with_suffix("").parts)
+            module = importlib.import_module(name.removesuffix(".__init__"))
+            if getattr(module, "target_of", None) is tiles.target_of:
+                found.append(module)
+    return found
