@@ -13,7 +13,9 @@ import torch
 
 try:
     import numba
-except ImportError:  # a GPU machine may have a numpy that is too new for numba; tests without the CPU kernels run there
+except (
+    ImportError
+):  # a GPU machine may have a numpy that is too new for numba; tests without the CPU kernels run there
     numba = None
 
 # Without a GPU, Triton runs kernels in its interpreter, on CPU tensors. It reads this when it is imported.

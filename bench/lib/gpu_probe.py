@@ -1,6 +1,6 @@
 """A few launches for Nsight Compute: products in each precision, and the memory kernels where they look worst.
 
-    ncu --csv --kernel-name regex:_kernel --metrics ... python3 -m bench.lib.gpu_probe
+ncu --csv --kernel-name regex:_kernel --metrics ... python3 -m bench.lib.gpu_probe
 """
 
 from __future__ import annotations
@@ -17,7 +17,11 @@ def main(*, tiny: bool) -> None:
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     n, d = (64, 16) if tiny else (8192, 1024)
-    a, b, v = torch.randn(n, d, device=device), torch.randn(n, d, device=device), torch.zeros(n, device=device)
+    a, b, v = (
+        torch.randn(n, d, device=device),
+        torch.randn(n, d, device=device),
+        torch.zeros(n, device=device),
+    )
     transposed = tuple(x.T.contiguous().T for x in (a, b))
     out, order = torch.empty(n, n, device=device), torch.randperm(d)
     on_gpu = device.type == "cuda"
@@ -27,7 +31,7 @@ def main(*, tiny: bool) -> None:
         kernels.row_topk([(a, b)], v, 48, precision=precision)
     kernels.gain([transposed], out=out)
     kernels.row_topk([(a.bfloat16(), b.bfloat16())], v, 48)
-    for shape in (((4, 8, 6, 6), (64, 16)) if tiny else ((128, 64, 56, 56), (65536, 512))):
+    for shape in ((4, 8, 6, 6), (64, 16)) if tiny else ((128, 64, 56, 56), (65536, 512)):
         x = torch.randn(shape, device=device)
         mean = torch.zeros(shape[1], dtype=torch.float64, device=device)
         kernels.moments(x, x + 1, precision="tf32x3")

@@ -349,7 +349,7 @@ def ceilings(bench: Bench, tiny: bool) -> Row:
         p, q = bench.normal(n, n, dtype=dtype), bench.normal(n, n, dtype=dtype)
         bench.ceilings[key] = 2.0 * n**3 / bench.seconds(lambda p=p, q=q: p @ q)
     torch.backends.cuda.matmul.allow_tf32 = False
-    bench.ceilings |= {"bf16x3": bench.ceilings["half"] / 3, "tf32x3": bench.ceilings["tf32"] / 3}
+    bench.ceilings.update(bf16x3=bench.ceilings["half"] / 3, tf32x3=bench.ceilings["tf32"] / 3)
     return {
         key: value / (1e9 if key == "copy" else 1e12) for key, value in bench.ceilings.items()
     }  # GB/s, TFLOP/s

@@ -28,11 +28,11 @@ def gain_solver(gain: torch.Tensor) -> Solver | None:
 
 
 class FactorViews(NamedTuple):
-    """Products that are part of a gain: the sum of ``a @ b[:, index].T``."""
+    """Products that are part of a gain: the sum of ``a @ b[:, order].T``."""
 
     pairs: list[tuple[torch.Tensor, torch.Tensor]]
     """(units, d) of A and of B each, any strides."""
-    index: torch.Tensor | None = None
+    order: torch.Tensor | None = None
     """(d,) int64 on the CPU."""
 
 

@@ -73,7 +73,7 @@ def _has_kernel(a: torch.Tensor, b: torch.Tensor) -> bool:
 def _multiply(out: torch.Tensor, views: FactorViews, *, accumulate: bool) -> None:
     """Write the sum of products to ``out``, or add it."""
     if _has_kernel(*views.pairs[0]) and out.dtype == torch.float32:
-        options = {"contraction_index": views.index, "accumulate": accumulate, "precision": PRECISION}
+        options = {"contraction_index": views.order, "accumulate": accumulate, "precision": PRECISION}
         kernels.gain(views.pairs, out=out, **options)
         return
     for a, b in views.pairs:

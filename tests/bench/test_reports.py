@@ -37,7 +37,7 @@ def gpu_options(tmp_path, backend, *parts):
 def test_every_kernel_is_checked_and_timed(tmp_path, backend):
     if torch.cuda.is_available() and backend == "triton":
         pytest.skip("the interpreter is for machines without a GPU")
-    kernels_gpu.measure(gpu_options(tmp_path, backend, "env", "ceilings", "kernels:300"))
+    kernels_gpu.measure(gpu_options(tmp_path, backend, "env", "ceilings", "kernels:900"))
     found = read_findings(tmp_path / "findings.jsonl")
     assert all(row["ok"] for row in found), [row for row in found if not row["ok"]]
     kernels = [row for row in found if row["part"] == "kernels"]
@@ -56,8 +56,9 @@ def test_every_kernel_is_checked_and_timed(tmp_path, backend):
     assert "## kernels" in kernels_gpu.page(found)
 
 
+@pytest.mark.slow
 def test_public_calls_and_solves_are_compared_with_the_cpu(tmp_path):
-    kernels_gpu.measure(gpu_options(tmp_path, "cpu", "calls:300", "solve:60", "profile:60"))
+    kernels_gpu.measure(gpu_options(tmp_path, "cpu", "calls:900", "solve:900", "profile:900"))
     found = read_findings(tmp_path / "findings.jsonl")
     assert all(row["ok"] for row in found), [row for row in found if not row["ok"]]
     assert all(row.get("same", True) for row in found)

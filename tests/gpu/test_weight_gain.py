@@ -34,7 +34,7 @@ def test_views_multiply_to_the_gain_of_reordered_copies(shape, axis, size):
     order = {d: torch.randperm(part.shape[d]) for d in range(a.ndim) if d != axis.dim and part.shape[d] > 1}
     views = factor_views(a, b, axis, size, order)
     assert views is not None
-    found = sum(x @ (y if views.index is None else y[:, views.index]).T for x, y in views.pairs)
+    found = sum(x @ (y if views.order is None else y[:, views.order]).T for x, y in views.pairs)
     moved = axis.slice_of(b)
     for d, index in order.items():
         moved = moved.index_select(d, index)

@@ -183,6 +183,7 @@ MATMUL["sm_100"] = {
 }
 
 _UNITS = (Tiles(64, 64, 32, 4, 3), Tiles(128, 64, 32, 8, 2), Tiles(64, 64, 32, 8, 2))
+_DEEP = Tiles(64, 64, 16, 8, 2)
 _AMD = (Tiles(64, 64, 32, 8, 2), Tiles(128, 64, 16, 8, 2), Tiles(128, 64, 16, 8, 2))
 CROSS: dict[str, dict[str, tuple[Tiles, Tiles, Tiles]]] = {
     # Moments keep statistics and two shifts in registers in addition to the product: 128 x 128 would spill.
@@ -190,7 +191,7 @@ CROSS: dict[str, dict[str, tuple[Tiles, Tiles, Tiles]]] = {
         "ieee": (Tiles(64, 64, 16, 4, 3), Tiles(128, 64, 16, 8, 3), Tiles(64, 64, 16, 8, 2)),
         "tf32": _UNITS,
         "bf16x3": (*_UNITS[:2], Tiles(64, 64, 16, 4, 2)),
-        "tf32x3": (Tiles(64, 64, 16, 8, 2),) * 3,
+        "tf32x3": (_DEEP, _DEEP, _DEEP),
     },
     "sm_100": {
         "ieee": (Tiles(64, 32, 16, 8, 3), Tiles(64, 32, 16, 8, 3), Tiles(64, 32, 16, 8, 1)),

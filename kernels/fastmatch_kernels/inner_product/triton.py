@@ -1,4 +1,4 @@
-# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportCallIssue=false
 # Launches pass plain values for tl.constexpr parameters.
 """Inner products of a tensor with a reordered one on a GPU: read through the indices, summed in float64.
 
@@ -55,9 +55,8 @@ def _inner_kernel(
     length = columns * rest
     base_a = ((outer * rows + row) * middle + m) * length
     base_now = ((outer * rows + now) * middle + m) * length
-    if CHANGE:
-        then = k if then_row_ptr is None else tl.load(then_row_ptr + k, mask=in_run, other=0)
-        base_then = ((outer * rows + then) * middle + m) * length
+    then = k if then_row_ptr is None else tl.load(then_row_ptr + k, mask=in_run, other=0)
+    base_then = ((outer * rows + then) * middle + m) * length
     total = tl.zeros((BLOCK_R,), tl.float64)
     end = picked_columns * rest
     for start in range(tl.program_id(1) * BLOCK_L, end, tl.num_programs(1) * BLOCK_L):

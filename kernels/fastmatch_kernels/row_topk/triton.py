@@ -184,10 +184,10 @@ def _reduce(
     index, best, cost = (torch.cat([part[i] for part in found], 1) for i in range(3))
     # Stable, so that ties go to the lower column here too.
     best, order = best.sort(dim=1, stable=True)
-    index, cost = index.gather(1, order), cost.gather(1, order)
     outside = torch.stack([part[3] for part in found]).amin(0)
     outside = torch.minimum(outside, best[:, k])
-    return (*(x[:, :k].contiguous() for x in (index, best, cost)), outside)
+    order = order[:, :k]
+    return index.gather(1, order), best[:, :k].contiguous(), cost.gather(1, order), outside
 
 
 def _reduce_part(
