@@ -15,7 +15,7 @@ from fastmatch_kernels.inner_product import triton as inner_product
 from fastmatch_kernels.moments import triton as moments
 from fastmatch_kernels.permute_merge import triton as permute_merge
 from fastmatch_kernels.row_softmin import triton as row_softmin
-from fastmatch_kernels.row_topk import entries_triton
+from fastmatch_kernels.row_topk import entries_triton, stored_triton
 from fastmatch_kernels.row_topk import triton as cost_rows
 
 __all__ = ["DIVISIBLE", "Case", "cases"]
@@ -339,6 +339,36 @@ def _selection_cases() -> Iterator[Case]:
         )
 
 
+def _stored_cases() -> Iterator[Case]:
+    tiles = stored_triton.TILES
+    for dtype, stride in itertools.product(("fp32", "bf16"), (1, "i32:16")):
+        yield Case(
+            "cost_rows, stored",
+            f"{dtype}, columns {'apart' if stride != 1 else 'contiguous'}",
+            "-",
+            stored_triton._stored_candidates_kernel,
+            {
+                "c_ptr": f"*{dtype}:16",
+                "row_ptr": "*i64:16",
+                "v_ptr": "*fp32:16",
+                "value_ptr": "*fp32:16",
+                "column_ptr": "*i32:16",
+                "cutoff_ptr": "*fp32:16",
+                "n": "i32",
+                "m": "i32:16",
+                "few": "i32",
+                "row_stride": "i32:16" if stride == 1 else 1,
+                "column_stride": stride,
+                "sign": "fp32",
+                "BLOCK_M": tiles.rows,
+                "BLOCK_N": tiles.columns,
+            },
+            tiles,
+            False,
+            stride == 1,
+        )
+
+
 def _entry_cases() -> Iterator[Case]:
     for dtype, (position, metric) in itertools.product(
         ("fp32", "bf16", "fp64"), enumerate(entries_triton.METRICS)
@@ -413,6 +443,7 @@ def _known(target: Target, aligned: bool) -> Iterator[Case]:
     yield from _affine_cases(layouts, aligned)
     yield from _merge_cases(aligned)
     yield from _selection_cases()
+    yield from _stored_cases()
     yield from _entry_cases()
     yield from _inner_cases()
 

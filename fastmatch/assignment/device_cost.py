@@ -8,18 +8,22 @@ import numpy as np
 import torch
 
 from fastmatch.assignment.cost import row_index
+from fastmatch_kernels.row_topk import has_matrix_topk, matrix_topk
 
 __all__ = ["DeviceCost"]
 
 BATCH_ENTRIES = 1 << 25
 """Entries that are read at once: 256 MB in float64."""
 
+SETTLING = 4
+"""Entries per row that are computed again in float64 for a row's minimum."""
+
 
 class DeviceCost:
     """A matrix that stays on its device. Only a few numbers per row come to the host.
 
     Reading all rows of a matrix on a GPU takes as long as its memory needs, while the whole matrix may be more than the
-    host holds. All arithmetic is float64. :func:`fastmatch.assignment.solve` wraps large tensors on a GPU by itself.
+    host holds. A Triton kernel screens entries in float32; those that a decision rests on are compared in float64. :func:`fastmatch.assignment.solve` wraps large tensors on a GPU by itself.
 
     Example:
         >>> cost = fm.assignment.DeviceCost(torch.randn(300, 300, dtype=torch.float64))
@@ -42,6 +46,8 @@ class DeviceCost:
             raise ValueError(f"cost: expected a matrix, got {matrix.ndim} dimensions")
         self.matrix = matrix.detach()
         self.shape: tuple[int, int] = (matrix.shape[0], matrix.shape[1])
+        self._sizes: torch.Tensor | None = None
+        """(n,) float64: the largest absolute value of each row, computed on first use."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.shape[0]} x {self.shape[1]}, {self.matrix.dtype}, {self.matrix.device})"
@@ -56,11 +62,13 @@ class DeviceCost:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the k columns of least ``sign * c - v`` of each row: see :meth:`Cost.row_topk`.
 
-        The bound is the least value outside the list.
+        The bound is the least value outside the list, or up to float32's rounding less where a kernel screens.
         """
         rows = np.arange(self.shape[0]) if rows is None else np.asarray(rows, np.int64)
         m = self.shape[1]
         k = min(k, m)
+        if k and has_matrix_topk(self.matrix, k):
+            return self._screened(v, k, rows, sign)
         items = np.empty((len(rows), k), np.int32)
         costs = np.empty((len(rows), k))
         bound = np.full(len(rows), np.inf)
@@ -75,11 +83,32 @@ class DeviceCost:
 
     def row_min(self, v: np.ndarray, sign: float = 1.0) -> np.ndarray:
         """Return (n,) float64, the least ``sign * c - v`` of each row."""
+        out, rows = np.empty(self.shape[0]), np.arange(self.shape[0])
+        k = min(SETTLING, self.shape[1])
+        if k and has_matrix_topk(self.matrix, k):
+            items, costs, bound = self._screened(v, k, rows, sign)
+            out = np.where(items >= 0, costs - v[items], np.inf).min(axis=1)
+            rows = np.flatnonzero(out > bound)  # which float32 leaves open
         duals = self._on_device(v)
-        out = np.empty(self.shape[0])
-        for place, values in self._batches(np.arange(self.shape[0]), sign):
-            out[place] = (values - duals).amin(1).cpu().numpy()
+        for place, values in self._batches(rows, sign):
+            out[rows[place]] = (values - duals).amin(1).cpu().numpy()
         return out
+
+    def _screened(
+        self, v: np.ndarray, k: int, rows: np.ndarray, sign: float
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return what :meth:`row_topk` returns, by one read in float32; the bound is lowered by its rounding."""
+        at = torch.from_numpy(rows).to(self.matrix.device)
+        if self._sizes is None:
+            self._sizes = torch.linalg.vector_norm(
+                self.matrix, torch.inf, dim=1, dtype=torch.float32
+            ).double()
+        found, bound = matrix_topk(self.matrix, at, self._sizes[at], self._on_device(v), k, sign)
+        values = sign * self.matrix[at[:, None], found.clamp(min=0)].double()
+        costs = torch.where(found < 0, torch.inf, values)
+        if k == self.shape[1]:
+            bound = torch.full_like(bound, torch.inf)
+        return found.to(torch.int32).cpu().numpy(), costs.cpu().numpy(), bound.cpu().numpy()
 
     def entries(self, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
         """Return (len(rows),) float64, the entries at (rows, cols)."""

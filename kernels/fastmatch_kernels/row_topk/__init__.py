@@ -20,7 +20,7 @@ from fastmatch_kernels._factors import Factors, check_duals, check_factors, resu
 from fastmatch_kernels.row_topk import reference
 from fastmatch_kernels.row_topk.reference import RowArguments
 
-__all__ = ["entries", "row_min", "row_topk"]
+__all__ = ["entries", "has_matrix_topk", "matrix_topk", "row_min", "row_topk"]
 
 
 def _fake_topk(arguments: RowArguments) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,6 +54,39 @@ def entries(factors: Factors, rows: Tensor, items: Tensor, metric: str = "dot") 
         with torch.cuda.device(rows.device):
             return entries_triton.entries(factors, rows, items, metric)
     return reference.entries(factors, rows, items, metric)
+
+
+def has_matrix_topk(matrix: Tensor, k: int) -> bool:
+    """Whether :func:`matrix_topk` takes a matrix and a length: on a GPU with kernels, of at most float32."""
+    if not matrix.is_cuda or backend_of(matrix) != "triton":
+        return False
+    from fastmatch_kernels.row_topk import stored_triton
+
+    return matrix.dtype in stored_triton.DTYPES and stored_triton.holds(matrix.shape[1], k)
+
+
+def matrix_topk(
+    matrix: Tensor, rows: Tensor, sizes: Tensor, v: Tensor, k: int, sign: float
+) -> tuple[Tensor, Tensor]:
+    """Return the k columns of least ``sign * c - v`` of some rows of a stored matrix on a GPU, as float32 sees them.
+
+    Args:
+        matrix: (any, m).
+        rows: (r,) int64, on its device.
+        sizes: (r,) float64, at least the largest absolute value of each of these rows.
+        v: (m,) float64, on its device.
+        k: entries per row.
+        sign: 1 or -1.
+
+    Returns:
+        (columns (r, k) int64, a valid bound on all others (r,) float64). The bound is exact if v is zero.
+    """
+    from fastmatch_kernels.row_topk import stored_triton
+
+    with torch.cuda.device(matrix.device):
+        found, outside = stored_triton.matrix_topk(matrix, rows, v.float(), k, sign)
+    largest = v.abs().amax()
+    return found, outside.double() - torch.where(largest > 0, 2.0**-22 * (sizes + largest), 0.0)
 
 
 def _checked(

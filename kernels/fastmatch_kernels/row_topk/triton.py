@@ -1,4 +1,4 @@
-# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportCallIssue=false
 # Launches pass plain values for tl.constexpr parameters; tl.static_range is only known to the compiler.
 """Row reductions of ``c_ij - v_j`` for ``c = -(sum_k A_k B_k^T)``: shortlists with a bound, and row minima.
 
@@ -28,7 +28,7 @@ from fastmatch_kernels._triton.product import factor_arguments, output_tile, pla
 from fastmatch_kernels._triton.tiles import ROUNDOFF, Tiles, ceil_div, precision_of
 from fastmatch_kernels.row_topk.reference import RowArguments, term_sizes
 
-__all__ = ["few_of", "product_error", "row_min", "row_topk"]
+__all__ = ["few_of", "product_error", "row_min", "row_topk", "select"]
 
 WORKSPACE = 1 << 28
 """Bytes for candidates."""
@@ -149,6 +149,37 @@ def select_tiles(candidates: int) -> Tiles:
     return Tiles(max(min(4096 // columns, 16), 1), columns, 1, 4 if columns <= 4096 else 8, 1)
 
 
+def select(
+    candidates: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    v: torch.Tensor,
+    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    few: int,
+) -> None:
+    """Select each row's least candidates.
+
+    Args:
+        candidates: (rows, tiles, few) values and columns, (rows, tiles) cut-offs.
+        v: (m,) float32 column duals.
+        out: written: (n, k) columns, values, costs, and (n,) the least value outside; n of the rows are used.
+        few: candidates of a tile.
+    """
+    (n, k), tiles_n = out[0].shape, candidates[2].shape[1]
+    tiles = select_tiles(tiles_n * few)
+    _select_kernel[(ceil_div(n, tiles.rows),)](
+        *candidates,
+        v,
+        *out,
+        n,
+        k,
+        tiles_n * few,
+        tiles_n,
+        BLOCK_R=tiles.rows,
+        BLOCK_C=tiles.columns,
+        BLOCK_T=triton.next_power_of_2(max(tiles_n, 2)),
+        **tiles.options,
+    )
+
+
 def most_columns(k: int, tile: int) -> int:
     """How many columns one selection holds the candidates of, for tiles of ``tile`` columns."""
     # The more tiles there are, the fewer candidates each hands out: double the tiles while they fit.
@@ -208,7 +239,6 @@ def _reduce_part(
     candidates = tiles_n * few
     if candidates > MAX_CANDIDATES:
         raise ValueError(f"k: expected at most {MAX_CANDIDATES} entries per row, got {k}")
-    select = select_tiles(candidates)
     step = max(WORKSPACE // (tiles_n * (8 * few + 4)) // tiles.rows, 1) * tiles.rows
     rows = min(step, n)
     value = torch.empty(rows, tiles_n, few, device=device)
@@ -229,24 +259,7 @@ def _reduce_part(
             few,
             **constants,
         )
-        _select_kernel[(ceil_div(count, select.rows),)](
-            value,
-            column,
-            cutoff,
-            v32,
-            index[part],
-            best[part],
-            cost[part],
-            outside[part],
-            count,
-            k,
-            candidates,
-            tiles_n,
-            BLOCK_R=select.rows,
-            BLOCK_C=select.columns,
-            BLOCK_T=triton.next_power_of_2(max(tiles_n, 2)),
-            **select.options,
-        )
+        select((value, column, cutoff), v32, (index[part], best[part], cost[part], outside[part]), few)
     return index, best, cost, outside
 
 
