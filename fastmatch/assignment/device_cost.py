@@ -99,11 +99,11 @@ class DeviceCost:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return what :meth:`row_topk` returns, by one read in float32; the bound is lowered by its rounding."""
         at = torch.from_numpy(rows).to(self.matrix.device)
-        if self._sizes is None:
-            self._sizes = torch.linalg.vector_norm(
-                self.matrix, torch.inf, dim=1, dtype=torch.float32
-            ).double()
-        found, bound = matrix_topk(self.matrix, at, self._sizes[at], self._on_device(v), k, sign)
+        sizes = self._sizes
+        if sizes is None:
+            sizes = torch.linalg.vector_norm(self.matrix, torch.inf, dim=1, dtype=torch.float32).double()
+            self._sizes = sizes
+        found, bound = matrix_topk(self.matrix, at, sizes[at], self._on_device(v), k, sign)
         values = sign * self.matrix[at[:, None], found.clamp(min=0)].double()
         costs = torch.where(found < 0, torch.inf, values)
         if k == self.shape[1]:
