@@ -20,7 +20,7 @@ from .matching.merge_many import MergeMany as MergeMany
 from .matching.frank_wolfe import FrankWolfe as FrankWolfe
 
 # Structure and proof
-from .spec import PermutationSpec as PermutationSpec, Group as Group, Axis as Axis
+from .spec import PermutationSpec as PermutationSpec, Group as Group, Axis as Axis, Examples as Examples
 from .permutations.verify import verify as verify, Verification as Verification
 
 # Merge

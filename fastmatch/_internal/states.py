@@ -8,7 +8,9 @@ from typing import TypeAlias
 import torch
 from torch import nn
 
-__all__ = ["State", "check_finite", "check_models", "check_same_architecture", "headers_of", "state_of"]
+__all__ = [
+    "State", "check_finite", "check_models", "check_module", "check_same_architecture", "headers_of", "state_of",
+]  # fmt: skip
 
 State: TypeAlias = Mapping[str, torch.Tensor]
 
@@ -21,6 +23,19 @@ def check_models(argument: str, models: object, least: int = 1) -> None:
         raise ValueError(f"{argument}: expected at least {('one', 'two')[least - 1]}, got {len(models)}")
 
 
+def check_module(model: object, argument: str) -> None:
+    """Raise TypeError unless ``model`` is a torch module that runs in Python."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{argument}: expected a torch module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            where = f"its submodule {name!r}" if name else "it"
+            raise TypeError(
+                f"{argument}: {where} is a TorchScript module, of which no copy with other weights can be made; "
+                "give the module that it was compiled from"
+            )
+
+
 def state_of(model: nn.Module | State, argument: str) -> dict[str, torch.Tensor]:
     """Return the named tensors of a model or state dict, detached; they share its memory.
 
@@ -29,6 +44,7 @@ def state_of(model: nn.Module | State, argument: str) -> dict[str, torch.Tensor]
         ValueError: there are no tensors.
     """
     if isinstance(model, nn.Module):
+        check_module(model, argument)
         items = model.state_dict(keep_vars=False)
     elif isinstance(model, Mapping):
         items = model

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmatch._internal.checks import check_choice
 from fastmatch.spec.axes import ActivationSite
-from fastmatch.spec.operations import counts, op_name
+from fastmatch.spec.operations import counts, is_composite, op_name
 from fastmatch.spec.running import plain_operations
 
 __all__ = ["Site", "SiteReader"]
@@ -80,10 +81,24 @@ class SiteReader(TorchDispatchMode):
                 f"{self._sites[last][0].op_name} as operation {last}; trace the model on inputs like the data"
             )
 
+    @contextmanager
+    def _again(self) -> Iterator[None]:
+        """Enter the mode inside its own handler, where torch has left it; the pass begins and ends elsewhere."""
+        super().__enter__()
+        try:
+            yield
+        finally:
+            super().__exit__(None, None, None)
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if self._waits is not None or not counts(func):
+        if self._waits is not None:
+            return func(*args, **(kwargs or {}))
+        if is_composite(func):
+            with self._again():
+                return func.decompose(*args, **(kwargs or {}))
+        if not counts(func):
             return func(*args, **(kwargs or {}))
         self._op += 1
         sites = self._sites.get(self._op, ())

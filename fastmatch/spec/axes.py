@@ -9,7 +9,7 @@ import torch
 
 from fastmatch._internal.checks import check_choice, check_integer
 
-__all__ = ["ActivationSite", "Axis", "Group", "Permutations", "Pin", "Role"]
+__all__ = ["ActivationSite", "Axis", "Group", "Permutations", "Pin", "Role", "UnreadAxis"]
 
 Permutations: TypeAlias = dict[str, torch.Tensor]
 """Group name -> LongTensor of shape (group size,), on the CPU; ``new_b[i] = b[perm[i]]``."""
@@ -162,3 +162,12 @@ class Pin:
     parameter: str
     dim: int
     reason: str
+
+
+@dataclass(frozen=True)
+class UnreadAxis:
+    """Positions along dimension ``dim`` of a parameter that no traced operation read; ``size`` of them."""
+
+    parameter: str
+    dim: int
+    size: int

@@ -8,9 +8,9 @@ from typing import TypeAlias
 
 import torch
 
-from fastmatch.spec.axes import ActivationSite, Axis, Group, Pin
+from fastmatch.spec.axes import ActivationSite, Axis, Group, Pin, UnreadAxis
 from fastmatch.spec.labels import Label
-from fastmatch.spec.nesting import Nesting, find_nesting, locate
+from fastmatch.spec.nesting import UNUSED, Nesting, find_nesting, locate
 from fastmatch.spec.places import occurrences, places
 from fastmatch.spec.record import Record
 
@@ -29,6 +29,7 @@ class Found:
     Attributes:
         groups, shapes, pins, sites: as in the spec.
         entries: the (parameter, dimension) pairs at which units enter; at other axes they leave.
+        unread: axes that no traced operation read.
     """
 
     groups: dict[str, Group]
@@ -36,17 +37,26 @@ class Found:
     pins: tuple[Pin, ...]
     sites: tuple[ActivationSite, ...]
     entries: frozenset[tuple[str, int]]
+    unread: tuple[UnreadAxis, ...] = ()
 
 
-def find_groups(record: Record, state: Mapping[str, torch.Tensor]) -> Found:
-    """Return the groups that a traced forward pass leaves free to move, the pins and the activation sites."""
+def find_groups(
+    record: Record, state: Mapping[str, torch.Tensor], unread: Sequence[UnreadAxis] = ()
+) -> Found:
+    """Return the groups that a traced forward pass leaves free to move, the pins and the activation sites.
+
+    Args:
+        record: of the forward pass.
+        state: name -> parameter or buffer.
+        unread: axes that no operation read; slices that none read are added.
+    """
     entries = frozenset((name, dim) for name, t in state.items() for dim in record.contracted(t))
     labels = {name: record.labels(tensor) for name, tensor in state.items()}
     for listed in labels.values():
         for label in listed:
             places(label)  # pins what no Axis can describe
     nesting = find_nesting(record, list(labels.values()))
-    axes, pins = _axes_and_pins(nesting, labels)
+    axes, pins, slices = _axes_and_pins(nesting, labels)
     order = _order(record, nesting, axes)
     names = _names(order, axes, state)
     groups = {}
@@ -57,7 +67,8 @@ def find_groups(record: Record, state: Mapping[str, torch.Tensor]) -> Found:
         size = axes[key].size
         groups[names[key]] = Group(names[key], size, tuple(axes[key].axes), within, block if within else -1)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    return Found(groups, shapes, tuple(pins), _sites(record, nesting, names), entries)
+    sites = _sites(record, nesting, names)
+    return Found(groups, shapes, tuple(pins), sites, entries, (*unread, *slices))
 
 
 @dataclass(frozen=True)
@@ -70,10 +81,11 @@ class _Unnamed:
 
 def _axes_and_pins(
     nesting: Nesting, labels: Mapping[str, Sequence[Label]]
-) -> tuple[dict[Key, _Unnamed], list[Pin]]:
-    """Return the axes of every group, and the dimensions of which no part moves."""
+) -> tuple[dict[Key, _Unnamed], list[Pin], list[UnreadAxis]]:
+    """Return the axes of every group, the dimensions of which no part moves, and the slices that were not read."""
     axes: dict[Key, _Unnamed] = {}
     pins: list[Pin] = []
+    unread: list[UnreadAxis] = []
     for name, listed in labels.items():
         for dim, label in enumerate(listed):
             reasons: list[str] = []
@@ -82,6 +94,8 @@ def _axes_and_pins(
                 for leaf, block, axis in locate(nesting, listed, dim, whole):
                     if leaf.pinned is not None:
                         reasons.append(leaf.pinned)
+                        if leaf.pinned == UNUSED and axis.at:
+                            unread.append(UnreadAxis(name, dim, leaf.size))
                         continue
                     moves = True
                     group = axes.setdefault((id(leaf), block), _Unnamed(leaf.size, []))
@@ -91,7 +105,7 @@ def _axes_and_pins(
                 # The blocks of a flatten and the positions of a kernel are not hidden units: no pin for them.
                 if not reasons[0].endswith("(spatial)"):
                     pins += [Pin(name, dim, reason) for reason in dict.fromkeys(reasons)]
-    return axes, pins
+    return axes, pins, unread
 
 
 def _sites(record: Record, nesting: Nesting, names: Mapping[Key, str]) -> tuple[ActivationSite, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Call", "bind", "counts", "op_name", "tensors_in"]
+__all__ = ["Call", "bind", "counts", "is_composite", "op_name", "tensors_in"]
 
 
 def op_name(func: Any) -> str:
@@ -19,6 +19,17 @@ def op_name(func: Any) -> str:
 def counts(func: Any) -> bool:
     """Whether the operation is counted. torch adds a detach wherever a mode keeps a new tensor, so it is not."""
     return func is not torch.ops.aten.detach.default
+
+
+@cache
+def is_composite(func: Any) -> bool:
+    """Whether torch defines the operation by others and nothing else.
+
+    Modes see the others, except where tensors were made in inference mode: then they see the operation itself.
+    """
+    return func._can_decompose() and torch._C._dispatch_has_kernel_for_dispatch_key(
+        func.name(), "CompositeImplicitAutograd"
+    )
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:

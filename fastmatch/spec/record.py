@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from fastmatch.spec.axes import Role
 from fastmatch.spec.labels import Label, find, is_pinned, pin, product, segments, split_sum, sum_of
 from fastmatch.spec.operations import Call
+from fastmatch.spec.places import occurrences
 
 __all__ = ["RawSite", "Record", "Slice", "fresh", "storage_id"]
 
@@ -58,20 +59,27 @@ class Record:
     """The labels of every tensor seen, and the facts about them that operations have shown.
 
     Attributes:
+        exchangeable: whether random numbers are alike at every position, as in training, where only their
+            distribution counts. Otherwise each position has its own.
+        real_values: whether the tensors hold what the model computes; False where products were left out.
         sites: where activations can be read.
         slices: (leaf, along, position), by ids -> the slice.
         contractions: (label summed over, labels of the axes for which that happens separately).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, real_values: bool = True) -> None:
+        self.real_values = real_values
+        self.exchangeable = False
         # Tensors are kept alive while tracing, so that their ids stay unique.
         self._labels: dict[int, tuple[torch.Tensor, list[Label]]] = {}
         self._data: set[int] = set()
-        self._used: set[int] = set()
         self._contracted: set[int] = set()
         self._sliced: set[int] = set()
         self._unread: dict[int, tuple[Label, str]] = {}
-        self._positions: dict[int, tuple[torch.Tensor, Label]] = {}
+        self._positions: dict[int, tuple[torch.Tensor, Label, bool]] = {}
+        self._state: set[int] = set()
+        self._level: set[int] = set()
+        self._read: set[int] = set()
         self._followers: dict[int, list[Label]] = {}
         self.sites: list[RawSite] = []
         self.slices: dict[tuple[int, int, int], Slice] = {}
@@ -85,7 +93,6 @@ class Record:
         """Return the labels of a tensor's dimensions; an unknown tensor is a constant, pinned unless uniform."""
         if not self.knows(tensor):
             self.set(tensor, [_constant_label(tensor, d) for d in range(tensor.ndim)])
-        self._used.add(id(tensor))
         if id(tensor) in self._unread:
             pin(*self._unread.pop(id(tensor)))
         return list(self._labels[id(tensor)][1])
@@ -159,9 +166,20 @@ class Record:
         """Return the label that a tensor's integers are positions along; None if they are not known to be."""
         return self._positions[id(tensor)][1] if id(tensor) in self._positions else None
 
-    def set_positions(self, tensor: torch.Tensor, along: Label) -> None:
-        """Note that a tensor's integers are positions along a label."""
-        self._positions[id(tensor)] = (tensor, along)
+    def set_positions(self, tensor: torch.Tensor, along: Label, tied: bool = False) -> None:
+        """Note that a tensor's integers are positions along a label; ``tied`` if equal values may have had to be ranked.
+
+        Which of two equal values comes first depends on their order, so ``along`` is pinned where such integers are used.
+        """
+        self._positions[id(tensor)] = (tensor, along, tied)
+
+    def has_positions(self) -> bool:
+        """Whether any tensor is known to hold positions."""
+        return bool(self._positions)
+
+    def tied(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor's positions may depend on the order of equal values."""
+        return id(tensor) in self._positions and self._positions[id(tensor)][2]
 
     def following(self, index: torch.Tensor, along: Label) -> list[Label]:
         """Return the labels of rows selected by ``index``; with one dimension, rows know their position in ``along``."""
@@ -191,9 +209,64 @@ class Record:
         """Whether a tensor depends on the model's inputs."""
         return storage_id(tensor) in self._data
 
-    def was_used(self, tensor: torch.Tensor) -> bool:
-        """Whether an operation read the tensor."""
-        return id(tensor) in self._used
+    def mark_state(self, tensor: torch.Tensor) -> None:
+        """Note that a tensor, and every view of its memory, depends on parameters or buffers."""
+        self._state.add(storage_id(tensor))
+
+    def is_state(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor depends on parameters or buffers."""
+        return storage_id(tensor) in self._state
+
+    def mark_level(self, tensor: torch.Tensor) -> None:
+        """Note that a tensor may hold equal values at many positions, as a ReLU's zeros."""
+        self._level.add(storage_id(tensor))
+
+    def is_level(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor may hold equal values at many positions."""
+        return storage_id(tensor) in self._level
+
+    def mark_read(self, tensor: torch.Tensor) -> None:
+        """Note that an operation computed with the tensor's values, or that the model returned them."""
+        self._read.add(id(tensor))
+
+    def leaves_read(self) -> set[int]:
+        """Return the ids of the leaves along which values were read; a whole counts if any of its slices does."""
+        found = {
+            id(x.leaf)
+            for key in self._read
+            if key in self._labels
+            for label in self._labels[key][1]
+            for x in occurrences(label)
+        }
+        for part in self.slices.values():
+            if any(id(x.leaf) in found for x in occurrences(part.inside)):
+                found |= {id(x.leaf) for x in occurrences(part.leaf)}
+        return found
+
+    def unread_tensors(self, state: Mapping[str, torch.Tensor]) -> list[str]:
+        """Return the names of the tensors of which no operation read anything."""
+        read = self.leaves_read()
+        return [
+            name
+            for name, tensor in state.items()
+            if (leaves := {id(x.leaf) for label in self.labels(tensor) for x in occurrences(label)})
+            and not leaves & read
+        ]
+
+    def pin_memory(self, tensor: torch.Tensor, reason: str) -> None:
+        """Pin every axis of every tensor in the same memory, and what their integers are positions along."""
+        memory = storage_id(tensor)
+        for other, labels in list(self._labels.values()):
+            if storage_id(other) == memory:
+                for label in labels:
+                    pin(label, reason)
+                self.pin_positions(other, reason)
+
+    def pin_positions(self, tensor: torch.Tensor, reason: str) -> None:
+        """Pin the label that a tensor's integers are positions along, if any."""
+        along = self.positions(tensor)
+        if along is not None:
+            pin(along, reason)
 
     def mark_contracted(self, label: Label) -> None:
         """Note that a product with data sums over this dimension of a parameter: units enter there."""

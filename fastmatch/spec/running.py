@@ -11,11 +11,14 @@ import torch
 from torch import nn
 
 from fastmatch._internal.checks import check_choice
+from fastmatch._internal.randomness import random_numbers_kept
 
 __all__ = [
+    "Examples",
     "Experts",
     "Outputs",
     "arguments_of",
+    "examples_of",
     "outputs_named",
     "plain_operations",
     "tensors_returned",
@@ -68,13 +71,14 @@ def _settings(model: nn.Module | None) -> list[tuple[Any, str, Any]]:
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Run in eval mode without gradients; restore training flags and buffers, also after an error."""
+    """Run in eval mode without gradients; restore training flags, buffers and random states, also after an error."""
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
+    # A buffer made in inference mode cannot be written to outside of it.
+    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers() if not b.is_inference()]
     names = [(module, dict(module._buffers)) for module in model.modules()]
     try:
         model.eval()
-        with torch.no_grad(), plain_operations(model):
+        with torch.inference_mode(False), torch.no_grad(), random_numbers_kept(), plain_operations(model):
             yield
     finally:
         for module, mode in modes:
@@ -89,10 +93,46 @@ def untouched(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(value)
 
 
+class Examples:
+    """Several example inputs of one model, for a model whose forward pass depends on its inputs.
+
+    Where a function takes ``example_inputs``, it takes these as well: a trace joins what each of them shows, and a
+    proof runs on each.
+
+    Example:
+        >>> spec = fm.PermutationSpec.trace(model_a, fm.Examples(x, x[:1]))
+        >>> spec.groups == fm.PermutationSpec.trace(model_a, x).groups
+        True
+
+    Args:
+        inputs: each a tensor, a tuple of positional inputs, or a mapping of keyword inputs.
+
+    Raises:
+        ValueError: there are none.
+    """
+
+    def __init__(self, *inputs: Any) -> None:
+        if not inputs:
+            raise ValueError("inputs: expected at least one example, got none")
+        self.inputs = inputs
+
+
+def examples_of(
+    example_inputs: Any, kwargs: Mapping[str, Any] | None
+) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Return the positional and keyword arguments of every example; ``kwargs`` are given to all."""
+    if not isinstance(example_inputs, Examples):
+        return [arguments_of(example_inputs, kwargs)]
+    found = [arguments_of(inputs, None) for inputs in example_inputs.inputs]
+    return [(args, {**keywords, **(kwargs or {})}) for args, keywords in found]
+
+
 def arguments_of(
     example_inputs: Any, kwargs: Mapping[str, Any] | None
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return example inputs as positional and keyword arguments of the model."""
+    """Return example inputs as positional and keyword arguments of the model; the first of several examples."""
+    if isinstance(example_inputs, Examples):
+        return arguments_of(example_inputs.inputs[0], kwargs)
     if isinstance(example_inputs, Mapping) and kwargs is None:
         return (), dict(example_inputs)
     args = example_inputs if isinstance(example_inputs, (tuple, list)) else (example_inputs,)

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 
+from fastmatch._internal.checks import check_choice
 from fastmatch.spec.axes import ActivationSite, Axis, Group, Permutations, Pin
 from fastmatch.spec.trace import Outputs, trace
+from fastmatch.spec.unread import Unread, check_unread, hold_groups
 
 __all__ = ["PermutationSpec"]
 
@@ -78,6 +80,7 @@ class PermutationSpec:
         *,
         kwargs: Mapping[str, Any] | None = None,
         outputs: Outputs = None,
+        unread: Unread = "refuse",
     ) -> PermutationSpec:
         """Find the groups of ``model`` from the ATen operations of one forward pass.
 
@@ -88,22 +91,34 @@ class PermutationSpec:
 
         Args:
             model: any torch module. It runs once in eval mode without gradients and is left as it was.
-            example_inputs: a tensor, a tuple of positional inputs, or a mapping of keyword inputs. A batch of 2
-                is enough.
+            example_inputs: a tensor, a tuple of positional inputs, a mapping of keyword inputs, or several of
+                these as :class:`Examples`, for a model that takes other branches on other inputs. A batch of 2 is
+                enough.
             kwargs: keyword inputs.
             outputs: which of the model's outputs keep their order, by attribute or key (``["logits"]``), or a
                 function that chooses the names from what the model returned. Default: all outputs, including
                 hidden states that some models return in addition to the logits.
+            unread: what to do about parameters that the model did not read on the examples, but may read on other
+                inputs. ``"refuse"`` raises an error that names them; ``"hold"`` keeps every group in place that has
+                room in one of them; ``"ignore"`` is for parameters that no forward pass reads.
 
         Raises:
-            TypeError: ``model`` is not a torch module.
-            ValueError: the model has no parameters, does not run on the example, or has no such output.
+            TypeError: ``model`` is not a torch module, or it is a TorchScript module.
+            ValueError: the model has no parameters, does not run on the example, has no such output, or did not
+                read parameters that could share a group.
         """
+        check_choice("unread", unread, Unread)
         try:
             found = trace(model, example_inputs, kwargs=kwargs, outputs=outputs)
         except RuntimeError as error:
             raise ValueError(f"example_inputs: the model does not run on them ({error})") from error
-        return cls(found.groups, found.shapes, found.pins, found.sites)
+        if unread == "refuse":
+            check_unread(found.groups, found.unread)
+        spec = cls(found.groups, found.shapes, found.pins, found.sites)
+        if unread == "hold" and found.unread:
+            kept, pins = hold_groups(found.groups, found.unread)
+            spec = replace(spec.select(kept), pins=(*found.pins, *pins))
+        return spec
 
     def axes_of(self, parameter: str) -> tuple[tuple[Axis, str], ...]:
         """Return every (axis, group name) of one parameter; empty if no group moves it."""

@@ -14,15 +14,20 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastmatch._internal.states import check_module
+from fastmatch.spec.branches import Siblings, training
+from fastmatch.spec.escapes import Escapes
 from fastmatch.spec.grouping import Found, find_groups
 from fastmatch.spec.labels import Label, pin, unify
-from fastmatch.spec.nesting import UNUSED
-from fastmatch.spec.operations import Call, bind, counts, op_name, tensors_in
-from fastmatch.spec.record import Record, fresh, storage_id
-from fastmatch.spec.rules import RULES
+from fastmatch.spec.operations import Call, bind, counts, is_composite, op_name, tensors_in
+from fastmatch.spec.origins import COPIES, follow_origins, follow_ties
+from fastmatch.spec.record import RawSite, Record, fresh, storage_id
+from fastmatch.spec.rules import rule_of
+from fastmatch.spec.rules.elementwise import FACTORIES, exchangeable
 from fastmatch.spec.rules.indexing import follow_positions
 from fastmatch.spec.rules.registry import pin_all
-from fastmatch.spec.running import Outputs, arguments_of, outputs_named, untouched
+from fastmatch.spec.running import Outputs, examples_of, outputs_named, untouched
+from fastmatch.spec.unread import pin_unread
 
 __all__ = ["Tracer", "trace"]
 
@@ -35,9 +40,9 @@ class Tracer(TorchDispatchMode):
         hollow: memories (by :func:`storage_id`) of parameters that overlap themselves.
     """
 
-    def __init__(self, hollow: set[int] | None = None) -> None:
+    def __init__(self, hollow: set[int] | None = None, record: Record | None = None) -> None:
         super().__init__()
-        self.record = Record()
+        self.record = record or Record()
         self.hollow = hollow or set()
         self.number = -1
 
@@ -45,28 +50,37 @@ class Tracer(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if is_composite(func):
+            with (
+                self
+            ):  # as torch does before a mode sees an operation, but not for tensors made in inference mode
+                return func.decompose(*args, **kwargs)
         out = _hollow_result(op_name(func), args, self.hollow) if self.hollow else None
         if out is None:
             out = func(*args, **kwargs)
         self.number += counts(func)
         call = Call(self.number, op_name(func), bind(func, args, kwargs), out)
-        if any(self.record.is_data(t) for t in call.inputs):
-            for tensor in call.outputs:
-                self.record.mark_data(tensor)
         # The tensors given as out= may have other views, so their old labels are constraints as well.
         written = [kwargs[a.name] for a in func._schema.arguments if a.is_out and a.name in kwargs]
         earlier = [(t, self.record.labels(t)) for t in written if self.record.knows(t)]
+        follow_origins(self.record, call)
         follow_positions(self.record, call)
-        self._apply_rule(call)
+        if not (func.is_view or call.base in COPIES or call.base in FACTORIES):
+            for tensor in call.inputs:
+                self.record.mark_read(tensor)
+        self._apply_rule(func, call)
         for tensor, before in earlier:
             self._unite_written(call.name, tensor, before)
         for tensor in call.outputs:
             if not self.record.knows(tensor):
-                self.record.labels(tensor)  # a tensor without inputs is a constant
+                self._label_constant(func, call, tensor)
+        follow_ties(self.record, call)
         return out
 
-    def _apply_rule(self, call: Call) -> None:
-        rule = RULES.get(call.base) if call.name.startswith("aten.") else None
+    def _apply_rule(self, func: Any, call: Call) -> None:
+        rule = rule_of(func)
+        if self.record.exchangeable and torch.Tag.nondeterministic_seeded in func.tags:
+            rule = exchangeable
         if rule is None:
             if call.inputs:
                 pin_all(self.record, call, call.name)
@@ -76,6 +90,13 @@ class Tracer(TorchDispatchMode):
         except Exception as error:
             # The rule was not written for this form of the operation: as safe as having no rule.
             pin_all(self.record, call, f"{call.name} (its rule failed: {type(error).__name__})")
+
+    def _label_constant(self, func: Any, call: Call, tensor: torch.Tensor) -> None:
+        """Label a tensor that has no inputs; random numbers that happen to be equal here are not equal elsewhere."""
+        if torch.Tag.nondeterministic_seeded in func.tags and not self.record.exchangeable:
+            self.record.set(tensor, fresh(tensor.shape, call.name))
+        else:
+            self.record.labels(tensor)
 
     def _unite_written(self, name: str, tensor: torch.Tensor, before: list[Label]) -> None:
         """Unite the labels that a tensor had before it was written to with those of the result."""
@@ -123,44 +144,58 @@ def trace(
 
     ``run(tracer, *args, **kwargs)`` runs the model if a plain call is not enough.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch module, got {type(model).__name__}")
+    check_module(model, "model")
     state: dict[str, torch.Tensor] = {
         name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)
     }
     if not state:
         raise ValueError("model: has no parameters or buffers to permute")
-    args, keywords = arguments_of(example_inputs, kwargs)
-    if not tensors_in((args, keywords)):
-        raise ValueError(
-            "example_inputs: expected what the model takes, a batch of 2 is enough; got no tensor"
-        )
-    tracer = Tracer(hollow={storage_id(t) for t in state.values() if t.untyped_storage().nbytes() < t.nbytes})
-    _label_state(tracer.record, state)
-    for tensor in tensors_in((args, keywords)):
-        tracer.record.set(tensor, fresh(tensor.shape, "model input"))
-        tracer.record.mark_data(tensor)
-    with untouched(model):
-        with tracer:
-            output = run(tracer, *args, **keywords) if run else model(*args, **keywords)
+    examples = examples_of(example_inputs, kwargs)
+    for args, keywords in examples:
+        if not tensors_in((args, keywords)):
+            raise ValueError(
+                "example_inputs: expected what the model takes, a batch of 2 is enough; got no tensor"
+            )
+    hollow = {storage_id(t) for t in state.values() if t.untyped_storage().nbytes() < t.nbytes}
+    record = Record(real_values=not hollow)
+    _label_state(record, state)
+    sites: list[RawSite] = []
+
+    def passed(args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        tracer, siblings = Tracer(hollow, record), Siblings(model)
+        for tensor in tensors_in((args, keywords)):
+            if not record.knows(tensor):
+                record.set(tensor, fresh(tensor.shape, "model input"))
+            record.mark_data(tensor)
+        with Escapes(record), tracer:
+            with siblings.watched():
+                output = run(tracer, *args, **keywords) if run else model(*args, **keywords)
+            # Sites are numbered by the operations of one pass: those of the first example are kept.
+            sites.extend(record.sites if not sites else ())
+            siblings.call_others(record)
         returned = outputs_named(output, outputs(output) if callable(outputs) else outputs)
         if not returned:
             raise ValueError(
                 f"model: returned {type(output).__name__} with no tensor in it; expected outputs to compare"
             )
-        _pin_ends(tracer.record, state, returned)
-        return find_groups(tracer.record, state)
+        _pin_returned(record, returned)
+
+    with untouched(model):
+        for args, keywords in examples:
+            passed(args, keywords)
+        training(model, state, record, lambda: passed(*examples[0]))
+        record.sites = sites
+        unread = pin_unread(record, state)
+        return find_groups(record, state, unread)
 
 
-def _pin_ends(record: Record, state: Mapping[str, torch.Tensor], returned: list[torch.Tensor]) -> None:
-    """Pin the axes of the outputs and of parameters that no operation read."""
+def _pin_returned(record: Record, returned: list[torch.Tensor]) -> None:
+    """Pin the axes of the outputs, and what outputs that are positions point along."""
     for tensor in returned:
+        record.mark_read(tensor)
+        record.pin_positions(tensor, "model output")
         for label in record.labels(tensor):
             pin(label, "model output")
-    for tensor in state.values():
-        if not record.was_used(tensor):
-            for label in record.labels(tensor):
-                pin(label, UNUSED)
 
 
 def _label_state(record: Record, state: Mapping[str, torch.Tensor]) -> None:
@@ -176,6 +211,7 @@ def _label_state(record: Record, state: Mapping[str, torch.Tensor]) -> None:
             if tensor.numel():
                 memory.setdefault(view[0], []).append(view)
         record.set(tensor, views[view])
+        record.mark_state(tensor)
     for sharing in memory.values():
         spans = sorted((_span(view), view) for view in sharing) if len(sharing) > 1 else []
         end, last = 0, None

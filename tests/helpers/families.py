@@ -173,7 +173,7 @@ FAMILIES = [
            max_source_positions=9, max_target_positions=POSITIONS),
     Family("wav2vec 2.0", "Wav2Vec2ForCTC", waves, **TEXT, conv_dim=[8, 10, 12], conv_kernel=[5, 3, 2],
            conv_stride=[3, 2, 1], num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=3,
-           apply_spec_augment=False),
+           mask_time_length=2),
     Family("Mamba", "MambaForCausalLM", text, vocab_size=VOCABULARY, hidden_size=24, num_hidden_layers=2,
            state_size=5, time_step_rank=3),
 ]

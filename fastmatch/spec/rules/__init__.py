@@ -19,7 +19,7 @@ from fastmatch.spec.rules import (
     shape,
     sorting,
 )
-from fastmatch.spec.rules.registry import RULES
+from fastmatch.spec.rules.registry import RULES, rule_of
 
 __all__ = [
     "RULES",
@@ -32,6 +32,7 @@ __all__ = [
     "norms",
     "pooling",
     "reduction",
+    "rule_of",
     "shape",
     "sorting",
 ]

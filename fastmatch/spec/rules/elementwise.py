@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import torch
 
-from fastmatch.spec.labels import Label, unify
+from fastmatch.spec.labels import unify
 from fastmatch.spec.operations import Call
 from fastmatch.spec.record import Record, fresh
-from fastmatch.spec.rules.registry import rule
+from fastmatch.spec.rules.registry import POINTWISE, broadcast_labels, rule
 
-__all__ = ["FACTORIES", "elementwise"]
+__all__ = ["FACTORIES", "elementwise", "exchangeable"]
 
 NONLINEARITIES = (
     "_prelu_kernel", "celu", "clamp_min", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu",
-    "log_sigmoid_forward", "mish", "prelu", "relu", "sigmoid", "silu", "softplus", "tanh", "threshold",
+    "log_sigmoid_forward", "mish", "relu", "sigmoid", "silu", "softplus", "tanh", "threshold",
 )  # fmt: skip
 """Activations are read at the input or output of these."""
 
 OTHERS = (
-    "_to_copy", "abs", "acos", "add", "addcdiv", "addcmul", "alias", "asin", "atan", "atan2", "bitwise_and",
-    "bitwise_not", "bitwise_or", "ceil", "clamp", "clamp_max", "clone", "contiguous", "copy", "cos", "cosh", "detach",
-    "div", "eq", "erf", "exp", "exp2", "expm1", "fill", "floor", "floor_divide", "fmod", "ge", "gt", "hardshrink",
-    "isfinite", "isinf", "isnan", "le", "lerp", "lift_fresh", "log", "log1p", "log2", "logical_and", "logical_not",
-    "logical_or", "lt", "masked_fill", "maximum", "minimum", "mul", "nan_to_num", "ne", "neg", "pow", "reciprocal",
-    "relu6", "remainder", "round", "rsqrt", "rsub", "sign", "sin", "sinh", "softshrink", "sqrt", "square", "sub",
-    "tan", "to", "trunc", "where", "zero",
+    POINTWISE, "_neg_view", "_to_copy", "alias", "clone", "complex", "contiguous", "copy", "detach", "fill",
+    "floor_divide", "lift_fresh", "lift_fresh_copy", "polar", "resolve_conj", "resolve_neg", "zero",
 )  # fmt: skip
+"""Pointwise operations that torch does not mark as such, and the entry for those that it marks."""
 
 FACTORIES = (
     "empty", "empty_like", "empty_strided", "full", "full_like", "new_empty", "new_empty_strided", "new_full",
@@ -38,18 +34,7 @@ FACTORIES = (
 def elementwise(record: Record, call: Call) -> None:
     """Unite the operands position by position; a broadcast axis is not united."""
     out, *saved = call.outputs
-    labels: list[Label | None] = [None] * out.ndim
-    for tensor in call.inputs:
-        offset = out.ndim - tensor.ndim
-        for dim, label in enumerate(record.labels(tensor)):
-            if label.size != out.shape[offset + dim]:
-                continue  # broadcast: the same at every position of this axis
-            seen = labels[offset + dim]
-            if seen is not None:
-                unify(seen, label, call.name)
-            if seen is None or label.follows is not None:
-                labels[offset + dim] = label
-    result = [label if label is not None else Label(n) for label, n in zip(labels, out.shape, strict=True)]
+    result = broadcast_labels(record, call.inputs, out.shape, call.name)
     if not record.knows(out):
         record.set(out, result)
     else:  # in place
@@ -66,3 +51,16 @@ def elementwise(record: Record, call: Call) -> None:
 @rule(*FACTORIES)
 def _factory(record: Record, call: Call) -> None:
     record.set(call.out, fresh(call.out.shape))
+
+
+def exchangeable(record: Record, call: Call) -> None:
+    """Take random numbers as alike at every position: where only their distribution counts."""
+    if not all(t.is_floating_point() or t.dtype == torch.bool for t in call.outputs):
+        raise NotImplementedError("random positions")
+    shaped = [t for t in call.inputs if t.shape == call.outputs[0].shape]
+    if len(shaped) != len(call.inputs):
+        raise NotImplementedError("a distribution with parameters of another shape")
+    labels = broadcast_labels(record, shaped, call.outputs[0].shape, call.name)
+    for tensor in call.outputs:
+        if not record.knows(tensor):
+            record.set(tensor, labels)

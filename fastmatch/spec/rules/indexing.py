@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 
 from fastmatch.spec.labels import Label, pin, unify
-from fastmatch.spec.operations import Call
-from fastmatch.spec.record import Record, fresh
+from fastmatch.spec.operations import Call, tensors_in
+from fastmatch.spec.record import Record
 from fastmatch.spec.rules.elementwise import FACTORIES
-from fastmatch.spec.rules.registry import rule
+from fastmatch.spec.rules.registry import broadcast_labels, rule, unify_broadcast
 
 __all__ = ["follow_positions"]
 
@@ -26,25 +26,32 @@ KEEPS_POSITIONS = frozenset(
 )  # fmt: skip
 """The results of these operations hold positions along the same label."""
 
-USES_POSITIONS = frozenset(
-    ["index", "gather", "scatter", "scatter_", "index_select", "zeros_like", "ones_like"]
-)
-"""The rules of these operations know what to do with positions along a label."""
+INDEX_ARGUMENTS = {
+    "gather": "index", "index": "indices", "index_put": "indices", "index_put_": "indices", "index_select": "index",
+    "scatter": "index", "scatter_": "index", "scatter_add": "index", "scatter_add_": "index",
+}  # fmt: skip
+"""The rules of these operations know what to do with positions along a label, given in this argument."""
 
 
 def follow_positions(record: Record, call: Call) -> None:
     """Give the result the positions that an operation keeps; pin their label if it computes with them."""
-    carriers = [t for t in call.inputs if record.positions(t) is not None]
-    keeps = bool(carriers) and call.base in KEEPS_POSITIONS and call.first is carriers[0]
-    for tensor in carriers:
+    if call.base in FACTORIES or not record.has_positions():
+        return
+    index = tensors_in(call.get(INDEX_ARGUMENTS.get(call.base, "")))
+    for tensor in call.inputs:
         along = record.positions(tensor)
-        assert along is not None
-        if keeps and tensor is call.first:
+        if along is None:
+            continue
+        if call.base in KEEPS_POSITIONS and tensor is call.first:
             for result in call.outputs:
-                if not result.is_floating_point():
-                    record.set_positions(result, along)
-        elif call.base not in FACTORIES and (call.base not in USES_POSITIONS or tensor is call.first):
+                if result.dtype in (torch.int32, torch.int64):
+                    record.set_positions(result, along, record.tied(tensor))
+                else:  # as numbers, or cut short
+                    pin(along, call.name)
+        elif record.tied(tensor) or not any(tensor is t for t in index):
             pin(along, call.name)
+        else:
+            record.contract(along)  # positions are counted in one order, the same for all that they index
 
 
 @rule("select")
@@ -67,7 +74,8 @@ def _unbind(record: Record, call: Call) -> None:
 def _index_select(record: Record, call: Call) -> None:
     labels = record.labels(call["self"])
     dim = call.dim(len(labels))
-    labels[dim] = _picked(record, call, labels[dim], call["index"])[0]
+    picked = _picked(record, call, labels[dim], call["index"])
+    labels[dim] = picked[0] if picked else Label(1)
     record.set(call.out, labels)
 
 
@@ -76,7 +84,7 @@ def _picked(record: Record, call: Call, label: Label, index: torch.Tensor) -> li
     along = record.positions(index)
     if along is None:
         pin(label, call.name)
-        return fresh(index.shape, call.name)
+        return record.labels(index)
     unify(label, along, call.name)
     return record.following(index, along)
 
@@ -86,7 +94,7 @@ def _index(record: Record, call: Call) -> None:
     labels = record.labels(call["self"])
     indices = {d: index for d, index in enumerate(call["indices"]) if index is not None}
     if any(index.dtype in (torch.bool, torch.uint8) for index in indices.values()):
-        result = _masked(call, labels, indices)
+        result = _masked(record, call, labels, indices)
     elif _is_constant(record, indices):
         ((dim, index),) = indices.items()
         rest = record.select(labels, dim, int(index) % labels[dim].size, call.name, call.out)
@@ -97,16 +105,17 @@ def _index(record: Record, call: Call) -> None:
 
 
 def _is_constant(record: Record, indices: dict[int, torch.Tensor]) -> bool:
-    """Whether the one index is a single number that does not come from the data."""
+    """Whether the one index is a single number that comes from neither the inputs nor the weights."""
     return len(indices) == 1 and all(
-        index.numel() == 1 and record.positions(index) is None for index in indices.values()
+        index.numel() == 1 and not record.is_data(index) and not record.is_state(index)
+        for index in indices.values()
     )
 
 
-def _masked(call: Call, labels: list[Label], indices: dict[int, torch.Tensor]) -> list[Label]:
+def _masked(record: Record, call: Call, labels: list[Label], indices: dict[int, torch.Tensor]) -> list[Label]:
     """Return the labels after a boolean mask, which pins as many dimensions as it has."""
     for d, mask in indices.items():
-        for label in labels[d : d + max(mask.ndim, 1)]:
+        for label in [*labels[d : d + max(mask.ndim, 1)], *record.labels(mask)]:
             pin(label, call.name)
     at = next(iter(indices))
     kept = [] if len(indices) > 1 else labels[at + indices[at].ndim :]
@@ -119,11 +128,12 @@ def _gathered(
     record: Record, call: Call, labels: list[Label], indices: dict[int, torch.Tensor]
 ) -> list[Label]:
     """Return the labels after integer indices; the indexed axes are replaced by those of the indices."""
-    picked: list[Label] = []
-    for d, index in indices.items():
-        picked = _picked(record, call, labels[d], index)
+    tensors = list(indices.values())
+    each = [_picked(record, call, labels[d], index) for d, index in indices.items()]
+    picked = each[0]
     if len(indices) > 1:
-        picked = fresh(torch.broadcast_shapes(*[index.shape for index in indices.values()]), call.name)
+        shape = torch.broadcast_shapes(*[index.shape for index in tensors])
+        picked = broadcast_labels(record, tensors, shape, call.name)
     used = list(indices)
     adjacent = used == list(range(used[0], used[-1] + 1))
     at = used[0] if adjacent else 0
@@ -139,8 +149,10 @@ def _gather(record: Record, call: Call) -> None:
 @rule("scatter", "scatter_", "scatter_add", "scatter_add_")
 def _scatter(record: Record, call: Call) -> None:
     picks = _unite_with_index(record, call)
+    if "add" not in call.base:
+        pin(picks[call.dim(len(picks))], call.name)  # of two values for one position, the order chooses one
     source = call.get("src")
-    if isinstance(source, torch.Tensor) and source.ndim == len(picks):
+    if isinstance(source, torch.Tensor):
         for mine, label in zip(picks, record.labels(source), strict=True):
             _unify_or_pin(mine, label, call.name)
     if not record.knows(call.out):
@@ -168,15 +180,49 @@ def _unify_or_pin(a: Label, b: Label, reason: str) -> None:
         pin(b, reason)
 
 
-@rule("index_add", "index_add_", "index_copy", "index_copy_")
+@rule("index_add", "index_add_", "index_copy", "index_copy_", "index_fill", "index_fill_")
 def _index_add(record: Record, call: Call) -> None:
     labels = record.labels(call["self"])
     dim = call.dim(len(labels))
-    for d, (mine, label) in enumerate(zip(labels, record.labels(call["source"]), strict=True)):
-        if d == dim:
-            pin(mine, call.name)
-            pin(label, call.name)
-        else:
-            unify(mine, label, call.name)
+    for label in [*labels[dim : dim + 1], *record.labels(call["index"])]:
+        pin(label, call.name)
+    source = call.get("source")
+    if source is not None:
+        for d, (mine, label) in enumerate(zip(labels, record.labels(source), strict=True)):
+            pin(label, call.name) if d == dim else unify(mine, label, call.name)
     if not record.knows(call.out):
         record.set(call.out, labels)
+
+
+@rule("index_put", "index_put_")
+def _index_put(record: Record, call: Call) -> None:
+    labels = record.labels(call["self"])
+    indices = {d: index for d, index in enumerate(call["indices"]) if index is not None}
+    if any(index.dtype in (torch.bool, torch.uint8) for index in indices.values()):
+        if len(indices) > 1:
+            raise NotImplementedError("several masks")
+        _put_masked(record, call, labels, *next(iter(indices.items())))
+    else:
+        written = _gathered(record, call, labels, indices)
+        if not call["accumulate"]:
+            for index in indices.values():
+                for label in record.labels(index):
+                    pin(label, call.name)  # of two values for one position, the order chooses one
+        unify_broadcast(record, call["values"], written, call.name)
+    if not record.knows(call.out):
+        record.set(call.out, labels)
+
+
+def _put_masked(record: Record, call: Call, labels: list[Label], at: int, mask: torch.Tensor) -> None:
+    """Unite the values with the axes beside the mask; one value per chosen position depends on their order."""
+    if at:
+        raise NotImplementedError("a mask of later axes")
+    values, rest = call["values"], labels[mask.ndim :]
+    for mine, label in zip(labels, record.labels(mask), strict=False):
+        unify(mine, label, call.name)
+    chosen = record.labels(values)[: max(values.ndim - len(rest), 0)]
+    for label in [*labels[: mask.ndim], *chosen] if any(x.size > 1 for x in chosen) else []:
+        pin(label, call.name)
+    for mine, label in zip(reversed(rest), reversed(record.labels(values)), strict=False):
+        if mine.size == label.size:
+            unify(mine, label, call.name)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from functools import cache
+from typing import Any, TypeAlias
 
 import torch
 
@@ -11,9 +12,17 @@ from fastmatch.spec.labels import Label, pin, split_product, split_sum, unify
 from fastmatch.spec.operations import Call
 from fastmatch.spec.record import Record, fresh
 
-__all__ = ["RULES", "Rule", "cut", "pin_all", "rule", "split_groups", "unify_broadcast"]
+__all__ = [
+    "POINTWISE", "RULES", "Rule", "broadcast_labels", "cut", "pin_all", "rule", "rule_of", "split_groups",
+    "unify_broadcast",
+]  # fmt: skip
 
 Rule: TypeAlias = Callable[[Record, Call], None]
+
+RESHAPES_MEMORY = frozenset(
+    ["as_strided", "as_strided_", "as_strided_scatter", "resize_", "resize_as_", "set_"]
+)
+"""Operations that may reach the whole memory of a tensor, beyond its own axes."""
 
 RULES: dict[str, Rule] = {}
 """Name of an operation without its namespace (``relu_``) -> its rule."""
@@ -30,11 +39,28 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
+POINTWISE = "pointwise"
+"""The entry of the table for every operation that torch itself marks as pointwise and that has no entry of its own."""
+
+
+@cache
+def rule_of(func: Any) -> Rule | None:
+    """Return the rule of an operation of torch (an overload); None if there is none, and every axis is pinned."""
+    namespace, _, name = func._schema.name.partition("::")
+    if namespace != "aten":
+        return None
+    random = torch.Tag.nondeterministic_seeded in func.tags
+    pointwise = torch.Tag.pointwise in func.tags and not random
+    return RULES.get(name) or (RULES[POINTWISE] if pointwise else None)
+
+
 def pin_all(record: Record, call: Call, reason: str) -> None:
     """Pin every axis of the operation's inputs and outputs: the fallback where no rule applies."""
     for tensor in call.inputs:
         for label in record.labels(tensor):
             pin(label, reason)
+        if call.base in RESHAPES_MEMORY:
+            record.pin_memory(tensor, reason)
     for tensor in call.outputs:
         known = record.knows(tensor)
         for label in record.labels(tensor) if known else []:
@@ -63,3 +89,21 @@ def unify_broadcast(record: Record, tensor: torch.Tensor, labels: Sequence[Label
     for mine, label in zip(reversed(labels), reversed(record.labels(tensor)), strict=False):
         if label.size == mine.size:
             unify(mine, label, reason)
+
+
+def broadcast_labels(
+    record: Record, tensors: Sequence[torch.Tensor], shape: Sequence[int], reason: str
+) -> list[Label]:
+    """Unite the axes of tensors that are broadcast to ``shape``, and return the labels of the result."""
+    labels: list[Label | None] = [None] * len(shape)
+    for tensor in tensors:
+        offset = len(shape) - tensor.ndim
+        for dim, label in enumerate(record.labels(tensor)):
+            if label.size != shape[offset + dim]:
+                continue  # broadcast: the same at every position of this axis
+            seen = labels[offset + dim]
+            if seen is not None:
+                unify(seen, label, reason)
+            if seen is None or label.follows is not None:
+                labels[offset + dim] = label
+    return [label if label is not None else Label(n) for label, n in zip(labels, shape, strict=True)]

@@ -66,9 +66,16 @@ def _singleton(record: Record, call: Call) -> None:
 
 @rule("as_strided", "as_strided_")
 def _as_strided(record: Record, call: Call) -> None:
-    labels = record.labels(call["self"])
-    # Only new strides for axes of one position: pooling marks its results as channels-last that way.
-    if [label.size for label in labels] != list(call["size"]):
+    """Accept new strides only for axes of one position: pooling marks its results as channels-last that way."""
+    tensor = call["self"]
+    labels = record.labels(tensor)
+    wide = [(n, s) for n, s in zip(call["size"], call["stride"], strict=True) if n != 1]
+    offset = call["storage_offset"]
+    same = [label.size for label in labels] == list(call["size"]) and offset in (
+        None,
+        tensor.storage_offset(),
+    )
+    if not same or wide != [(n, s) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n != 1]:
         raise NotImplementedError("another view of the memory")
     record.set(call.out, labels)
 

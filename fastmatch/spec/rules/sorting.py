@@ -16,12 +16,29 @@ def _sorted(record: Record, call: Call) -> None:
     """The order is by value, the same whatever the order of the axis was before."""
     labels = record.labels(call["self"])
     dim = call.dim(len(labels))
-    along = labels[dim]
+    along = labels[dim] if labels else Label(1)
     index = call.outputs[-1]
-    labels[dim] = Label(index.shape[dim], pinned=call.name)
+    tied = _tied(record, call, dim)
+    if labels:
+        labels[dim] = Label(index.shape[dim], pinned=call.name)
     for tensor in call.outputs:
         record.set(tensor, labels)
-    record.set_positions(index, along)
+    record.set_positions(index, along, tied)
+
+
+def _tied(record: Record, call: Call, dim: int) -> bool:
+    """Whether equal values may decide what is first: by where they come from, or because these ones do."""
+    values = call["self"].detach()
+    if record.is_level(values) or not values.is_floating_point():
+        return True
+    if not record.real_values:
+        return False
+    ordered = values.sort(dim, descending=call.get("largest") is not False and "min" not in call.base).values
+    kept = values.shape[dim] if call.get("k") is None else call["k"] + 1
+    if call.base in ("max", "min", "argmax", "argmin"):
+        kept = 2
+    ordered = ordered.narrow(dim, 0, min(kept, values.shape[dim]))
+    return bool((ordered.diff(dim=dim) == 0).any())
 
 
 @rule("max", "min", "argmax", "argmin", "median")
@@ -41,4 +58,5 @@ def _extreme(record: Record, call: Call) -> None:
         kept = [Label(1)] if tensor.ndim == len(labels) else []
         record.set(tensor, [*labels[:dim], *kept, *labels[dim + 1 :]])
     if is_index or len(call.outputs) > 1:
-        record.set_positions(call.outputs[-1], labels[dim])
+        along = labels[dim] if labels else Label(1)
+        record.set_positions(call.outputs[-1], along, bool(labels) and _tied(record, call, dim))

@@ -1,0 +1,65 @@
+"""What the values of a tensor come from: inputs, weights, operations that make many of them equal."""
+
+from __future__ import annotations
+
+from fastmatch.spec.operations import Call
+from fastmatch.spec.record import Record
+
+__all__ = ["COPIES", "follow_origins", "follow_ties"]
+
+COPIES = frozenset(
+    [
+        "_to_copy",
+        "_unsafe_view",
+        "clone",
+        "contiguous",
+        "copy",
+        "lift_fresh",
+        "cat",
+        "repeat",
+        "_reshape_copy",
+    ]
+)
+"""Operations that hand values on as a view does: what reads their results reads their operands."""
+
+LEVELING = frozenset(
+    [
+        "_adaptive_avg_pool2d", "bitwise_and", "bitwise_not", "bitwise_or", "bitwise_xor", "ceil", "clamp", "clamp_max",
+        "clamp_min", "eq", "floor", "floor_divide", "fmax", "fmin", "ge", "gt", "hardshrink", "hardsigmoid", "hardswish",
+        "hardtanh", "heaviside", "isfinite", "isinf", "isnan", "le", "logical_and", "logical_not", "logical_or",
+        "logical_xor", "lt", "maximum", "minimum", "ne", "relu", "relu6", "round", "sgn", "sign", "signbit",
+        "softshrink", "threshold", "trunc",
+    ]
+)  # fmt: skip
+"""Operations whose results are equal wherever their operand is above, below or between some values."""
+
+SPREADING = frozenset(
+    [
+        "add", "addbmm", "addmm", "addmv", "addr", "baddbmm", "bmm", "convolution", "dot", "linear", "mm", "mv", "rsub",
+        "sub",
+    ]
+)  # fmt: skip
+"""Operations whose results differ if one operand does, whatever the other is."""
+
+
+def follow_origins(record: Record, call: Call) -> None:
+    """Note which results depend on the model's inputs, and which on its weights."""
+    if any(record.is_data(t) for t in call.inputs):
+        for tensor in call.outputs:
+            record.mark_data(tensor)
+    if any(record.is_state(t) for t in call.inputs):
+        for tensor in call.outputs:
+            record.mark_state(tensor)
+
+
+def follow_ties(record: Record, call: Call) -> None:
+    """Note which results may hold equal values at many positions, so that sorting them depends on their order."""
+    base = call.base.removesuffix("_")
+    operands = [record.is_level(t) for t in call.inputs if t.numel() > 1]
+    to_integers = call.base == "_to_copy" and any(
+        t.is_floating_point() and not call.out.is_floating_point() for t in call.inputs
+    )
+    spread = all(operands) if base in SPREADING else any(operands)
+    if base in LEVELING or to_integers or (operands and spread):
+        for tensor in call.outputs:
+            record.mark_level(tensor)
