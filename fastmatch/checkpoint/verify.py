@@ -15,7 +15,7 @@ from fastmatch._internal.states import check_same_architecture
 from fastmatch.checkpoint.names import RenamedCheckpoint, layout_of
 from fastmatch.checkpoint.reader import Checkpoint
 from fastmatch.checkpoint.structure import build_empty, compared, config_inputs
-from fastmatch.permutations.verify import Wide
+from fastmatch.permutations.precise import Wide
 from fastmatch.spec.running import arguments_of, outputs_named, plain_operations
 
 __all__ = ["CheckpointVerification", "verify_checkpoints"]

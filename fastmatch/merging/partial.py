@@ -17,7 +17,7 @@ from fastmatch.matching.sites import choose_sites, unit_columns
 from fastmatch.merging.rewire import Rewiring, rewire
 from fastmatch.merging.unit_rules import Identity, MatchedUnits, RuleName
 from fastmatch.merging.units import UnitMaps, identity_maps, on_axis
-from fastmatch.permutations.verify import in_double, largest_difference, outputs_of
+from fastmatch.permutations.precise import double_copy, in_double, largest_difference, outputs_of
 from fastmatch.renorm.endpoints import Calls, EndpointStatistics, endpoint_statistics
 from fastmatch.spec import ActivationSite, PermutationSpec
 from fastmatch.spec.activation_sites import SiteReader
@@ -212,7 +212,7 @@ def _work_dtype(state: State) -> torch.dtype:
 def _verify(plan: Rewiring, example_inputs: Any, weights: Sequence[float]) -> None:
     """Raise ValueError unless the rewired graph, with one model's weights everywhere, computes that model."""
     args, kwargs = (in_double(part) for part in arguments_of(example_inputs, None))
-    double = copy_module(plan.structure.module).double()
+    double = double_copy(plan.structure.module)
     expected = outputs_of(double, args, kwargs)
     same = rewire(plan, [double] * len(weights), _identity(plan, weights), weights)
     error = largest_difference(expected, outputs_of(same, args, kwargs))

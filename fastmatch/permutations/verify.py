@@ -2,37 +2,45 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
-from fastmatch._internal.modules import with_state
-from fastmatch._internal.states import state_of
+from fastmatch._internal.modules import copy_module, with_state
+from fastmatch._internal.states import check_module, state_of
 from fastmatch.permutations.apply import apply_permutations
+from fastmatch.permutations.disturb import disturb_weights, disturbed, round_weights
+from fastmatch.permutations.precise import (
+    absolute_difference,
+    double_copy,
+    in_double,
+    largest,
+    outputs_of,
+)
 from fastmatch.spec import Permutations, PermutationSpec
-from fastmatch.spec.running import arguments_of, outputs_named, plain_operations
+from fastmatch.spec.checks import check_spec
+from fastmatch.spec.running import examples_of
 
-__all__ = ["Verification", "Wide", "in_double", "largest_difference", "outputs_of", "verify"]
+__all__ = ["Verification", "verify"]
 
+ROUNDS = 3
+"""Comparisons for each example: with the model's weights, and with disturbed weights and inputs."""
 
-class Wide(TorchFunctionMode):
-    """Turn a model's own casts to float32, common in norms and rotary tables, into casts to float64."""
+ROUNDING = 4096
+"""Rounding errors of the largest output that are always allowed: what sums in another order differ by."""
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        def widen(value: Any) -> Any:
-            return torch.float64 if value is torch.float32 else value
+CANCELLING = 64
+"""Rounding errors of the largest value inside that an output of zero may differ by."""
 
-        if not any(isinstance(x, torch.Tensor) for x in args):
-            return func(*args, **(kwargs or {}))  # a new tensor, such as one to read a file into
-        func = torch.Tensor.double if func is torch.Tensor.float else func
-        return func(*map(widen, args), **{k: widen(v) for k, v in (kwargs or {}).items()})
+NOISE_DRAWS = 3
+NOISE_FACTOR = 1000
+"""How many times the change that rounding errors of the weights cause may be the error."""
+
+MOST = {torch.float64: 1e-4, torch.float32: 1e-2}
+"""The largest error that rounding is accepted as the cause of, relative to the largest output. Beyond, it is a jump."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +50,12 @@ class Verification:
     Attributes:
         error: the largest difference of the outputs, relative to the largest output.
         groups: the groups that moved.
+        dtype: the type that the model was run in: float64, or float32 for a model that runs in nothing else.
     """
 
     error: float
     groups: tuple[str, ...]
+    dtype: torch.dtype = torch.float64
 
 
 def verify(
@@ -56,9 +66,12 @@ def verify(
     kwargs: Mapping[str, Any] | None = None,
     outputs: Sequence[str] | None = None,
     seed: int = 0,
-    tolerance: float = 1e-10,
+    tolerance: float | None = None,
 ) -> Verification:
     """Permute every group of a model at random and compare the outputs, in float64.
+
+    For each example the model runs with its own weights, and twice with disturbed weights and inputs, so that no axis
+    is missed because its entries are all alike. Random numbers that the model draws are the same in every pass.
 
     Example:
         >>> spec = fm.PermutationSpec.trace(model_a, x)
@@ -66,107 +79,202 @@ def verify(
         True
 
     Args:
-        model: the model, which is not changed; a float64 copy is run twice in eval mode.
+        model: the model, which is not changed; a float64 copy is run six times per example in eval mode.
         spec: which axes move together.
-        example_inputs: a tensor or a tuple of positional inputs.
+        example_inputs: a tensor, a tuple of positional inputs, or several of these as :class:`Examples`.
         kwargs: keyword inputs.
         outputs: which outputs to compare, as for :meth:`PermutationSpec.trace`; all of them for None.
-        seed: of the random permutations.
-        tolerance: the largest difference allowed, relative to the largest output.
+        seed: of the permutations, the disturbed weights, and the random numbers that the model draws.
+        tolerance: the largest difference allowed, relative to the largest output. None: what rounding can explain,
+            by the size of the outputs and by how much rounding errors of the weights change them.
 
     Returns:
         A :class:`Verification`.
 
     Raises:
-        ValueError: the outputs differ (the groups that change them by themselves are named), the model does not
-            run in float64, or it returns nothing that can be compared.
+        ValueError: the outputs differ (the groups that change them by themselves are named), the model runs in neither
+            float64 nor float32, or it returns nothing that can be compared.
+        TypeError: ``model`` is not a torch module, or it is a TorchScript module.
     """
-    args, keywords = arguments_of(example_inputs, kwargs)
-    args, keywords = in_double(args), in_double(keywords)
-    generator = torch.Generator().manual_seed(seed)
+    check_module(model, "model")
+    check_spec(spec, state_of(model, "model"), "model")
+    examples = examples_of(example_inputs, kwargs)
+    proof = _proof(model, spec, examples[0], outputs, seed, tolerance)
+    error = 0.0
+    for example in examples:
+        error = max(error, proof.compare(proof.model, example, tell=True))
+    generator = torch.Generator("cpu").manual_seed(seed)
+    for _ in range(1, ROUNDS):
+        for example in examples:
+            error = max(error, proof.compare_disturbed(example, generator))
+    return Verification(error, tuple(spec.groups), proof.dtype)
+
+
+def _proof(
+    model: nn.Module, spec: PermutationSpec, example: Any, outputs: Any, seed: int, tolerance: float | None
+) -> _Proof:
+    """Return a proof in float64, or in float32 if the model runs in nothing else."""
     try:
-        double = copy.deepcopy(model).double().eval()
-        expected = outputs_of(double, args, keywords, outputs)
+        double = double_copy(model)
+        proof = _Proof(double, spec, torch.float64, outputs, seed, tolerance)
+        proof.run(proof.model, example)
+        return proof
     except torch.OutOfMemoryError as error:
         raise ValueError(
             f"model: no memory for a run of its float64 copy ({error}); verify a copy on the CPU, or pass verify=False "
             "to go on without the proof"
         ) from error
-    except RuntimeError as error:
-        raise ValueError(
-            f"model: does not run in float64 on the example inputs ({error}); "
-            "pass verify=False to go on without the proof"
-        ) from error
-    if not any(torch.isfinite(t).any() for t in expected):
-        raise ValueError(
-            "example_inputs: the model returns no finite number on them, so there is nothing to compare; "
-            "give other inputs, or pass verify=False to go on without the proof"
-        )
-    permutations = spec.random(generator)
-    error = _error(double, spec, permutations, args, keywords, expected, outputs)
-    if not error <= tolerance:
-        guilty = {
-            name: alone
-            for name, perm in permutations.items()
-            if not (alone := _error(double, spec, {name: perm}, args, keywords, expected, outputs))
-            <= tolerance
+    except Exception as error:
+        narrow = _Proof(copy_module(model).eval().float(), spec, torch.float32, outputs, seed, tolerance)
+        try:
+            narrow.run(narrow.model, example)
+            return narrow
+        except Exception as other:
+            if isinstance(other, ValueError) and str(other) == str(error):
+                raise
+            raise ValueError(
+                f"model: runs in neither float64 nor float32 on the example inputs ({error}); "
+                "pass verify=False to go on without the proof"
+            ) from error
+
+
+@dataclass(frozen=True)
+class _Proof:
+    """A model in the type it is compared in, and how it is run and judged."""
+
+    model: nn.Module
+    spec: PermutationSpec
+    dtype: torch.dtype
+    outputs: Sequence[str] | None
+    seed: int
+    tolerance: float | None
+
+    def run(self, model: nn.Module, example: tuple[Any, Any]) -> list[torch.Tensor]:
+        """Return the outputs of a model on an example, every time with the same random numbers."""
+        wide = self.dtype == torch.float64
+        args, kwargs = in_double(example) if wide else example
+        return outputs_of(model, args, kwargs, self.outputs, wide=wide, seed=self.seed)
+
+    def moved(self, model: nn.Module, permutations: Permutations) -> nn.Module:
+        return with_state(model, apply_permutations(state_of(model, "model"), self.spec, permutations))
+
+    def compare(self, model: nn.Module, example: tuple[Any, Any], *, tell: bool) -> float:
+        """Return the error of random permutations of every group.
+
+        Raises:
+            ValueError: rounding cannot explain it, or there is nothing to compare (``tell``; otherwise 0 is returned).
+        """
+        expected = self.run(model, example)
+        if not any(torch.isfinite(t).any() for t in expected):
+            if not tell:
+                return 0.0
+            raise ValueError(
+                "example_inputs: the model returns no finite number on them, so there is nothing to compare; "
+                "give other inputs, or pass verify=False to go on without the proof"
+            )
+        permutations = self.spec.random(torch.Generator("cpu").manual_seed(self.seed))
+        judge = _Judge(self, model, example, expected)
+        error = judge.error(permutations)
+        if not error <= judge.limit:
+            guilty = judge.guilty(permutations, list(permutations))
+            named = ", ".join(f"{n!r} (relative error {e:.2g})" for n, e in guilty.items())
+            raise ValueError(
+                f"spec: permuting changes the network's function; group {named or 'several of them together'}. "
+                f"The outputs differ by {error:.2g} relative to the largest; "
+                f"at most {judge.limit:.2g} is allowed"
+            )
+        return error
+
+    def compare_disturbed(self, example: tuple[Any, Any], generator: torch.Generator) -> float:
+        """Compare with disturbed weights and inputs; with the inputs as they are if the model refuses others."""
+        model = copy_module(self.model)
+        disturb_weights(model, generator)
+        other = tuple(disturbed(part, generator) for part in example)
+        try:
+            self.run(model, other)  # type: ignore[arg-type]
+        except Exception:
+            other = example
+        try:
+            self.run(model, other)  # type: ignore[arg-type]
+        except Exception:
+            return 0.0  # the model refuses the weights: its own are what counts
+        return self.compare(model, other, tell=False)  # type: ignore[arg-type]
+
+
+class _Judge:
+    """Says whether the outputs of a permuted model differ by more than rounding explains."""
+
+    def __init__(
+        self, proof: _Proof, model: nn.Module, example: tuple[Any, Any], expected: list[torch.Tensor]
+    ) -> None:
+        self._proof, self._model, self._example, self._expected = proof, model, example, expected
+        self._epsilon = torch.finfo(proof.dtype).eps
+        self._noise: list[float] | None = None
+        self.limit = ROUNDING * self._epsilon if proof.tolerance is None else proof.tolerance
+
+    def error(self, permutations: Permutations) -> float:
+        """Return the largest error, relative to the largest output or to what rounding makes of it."""
+        moved = self._proof.moved(self._model, permutations)
+        outputs = self._proof.run(moved, self._example)
+        differences = [absolute_difference(x, y) for x, y in zip(self._expected, outputs, strict=True)]
+        scales = [largest(t) for t in self._expected]
+        errors = [d / s for d, s in zip(differences, scales, strict=True)]
+        if self._proof.tolerance is None and not max(errors, default=0.0) <= self.limit:
+            scales = [max(s, n / self.limit) for s, n in zip(scales, self._explained(), strict=True)]
+            errors = [d / s for d, s in zip(differences, scales, strict=True)]
+        return max(errors, default=0.0)
+
+    def _explained(self) -> list[float]:
+        """Return, for every output, the difference that rounding can explain: measured, and at most so much."""
+        if self._noise is None:
+            worst = [0.0] * len(self._expected)
+            for draw in range(NOISE_DRAWS):
+                model = copy_module(self._model)
+                generator = torch.Generator("cpu").manual_seed(self._proof.seed + draw)
+                round_weights(model, self._epsilon, generator)
+                outputs = self._proof.run(model, self._example)
+                found = [absolute_difference(x, y) for x, y in zip(self._expected, outputs, strict=True)]
+                worst = [max(a, b) for a, b in zip(worst, found, strict=True)]
+            inside = _largest_inside(self._proof, self._model, self._example)
+            self._noise = [
+                max(min(NOISE_FACTOR * n, MOST[self._proof.dtype] * largest(t)), self._cancelled(n, inside))
+                for n, t in zip(worst, self._expected, strict=True)
+            ]
+        return self._noise
+
+    def _cancelled(self, noise: float, inside: float) -> float:
+        """Return the difference to expect where terms as large as ``inside`` cancel: an output of zero up to rounding."""
+        if noise == 0:
+            return CANCELLING * self._epsilon * inside
+        return min(ROUNDING * self._epsilon * inside, NOISE_FACTOR * noise)
+
+    def guilty(self, permutations: Permutations, names: list[str]) -> dict[str, float]:
+        """Return the groups that change the function by themselves, found by halves, with their errors."""
+        identity = self._proof.spec.identity()
+        error = self.error({**identity, **{name: permutations[name] for name in names}})
+        if error <= self.limit:
+            return {}
+        if len(names) == 1:
+            return {names[0]: error}
+        middle = len(names) // 2
+        return {
+            **self.guilty(permutations, names[:middle]),
+            **self.guilty(permutations, names[middle:]),
         }
-        named = (
-            ", ".join(f"{n!r} (relative error {e:.2g})" for n, e in guilty.items())
-            or "several of them together"
-        )
-        raise ValueError(
-            f"spec: permuting changes the network's function; group {named}. The outputs differ by {error:.2g} "
-            f"relative to the largest; at most {tolerance:.2g} is allowed"
-        )
-    return Verification(error, tuple(spec.groups))
 
 
-def in_double(value: Any) -> Any:
-    """Return nested tensors with the floating point ones in float64."""
-    if isinstance(value, torch.Tensor):
-        return value.double() if value.is_floating_point() else value
-    if isinstance(value, Mapping):
-        return {k: in_double(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(in_double(v) for v in value)
-    return value
+def _largest_inside(proof: _Proof, model: nn.Module, example: tuple[Any, Any]) -> float:
+    """Return the largest value that a module inside the model computes: terms of that size may cancel in the output."""
+    found = [0.0]
 
+    def note(_: nn.Module, __: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor) and output.numel() and not output.is_complex():
+            found.append(largest(output.double()))
 
-def outputs_of(
-    model: nn.Module, args: Any, kwargs: Any, names: Sequence[str] | None = None
-) -> list[torch.Tensor]:
-    """Return every output in float64, integers and booleans included; the model's casts to float32 are widened."""
-    with torch.no_grad(), Wide(), plain_operations(model, "eager"):
-        outputs = [t.detach() for t in outputs_named(model(*args, **kwargs), names)]
-    return [(torch.view_as_real(t) if t.is_complex() else t).to(torch.float64, copy=True) for t in outputs]
-
-
-def _error(
-    model: nn.Module,
-    spec: PermutationSpec,
-    permutations: Permutations,
-    args: Any,
-    kwargs: Any,
-    expected: list[torch.Tensor],
-    outputs: Sequence[str] | None,
-) -> float:
-    """The largest difference between the expected outputs and those of the permuted model."""
-    moved = with_state(model, apply_permutations(state_of(model, "model"), spec, permutations))
-    return largest_difference(expected, outputs_of(moved, args, kwargs, outputs))
-
-
-def largest_difference(expected: list[torch.Tensor], outputs: list[torch.Tensor]) -> float:
-    """Return the largest difference relative to the largest expected output; infinity if shapes or NaN differ."""
-    worst = 0.0
-    for old, new in zip(expected, outputs, strict=True):
-        # NaN would compare as no error, so values that are not finite must be the same; the others are measured.
-        finite = torch.isfinite(old)
-        if old.shape != new.shape or not torch.equal(old[~finite].nan_to_num(), new[~finite].nan_to_num()):
-            return float("inf")
-        if not torch.equal(finite, torch.isfinite(new)):
-            return float("inf")
-        if finite.any():
-            scale = max(float(old[finite].abs().max()), 1e-30)
-            worst = max(worst, float((old - new)[finite].abs().max()) / scale)
-    return worst
+    handles = [module.register_forward_hook(note) for module in model.modules()]
+    try:
+        proof.run(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return max(found)

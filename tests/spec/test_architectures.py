@@ -14,7 +14,7 @@ from fastmatch._internal.states import state_of
 from fastmatch.checkpoint import trace_config
 from fastmatch.checkpoint.structure import compared
 from fastmatch.permutations.apply import apply_permutations
-from fastmatch.permutations.verify import largest_difference, outputs_of
+from fastmatch.permutations.precise import largest_difference, outputs_of
 from fastmatch.spec import PermutationSpec
 from fastmatch.spec.running import tensors_returned
 from helpers.networks import fresh_seed

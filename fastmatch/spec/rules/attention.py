@@ -36,9 +36,8 @@ def _attention(record: Record, call: Call) -> None:
         unify(split[0], key[head], call.name)
     unify(query[-1], key[-1], call.name)
     unify(key[-2], value[-2], call.name)
-    record.contract(query[-1], query[: head + 1])
-    record.contract(key[-1], key[: head + 1])
-    record.contract(key[-2], key[: head + 1])
+    for label in (query[-1], query[-2], key[-1], key[-2], value[-1]):
+        record.contract(label, key[: head + 1])
     if call["is_causal"]:
         pin(query[-2], call.name)
         pin(key[-2], call.name)

@@ -25,6 +25,7 @@ def _convolution(record: Record, call: Call) -> None:
         return
     result = unite(record, call, inputs_split, filters_split, weight)
     record.contract(inputs[channel])
+    record.contract(result)
     if call["bias"] is not None:
         unify(result, record.labels(call["bias"])[0], call.name)
     labels = [*inputs[:channel], result, *fresh(call.out.shape[channel + 1 :], spatial)]

@@ -74,18 +74,19 @@ def _unbind(record: Record, call: Call) -> None:
 def _index_select(record: Record, call: Call) -> None:
     labels = record.labels(call["self"])
     dim = call.dim(len(labels))
-    picked = _picked(record, call, labels[dim], call["index"])
+    picked = _picked(record, call, labels, dim, call["index"])
     labels[dim] = picked[0] if picked else Label(1)
     record.set(call.out, labels)
 
 
-def _picked(record: Record, call: Call, label: Label, index: torch.Tensor) -> list[Label]:
+def _picked(record: Record, call: Call, labels: list[Label], dim: int, index: torch.Tensor) -> list[Label]:
     """Return the labels, one per dimension of ``index``, of an axis whose positions ``index`` picks."""
     along = record.positions(index)
     if along is None:
-        pin(label, call.name)
+        pin(labels[dim], call.name)
+        record.mix(labels, {dim})
         return record.labels(index)
-    unify(label, along, call.name)
+    unify(labels[dim], along, call.name)
     return record.following(index, along)
 
 
@@ -129,7 +130,7 @@ def _gathered(
 ) -> list[Label]:
     """Return the labels after integer indices; the indexed axes are replaced by those of the indices."""
     tensors = list(indices.values())
-    each = [_picked(record, call, labels[d], index) for d, index in indices.items()]
+    each = [_picked(record, call, labels, d, index) for d, index in indices.items()]
     picked = each[0]
     if len(indices) > 1:
         shape = torch.broadcast_shapes(*[index.shape for index in tensors])
@@ -166,7 +167,11 @@ def _unite_with_index(record: Record, call: Call) -> list[Label]:
     for d, (mine, label) in enumerate(zip(labels, picks, strict=True)):
         if d == dim:
             along = record.positions(call["index"])
-            pin(mine, call.name) if along is None else unify(mine, along, call.name)
+            if along is None:
+                pin(mine, call.name)
+                record.mix(labels, {dim})
+            else:
+                unify(mine, along, call.name)
         else:
             _unify_or_pin(mine, label, call.name)
     return picks
@@ -186,6 +191,7 @@ def _index_add(record: Record, call: Call) -> None:
     dim = call.dim(len(labels))
     for label in [*labels[dim : dim + 1], *record.labels(call["index"])]:
         pin(label, call.name)
+    record.mix(labels, {dim})
     source = call.get("source")
     if source is not None:
         for d, (mine, label) in enumerate(zip(labels, record.labels(source), strict=True)):

@@ -17,8 +17,9 @@ def _product(record: Record, call: Call, left: str, right: str) -> list[Label]:
     for x, y in zip(a[:-2], b[:-2], strict=True):
         unify(x, y, call.name)
     batch = [y if y.follows is not None else x for x, y in zip(a[:-2], b[:-2], strict=True)]
-    record.contract(a[-1], batch)
-    record.contract(b[-2], batch)
+    # Rows and columns too are alike for every position that is summed over, even if that axis is one of theirs as well.
+    for label in (a[-1], b[-2], a[-2], b[-1]):
+        record.contract(label, batch)
     labels = [*batch, a[-2], b[-1]]
     from_left, from_right = record.is_data(call[left]), record.is_data(call[right])
     if from_left and not from_right:

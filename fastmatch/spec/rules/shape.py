@@ -144,5 +144,6 @@ def _unfold(record: Record, call: Call) -> None:
     labels = record.labels(call["self"])
     dim = call.dim(len(labels), "dimension")
     pin(labels[dim], call.name)
+    record.mix(labels, {dim})
     labels[dim] = Label(call.out.shape[dim], pinned=call.name)
     record.set(call.out, [*labels, Label(call.out.shape[-1], pinned=call.name)])

@@ -1,0 +1,62 @@
+"""Other weights and inputs of the same kind, on which a proof runs as well.
+
+Fresh biases are zero and fresh scales are one, at every unit alike. A spec that forgets such an axis would pass on
+them, so the weights are disturbed until they differ from unit to unit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["disturbed", "disturb_weights", "round_weights"]
+
+SPREAD = 0.1
+"""How far weights are disturbed, relative to themselves and to the tensor's root mean square."""
+
+
+def disturb_weights(model: nn.Module, generator: torch.Generator) -> None:
+    """Disturb every floating point weight in place; a tensor without negative values, such as variances, stays so."""
+    for tensor in _floating(model):
+        finite = torch.isfinite(tensor)
+        scale = float(tensor[finite].abs().square().mean().sqrt()) if finite.any() else 0.0
+        noise = _uniform(tensor, generator) * (SPREAD * (scale or 1.0))
+        if not tensor.is_complex() and scale:
+            noise = noise.abs() if bool((tensor >= 0).all()) else noise
+            noise = -noise.abs() if bool((tensor <= 0).all()) else noise
+        tensor.add_(torch.where(finite, noise, torch.zeros_like(noise)))
+
+
+def round_weights(model: nn.Module, epsilon: float, generator: torch.Generator) -> None:
+    """Change every weight in place by a few rounding errors."""
+    for tensor in _floating(model):
+        tensor.mul_(1 + 4 * epsilon * _uniform(tensor, generator))
+
+
+def disturbed(value: Any, generator: torch.Generator) -> Any:
+    """Return nested inputs with noise on floating point tensors, and the entries of integer rows shifted by one."""
+    if isinstance(value, torch.Tensor):
+        if value.is_floating_point() and value.numel() > 1:
+            scale = float(value.double().square().mean().sqrt())
+            return value + (0.5 * scale if scale < float("inf") else 0.0) * _uniform(value, generator)
+        # A shift makes no value that was not there, which a table might not have.
+        rows = value.dtype == torch.int64 and value.ndim > 1 and value.shape[-1] > 3
+        return value.roll(1, -1) if rows else value
+    if isinstance(value, dict):
+        return {k: disturbed(v, generator) for k, v in value.items()}
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        return type(value)(disturbed(v, generator) for v in value)
+    return value
+
+
+def _floating(model: nn.Module) -> list[torch.Tensor]:
+    tensors = {id(t): t.data for t in [*model.parameters(), *model.buffers()]}
+    return [t for t in tensors.values() if t.is_floating_point() or t.is_complex()]
+
+
+def _uniform(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Return numbers from -1 to 1 of the shape, type and device of ``tensor``."""
+    values = torch.rand(tensor.shape, generator=generator, dtype=torch.float64, device="cpu") * 2 - 1
+    return values.to(tensor)
