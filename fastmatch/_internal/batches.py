@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fastmatch._internal.checks import check_integer
+from fastmatch._internal.modules import to_eval_mode
 from fastmatch._internal.progress import progress_bar
 
 __all__ = [
@@ -176,7 +177,7 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:
         for model in models:
-            model.eval()
+            to_eval_mode(model)
         with torch.no_grad():
             yield
     finally:

@@ -1,17 +1,29 @@
-"""Copies of modules, and copies that hold other tensors."""
+"""Copies of modules, and copies that hold other tensors.
+
+Copies are made outside of inference mode, whose tensors could not be trained.
+"""
 
 from __future__ import annotations
 
 import copy
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from fastmatch._internal.states import State
 
-__all__ = ["copy_module", "with_state"]
+__all__ = ["copy_module", "to_eval_mode", "with_state"]
 
 
+def to_eval_mode(model: nn.Module) -> nn.Module:
+    """Put a module in eval mode and return it; an exported program has one mode, in which it was exported."""
+    try:
+        return model.eval()
+    except NotImplementedError:
+        return model
+
+
+@torch.inference_mode(False)
 def copy_module(model: nn.Module, memo: dict[int, torch.Tensor] | None = None) -> nn.Module:
     """Return a deep copy, also of modules that hold computed tensors, as torch.nn.utils.prune leaves them.
 
@@ -19,12 +31,24 @@ def copy_module(model: nn.Module, memo: dict[int, torch.Tensor] | None = None) -
     """
     memo = dict(memo or {})
     for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, torch.Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
+        for tensor in _tensors_in(list(vars(module).values())):
+            if not tensor.is_leaf:
+                memo[id(tensor)] = tensor.detach().clone()
+        graph = getattr(module, "graph", None)
+        for node in graph.nodes if isinstance(graph, fx.Graph) else ():
+            memo |= {id(tensor): tensor for tensor in _tensors_in(list(node.meta.values()))}  # without values
     return copy.deepcopy(model, memo)
 
 
+def _tensors_in(value: object) -> list[torch.Tensor]:
+    """Return the tensors in lists, tuples and dicts, where models keep what they have computed."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [tensor for part in parts for tensor in _tensors_in(part)]
+
+
+@torch.inference_mode(False)
 def with_state(model: nn.Module, state: State) -> nn.Module:
     """Return a copy of ``model`` that holds ``state``; tied parameters stay tied.
 
@@ -34,7 +58,7 @@ def with_state(model: nn.Module, state: State) -> nn.Module:
     old = {k: v for k, v in model.state_dict(keep_vars=True).items() if isinstance(v, torch.Tensor)}
     taken: dict[int, torch.Tensor] = {}
     for name, tensor in old.items():
-        new = state[name]
+        new = state[name].clone() if state[name].is_inference() else state[name]
         if type(tensor) in (torch.Tensor, nn.Parameter) and _same_layout(tensor, new):
             is_parameter = isinstance(tensor, nn.Parameter)
             taken.setdefault(id(tensor), nn.Parameter(new, tensor.requires_grad) if is_parameter else new)

@@ -96,7 +96,9 @@ def weight_matching(
 
 def _tensor(value: Any) -> torch.Tensor:
     """Return a tensor unchanged and any other array as a copy, because jax's arrays are read-only."""
-    return value.detach() if isinstance(value, torch.Tensor) else torch.as_tensor(np.array(value))
+    return (
+        value.detach() if isinstance(value, torch.Tensor) else torch.as_tensor(np.array(value), device="cpu")
+    )
 
 
 def weight_matching_with_key(

@@ -108,7 +108,7 @@ def _factors(counts: dict[str, Counter[Axis]]) -> dict[str, float]:
 
 def _orders(count: int) -> Iterator[list[int]]:
     while True:
-        yield torch.randperm(count).tolist()
+        yield torch.randperm(count, device="cpu").tolist()
 
 
 def replacement(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -47,7 +47,7 @@ def match_tensors_permute(
     result = _from_columns(columns, n, add_bias, correlation.device)
     if not get_merge_value:
         return result
-    matched = correlation[torch.arange(n), (count - 1) * n + torch.from_numpy(columns[-1])]
+    matched = correlation[torch.arange(n, device="cpu"), (count - 1) * n + torch.from_numpy(columns[-1])]
     return *result, float(matched.mean())
 
 

@@ -91,10 +91,12 @@ def config_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
 
     def tokens() -> torch.Tensor:
-        return torch.randint(3, config.get_text_config().vocab_size, (BATCH, LENGTH), generator=generator)
+        return torch.randint(
+            3, config.get_text_config().vocab_size, (BATCH, LENGTH), generator=generator, device="cpu"
+        )
 
     def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(BATCH, *shape, generator=generator)
+        return torch.randn(BATCH, *shape, generator=generator, device="cpu")
 
     def images() -> torch.Tensor:
         vision = getattr(config, "vision_config", config)
@@ -140,7 +142,12 @@ def _fill(model: nn.Module) -> None:
             if parameter is None or parameter.device.type != "meta":
                 continue
             if id(parameter) not in made:
-                vector = torch.randn(1 + sum(n - 1 for n in parameter.shape if n), generator=generator) * 0.02
+                vector = (
+                    torch.randn(
+                        1 + sum(n - 1 for n in parameter.shape if n), generator=generator, device="cpu"
+                    )
+                    * 0.02
+                )
                 view = vector.as_strided(parameter.shape, (1,) * parameter.ndim)
                 made[id(parameter)] = nn.Parameter(view, requires_grad=False)
             module._parameters[name] = made[id(parameter)]

@@ -91,7 +91,7 @@ def example_from(shape: str | None, built: Any) -> Any:
         sizes = [int(part) for part in shape.replace("x", ",").split(",")]
     except ValueError as error:
         raise ValueError(f"--input-shape: expected whole numbers such as 2,3,32,32, got {shape!r}") from error
-    return torch.randn(*sizes, generator=torch.Generator().manual_seed(0))
+    return torch.randn(*sizes, generator=torch.Generator().manual_seed(0), device="cpu")
 
 
 def build_network(args: argparse.Namespace) -> tuple[nn.Module, Any]:

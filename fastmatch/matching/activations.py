@@ -160,7 +160,7 @@ def best_permutation(gain: torch.Tensor) -> torch.Tensor:
     loses nothing.
     """
     solution = solve(gain, maximize=True, solver=gain_solver(gain))
-    perm, units = torch.from_numpy(solution.col_ind), torch.arange(len(gain))
+    perm, units = torch.from_numpy(solution.col_ind), torch.arange(len(gain), device="cpu")
     owner = perm.argsort()  # the unit that has the column of unit i
     largest = float(gain.abs().max()) if len(gain) else 0.0
 

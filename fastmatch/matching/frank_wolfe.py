@@ -79,6 +79,7 @@ class FrankWolfe(Strategy):
         return anchored(permutations, reference, spec, matching)
 
 
+@torch.inference_mode(False)  # it needs gradients, whatever mode the caller is in
 def match_frank_wolfe(
     states: Sequence[State], spec: PermutationSpec, options: FrankWolfe, *, progress: bool | None = None
 ) -> tuple[list[Permutations], Matching]:
@@ -109,7 +110,7 @@ def _climb(
 ) -> tuple[Maps, int]:
     """The relaxed maps at which no step raises the objective, and the number of assignment problems solved."""
     names = moving(states[0], spec, options.matcher.include)
-    device = states[0][names[0]].device if names else None
+    device = states[0][names[0]].device if names else torch.device("cpu")
     tensors = [{n: s[n].to(device, torch.float64) for n in names} for s in states]
     maps = [
         [torch.eye(g.size, dtype=torch.float64, device=device) for g in spec.groups.values()] for _ in states
@@ -121,7 +122,7 @@ def _climb(
         solves += sum(map(len, vertices))
         points = [
             [_towards(m, v, t) for m, v in zip(maps, vertices, strict=True)]
-            for t in torch.linspace(0, 1, STEPS, dtype=torch.float64)[1:].tolist()
+            for t in torch.linspace(0, 1, STEPS, dtype=torch.float64, device="cpu")[1:].tolist()
         ]
         with torch.no_grad():
             values = [float(_relaxed(tensors, spec, point)) for point in points]

@@ -216,7 +216,7 @@ class Gains:
         """What has moved in B. If it moved along several dimensions, the gain has to be rebuilt."""
         moved = moved_positions(now, then, self.spec.shapes[axis.parameter])
         if not moved:
-            return _Change(0.0, -1, torch.zeros(0, dtype=torch.long))
+            return _Change(0.0, -1, torch.zeros(0, dtype=torch.long, device="cpu"))
         dim, units = moved.popitem()
         whole = bool(moved) or dim == axis.dim
         return _Change(math.inf if whole else len(units) / self.spec.shapes[axis.parameter][dim], dim, units)

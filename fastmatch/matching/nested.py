@@ -65,7 +65,7 @@ class _Blocks:
         blocks = self.b[part]
         moving = {k: places for k, places in self.kinds.items() if k != but and k in orders}
         for dim in {d for d, _ in moving.values()}:
-            index = torch.arange(blocks.shape[1 + dim]).expand(len(blocks), -1).clone()
+            index = torch.arange(blocks.shape[1 + dim], device="cpu").expand(len(blocks), -1).clone()
             for kind, (along, positions) in moving.items():
                 if along == dim:
                     moved = positions[:, orders[kind]].movedim(1, 0)  # (blocks, outer, size, inner)
@@ -95,17 +95,20 @@ def match_nested(
     Cost: the gains of all units of the subgroups, and p^2 assignments of n x n for p subgroups of n units each.
     """
     kinds = [names for (outer, _), names in spec.subgroups().items() if outer == name]
-    still = {g: torch.arange(spec.groups[g].size) for g in (name, *(g for names in kinds for g in names))}
+    still = {
+        g: torch.arange(spec.groups[g].size, device="cpu")
+        for g in (name, *(g for names in kinds for g in names))
+    }
     others = {**permutations, **still}
     blocks = [_cut(a, b, spec, name, axis, others) for axis in axes]
     sizes = [spec.groups[names[0]].size for names in kinds]
     p = spec.groups[name].size
-    value = torch.zeros(p, p, dtype=torch.float64)
+    value = torch.zeros(p, p, dtype=torch.float64, device="cpu")
     for block in blocks:
         if not block.kinds:
             value += (block.a.flatten(1) @ block.b.flatten(1).T).double().cpu()
     inner = [block for block in blocks if block.kinds]
-    orders = [torch.arange(n).expand(p, p, n).clone() for n in sizes]
+    orders = [torch.arange(n, device="cpu").expand(p, p, n).clone() for n in sizes]
     step = max(1, MAX_ENTRIES // max((n * n for n in sizes), default=1))
     for i in range(p):
         for lo in range(0, p, step):
@@ -115,7 +118,7 @@ def match_nested(
             for kind, order in found.items():
                 orders[kind][i, part] = order
     _, outer = linear_sum_assignment(value, maximize=True)
-    result = {name: torch.as_tensor(outer)}
+    result = {name: torch.as_tensor(outer, device="cpu")}
     for names, order in zip(kinds, orders, strict=True):
         for i, subgroup in enumerate(names):
             result[subgroup] = order[i, result[name][i]]
@@ -162,7 +165,7 @@ def _solve_inner(
             orders[kind] = _solve(sum(total[1:], start=total[0]))
         if turn and all(torch.equal(before[kind], order) for kind, order in orders.items()):
             break
-    optimum = torch.zeros(part.stop - part.start, dtype=torch.float64)
+    optimum = torch.zeros(part.stop - part.start, dtype=torch.float64, device="cpu")
     for kind, order in orders.items():
         gain = own[kind]
         if gain is not None:
@@ -189,8 +192,10 @@ def _gain(
 def _solve(gains: torch.Tensor) -> torch.Tensor:
     """The best order of each problem of a stack, (blocks, size)."""
     if gains.shape[1] <= STACKED_SIZE:
-        return torch.as_tensor(solve_batched(gains.cpu(), maximize=True))
-    return torch.stack([torch.as_tensor(linear_sum_assignment(g, maximize=True)[1]).cpu() for g in gains])
+        return torch.as_tensor(solve_batched(gains.cpu(), maximize=True), device="cpu")
+    return torch.stack(
+        [torch.as_tensor(linear_sum_assignment(g, maximize=True)[1], device="cpu").cpu() for g in gains]
+    )
 
 
 def _cut(
@@ -204,11 +209,11 @@ def _cut(
     blocks = []
     for tensor in (a[parameter], permute_tensor(b[parameter], parameter, spec, permutations)):
         front = axis.slice_of(tensor).movedim(axis.dim, 0)
-        whole = torch.equal(positions.flatten(), torch.arange(front.shape[0]))
+        whole = torch.equal(positions.flatten(), torch.arange(front.shape[0], device="cpu"))
         picked = front if whole else front[positions.flatten().to(front.device)]
         blocks.append(picked.reshape(size, -1, *front.shape[1:]).to(dtype))
-    inside = torch.full((spec.shapes[parameter][axis.dim],), -1)
-    inside[positions[0]] = torch.arange(positions.shape[1])
+    inside = torch.full((spec.shapes[parameter][axis.dim],), -1, device="cpu")
+    inside[positions[0]] = torch.arange(positions.shape[1], device="cpu")
     kinds: dict[int, tuple[int, torch.Tensor]] = {}
     for kind, names in enumerate(names for key, names in spec.subgroups().items() if key[0] == name):
         first = spec.groups[names[0]]

@@ -78,6 +78,7 @@ class StraightThrough(Matcher):
             )
         check_matcher("projection", self.projection, WeightMatching)
 
+    @torch.inference_mode(False)  # it needs gradients, whatever mode the caller is in
     def match(
         self, model_a: Model, model_b: Model, spec: PermutationSpec, *, progress: bool | None = None
     ) -> Matching:

@@ -110,7 +110,7 @@ def _state(model: Model, argument: str) -> State:
 def _index(name: str, permutation: object) -> torch.Tensor:
     """A copy of the permutation as a LongTensor on the CPU; ValueError unless it is one."""
     try:
-        index = torch.as_tensor(permutation).detach().cpu()  # type: ignore[arg-type]
+        index = torch.as_tensor(permutation, device="cpu").detach().cpu()  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"init[{name!r}]: expected integers of shape (size,), got {permutation!r}"
@@ -119,7 +119,7 @@ def _index(name: str, permutation: object) -> torch.Tensor:
         raise ValueError(
             f"init[{name!r}]: expected integers of shape (size,), got shape {tuple(index.shape)} of {index.dtype}"
         )
-    if not torch.equal(index.long().sort().values, torch.arange(len(index))):
+    if not torch.equal(index.long().sort().values, torch.arange(len(index), device="cpu")):
         raise ValueError(f"init[{name!r}]: not a permutation of 0..{len(index) - 1}")
     return index.long().clone()
 

@@ -21,6 +21,7 @@ __all__ = ["Biases", "merge", "merge_states"]
 Biases: TypeAlias = Literal["average", "normalize", "remove"]
 
 
+@torch.inference_mode(False)
 def merge_states(states: Sequence[State], weights: Sequence[float] | None = None) -> dict[str, torch.Tensor]:
     """Return ``sum_k weights[k] * states[k]`` for every floating point tensor, in its own dtype.
 

@@ -95,7 +95,9 @@ class Permute(MatchedUnits):
     def maps(self, moments: Sequence[CrossMoments], weights: Sequence[float]) -> UnitMaps:
         """Return the maps of one group; see :meth:`MatchedUnits.maps`."""
         found = [best_permutation(m.similarity("correlation")) for m in moments]
-        return cluster_maps([torch.arange(len(found[0])), *(perm.argsort() for perm in found)], weights)
+        return cluster_maps(
+            [torch.arange(len(found[0]), device="cpu"), *(perm.argsort() for perm in found)], weights
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,7 +170,10 @@ class CCA(MatchedUnits):
         covariance = joint.similarity("covariance")
         n = len(covariance) // len(weights)
         root_a, inverse_a = roots(covariance[:n, :n], self.gamma)
-        merge, unmerge = [torch.eye(n, dtype=torch.float64)], [torch.eye(n, dtype=torch.float64)]
+        merge, unmerge = (
+            [torch.eye(n, dtype=torch.float64, device="cpu")],
+            [torch.eye(n, dtype=torch.float64, device="cpu")],
+        )
         for k in range(1, len(weights)):
             own = slice(k * n, (k + 1) * n)
             root_b, inverse_b = roots(covariance[own, own], self.gamma)

@@ -100,7 +100,7 @@ def on_axis(unit_map: nn.Module, tensor: torch.Tensor, axis: Axis, size: int) ->
 
 def identity_maps(size: int, weights: Sequence[float]) -> UnitMaps:
     """Return the maps that merge unit j with unit j."""
-    return cluster_maps([torch.arange(size)] * len(weights), weights)
+    return cluster_maps([torch.arange(size, device="cpu")] * len(weights), weights)
 
 
 def cluster_maps(columns: Sequence[torch.Tensor], weights: Sequence[float]) -> UnitMaps:
@@ -110,9 +110,9 @@ def cluster_maps(columns: Sequence[torch.Tensor], weights: Sequence[float]) -> U
         columns: per model, (n,) int64: unit j joins merged unit ``columns[k][j]``.
         weights: one per model.
     """
-    total = torch.zeros(len(columns[0]), dtype=torch.float64)
+    total = torch.zeros(len(columns[0]), dtype=torch.float64, device="cpu")
     for column, weight in zip(columns, weights, strict=True):
-        total.index_add_(0, column, torch.full((len(column),), weight, dtype=torch.float64))
+        total.index_add_(0, column, torch.full((len(column),), weight, dtype=torch.float64, device="cpu"))
     # If every merged unit has one member per model, the total is one up to the rounding of the weights' sum.
     whole = torch.allclose(total, torch.ones_like(total), rtol=0, atol=1e-6)
     scale = None if whole else 1 / total

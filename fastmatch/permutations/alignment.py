@@ -77,7 +77,7 @@ class Alignment:
     @property
     def moved(self) -> int:
         """The number of units that change their place."""
-        return sum(int((p != torch.arange(len(p))).sum()) for p in self.permutations.values())
+        return sum(int((p != torch.arange(len(p), device="cpu")).sum()) for p in self.permutations.values())
 
     @overload
     def apply(self, model: nn.Module) -> nn.Module: ...

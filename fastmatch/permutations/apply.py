@@ -34,7 +34,7 @@ def check_permutations(
     checked = spec.identity()
     for name, perm in permutations.items():
         size = spec.groups[name].size
-        perm = torch.as_tensor(perm).detach().cpu()
+        perm = torch.as_tensor(perm, device="cpu").detach().cpu()
         if perm.shape != (size,) or perm.is_floating_point() or perm.dtype == torch.bool:
             raise ValueError(
                 f"{argument}[{name!r}]: expected {size} integers, got shape {tuple(perm.shape)} of {perm.dtype}"
@@ -67,7 +67,7 @@ def dimension_indices(
         if axis.is_whole(size, length):
             indices[axis.dim] = perm if index is None else index[perm]
             continue
-        indices[axis.dim] = index = torch.arange(length) if index is None else index.clone()
+        indices[axis.dim] = index = torch.arange(length, device="cpu") if index is None else index.clone()
         positions = axis.positions(size)
         # Read through `index`, since another group may already have moved whole blocks of this dimension.
         index[positions] = index[positions[:, perm, :]]
@@ -81,7 +81,7 @@ def slice_indices(
     found = []
     for axis, name in spec.axes_of(parameter):
         if axis.at and axis != skip and not is_identity(permutations[name]):
-            index = torch.arange(spec.shapes[parameter][axis.dim])
+            index = torch.arange(spec.shapes[parameter][axis.dim], device="cpu")
             positions = axis.positions(spec.groups[name].size)
             index[positions] = positions[:, permutations[name], :]
             found.append((axis, index))
@@ -90,7 +90,7 @@ def slice_indices(
 
 def is_identity(permutation: torch.Tensor) -> bool:
     """Return whether a permutation moves nothing."""
-    return torch.equal(permutation, torch.arange(len(permutation)))
+    return torch.equal(permutation, torch.arange(len(permutation), device="cpu"))
 
 
 def permute_tensor(
@@ -116,6 +116,7 @@ def _reorder_slices(tensor: torch.Tensor, slices: Sequence[tuple[Axis, torch.Ten
     return tensor
 
 
+@torch.inference_mode(False)
 def apply_permutations(
     state: State, spec: PermutationSpec, permutations: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["disturbed", "disturb_weights", "round_weights"]
+__all__ = ["disturb_weights", "disturbed", "round_weights"]
 
 SPREAD = 0.1
 """How far weights are disturbed, relative to themselves and to the tensor's root mean square."""

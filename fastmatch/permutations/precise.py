@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from fastmatch._internal.modules import copy_module
+from fastmatch._internal.modules import copy_module, to_eval_mode
 from fastmatch._internal.randomness import random_numbers_kept
 from fastmatch.spec.running import outputs_named, plain_operations
 
@@ -35,7 +35,7 @@ class Wide(TorchFunctionMode):
 
 def double_copy(model: nn.Module) -> nn.Module:
     """Return a copy in eval mode with every parameter and buffer in float64 or complex128."""
-    copied = copy_module(model).eval()
+    copied = to_eval_mode(copy_module(model))
     for tensor in [*copied.parameters(), *copied.buffers()]:
         tensor.data = in_double(tensor.data)
     return copied

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastmatch._internal.modules import copy_module, with_state
+from fastmatch._internal.modules import copy_module, to_eval_mode, with_state
 from fastmatch._internal.states import check_module, state_of
 from fastmatch.permutations.apply import apply_permutations
 from fastmatch.permutations.disturb import disturb_weights, disturbed, round_weights
@@ -125,7 +125,9 @@ def _proof(
             "to go on without the proof"
         ) from error
     except Exception as error:
-        narrow = _Proof(copy_module(model).eval().float(), spec, torch.float32, outputs, seed, tolerance)
+        narrow = _Proof(
+            to_eval_mode(copy_module(model)).float(), spec, torch.float32, outputs, seed, tolerance
+        )
         try:
             narrow.run(narrow.model, example)
             return narrow

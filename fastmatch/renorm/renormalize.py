@@ -76,6 +76,7 @@ def renormalize(
     )[0]
 
 
+@torch.inference_mode(False)
 def renormalize_many(
     models: Sequence[nn.Module],
     endpoints: Sequence[nn.Module] | EndpointStatistics | None,

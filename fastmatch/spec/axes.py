@@ -69,9 +69,9 @@ class Axis:
 
     def positions(self, size: int) -> torch.Tensor:
         """Return the positions of every unit along the dimension, a LongTensor (outer, size, inner)."""
-        o = torch.arange(self.outer)[:, None, None] * self.stride
-        i = torch.arange(size)[None, :, None] * self.inner
-        k = torch.arange(self.inner)[None, None, :]
+        o = torch.arange(self.outer, device="cpu")[:, None, None] * self.stride
+        i = torch.arange(size, device="cpu")[None, :, None] * self.inner
+        k = torch.arange(self.inner, device="cpu")[None, None, :]
         return self.start + o + i + k
 
     def fits(self, size: int, length: int) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from fastmatch.spec.operations import tensors_in
 from fastmatch.spec.record import Record
 
 __all__ = ["Escapes"]
@@ -14,6 +15,9 @@ __all__ = ["Escapes"]
 NAMES = frozenset(
     ["numpy", "tolist", "__array__", "__dlpack__", "data_ptr", "storage", "untyped_storage", "__reduce_ex__"]
 )
+
+SPLIT = "tensor_split"
+"""Reads the places to split at, if they are a tensor, from its memory."""
 
 
 class Escapes(TorchFunctionMode):
@@ -26,9 +30,11 @@ class Escapes(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if getattr(func, "__name__", "") in NAMES and args and isinstance(args[0], torch.Tensor):
+        name = getattr(func, "__name__", "")
+        if name in NAMES or name == SPLIT:
             with torch._C.DisableTorchFunction():
-                self.record.labels(args[0])
-                self.record.mark_read(args[0])
-                self.record.pin_memory(args[0], f"Tensor.{func.__name__}")
+                for tensor in tensors_in(list(args[name == SPLIT :][:1])):
+                    self.record.labels(tensor)
+                    self.record.mark_read(tensor)
+                    self.record.pin_memory(tensor, f"Tensor.{name}")
         return func(*args, **(kwargs or {}))

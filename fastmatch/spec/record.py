@@ -26,7 +26,7 @@ def fresh(shape: Sequence[int], reason: str | None = None) -> list[Label]:
 
 
 def _constant_label(tensor: torch.Tensor, dim: int) -> Label:
-    if tensor.shape[dim] <= 1:
+    if tensor.shape[dim] <= 1 or tensor._is_zerotensor():  # forward derivatives of constants have no memory
         return Label(tensor.shape[dim])
     first = tensor.detach().narrow(dim, 0, 1)
     uniform = bool((tensor.detach() == first).all())

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fastmatch._internal.checks import check_choice
+from fastmatch._internal.modules import to_eval_mode
 from fastmatch._internal.randomness import random_numbers_kept
 
 __all__ = [
@@ -77,7 +78,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     buffers = [(b, b._version, b.detach().clone()) for b in model.buffers() if not b.is_inference()]
     names = [(module, dict(module._buffers)) for module in model.modules()]
     try:
-        model.eval()
+        to_eval_mode(model)
         with torch.inference_mode(False), torch.no_grad(), random_numbers_kept(), plain_operations(model):
             yield
     finally:

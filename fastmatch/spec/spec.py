@@ -211,11 +211,13 @@ class PermutationSpec:
 
     def identity(self) -> Permutations:
         """Return the permutations that change nothing."""
-        return {name: torch.arange(g.size) for name, g in self.groups.items()}
+        return {name: torch.arange(g.size, device="cpu") for name, g in self.groups.items()}
 
     def random(self, generator: torch.Generator | None = None) -> Permutations:
         """Return a random permutation for every group."""
-        return {name: torch.randperm(g.size, generator=generator) for name, g in self.groups.items()}
+        return {
+            name: torch.randperm(g.size, generator=generator, device="cpu") for name, g in self.groups.items()
+        }
 
     def to_json(self) -> str:
         """Return the spec as text, which :meth:`from_json` reads."""

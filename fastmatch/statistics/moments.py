@@ -38,8 +38,8 @@ class ChannelMoments:
     """
 
     count: int = 0
-    mean: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
-    m2: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    mean: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64, device="cpu"))
+    m2: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64, device="cpu"))
 
     def update(self, values: torch.Tensor, dim: int = 1) -> None:
         """Add a batch whose channels are along ``dim``; all other dimensions are samples."""

@@ -19,7 +19,7 @@ NONLINEARITIES = (
 
 OTHERS = (
     POINTWISE, "_neg_view", "_to_copy", "alias", "clone", "complex", "contiguous", "copy", "detach", "fill",
-    "floor_divide", "lift_fresh", "lift_fresh_copy", "polar", "resolve_conj", "resolve_neg", "zero",
+    "floor_divide", "lift_fresh", "lift_fresh_copy", "polar", "resolve_conj", "resolve_neg", "rsub", "zero",
 )  # fmt: skip
 """Pointwise operations that torch does not mark as such, and the entry for those that it marks."""
 

@@ -27,8 +27,9 @@ KEEPS_POSITIONS = frozenset(
 """The results of these operations hold positions along the same label."""
 
 INDEX_ARGUMENTS = {
-    "gather": "index", "index": "indices", "index_put": "indices", "index_put_": "indices", "index_select": "index",
-    "scatter": "index", "scatter_": "index", "scatter_add": "index", "scatter_add_": "index",
+    "_unsafe_index": "indices", "gather": "index", "index": "indices", "index_put": "indices",
+    "index_put_": "indices", "index_select": "index", "scatter": "index", "scatter_": "index",
+    "scatter_add": "index", "scatter_add_": "index", "scatter_reduce": "index", "scatter_reduce_": "index",
 }  # fmt: skip
 """The rules of these operations know what to do with positions along a label, given in this argument."""
 
@@ -90,7 +91,7 @@ def _picked(record: Record, call: Call, labels: list[Label], dim: int, index: to
     return record.following(index, along)
 
 
-@rule("index")
+@rule("index", "_unsafe_index")
 def _index(record: Record, call: Call) -> None:
     labels = record.labels(call["self"])
     indices = {d: index for d, index in enumerate(call["indices"]) if index is not None}
@@ -147,10 +148,10 @@ def _gather(record: Record, call: Call) -> None:
     record.set(call.out, _unite_with_index(record, call))
 
 
-@rule("scatter", "scatter_", "scatter_add", "scatter_add_")
+@rule("scatter", "scatter_", "scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_")
 def _scatter(record: Record, call: Call) -> None:
     picks = _unite_with_index(record, call)
-    if "add" not in call.base:
+    if call.get("reduce") is None and "add" not in call.base:
         pin(picks[call.dim(len(picks))], call.name)  # of two values for one position, the order chooses one
     source = call.get("src")
     if isinstance(source, torch.Tensor):
@@ -185,7 +186,10 @@ def _unify_or_pin(a: Label, b: Label, reason: str) -> None:
         pin(b, reason)
 
 
-@rule("index_add", "index_add_", "index_copy", "index_copy_", "index_fill", "index_fill_")
+@rule(
+    "index_add", "index_add_", "index_copy", "index_copy_", "index_fill", "index_fill_", "index_reduce",
+    "index_reduce_",
+)  # fmt: skip
 def _index_add(record: Record, call: Call) -> None:
     labels = record.labels(call["self"])
     dim = call.dim(len(labels))
@@ -232,3 +236,33 @@ def _put_masked(record: Record, call: Call, labels: list[Label], at: int, mask: 
     for mine, label in zip(reversed(rest), reversed(record.labels(values)), strict=False):
         if mine.size == label.size:
             unify(mine, label, call.name)
+
+
+@rule("take")
+def _take(record: Record, call: Call) -> None:
+    for label in record.labels(call["self"]):
+        pin(label, call.name)
+    record.set(call.out, record.labels(call["index"]))
+
+
+@rule("isin")
+def _isin(record: Record, call: Call) -> None:
+    """Whether each element is in a set, whose own order does not count."""
+    elements = call.get("elements")
+    record.set(call.out, record.labels(elements) if isinstance(elements, torch.Tensor) else [])
+
+
+@rule("bucketize", "searchsorted")
+def _searched(record: Record, call: Call) -> None:
+    """The boundaries are in order; what is looked up among them is not."""
+    values = call["self"]
+    if not isinstance(values, torch.Tensor):
+        raise NotImplementedError("a number looked up")
+    labels = record.labels(values)
+    for name in ("boundaries", "sorted_sequence", "sorter"):
+        for d, label in enumerate(record.labels(call[name]) if call.get(name) is not None else ()):
+            if d < call[name].ndim - 1:
+                unify(label, labels[d], call.name)
+            else:
+                pin(label, call.name)
+    record.set(call.out, labels)

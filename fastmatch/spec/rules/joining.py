@@ -82,3 +82,33 @@ def _glu(record: Record, call: Call) -> None:
     unify(first, second, call.name)
     labels[dim] = first
     record.set(call.out, labels)
+
+
+@rule("slice_scatter")
+def _slice_scatter(record: Record, call: Call) -> None:
+    """Write a slice: the segment that is replaced is united with what replaces it."""
+    labels, source = record.labels(call["self"]), record.labels(call["src"])
+    dim = call.dim(len(labels))
+    length = labels[dim].size
+    for d, (mine, label) in enumerate(zip(labels, source, strict=True)):
+        if d != dim:
+            unify(mine, label, call.name)
+    start, end, step = slice(call["start"], call["end"]).indices(length)
+    if call["step"] != step:
+        pin(labels[dim], call.name)
+        pin(source[dim], call.name)
+    else:
+        segments = cut(labels[dim], [start, max(end - start, 0), length - max(end, start)], call.name)
+        unify(segments[1], source[dim], call.name)
+    record.set(call.out, labels)
+
+
+@rule("select_scatter")
+def _select_scatter(record: Record, call: Call) -> None:
+    labels = record.labels(call["self"])
+    dim = call.dim(len(labels))
+    pin(labels[dim], call.name)
+    rest = [label for d, label in enumerate(labels) if d != dim]
+    for mine, label in zip(rest, record.labels(call["src"]), strict=True):
+        unify(mine, label, call.name)
+    record.set(call.out, labels)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastmatch.spec.labels import Label, pin, unify
 from fastmatch.spec.operations import Call
-from fastmatch.spec.record import Record
+from fastmatch.spec.record import Record, fresh
 from fastmatch.spec.rules.registry import rule, unify_broadcast
 
 __all__: list[str] = []
@@ -67,6 +67,38 @@ def _dot(record: Record, call: Call) -> None:
     _vector_product(record, call, "tensor")
 
 
+@rule("vdot")
+def _vdot(record: Record, call: Call) -> None:
+    _vector_product(record, call, "other")
+
+
+@rule("addmv")
+def _addmv(record: Record, call: Call) -> None:
+    matrix = record.labels(call["mat"])
+    unify(matrix[-1], record.labels(call["vec"])[0], call.name)
+    record.contract(matrix[-1])
+    unify_broadcast(record, call["self"], matrix[:-1], call.name)
+    record.set(call.out, matrix[:-1])
+
+
+@rule("addr")
+def _addr(record: Record, call: Call) -> None:
+    labels = [record.labels(call["vec1"])[0], record.labels(call["vec2"])[0]]
+    unify_broadcast(record, call["self"], labels, call.name)
+    record.set(call.out, labels)
+
+
+@rule("addbmm")
+def _addbmm(record: Record, call: Call) -> None:
+    a, b = record.labels(call["batch1"]), record.labels(call["batch2"])
+    unify(a[0], b[0], call.name)
+    unify(a[2], b[1], call.name)
+    for label in [*a, *b]:
+        record.contract(label)
+    unify_broadcast(record, call["self"], [a[1], b[2]], call.name)
+    record.set(call.out, [a[1], b[2]])
+
+
 def _vector_product(record: Record, call: Call, vector: str) -> None:
     a, b = record.labels(call["self"]), record.labels(call[vector])
     unify(a[-1], b[0], call.name)
@@ -95,3 +127,20 @@ def _embedding(record: Record, call: Call) -> None:
     labels = [*indices, *weight[1:]]
     record.mark_produced(call, labels, len(labels) - 1)
     record.set(call.out, labels)
+
+
+@rule("_embedding_bag", "_embedding_bag_forward_only")
+def _embedding_bag(record: Record, call: Call) -> None:
+    """Sums of rows; which rows are in which bag is pinned."""
+    weight = record.labels(call["weight"])
+    pin(weight[0], f"{call.name} (vocabulary)")
+    for name in ("indices", "offsets", "per_sample_weights"):
+        for label in record.labels(call[name]) if call[name] is not None else ():
+            pin(label, call.name)
+    record.contract(weight[1])
+    first, *saved = call.outputs
+    labels = [*fresh(first.shape[:1], call.name), weight[1]]
+    record.mark_produced(call, labels, 1)
+    record.set(first, labels)
+    for tensor in saved:
+        record.set(tensor, fresh(tensor.shape, call.name))

@@ -14,7 +14,7 @@ from fastmatch.spec.record import Record, fresh
 
 __all__ = [
     "POINTWISE", "RULES", "Rule", "broadcast_labels", "cut", "pin_all", "rule", "rule_of", "split_groups",
-    "unify_broadcast",
+    "unify_broadcast", "unite_broadcast",
 ]  # fmt: skip
 
 Rule: TypeAlias = Callable[[Record, Call], None]
@@ -49,9 +49,12 @@ def rule_of(func: Any) -> Rule | None:
     namespace, _, name = func._schema.name.partition("::")
     if namespace != "aten":
         return None
+    if name in RULES:
+        return RULES[name]
+    if torch.Tag.view_copy in func.tags:
+        return RULES.get(name.removesuffix("_copy"))
     random = torch.Tag.nondeterministic_seeded in func.tags
-    pointwise = torch.Tag.pointwise in func.tags and not random
-    return RULES.get(name) or (RULES[POINTWISE] if pointwise else None)
+    return RULES[POINTWISE] if torch.Tag.pointwise in func.tags and not random else None
 
 
 def pin_all(record: Record, call: Call, reason: str) -> None:
@@ -95,10 +98,15 @@ def broadcast_labels(
     record: Record, tensors: Sequence[torch.Tensor], shape: Sequence[int], reason: str
 ) -> list[Label]:
     """Unite the axes of tensors that are broadcast to ``shape``, and return the labels of the result."""
+    return unite_broadcast([record.labels(tensor) for tensor in tensors], shape, reason)
+
+
+def unite_broadcast(operands: Sequence[Sequence[Label]], shape: Sequence[int], reason: str) -> list[Label]:
+    """Unite the labels of operands that are broadcast to ``shape``, and return those of the result."""
     labels: list[Label | None] = [None] * len(shape)
-    for tensor in tensors:
-        offset = len(shape) - tensor.ndim
-        for dim, label in enumerate(record.labels(tensor)):
+    for operand in operands:
+        offset = len(shape) - len(operand)
+        for dim, label in enumerate(operand):
             if label.size != shape[offset + dim]:
                 continue  # broadcast: the same at every position of this axis
             seen = labels[offset + dim]

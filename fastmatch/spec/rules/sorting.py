@@ -29,19 +29,19 @@ def _sorted(record: Record, call: Call) -> None:
 def _tied(record: Record, call: Call, dim: int) -> bool:
     """Whether equal values may decide what is first: by where they come from, or because these ones do."""
     values = call["self"].detach()
-    if record.is_level(values) or not values.is_floating_point():
+    if record.is_level(values) or not values.is_floating_point() or call.base == "mode":
         return True
     if not record.real_values:
         return False
     ordered = values.sort(dim, descending=call.get("largest") is not False and "min" not in call.base).values
-    kept = values.shape[dim] if call.get("k") is None else call["k"] + 1
+    kept = call["k"] + 1 if call.base == "topk" else values.shape[dim]
     if call.base in ("max", "min", "argmax", "argmin"):
         kept = 2
     ordered = ordered.narrow(dim, 0, min(kept, values.shape[dim]))
     return bool((ordered.diff(dim=dim) == 0).any())
 
 
-@rule("max", "min", "argmax", "argmin", "median")
+@rule("max", "min", "argmax", "argmin", "median", "kthvalue", "mode", "nanmedian")
 def _extreme(record: Record, call: Call) -> None:
     if call.get("other") is not None:  # the larger of two tensors
         elementwise(record, call)

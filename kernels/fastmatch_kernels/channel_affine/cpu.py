@@ -111,7 +111,10 @@ def channel_affine(arguments: AffineArguments) -> tuple[torch.Tensor, torch.Tens
     flat = _same_view(out, dim, by_sample) if out.dtype == torch.float32 else None
     target = torch.empty_like(view) if flat is None else flat
     channels = x.shape[dim]
-    mean, variance = torch.empty(channels, dtype=torch.float64), torch.empty(channels, dtype=torch.float64)
+    mean, variance = (
+        torch.empty(channels, dtype=torch.float64, device="cpu"),
+        torch.empty(channels, dtype=torch.float64, device="cpu"),
+    )
     run = _sample_major if by_sample else _channel_major
     run(
         view.numpy(),

@@ -155,7 +155,7 @@ def moved_positions(now: Indices, then: Indices, shape: Sequence[int]) -> dict[i
         after, before = now.get(dim), then.get(dim)
         if after is before:
             continue
-        every = torch.arange(shape[dim]) if after is None or before is None else after
+        every = torch.arange(shape[dim], device="cpu") if after is None or before is None else after
         positions = torch.nonzero(
             (every if after is None else after) != (every if before is None else before)
         )

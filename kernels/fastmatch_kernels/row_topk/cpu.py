@@ -149,7 +149,7 @@ def each_tile(
     n, m = shape
     height, width = tile
     # One buffer for all tiles: fresh pages would cost as much as the product.
-    room = torch.empty(min(height, n) * min(width, m), dtype=dtype)
+    room = torch.empty(min(height, n) * min(width, m), dtype=dtype, device="cpu")
     for top in range(0, n, height):
         rows = slice(top, min(top + height, n))
         count = rows.stop - top
@@ -172,7 +172,7 @@ def smallest(
 
     ``fill(rows, columns, out)`` writes one tile of c, in v's dtype or as ``stored``: see :func:`merge_tile`.
     """
-    values = torch.full((n, kept), torch.inf, dtype=v.dtype).numpy()
+    values = torch.full((n, kept), torch.inf, dtype=v.dtype, device="cpu").numpy()
     items = np.full((n, kept), -1, np.int32)
     duals = v.numpy()
 
@@ -227,7 +227,10 @@ def _rounded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor,
     Rows that are not finite count as 0, as in ``term_sizes``.
     """
     x = x.float().contiguous()
-    near, squares = torch.empty(x.shape, dtype=torch.uint16), torch.empty(3, len(x), dtype=torch.float64)
+    near, squares = (
+        torch.empty(x.shape, dtype=torch.uint16, device="cpu"),
+        torch.empty(3, len(x), dtype=torch.float64, device="cpu"),
+    )
     over_rows(len(x), x.numel(), partial(round_rows, x.numpy(), near.numpy(), squares.numpy()))
     whole, kept, lost = squares.sqrt().nan_to_num(0, 0, 0)
     return near.view(torch.bfloat16), whole, kept, lost

@@ -57,7 +57,7 @@ class RowArguments(NamedTuple):
 
 def cost(factors: Factors, metric: str = "dot") -> torch.Tensor:
     """Return (n, m) float64: ``sum_k A_k B_k^T``, or the sum of squared L2 or of L1 distances between rows."""
-    total = torch.zeros(len(factors[0][0]), len(factors[0][1]), dtype=torch.float64)
+    total = torch.zeros(len(factors[0][0]), len(factors[0][1]), dtype=torch.float64, device="cpu")
     for a, b in factors:
         a, b = a.double(), b.double()
         if metric == "dot":
