@@ -75,7 +75,7 @@ class Record:
         self._data: set[int] = set()
         self._contracted: set[int] = set()
         self._sliced: set[int] = set()
-        self._unread: dict[int, tuple[Label, str]] = {}
+        self._unread: dict[int, tuple[list[Label], str]] = {}
         self._positions: dict[int, tuple[torch.Tensor, Label, bool]] = {}
         self._state: set[int] = set()
         self._level: set[int] = set()
@@ -94,7 +94,9 @@ class Record:
         if not self.knows(tensor):
             self.set(tensor, [_constant_label(tensor, d) for d in range(tensor.ndim)])
         if id(tensor) in self._unread:
-            pin(*self._unread.pop(id(tensor)))
+            along, reason = self._unread.pop(id(tensor))
+            for label in along:
+                pin(label, reason)
         return list(self._labels[id(tensor)][1])
 
     def set(self, tensor: torch.Tensor, labels: Sequence[Label]) -> None:
@@ -147,8 +149,16 @@ class Record:
             if along.size == 2:
                 split_sum(along, [1, 1])
                 return rest
-        self._unread[id(out)] = (along, name)  # a slice that only gives its shape pins nothing
+        self.pin_if_read(out, [along], name)  # a slice that only gives its shape pins nothing
         return rest
+
+    def pin_if_read(self, tensor: torch.Tensor, labels: Sequence[Label], reason: str) -> None:
+        """Pin labels once an operation reads ``tensor``, which depends on their order in a way that is not followed."""
+        self._unread[id(tensor)] = (list(labels), reason)
+
+    def has_pins(self, tensor: torch.Tensor) -> bool:
+        """Whether reading the tensor would pin something."""
+        return id(tensor) in self._unread
 
     def _slice(self, label: Label, along: Label, position: int) -> Label:
         leaf = find(label)

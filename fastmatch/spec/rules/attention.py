@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from fastmatch.spec.labels import pin, split_product, unify
 from fastmatch.spec.operations import Call
-from fastmatch.spec.record import Record, fresh
-from fastmatch.spec.rules.registry import rule, unify_broadcast
+from fastmatch.spec.record import Record
+from fastmatch.spec.rules.registry import rule, set_saved, unify_broadcast
 
 __all__: list[str] = []
 
 
 @rule(
     "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
-    "_scaled_dot_product_attention_math", "_scaled_dot_product_attention_math_for_mps",
-    "_scaled_dot_product_fused_attention_overrideable", "scaled_dot_product_attention",
+    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_attention_math_for_mps",
+    "_scaled_dot_product_fused_attention_overrideable",
 )  # fmt: skip
 def _attention(record: Record, call: Call) -> None:
     """Unite batch, heads, channels of queries and keys, and positions of keys and values.
@@ -47,5 +46,4 @@ def _attention(record: Record, call: Call) -> None:
             unify_broadcast(record, call[name], scores, call.name)
     first, *saved = call.outputs
     record.set(first, [*query[:-1], value[-1]])
-    for tensor in saved:
-        record.set(tensor, fresh(tensor.shape, call.name))
+    set_saved(record, call, saved, [*query, *key, *value])

@@ -7,7 +7,7 @@ import torch
 from fastmatch.spec.labels import unify
 from fastmatch.spec.operations import Call
 from fastmatch.spec.record import Record, fresh
-from fastmatch.spec.rules.registry import POINTWISE, broadcast_labels, rule
+from fastmatch.spec.rules.registry import POINTWISE, broadcast_labels, rule, set_saved
 
 __all__ = ["FACTORIES", "elementwise", "exchangeable"]
 
@@ -18,8 +18,8 @@ NONLINEARITIES = (
 """Activations are read at the input or output of these."""
 
 OTHERS = (
-    POINTWISE, "_neg_view", "_to_copy", "alias", "clone", "complex", "contiguous", "copy", "detach", "fill",
-    "floor_divide", "lift_fresh", "lift_fresh_copy", "polar", "resolve_conj", "resolve_neg", "rsub", "zero",
+    POINTWISE, "_neg_view", "_to_copy", "alias", "clone", "complex", "copy", "detach", "fill",
+    "floor_divide", "lift_fresh", "lift_fresh_copy", "polar", "rsub", "zero",
 )  # fmt: skip
 """Pointwise operations that torch does not mark as such, and the entry for those that it marks."""
 
@@ -41,7 +41,10 @@ def elementwise(record: Record, call: Call) -> None:
         for mine, label in zip(record.labels(out), result, strict=True):
             unify(mine, label, call.name)
     for tensor in saved:  # for a backward pass; empty on some devices
-        record.set(tensor, result if tensor.shape == out.shape else fresh(tensor.shape, call.name))
+        if tensor.shape == out.shape:
+            record.set(tensor, result)
+        else:
+            set_saved(record, call, [tensor], result)
     first = call.first
     is_nonlinearity = call.base.removesuffix("_") in NONLINEARITIES
     if is_nonlinearity and isinstance(first, torch.Tensor) and first.shape == out.shape:

@@ -25,7 +25,7 @@ def _slice(record: Record, call: Call) -> None:
     record.set(call.out, labels)
 
 
-@rule("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk")
+@rule("split", "split_with_sizes", "unsafe_split")
 def _split(record: Record, call: Call) -> None:
     labels = record.labels(call["self"])
     dim = call.dim(len(labels))

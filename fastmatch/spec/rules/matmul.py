@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastmatch.spec.labels import Label, pin, unify
 from fastmatch.spec.operations import Call
 from fastmatch.spec.record import Record, fresh
-from fastmatch.spec.rules.registry import rule, unify_broadcast
+from fastmatch.spec.rules.registry import rule, set_saved, unify_broadcast
 
 __all__: list[str] = []
 
@@ -36,11 +36,6 @@ def _product(record: Record, call: Call, left: str, right: str) -> list[Label]:
 @rule("mm", "bmm")
 def _mm(record: Record, call: Call) -> None:
     record.set(call.out, _product(record, call, "self", "mat2"))
-
-
-@rule("matmul")
-def _matmul(record: Record, call: Call) -> None:
-    record.set(call.out, _product(record, call, "self", "other"))
 
 
 @rule("addmm")
@@ -106,20 +101,6 @@ def _vector_product(record: Record, call: Call, vector: str) -> None:
     record.set(call.out, a[:-1])
 
 
-@rule("linear")
-def _linear(record: Record, call: Call) -> None:
-    inputs, weight = record.labels(call["input"]), record.labels(call["weight"])
-    unify(inputs[-1], weight[1], call.name)
-    labels = [*inputs[:-1], weight[0]]
-    if call["bias"] is not None:
-        unify(weight[0], record.labels(call["bias"])[0], call.name)
-    record.contract(inputs[-1])
-    record.mark_contracted(weight[1])
-    record.mark_consumed(call, "input", len(inputs) - 1)
-    record.mark_produced(call, labels, len(labels) - 1)
-    record.set(call.out, labels)
-
-
 @rule("embedding")
 def _embedding(record: Record, call: Call) -> None:
     weight, indices = record.labels(call["weight"]), record.labels(call["indices"])
@@ -142,5 +123,4 @@ def _embedding_bag(record: Record, call: Call) -> None:
     labels = [*fresh(first.shape[:1], call.name), weight[1]]
     record.mark_produced(call, labels, 1)
     record.set(first, labels)
-    for tensor in saved:
-        record.set(tensor, fresh(tensor.shape, call.name))
+    set_saved(record, call, saved, weight)

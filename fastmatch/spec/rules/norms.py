@@ -7,7 +7,7 @@ import torch
 from fastmatch.spec.labels import Label, pin, unify
 from fastmatch.spec.operations import Call
 from fastmatch.spec.record import Record, fresh
-from fastmatch.spec.rules.registry import rule, split_groups, unify_broadcast
+from fastmatch.spec.rules.registry import rule, set_saved, split_groups, unify_broadcast
 
 __all__: list[str] = []
 
@@ -19,7 +19,7 @@ def _kept(labels: list[Label], tensor: torch.Tensor) -> list[Label]:
 
 @rule(
     "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
-    "miopen_batch_norm", "batch_norm", "_batch_norm_with_update", "_batch_norm_no_update",
+    "miopen_batch_norm", "_batch_norm_with_update", "_batch_norm_no_update",
 )  # fmt: skip
 def _batch_norm(record: Record, call: Call) -> None:
     labels = record.labels(call["input"])
@@ -30,11 +30,13 @@ def _batch_norm(record: Record, call: Call) -> None:
     first, *saved = call.outputs
     record.set(first, labels)
     for tensor in saved:
-        matches = tensor.ndim == 1 and tensor.shape[0] == channel.size
-        record.set(tensor, [channel] if matches else fresh(tensor.shape, call.name))
+        if tensor.ndim == 1 and tensor.shape[0] == channel.size:
+            record.set(tensor, [channel])
+        else:
+            set_saved(record, call, [tensor], labels)
 
 
-@rule("native_layer_norm", "layer_norm", "_fused_rms_norm", "rms_norm")
+@rule("native_layer_norm")
 def _layer_norm(record: Record, call: Call) -> None:
     labels = record.labels(call["input"])
     count = len(call["normalized_shape"])
@@ -66,7 +68,7 @@ def _group_norm(record: Record, call: Call) -> None:
         record.set(tensor, [labels[0], split[0]])
 
 
-@rule("_weight_norm_interface", "_weight_norm")
+@rule("_weight_norm_interface")
 def _weight_norm(record: Record, call: Call) -> None:
     labels = record.labels(call["v"])
     unify_broadcast(record, call["g"], labels, call.name)

@@ -11,9 +11,9 @@ __all__: list[str] = []
 
 
 @rule(
-    "max_pool2d_with_indices", "max_pool3d_with_indices", "max_pool1d_with_indices", "avg_pool1d", "avg_pool2d",
-    "avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d",
-    "adaptive_max_pool3d", "adaptive_avg_pool1d", "max_pool1d", "max_pool2d", "max_pool3d", "reflection_pad1d",
+    "max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool2d",
+    "avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool2d",
+    "adaptive_max_pool3d", "reflection_pad1d",
     "reflection_pad2d", "replication_pad1d", "replication_pad2d", "upsample_nearest1d", "upsample_nearest2d",
     "upsample_nearest3d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_linear1d", "upsample_trilinear3d",
     "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d",
@@ -94,7 +94,7 @@ def _pixel_unshuffle(record: Record, call: Call) -> None:
     record.set(call.out, [*labels[:-3], product([labels[-3], down[1], right[1]]), down[0], right[0]])
 
 
-@rule("channel_shuffle", "native_channel_shuffle")
+@rule("channel_shuffle")
 def _channel_shuffle(record: Record, call: Call) -> None:
     labels = record.labels(call["self"])
     split = split_product([labels[1]], [call["groups"], labels[1].size // call["groups"]])

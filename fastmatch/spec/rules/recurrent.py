@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from fastmatch.spec.labels import Label, pin, unify
 from fastmatch.spec.operations import Call
-from fastmatch.spec.record import Record, fresh
-from fastmatch.spec.rules.registry import cut, rule
+from fastmatch.spec.record import Record
+from fastmatch.spec.rules.registry import cut, rule, set_saved
 
 __all__: list[str] = []
 
@@ -34,9 +34,9 @@ def _layer(record: Record, call: Call) -> None:
         record.contract(label)
     outputs, *states = call.outputs
     record.set(outputs, [*inputs[:-1], units])
-    for tensor in states:
-        is_state = tensor.ndim and tensor.shape[-1] == units.size and tensor.shape == call["hx_"].shape
-        record.set(tensor, [*state[:-1], units] if is_state else fresh(tensor.shape, call.name))
+    for tensor in states[:2]:
+        record.set(tensor, state)
+    set_saved(record, call, states[2:], [*inputs, *state])
 
 
 @rule("_thnn_fused_gru_cell", "_thnn_fused_lstm_cell")
@@ -53,4 +53,4 @@ def _cell(record: Record, call: Call) -> None:
     *states, workspace = call.outputs
     for tensor in states:
         record.set(tensor, memory)
-    record.set(workspace, fresh(workspace.shape, call.name))
+    set_saved(record, call, [workspace], memory)

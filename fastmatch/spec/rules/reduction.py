@@ -60,14 +60,14 @@ def _renorm(record: Record, call: Call) -> None:
     record.set(call.out, labels)
 
 
-@rule("_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax")
+@rule("_softmax", "_log_softmax", "_safe_softmax")
 def _softmax(record: Record, call: Call) -> None:
     labels = record.labels(call["self"])
     record.mix(labels, {call.dim(len(labels))})
     record.set(call.out, labels)  # symmetric along its axis
 
 
-@rule("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "diff")
+@rule("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp")
 def _cumulative(record: Record, call: Call) -> None:
     _ordered(record, call, _dims(call["dim"]))
 

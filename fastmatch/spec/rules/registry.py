@@ -13,7 +13,7 @@ from fastmatch.spec.operations import Call
 from fastmatch.spec.record import Record, fresh
 
 __all__ = [
-    "POINTWISE", "RULES", "Rule", "broadcast_labels", "cut", "pin_all", "rule", "rule_of", "split_groups",
+    "POINTWISE", "RULES", "Rule", "broadcast_labels", "cut", "pin_all", "rule", "rule_of", "set_saved", "split_groups",
     "unify_broadcast", "unite_broadcast",
 ]  # fmt: skip
 
@@ -71,6 +71,13 @@ def pin_all(record: Record, call: Call, reason: str) -> None:
         # In place, an operation may also have changed the shape.
         if not known or [label.size for label in record.labels(tensor)] != list(tensor.shape):
             record.set(tensor, fresh(tensor.shape, reason))
+
+
+def set_saved(record: Record, call: Call, tensors: Sequence[torch.Tensor], labels: Sequence[Label]) -> None:
+    """Label results that are kept for a backward pass: whoever reads them pins ``labels``, on whose order they depend."""
+    for tensor in tensors:
+        record.set(tensor, fresh(tensor.shape, call.name))
+        record.pin_if_read(tensor, labels, call.name)
 
 
 def cut(label: Label, sizes: Sequence[int], reason: str) -> list[Label]:

@@ -12,7 +12,7 @@ from fastmatch.spec.rules.registry import rule
 __all__: list[str] = []
 
 
-@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten", "flatten")
+@rule("view", "_unsafe_view", "_reshape_alias")
 def _view(record: Record, call: Call) -> None:
     """Split and join axes in the smallest runs that have the same number of positions before and after."""
     labels, sizes = record.labels(call["self"]), list(call.out.shape)
@@ -80,7 +80,7 @@ def _as_strided(record: Record, call: Call) -> None:
     record.set(call.out, labels)
 
 
-@rule("t", "numpy_T", "t_")
+@rule("t", "t_")
 def _reverse(record: Record, call: Call) -> None:
     record.set(call.out, record.labels(call["self"])[::-1])
 
@@ -94,11 +94,6 @@ def _permute(record: Record, call: Call) -> None:
 @rule("transpose", "transpose_")
 def _transpose(record: Record, call: Call) -> None:
     _swap(record, call, "dim0", "dim1")
-
-
-@rule("swapaxes", "swapaxes_")
-def _swapaxes(record: Record, call: Call) -> None:
-    _swap(record, call, "axis0", "axis1")
 
 
 def _swap(record: Record, call: Call, first: str, second: str) -> None:
@@ -126,7 +121,7 @@ def _repeat(record: Record, call: Call) -> None:
     record.set(call.out, repeated)
 
 
-@rule("view_as_complex", "_conj", "resolve_conj", "conj_physical")
+@rule("view_as_complex", "_conj")
 def _complex(record: Record, call: Call) -> None:
     labels = record.labels(call["self"])
     for label in labels[call.out.ndim :]:

@@ -11,7 +11,7 @@ from fastmatch.spec.rules.registry import rule
 __all__: list[str] = []
 
 
-@rule("topk", "sort", "argsort")
+@rule("topk", "sort")
 def _sorted(record: Record, call: Call) -> None:
     """The order is by value, the same whatever the order of the axis was before."""
     labels = record.labels(call["self"])
