@@ -15,6 +15,7 @@ from fastmatch._internal.files import check_target
 from fastmatch._internal.states import check_finite, check_same_architecture
 from fastmatch.checkpoint.journal import Journal, fingerprint, journal_path
 from fastmatch.checkpoint.names import Chunk, Layout, RenamedCheckpoint, layout_of
+from fastmatch.checkpoint.proof import prove_config
 from fastmatch.checkpoint.reader import CONFIG, Checkpoint
 from fastmatch.checkpoint.structure import bind, build_empty, trace_config
 from fastmatch.checkpoint.writer import write_like
@@ -131,7 +132,8 @@ def align_checkpoints(
         progress: show progress bars; None shows them on a terminal, for work of more than a second.
 
     Returns:
-        The :class:`fastmatch.Alignment`.
+        The :class:`fastmatch.Alignment`. Its ``proof`` is of a small model of the architecture that the config names; None
+        if ``spec`` was given, or no small model runs.
 
     Raises:
         TypeError: ``matcher`` is not a WeightMatching.
@@ -153,10 +155,12 @@ def align_checkpoints(
     if Path(out).resolve() in (Path(path_a).resolve(), Path(path_b).resolve()):
         raise ValueError(f"out: {out} is one of the inputs; choose another path")
     check_same_architecture(a.headers, b.headers, str(path_a), str(path_b))
+    proof = None
     if spec is None:
         if not Path(path_a).is_dir():
             raise ValueError(f"spec: needed, because the file {path_a} has no config.json to trace")
         spec = trace_config(path_a)
+        proof = prove_config(path_a, spec)
     layout = layout_for(path_a, a, spec)
     model_a, model_b = (RenamedCheckpoint(checkpoint, layout) for checkpoint in (a, b))
     spec = bind(spec, model_a.headers, str(path_a))
@@ -171,7 +175,7 @@ def align_checkpoints(
     hooks = Hooks(out_of_core=True, stale=journal.stale, on_solve=journal.add)
     start = _continuing(matcher, journal, spec)
     matching = match_weights(model_a, model_b, spec, start, hooks, progress=progress)
-    alignment = Alignment(matching.permutations, spec, matching)
+    alignment = Alignment(matching.permutations, spec, matching, proof)
     output = _Output(a, b, layout, alignment, write.merge)
     write_like(b, out, output, dtype=write.dtype, force=write.force)
     journal.remove()

@@ -9,7 +9,7 @@ as usual.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
@@ -22,7 +22,9 @@ from fastmatch._internal.states import State
 from fastmatch.checkpoint.reader import CONFIG, read_json
 from fastmatch.spec import PermutationSpec
 
-__all__ = ["bind", "build_empty", "compared", "config_inputs", "trace_config"]
+__all__ = [
+    "bind", "build_empty", "build_from", "compared", "config_inputs", "config_of", "trace_config",
+]  # fmt: skip
 
 BATCH, LENGTH = 2, 16
 
@@ -53,6 +55,11 @@ def build_empty(directory: str | Path) -> nn.Module:
         FileNotFoundError: the directory has no config.json.
         ValueError: the config names no model of transformers.
     """
+    return build_from(config_of(directory), directory, on_meta=True)
+
+
+def config_of(directory: str | Path) -> Any:
+    """Return the config of a directory; see :func:`build_empty` for the errors."""
     try:
         import transformers
     except ImportError as error:
@@ -60,14 +67,24 @@ def build_empty(directory: str | Path) -> nn.Module:
     path = Path(directory) / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; the structure is traced from it")
+    try:
+        return transformers.AutoConfig.from_pretrained(str(directory), local_files_only=True)
+    except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
+        raise ValueError(f"{path}: no model can be built from it ({error})") from error
+
+
+def build_from(config: Any, directory: str | Path, *, on_meta: bool) -> nn.Module:
+    """Build the model of a config in eval mode; ``on_meta``: with its parameters on the meta device."""
+    import transformers
+
+    path = Path(directory) / CONFIG
     names = read_json(path).get("architectures") or []
     try:
-        config = transformers.AutoConfig.from_pretrained(str(directory), local_files_only=True)
         kind: Any = getattr(transformers, names[0], None) if names else transformers.AutoModel
         if kind is None:
             raise ValueError(f"transformers has no class {names[0]!r}")
         build = kind.from_config if kind is transformers.AutoModel else kind._from_config
-        with _parameters_on_meta():
+        with _parameters_on_meta() if on_meta else nullcontext():
             model = build(config, attn_implementation="eager")
     except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
         raise ValueError(f"{path}: no model can be built from it ({error})") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 from fastmatch._internal.files import STATE_SUFFIXES, load_state, save_state
@@ -148,10 +149,9 @@ def _align_in_memory(args: argparse.Namespace) -> Alignment:
         raise ValueError(
             f"--model: no group of units of {args.model} is free to move; see `fastmatch inspect`"
         )
-    if not args.no_verify:
-        verify(model_b, spec, example)
+    proof = None if args.no_verify else verify(model_b, spec, example)
     pair = states if isinstance(matcher, WeightMatching) else (model, model_b)
-    alignment = align(*pair, matcher=matcher, spec=spec)
+    alignment = replace(align(*pair, matcher=matcher, spec=spec), proof=proof)
     result = alignment.apply(states[1])
     if args.merge is not None:
         result = merge_states([states[0], result], [1 - args.merge, args.merge])
@@ -161,6 +161,7 @@ def _align_in_memory(args: argparse.Namespace) -> Alignment:
 
 def _align_out_of_core(args: argparse.Namespace, *, is_folder: bool) -> Alignment:
     from fastmatch.checkpoint import WriteOptions, align_checkpoints, trace_config
+    from fastmatch.checkpoint.proof import LARGEST, prove_config
 
     if args.model is None and not is_folder:
         raise ValueError(
@@ -178,11 +179,20 @@ def _align_out_of_core(args: argparse.Namespace, *, is_folder: bool) -> Alignmen
     matcher = matcher_from(args)
     assert isinstance(matcher, WeightMatching)
     write = WriteOptions(args.merge, dtype_from(args.dtype), args.force)
-    spec = trace_config(args.a) if args.model is None else PermutationSpec.trace(*build_network(args))
-    return align_checkpoints(
-        args.a, args.b, args.out, matcher, spec=_selected(spec, args), write=write, device=device_from(args.device),
+    if args.model is None:
+        traced = trace_config(args.a)
+        proof = prove_config(args.a, traced)
+    else:
+        model, example = build_network(args)
+        traced = PermutationSpec.trace(model, example)
+        # A copy in float64 of a model that is aligned out of core may not fit.
+        small = sum(t.numel() for t in model.parameters()) <= LARGEST
+        proof = verify(model, traced, example) if small else None
+    alignment = align_checkpoints(
+        args.a, args.b, args.out, matcher, spec=_selected(traced, args), write=write, device=device_from(args.device),
         resume=args.resume,
     )  # fmt: skip
+    return replace(alignment, proof=proof)
 
 
 def align_many_command(args: argparse.Namespace) -> None:
@@ -243,5 +253,12 @@ def _summary(alignment: Alignment) -> str:
     return (
         f"{len(alignment.permutations)} groups, {alignment.moved} of {total} units moved; objective "
         f"{matching.objective[0]:.6g} -> {matching.objective[-1]:.6g} in {matching.sweeps} sweeps, "
-        f"{matching.solves} assignments ({state})"
+        f"{matching.solves} assignments ({state}); {_proof_of(alignment)}"
     )
+
+
+def _proof_of(alignment: Alignment) -> str:
+    """Return as text whether the function of B is known to stay the same."""
+    if alignment.proof is None:
+        return "not proved to keep B's function"
+    return f"proved to keep the function (error {alignment.proof.error:.1g})"

@@ -43,14 +43,14 @@ def align(
     Args:
         model_a, model_b: modules of the same architecture, or state dicts (which need ``spec``). A is the reference.
             Neither is changed.
-        example_inputs: a tensor or a tuple of positional inputs, on which ``model_a`` is traced; a batch of 2 is
-            enough. With ``spec`` they are only used to verify.
+        example_inputs: a tensor, a tuple of positional inputs, or several of these as :class:`Examples`, on which
+            ``model_a`` is traced; a batch of 2 is enough. With ``spec`` they are only used to verify.
         matcher: how units are matched: :class:`WeightMatching` (for None), :class:`ActivationMatching`,
             :class:`Mixture`, :class:`FisherMatching` or :class:`StraightThrough`.
         spec: which axes move together, instead of tracing. ``spec.select([...])`` and ``spec.without_residual()``
             match some groups only.
         verify: prove on ``example_inputs``, in float64, that the spec does not change the function of ``model_b``.
-            That takes two forward passes of a copy. State dicts cannot be run and are not verified.
+            That takes six forward passes of a copy. State dicts cannot be run: ``alignment.proof`` is then None.
         progress: show progress bars; None shows them on a terminal, for work of more than a second.
 
     Returns:
@@ -73,10 +73,11 @@ def align(
         spec = traced_spec(model_a, example_inputs, "model_a")
     check_spec(spec, a, "model_a")
     warn_if_nothing_moves(spec, "align")
+    proof = None
     if verify and example_inputs is not None and isinstance(model_b, nn.Module):
-        verify_spec(model_b, spec, example_inputs)
+        proof = verify_spec(model_b, spec, example_inputs)
     matching = matcher.match(model_a, model_b, spec, progress=progress)
-    return Alignment(matching.permutations, spec, matching)
+    return Alignment(matching.permutations, spec, matching, proof)
 
 
 def warn_if_nothing_moves(spec: PermutationSpec, function: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,7 @@ from fastmatch.matching.align import traced_spec, warn_if_nothing_moves
 from fastmatch.matching.matcher import Strategy, check_strategy
 from fastmatch.matching.pairwise import ToReference
 from fastmatch.permutations.alignment import Alignment
+from fastmatch.permutations.verify import Verification
 from fastmatch.permutations.verify import verify as verify_spec
 from fastmatch.spec import PermutationSpec
 from fastmatch.spec.checks import check_spec
@@ -49,7 +51,8 @@ def align_many(
         reference: the index of the model that stays as it is.
         spec: which axes move together, instead of tracing.
         verify: prove on ``example_inputs``, in float64, that the spec does not change the function of any model that
-            moves. That takes two forward passes of a copy of each. State dicts cannot be run and are not verified.
+            moves. That takes six forward passes of a copy of each. State dicts cannot be run: ``alignment.proof`` is
+            then None.
         progress: show progress bars; None shows them on a terminal, for work of more than a second.
 
     Returns:
@@ -73,8 +76,11 @@ def align_many(
         spec = traced_spec(models[reference], example_inputs, f"models[{reference}]")
     check_spec(spec, states[reference], f"models[{reference}]")
     warn_if_nothing_moves(spec, "align_many")
+    proofs: dict[int, Verification] = {}
     if verify and example_inputs is not None:
         for k, model in enumerate(models):
             if k != reference and isinstance(model, nn.Module):
-                verify_spec(model, spec, example_inputs)
-    return strategy.match(models, spec, reference, progress=progress)
+                proofs[k] = verify_spec(model, spec, example_inputs)
+    proofs |= {reference: next(iter(proofs.values()))} if proofs else {}  # it does not move
+    found = strategy.match(models, spec, reference, progress=progress)
+    return [replace(alignment, proof=proofs.get(k)) for k, alignment in enumerate(found)]

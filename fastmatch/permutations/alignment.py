@@ -13,6 +13,7 @@ from fastmatch._internal.modules import with_state
 from fastmatch._internal.states import State, state_of
 from fastmatch.permutations.apply import apply_permutations, check_permutations, compose, invert
 from fastmatch.permutations.files import load_permutations, save_permutations
+from fastmatch.permutations.verify import Verification
 from fastmatch.spec import Permutations, PermutationSpec
 
 __all__ = ["Alignment", "Matching"]
@@ -62,6 +63,8 @@ class Alignment:
             place.
         spec: which axes move together.
         matching: how the permutations were found; None if they were loaded, inverted or composed.
+        proof: the comparison that showed that the spec keeps the model's function. None if there was none: state dicts
+            and checkpoints cannot always be run.
 
     Raises:
         ValueError: a group is not in the spec, or its permutation is not one of its units.
@@ -70,6 +73,7 @@ class Alignment:
     permutations: Permutations
     spec: PermutationSpec
     matching: Matching | None = None
+    proof: Verification | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "permutations", check_permutations(self.permutations, self.spec))
@@ -99,11 +103,11 @@ class Alignment:
         if self.matching is not None:
             first, last = self.matching.objective[0], self.matching.objective[-1]
             text += f", {self.matching.matcher} objective {first:.6g} -> {last:.6g}"
-        return text + ")"
+        return text + ("" if self.proof else ", not proved") + ")"
 
     def invert(self) -> Alignment:
         """Return the alignment that undoes this one."""
-        return Alignment(invert(self.permutations, self.spec), self.spec)
+        return Alignment(invert(self.permutations, self.spec), self.spec, proof=self.proof)
 
     def compose(self, then: Alignment) -> Alignment:
         """Return one alignment equal to applying this one and then ``then``.
@@ -111,7 +115,8 @@ class Alignment:
         Raises:
             ValueError: the two do not have the same groups.
         """
-        return Alignment(compose(self.permutations, then.permutations, self.spec), self.spec)
+        proof = self.proof if then.proof else None
+        return Alignment(compose(self.permutations, then.permutations, self.spec), self.spec, proof=proof)
 
     def save(self, path: str | Path, *, force: bool = False) -> None:
         """Write permutations and spec to a .safetensors file; an existing file is replaced only with ``force``."""
