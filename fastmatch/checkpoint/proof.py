@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import copy
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import nn
 
+from fastmatch._internal.randomness import random_numbers_kept
 from fastmatch.checkpoint.structure import build_from, compared, config_inputs, config_of
 from fastmatch.permutations.verify import Verification, verify
 from fastmatch.spec import PermutationSpec
@@ -36,6 +38,7 @@ HEADS = (
     "num_heads",
     "n_heads",
 )
+TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 WIDTHS = ("hidden_size", "d_model", "n_embd", "dim")
 MOST_LAYERS, INNER_SIZE, VOCABULARY, HEAD = 2, 40, 128, 16
 LARGEST = 20_000_000
@@ -52,58 +55,58 @@ def prove_config(directory: str | Path, spec: PermutationSpec) -> Verification |
     Raises:
         ValueError: permuting the small model changes its function.
     """
-    config = copy.deepcopy(config_of(directory))
-    for part in {id(c): c for c in (config, config.get_text_config())}.values():
-        _shrink(part)
-    try:
-        torch_state = torch.get_rng_state()
+    for narrow in (True, False):
+        config = copy.deepcopy(config_of(directory))
+        for part in {id(c): c for c in (config, config.get_text_config())}.values():
+            _shrink(part, narrow)
         try:
-            torch.manual_seed(0)
-            model = build_from(config, directory, on_meta=False)
-        finally:
-            torch.set_rng_state(torch_state)
-        if sum(p.numel() for p in model.parameters()) > LARGEST:
-            return None
-        inputs = config_inputs(model)
-        small = PermutationSpec.trace(model, (), kwargs=inputs, outputs=compared)
-        names = compared(model(**inputs))
-    except Exception as error:  # whatever a model does with sizes it was not made for
-        log.info("no small model of %s runs: %s", directory, error)
-        return None
-    if not _moves_alike(small, spec):
-        return None
-    return verify(model, small, (), kwargs=inputs, outputs=names)
+            small, model, inputs = _small_model(config, directory)
+        except Exception as error:  # whatever a model does with sizes it was not made for
+            log.info("no small model of %s runs: %s", directory, error)
+            continue
+        if _moves_alike(small, spec):
+            return verify(model, small, (), kwargs=inputs, outputs=compared(model(**inputs)))
+    return None
 
 
-def _shrink(config: Any) -> None:
-    """Make a config small: few layers, narrow ones, few words. The ratio of query heads to key heads stays above one."""
+def _small_model(config: Any, directory: str | Path) -> tuple[PermutationSpec, nn.Module, dict[str, Any]]:
+    """Return what a trace of a config's model finds, the model and its inputs.
+
+    Raises:
+        ValueError: the model is too large.
+    """
+    empty = build_from(config, directory, on_meta=True)
+    count = sum(p.numel() for p in empty.parameters())
+    if count > LARGEST:
+        raise ValueError(f"it has {count} parameters")
+    with random_numbers_kept(0):
+        model = build_from(config, directory, on_meta=False)
+    inputs = config_inputs(model)
+    return PermutationSpec.trace(model, (), kwargs=inputs, outputs=compared), model, inputs
+
+
+def _shrink(config: Any, narrow: bool) -> None:
+    """Make a config small: few layers and words; ``narrow``: few units, with several query heads per key head if there are."""
 
     def present(names: tuple[str, ...]) -> list[str]:
         return [n for n in names if isinstance(getattr(config, n, None), int)]
 
-    for name in present(LAYERS):
-        setattr(config, name, min(getattr(config, name), MOST_LAYERS))
+    sizes: dict[str, Any] = {name: min(getattr(config, name), MOST_LAYERS) for name in present(LAYERS)}
+    sizes |= {name: min(getattr(config, name), VOCABULARY) for name in present(("vocab_size",))}
+    sizes |= {name: min(getattr(config, name), VOCABULARY - 1) for name in present(TOKENS)}
     if isinstance(getattr(config, "layer_types", None), list):
-        config.layer_types = config.layer_types[:MOST_LAYERS]
-    for name in present(INNER):
-        setattr(config, name, min(getattr(config, name), INNER_SIZE))
-    heads = present(HEADS)
-    groups = present(("num_key_value_heads",))
-    for name in heads:
-        shared = groups and getattr(config, groups[0]) < getattr(config, name)
-        setattr(config, name, 4 if shared or not groups else 2)
-    if groups and heads:
-        config.num_key_value_heads = 2
-    width = HEAD * getattr(config, heads[0]) if heads else None
-    for name in present(WIDTHS):
-        setattr(config, name, width or min(getattr(config, name), 64))
-    for name in present(("head_dim", "d_kv")):
-        setattr(config, name, HEAD)
-    if isinstance(getattr(config, "vocab_size", None), int):
-        config.vocab_size = min(config.vocab_size, VOCABULARY)
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            if isinstance(getattr(config, name, None), int) and getattr(config, name) >= VOCABULARY:
-                setattr(config, name, 0)
+        sizes["layer_types"] = config.layer_types[:MOST_LAYERS]
+    if narrow:
+        sizes |= {name: min(getattr(config, name), INNER_SIZE) for name in present(INNER)}
+        heads, groups = present(HEADS), present(("num_key_value_heads",))
+        shared = bool(heads and groups) and config.num_key_value_heads < getattr(config, heads[0])
+        count = 2 if groups and not shared else 4
+        sizes |= dict.fromkeys(heads, count) | dict.fromkeys(groups, 2)
+        sizes |= {name: HEAD * count if heads else min(getattr(config, name), 64) for name in present(WIDTHS)}
+        sizes |= dict.fromkeys(present(("head_dim", "d_kv")), HEAD)
+    for name, value in sizes.items():
+        with suppress(AttributeError):  # a property that follows from others
+            setattr(config, name, value)
 
 
 def _moves_alike(small: PermutationSpec, spec: PermutationSpec) -> bool:

@@ -33,13 +33,12 @@ LEVELING = frozenset(
 )  # fmt: skip
 """Operations whose results are equal wherever their operand is above, below or between some values."""
 
-SPREADING = frozenset(
-    [
-        "add", "addbmm", "addmm", "addmv", "addr", "baddbmm", "bmm", "convolution", "dot", "linear", "mm", "mv", "rsub",
-        "sub",
-    ]
-)  # fmt: skip
-"""Operations whose results differ if one operand does, whatever the other is."""
+SUMS = frozenset(["add", "rsub", "sub"])
+"""Operations whose results differ at two positions if one operand does, whatever the other is."""
+
+
+OUTER = frozenset(["add", "div", "expand", "mul", "rsub", "repeat", "sub"])
+"""Operations that may hand one value to many positions, if no operand has the shape of the result."""
 
 
 def follow_origins(record: Record, call: Call) -> None:
@@ -55,11 +54,15 @@ def follow_origins(record: Record, call: Call) -> None:
 def follow_ties(record: Record, call: Call) -> None:
     """Note which results may hold equal values at many positions, so that sorting them depends on their order."""
     base = call.base.removesuffix("_")
-    operands = [record.is_level(t) for t in call.inputs if t.numel() > 1]
+    operands = [t for t in call.inputs if t.numel() > 1]
+    level = any(record.is_level(t) for t in operands)
+    if base in SUMS:  # a product does not differ: zeros stay zeros
+        level &= not any(t.shape == call.out.shape and not record.is_level(t) for t in operands)
     to_integers = call.base == "_to_copy" and any(
         t.is_floating_point() and not call.out.is_floating_point() for t in call.inputs
     )
-    spread = all(operands) if base in SPREADING else any(operands)
-    if base in LEVELING or to_integers or (operands and spread):
+    # Of an outer product, a single zero of one operand makes a whole row of zeros.
+    spread_out = bool(operands) and base in OUTER and all(t.shape != call.out.shape for t in operands)
+    if base in LEVELING or to_integers or level or spread_out:
         for tensor in call.outputs:
             record.mark_level(tensor)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastmatch.spec.labels import Label, pin, product, split_product, unify
 from fastmatch.spec.operations import Call
 from fastmatch.spec.record import Record, fresh
-from fastmatch.spec.rules.registry import rule
+from fastmatch.spec.rules.registry import pin_all, rule
 
 __all__: list[str] = []
 
@@ -66,7 +66,8 @@ def _image(record: Record, call: Call) -> None:
     channels = call.out.shape[-3]
     split = split_product([labels[-2]], [channels, labels[-2].size // channels])
     if split is None:
-        raise NotImplementedError("channels that are cut in another way")
+        pin_all(record, call, call.name)
+        return
     for label in (split[1], labels[-1]):
         pin(label, reason)
     record.mix([*labels[:-2], *split, labels[-1]], {len(labels) - 1, len(labels)})
@@ -79,7 +80,8 @@ def _pixel_shuffle(record: Record, call: Call) -> None:
     labels, factor = record.labels(call["self"]), call["upscale_factor"]
     split = split_product([labels[-3]], [call.out.shape[-3], factor, factor])
     if split is None:
-        raise NotImplementedError("channels that are cut in another way")
+        pin_all(record, call, call.name)
+        return
     channels, down, right = split
     record.set(call.out, [*labels[:-3], channels, product([labels[-2], down]), product([labels[-1], right])])
 
@@ -90,7 +92,8 @@ def _pixel_unshuffle(record: Record, call: Call) -> None:
     down = split_product([labels[-2]], [call.out.shape[-2], factor])
     right = split_product([labels[-1]], [call.out.shape[-1], factor])
     if down is None or right is None:
-        raise NotImplementedError("places that are cut in another way")
+        pin_all(record, call, call.name)
+        return
     record.set(call.out, [*labels[:-3], product([labels[-3], down[1], right[1]]), down[0], right[0]])
 
 
@@ -99,6 +102,7 @@ def _channel_shuffle(record: Record, call: Call) -> None:
     labels = record.labels(call["self"])
     split = split_product([labels[1]], [call["groups"], labels[1].size // call["groups"]])
     if split is None:
-        raise NotImplementedError("channels that are cut in another way")
+        pin_all(record, call, call.name)
+        return
     labels[1] = product(split[::-1])
     record.set(call.out, labels)
