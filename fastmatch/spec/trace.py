@@ -79,7 +79,7 @@ class Tracer(TorchDispatchMode):
 
     def _apply_rule(self, func: Any, call: Call) -> None:
         rule = rule_of(func)
-        if self.record.exchangeable and torch.Tag.nondeterministic_seeded in func.tags:
+        if rule is None and self.record.exchangeable and torch.Tag.nondeterministic_seeded in func.tags:
             rule = exchangeable
         if rule is None:
             if call.inputs:

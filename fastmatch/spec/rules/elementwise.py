@@ -61,7 +61,7 @@ def exchangeable(record: Record, call: Call) -> None:
     if not all(t.is_floating_point() or t.dtype == torch.bool for t in call.outputs):
         raise NotImplementedError("random positions")
     shaped = [t for t in call.inputs if t.shape == call.outputs[0].shape]
-    if len(shaped) != len(call.inputs):
+    if len(shaped) != len(call.inputs) or any(t.shape != call.outputs[0].shape for t in call.outputs):
         raise NotImplementedError("a distribution with parameters of another shape")
     labels = broadcast_labels(record, shaped, call.outputs[0].shape, call.name)
     for tensor in call.outputs:
