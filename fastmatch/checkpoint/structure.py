@@ -21,6 +21,7 @@ from torch import nn
 from fastmatch._internal.states import State
 from fastmatch.checkpoint.reader import CONFIG, read_json
 from fastmatch.spec import PermutationSpec
+from fastmatch.spec.unread import Unread
 
 __all__ = [
     "bind", "build_empty", "build_from", "compared", "config_inputs", "config_of", "trace_config",
@@ -170,7 +171,7 @@ def _fill(model: nn.Module) -> None:
             module._parameters[name] = made[id(parameter)]
 
 
-def trace_config(directory: str | Path) -> PermutationSpec:
+def trace_config(directory: str | Path, *, unread: Unread = "refuse") -> PermutationSpec:
     """Trace the model that a Hugging Face directory's config.json describes. No weight is read.
 
     Example:
@@ -181,6 +182,8 @@ def trace_config(directory: str | Path) -> PermutationSpec:
 
     Args:
         directory: a folder with a config.json.
+        unread: what to do about parameters that the model does not read on the inputs that follow from the config; see
+            :meth:`fastmatch.PermutationSpec.trace`.
 
     Returns:
         The :class:`fastmatch.PermutationSpec` in the names of the model's parameters.
@@ -188,12 +191,13 @@ def trace_config(directory: str | Path) -> PermutationSpec:
     Raises:
         ImportError: transformers is not installed (the extra ``hf``).
         FileNotFoundError: the directory has no config.json.
-        ValueError: the config names no model of transformers, or no example inputs are known for the model.
+        ValueError: the config names no model of transformers, no example inputs are known for the model, or it does not
+            read parameters that could share a group (a tower for inputs of another kind).
     """
     model = build_empty(directory)
     inputs = config_inputs(model)
     _fill(model)
-    return PermutationSpec.trace(model, (), kwargs=inputs, outputs=compared)
+    return PermutationSpec.trace(model, (), kwargs=inputs, outputs=compared, unread=unread)
 
 
 def compared(output: Any) -> list[str] | None:

@@ -6,6 +6,7 @@ import argparse
 import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 from fastmatch._internal.files import STATE_SUFFIXES, load_state, save_state
 from fastmatch._internal.states import check_finite, check_same_architecture, state_of
@@ -30,6 +31,7 @@ from fastmatch.merging.average import merge_states
 from fastmatch.permutations.alignment import Alignment
 from fastmatch.permutations.verify import verify
 from fastmatch.spec import PermutationSpec
+from fastmatch.spec.unread import Unread
 
 __all__ = ["add_commands"]
 
@@ -69,6 +71,11 @@ def add_commands(commands: Commands) -> None:
     command.add_argument(
         "--no-residual", dest="residual", action="store_false", help="keep the order of residual streams"
     )
+    command.add_argument(
+        "--unread", choices=get_args(Unread), default="refuse",
+        help="what to do about parameters that the traced pass does not read, such as another task's head: refuse them by "
+        "name, hold the groups that they could share in place, or ignore them (default: refuse)",
+    )  # fmt: skip
     command.add_argument(
         "--no-verify", action="store_true", help="do not check that the permutations preserve B's function"
     )
@@ -144,7 +151,7 @@ def _align_in_memory(args: argparse.Namespace) -> Alignment:
     model_b = copy.deepcopy(model)
     model.load_state_dict(states[0])
     model_b.load_state_dict(states[1])
-    spec = _selected(PermutationSpec.trace(model, example), args)
+    spec = _selected(PermutationSpec.trace(model, example, unread=args.unread), args)
     if not spec.groups:
         raise ValueError(
             f"--model: no group of units of {args.model} is free to move; see `fastmatch inspect`"
@@ -180,11 +187,11 @@ def _align_out_of_core(args: argparse.Namespace, *, is_folder: bool) -> Alignmen
     assert isinstance(matcher, WeightMatching)
     write = WriteOptions(args.merge, dtype_from(args.dtype), args.force)
     if args.model is None:
-        traced = trace_config(args.a)
+        traced = trace_config(args.a, unread=args.unread)
         proof = prove_config(args.a, traced)
     else:
         model, example = build_network(args)
-        traced = PermutationSpec.trace(model, example)
+        traced = PermutationSpec.trace(model, example, unread=args.unread)
         # A copy in float64 of a model that is aligned out of core may not fit.
         small = sum(t.numel() for t in model.parameters()) <= LARGEST
         proof = verify(model, traced, example) if small else None

@@ -51,6 +51,32 @@ def test_align_on_data(planted, options, capsys):
         assert all(torch.equal(aligned[k], v) for k, v in a.items())
 
 
+def test_parameters_that_the_pass_does_not_read_are_refused_unless_the_user_says_otherwise(folder, capsys):
+    for path in ("a.safetensors", "b.safetensors"):
+        save_state(build_model("cli_module:build_tasks")[0].state_dict(), path)
+    command = [
+        "align",
+        "a.safetensors",
+        "b.safetensors",
+        "--model",
+        "cli_module:build_tasks",
+        "--out",
+        "o.safetensors",
+    ]
+    assert main(command) != 0
+    assert "'second.weight'" in capsys.readouterr().err
+    assert main([*command, "--unread", "hold"]) != 0  # nothing is left to move
+    assert main([*command, "--unread", "ignore"]) == 0
+    assert "1 groups" in capsys.readouterr().out
+
+
+def test_the_summary_says_whether_the_function_is_proved_to_stay(models, capsys):
+    assert main([*ALIGN, "o.pt"]) == 0
+    assert "proved to keep the function (error" in capsys.readouterr().out
+    assert main([*ALIGN, "p.pt", "--no-verify"]) == 0
+    assert "not proved to keep B's function" in capsys.readouterr().out
+
+
 def test_align_writes_what_the_library_makes(models, loader):
     options = ["--matcher", "activations", "--similarity", "covariance", "--site", "pre", "--permutations"]
     assert main([*ALIGN, "o.pt", *DATA, *options, "p.safetensors"]) == 0
