@@ -19,7 +19,8 @@ def spec_of(ps: Any, params: Mapping[str, Any]) -> PermutationSpec:
 
     Args:
         ps: an object with ``perm_to_axes`` (C2M3: ``perm_to_layers_and_axes``): group -> [(parameter, axis), ...].
-            Parameters that are missing from ``params`` and axes beyond a tensor's rank are skipped, as are scalars.
+            Parameters that are missing from ``params`` and axes beyond a tensor's rank are skipped, as are scalars. The
+            input axis of a linear layer after a flatten may be a multiple of the channels long.
         params: name -> array. Only the shapes are read.
 
     Raises:
@@ -42,10 +43,17 @@ def spec_of(ps: Any, params: Mapping[str, Any]) -> PermutationSpec:
             raise ValueError(f"ps: no axis of group {name!r} is among the parameters")
         parameter, dim = places[0]
         size = shapes[parameter][dim]
-        for p, d in places:
-            if shapes[p][d] != size:
-                raise ValueError(f"ps: group {name!r} has {size} units, axis {d} of {p!r} has {shapes[p][d]}")
-        groups[name] = Group(name, size, tuple(Axis(p, d) for p, d in dict.fromkeys(places)))
+        channels = dim == 0 and len(shapes[parameter]) > 2
+        found = []
+        for p, d in dict.fromkeys(places):
+            length = shapes[p][d]
+            flattened = channels and d == 1 and len(shapes[p]) == 2 and length % size == 0
+            if length != size and not flattened:
+                raise ValueError(f"ps: group {name!r} has {size} units, axis {d} of {p!r} has {length}")
+            found.append(
+                Axis(p, d, inner=length // size)
+            )  # the positions of a channel are next to each other
+        groups[name] = Group(name, size, tuple(found))
     return PermutationSpec(groups, shapes)
 
 

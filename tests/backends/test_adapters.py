@@ -97,6 +97,19 @@ def test_git_rebasins_arguments_and_c2m3s_name_for_the_table():
         git_rebasin.spec_of(SimpleNamespace(perm_to_axes={"P_0": [("l0.weight", 0), ("l1.weight", 0)]}), a)
 
 
+def test_a_flatten_after_a_convolution_moves_whole_channels():
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 6, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(6 * 4, 3)
+    )
+    ps = SimpleNamespace(perm_to_axes={"P0": [("0.weight", 0), ("0.bias", 0), ("3.weight", 1)]})
+    spec = git_rebasin.spec_of(ps, model.state_dict())
+    assert fm.verify(model, spec, torch.randn(2, 1, 4, 4)).error < 1e-12
+    with pytest.raises(ValueError, match="'P0' has 6 units, axis 0 of '3.weight' has 3"):
+        git_rebasin.spec_of(
+            SimpleNamespace(perm_to_axes={"P0": [("0.weight", 0), ("3.weight", 0)]}), model.state_dict()
+        )
+
+
 def test_c2m3s_and_pleas_solvers():
     torch.manual_seed(fresh_seed())
     gain = torch.randn(20, 20)
