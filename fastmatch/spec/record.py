@@ -241,13 +241,9 @@ class Record:
 
     def leaves_read(self) -> set[int]:
         """Return the ids of the leaves along which values were read; a whole counts if any of its slices does."""
-        found = {
-            id(x.leaf)
-            for key in self._read
-            if key in self._labels
-            for label in self._labels[key][1]
-            for x in occurrences(label)
-        }
+        read = [self._labels[key][1] for key in self._read if key in self._labels]
+        distinct = {id(label): label for labels in read for label in map(find, labels)}
+        found = {id(x.leaf) for label in distinct.values() for x in occurrences(label)}
         for part in self.slices.values():
             if any(id(x.leaf) in found for x in occurrences(part.inside)):
                 found |= {id(x.leaf) for x in occurrences(part.leaf)}

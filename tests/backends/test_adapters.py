@@ -104,7 +104,7 @@ def test_a_flatten_after_a_convolution_moves_whole_channels():
     ps = SimpleNamespace(perm_to_axes={"P0": [("0.weight", 0), ("0.bias", 0), ("3.weight", 1)]})
     spec = git_rebasin.spec_of(ps, model.state_dict())
     assert fm.verify(model, spec, torch.randn(2, 1, 4, 4)).error < 1e-12
-    with pytest.raises(ValueError, match="'P0' has 6 units, axis 0 of '3.weight' has 3"):
+    with pytest.raises(ValueError, match=r"'P0' has 6 units, axis 0 of '3\.weight' has 3"):
         git_rebasin.spec_of(
             SimpleNamespace(perm_to_axes={"P0": [("0.weight", 0), ("3.weight", 0)]}), model.state_dict()
         )
