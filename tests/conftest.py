@@ -22,8 +22,4 @@ except (
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# numba starts its threads at the first parallel function, and sets the number of OpenMP's threads, which torch
-# uses too, to its own. Start them now, so that one torch thread per process stays one.
-if numba is not None:
-    numba.get_num_threads()
 torch.set_num_threads(1)

@@ -13,7 +13,6 @@
 
 from __future__ import annotations
 
-import numba
 import pytest
 
 from bench.lib.machine import machine, versions
@@ -48,6 +47,6 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     told = machine()
     machine_info["fastmatch"] = {
         "cpu": told["cpu"], "cores": told["cores"], "load": told["load"], "torch_threads": told["threads"],
-        "numba_threads": numba.get_num_threads(), "versions": versions(solvers()[1]),
+        "versions": versions(solvers()[1]),
         "quick": config.getoption("--quick"),
     }  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 
 __all__ = ["prepared"]
 
@@ -34,7 +35,8 @@ def prepared(what: str, key: Hashable, run_tiny: Callable[[], object]) -> None:
         (f"compiling {what} (some seconds, once per installation and version of the sources)",),
     )
     line.daemon = True
-    line.start()
+    with suppress(RuntimeError):  # no thread can be started while the interpreter ends
+        line.start()
     try:
         run_tiny()
     finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, overload
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 
 from fastmatch.assignment._compile import prepared
 from fastmatch.assignment.dense_cost import as_real
-from fastmatch_kernels._numba.parallel import threads
+from fastmatch_kernels._numba.parallel import over_blocks
 from fastmatch_kernels.lap.state import SmallSchedule
 
 __all__ = ["solve_batched"]
@@ -72,19 +71,13 @@ def solve_batched(costs: Any, maximize: bool = False) -> Any:
     bad, no_duals = np.zeros(batch, np.int8), np.zeros((0, m))
     if out.size:
         step = max(1, CHUNK_ENTRIES // (n * m))
-        chunks = [(lo, min(lo + step, batch)) for lo in range(0, batch, step)]
         sign = -1.0 if maximize else 1.0
-        pool = ThreadPoolExecutor(min(threads(), len(chunks)))
-        try:
-            for done in [
-                pool.submit(
-                    solve_stack, given, sign, schedule, lo, hi, out, bad, no_duals, np.zeros(4, np.int64)
-                )
-                for lo, hi in chunks
-            ]:
-                done.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        over_blocks(
+            [*range(0, batch, step), batch],
+            lambda lo, hi: solve_stack(
+                given, sign, schedule, lo, hi, out, bad, no_duals, np.zeros(4, np.int64)
+            ),
+        )
     if bad.any():
         which = int(np.flatnonzero(bad)[0])
         reason = (

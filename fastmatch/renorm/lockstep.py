@@ -126,18 +126,36 @@ class Lockstep:
             yield key
 
 
+class _Borrowed:
+    """torch's number of threads, while passes use these threads. Renormalizations may run side by side."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.borrowers = 0
+        self.threads = 1
+
+
+_borrowed = _Borrowed()
+
+
 @contextmanager
 def _single_threaded_operations() -> Iterator[int]:
     """Give torch's number of threads to the passes: each operation inside runs on one thread.
 
     Otherwise every pass would start a pool of threads of its own.
     """
-    workers = torch.get_num_threads()
-    torch.set_num_threads(1)
+    with _borrowed.lock:
+        if _borrowed.borrowers == 0:
+            _borrowed.threads = torch.get_num_threads()
+        _borrowed.borrowers += 1
+        workers = _borrowed.threads
+        torch.set_num_threads(1)
     try:
         yield workers
     finally:
-        torch.set_num_threads(workers)
+        with _borrowed.lock:
+            _borrowed.borrowers -= 1
+            torch.set_num_threads(workers)  # also of this thread, for which torch keeps a number of its own
 
 
 def _as_this_thread(run: Callable[[], None], device: torch.device) -> Callable[[], None]:

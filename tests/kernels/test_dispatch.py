@@ -52,14 +52,3 @@ def test_the_device_chooses():
         backend_of(x, meta)
     with pytest.raises(ValueError, match="backend: expected one of"):
         backend_of(x, backend="cuda")
-
-
-def test_parallel_kernels_leave_the_number_of_torchs_threads():
-    done = run(
-        "import torch; torch.set_num_threads(1)\n"
-        "from fastmatch_kernels.ops import channel_affine\n"
-        "channel_affine(torch.randn(64, 8), torch.zeros(8), torch.ones(8))\n"
-        "print(torch.get_num_threads())",
-        NUMBA_NUM_THREADS="2",
-    )
-    assert done.stdout.split() == ["1"], done.stderr

@@ -34,8 +34,6 @@ from numba.core.registry import CPUDispatcher
 from numba.core.serialize import dumps
 from numba.misc.appdirs import AppDirs
 
-from fastmatch_kernels._numba.parallel import start_threads
-
 __all__ = ["folders", "njit"]
 
 config: Any = numba_config  # its attributes come from the environment: no checker knows them
@@ -234,6 +232,15 @@ def _remove(paths: Iterable[Path]) -> None:
             return
 
 
+if hasattr(os, "register_at_fork"):
+    # A child that is forked while another thread compiles would wait for ever for that thread's lock.
+    os.register_at_fork(
+        before=global_compiler_lock.acquire,
+        after_in_parent=global_compiler_lock.release,
+        after_in_child=global_compiler_lock.release,
+    )
+
+
 class _Kernel(CPUDispatcher):
     """numba's compiled function, with the cache above."""
 
@@ -246,8 +253,6 @@ class _Kernel(CPUDispatcher):
 
         Compiles under ``NUMBA_DISABLE_JIT`` too: the kernels' vector instructions have no form in Python.
         """
-        if self.targetoptions.get("parallel"):
-            start_threads()
         with global_compiler_lock:
             disabled, config.DISABLE_JIT = config.DISABLE_JIT, 0
             try:

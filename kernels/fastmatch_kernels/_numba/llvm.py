@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import extending
+from numba import extending, types
+from numba.core import cgutils
 from numba.np.arrayobj import make_array
 
-__all__ = ["declared", "intrinsic", "vector_at"]
+__all__ = ["borrowed", "declared", "intrinsic", "vector_at"]
 
 # Any: an intrinsic is called without its first parameter, the typing context, and no type checker knows that.
 intrinsic: Any = extending.intrinsic
@@ -25,3 +26,28 @@ def vector_at(context: Any, builder: Any, array: Any, value: Any, offset: Any, s
     vector = ir.VectorType(context.get_data_type(array.dtype), size * 8 // array.dtype.bitwidth)
     start = builder.gep(make_array(array)(context, builder, value).data, [offset])
     return builder.bitcast(start, vector.as_pointer())
+
+
+@intrinsic
+def borrowed(typing: Any, arrays: Any) -> Any:
+    """Return an array, or a tuple of arrays, without its owner.
+
+    Each view of an array with an owner counts a reference, which takes as long as a short run of elements. The caller of a
+    kernel keeps its arrays alive, so the kernel need not count.
+    """
+    kinds = arrays.types if isinstance(arrays, types.BaseTuple) else [arrays]
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        (given,) = args
+        values = cgutils.unpack_tuple(builder, given) if isinstance(arrays, types.BaseTuple) else [given]
+        found = []
+        for kind, value in zip(kinds, values, strict=True):
+            array = make_array(kind)(context, builder, value)
+            array.meminfo = ir.Constant(array.meminfo.type, None)
+            array.parent = ir.Constant(array.parent.type, None)
+            found.append(array._getvalue())
+        if isinstance(arrays, types.BaseTuple):
+            return context.make_tuple(builder, arrays, found)
+        return found[0]
+
+    return arrays(arrays), code

@@ -8,12 +8,13 @@ precede the map, and the data is read twice.
 from __future__ import annotations
 
 import math
+from functools import partial
 
-import numba
 import numpy as np
 import torch
 
 from fastmatch_kernels._numba.cache import njit
+from fastmatch_kernels._numba.parallel import over_rows
 from fastmatch_kernels.channel_affine import reference
 from fastmatch_kernels.channel_affine.reference import AffineArguments
 
@@ -21,6 +22,9 @@ __all__ = ["channel_affine"]
 
 SEGMENT = 128
 """Samples of one task and of one float32 sum, if channels are contiguous."""
+
+BLOCK_ENTRIES = 1 << 16
+"""Entries of a thread's block at least: some 30 us of work."""
 
 _REASSOCIATE = {"reassoc", "contract"}
 METHOD = {name: i for i, name in enumerate(reference.METHODS)}
@@ -37,12 +41,12 @@ def _affine(mean, variance, goal_mean, goal_std, method, eps):
     return mean, 1.0, goal_mean
 
 
-@njit(parallel=True, fastmath=_REASSOCIATE)
-def _channel_major(x, goal_mean, goal_std, method, eps, out, mean, variance):
-    """Map x (B, C, P), positions contiguous."""
-    batch, channels, positions = x.shape
+@njit(nogil=True, fastmath=_REASSOCIATE)
+def _channel_major(x, goal_mean, goal_std, method, eps, out, mean, variance, lo, hi):
+    """Map the channels lo to hi of x (B, C, P), positions contiguous."""
+    batch, _, positions = x.shape
     count = batch * positions
-    for c in numba.prange(channels):
+    for c in range(lo, hi):
         s = x[0, c, 0]
         total = 0.0
         square = 0.0
@@ -65,35 +69,52 @@ def _channel_major(x, goal_mean, goal_std, method, eps, out, mean, variance):
                 out[b, c, p] = (x[b, c, p] - centre32) * scale32 + goal32
 
 
-@njit(parallel=True, fastmath=_REASSOCIATE)
-def _sample_major(x, goal_mean, goal_std, method, eps, out, mean, variance):
-    """Map x (T, C), channels contiguous: two reads."""
+@njit(nogil=True, fastmath=_REASSOCIATE)
+def _sum_segments(x, sums, lo, hi):
+    """Add the sums and squares of segments lo to hi of x (T, C) to ``sums`` (segments, 2, C)."""
     samples, channels = x.shape
-    segments = (samples + SEGMENT - 1) // SEGMENT
-    partial = np.zeros((segments, 2, channels), np.float32)
-    for segment in numba.prange(segments):
-        total, square = partial[segment, 0], partial[segment, 1]
+    for segment in range(lo, hi):
+        total, square = sums[segment, 0], sums[segment, 1]
         for t in range(segment * SEGMENT, min((segment + 1) * SEGMENT, samples)):
             for c in range(channels):
                 y = x[t, c] - x[0, c]
                 total[c] += y
                 square[c] += y * y
-    centre = np.empty(channels, np.float32)
-    scale = np.empty(channels, np.float32)
-    goal = np.empty(channels, np.float32)
-    for c in range(channels):
-        total64 = 0.0
-        square64 = 0.0
-        for segment in range(segments):
-            total64 += partial[segment, 0, c]
-            square64 += partial[segment, 1, c]
-        mean[c] = x[0, c] + total64 / samples
-        variance[c] = max(square64 / samples - (total64 / samples) ** 2, 0.0)
-        centre[c], scale[c], goal[c] = _affine(mean[c], variance[c], goal_mean[c], goal_std[c], method, eps)
-    for segment in numba.prange(segments):
-        for t in range(segment * SEGMENT, min((segment + 1) * SEGMENT, samples)):
-            for c in range(channels):
-                out[t, c] = (x[t, c] - centre[c]) * scale[c] + goal[c]
+
+
+@njit(nogil=True)
+def _maps(first, sums, samples, goal_mean, goal_std, method, eps, mean, variance, maps):
+    """Write each channel's statistics and its centre, scale and goal, ``maps`` (3, C)."""
+    for c in range(first.shape[0]):
+        total = 0.0
+        square = 0.0
+        for segment in range(sums.shape[0]):
+            total += sums[segment, 0, c]
+            square += sums[segment, 1, c]
+        mean[c] = first[c] + total / samples
+        variance[c] = max(square / samples - (total / samples) ** 2, 0.0)
+        centre, scale, goal = _affine(mean[c], variance[c], goal_mean[c], goal_std[c], method, eps)
+        maps[0, c], maps[1, c], maps[2, c] = centre, scale, goal
+
+
+@njit(nogil=True, fastmath=_REASSOCIATE)
+def _map_samples(x, maps, out, lo, hi):
+    """Map the samples lo to hi of x (T, C), channels contiguous."""
+    centre, scale, goal = maps[0], maps[1], maps[2]
+    for t in range(lo, hi):
+        for c in range(x.shape[1]):
+            out[t, c] = (x[t, c] - centre[c]) * scale[c] + goal[c]
+
+
+def _sample_major(x, goal_mean, goal_std, method, eps, out, mean, variance):
+    """Map x (T, C), channels contiguous: two reads."""
+    samples, channels = x.shape
+    segments = -(-samples // SEGMENT)
+    sums = np.zeros((segments, 2, channels), np.float32)
+    over_rows(segments, x.size, partial(_sum_segments, x, sums), BLOCK_ENTRIES)
+    maps = np.empty((3, channels), np.float32)
+    _maps(x[0], sums, samples, goal_mean, goal_std, method, eps, mean, variance, maps)
+    over_rows(samples, x.size, partial(_map_samples, x, maps, out), BLOCK_ENTRIES)
 
 
 def channel_affine(arguments: AffineArguments) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,8 +136,7 @@ def channel_affine(arguments: AffineArguments) -> tuple[torch.Tensor, torch.Tens
         torch.empty(channels, dtype=torch.float64, device="cpu"),
         torch.empty(channels, dtype=torch.float64, device="cpu"),
     )
-    run = _sample_major if by_sample else _channel_major
-    run(
+    arguments = (
         view.numpy(),
         goal_mean.numpy(),
         goal_std.numpy(),
@@ -126,6 +146,10 @@ def channel_affine(arguments: AffineArguments) -> tuple[torch.Tensor, torch.Tens
         mean.numpy(),
         variance.numpy(),
     )
+    if by_sample:
+        _sample_major(*arguments)
+    else:
+        over_rows(channels, view.numel(), partial(_channel_major, *arguments), BLOCK_ENTRIES)
     if flat is None:
         moved = out.movedim(dim, -1 if by_sample else 1) if out.ndim > 1 else out
         moved.copy_(target.reshape(moved.shape))

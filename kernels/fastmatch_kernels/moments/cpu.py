@@ -15,12 +15,13 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator
+from functools import partial
 
-import numba
 import numpy as np
 import torch
 
 from fastmatch_kernels._numba.cache import njit
+from fastmatch_kernels._numba.parallel import over_rows
 from fastmatch_kernels.moments import reference
 from fastmatch_kernels.moments.reference import MomentsArguments
 
@@ -39,14 +40,17 @@ MIN_CHUNK_SAMPLES = 1024
 SEGMENT = 128
 """Samples of one task and one float32 sum, where channels lie next to each other."""
 
+BLOCK_ENTRIES = 1 << 16
+"""Entries of a thread's block at least: some 30 us of work."""
+
 _REASSOCIATE = {"reassoc", "contract"}  # lets sums use vector lanes; NaN and inf keep their meaning
 
 
-@njit(parallel=True, fastmath=_REASSOCIATE)
-def _read_channel_major(x, shift, stats, out):
-    """x (B, C, P) -> out (C, B P) shifted; stats (3, C) added to. Positions are near each other."""
-    batch, channels, positions = x.shape
-    for c in numba.prange(channels):
+@njit(nogil=True, fastmath=_REASSOCIATE)
+def _read_channel_major(x, shift, stats, out, lo, hi):
+    """Channels lo to hi of x (B, C, P) -> out (C, B P) shifted; stats (3, C) added to. Positions are near each other."""
+    batch, _, positions = x.shape
+    for c in range(lo, hi):
         s = shift[c]
         total = 0.0
         square = 0.0
@@ -69,18 +73,16 @@ def _read_channel_major(x, shift, stats, out):
         stats[2, c] += off
 
 
-@njit(parallel=True, fastmath=_REASSOCIATE)
-def _read_sample_major(x, shift, stats, out):
-    """x (T, C) -> out (T, C) shifted; stats (3, C) added to. Channels are near each other.
+@njit(nogil=True, fastmath=_REASSOCIATE)
+def _read_sample_major(x, shift, sums, out, lo, hi):
+    """Segments lo to hi of x (T, C) -> out (T, C) shifted; sums (segments, 3, C) added to. Channels are near each other.
 
     Four samples at a time, so that the sums are not read and written for each.
     """
     samples, channels = x.shape
-    segments = (samples + SEGMENT - 1) // SEGMENT
-    partial = np.zeros((segments, 3, channels), np.float32)
     zero = np.float32(0)
-    for segment in numba.prange(segments):
-        total, square, off = partial[segment, 0], partial[segment, 1], partial[segment, 2]
+    for segment in range(lo, hi):
+        total, square, off = sums[segment, 0], sums[segment, 1], sums[segment, 2]
         first = segment * SEGMENT
         last = min(first + SEGMENT, samples)
         fours = first + (last - first) // 4 * 4
@@ -103,16 +105,12 @@ def _read_sample_major(x, shift, stats, out):
                 total[c] += y0
                 square[c] += y0 * y0
                 off[c] += np.float32(x0[c] <= zero)
-    for segment in range(segments):
-        for i in range(3):
-            for c in range(channels):
-                stats[i, c] += partial[segment, i, c]
 
 
-@njit(parallel=True)
-def _accumulate(blocks, out):
-    """out (C, C') float64 += blocks (K, C, C') float32; torch is several times slower where types differ."""
-    for i in numba.prange(out.shape[0]):
+@njit(nogil=True)
+def _accumulate(blocks, out, lo, hi):
+    """Rows lo to hi of out (C, C') float64 += blocks (K, C, C') float32; torch is several times slower where types differ."""
+    for i in range(lo, hi):
         for k in range(blocks.shape[0]):
             for j in range(out.shape[1]):
                 out[i, j] += blocks[k, i, j]
@@ -166,7 +164,16 @@ def _add_product(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor) -> None:
         for part, into in zip(left.split(at_once, dim=1), out.split(at_once), strict=True):
             shape = (len(part), part.shape[1], right.shape[1])
             product = _buffers.get("product", math.prod(shape)).view(shape)
-            _accumulate(torch.bmm(part, right.mT, out=product).numpy(), into.numpy())
+            blocks = torch.bmm(part, right.mT, out=product).numpy()
+            over_rows(len(into), product.numel(), partial(_accumulate, blocks, into.numpy()), BLOCK_ENTRIES)
+
+
+def _read_samples(x: np.ndarray, shift: np.ndarray, stats: np.ndarray, out: np.ndarray) -> None:
+    """x (T, C) -> out (T, C) shifted; stats (3, C) added to."""
+    segments = -(-len(x) // SEGMENT)
+    sums = np.zeros((segments, 3, x.shape[1]), np.float32)
+    over_rows(segments, x.size, partial(_read_sample_major, x, shift, sums, out), BLOCK_ENTRIES)
+    stats += sums.sum(axis=0, dtype=np.float64)
 
 
 def moments_update(arguments: MomentsArguments) -> None:
@@ -195,11 +202,12 @@ def moments_update(arguments: MomentsArguments) -> None:
             filled = buffer[: samples * view.shape[1]]
             if by_sample:
                 kept = filled.view(samples, -1)
-                _read_sample_major(chunk[0].T.numpy(), shift.numpy(), stats.numpy(), kept.numpy())
+                _read_samples(chunk[0].T.numpy(), shift.numpy(), stats.numpy(), kept.numpy())
                 shifted.append(kept.T)
             else:
                 kept = filled.view(-1, samples)
-                _read_channel_major(chunk.numpy(), shift.numpy(), stats.numpy(), kept.numpy())
+                read = partial(_read_channel_major, chunk.numpy(), shift.numpy(), stats.numpy(), kept.numpy())
+                over_rows(chunk.shape[1], chunk.numel(), read, BLOCK_ENTRIES)
                 shifted.append(kept)
         for out, i, j in arguments.products:
             _add_product(shifted[i], shifted[j], out)

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
-import numba
 import numpy as np
 import torch
 
 from fastmatch_kernels._numba import nontemporal
 from fastmatch_kernels._numba.cache import njit
 from fastmatch_kernels._numba.half import HALF, HARDWARE, decode, encode
+from fastmatch_kernels._numba.llvm import borrowed
+from fastmatch_kernels._numba.parallel import over_rows
 from fastmatch_kernels._numba.register_transpose import BYTES, from_words, to_words
 from fastmatch_kernels.permute_merge import reference
 from fastmatch_kernels.permute_merge.reference import MergeArguments
@@ -32,6 +34,9 @@ BLOCK = 16
 
 PREFETCH_BYTES = 2048
 """Distance of prefetches: the processor's own prefetcher stops at the end of a page."""
+
+BLOCK_ENTRIES = 1 << 16
+"""Entries of a thread's block at least: some 30 us of work."""
 
 NONTEMPORAL_BYTES = 1 << 23
 """Results of at least this size are written by non-temporal stores: the caches could not hold them."""
@@ -136,71 +141,78 @@ def _write(total, half, bits):
         bits[j] = encode(total[j], half)
 
 
-@njit(parallel=True, nogil=True)
-def _merge(weights, alphas, rows, columns, block, half, out, in_place, nontemporal_stores, tasks):
-    """out (R, L) = sum_k alphas[k] * weights[k][rows[k]][:, columns[k]]; an empty index leaves an axis in place.
+@njit(nogil=True)
+def _merge(
+    given, alphas, first_index, second_index, block, half, result, in_place, nontemporal_stores, lo, hi
+):
+    """result (R, L) = sum_k alphas[k] * given[k][first_index[k]][:, second_index[k]]; an empty second index moves nothing.
 
-    Weights and result are unsigned integers. ``columns`` are of elements where ``block`` is 1, else the starts of blocks.
+    Weights and result are unsigned integers. The second index is of elements where ``block`` is 1, else the starts of blocks.
+    Only the groups lo to hi of as many runs as fill ``BYTES`` bytes per element are computed.
     """
-    runs, length = out.shape
-    count = len(weights)
-    lanes = BYTES // out.itemsize
-    groups = (runs + lanes - 1) // lanes
+    runs, length = result.shape
+    count = len(given)
+    weights, rows, columns, out = (
+        borrowed(given),
+        borrowed(first_index),
+        borrowed(second_index),
+        borrowed(result),
+    )
+    lanes = BYTES // result.itemsize
     only_moved = count == 1 and alphas[0] == 1.0
     held = 0  # elements of a run that are held while they move
     for k in range(count):
         held = max(held, length if columns[k].shape[0] > 0 else 0)
-    for task in numba.prange(tasks):
-        words = np.empty((held, lanes) if block == 1 else (1, held), out.dtype)
-        # Rows a multiple of 4096 bytes apart would share one set of the cache, which holds hardly more than there are.
-        moved = np.empty((count, lanes, held + 64 // out.itemsize if held else 0), out.dtype)
-        starts = np.empty(lanes, np.int64)
-        total = np.empty(PART, alphas.dtype)
-        for group in range(groups * task // tasks, groups * (task + 1) // tasks):
-            first = group * lanes
-            last = min(first + lanes, runs)
-            for k in range(count):
-                if columns[k].shape[0] > 0:
-                    if block > 1:
-                        for r in range(first, last):
-                            run = weights[k][rows[k][r]]
-                            _move_blocks(run, columns[k], block, words[0], moved[k, r - first, :length])
+    words = np.empty((held, lanes) if block == 1 else (1, held), out.dtype)
+    # Rows a multiple of 4096 bytes apart would share one set of the cache, which holds hardly more than there are.
+    moved = np.empty((count, lanes, held + 64 // out.itemsize if held else 0), out.dtype)
+    starts = np.empty(lanes, np.int64)
+    total = np.empty(PART, alphas.dtype)
+    for group in range(lo, hi):
+        first = group * lanes
+        last = min(first + lanes, runs)
+        for k in range(count):
+            if columns[k].shape[0] > 0:
+                if block > 1:
+                    for r in range(first, last):
+                        run = weights[k][rows[k][r]]
+                        _move_blocks(run, columns[k], block, words[0], moved[k, r - first, :length])
+                else:
+                    # The last group may be short: its last run is repeated for the missing ones.
+                    for g in range(lanes):
+                        starts[g] = rows[k][min(first + g, runs - 1)] * length
+                    _move_columns(weights[k], starts, columns[k], words, moved[k])
+        for r in range(first, last):
+            x = moved[0, r - first, :length] if columns[0].shape[0] else weights[0][rows[0][r]]
+            if only_moved:
+                if nontemporal_stores:
+                    _copy_nontemporal(x, out[r])
+                else:
+                    _copy(x, out[r])
+                continue
+            # Where the result takes a weight's place, no loop over both could use vectors.
+            if count == 2 and not in_place:
+                y = moved[1, r - first, :length] if columns[1].shape[0] else weights[1][rows[1][r]]
+                if nontemporal_stores:
+                    next_x = columns[0].shape[0] == 0 and _follows(rows[0], r)
+                    next_y = columns[1].shape[0] == 0 and _follows(rows[1], r)
+                    _mean_nontemporal(x, y, half, alphas[0], alphas[1], out[r], next_x, next_y)
+                else:
+                    _mean_of_two(x, y, half, alphas[0], alphas[1], out[r])
+                continue
+            for start in range(0, length, PART):
+                # Slices: a loop from 0 is known to need no look at negative indices.
+                stop = min(start + PART, length)
+                part = total[: stop - start]
+                for k in range(count):
+                    if columns[k].shape[0] == 0:
+                        run = weights[k][rows[k][r]]
                     else:
-                        # The last group may be short: its last run is repeated for the missing ones.
-                        for g in range(lanes):
-                            starts[g] = rows[k][min(first + g, runs - 1)] * length
-                        _move_columns(weights[k], starts, columns[k], words, moved[k])
-            for r in range(first, last):
-                x = moved[0, r - first, :length] if columns[0].shape[0] else weights[0][rows[0][r]]
-                if only_moved:
-                    if nontemporal_stores:
-                        _copy_nontemporal(x, out[r])
-                    else:
-                        _copy(x, out[r])
-                    continue
-                # Where the result takes a weight's place, no loop over both could use vectors.
-                if count == 2 and not in_place:
-                    y = moved[1, r - first, :length] if columns[1].shape[0] else weights[1][rows[1][r]]
-                    if nontemporal_stores:
-                        next_x = columns[0].shape[0] == 0 and _follows(rows[0], r)
-                        next_y = columns[1].shape[0] == 0 and _follows(rows[1], r)
-                        _mean_nontemporal(x, y, half, alphas[0], alphas[1], out[r], next_x, next_y)
-                    else:
-                        _mean_of_two(x, y, half, alphas[0], alphas[1], out[r])
-                    continue
-                for start in range(0, length, PART):
-                    # Slices: a loop from 0 is known to need no look at negative indices.
-                    stop = min(start + PART, length)
-                    part = total[: stop - start]
-                    for k in range(count):
-                        if columns[k].shape[0] == 0:
-                            run = weights[k][rows[k][r]]
-                        else:
-                            run = moved[k, r - first]
-                        _add(run[start:stop], half, alphas[k], k == 0, part)
-                    _write(part, half, out[r, start:stop])
-        if nontemporal_stores:
-            nontemporal.fence()
+                        run = moved[k, r - first]
+                    _add(run[start:stop], half, alphas[k], k == 0, part)
+                _write(part, half, out[r, start:stop])
+    if nontemporal_stores:
+        nontemporal.fence()
 
 
 def _as_runs(
@@ -255,7 +267,8 @@ def permute_merge(arguments: MergeArguments) -> None:
     factors = np.array(alphas, np.float64 if out.dtype == torch.float64 else np.float32)
     factors[np.isnan(factors)] = np.nan  # the one whose bits bfloat16 can hold
     bits = {2: torch.uint16, 4: torch.uint32, 8: torch.uint64}[out.element_size()]
-    _merge(
+    merge = partial(
+        _merge,
         tuple(w.view(-1, length).view(bits).numpy() for w in sources),
         factors,
         tuple(rows),
@@ -267,7 +280,8 @@ def permute_merge(arguments: MergeArguments) -> None:
         in_place,
         # A result that replaces a weight is in the caches when it is written.
         target.nbytes >= NONTEMPORAL_BYTES and not in_place and (HARDWARE or out.dtype != torch.float16),
-        min(4 * numba.get_num_threads(), -(-len(rows[0]) * out.element_size() // BYTES)),
     )
+    groups = -(-len(rows[0]) * out.element_size() // BYTES)
+    over_rows(groups, out.numel() * len(sources), merge, BLOCK_ENTRIES)
     if target is not out:
         out.copy_(target)
