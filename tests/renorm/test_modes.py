@@ -482,3 +482,36 @@ def test_stem_shortcut_and_classifier_are_renormalized_and_selectable():
         touched = name in ("stem.weight", "stage2.0.shortcut.0.weight")
         assert torch.equal(new[name], tensor) != touched, name
     assert {n for n in new if n not in merged.state_dict()} == {"stem.bias", "stage2.0.shortcut.0.bias"}
+
+
+def test_renormalizations_side_by_side_leave_torchs_number_of_threads():
+    before = torch.get_num_threads()
+    lockstep = Lockstep(lambda key, values: values)
+    entered, first_left = threading.Barrier(2, timeout=60), threading.Event()
+    left: dict[str, int] = {}
+
+    def renormalize(name: str) -> None:
+        meetings = lockstep.run([lambda: lockstep.meet("a", 0)], torch.device("cpu"))
+        next(meetings)
+        entered.wait()
+        if name == "second":
+            first_left.wait(60)
+        list(meetings)
+        left[name] = torch.get_num_threads()
+        first_left.set()
+
+    torch.set_num_threads(3)
+    try:
+        callers = [threading.Thread(target=renormalize, args=(name,)) for name in ("first", "second")]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join(120)
+        later: list[int] = []
+        thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+        thread.start()
+        thread.join(60)
+        assert left == {"first": 3, "second": 3}
+        assert later == [3]
+    finally:
+        torch.set_num_threads(before)
