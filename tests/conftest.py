@@ -11,13 +11,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-try:
-    import numba
-except (
-    ImportError
-):  # a GPU machine may have a numpy that is too new for numba; tests without the CPU kernels run there
-    numba = None
-
 # Without a GPU, Triton runs kernels in its interpreter, on CPU tensors. It reads this when it is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

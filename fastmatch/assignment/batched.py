@@ -8,7 +8,9 @@ import numpy as np
 import torch
 
 from fastmatch.assignment._compile import prepared
-from fastmatch.assignment.dense_cost import as_real
+from fastmatch.assignment.integers import is_wide
+from fastmatch.assignment.reading import as_array, as_real, for_kernels
+from fastmatch.assignment.solve import solve
 from fastmatch_kernels._numba.parallel import over_blocks
 from fastmatch_kernels.lap.state import SmallSchedule
 
@@ -38,18 +40,33 @@ def solve_batched(costs: Any, maximize: bool = False) -> Any:
         (batch, n) int64: each row's column, -1 for rows without one (if n > m). A tensor for a tensor, on its device.
 
     Raises:
-        ValueError: not three-dimensional; or a problem, which is named, holds NaN, an infinity of the wrong sign, or
-            has no feasible assignment.
+        ValueError: not three-dimensional, or masked entries; or a problem, which is named, holds NaN, an infinity of the
+            wrong sign, or has no feasible assignment.
         TypeError: entries that are not real numbers.
     """
-    from fastmatch_kernels.lap.small import solve_stack
-
-    stack = as_real(costs)
+    stack = as_array(costs, "costs")
     if stack.ndim != 3:
         raise ValueError(f"costs: expected (batch, n, m), got {stack.ndim} dimensions")
+    out = _one_by_one(stack, maximize) if is_wide(stack) else _together(as_real(stack, "costs"), maximize)
+    return torch.from_numpy(out).to(costs.device) if isinstance(costs, torch.Tensor) else out
+
+
+def _one_by_one(stack: np.ndarray, maximize: bool) -> np.ndarray:
+    """Return each row's column, for integers beyond float64's."""
+    out = np.full(stack.shape[:2], -1, np.int64)
+    for cols, matrix in zip(out, stack, strict=True):
+        found = solve(matrix, maximize=maximize)
+        cols[found.row_ind] = found.col_ind
+    return out
+
+
+def _together(stack: np.ndarray, maximize: bool) -> np.ndarray:
+    """Return each row's column."""
+    from fastmatch_kernels.lap.small import solve_stack
+
     batch, rows, columns = stack.shape
     transposed = rows > columns
-    given = np.ascontiguousarray(stack.transpose(0, 2, 1)) if transposed else np.ascontiguousarray(stack)
+    given = for_kernels(np.ascontiguousarray(stack.transpose(0, 2, 1) if transposed else stack))
     n, m = given.shape[1:]
     schedule = tuple(SmallSchedule())
     prepared(
@@ -90,4 +107,4 @@ def solve_batched(costs: Any, maximize: bool = False) -> Any:
         found = np.full((batch, rows), -1, np.int64)
         np.put_along_axis(found, out, np.broadcast_to(np.arange(n), out.shape), axis=1)
         out = found
-    return torch.from_numpy(out).to(costs.device) if isinstance(costs, torch.Tensor) else out
+    return out

@@ -12,6 +12,8 @@ from fastmatch.assignment.dense_cost import DenseCost
 from fastmatch.assignment.device_cost import DeviceCost
 from fastmatch.assignment.factor_cost import FactorCost
 from fastmatch.assignment.gap import duality_gap
+from fastmatch.assignment.integers import as_minimisation, integer_gap, wide_integers
+from fastmatch.assignment.reading import as_array, as_real
 from fastmatch.assignment.solution import Assignment
 
 __all__ = ["certificate"]
@@ -45,7 +47,8 @@ def certificate(
     Returns:
         gap: a bound on the distance from the optimum.
         gap_bound: what rounding in this computation can amount to. The assignment is optimal for exactly the entries as
-            stored if ``gap <= gap_bound``.
+            stored if ``gap <= gap_bound``. 0 for integers beyond 2^32, which are added in integers. (If they are spread
+            over more than 2^53, float64 cannot hold their duals, and the gap is what that leaves.)
 
     Raises:
         ValueError: the indices are not a complete matching.
@@ -53,6 +56,13 @@ def certificate(
     Cost: one read of the cost.
     """
     sign = -1.0 if maximize else 1.0
+    if not isinstance(cost, (np.ndarray, torch.Tensor, Cost)):
+        cost = as_array(cost)
+    integers = wide_integers(cost, maximize)
+    if integers is not None:
+        turned = as_minimisation(assignment, integers)
+        _check_matching(turned.row_ind, turned.col_ind, integers.distance.shape)
+        return float(integer_gap(integers.distance, turned.col_ind, turned.v)[0]), 0.0
     rows, cols, v = np.asarray(assignment.row_ind), np.asarray(assignment.col_ind), assignment.v
     matrix = _rows_of(cost)
     if matrix.shape[0] > matrix.shape[1]:
@@ -61,9 +71,7 @@ def certificate(
         rows, cols = cols[order], rows[order]
     n, m = matrix.shape
     v = sign * np.asarray(v, np.float64)
-    complete = np.array_equal(rows, np.arange(n)) and len(np.unique(cols)) == n
-    if not complete or (n and not (cols.min() >= 0 and cols.max() < m)):
-        raise ValueError("assignment: its indices are not a complete matching of the shorter side")
+    _check_matching(rows, cols, (n, m))
     if isinstance(matrix, (np.ndarray, _Products)):
         matched, u = np.empty(n), np.empty(n)
         step = max(1, BATCH_ENTRIES // max(m, 1))
@@ -80,18 +88,22 @@ def certificate(
     return gap, gap_bound + rounding
 
 
+def _check_matching(rows: np.ndarray, cols: np.ndarray, shape: tuple[int, int]) -> None:
+    n, m = shape
+    complete = np.array_equal(rows, np.arange(n)) and len(np.unique(cols)) == n
+    if not complete or (n and not (cols.min() >= 0 and cols.max() < m)):
+        raise ValueError("assignment: its indices are not a complete matching of the shorter side")
+
+
 def _rows_of(cost: Any) -> np.ndarray | _Products | Cost:
     """Return something whose rows can be read in float64."""
     if isinstance(cost, FactorCost):
         return _Products(cost.pairs, cost.metric)
     if isinstance(cost, (DenseCost, DeviceCost)):
         cost = cost.matrix
-    if isinstance(cost, torch.Tensor):
-        cost = cost.detach().cpu()
-        return cost.double().numpy() if cost.dtype == torch.bfloat16 else cost.numpy()
-    if not isinstance(cost, np.ndarray) and isinstance(cost, Cost):
+    if not isinstance(cost, (np.ndarray, torch.Tensor)) and isinstance(cost, Cost):
         return cost
-    return np.asarray(cost)
+    return as_real(cost)
 
 
 class _Products:

@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
-__all__ = ["DenseCost", "as_real"]
+from fastmatch.assignment.reading import as_real
+
+__all__ = ["DenseCost"]
 
 BATCH_ENTRIES = 1 << 22
 """Entries that are read at once: 32 MB in float64."""
-
-EXACT = 1 << 53
-"""The largest integer up to which float64 holds all integers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,8 +30,8 @@ class DenseCost:
             demands that: half precision and 8- or 16-bit integers become float32, other integers float64.
 
     Raises:
-        TypeError: the entries are not real numbers of at most float64.
-        ValueError: not two-dimensional, or integers beyond 2^53.
+        TypeError: the entries are not real numbers of at most float64, or a tensor is sparse, quantized or without memory.
+        ValueError: not two-dimensional, masked entries, or integers beyond 2^53 (which :func:`solve` takes as they are).
     """
 
     matrix: Any
@@ -101,25 +99,3 @@ class DenseCost:
         for lo in range(0, len(rows), step):
             part = rows[lo : lo + step]
             yield slice(lo, lo + len(part)), sign * self.matrix[part].astype(np.float64)
-
-
-def as_real(cost: Any) -> np.ndarray:
-    """Return the entries as a numpy array of float32 or float64, copied only if their type demands it."""
-    if isinstance(cost, torch.Tensor):
-        host = cost.detach()
-        if host.dtype in (torch.float16, torch.bfloat16):
-            host = host.float()
-        matrix = host.cpu().numpy()
-    else:
-        matrix = np.asarray(cost)
-    if not matrix.dtype.isnative:
-        matrix = matrix.astype(matrix.dtype.newbyteorder("="))
-    if matrix.dtype.kind == "b" or matrix.dtype in (np.int8, np.uint8, np.int16, np.uint16, np.float16):
-        matrix = matrix.astype(np.float32)
-    elif matrix.dtype.kind in "iu":
-        if matrix.size and max(int(matrix.max()), -int(matrix.min())) > EXACT:
-            raise ValueError("cost: integers beyond 2^53 are not exact in float64; subtract a constant first")
-        matrix = matrix.astype(np.float64)
-    elif matrix.dtype not in (np.float32, np.float64):
-        raise TypeError(f"cost: expected real numbers up to float64, got {matrix.dtype}")
-    return matrix

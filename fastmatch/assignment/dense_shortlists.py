@@ -13,6 +13,7 @@ from fastmatch._internal.checks import check_type
 from fastmatch.assignment._compile import prepared
 from fastmatch.assignment.phases import Phases
 from fastmatch.assignment.problem import LapProblem, LapSolution, check_entries
+from fastmatch.assignment.reading import for_kernels
 from fastmatch.assignment.schedule import DenseSchedule
 from fastmatch_kernels._numba.parallel import over_rows
 from fastmatch_kernels.lap.state import ASIDE, FREE, READS, matrix_lists
@@ -49,7 +50,7 @@ class DenseShortlists:
 
     def solve(self, problem: LapProblem) -> LapSolution:
         """Solve the problem: see :meth:`Solver.solve`."""
-        matrix = problem.matrix(self, computed=True)
+        matrix = for_kernels(problem.matrix(self, computed=True))
         compile_kernels(matrix.dtype)
         return _DensePhases(matrix, problem.sign, self.schedule, problem.finite_start).run()
 

@@ -44,7 +44,7 @@ class DeviceCost:
             raise TypeError(f"matrix: expected a floating-point torch tensor, got {kind}")
         if matrix.ndim != 2:
             raise ValueError(f"cost: expected a matrix, got {matrix.ndim} dimensions")
-        self.matrix = matrix.detach()
+        self.matrix = matrix.detach().resolve_neg()
         self.shape: tuple[int, int] = (matrix.shape[0], matrix.shape[1])
         self._sizes: torch.Tensor | None = None
         """(n,) float64: the largest absolute value of each row, computed on first use."""

@@ -9,6 +9,7 @@ import numpy as np
 from fastmatch._internal.checks import check_type
 from fastmatch.assignment._compile import prepared
 from fastmatch.assignment.problem import Infeasible, LapProblem, LapSolution, check_entries
+from fastmatch.assignment.reading import for_kernels
 from fastmatch.assignment.schedule import check_fields
 from fastmatch_kernels.lap.state import SmallSchedule
 
@@ -39,7 +40,7 @@ class SmallDense:
         """Solve the problem: see :meth:`Solver.solve`."""
         from fastmatch_kernels.lap.small import INFEASIBLE, SOLVED, row_minima, solve_stack
 
-        matrix = problem.matrix(self)
+        matrix = for_kernels(problem.matrix(self))
 
         def run(
             costs: np.ndarray, duals: np.ndarray | None

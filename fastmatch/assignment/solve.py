@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import warnings
+from functools import partial
 from typing import Any, overload
 
 import numpy as np
@@ -16,7 +18,9 @@ from fastmatch.assignment.dense_shortlists import DenseShortlists
 from fastmatch.assignment.device_cost import DeviceCost
 from fastmatch.assignment.factor_cost import FactorCost
 from fastmatch.assignment.gap import duality_gap
+from fastmatch.assignment.integers import solve_integers, wide_integers
 from fastmatch.assignment.problem import LapProblem, LapSolution, Solver
+from fastmatch.assignment.reading import as_array
 from fastmatch.assignment.small_dense import SmallDense
 from fastmatch.assignment.solution import Assignment
 
@@ -82,7 +86,8 @@ def solve(
 
     Args:
         cost: (n, m), numpy, torch or a :class:`fastmatch.assignment.Cost`. float32 and float64 are solved as stored (duals are
-            float64), half precision as float32, integers exactly. +inf forbids an entry (-inf under ``maximize``).
+            float64), half precision as float32, integers of up to 64 bits exactly (beyond 2^32 by a proof in integers: gap and
+            bound are 0). +inf forbids an entry (-inf under ``maximize``).
         maximize: look for the largest total.
         warm_start: a solution of a problem of the same shape and sense. Its duals are kept; rows are matched anew.
         solver: a solver object; None for the choice of :func:`fastmatch.assignment.select_solver`.
@@ -91,7 +96,8 @@ def solve(
         An :class:`Assignment`. It is optimal for exactly the entries as stored; ``gap`` and ``gap_bound`` prove it.
 
     Raises:
-        ValueError: NaN, an infinity of the wrong sign, no feasible assignment, or a solver that does not take this cost.
+        ValueError: NaN, an infinity of the wrong sign, masked entries, integers spread over 2^64 or more, no feasible
+            assignment, or a solver that does not take this cost.
         TypeError: entries that are not real numbers, a solver without a method ``solve`` or a class in place of a solver, or
             a ``warm_start`` that is not an :class:`Assignment`.
 
@@ -103,6 +109,11 @@ def solve(
         raise TypeError(f"solver: expected a solver object such as DenseShortlists(), got {solver!r}")
     if warm_start is not None:
         check_type("warm_start", warm_start, Assignment)
+    if not isinstance(cost, (np.ndarray, torch.Tensor, DenseCost, DeviceCost, FactorCost, Cost)):
+        cost = as_array(cost)
+    integers = wide_integers(cost, maximize)
+    if integers is not None:
+        return solve_integers(integers, warm_start, partial(solve, solver=solver))
     given = _as_cost(cost, solver)
     chosen = select_solver(given) if solver is None else solver
     if isinstance(given, DeviceCost) and solver is None and not isinstance(chosen, CandidateLists):
@@ -203,7 +214,7 @@ def linear_sum_assignment(cost: Any, maximize: bool = False) -> tuple[Any, Any]:
         [1, 0]
 
     Args:
-        cost: (n, m); see :func:`solve`.
+        cost: (n, m); see :func:`solve`. The mask of a masked array is ignored, as by scipy, with a warning.
         maximize: look for the largest total.
 
     Returns:
@@ -212,6 +223,13 @@ def linear_sum_assignment(cost: Any, maximize: bool = False) -> tuple[Any, Any]:
     Raises:
         ValueError: NaN, an infinity of the wrong sign, or no feasible assignment.
     """
+    if isinstance(cost, np.ma.MaskedArray):
+        if np.ma.is_masked(cost):
+            warnings.warn(
+                "cost: its mask is ignored, as by scipy; fill masked entries with inf to forbid them",
+                stacklevel=2,
+            )
+        cost = np.asarray(cost)
     found = solve(cost, maximize=maximize)
     if isinstance(cost, torch.Tensor):
         return (

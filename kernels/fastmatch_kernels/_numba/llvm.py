@@ -35,19 +35,16 @@ def borrowed(typing: Any, arrays: Any) -> Any:
     Each view of an array with an owner counts a reference, which takes as long as a short run of elements. The caller of a
     kernel keeps its arrays alive, so the kernel need not count.
     """
-    kinds = arrays.types if isinstance(arrays, types.BaseTuple) else [arrays]
+    is_tuple = isinstance(arrays, types.BaseTuple)
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        (given,) = args
-        values = cgutils.unpack_tuple(builder, given) if isinstance(arrays, types.BaseTuple) else [given]
         found = []
-        for kind, value in zip(kinds, values, strict=True):
+        values = cgutils.unpack_tuple(builder, args[0]) if is_tuple else args
+        for kind, value in zip(arrays if is_tuple else [arrays], values, strict=True):
             array = make_array(kind)(context, builder, value)
             array.meminfo = ir.Constant(array.meminfo.type, None)
             array.parent = ir.Constant(array.parent.type, None)
             found.append(array._getvalue())
-        if isinstance(arrays, types.BaseTuple):
-            return context.make_tuple(builder, arrays, found)
-        return found[0]
+        return context.make_tuple(builder, arrays, found) if is_tuple else found[0]
 
     return arrays(arrays), code

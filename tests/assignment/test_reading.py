@@ -1,0 +1,171 @@
+"""What may be passed as a cost: memory of every kind, tensors of every kind, lists, and what is refused by name."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from fractions import Fraction
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.optimize import linear_sum_assignment as scipy_lsa
+
+from fastmatch.assignment import (
+    DenseShortlists,
+    DeviceCost,
+    SmallDense,
+    certificate,
+    linear_sum_assignment,
+    solve,
+    solve_batched,
+)
+from fastmatch_kernels.lap import lists, reduction, rows, small
+from helpers.networks import fresh_seed
+
+SOLVERS = [DenseShortlists(), SmallDense()]
+
+
+def _read_only(a):
+    view = a.view()
+    view.flags.writeable = False
+    return view
+
+
+def _unaligned(a):
+    raw = bytearray(a.nbytes + 1)
+    raw[1:] = a.tobytes()
+    return np.frombuffer(raw, a.dtype, offset=1).reshape(a.shape)
+
+
+def _packed(a):
+    table = np.zeros(a.shape, np.dtype([("flag", "u1"), ("cost", a.dtype)]))
+    table["cost"] = a
+    return table["cost"]
+
+
+MEMORY = {
+    "read-only": _read_only,
+    "read-only, columns contiguous": lambda a: _read_only(np.asfortranarray(a)),
+    "unaligned": _unaligned,
+    "field of packed records": _packed,
+    "reversed": lambda a: a[::-1, ::-1].copy()[::-1, ::-1],
+    "every other column": lambda a: np.repeat(a, 2, axis=1)[:, ::2],
+    "other byte order": lambda a: a.astype(a.dtype.newbyteorder(">")),
+    "matrix": lambda a: a.view(np.matrix),
+    "nothing masked": np.ma.masked_array,
+    "frame": pd.DataFrame,
+    "memoryview": memoryview,
+    "list": lambda a: a.tolist(),
+    "fractions": lambda a: [[Fraction(float(x)) for x in row] for row in a],
+    "decimals": lambda a: [[Decimal(float(x)) for x in row] for row in a],
+    "words": lambda a: [[repr(float(x)) for x in row] for row in a],
+}
+
+
+@pytest.mark.parametrize("kind", MEMORY)
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_memory_of_every_kind_is_read_as_it_is(kind, dtype):
+    plain = np.random.default_rng(fresh_seed()).standard_normal((23, 31)).astype(dtype)
+    cost = MEMORY[kind](plain)
+    best = plain[scipy_lsa(plain)].sum(dtype=np.float64)
+    for solver in SOLVERS:
+        found = solve(cost, solver=solver)
+        assert found.objective == pytest.approx(best, rel=1e-6)
+        assert certificate(cost, found)[0] <= certificate(cost, found)[1]
+    assert solve_batched([cost] if isinstance(cost, list) else np.asarray(cost)[None])[0].tolist() == (
+        found.col_ind.tolist()
+    )
+    assert np.array_equal(np.asarray(cost, dtype), plain)
+
+
+def test_memory_that_repeats_one_row():
+    row = np.random.default_rng(fresh_seed()).standard_normal(40)
+    cost = np.broadcast_to(row, (30, 40))
+    for solver in SOLVERS:
+        assert solve(cost, solver=solver).objective == pytest.approx(np.sort(row)[:30].sum())
+
+
+def test_a_mapped_file_is_read_and_not_written(tmp_path):
+    plain = np.random.default_rng(fresh_seed()).standard_normal((50, 50))
+    np.save(tmp_path / "cost.npy", plain)
+    cost = np.load(tmp_path / "cost.npy", mmap_mode="r")
+    assert solve(cost).objective == pytest.approx(plain[scipy_lsa(plain)].sum())
+    assert np.array_equal(np.load(tmp_path / "cost.npy"), plain)
+
+
+def test_arrays_that_may_not_be_written_use_the_kernels_of_others():
+    kernels = [getattr(module, name) for module in (lists, reduction, rows, small) for name in dir(module)]
+    kernels = [k for k in kernels if hasattr(k, "signatures")]
+    plain = np.random.default_rng(fresh_seed()).standard_normal((60, 60))
+    for solver in SOLVERS:
+        solve(plain, solver=solver)
+    solve_batched(plain[None])
+    before = [len(k.signatures) for k in kernels]
+    for cost in (_read_only(plain), _unaligned(plain)):
+        for solver in SOLVERS:
+            solve(cost, solver=solver)
+        solve_batched(cost[None])
+    assert [len(k.signatures) for k in kernels] == before
+    assert sum(before) > 4
+
+
+TENSORS = {
+    "negative view": lambda t: torch._neg_view(-t),
+    "imaginary part of a conjugate": lambda t: torch.complex(t, -t).conj().imag,
+    "real part": lambda t: torch.complex(t, t).real,
+    "requires a gradient": lambda t: t.clone().requires_grad_(True) * 1,
+    "parameter": torch.nn.Parameter,
+    "expanded and sliced": lambda t: t[None].expand(3, -1, -1)[1],
+}
+
+
+@pytest.mark.parametrize("kind", TENSORS)
+def test_tensors_of_every_kind(kind):
+    plain = torch.from_numpy(np.random.default_rng(fresh_seed()).standard_normal((21, 34)))
+    cost = TENSORS[kind](plain)
+    best = plain.numpy()[scipy_lsa(plain.numpy())].sum()
+    for given in (cost, DeviceCost(cost)):
+        found = solve(given)
+        assert found.objective == pytest.approx(best, rel=1e-12)
+        assert certificate(given, found)[0] <= certificate(given, found)[1]
+    row_ind, col_ind = linear_sum_assignment(cost)
+    assert float(plain[row_ind, col_ind].sum()) == pytest.approx(best, rel=1e-12)
+    assert solve_batched(cost[None])[0].tolist() == found.col_ind.tolist()
+
+
+def test_narrow_floats_are_solved_as_stored():
+    plain = torch.randn(30, 30).to(torch.float8_e4m3fn)
+    wide = plain.double().numpy()
+    assert solve(plain).objective == pytest.approx(wide[scipy_lsa(wide)].sum(), rel=1e-12)
+
+
+REFUSED = {
+    "sparse": (lambda: torch.eye(4).to_sparse(), TypeError, "expected a dense tensor"),
+    "without memory": (lambda: torch.empty(4, 4, device="meta"), TypeError, "expected a dense tensor"),
+    "complex": (lambda: torch.zeros(4, 4, dtype=torch.complex64), TypeError, "expected real numbers"),
+    "wide floats": (lambda: np.eye(4, dtype=np.longdouble), TypeError, "expected real numbers"),
+    "objects": (lambda: np.eye(4).astype(object), TypeError, "expected real numbers"),
+    "words": (lambda: [["a", "b"], ["c", "d"]], TypeError, "expected real numbers"),
+    "times": (lambda: np.zeros((2, 2), "m8[s]"), TypeError, "expected real numbers"),
+    "ragged": (lambda: [[1.0, 2.0], [3.0]], ValueError, "expected a matrix of numbers"),
+    "nothing": (lambda: [[1.0, None], [2.0, 3.0]], ValueError, "NaN"),
+    "masked": (lambda: np.ma.masked_array(np.eye(3), np.eye(3, dtype=bool)), ValueError, "masked entries"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_cannot_be_solved_is_refused_by_name(kind):
+    make, error, message = REFUSED[kind]
+    with pytest.raises(error, match=rf"^cost: .*{message}"):
+        solve(make())
+    stack = [make()] if isinstance(make(), list) else make()[None]
+    with pytest.raises(error, match=rf"^costs: .*{message}"):
+        solve_batched(stack)
+
+
+def test_scipys_contract_ignores_a_mask_and_says_so():
+    plain = np.random.default_rng(fresh_seed()).standard_normal((5, 5))
+    with pytest.warns(UserWarning, match="mask is ignored"):
+        found = linear_sum_assignment(np.ma.masked_array(plain, np.eye(5, dtype=bool)))
+    assert np.array_equal(found[1], scipy_lsa(plain)[1])
