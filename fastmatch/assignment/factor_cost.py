@@ -10,6 +10,7 @@ import torch
 
 from fastmatch._internal.checks import check_choice
 from fastmatch.assignment.cost import row_index
+from fastmatch.assignment.reading import as_array
 from fastmatch_kernels import ops as kernels
 from fastmatch_kernels._dispatch import Backend, RowPrecision
 from fastmatch_kernels._numba.parallel import over_rows
@@ -421,11 +422,14 @@ def _common_dtype(factors: list[torch.Tensor], metric: str) -> torch.dtype:
 
 
 def _factor(x: Any, metric: str) -> torch.Tensor:
-    if isinstance(x, np.ndarray):
-        x = np.ascontiguousarray(x)
-        x = torch.tensor(x) if not x.flags.writeable else torch.from_numpy(x)
+    if not isinstance(x, torch.Tensor):
+        x = as_array(x, "factors")
+        if x.dtype.kind == "f" and x.dtype.itemsize <= 8:
+            # In this machine's byte order and aligned; torch takes only memory that may be written.
+            x = torch.from_numpy(np.require(x, x.dtype.newbyteorder("="), "CAW"))
     if not isinstance(x, torch.Tensor) or not x.is_floating_point():
         raise TypeError(f"factors: expected floating-point matrices, got {getattr(x, 'dtype', type(x))}")
     if x.ndim != 2:
         raise ValueError(f"factors: expected matrices, got {x.ndim} dimensions")
-    return x.detach().cpu() if metric == "l1" else x.detach()
+    x = x.detach().resolve_neg()
+    return x.cpu() if metric == "l1" else x

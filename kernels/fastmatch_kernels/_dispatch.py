@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, TypeAlias, get_args, get_type_hints
 
 import torch
@@ -127,6 +127,7 @@ class Operation:
     ) -> None:
         self._name = name
         self._folder = folder or name
+        self._mutates = tuple(mutates)
 
         def call(*given: Any) -> Any:
             *values, backend = given
@@ -139,7 +140,7 @@ class Operation:
             return_annotation=returns,
         )
         call.__signature__ = signature  # what torch infers the schema from
-        self._custom_op = torch.library.custom_op(f"fastmatch::{name}", call, mutates_args=tuple(mutates))
+        self._custom_op = torch.library.custom_op(f"fastmatch::{name}", call, mutates_args=self._mutates)
         self._custom_op.register_fake(lambda *given: fake(arguments(*given[:-1])))
 
     def _function(self, backend: str) -> Callable[[Any], Any]:
@@ -156,6 +157,13 @@ class Operation:
         return function(arguments)
 
     def __call__(self, arguments: tuple[Any, ...], backend: str) -> Any:
+        if not torch.compiler.is_compiling() and any(x.is_neg() for x in _tensors(arguments)):
+            plain = type(arguments)(*map(_resolved, arguments))
+            result = self(plain, backend)
+            for name in self._mutates:
+                if getattr(arguments, name) is not None:
+                    getattr(arguments, name).copy_(getattr(plain, name))
+            return result
         if _is_plain(arguments):
             return self._run(arguments, backend)
         return self._custom_op(*arguments, backend)
@@ -165,11 +173,21 @@ def _is_plain(arguments: Iterable[Any]) -> bool:
     """Whether nothing traces, differentiates or intercepts what is done with the tensors among ``arguments``."""
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return False
+    return not any(type(x) is not Tensor or x.requires_grad for x in _tensors(arguments))
+
+
+def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
     for value in arguments:
         for x in value if isinstance(value, (list, tuple)) else (value,):
-            if isinstance(x, Tensor) and (type(x) is not Tensor or x.requires_grad):
-                return False
-    return True
+            if isinstance(x, Tensor):
+                yield x
+
+
+def _resolved(value: Any) -> Any:
+    """Return an argument with tensors whose memory holds what they say: not those of ``x.conj().imag``."""
+    if isinstance(value, (list, tuple)):
+        return [_resolved(x) for x in value]
+    return value.resolve_neg() if isinstance(value, Tensor) else value
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:

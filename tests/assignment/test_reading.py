@@ -12,8 +12,10 @@ import torch
 from scipy.optimize import linear_sum_assignment as scipy_lsa
 
 from fastmatch.assignment import (
+    CandidateLists,
     DenseShortlists,
     DeviceCost,
+    FactorCost,
     SmallDense,
     certificate,
     linear_sum_assignment,
@@ -132,6 +134,25 @@ def test_tensors_of_every_kind(kind):
     row_ind, col_ind = linear_sum_assignment(cost)
     assert float(plain[row_ind, col_ind].sum()) == pytest.approx(best, rel=1e-12)
     assert solve_batched(cost[None])[0].tolist() == found.col_ind.tolist()
+
+
+@pytest.mark.parametrize("kind", [*MEMORY, *TENSORS])
+def test_factors_of_every_kind(kind):
+    a, b = np.random.default_rng(fresh_seed()).standard_normal((2, 25, 6))
+    make = MEMORY[kind] if kind in MEMORY else lambda x: TENSORS[kind](torch.from_numpy(x))
+    gain = FactorCost([(make(a), make(b))])
+    best = (a @ b.T)[scipy_lsa(a @ b.T, maximize=True)].sum()
+    found = solve(gain, maximize=True, solver=CandidateLists())
+    assert found.objective == pytest.approx(best, rel=1e-9)
+
+
+def test_factors_are_refused_by_name():
+    with pytest.raises(ValueError, match="factors: has masked entries"):
+        FactorCost([(np.ma.masked_array(np.eye(3), np.eye(3)), np.eye(3))])
+    with pytest.raises(TypeError, match="factors: expected floating-point matrices, got int64"):
+        FactorCost([(np.eye(3, dtype=np.int64), np.eye(3))])
+    with pytest.raises(TypeError, match="factors: expected floating-point matrices, got longdouble|float128"):
+        FactorCost([(np.eye(3, dtype=np.longdouble), np.eye(3))])
 
 
 def test_narrow_floats_are_solved_as_stored():
