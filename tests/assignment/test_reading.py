@@ -151,7 +151,7 @@ def test_factors_are_refused_by_name():
         FactorCost([(np.ma.masked_array(np.eye(3), np.eye(3)), np.eye(3))])
     with pytest.raises(TypeError, match="factors: expected floating-point matrices, got int64"):
         FactorCost([(np.eye(3, dtype=np.int64), np.eye(3))])
-    with pytest.raises(TypeError, match="factors: expected floating-point matrices, got longdouble|float128"):
+    with pytest.raises(TypeError, match="factors: expected floating-point matrices"):
         FactorCost([(np.eye(3, dtype=np.longdouble), np.eye(3))])
 
 
