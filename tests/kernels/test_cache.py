@@ -54,7 +54,7 @@ def package(tmp_path):
     target = tmp_path / "site" / "fastmatch_kernels"
     source = Path(fastmatch_kernels.__file__).parent
     (target / "_numba").mkdir(parents=True)
-    for name in ("__init__.py", "_numba/__init__.py", "_numba/cache.py", "_numba/parallel.py"):
+    for name in ("__init__.py", "_numba/__init__.py", "_numba/cache.py", "_numba/llvm.py"):
         shutil.copy(source / name, target / name)
     probe = target / "probe"
     probe.mkdir()
@@ -252,3 +252,74 @@ def test_a_file_that_was_cut_off_is_compiled_again(package):
 def test_kernels_are_compiled_where_numba_is_told_not_to(package):
     assert run(package, NUMBA_DISABLE_JIT="1")[0] == ["4", "0"]
     assert run(package)[0] == ["4", "1"]
+
+
+INNER = """
+from fastmatch_kernels._numba.cache import njit
+from fastmatch_kernels._numba.llvm import borrowed, flat
+
+@njit(nogil=True, inner=True)
+def inner(x):
+    return x + 1
+
+@njit(nogil=True)
+def outer(x):
+    return 2 * inner(x)
+
+@njit(nogil=True)
+def total(matrix, rows):
+    run, (first, second) = flat(matrix), borrowed(rows)
+    s = 0.0
+    for j in range(run.shape[0]):
+        s += run[j]
+    for i in range(first.shape[0]):
+        s += first[i, 0] - second[i, 0]
+    return s
+"""
+
+
+def test_kernels_for_kernels_are_compiled_cached_and_refused_to_python(package):
+    (package / "probe" / "caller.py").write_text(INNER)
+    assert run(package)[0] == ["4", "0"]
+    assert run(package)[0] == ["4", "1"]
+    code = "from fastmatch_kernels.probe.caller import inner; inner(1)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(package.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "TypeError: inner was compiled for kernels only" in done.stderr
+
+
+def test_runs_and_borrowed_arrays_hold_the_same_numbers_and_no_reference(package):
+    (package / "probe" / "caller.py").write_text(INNER)
+    code = (
+        "import sys, numpy as np; from fastmatch_kernels.probe.caller import total\n"
+        "a, b = np.arange(6.0).reshape(2, 3), np.ones((2, 3)); before = sys.getrefcount(a), sys.getrefcount(b)\n"
+        "print(total(a, (a, b)), (sys.getrefcount(a), sys.getrefcount(b)) == before)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(package.parent)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["16.0", "True"]
+
+
+def test_the_garbage_collector_runs_again_after_compiling(package):
+    code = (
+        "import gc; from fastmatch_kernels.probe.caller import outer\n"
+        "outer(1); print(gc.isenabled()); gc.disable(); outer(1.0); print(gc.isenabled())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(package.parent)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["True", "False"]

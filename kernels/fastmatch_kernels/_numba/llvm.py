@@ -7,9 +7,9 @@ from typing import Any
 from llvmlite import ir
 from numba import extending, types
 from numba.core import cgutils
-from numba.np.arrayobj import make_array
+from numba.np.arrayobj import make_array, populate_array
 
-__all__ = ["borrowed", "declared", "intrinsic", "vector_at"]
+__all__ = ["borrowed", "declared", "flat", "intrinsic", "vector_at"]
 
 # Any: an intrinsic is called without its first parameter, the typing context, and no type checker knows that.
 intrinsic: Any = extending.intrinsic
@@ -48,3 +48,30 @@ def borrowed(typing: Any, arrays: Any) -> Any:
         return context.make_tuple(builder, arrays, found) if is_tuple else found[0]
 
     return arrays(arrays), code
+
+
+@intrinsic
+def flat(typing: Any, array: Any) -> Any:
+    """Return a contiguous array as one run of elements, without its owner, as :func:`borrowed`.
+
+    numba's ``reshape`` would compile the text of its error message with the kernel, which takes two seconds.
+    """
+    if array.layout != "C":
+        return None
+    run = types.Array(array.dtype, 1, "C")
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        given, made = make_array(array)(context, builder, args[0]), make_array(run)(context, builder)
+        size = ir.Constant(given.nitems.type, array.dtype.bitwidth // 8)
+        populate_array(
+            made,
+            data=given.data,
+            shape=[given.nitems],
+            strides=[size],
+            itemsize=size,
+            meminfo=None,
+            parent=None,
+        )
+        return made._getvalue()
+
+    return run(array), code

@@ -30,7 +30,7 @@ _REASSOCIATE = {"reassoc", "contract"}
 METHOD = {name: i for i, name in enumerate(reference.METHODS)}
 
 
-@njit(nogil=True)
+@njit(inner=True, nogil=True)
 def _affine(mean, variance, goal_mean, goal_std, method, eps):
     """Return (centre, scale, goal) of ``z' = (z - centre) scale + goal``: no large numbers cancel at the end."""
     gain = goal_std / math.sqrt(variance + eps)

@@ -18,7 +18,7 @@ import torch
 from fastmatch_kernels._numba import nontemporal
 from fastmatch_kernels._numba.cache import njit
 from fastmatch_kernels._numba.half import HALF, HARDWARE, decode, encode
-from fastmatch_kernels._numba.llvm import borrowed
+from fastmatch_kernels._numba.llvm import borrowed, flat
 from fastmatch_kernels._numba.parallel import over_rows
 from fastmatch_kernels._numba.register_transpose import BYTES, from_words, to_words
 from fastmatch_kernels.permute_merge import reference
@@ -42,7 +42,7 @@ NONTEMPORAL_BYTES = 1 << 23
 """Results of at least this size are written by non-temporal stores: the caches could not hold them."""
 
 
-@njit(nogil=True)
+@njit(inner=True, nogil=True)
 def _move_columns(weight, starts, columns, words, moved):
     """``moved[g, j] = weight.flat[starts[g] + columns[j]]`` for as many runs as there are lanes.
 
@@ -50,12 +50,12 @@ def _move_columns(weight, starts, columns, words, moved):
     """
     length, lanes = words.shape
     whole = length - length % (2 * lanes)
-    flat = weight.reshape(-1)
+    run = flat(weight)
     for j in range(0, whole, 2 * lanes):
         to_words(weight, starts, j, words)
     for j in range(whole, length):
         for g in range(lanes):
-            words[j, g] = flat[starts[g] + j]
+            words[j, g] = run[starts[g] + j]
     for j in range(0, whole, 2 * lanes):
         from_words(words, columns, j, moved)
     for j in range(whole, length):
@@ -63,7 +63,7 @@ def _move_columns(weight, starts, columns, words, moved):
             moved[g, j] = words[columns[j], g]
 
 
-@njit(nogil=True)
+@njit(inner=True, nogil=True)
 def _move_blocks(run, starts, block, near, moved):
     """Copy the blocks of ``block`` elements that begin at ``starts`` in a run to ``moved``, one after another.
 
@@ -74,20 +74,20 @@ def _move_blocks(run, starts, block, near, moved):
         _copy(near[starts[i] : starts[i] + block], moved[i * block : (i + 1) * block])
 
 
-@njit(nogil=True)
+@njit(inner=True, nogil=True)
 def _copy(bits, run):
     for j in range(run.shape[0]):
         run[j] = bits[j]
 
 
-@njit(nogil=True, fastmath={"contract"})
+@njit(inner=True, nogil=True, fastmath={"contract"})
 def _mean_of_two(x, y, half, alpha, beta, run):
     """``run = alpha x + beta y`` in one loop, so that conversions overlap with waiting for memory."""
     for j in range(run.shape[0]):
         run[j] = encode(alpha * decode(x[j], half, alpha) + beta * decode(y[j], half, beta), half)
 
 
-@njit(nogil=True)
+@njit(inner=True, nogil=True)
 def _edges(run):
     """Where the aligned part of a run begins and ends."""
     lanes = nontemporal.BYTES // run.itemsize
@@ -95,7 +95,7 @@ def _edges(run):
     return head, head + (run.shape[0] - head) // lanes * lanes
 
 
-@njit(nogil=True)
+@njit(inner=True, nogil=True)
 def _copy_nontemporal(bits, run):
     """As :func:`_copy`, by non-temporal stores."""
     head, tail = _edges(run)
@@ -105,7 +105,7 @@ def _copy_nontemporal(bits, run):
     _copy(bits[tail:], run[tail:])
 
 
-@njit(nogil=True)
+@njit(inner=True, nogil=True)
 def _mean_nontemporal(x, y, half, alpha, beta, run, next_x, next_y):
     """As :func:`_mean_of_two`, by non-temporal stores; ``next_x`` says whether what follows x in memory is needed next."""
     head, tail = _edges(run)
@@ -121,13 +121,13 @@ def _mean_nontemporal(x, y, half, alpha, beta, run, next_x, next_y):
         _mean_of_two(x[tail:], y[tail:], half, alpha, beta, run[tail:])
 
 
-@njit(nogil=True)
+@njit(inner=True, nogil=True)
 def _follows(rows, r):
     """Whether the run that is needed after r's is its neighbour in memory."""
     return r + 1 < rows.shape[0] and rows[r + 1] == rows[r] + 1
 
 
-@njit(nogil=True, fastmath={"contract"})
+@njit(inner=True, nogil=True, fastmath={"contract"})
 def _add(bits, half, alpha, fresh, total):
     """``total (+)= alpha * the numbers in bits``; ``fresh`` overwrites."""
     for j in range(total.shape[0]):
@@ -135,7 +135,7 @@ def _add(bits, half, alpha, fresh, total):
         total[j] = value if fresh else total[j] + value
 
 
-@njit(nogil=True)
+@njit(inner=True, nogil=True)
 def _write(total, half, bits):
     for j in range(bits.shape[0]):
         bits[j] = encode(total[j], half)
