@@ -426,7 +426,7 @@ def _factor(x: Any, metric: str) -> torch.Tensor:
         x = as_array(x, "factors")
         if x.dtype.kind == "f" and x.dtype.itemsize <= 8:
             # In this machine's byte order and aligned; torch takes only memory that may be written.
-            x = torch.from_numpy(np.require(x, x.dtype.newbyteorder("="), "CAW"))
+            x = torch.from_numpy(np.require(x, x.dtype.newbyteorder("="), ["C", "A", "W"]))
     if not isinstance(x, torch.Tensor) or not x.is_floating_point():
         raise TypeError(f"factors: expected floating-point matrices, got {getattr(x, 'dtype', type(x))}")
     if x.ndim != 2:

@@ -136,7 +136,7 @@ def channel_affine(arguments: AffineArguments) -> tuple[torch.Tensor, torch.Tens
         torch.empty(channels, dtype=torch.float64, device="cpu"),
         torch.empty(channels, dtype=torch.float64, device="cpu"),
     )
-    arguments = (
+    given = (
         view.numpy(),
         goal_mean.numpy(),
         goal_std.numpy(),
@@ -147,9 +147,9 @@ def channel_affine(arguments: AffineArguments) -> tuple[torch.Tensor, torch.Tens
         variance.numpy(),
     )
     if by_sample:
-        _sample_major(*arguments)
+        _sample_major(*given)
     else:
-        over_rows(channels, view.numel(), partial(_channel_major, *arguments), BLOCK_ENTRIES)
+        over_rows(channels, view.numel(), partial(_channel_major, *given), BLOCK_ENTRIES)
     if flat is None:
         moved = out.movedim(dim, -1 if by_sample else 1) if out.ndim > 1 else out
         moved.copy_(target.reshape(moved.shape))
