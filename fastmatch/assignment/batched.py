@@ -10,7 +10,7 @@ import torch
 from fastmatch.assignment._compile import prepared
 from fastmatch.assignment.integers import is_wide
 from fastmatch.assignment.reading import as_array, as_real, for_kernels
-from fastmatch.assignment.solve import solve
+from fastmatch.assignment.solve import linear_sum_assignment, solve
 from fastmatch_kernels._numba.parallel import over_blocks
 from fastmatch_kernels.lap.state import SmallSchedule
 
@@ -62,7 +62,7 @@ def _one_by_one(stack: np.ndarray, maximize: bool) -> np.ndarray:
 
 def _together(stack: np.ndarray, maximize: bool) -> np.ndarray:
     """Return each row's column."""
-    from fastmatch_kernels.lap.small import solve_stack
+    from fastmatch_kernels.lap.small import DOUBTFUL, SOLVED, TOO_LARGE, WRONG, solve_stack
 
     batch, rows, columns = stack.shape
     transposed = rows > columns
@@ -73,33 +73,34 @@ def _together(stack: np.ndarray, maximize: bool) -> np.ndarray:
         f"the kernels for stacks of {given.dtype}",
         ("stack", given.dtype.char),
         lambda: solve_stack(
-            np.zeros((1, 2, 2), given.dtype),
+            np.zeros(4, given.dtype),
+            2,
+            2,
             1.0,
             schedule,
             0,
             1,
             np.zeros((1, 2), np.int64),
             np.zeros(1, np.int8),
-            np.zeros((0, 2)),
-            np.zeros(4, np.int64),
         ),
     )
     out = np.zeros((batch, n), np.int64)
-    bad, no_duals = np.zeros(batch, np.int8), np.zeros((0, m))
+    bad, flat = np.zeros(batch, np.int8), given.reshape(-1)
     if out.size:
         step = max(1, CHUNK_ENTRIES // (n * m))
         sign = -1.0 if maximize else 1.0
         over_blocks(
             [*range(0, batch, step), batch],
-            lambda lo, hi: solve_stack(
-                given, sign, schedule, lo, hi, out, bad, no_duals, np.zeros(4, np.int64)
-            ),
+            lambda lo, hi: solve_stack(flat, n, m, sign, schedule, lo, hi, out, bad),
         )
+    for k in np.flatnonzero(np.isin(bad, (TOO_LARGE, DOUBTFUL))):
+        out[k] = linear_sum_assignment(given[k], maximize)[1]
+        bad[k] = SOLVED
     if bad.any():
         which = int(np.flatnonzero(bad)[0])
         reason = (
             "NaN or an infinity of the wrong sign"
-            if bad[which] == 1
+            if bad[which] == WRONG
             else "no assignment that avoids the forbidden entries"
         )
         raise ValueError(f"costs: problem {which} has {reason}")

@@ -1,4 +1,4 @@
-"""The solver for matrices: candidate lists that are read once and refilled on demand, an auction if it pays, paths.
+"""The solver for matrices: first duals, candidate lists that are refilled on demand, an auction if it pays, paths.
 
 docs/design/assignment.md says why lists that are refilled on demand are exact, and what each step costs.
 """
@@ -11,14 +11,21 @@ import numpy as np
 
 from fastmatch._internal.checks import check_type
 from fastmatch.assignment._compile import prepared
-from fastmatch.assignment.phases import Phases
-from fastmatch.assignment.problem import LapProblem, LapSolution, check_entries
+from fastmatch.assignment.phases import SLICE, Phases
+from fastmatch.assignment.problem import Infeasible, LapProblem, LapSolution, TooLarge, check_entries
 from fastmatch.assignment.reading import for_kernels
 from fastmatch.assignment.schedule import DenseSchedule
 from fastmatch_kernels._numba.parallel import over_rows
-from fastmatch_kernels.lap.state import ASIDE, FREE, READS, matrix_lists
+from fastmatch_kernels._numba.simd import WIDTH
+from fastmatch_kernels.lap.state import BIDS, HUGE, POPS, READS, SEARCHES, matrix_lists, new_paths
 
 __all__ = ["DenseShortlists"]
+
+PROBED = (8, 64, 512)
+"""Entries by which lines are compared before all of them."""
+
+FEW_PATHS = 16
+"""Paths from whose lengths those of the others are estimated."""
 
 
 @dataclass(frozen=True)
@@ -72,98 +79,255 @@ class _DensePhases(Phases):
             sign,
             matrix,
         )
-        self.row_at = np.full(self.m, -1, np.int64)
-        self.at_minima = False  # whether the first duals are the columns' minima
-        self.finite = True
-        self.v = self.first_duals(start)
+        self.flat = matrix.reshape(-1)
+        self.is_square = self.n == self.m > 1
+        self.warm = start is not None
+        # Kernels load whole vectors of duals.
+        self.duals = np.zeros(-(-self.m // WIDTH) * WIDTH)
+        self.v = self.duals[: self.m]
+        if start is not None:
+            self.v[:] = start
+        self.gaps = np.empty(self.n)
+        self.by_rows = False  # whether bids read whole rows and not lists
+        self.made = self.read_again = 0  # bids over lists, and the lists that were read for them
+        self.distinct = False  # whether most rows have a single best column
 
-    @property
-    def bound(self) -> np.ndarray:
-        return self.lists.bound
+    def run(self) -> LapSolution:
+        self.survey()
+        if self.free():
+            self.solve_free()
+        return LapSolution(self.col_of, self.row_duals(), self.v, self.counts)
 
-    def first_duals(self, start: np.ndarray | None) -> np.ndarray:
-        """Return the first column duals: ``start``, or the column minima.
+    def survey(self) -> None:
+        """Read the matrix once, check its entries, and match rows to a free column among their best."""
+        from fastmatch_kernels.lap.match import match_surveyed, survey
+        from fastmatch_kernels.lap.small import largest
 
-        Zeros if the problem is not square, because unmatched columns must keep the largest dual.
-        """
-        from fastmatch_kernels.lap.rows import column_minima
-
-        parts: list[tuple[np.ndarray, np.ndarray]] = []
-        sums: list[float] = []
+        columns = np.empty(self.n, np.int64)
+        sizes: list[float] = []
+        # The least c - v of a row without a list bounds all its entries.
+        least = self.lists.bound
 
         def read(lo: int, hi: int) -> None:
-            least, row_at = np.full(self.m, np.inf), np.full(self.m, -1, np.intp)
-            sums.append(column_minima(self.matrix, self.sign, lo, hi, least, row_at))
-            parts.append((least, row_at))
+            sizes.append(survey(self.flat, self.sign, self.m, self.duals, lo, hi, least, self.gaps, columns))
 
         over_rows(self.n, self.matrix.size, read)
         self.counts[READS] += self.n
-        # A sum is finite only if every entry is. If it is not, entries are checked one by one: it may be an overflow.
-        self.finite = bool(np.isfinite(sums).all())
-        if not self.finite:
-            check_entries(self.matrix, self.sign)
-        if self.n != self.m:
-            return np.zeros(self.m)
-        if start is not None:
-            return start
-        least, row_at = parts[0]
-        for other, at in parts[1:]:
-            row_at = np.where(other < least, at, row_at)
-            least = np.minimum(least, other)
-        self.row_at = row_at
-        self.at_minima = True
-        self.bound.fill(0.0)  # of c - v, under these duals and all lower ones
-        return np.where(np.isfinite(least), least, 0.0)
+        self.size = sum(sizes)
+        if not self.size < HUGE:
+            top = largest(self.flat, 0, self.flat.size, self.sign)
+            if top < 0:
+                check_entries(self.matrix, self.sign)
+            if top > HUGE:
+                raise TooLarge
+        match_surveyed(
+            self.flat, self.sign, self.m, self.duals, least, self.gaps, columns, self.row_of, self.col_of
+        )
+        self.note_costs()
 
-    def run(self) -> LapSolution:
-        from fastmatch_kernels.lap.reduction import column_reduction, tie_reduction
+    def note_costs(self) -> None:
+        """Write the costs of the matched pairs."""
+        rows = np.flatnonzero(self.col_of >= 0)
+        self.matching.cost_of[rows] = self.sign * self.matrix[rows, self.col_of[rows]].astype(np.float64)
+
+    def better_duals(self) -> tuple[int, tuple[np.ndarray, ...]]:
+        """Look for other first duals.
+
+        Returns:
+            The rows that they leave free (n + 1 if none are better), and (duals, row_of, col_of, least, gaps).
+        """
+        from fastmatch_kernels.lap.duals import better_duals
 
         plan = self.schedule
-        can_bid = self.n == self.m > 1 and self.finite
-        rows, cols = self.constant() if can_bid else (np.zeros(0, np.intp),) * 2
-        if len(rows) and len(cols):
-            if abs(len(rows) - len(cols)) > plan.dead_imbalance * (self.n - len(rows)):
-                self.solve_live(rows, cols)
-                return LapSolution(self.col_of, self.row_duals(), self.v, self.counts)
-            count = min(len(rows), len(cols))
-            rows, cols = rows[:count], cols[:count]
-        else:
-            rows = cols = np.zeros(0, np.intp)
-        self.col_of[rows] = ASIDE
-        self.v[cols] = -np.inf
-        column_reduction(self.matrix, self.sign, self.v, self.row_at, tuple(self.matching))
-        if self.at_minima and self.free() > plan.tied_above * self.n:
-            tie_reduction(self.matrix, self.sign, self.v, plan.tie_misses, tuple(self.matching), self.counts)
-            if can_bid and self.free() > plan.tied_above * self.n:
-                # A few rows have the minima of most columns: such duals take longer to undo than zeros.
-                self.v[self.v > -np.inf] = 0.0
-                self.drop()
-        self.list_rows(self.free_rows())
-        self.match_free()
-        calm = True
-        if can_bid and self.free() > plan.auction_above * self.n:
-            calm = self.short_auctions()
-        else:
-            self.reduce_rows()
-        reads = int(self.counts[READS]) + plan.reads_before_scaling * self.n if can_bid else np.inf
-        if not calm or not self.augment(reads):
-            self.scaled_auction()
-            self.match_tight()
-            self.reduce_rows()
-            self.augment()
+        numbers = (plan.better_minima, plan.better_centres, plan.tail)
+        found = (
+            np.zeros_like(self.duals), np.empty(self.m, np.int64), np.empty(self.n, np.int64), np.empty(self.n),
+            np.empty(self.n),
+        )  # fmt: skip
+        free = better_duals(
+            self.flat, 0, self.sign, self.n, self.m, self.col_of, numbers, *found, self.counts
+        )
+        return int(free), found
+
+    def begin_at(self, duals: tuple[np.ndarray, ...]) -> None:
+        """Begin again from other duals and the matching from them."""
+        for x, new in zip(
+            (self.duals, self.row_of, self.col_of, self.lists.bound, self.gaps), duals, strict=True
+        ):
+            x[:] = new
+        self.lists.costs.fill(np.inf)
+        self.note_costs()
+
+    def solve_copies(self) -> bool:
+        """Solve a problem most of whose columns are copies of others, or most of whose rows; return whether it is one.
+
+        Rows count only if the matrix is square, because each column has to be matched then.
+        """
+        plan = self.schedule
+        if self.warm or self.free() <= plan.auction_above * self.n:
+            return False
+        # A copy of a row's best column ties with it; equal rows want the same column.
+        if (self.gaps == 0.0).mean() > 1 - plan.copied_below:
+            copies = find_copies(self.matrix, plan.copied_below, columns=True)
+            if copies is not None:
+                inner = self.matrix[:, copies[0]]
+                self.v[:] = self.fill_columns(inner, copies, self.col_of)[copies[1]]
+                self.row_of.fill(-1)
+                self.row_of[self.col_of] = np.arange(self.n)
+                self.note_costs()
+                return True
+        if self.is_square and self.free() > (1 - 2 * plan.copied_below) * self.n:
+            copies = find_copies(self.matrix, plan.copied_below, columns=False)
+            if copies is not None:
+                inner = self.matrix[copies[0]].T
+                row_duals = self.fill_columns(inner, copies, self.row_of)[copies[1]]
+                self.col_of[self.row_of] = np.arange(self.n)
+                self.note_costs()
+                self.v[self.col_of] = self.matching.cost_of - row_duals
+                return True
+        return False
+
+    def fill_columns(
+        self, inner: np.ndarray, copies: tuple[np.ndarray, np.ndarray, np.ndarray], matched: np.ndarray
+    ) -> np.ndarray:
+        """Solve a problem with one column for all copies of a column; return the duals of these columns.
+
+        Args:
+            inner: the different columns.
+            copies: as :func:`find_copies` returns them.
+            matched: where the column of each row goes.
+        """
+        from fastmatch_kernels.lap.copies import fill_columns
+        from fastmatch_kernels.lap.paths import shuffle
+
+        n, (_, group, room) = len(matched), copies
+        order, duals, found = np.arange(n), np.zeros(len(room)), np.full(n, -1, np.int64)
+        shuffle(order, n)
+        flat = np.ascontiguousarray(inner).reshape(-1)
+        if fill_columns(flat, len(room), self.sign, room, duals, found, order, self.counts) >= 0:
+            raise Infeasible("cost: no assignment avoids the forbidden entries")
+        self.counts[READS] += n
+        by_row, by_col = np.argsort(found, kind="stable"), np.argsort(group, kind="stable")
+        begin = np.concatenate([[0], np.cumsum(room)])[found[by_row]]
+        rank = np.arange(n) - np.searchsorted(found[by_row], found[by_row], "left")
+        matched[by_row] = by_col[begin + rank]
+        # Bounds were read under other duals.
+        self.lists.bound.fill(-np.inf)
+        self.lists.costs.fill(np.inf)
+        return duals
+
+    def solve_free(self) -> None:
+        """Match the free rows: by bids if these settle most of them, then by shortest paths."""
+        plan = self.schedule
+        others: tuple[np.ndarray, ...] | None = None
+        crowded = plan.crowded_above * self.n
+        if self.is_square and not self.warm and self.free() > crowded:
+            if self.augment_by_rows(plan.short_scans * self.n, 1 / 16) == 0.0:
+                return
+            if self.free() > crowded:
+                free, found = self.better_duals()
+                if free <= plan.accepted_below * self.n:
+                    self.begin_at(found)
+                elif free <= self.n:
+                    others = found
+        if not self.free() or self.solve_copies():
+            return
+        calm = self.bids(plan.slow_above if others is None else plan.slow_above_others)
+        if not calm and others is not None:
+            self.begin_at(others)
+            calm = self.bids(plan.slow_above)
+        self.finish(calm)
+
+    def bids(self, slow_above: float) -> bool:
+        """Match free rows by row reduction and a short auction; return whether that paid: see :meth:`short_auctions`."""
+        from fastmatch_kernels.lap.duals import typical_gap
+
+        plan = self.schedule
+        eps = plan.short_eps * typical_gap(self.gaps)
+        many = plan.auction_above * self.n
+        self.distinct = 0.0 < eps < np.inf
+        # Lists are not used if half of the rows have ties for their best column, and not for few rows: reading a list
+        # takes as long as scanning a row three times.
+        self.by_rows = self.free() <= many or not self.distinct
+        if not self.by_rows:
+            self.list_rows(self.free_rows())
+            self.made, self.read_again = 0, self.free()
+        self.reduce()
+        if self.free() <= many:
+            self.reduce()
+            return True
+        if self.is_square and self.distinct:
+            return self.short_auctions(eps, slow_above)
+        self.reduce()
+        return not self.is_square
+
+    def finish(self, calm: bool) -> None:
+        """Match the free rows by shortest paths; if these would be long and costs are distinct, by eps-scaling first."""
+        plan = self.schedule
+        if self.by_rows and self.distinct and self.augment_by_rows(plan.few_scans * self.n) == 0.0:
+            return
+        if self.distinct and self.augment_by_lists(calm):
+            return
+        limit = plan.scans_before_scaling * self.n if self.is_square and self.distinct else np.inf
+        scans = self.augment_by_rows(limit)
+        if scans == 0.0:
+            return
+        if self.scaled_auction_within(scans) and self.augment_by_lists(True):
+            return
+        self.augment_by_rows(np.inf)
+
+    def reduce(self) -> None:
+        """Run a pass of augmenting row reduction (Jonker and Volgenant 1987)."""
+        rows = self.free_rows()
         if len(rows):
-            self.bring_back(rows, cols)
-        return LapSolution(self.col_of, self.row_duals(), self.v, self.counts)
+            self.bid(rows, 0.0, len(rows) + int(self.schedule.extra_steps * self.n))
+
+    def reduce_rows(self) -> None:
+        """Run two passes of augmenting row reduction."""
+        self.reduce()
+        self.reduce()
+
+    def bid(
+        self, rows: np.ndarray, eps: float, bids: int, enough: int = 0, at_once: int = SLICE
+    ) -> np.ndarray:
+        """Run the auction among ``rows``, over whole rows once lists have to be read too often: see :meth:`Phases.bid`."""
+        from fastmatch_kernels.lap.auction import auction
+        from fastmatch_kernels.lap.small import bid_rows
+
+        plan = self.schedule
+        stack = np.zeros(self.n, np.int64)
+        top = len(rows)
+        stack[:top] = rows[::-1]
+        while top > enough and bids > 0:
+            part = min(bids, SLICE, at_once, 2 * self.n)
+            if self.by_rows:
+                top = bid_rows(
+                    self.flat, self.sign, self.m, self.duals, self.row_of, self.col_of, stack, top, eps, part, self.counts
+                )  # fmt: skip
+            else:
+                before = self.counts.copy()
+                top, _ = auction(
+                    self.matrix, self.sign, self.v, *self.arrays, stack, top, eps, part, tuple(self.refills), 0, self.counts
+                )  # fmt: skip
+                made, reads = (int(self.counts[k] - before[k]) for k in (BIDS, READS))
+                self.made += made
+                self.read_again += reads
+                # Each row has to be read once for its first list.
+                self.by_rows = self.read_again - self.n > plan.dear_bid_reads * self.made
+            bids -= part
+        if self.by_rows:
+            self.note_costs()
+        return stack[:top][::-1].copy()
 
     def row_duals(self) -> np.ndarray:
         """Return the least c - v of every row."""
         from fastmatch_kernels.lap.lists import row_duals
 
-        u, lists = np.zeros(self.n), tuple(self.lists)
+        u, (lists, matching) = np.zeros(self.n), self.arrays
         read: list[int] = []
 
         def work(lo: int, hi: int) -> None:
-            read.append(row_duals(self.matrix, self.sign, lo, hi, self.v, lists, u))
+            read.append(row_duals(self.matrix, self.sign, lo, hi, self.v, lists, matching, u))
 
         over_rows(self.n, self.matrix.size, work)
         self.counts[READS] += sum(read)
@@ -181,139 +345,180 @@ class _DensePhases(Phases):
 
         over_rows(len(rows), len(rows) * self.m, read)
 
-    def unlisted_rows(self) -> np.ndarray:
-        return np.flatnonzero((self.lists.costs.reshape(self.n, -1)[:, 0] == np.inf) & (self.col_of != ASIDE))
-
-    def constant(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the constant rows and the constant columns (dead units).
-
-        If there are both, all have the same value, because each row meets each column. They are taken out because they tie
-        with everything: every list would fill with equal columns, and the auction would creep by eps.
-        """
-        from fastmatch_kernels.lap.rows import constant_columns, constant_rows
-
-        some = np.linspace(0, self.n - 1, 8).astype(np.intp)
-        cols = np.flatnonzero((self.matrix[some] == self.matrix[some[0]]).all(axis=0))
-        rows = np.flatnonzero((self.matrix[:, some] == self.matrix[:, :1]).all(axis=1)) if len(cols) else cols
-        same = np.ones(len(rows), np.bool_)
-        constant_rows(self.matrix, rows, same)
-        rows = rows[same]
-        if not len(rows) or not len(cols):
-            return rows, cols[:0]
-        # A constant row has every constant column's value: only the other rows have to be read.
-        others = np.delete(np.arange(self.n), rows)
-        same, values = np.ones(len(cols), np.bool_), self.matrix[rows[0], cols]
-        over_rows(
-            len(others),
-            len(others) * len(cols),
-            lambda lo, hi: constant_columns(self.matrix, others[lo:hi], cols, values, same),
-        )
-        return rows, cols[same]
-
-    def solve_live(self, rows: np.ndarray, cols: np.ndarray) -> None:
-        """Solve the problem without its constant rows and columns, and complete the solution.
-
-        The rest is not square. Its unmatched columns (or rows) go to constant rows (or columns), which are indifferent.
-        With value c, column duals t there, and row duals c - t, all of that is tight. A live row may prefer a constant
-        column, and a constant row a live column: such rows are freed, and shortest paths finish exactly.
-        """
-        live_rows, live_cols = np.delete(np.arange(self.n), rows), np.delete(np.arange(self.m), cols)
-        value = self.sign * float(self.matrix[rows[0], cols[0]])
-        inner = self.matrix[np.ix_(live_rows, live_cols)]
-        tall = len(live_rows) > len(live_cols)
-        live = _DensePhases(np.ascontiguousarray(inner.T) if tall else inner, self.sign, self.schedule, None)
-        found, u, v, _ = live.run()
-        self.counts += live.counts
-        if tall:
-            u, v = v, u
-            reach = float(u.max())
-            top = value - reach
-            at_rows, at_cols = found, np.arange(len(found))
-        else:
-            top = float(v.max(initial=-np.inf)) if len(v) else 0.0
-            reach = value - top
-            at_rows, at_cols = np.arange(len(found)), found
-        kept = (u[at_rows] <= reach) & (v[at_cols] <= top)
-        self.v[live_cols], self.v[cols] = np.minimum(v, top), top
-        self.bound[live_rows], self.bound[rows] = np.minimum(u, reach), reach
-        self.take(live_rows[at_rows[kept]], live_cols[at_cols[kept]])
-        # What no live row took has the largest dual: it is as good as a constant column.
-        if tall:
-            spare = np.setdiff1d(live_rows, live_rows[at_rows])
-            self.take(np.concatenate([rows, spare]), cols)
-        else:
-            spare = np.setdiff1d(live_cols, live_cols[at_cols])
-            self.take(rows, np.concatenate([cols, spare]))
-        self.augment()
-
-    def take(self, rows: np.ndarray, cols: np.ndarray) -> None:
-        """Match rows to columns, one by one."""
-        self.col_of[rows], self.row_of[cols] = cols, rows
-        self.matching.cost_of[rows] = self.sign * self.matrix[rows, cols].astype(np.float64)
-
-    def bring_back(self, rows: np.ndarray, cols: np.ndarray) -> None:
-        """Return constant rows and columns to a problem that was solved without them.
-
-        With value c and the largest dual t of the other columns, dual t for the constant columns is feasible for the constant
-        rows, and tight between the two. Rows that prefer a constant column (at c - t) to what they have are freed, and
-        shortest paths finish exactly.
-        """
-        value = self.sign * float(self.matrix[rows[0], cols[0]])
-        others = self.v[self.v > -np.inf]
-        top = float(others.max()) if len(others) else 0.0
-        self.v[cols] = top
-        # These columns are in no list, so their smallest cost bounds the entries outside the lists.
-        np.minimum(self.bound, value - top, out=self.bound)
-        self.lists.costs.reshape(self.n, -1)[rows] = np.inf
-        self.bound[rows] = value - top
-        matched = np.flatnonzero(self.col_of >= 0)
-        columns = self.col_of[matched]
-        worse = self.matching.cost_of[matched] - self.v[columns] > value - top
-        self.row_of[columns[worse]] = -1
-        self.col_of[matched[worse]] = FREE
-        self.col_of[rows], self.row_of[cols], self.matching.cost_of[rows] = cols, rows, value
-        self.augment()
-
     def spread(self) -> float:
         """Return the standard deviation of the listed costs."""
         listed = self.lists.costs[np.isfinite(self.lists.costs)].astype(np.float64)
         largest = np.abs(listed).max(initial=0.0)
         return float((listed / largest).std() * largest) if largest > 0 else 0.0  # squares of 1e200 overflow
 
-    def refresh(self) -> float:
-        """Return the mean difference between a row's best two; read the rows whose lists are outdated, if these are many."""
-        from fastmatch_kernels.lap.lists import mean_gap
+    def match_tight(self) -> None:
+        """Free the rows whose match is not their best, and match free rows to free columns among their best."""
+        from fastmatch_kernels.lap.lists import keep_tight
 
-        stale = np.zeros(self.n, np.bool_)
-        gap = mean_gap(self.matrix, self.v, tuple(self.lists), self.col_of, stale)
-        if stale.sum() > self.schedule.repeat_above * self.n:
-            self.list_rows(np.flatnonzero(stale))
-        return float(gap)
+        keep_tight(self.matrix, self.v, *self.arrays)
+        self.match_free()
 
-    def short_auctions(self) -> bool:
-        """Run phases at a small eps, whose near-optimal duals make the searches short; return False for a price war."""
+    def held(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return the arrays that an auction changes, each with a copy."""
+        return [
+            (x, x.copy())
+            for x in (self.v, *self.matching, self.lists.bound, self.lists.costs, self.lists.cols)
+        ]
+
+    def short_auctions(self, eps: float, slow_above: float) -> bool:
+        """Run phases at a small eps, whose near-optimal duals make the searches short; undo them if they do not pay.
+
+        Args:
+            eps: the first phase's.
+            slow_above: a phase ends if a bid per row leaves more than this fraction of the waiting rows waiting.
+
+        Returns:
+            False if a phase ended with many rows waiting: a price war.
+        """
         plan = self.schedule
-        self.list_rows(self.unlisted_rows())
-        eps = plan.short_eps * self.refresh()
-        self.drop()
-        for _ in range(plan.short_phases):
-            if not 0 < eps < np.inf:
-                break
-            enough = int(plan.short_leaves * self.n)
-            left = self.bid(self.free_rows(), eps, plan.short_bids * self.n, enough, self.n)
-            self.refresh()
+        held, before = self.held(), self.free()
+        enough = int(plan.short_leaves * self.n)
+        for phase in range(plan.short_phases):
+            rows = self.free_rows()
+            for _ in range(plan.short_bids):
+                left = self.bid(rows, eps, self.n, enough)
+                slow = (
+                    len(left) > slow_above * len(rows) or len(left) > len(rows) - plan.least_settled * self.n
+                )
+                rows = left
+                if slow or len(rows) <= enough:
+                    break
+            war = len(rows) > plan.war_above * self.n
             self.match_tight()
-            if len(left) > int(plan.war_above * self.n):
-                return False
             self.reduce_rows()
+            if self.free() >= before and (war or phase in (0, plan.short_phases - 1)):
+                for x, old in held:
+                    x[:] = old
+                return False
+            if war:
+                return False
             if self.free() <= plan.repeat_above * self.n:
                 break
             eps *= plan.short_factor
         return True
 
-    def scaled_auction(self) -> None:
-        self.list_rows(self.unlisted_rows())
-        super().scaled_auction()
+    def augment_by_lists(self, calm: bool) -> bool:
+        """Augment over the lists while these save reads; return whether no row is free any more."""
+        from fastmatch_kernels.lap.augment import augment
+
+        plan = self.schedule
+        paths = tuple(new_paths(self.n, self.m))
+        sources, at = self.free_rows(), 0
+        before = last = self.counts.copy()
+        while at < len(sources):
+            at, _ = augment(
+                self.matrix, self.sign, self.v, *self.arrays, sources, at, plan.slice_steps * self.n,
+                tuple(self.refills), 0, paths, self.counts,
+            )  # fmt: skip
+            if at < 0:
+                raise Infeasible(
+                    f"cost: no assignment avoids the forbidden entries (row {-1 - at} of the problem as solved)"
+                )
+            if at >= len(sources):
+                break
+            spent, now = self.counts - before, self.counts - last
+            last = self.counts.copy()
+            if spent[READS] > plan.few_reads * self.n and now[READS] > plan.dear_reads * now[POPS]:
+                return False
+            left = (len(sources) - at) * now[POPS] / max(now[SEARCHES], 1)
+            if not calm and spent[POPS] + left > 2 * plan.scans_before_scaling * self.n:
+                return False
+        return True
+
+    def augment_by_rows(self, scans: float, first: float = 4.0) -> float:
+        """Augment over whole rows until the paths are expected to scan more than ``scans`` rows.
+
+        Args:
+            scans: infinite to go on to the end.
+            first: scans per row after which it is first asked.
+
+        Returns:
+            0 if no row is free any more, else the scans that the rest is expected to take.
+        """
+        from fastmatch_kernels.lap.paths import paths, shuffle
+
+        order = self.free_rows()
+        shuffle(order, len(order))
+        at, spent = 0, 0
+        step = max(256, SLICE // self.m * 32) if scans == np.inf else max(1, int(first * self.n))
+        while at < len(order):
+            before, start, used = int(self.counts[POPS] + self.counts[SEARCHES]), at, 0
+            while at < len(order) and (used < step or at - start < FEW_PATHS):
+                at = paths(
+                    self.flat,
+                    self.m,
+                    self.sign,
+                    self.v,
+                    self.row_of,
+                    self.col_of,
+                    order,
+                    at,
+                    step,
+                    self.counts,
+                )
+                if at < 0:
+                    raise Infeasible(
+                        f"cost: no assignment avoids the forbidden entries (row {-1 - at} of the problem as solved)"
+                    )
+                used = int(self.counts[POPS] + self.counts[SEARCHES]) - before
+            self.counts[READS] += used
+            spent += used
+            rest = (len(order) - at) * used / (at - start)
+            if rest and spent + rest > scans:
+                self.note_costs()
+                return 2 * rest  # later paths are longer
+        self.note_costs()
+        return 0.0
+
+    def scaled_auction_within(self, scans: float) -> bool:
+        """Run the scaled auction unless it takes more work than so many scans of rows: then undo it and return False."""
+        plan = self.schedule
+        held = self.held()
+        before = self.counts.copy()
+        limit = scans * plan.scaling_share * self.m
+
+        def is_over() -> bool:
+            bids, reads = int(self.counts[BIDS] - before[BIDS]), int(self.counts[READS] - before[READS])
+            return bids * plan.bid_entries + 3 * reads * self.m > limit
+
+        self.scaled_auction(is_over)
+        if is_over():
+            for x, old in held:
+                x[:] = old
+            return False
+        self.match_tight()
+        self.reduce_rows()
+        return True
+
+
+def find_copies(
+    matrix: np.ndarray, below: float, *, columns: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Find equal columns (or rows) of a matrix.
+
+    Returns:
+        (first, group, room): a line of each kind, the kind of each line, and the lines of each kind. None if there are
+        more than ``below`` times as many kinds as lines.
+    """
+    from fastmatch_kernels.lap.copies import columns_equal, rows_equal
+
+    lines, entries = matrix.shape[::-1] if columns else matrix.shape
+    for count in (*PROBED, entries):
+        few = np.unique(np.linspace(0, entries - 1, count).astype(np.int64))
+        sample = np.ascontiguousarray(matrix[few].T if columns else matrix[:, few])
+        keys = sample.view(np.dtype((np.void, sample.itemsize * sample.shape[1]))).ravel()
+        _, first, group, room = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
+        if len(first) > below * lines:
+            return None
+        equal = columns_equal if columns else rows_equal
+        if equal(matrix.reshape(-1), matrix.shape[1], first[group].astype(np.int64)):
+            return first, group, room
+    return None
 
 
 def compile_kernels(dtype: np.dtype) -> None:
@@ -323,6 +528,6 @@ def compile_kernels(dtype: np.dtype) -> None:
         tiny = np.array([[1.0, 2.0, 3.0], [2.0, 4.0, 7.0], [3.0, 6.0, 9.5]], dtype=dtype)
         tried = _DensePhases(tiny, 1.0, DenseSchedule(), None)
         tried.run()
-        tried.scaled_auction()
+        tried.scaled_auction(lambda: False)
 
     prepared(f"the assignment kernels for {dtype}", ("dense", dtype.char), run_tiny)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from fastmatch.assignment.problem import Infeasible
 from fastmatch.assignment.schedule import AuctionSchedule
-from fastmatch_kernels.lap.state import ASIDE, FREE, READS, Lists, new_matching, new_paths, new_refills
+from fastmatch_kernels.lap.state import FREE, READS, Lists, new_matching, new_paths, new_refills
 
 __all__ = ["Phases"]
 
@@ -71,7 +73,7 @@ class Phases:
     def drop(self) -> None:
         """Forget the matching; the duals stay."""
         self.row_of.fill(-1)
-        self.col_of[self.col_of != ASIDE] = FREE
+        self.col_of.fill(FREE)
 
     def match_free(self) -> None:
         """Match free rows to free columns among their best; nothing else changes."""
@@ -122,8 +124,11 @@ class Phases:
             stack[:top] = rows[::-1]
         return stack[:top][::-1].copy()
 
-    def scaled_auction(self) -> None:
-        """Run the auction with eps-scaling: phases of falling eps that keep the duals and drop the matching."""
+    def scaled_auction(self, is_over: Callable[[], bool] = lambda: False) -> None:
+        """Run the auction with eps-scaling: phases of falling eps that keep the duals and drop the matching.
+
+        ``is_over`` is asked between bids and ends it.
+        """
         plan = self.schedule
         self.drop()
         spread = self.spread()
@@ -133,13 +138,19 @@ class Phases:
         eps = spread
         for _ in range(plan.raises):
             rows = self.bid(rows, eps, plan.scaled_bids * self.n)
-            if not len(rows):
+            if not len(rows) or is_over():
                 break
             eps *= plan.raise_factor
         while eps > plan.last_eps * spread * plan.lower_factor:
             eps /= plan.lower_factor
             self.drop()
-            self.bid(everyone, eps, plan.phase_bids * self.n)
+            rows = everyone
+            for _ in range(plan.phase_bids // plan.scaled_bids):
+                rows = self.bid(rows, eps, plan.scaled_bids * self.n)
+                if not len(rows) or is_over():
+                    break
+            if is_over():
+                break
 
     def augment(self, reads: float = np.inf, sweeps: float = np.inf) -> bool:
         """Match every free row by a shortest augmenting path, in sweeps between which waiting rows are refilled.

@@ -12,7 +12,7 @@ from fastmatch.assignment.dense_cost import DenseCost
 from fastmatch.assignment.device_cost import DeviceCost
 from fastmatch.assignment.factor_cost import FactorCost
 
-__all__ = ["Infeasible", "LapProblem", "LapSolution", "Solver", "check_entries"]
+__all__ = ["Infeasible", "LapProblem", "LapSolution", "Solver", "TooLarge", "check_entries"]
 
 BATCH_ENTRIES = 1 << 22
 """Entries that are checked at once."""
@@ -20,6 +20,10 @@ BATCH_ENTRIES = 1 << 22
 
 class Infeasible(ValueError):
     """Forbidden entries leave no assignment."""
+
+
+class TooLarge(ValueError):
+    """Sums of entries leave float64. :func:`fastmatch.assignment.solve` then solves a problem that is scaled down."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,15 @@ from fastmatch._internal.checks import check_fraction, check_integer, check_numb
 __all__ = ["AuctionSchedule", "DenseSchedule", "ListSchedule", "check_fields"]
 
 
-FRACTIONS = {"short_leaves", "dead_imbalance"}
+FRACTIONS = {
+    "short_leaves",
+    "better_minima",
+    "better_centres",
+    "scaling_share",
+    "copied_below",
+    "accepted_below",
+    "least_settled",
+}
 """Fields that are fractions, in addition to all those that end in ``_above``."""
 
 
@@ -61,32 +69,63 @@ class AuctionSchedule:
 
 @dataclass(frozen=True)
 class DenseSchedule(AuctionSchedule):
-    """The schedule of :class:`DenseShortlists`. ``short_eps`` is in mean differences between a row's best two costs."""
+    """The schedule of :class:`DenseShortlists`. ``short_eps`` is in typical differences between a row's best two costs."""
 
-    auction_above: float = 0.2
+    auction_above: float = 0.12
     short_eps: float = 0.15
-    short_bids: int = 64
+    short_bids: int = 32
     scaled_bids: int = 64
     lower_factor: float = 10.0
     last_eps: float = 0.011
-    tied_above: float = 0.5
-    """Fraction of the rows: if column reduction leaves more of them free, columns may share their minima.
-    Random entries leave 1/e."""
-    tie_misses: int = 16
-    """Rows without a shared minimum, beyond those with one, after which the search for shared minima ends."""
-    dead_imbalance: float = 1 / 16
-    """Fraction of the live rows: if the numbers of constant rows and columns differ by more, both are cut out."""
+    crowded_above: float = 0.42
+    """Fraction of the rows: if more of them find their best columns taken, other first duals are tried. Random entries
+    leave 1/e."""
+    accepted_below: float = 0.15
+    """Fraction of the rows: other first duals that leave no more of them free are taken at once, others only after a price
+    war."""
+    better_minima: float = 0.7
+    """Fraction of the free rows that the columns' minima may leave to be used as first duals."""
+    better_centres: float = 0.85
+    """The same for the columns' centres and means."""
+    tail: float = 8.0
+    """Distance of the least column minimum from their median, in distances between their quartiles, up to which minima
+    are usual first duals."""
+    copied_below: float = 0.3
+    """Fraction of the columns: if no more are different, one column stands for all its copies."""
+    extra_steps: float = 0.5
+    """Steps of a pass of row reduction beyond one per free row, per row of the problem."""
+    short_scans: float = 1.5
+    """Scans per row: if paths from zeros are expected to take no more, no other first duals are tried."""
+    dear_bid_reads: float = 0.25
+    """Reads per bid above which bids over whole rows are quicker than over lists."""
+    few_scans: float = 1.0
+    """Scans per row up to which paths over whole rows are quicker than lists, which have to be read first."""
     repeat_above: float = 0.1
-    """Fraction of the rows: if a short auction and row reduction leave more of them free, another one runs. Also the
-    fraction of outdated lists above which these are read again first."""
+    """Fraction of the rows: if a short auction and row reduction leave more of them free, another one runs."""
     short_phases: int = 6
     """Short auctions at most."""
     short_factor: float = 0.2
     """The factor from one short auction's eps to the next one's."""
+    slow_above: float = 0.95
+    """Fraction of the waiting rows: if a bid per row leaves more of them waiting, the phase ends."""
+    slow_above_others: float = 0.75
+    """The same while other first duals are at hand."""
+    least_settled: float = 1 / 512
+    """Fraction of the rows: if a bid per row settles no more of them, the phase ends."""
     war_above: float = 1 / 32
-    """Fraction of the rows: if a short auction ends with more of them free, it was a price war, and eps-scaling begins."""
-    reads_before_scaling: int = 32
-    """Reads of the whole matrix that shortest paths may cost before eps-scaling begins."""
+    """Fraction of the rows: if a phase ends with more of them waiting, it was a price war."""
+    slice_steps: int = 8
+    """Steps of paths over lists, per row, between two looks at how they do."""
+    few_reads: float = 0.25
+    """Reads per row that paths over lists may cost in any case."""
+    dear_reads: float = 0.2
+    """Reads per step of a path above which whole rows are quicker than lists."""
+    scans_before_scaling: int = 60
+    """Scans per row: if paths are expected to take more, eps-scaling is tried first."""
+    scaling_share: float = 1.0
+    """Fraction of the paths' expected work that eps-scaling may take before it is given up."""
+    bid_entries: int = 64
+    """Entries of a row that are scanned in the time of a bid."""
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from fastmatch._internal.checks import check_type
 from fastmatch.assignment._compile import prepared
-from fastmatch.assignment.problem import Infeasible, LapProblem, LapSolution, check_entries
+from fastmatch.assignment.problem import Infeasible, LapProblem, LapSolution, TooLarge, check_entries
 from fastmatch.assignment.reading import for_kernels
 from fastmatch.assignment.schedule import check_fields
 from fastmatch_kernels.lap.state import SmallSchedule
 
 __all__ = ["SmallDense"]
+
+
+_KERNELS: dict[np.dtype, Callable[..., int]] = {}
+"""The compiled kernels that were used already, by the type of the entries."""
+
+_NONE = np.empty(0)
+
+
+def solve_small(matrix: np.ndarray, maximize: bool, *, proof: bool) -> tuple[np.ndarray, ...] | None:
+    """Solve a matrix in one compiled call, by the default schedule.
+
+    It is for problems that take less time than the pipeline of :func:`fastmatch.assignment.solve`.
+
+    Args:
+        matrix: (n, m) float32 or float64, not empty.
+        maximize: look for the largest total.
+        proof: whether more than the indices is wanted.
+
+    Returns:
+        (pairs, u, v, numbers), where pairs (2, min(n, m)) are rows and columns, and numbers are the objective, the gap, its
+        bound, reads, bids, pops and searches; without ``proof``, only pairs count. None if the entries are wrong,
+        infeasible or too large: the pipeline tells.
+    """
+    rows, columns = matrix.shape
+    flags = matrix.flags
+    transposed = rows > columns or (rows == columns and flags.f_contiguous and not flags.c_contiguous)
+    given = matrix.T if transposed else matrix
+    if not given.flags.c_contiguous:
+        given = np.ascontiguousarray(given)
+    given = for_kernels(given)
+    kernel = _KERNELS.get(matrix.dtype) or _kernel(matrix.dtype)
+    pairs = np.empty((2, min(rows, columns)), np.int64)
+    if not proof:
+        state = kernel(given, -1.0 if maximize else 1.0, transposed, pairs, _NONE, _NONE)
+        return None if state else (pairs,)
+    duals, numbers = np.empty(rows + columns), np.empty(7)
+    state = kernel(given, -1.0 if maximize else 1.0, transposed, pairs, duals, numbers)
+    return None if state else (pairs, duals[:rows], duals[rows:], numbers)
+
+
+def _kernel(dtype: np.dtype) -> Callable[..., int]:
+    """Load or compile the kernel that solves one matrix."""
+    from fastmatch_kernels.lap.small import solve_matrix
+
+    prepared(
+        f"the kernel for small matrices of {dtype}",
+        ("matrix", dtype.char),
+        lambda: solve_matrix(
+            np.ones((2, 2), dtype), 1.0, False, np.empty((2, 2), np.int64), np.empty(4), np.empty(7)
+        ),
+    )
+    _KERNELS[dtype] = solve_matrix
+    return solve_matrix
 
 
 @dataclass(frozen=True)
@@ -38,7 +92,7 @@ class SmallDense:
 
     def solve(self, problem: LapProblem) -> LapSolution:
         """Solve the problem: see :meth:`Solver.solve`."""
-        from fastmatch_kernels.lap.small import INFEASIBLE, SOLVED, row_minima, solve_stack
+        from fastmatch_kernels.lap.small import DOUBTFUL, INFEASIBLE, SOLVED, TOO_LARGE, solve_one
 
         matrix = for_kernels(problem.matrix(self))
 
@@ -46,13 +100,25 @@ class SmallDense:
             costs: np.ndarray, duals: np.ndarray | None
         ) -> tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
             n, m = costs.shape
-            out, bad, v, u = np.zeros((1, n), np.int64), np.zeros(1, np.int8), np.zeros((1, m)), np.empty(n)
+            v, u, counts = np.zeros((m + 7) // 8 * 8), np.empty(n), np.zeros(4, np.int64)
+            row_of, col_of = np.empty(m, np.int64), np.empty(n, np.int64)
             if duals is not None:
-                v[0] = duals
-            counts = np.zeros(4, np.int64)
-            solve_stack(costs[None], problem.sign, tuple(self.schedule), 0, 1, out, bad, v, counts)
-            row_minima(costs, problem.sign, v[0], u)
-            return int(bad[0]), out[0], u, v[0], counts
+                v[:m] = duals
+            state = solve_one(
+                costs.reshape(-1),
+                0,
+                n,
+                m,
+                problem.sign,
+                tuple(self.schedule),
+                duals is not None,
+                v,
+                u,
+                row_of,
+                col_of,
+                counts,
+            )
+            return state, col_of, u, v[:m], counts
 
         prepared(
             f"the kernels for small matrices of {matrix.dtype}",
@@ -62,6 +128,8 @@ class SmallDense:
         state, col_of, u, v, counts = run(matrix, problem.finite_start)
         if state == INFEASIBLE:
             raise Infeasible("cost: no assignment avoids the forbidden entries")
-        if state != SOLVED:
+        if state == TOO_LARGE:
+            raise TooLarge
+        if state not in (SOLVED, DOUBTFUL):
             check_entries(matrix, problem.sign)
         return LapSolution(col_of, u, v, counts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, overload
 
@@ -19,15 +20,33 @@ from fastmatch.assignment.device_cost import DeviceCost
 from fastmatch.assignment.factor_cost import FactorCost
 from fastmatch.assignment.gap import duality_gap
 from fastmatch.assignment.integers import solve_integers, wide_integers
-from fastmatch.assignment.problem import LapProblem, LapSolution, Solver
+from fastmatch.assignment.problem import LapProblem, LapSolution, Solver, TooLarge
 from fastmatch.assignment.reading import as_array
-from fastmatch.assignment.small_dense import SmallDense
+from fastmatch.assignment.small_dense import SmallDense, solve_small
 from fastmatch.assignment.solution import Assignment
+from fastmatch_kernels.lap.state import HUGE
 
 __all__ = ["linear_sum_assignment", "select_solver", "solve"]
 
 SMALL = 1 << 20
 """Entries up to which a matrix is solved by whole rows on one core. Beyond that, rows leave its cache, and lists win."""
+
+VECTOR = 8
+"""Column duals are padded to whole vectors of so many."""
+
+SAMPLED = 4096
+"""Entries by which the size of the costs is judged."""
+
+LARGE_DUALS = 64.0
+"""Largest dual of a warm start, in largest sampled costs; otherwise, in small sampled costs."""
+
+ROUNDED = 1e-12
+"""Bound on the rounding, in sums of the matched costs' absolute values, above which duals may be too large."""
+
+SCALE = 128
+"""Power of two by which a matrix is divided if its sums leave float64."""
+
+FLOATS = (np.dtype(np.float64), np.dtype(np.float32))
 
 STORED = 1 << 24
 """Entries up to which the matrix of a factor cost is computed, in float64 (128 MB), and up to which a matrix on a GPU
@@ -115,6 +134,17 @@ def solve(
     if integers is not None:
         return solve_integers(integers, warm_start, partial(solve, solver=solver))
     given = _as_cost(cost, solver)
+    if (
+        solver is None
+        and warm_start is None
+        and isinstance(given, DenseCost)
+        and 0 < given.matrix.size <= SMALL
+    ):
+        found = solve_small(given.matrix, maximize, proof=True)
+        if found is not None:
+            (row_ind, col_ind), u, v, numbers = found
+            objective, gap, gap_bound, *counts = numbers.tolist()
+            return Assignment(row_ind, col_ind, u, v, objective, gap, gap_bound, _stats("SmallDense", counts))
     chosen = select_solver(given) if solver is None else solver
     if isinstance(given, DeviceCost) and solver is None and not isinstance(chosen, CandidateLists):
         given = DenseCost(given.matrix)
@@ -126,10 +156,12 @@ def solve(
     if n == 0:
         return _empty(m, transposed)
     sign = -1.0 if maximize else 1.0
-    problem = LapProblem(
-        given.T if transposed else given, sign, _first_duals(warm_start, m, sign, transposed)
-    )
-    solution = chosen.solve(problem)
+    oriented = given.T if transposed else given
+    problem = LapProblem(oriented, sign, _first_duals(warm_start, oriented, sign, transposed))
+    try:
+        solution = chosen.solve(problem)
+    except TooLarge:
+        return _solve_scaled(problem.matrix(chosen, computed=True), transposed, maximize, chosen)
     if solution is None:
         if not isinstance(given, (DenseCost, DeviceCost)):
             kind = type(given).__name__
@@ -138,7 +170,73 @@ def solve(
             )
         matrix = DenseCost(given.matrix)
         return solve(matrix, maximize=maximize, warm_start=warm_start, solver=DENSE_SHORTLISTS)
-    return _finish(problem, solution, transposed, type(chosen).__name__)
+    found = _finish(problem, solution, transposed, type(chosen).__name__)
+    doubtful = found.gap > found.gap_bound
+    if doubtful or found.gap_bound > ROUNDED * np.abs(given.entries(found.row_ind, found.col_ind)).sum():
+        # Duals were so large that their rounding may hide what small costs decide.
+        if problem.start is not None:
+            return solve(cost, maximize=maximize, solver=solver)
+        if isinstance(given, DenseCost):
+            kept = _without_large(given.matrix, sign, found)
+            if kept is not None:
+                return solve(kept, maximize=maximize, solver=solver)
+    return found
+
+
+def _without_large(matrix: np.ndarray, sign: float, found: Assignment) -> np.ndarray | None:
+    """Return the matrix with entries made smaller that are in no best assignment; None if that leaves large ones.
+
+    An assignment with entry (i, j) costs at least ``c_ij`` and the least entries of the other rows. If that is more than a
+    known assignment costs, a smaller entry that is still too much gives the same solutions, and its duals stay feasible.
+    """
+    rows, cols = found.row_ind, found.col_ind
+    tall = matrix.shape[0] > matrix.shape[1]
+    if tall:
+        matrix, rows, cols = matrix.T, cols, rows
+    size = np.abs(matrix[:: max(1, len(matrix) // 64)]).astype(np.float64)
+    size = size[np.isfinite(size) & (size > 0)]
+    largest = max(np.abs(found.u).max(), np.abs(found.v).max())
+    if found.is_certified and (not len(size) or largest < LARGE_DUALS * np.quantile(size, 0.01)):
+        return None
+    with np.errstate(over="ignore", invalid="ignore"):
+        costs = sign * matrix.astype(np.float64)
+        least = costs.min(axis=1)
+        slack = float((costs[rows, cols] - least[rows]).sum())
+        margin = 2 * slack + float(np.abs(least).sum()) / LARGE_DUALS  # more than by any rounding
+        enough = (least + margin)[:, None]
+        large = np.isfinite(costs) & (costs > enough)
+    large[rows, cols] = False
+    if not 0 < margin < np.inf or not large.any():
+        return None
+    kept = np.where(large, sign * enough, matrix).astype(matrix.dtype)
+    before, after = (np.abs(x, where=np.isfinite(x), out=np.zeros_like(x)).max() for x in (matrix, kept))
+    if after >= before / LARGE_DUALS:
+        return None
+    return kept.T if tall else kept
+
+
+def _solve_scaled(matrix: np.ndarray, transposed: bool, maximize: bool, solver: Solver) -> Assignment:
+    """Solve a matrix whose sums leave float64, times 2^-128; what is too large when scaled back becomes infinite.
+
+    Tiny entries vanish then. If the solution shows that no best assignment holds a large entry, these are made smaller
+    instead, and the problem is solved as it is.
+    """
+    given = (matrix.T if transposed else matrix).astype(np.float64)
+    with np.errstate(over="ignore"):
+        found = solve(np.ldexp(given, -SCALE), maximize=maximize, solver=solver)
+        sign = -1.0 if maximize else 1.0
+        matched = sign * given[found.row_ind, found.col_ind]
+        least = float((sign * given).min())
+        # An assignment with an entry above this costs more than the one found, whatever its other entries are.
+        limit = len(matched) * (max(float(matched.max()), 0.0) + max(-least, 0.0)) * 2.0 or 1.0
+        kept = np.where((sign * given > limit) & np.isfinite(given), sign * limit, given)
+        if np.abs(kept, where=np.isfinite(kept), out=np.zeros_like(kept)).sum() < HUGE:
+            return solve(kept, maximize=maximize, solver=solver)
+        u, v = np.ldexp(found.u, SCALE), np.ldexp(found.v, SCALE)
+        objective, gap, gap_bound = np.ldexp(
+            np.array([found.objective, found.gap, found.gap_bound]), SCALE
+        ).tolist()
+    return Assignment(found.row_ind, found.col_ind, u, v, objective, gap, gap_bound, found.stats)
 
 
 def _as_cost(cost: Any, solver: Solver | None) -> Cost:
@@ -164,14 +262,27 @@ def _empty(m: int, transposed: bool) -> Assignment:
     return Assignment(none, none, u, v, 0.0, 0.0, 0.0, {"solver": "none"})
 
 
-def _first_duals(warm_start: Assignment | None, m: int, sign: float, transposed: bool) -> np.ndarray | None:
-    """Return the column duals of an earlier solution, as the minimisation sees them."""
+def _first_duals(
+    warm_start: Assignment | None, cost: Cost, sign: float, transposed: bool
+) -> np.ndarray | None:
+    """Return the column duals of an earlier solution, as the minimisation of ``sign * cost`` sees them.
+
+    They count less their median, because a constant changes nothing. If they are then far larger than the costs, these
+    would vanish in their rounding, and they are not used.
+    """
     if warm_start is None:
         return None
+    n, m = cost.shape
     duals = warm_start.u if transposed else warm_start.v
     if duals.shape != (m,):
         raise ValueError(f"warm_start: expected {m} duals of the longer side, got {duals.shape[0]}")
-    return sign * duals
+    if not np.isfinite(duals).all():
+        return None
+    g = np.random.default_rng(0)
+    size = np.abs(cost.entries(g.integers(n, size=SAMPLED), g.integers(m, size=SAMPLED)))
+    largest = size.max(initial=0.0, where=np.isfinite(size))
+    start = sign * (duals - np.median(duals))
+    return start if np.abs(start).max() <= LARGE_DUALS * largest else None
 
 
 def _finish(problem: LapProblem, solution: LapSolution, transposed: bool, name: str) -> Assignment:
@@ -180,6 +291,8 @@ def _finish(problem: LapProblem, solution: LapSolution, transposed: bool, name: 
     n, m, sign = len(u), len(v), problem.sign
     matched = sign * problem.cost.entries(np.arange(n), col_of)
     gap, gap_bound = duality_gap(matched, u, v, col_of)
+    if gap > gap_bound and isinstance(problem.cost, DenseCost):
+        gap, gap_bound, u, v = _closed(problem.cost.matrix, sign, u, v, col_of)
     error = problem.cost.entry_error()
     if error.any():
         # u comes from float64 products summed in some order, as the matched entries do.
@@ -189,14 +302,34 @@ def _finish(problem: LapProblem, solution: LapSolution, transposed: bool, name: 
         shift = float(v.max())  # 0 unless a warm start moved it
         u, v = u + shift, v - shift
     u, v = sign * u, sign * v
-    stats: dict[str, int | float | str] = {"solver": name}
-    if counts is not None:
-        stats |= zip(("reads", "bids", "pops", "searches"), counts.tolist(), strict=True)
     row_ind, col_ind = np.arange(n, dtype=np.int64), col_of.astype(np.int64)
     if transposed:
         order = np.argsort(col_ind)
         row_ind, col_ind, u, v = col_ind[order], row_ind[order], v, u
-    return Assignment(row_ind, col_ind, u, v, sign * float(matched.sum()), gap, gap_bound, stats)
+    return Assignment(
+        row_ind, col_ind, u, v, sign * float(matched.sum()), gap, gap_bound, _stats(name, counts)
+    )
+
+
+def _closed(
+    matrix: np.ndarray, sign: float, u: np.ndarray, v: np.ndarray, col_of: np.ndarray
+) -> tuple[float, float, np.ndarray, np.ndarray]:
+    """Return (gap, gap_bound, u, v) after raising duals of this matching until the gap is within its bound."""
+    from fastmatch_kernels.lap.proof import prove
+
+    n, m = matrix.shape
+    u, duals = u.copy(), np.zeros(-(-m // VECTOR) * VECTOR)
+    duals[:m] = v
+    _, gap, gap_bound = prove(np.ascontiguousarray(matrix).reshape(-1), 0, n, m, sign, duals, u, col_of)
+    return gap, gap_bound, u, duals[:m]
+
+
+def _stats(solver: str, counts: Iterable[float] | None) -> dict[str, int | float | str]:
+    """Return an assignment's ``stats``."""
+    if counts is None:
+        return {"solver": solver}
+    reads, bids, pops, searches = (int(count) for count in counts)
+    return {"solver": solver, "reads": reads, "bids": bids, "pops": pops, "searches": searches}
 
 
 @overload
@@ -223,6 +356,11 @@ def linear_sum_assignment(cost: Any, maximize: bool = False) -> tuple[Any, Any]:
     Raises:
         ValueError: NaN, an infinity of the wrong sign, or no feasible assignment.
     """
+    if type(cost) is np.ndarray and cost.dtype in FLOATS and cost.ndim == 2 and 0 < cost.size <= SMALL:
+        found = solve_small(cost, maximize, proof=False) if cost.flags.aligned else None
+        if found is not None:
+            pairs = found[0]
+            return pairs[0], pairs[1]
     if isinstance(cost, np.ma.MaskedArray):
         if np.ma.is_masked(cost):
             warnings.warn(

@@ -13,9 +13,6 @@ from helpers.networks import fresh_seed
 
 SHAPES = ((1, 1), (9, 9), (13, 14), (24, 11), (40, 40))
 
-OVERFLOWING = ("near the largest float", "sparse, largest sentinel", "gated points, largest")
-"""Families whose differences overflow."""
-
 
 def solved(name: str, shapes: tuple[tuple[int, int], ...], solver: type | None) -> None:
     """Judge instances of a family in both senses and in every number type that suits it."""
@@ -32,12 +29,10 @@ def solved(name: str, shapes: tuple[tuple[int, int], ...], solver: type | None) 
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_is_solved_and_proved(request, name):
-    if name in OVERFLOWING:
-        request.applymarker(pytest.mark.xfail(reason="differences near the largest float overflow"))
+def test_every_family_is_solved_and_proved(name):
     solved(name, SHAPES, None)
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in OVERFLOWING])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_is_solved_and_proved_by_lists(name):
     solved(name, ((1, 3), (50, 50)), DenseShortlists)

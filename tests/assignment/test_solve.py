@@ -371,7 +371,7 @@ def test_solvers_and_schedules_check_their_options():
         (lambda: SmallDense(SmallSchedule(phases=-1)), "schedule.phases: expected a whole number"),
         (lambda: DenseSchedule(war_above=1.5), "schedule.war_above: expected a number from 0 to 1"),
         (lambda: DenseSchedule(short_leaves=2.0), "schedule.short_leaves: expected a number from 0 to 1"),
-        (lambda: DenseSchedule(dead_imbalance=2.0), "schedule.dead_imbalance: expected a number from 0 to 1"),
+        (lambda: DenseSchedule(copied_below=2.0), "schedule.copied_below: expected a number from 0 to 1"),
         (
             lambda: SmallDense(SmallSchedule(auction_above=2.0)),
             "schedule.auction_above: expected a number from 0",

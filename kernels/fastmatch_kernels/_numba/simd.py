@@ -34,6 +34,7 @@ __all__ = [
     "less_mask",
     "load",
     "load_part",
+    "magnitude",
     "maximum",
     "minimum",
     "popcount",
@@ -191,6 +192,16 @@ def difference(typing: Any, sign: Any, c: Any, v: Any) -> Any:
         return builder.call(function, [args[0], args[1], builder.fneg(args[2])])
 
     return _vector(_vector, _vector, _vector), code
+
+
+@intrinsic
+def magnitude(typing: Any, a: Any) -> Any:
+    """Elementwise absolute value."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.call(declared(builder, f"llvm.fabs.v{WIDTH}f64", _VECTOR, [_VECTOR]), list(args))
+
+    return _vector(_vector), code
 
 
 def _less(builder: Any, a: Any, b: Any) -> Any:

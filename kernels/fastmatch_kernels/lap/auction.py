@@ -40,7 +40,6 @@ def auction(
                 continue
             list_row(C, sign, i, v, room, start, cols, costs, bound)
             counts[READS] += 1
-            bids += v.shape[0] // 512  # a read is work too: slices stay short
             first, place, second = best_two(C, v, start, length, cols, costs, i)
             second = min(second, bound[i])
         if not second < np.inf:

@@ -1,4 +1,4 @@
-"""Results from candidate lists: a row's best two columns, the mean gap between them, and row duals."""
+"""Results from candidate lists: a row's best two columns, whether its match is tight, and row duals."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from fastmatch_kernels._numba.simd import (
     splat,
 )
 from fastmatch_kernels.lap.rows import row_minimum
-from fastmatch_kernels.lap.state import ASIDE
+from fastmatch_kernels.lap.state import FREE
 
-__all__ = ["best_two", "mean_gap", "row_duals"]
+__all__ = ["best_two", "flat_lists", "keep_tight", "row_duals"]
 
 
 @njit(nogil=True, cache=True, forceinline=True)
@@ -92,33 +92,41 @@ def _best_two_of_many(v, cols, costs, begin, length):  # pragma: no cover - comp
 
 
 @njit(nogil=True, cache=True)
-def mean_gap(C, v, lists, col_of, stale):  # pragma: no cover - compiled
-    """Return the mean difference between a row's best two; set ``stale`` for rows whose lists may miss one of them."""
+def row_duals(C, sign, lo, hi, v, lists, matching, u):  # pragma: no cover - compiled
+    """Write u_i, the least c - v, of rows lo..hi, all matched; return how many rows had to be read for it."""
     start, length, cols, costs, bound = lists
-    total, told = 0.0, 0
-    for i in range(col_of.shape[0]):
-        if col_of[i] != ASIDE:
-            first, _, second = best_two(C, v, start, length, cols, costs, i)
-            stale[i] = second > bound[i]
-            if second <= bound[i] and second < np.inf:
-                total += second - first
-                told += 1
-    return total / told if told > 0 else 0.0
+    _, col_of, cost_of = matching
+    read = 0
+    for i in range(lo, hi):
+        first, _, _ = best_two(C, v, start, length, cols, costs, i)
+        least = min(first, cost_of[i] - v[col_of[i]])
+        if least > bound[i]:
+            least = row_minimum(C[i], sign, v)
+            read += 1
+        u[i] = least
+    return read
 
 
 @njit(nogil=True, cache=True)
-def row_duals(C, sign, lo, hi, v, lists, u):  # pragma: no cover - compiled
-    """Write u_i, the least c - v, of rows lo..hi; return how many rows their lists left to be read.
-
-    A matched row with an empty list has its least at its column: the bound.
-    """
+def keep_tight(C, v, lists, matching):  # pragma: no cover - compiled
+    """Free the rows whose match is not their least c - v, as far as lists and bounds tell."""
     start, length, cols, costs, bound = lists
-    read = 0
-    for i in range(lo, hi):
-        u[i], _, _ = best_two(C, v, start, length, cols, costs, i)
-        if u[i] == np.inf:
-            u[i] = bound[i]
-        elif u[i] > bound[i]:
-            u[i] = row_minimum(C[i], sign, v)
-            read += 1
-    return read
+    row_of, col_of, cost_of = matching
+    for i in range(col_of.shape[0]):
+        j = col_of[i]
+        if j >= 0:
+            first, _, _ = best_two(C, v, start, length, cols, costs, i)
+            if cost_of[i] - v[j] > min(first, bound[i]):
+                row_of[j] = -1
+                col_of[i] = FREE
+
+
+@njit(nogil=True, cache=True)
+def flat_lists(C, v, lists, rows):  # pragma: no cover - compiled
+    """Return how many of ``rows`` have lists that end in ties with their best entry, and so tell little."""
+    start, length, cols, costs, bound = lists
+    flat = 0
+    for i in rows:
+        first, _, _ = best_two(C, v, start, length, cols, costs, i)
+        flat += first == bound[i]
+    return flat

@@ -1,15 +1,15 @@
 """Small assignment problems over whole rows, in one core's cache and without the interpreter's lock.
 
-The steps: rows take their best columns; free rows bid in a short auction (Bertsekas 1988); augmenting row reduction and
-shortest augmenting paths (Jonker and Volgenant 1987) finish exactly. There is no column reduction: if a few rows have the
-minima of most columns, it leaves duals that take longer to undo than zeros.
+The steps: rows take their best columns; if too many want the same ones, other first duals are tried; augmenting row
+reduction (Jonker and Volgenant 1987); a short auction (Bertsekas 1988), which is undone if it does not pay; shortest
+augmenting paths finish exactly.
 
-The auction and the augmentation are not those of the candidate lists, because at these sizes a row is a few vectors. A
+The auction and the reduction are not those of the candidate lists, because at these sizes a row is a few vectors. A
 solve by lists takes 3 to 7 times as long at n = 64, and 2 to 4 times at n = 256.
 
-The costs of one problem are ``sign * c``. ``c`` is flat, row i begins at ``start + i * width``, and the width is a whole
-number of vectors; the entries beyond the columns are forbidden. Differences to the column duals v are float64, and so are
-the column and row numbers that travel with values in vectors.
+The costs of one problem are ``sign * c``. ``c`` is flat, and row i begins at ``start + i * m``. Differences to the column
+duals v are float64, and so are the column and row numbers that travel with values in vectors. ``v`` has whole vectors of
+columns; beyond the m columns it is 0 and costs count as forbidden.
 """
 
 from __future__ import annotations
@@ -17,140 +17,71 @@ from __future__ import annotations
 import numpy as np
 
 from fastmatch_kernels._numba.cache import njit
-
-# lists.py imports nearly the same names: both find the best two columns of a row, from different data.
 from fastmatch_kernels._numba.simd import (
     WIDTH,
     add,
-    ctz,
     difference,
     lane,
-    less_equal_mask,
+    less_mask,
     load,
+    magnitude,
     maximum,
-    minimum,
-    reduce_minimum,
-    replace_at_most,
     select,
     splat,
-    store,
 )
-from fastmatch_kernels.lap.rows import row_minimum
-from fastmatch_kernels.lap.state import BIDS, POPS, READS, SEARCHES
+from fastmatch_kernels.lap.duals import better_duals, typical_gap
+from fastmatch_kernels.lap.match import match_rows, two_least
+from fastmatch_kernels.lap.paths import new_search, path, shuffle
+from fastmatch_kernels.lap.proof import gap_of, least_of_row, prove
+from fastmatch_kernels.lap.state import BIDS, HUGE, POPS, READS, SEARCHES, SmallSchedule
 
-__all__ = ["INFEASIBLE", "SOLVED", "WRONG", "row_minima", "solve_stack"]
+__all__ = [
+    "DOUBTFUL",
+    "INFEASIBLE",
+    "SOLVED",
+    "TOO_LARGE",
+    "WRONG",
+    "bid_rows",
+    "largest",
+    "solve_matrix",
+    "solve_one",
+    "solve_stack",
+]
 
-SOLVED, WRONG, INFEASIBLE = 0, 1, 2
+SOLVED, WRONG, INFEASIBLE, TOO_LARGE, DOUBTFUL = 0, 1, 2, 3, 4
+
+LARGE_DUALS = 2.0**26
+"""Largest dual, in typical costs, beyond which small costs may have been lost in its rounding."""
 
 ALL = (1 << WIDTH) - 1
 """The mask of a vector whose lanes all hold."""
 
+FEW_PATHS = 16
+"""Paths from whose lengths those of the others are estimated."""
 
-@njit(nogil=True, cache=True, forceinline=True)
-def _finite(c, start, n, m, width):  # pragma: no cover - compiled
-    """Return whether the sum of all entries is finite; if it is, so is every entry."""
-    zero = splat(0.0)
-    total, other, rest = zero, zero, 0.0
-    for at in range(start, start + n * width, width):
-        j = at
-        while j + 2 * WIDTH <= at + m:
-            total = add(total, load(c, j))
-            other = add(other, load(c, j + WIDTH))
-            j += 2 * WIDTH
-        for k in range(j, at + m):
-            rest += np.float64(c[k])
-    total = add(total, other)
-    return less_equal_mask(difference(zero, total, zero), zero) == ALL and rest - rest == 0.0
+SCHEDULE = tuple(SmallSchedule())
+"""The default schedule, a constant of the compiled code."""
 
 
 @njit(nogil=True, cache=True, forceinline=True)
-def _match_rows(c, start, sign, n, v, row_of, col_of):  # pragma: no cover - compiled
-    """Match rows to a free column among their best; return the mean difference between a row's least two c - v."""
-    width = v.shape[0]
-    signs = splat(sign)
-    total = 0.0
-    for i in range(0, n, 2):
-        at = start + i * width
-        other = at + width if i + 1 < n else at
-        one, two = _two_least(c, at, other, sign, v)
-        for k in range(i, min(i + 2, n)):
-            first, j, second, _ = one if k == i else two
-            total += second - first
-            if row_of[j] >= 0 and first == second:
-                at = start + k * width
-                limit = splat(first)
-                for e in range(0, width, WIDTH):
-                    bits = less_equal_mask(difference(signs, load(c, at + e), load(v, e)), limit)
-                    while bits != 0 and row_of[e + ctz(bits)] >= 0:
-                        bits &= bits - 1
-                    if bits != 0:
-                        j = e + ctz(bits)
-                        break
-            if row_of[j] < 0 and first < np.inf:
-                col_of[k] = j
-                row_of[j] = k
-    return total / n
-
-
-@njit(nogil=True, cache=True, forceinline=True)
-def _two_least(c, at, other, sign, v):  # pragma: no cover - compiled
-    """Return (least c - v, its column, second least, its column if the two are equal) of the rows at ``at`` and ``other``.
-
-    Two rows at once keep the processor busy, because each minimum has to wait for the one before.
-    """
-    signs, none = splat(sign), splat(np.inf)
-    first, second, column = none, none, splat(0.0)
-    first2, second2, column2 = none, none, splat(0.0)
-    here, step = splat(0.0), splat(np.float64(WIDTH))
-    for j in range(0, v.shape[0], WIDTH):
-        duals = load(v, j)
-        x = difference(signs, load(c, at + j), duals)
-        y = difference(signs, load(c, other + j), duals)
-        second = minimum(maximum(first, x), second)
-        second2 = minimum(maximum(first2, y), second2)
-        column = select(x, first, here, column)
-        column2 = select(y, first2, here, column2)
-        first = minimum(x, first)
-        first2 = minimum(y, first2)
-        here = add(here, step)
-    return _across(first, second, column), _across(first2, second2, column2)
-
-
-@njit(nogil=True, cache=True, forceinline=True)
-def _across(first, second, column):  # pragma: no cover - compiled
-    """Return (least, its column, second least, its column if the two are equal) from the values of every lane."""
-    lowest = reduce_minimum(first)
-    limit = splat(lowest)
-    holders = less_equal_mask(first, limit)
-    k = ctz(holders)
-    j = np.int64(lane(column, k)) + k
-    others = holders & (holders - 1)
-    if others != 0:
-        k = ctz(others)
-        return lowest, j, lowest, np.int64(lane(column, k)) + k
-    return lowest, j, reduce_minimum(replace_at_most(first, limit, second)), j
-
-
-@njit(nogil=True, cache=True, forceinline=True)
-def _bid(c, start, sign, v, row_of, col_of, stack, top, eps, limit, counts):  # pragma: no cover - compiled
+def _bid(c, start, sign, m, v, row_of, col_of, stack, top, eps, limit, counts):  # pragma: no cover - compiled
     """Let the rows on ``stack[:top]`` bid until the stack is empty or ``limit`` bids are spent; return what is left.
 
     A row takes its best column and lowers its dual until the column is ``eps`` worse than the row's second best. With
     eps = 0 this is augmenting row reduction: a row whose two best tie is left free. Two rows bid at once; the second
     one's bid is postponed if the first has changed a dual that it depends on.
     """
-    width = v.shape[0]
     bids = 0
     while top > 0 and bids < limit:
         top -= 1
         i = stack[top]
         k = stack[top - 1] if top > 0 else i
-        one, two = _two_least(c, start + i * width, start + k * width, sign, v)
+        one, two = two_least(c, start + i * m, start + k * m, sign, m, v)
         first, j, second, tied = one
         stays = k != i
         if stays:
             top -= 1
-            x = sign * np.float64(c[start + k * width + j]) - v[j]
+            x = sign * np.float64(c[start + k * m + j]) - v[j]
             stays = x > two[2]
             if not stays:
                 stack[top] = k
@@ -177,6 +108,15 @@ def _bid(c, start, sign, v, row_of, col_of, stack, top, eps, limit, counts):  # 
     return top
 
 
+@njit(nogil=True, cache=True)
+def bid_rows(c, sign, m, v, row_of, col_of, stack, top, eps, limit, counts):  # pragma: no cover - compiled
+    """Let rows bid as in :func:`_bid`, for the solver of larger matrices where candidate lists do not pay."""
+    before = counts[BIDS]
+    top = _bid(c, 0, sign, m, v, row_of, col_of, stack, top, eps, limit, counts)
+    counts[READS] += counts[BIDS] - before
+    return top
+
+
 @njit(nogil=True, cache=True, forceinline=True)
 def _free_rows(col_of, stack):  # pragma: no cover - compiled
     """Put the free rows on ``stack``, the first on top; return their number."""
@@ -187,165 +127,295 @@ def _free_rows(col_of, stack):  # pragma: no cover - compiled
     return top
 
 
+@njit(nogil=True, cache=True)
+def size(c, begin, end):  # pragma: no cover - compiled
+    """Return the sum of the absolute values of ``c[begin:end]``. It is finite only if every entry is."""
+    zero = splat(0.0)
+    one, two = zero, zero
+    j = begin
+    while j + 2 * WIDTH <= end:
+        one = add(one, magnitude(load(c, j)))
+        two = add(two, magnitude(load(c, j + WIDTH)))
+        j += 2 * WIDTH
+    one = add(one, two)
+    total = 0.0
+    for k in range(WIDTH):
+        total += lane(one, k)
+    for k in range(j, end):
+        total += abs(np.float64(c[k]))
+    return total
+
+
+@njit(nogil=True, cache=True)
+def largest(c, begin, end, sign):  # pragma: no cover - compiled
+    """Return the largest absolute value of finite entries; -1 if there is NaN or an infinity of the wrong sign."""
+    low, none, zero, signs = splat(-np.inf), splat(np.inf), splat(0.0), splat(sign)
+    top, rest, right = zero, 0.0, True
+    j = begin
+    while j + WIDTH <= end:
+        x = load(c, j)
+        right &= less_mask(low, difference(signs, x, zero)) == ALL
+        size = magnitude(x)
+        top = maximum(select(size, none, size, zero), top)
+        j += WIDTH
+    for k in range(j, end):
+        x = sign * np.float64(c[k])
+        right &= x > -np.inf
+        if abs(x) < np.inf:
+            rest = max(rest, abs(x))
+    for k in range(WIDTH):
+        rest = max(rest, lane(top, k))
+    return rest if right else -1.0
+
+
 @njit(nogil=True, cache=True, forceinline=True)
-def _relax(c, at, sign, w, base, i, dist, came_from):  # pragma: no cover - compiled
-    """Update the distances through row i; return the least of all and its column.
-
-    Scanned columns have w = -inf and dist = inf.
-    """
-    signs, shift, row = splat(sign), splat(base), splat(np.float64(i))
-    nearest, column = splat(np.inf), splat(0.0)
-    here, step = splat(0.0), splat(np.float64(WIDTH))
-    for j in range(0, w.shape[0], WIDTH):
-        x = add(shift, difference(signs, load(c, at + j), load(w, j)))
-        old = load(dist, j)
-        store(came_from, j, select(x, old, row, load(came_from, j)))
-        x = minimum(x, old)
-        store(dist, j, x)
-        column = select(x, nearest, here, column)
-        nearest = minimum(x, nearest)
-        here = add(here, step)
-    low = reduce_minimum(nearest)
-    k = ctz(less_equal_mask(nearest, splat(low)))
-    return low, np.int64(lane(column, k)) + k
-
-
-@njit(nogil=True, cache=True, forceinline=True)
-def _free_at(dist, taken, low):  # pragma: no cover - compiled
-    """Return a free column whose distance is ``low``, -1 if there is none."""
-    limit = splat(low)
-    for j in range(0, dist.shape[0], WIDTH):
-        bits = less_equal_mask(add(load(dist, j), load(taken, j)), limit)
-        if bits != 0:
-            return j + ctz(bits)
-    return -1
-
-
-@njit(nogil=True, cache=True, forceinline=True)
-def _augment(
-    c, start, sign, v, row_of, col_of, taken, source, w, dist, came_from, scanned, final, counts
+def _phase(
+    c, start, sign, m, v, row_of, col_of, stack, top, eps, rounds, war_above, few, counts
 ):  # pragma: no cover
-    """Augment along a shortest path from row ``source``; return False if there is none."""
-    width = v.shape[0]
-    for j in range(width):
-        w[j] = v[j]
-        dist[j] = np.inf
-    scans = 0
-    i, base, last = source, 0.0, -np.inf
-    while True:
-        low, j = _relax(c, start + i * width, sign, w, base, i, dist, came_from)
-        if not low < np.inf:
-            return False
-        if row_of[j] >= 0 and low == last:  # among ties, a free column ends the search
-            goal = _free_at(dist, taken, low)
-            j = goal if goal >= 0 else j
-        if row_of[j] < 0:
-            break
-        last = low
-        scanned[scans] = j
-        final[scans] = low
-        scans += 1
-        dist[j] = np.inf
-        w[j] = -np.inf
-        i = row_of[j]
-        base = low - (sign * np.float64(c[start + i * width + j]) - v[j])
-    taken[j] = np.inf
-    counts[POPS] += scans
-    counts[SEARCHES] += 1
-    for s in range(scans):
-        v[scanned[s]] += final[s] - low
-    while True:
-        i = np.int64(came_from[j])
-        row_of[j] = i
-        following = col_of[i]
-        col_of[i] = j
-        j = following
-        if i == source:
-            return True
+    """Run a phase of the auction; return whether it was a price war.
 
-
-@njit(nogil=True, cache=True)
-def _wrong(C, sign):  # pragma: no cover - compiled
-    """Return whether a problem holds NaN or an infinity of the wrong sign."""
-    for i in range(C.shape[0]):
-        for j in range(C.shape[1]):
-            if not sign * C[i, j] > -np.inf:
-                return True
-    return False
-
-
-@njit(nogil=True, cache=True)
-def row_minima(C, sign, v, u):  # pragma: no cover - compiled
-    """Write to u the least c - v of every row."""
-    for i in range(C.shape[0]):
-        u[i] = row_minimum(C[i], sign, v)
-
-
-@njit(nogil=True, cache=True)
-def solve_stack(C, sign, schedule, lo, hi, out, bad, duals, counts):  # pragma: no cover - compiled
-    """Solve problems lo..hi of the contiguous stack C (batch, n, m), n <= m; write row i's column to out[b, i].
-
-    ``duals`` (batch, m), in and out: initial column duals (used if n = m), replaced by the final ones; (0, m): none.
-    Unmatched columns have the largest final dual. ``schedule`` is a ``SmallSchedule``, as a plain tuple; ``counts`` is as in ``state``.
-
-    bad[b] is WRONG for NaN or an infinity of the wrong sign, INFEASIBLE if forbidden entries leave no assignment, else
-    SOLVED.
+    In a price war, a bid per row leaves nearly as many rows free as before.
     """
-    n, m = C.shape[1], C.shape[2]
-    width = (m + WIDTH - 1) // WIDTH * WIDTH
-    room = np.empty(n * width if m < width else 0, C.dtype)
-    c = C.reshape(C.size) if m == width else room
-    v, w, dist, final = np.zeros(width), np.empty(width), np.empty(width), np.empty(width)
-    came_from, taken = np.zeros(width), np.empty(width)
-    row_of, col_of = np.empty(width, np.int64), np.empty(n, np.int64)
-    scanned, stack = np.empty(width, np.int64), np.empty(n, np.int64)
-    auction_above, repeat_above, phases, first_eps, eps_factor, bids, reductions, extra_steps = schedule
+    n = col_of.shape[0]
+    for _ in range(rounds):
+        if top == 0:
+            return False
+        before = top
+        top = _bid(c, start, sign, m, v, row_of, col_of, stack, top, eps, n, counts)
+        if top > war_above * before and top > few * n:
+            return True
+    return top > 0
+
+
+@njit(nogil=True, cache=True, forceinline=True)
+def _bids(
+    c, start, sign, m, v, row_of, col_of, gaps, stack, top, schedule, counts
+):  # pragma: no cover - compiled
+    """Match free rows by row reduction and a short auction; return how many are left, on ``stack``, and whether it paid.
+
+    An auction that leaves more rows free than there were is undone.
+    """
+    (
+        auction_above, war_above, war_few, repeat_above, phases, first_eps, eps_factor, bids, reductions, extra_steps,
+        reduce_from, auction_from,
+    ) = schedule[:12]  # fmt: skip
+    n = col_of.shape[0]
     extra = int(extra_steps * n)
-    for b in range(lo, hi):
-        start = b * n * m
-        if m != width:
-            start = 0
-            for i in range(n):
-                room[i * width : i * width + m] = C[b, i]
-                room[i * width + m : (i + 1) * width] = sign * np.inf
-        bad[b] = SOLVED
-        finite = _finite(c, start, n, m, width)
-        if not finite and _wrong(C[b], sign):
-            bad[b] = WRONG
-            continue
-        v[:] = 0.0
-        if n == m and duals.shape[0] > 0:
-            v[:m] = duals[b]
-        row_of[:] = -1
-        col_of[:] = -1
-        eps = first_eps * _match_rows(c, start, sign, n, v, row_of, col_of)
-        counts[READS] += 2 * n
-        top = _free_rows(col_of, stack)
-        for phase in range(phases if n == m and finite else 0):
-            if top <= (auction_above if phase == 0 else repeat_above) * n or not 0.0 < eps < np.inf:
-                break
-            left = _bid(c, start, sign, v, row_of, col_of, stack, top, eps, bids * n, counts)
+    for turn in range(reductions):
+        if n >= reduce_from and (turn == 0 or top <= auction_above * n):
+            _bid(c, start, sign, m, v, row_of, col_of, stack, top, 0.0, top + extra, counts)
+            top = _free_rows(col_of, stack)
+    calm = top <= auction_above * n
+    eps = first_eps * typical_gap(gaps) if n == m and n >= auction_from and not calm else 0.0
+    if 0.0 < eps < np.inf:
+        v_before, row_before, col_before, before = v.copy(), row_of.copy(), col_of.copy(), top
+        calm = True
+        for phase in range(phases):
+            war = _phase(
+                c, start, sign, m, v, row_of, col_of, stack, top, eps, bids, war_above, war_few, counts
+            )
             row_of[:] = -1
             col_of[:] = -1
             top = _free_rows(col_of, stack)
-            _bid(c, start, sign, v, row_of, col_of, stack, top, 0.0, top + extra, counts)
-            top = _free_rows(col_of, stack)
-            if left > 0:
+            for _ in range(2):
+                _bid(c, start, sign, m, v, row_of, col_of, stack, top, 0.0, top + extra, counts)
+                top = _free_rows(col_of, stack)
+            if top >= before and (war or phase == 0 or phase == phases - 1):
+                v[:] = v_before
+                row_of[:] = row_before
+                col_of[:] = col_before
+                top = _free_rows(col_of, stack)
+                calm = False
+                break
+            if war:
+                calm = False
+                break
+            if top <= repeat_above * n:
                 break
             eps *= eps_factor
-        for _ in range(reductions):
+        for _ in range(1 if n >= reduce_from else reductions):
+            _bid(c, start, sign, m, v, row_of, col_of, stack, top, 0.0, top + extra, counts)
             top = _free_rows(col_of, stack)
-            _bid(c, start, sign, v, row_of, col_of, stack, top, 0.0, top + extra, counts)
-        for j in range(width):
-            taken[j] = 0.0 if row_of[j] < 0 else np.inf
-        for e in range(_free_rows(col_of, stack) - 1, -1, -1):
-            if not _augment(
-                c, start, sign, v, row_of, col_of, taken, stack[e], w, dist, came_from, scanned, final, counts
-            ):
-                bad[b] = INFEASIBLE
+    elif n < reduce_from:
+        for _ in range(reductions):
+            _bid(c, start, sign, m, v, row_of, col_of, stack, top, 0.0, top + extra, counts)
+            top = _free_rows(col_of, stack)
+    return top, calm
+
+
+@njit(nogil=True, cache=True)
+def _try_paths(
+    c, start, n, m, sign, v, row_of, col_of, stack, top, limit, counts
+):  # pragma: no cover - compiled
+    """Augment from the rows ``stack[:top]`` while all of it is expected to scan no more than ``limit`` rows.
+
+    Returns:
+        (-1 if a row has no path, else 0; the number of free rows, which are then on ``stack``).
+    """
+    search = new_search(m, v, row_of)
+    shuffle(stack, top)
+    before = last = counts[POPS] + counts[SEARCHES]
+    tied, done, begin = False, 0, 0
+    while done < top:
+        found, tied = path(c, start, m, sign, v, row_of, col_of, stack[done], search, tied, counts)
+        if not found:
+            return -1, top
+        done += 1
+        now = counts[POPS] + counts[SEARCHES]
+        if done - begin >= FEW_PATHS and now - last > n // 16:
+            if now - before + (top - done) * ((now - last) / (done - begin)) > limit:
                 break
+            begin, last = done, now
+    return 0, _free_rows(col_of, stack)
+
+
+@njit(nogil=True, cache=True)
+def solve_one(
+    c, start, n, m, sign, schedule, warm, v, least, row_of, col_of, counts
+):  # pragma: no cover - compiled
+    """Solve one problem; return SOLVED, WRONG, INFEASIBLE, TOO_LARGE or DOUBTFUL, which is solved,
+    but rounding may have hidden a better solution.
+
+    Args:
+        c: flat costs; row i is ``c[start + i * m : start + (i + 1) * m]``, n <= m.
+        sign: 1 or -1; costs are ``sign * c``.
+        schedule: a ``SmallSchedule`` as a plain tuple.
+        warm: whether ``v`` holds first duals; they are used if n = m.
+        v: (m in whole vectors,) column duals, written. Unmatched columns have the largest one.
+        least: (n,) row duals, the least c - v of every row, written.
+        row_of, col_of: (m,), (n,) the matching, written.
+        counts: as in ``state``, added to.
+    """
+    (
+        _, _, _, _, _, _, _, _, _, _, _, auction_from, crowded_above, accepted_below, short_scans,
+    ) = schedule[:-3]  # fmt: skip
+    total = size(c, start, start + n * m)
+    if not total < HUGE:
+        top_size = largest(c, start, start + n * m, sign)
+        if top_size < 0.0:
+            return WRONG
+        if top_size > HUGE:
+            return TOO_LARGE
+    if not (warm and n == m):
+        v[:] = 0.0
+        warm = False
+    row_of[:] = -1
+    col_of[:] = -1
+    gaps = np.empty(n)
+    match_rows(c, start, sign, 0, n, m, v, row_of, col_of, least, gaps)
+    counts[READS] += n
+    stack = np.empty(n, np.int64)
+    top = _free_rows(col_of, stack)
+    if top == 0:
+        return SOLVED
+    other = n + 1  # the rows left free by other first duals, which wait in these arrays
+    v2, row_of2, col_of2, gaps2 = v, row_of, col_of, gaps
+    crowded = n == m and n >= auction_from and top > crowded_above * n and not warm
+    if crowded:
+        at, top = _try_paths(c, start, n, m, sign, v, row_of, col_of, stack, top, short_scans * n, counts)
+        if at < 0:
+            return INFEASIBLE
+    if crowded and top > crowded_above * n:
+        v2, row_of2, col_of2 = np.empty(v.shape[0]), np.empty(m, np.int64), np.empty(n, np.int64)
+        least2, gaps2 = np.empty(n), np.empty(n)
+        other = better_duals(
+            c, start, sign, n, m, col_of, schedule[-3:], v2, row_of2, col_of2, least2, gaps2, counts
+        )
+        if other == 0:
+            least[:] = least2
+    for attempt in range(2):
+        # Duals that leave few rows free are taken at once; others only if bids from zeros are a price war.
+        if other <= n and (attempt == 1 or other <= accepted_below * n):
+            v[:] = v2
+            row_of[:] = row_of2
+            col_of[:] = col_of2
+            gaps[:] = gaps2
+            top, other = other, n + 1
+            if top == 0:
+                return SOLVED
+            top = _free_rows(col_of, stack)
+        elif attempt == 1:
+            break
+        if top == 0:
+            break
+        top, calm = _bids(c, start, sign, m, v, row_of, col_of, gaps, stack, top, schedule, counts)
+        if calm:
+            break
+    if top > 0:
+        search = new_search(m, v, row_of)
+        shuffle(stack, top)
+        tied = False
+        for e in range(top):
+            found, tied = path(c, start, m, sign, v, row_of, col_of, stack[e], search, tied, counts)
+            if not found:
+                return INFEASIBLE
+    for i in range(n):
+        least[i] = least_of_row(c, start + i * m, m, sign, v)
+    counts[READS] += n
+    _, gap, bound = prove(c, start, n, m, sign, v, least, col_of)
+    top_dual, total = 0.0, 0.0
+    for j in range(m):
+        top_dual = max(top_dual, abs(v[j]))
+    for i in range(n):
+        total += abs(np.float64(c[start + i * m + col_of[i]]))
+    if total == 0.0:
+        total = n * typical_gap(gaps)
+    doubtful = gap > bound or (total > 0.0 and n * top_dual > LARGE_DUALS * total)
+    return DOUBTFUL if doubtful else SOLVED
+
+
+@njit(nogil=True, cache=True)
+def solve_matrix(C, sign, transposed, pairs, duals, numbers):  # pragma: no cover - compiled
+    """Solve one contiguous matrix (n, m), n <= m, and write all of the result: a small problem has no time for more calls.
+
+    Results are written and not returned, because numba takes a microsecond to return an array.
+
+    Args:
+        transposed: ``C`` is the transpose of what was asked for; so are the results.
+        pairs: (2, n) int64, the rows and columns of the matched pairs, rows ascending.
+        duals: (n + m,) float64, the row duals and the column duals; (0,) if no certificate is wanted.
+        numbers: (7,) float64, the objective, the gap, its bound, and the four counts; not written without a certificate.
+
+    Returns:
+        The state, as :func:`solve_one`.
+    """
+    n, m = C.shape
+    c = C.reshape(n * m)
+    v, u = np.empty((m + WIDTH - 1) // WIDTH * WIDTH), np.empty(n)
+    row_of, counts = np.empty(m, np.int64), np.zeros(4, np.int64)
+    rows, col_of = pairs[0], pairs[1]
+    state = solve_one(c, 0, n, m, sign, SCHEDULE, False, v, u, row_of, col_of, counts)
+    if state != SOLVED:
+        return state
+    if duals.shape[0] > 0:
+        numbers[0], numbers[1], numbers[2] = gap_of(c, 0, n, m, sign, v, u, col_of)
+        for k in range(4):
+            numbers[3 + k] = counts[k]
+        first, second = (m, 0) if transposed else (0, n)
         for i in range(n):
-            out[b, i] = col_of[i]
-        if duals.shape[0] > 0:
-            duals[b] = v[:m]
-    counts[READS] += counts[BIDS] + counts[POPS] + counts[SEARCHES]
+            duals[first + i] = sign * u[i]
+        for j in range(m):
+            duals[second + j] = sign * v[j]
+    if transposed:
+        k = 0
+        for j in range(m):
+            if row_of[j] >= 0:
+                rows[k] = j
+                col_of[k] = row_of[j]
+                k += 1
+    else:
+        for i in range(n):
+            rows[i] = i
+    return state
+
+
+@njit(nogil=True, cache=True)
+def solve_stack(c, n, m, sign, schedule, lo, hi, out, bad):  # pragma: no cover - compiled
+    """Solve problems lo..hi of a flat stack of (n, m) problems, n <= m; write row i's column to out[b, i].
+
+    ``bad[b]`` is what :func:`solve_one` returns.
+    """
+    v = np.empty((m + WIDTH - 1) // WIDTH * WIDTH)
+    least, row_of, counts = np.empty(n), np.empty(m, np.int64), np.zeros(4, np.int64)
+    for b in range(lo, hi):
+        bad[b] = solve_one(c, b * n * m, n, m, sign, schedule, False, v, least, row_of, out[b], counts)

@@ -1,0 +1,184 @@
+"""First column duals, and the unit of an auction's eps."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastmatch_kernels._numba.cache import njit
+from fastmatch_kernels._numba.simd import WIDTH, add, difference, load, maximum, minimum, splat, store
+from fastmatch_kernels.lap.match import match_rows
+from fastmatch_kernels.lap.paths import row_vector
+from fastmatch_kernels.lap.state import READS
+
+__all__ = ["better_duals", "typical_gap"]
+
+
+@njit(nogil=True, cache=True, forceinline=True)
+def _sorted_three(a, b, c):  # pragma: no cover - compiled
+    """Return three vectors sorted in each lane."""
+    a, b = minimum(a, b), maximum(a, b)
+    low, c = minimum(a, c), maximum(a, c)
+    return low, minimum(b, c), maximum(b, c)
+
+
+@njit(nogil=True, cache=True)
+def _column_centres(c, start, n, m, sign, v):  # pragma: no cover - compiled
+    """Write the medians of nine rows' costs, by column; 0 if that is not finite. ``v`` has whole vectors of columns."""
+    step = n // 9
+    signs, zero = splat(sign), splat(0.0)
+    rows = start + np.arange(9) * (step * m)
+    for j in range(0, m, WIDTH):
+        a, b, d = _sorted_three(
+            difference(signs, row_vector(c, rows[0], j, m, 0.0), zero),
+            difference(signs, row_vector(c, rows[1], j, m, 0.0), zero),
+            difference(signs, row_vector(c, rows[2], j, m, 0.0), zero),
+        )
+        e, f, g = _sorted_three(
+            difference(signs, row_vector(c, rows[3], j, m, 0.0), zero),
+            difference(signs, row_vector(c, rows[4], j, m, 0.0), zero),
+            difference(signs, row_vector(c, rows[5], j, m, 0.0), zero),
+        )
+        h, k, q = _sorted_three(
+            difference(signs, row_vector(c, rows[6], j, m, 0.0), zero),
+            difference(signs, row_vector(c, rows[7], j, m, 0.0), zero),
+            difference(signs, row_vector(c, rows[8], j, m, 0.0), zero),
+        )
+        # The median of nine is the median of the largest least, the median of the medians, and the least largest.
+        low = maximum(maximum(a, e), h)
+        high = minimum(minimum(d, g), q)
+        _, middle, _ = _sorted_three(b, f, k)
+        _, middle, _ = _sorted_three(low, middle, high)
+        store(v, j, middle)
+    for j in range(m):
+        if not abs(v[j]) < np.inf:
+            v[j] = 0.0
+
+
+@njit(nogil=True, cache=True)
+def _minima_and_means(c, start, n, m, sign, least, mean):  # pragma: no cover - compiled
+    """Write the least and the mean cost of every column; 0 if that is not finite. Both have whole vectors of columns."""
+    signs, zero, fill = splat(sign), splat(0.0), sign * np.inf
+    least[:] = np.inf
+    mean[:] = 0.0
+    i = 0
+    while i < n:
+        at = start + i * m
+        several = i + 4 <= n
+        for j in range(0, m, WIDTH):
+            x = difference(signs, row_vector(c, at, j, m, fill), zero)
+            low, total = minimum(x, load(least, j)), add(x, load(mean, j))
+            if several:
+                for k in range(1, 4):
+                    x = difference(signs, row_vector(c, at + k * m, j, m, fill), zero)
+                    low, total = minimum(x, low), add(x, total)
+            store(least, j, low)
+            store(mean, j, total)
+        i += 4 if several else 1
+    for j in range(least.shape[0]):
+        mean[j] /= n
+        if not abs(least[j]) < np.inf:
+            least[j] = 0.0
+        if not abs(mean[j]) < np.inf:
+            mean[j] = 0.0
+
+
+@njit(nogil=True, cache=True)
+def _lower_tail(v, m):  # pragma: no cover - compiled
+    """Return how far the least of v[:m] is below the median, in distances between the quartiles; from a sample of 65."""
+    few = min(m, 65)
+    sample = np.empty(few)
+    for e in range(few):
+        sample[e] = v[e * m // few]
+    sample.sort()
+    low = sample[0]
+    for j in range(m):
+        low = min(low, v[j])
+    reach, middle = sample[3 * few // 4] - sample[few // 4], sample[few // 2] - low
+    if reach > 0.0:
+        return middle / reach
+    return np.inf if middle > 0.0 else 0.0
+
+
+@njit(nogil=True, cache=True)
+def typical_gap(gaps):  # pragma: no cover - compiled
+    """Return the mean of ``gaps``, of which each counts up to four times their upper quartile; 0 if half of them are 0."""
+    n = gaps.shape[0]
+    few = min(n, 33)
+    sample = np.empty(few)
+    for e in range(few):
+        sample[e] = gaps[e * n // few]
+    sample.sort()
+    top = 4.0 * sample[3 * few // 4]
+    total, ties, told = 0.0, 0, 0
+    for x in gaps:
+        if x < np.inf:
+            total += min(x, top)
+            told += 1
+            ties += x == 0.0
+    return total / told if 2 * ties < told else 0.0
+
+
+@njit(nogil=True, cache=True)
+def better_duals(
+    c, start, sign, n, m, col_of, numbers, v, row_of2, col_of2, least, gaps, counts
+):  # pragma: no cover
+    """Look for first duals with which clearly more rows find a column than in the matching ``col_of`` from zeros.
+
+    The columns' minima, their means and their centres are tried: all suit columns that differ by constants. A quarter of
+    the rows is asked first. Minima are exact where columns differ by constants alone, and the others are better only if they
+    leave clearly fewer rows free. If some minima are far below the others, they count only if nearly all rows find a column,
+    because a free column whose dual is far too low forces all others down.
+
+    Args:
+        c, start, sign, n, m: the costs, as in ``small``.
+        col_of: (n,) the matching from zeros.
+        numbers: (better_minima, better_centres, tail), as in ``SmallSchedule``.
+        v, row_of2, col_of2, least, gaps: the duals that are found, and the matching from them.
+        counts: as in ``state``, added to.
+
+    Returns:
+        The free rows of that matching, or n + 1 if no duals are better.
+    """
+    better_minima, better_centres, tail = numbers
+    some = n // 4
+    quarter, whole = 0, 0
+    for i in range(n):
+        whole += col_of[i] < 0
+        quarter += col_of[i] < 0 and i < some
+    fewest, found = whole, n + 1
+    tried = np.empty((3, v.shape[0]))
+    row_of, col_of = np.empty(m, np.int64), np.empty(n, np.int64)
+    least_of, gap_of = np.empty(n), np.empty(n)
+    _minima_and_means(c, start, n, m, sign, tried[0], tried[1])
+    _column_centres(c, start, n, m, sign, tried[2])
+    counts[READS] += n
+    for kind in range(3):
+        duals = tried[kind]
+        share = better_minima if kind == 0 else better_centres
+        row_of[:] = -1
+        col_of[:] = -1
+        match_rows(c, start, sign, 0, some, m, duals, row_of, col_of, least_of, gap_of)
+        counts[READS] += some
+        free = 0
+        for i in range(some):
+            free += col_of[i] < 0
+        if free > share * quarter:
+            continue
+        match_rows(c, start, sign, some, n, m, duals, row_of, col_of, least_of, gap_of)
+        counts[READS] += n - some
+        for i in range(some, n):
+            free += col_of[i] < 0
+        if free > share * whole or free >= fewest:
+            continue
+        if kind == 0 and free > n // 16 and _lower_tail(duals, m) > tail:
+            continue
+        fewest = free - free // 4 if kind == 0 else free
+        found = free
+        v[:] = duals
+        row_of2[:] = row_of
+        col_of2[:] = col_of
+        least[:] = least_of
+        gaps[:] = gap_of
+        if free == 0:
+            break
+    return found

@@ -1,0 +1,218 @@
+"""Shortest augmenting paths over whole rows, level by level (Jonker and Volgenant 1987).
+
+A level is a distance. All columns at the present level are scanned before a larger distance is looked for, and a free
+column at that level ends the search at once. Equal entries therefore cost no search among themselves.
+
+The matrix is flat: row i's m entries begin at ``start + i * m``. Columns are searched in whole vectors; arrays over columns
+have ``width`` elements, the number of columns rounded up to whole vectors.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastmatch_kernels._numba.cache import njit
+from fastmatch_kernels._numba.simd import (
+    WIDTH,
+    add,
+    ctz,
+    difference,
+    lane,
+    less_equal_mask,
+    less_mask,
+    load,
+    load_part,
+    minimum,
+    reduce_minimum,
+    select,
+    splat,
+    store,
+)
+from fastmatch_kernels.lap.state import POPS, SEARCHES
+
+__all__ = ["new_search", "path", "paths", "row_vector", "shuffle"]
+
+
+@njit(nogil=True, cache=True, forceinline=True)
+def row_vector(c, at, j, m, fill):  # pragma: no cover - compiled
+    """Return entries j..j+7 of the row at ``at``, and ``fill`` beyond its m columns."""
+    if j + WIDTH <= m:
+        return load(c, at + j)
+    return load_part(c, at + j, m - j, fill)
+
+
+@njit(nogil=True, cache=True, forceinline=True)
+def new_search(m, v, row_of):  # pragma: no cover - compiled
+    """Return the workspace of :func:`path`: (w, dist, final, came_from, queue, taken).
+
+    Between searches, ``w`` equals the duals ``v``, and -inf beyond the columns; ``taken`` is 0 for free columns, else inf.
+    """
+    width = (m + WIDTH - 1) // WIDTH * WIDTH
+    w, dist, final = np.empty(width), np.empty(width), np.empty(width)
+    came_from, taken = np.empty(width), np.empty(width)
+    queue = np.empty(width, np.int64)
+    for j in range(width):
+        w[j] = v[j] if j < m else -np.inf
+        taken[j] = 0.0 if j < m and row_of[j] < 0 else np.inf
+    return w, dist, final, came_from, queue, taken
+
+
+@njit(nogil=True, cache=True, forceinline=True)
+def _scan(c, at, sign, m, base, i, first, w, dist, came_from):  # pragma: no cover - compiled
+    """Update all distances through row i; return the least distance and a column that has it.
+
+    Scanned columns have w = -inf and dist = inf. ``first``: it is the search's first row, and distances are new.
+    """
+    signs, shift, row = splat(sign), splat(base), splat(np.float64(i))
+    nearest, column = splat(np.inf), splat(0.0)
+    here, step = splat(0.0), splat(np.float64(WIDTH))
+    for j in range(0, m, WIDTH):
+        x = add(shift, difference(signs, row_vector(c, at, j, m, sign * np.inf), load(w, j)))
+        if first:
+            store(came_from, j, row)
+        else:
+            old = load(dist, j)
+            store(came_from, j, select(x, old, row, load(came_from, j)))
+            x = minimum(x, old)
+        store(dist, j, x)
+        column = select(x, nearest, here, column)
+        nearest = minimum(x, nearest)
+        here = add(here, step)
+    low = reduce_minimum(nearest)
+    k = ctz(less_equal_mask(nearest, splat(low)))
+    return low, np.int64(lane(column, k)) + k
+
+
+@njit(nogil=True, cache=True, forceinline=True)
+def _enqueue(j, low, w, dist, final, queue, tail):  # pragma: no cover - compiled
+    """Append column j, at distance ``low``, to the queue of columns to scan; return the queue's end."""
+    queue[tail] = j
+    final[tail] = low
+    dist[j] = np.inf
+    w[j] = -np.inf
+    return tail + 1
+
+
+@njit(nogil=True, cache=True, forceinline=True)
+def _collect(m, low, taken, w, dist, final, queue, tail):  # pragma: no cover - compiled
+    """Enqueue all columns at distance ``low``, up to a free one; return (a free one or -1, the queue's end)."""
+    level = splat(low)
+    for j in range(0, m, WIDTH):
+        bits = less_equal_mask(load(dist, j), level)
+        if bits != 0:
+            free = less_equal_mask(add(load(dist, j), load(taken, j)), level)
+            if free != 0:
+                return j + ctz(free), tail
+            while bits != 0:
+                tail = _enqueue(j + ctz(bits), low, w, dist, final, queue, tail)
+                bits &= bits - 1
+    return -1, tail
+
+
+@njit(nogil=True, cache=True, forceinline=True)
+def _scan_level(
+    c, at, sign, m, base, i, low, row_of, w, dist, came_from, final, queue, tail
+):  # pragma: no cover
+    """Update distances through row i, enqueueing the columns it brings to ``low``; return as :func:`_collect` does."""
+    signs, shift, row, level = splat(sign), splat(base), splat(np.float64(i)), splat(low)
+    for j in range(0, m, WIDTH):
+        x = add(shift, difference(signs, row_vector(c, at, j, m, sign * np.inf), load(w, j)))
+        old = load(dist, j)
+        lower = less_mask(x, old)
+        if lower != 0:
+            store(came_from, j, select(x, old, row, load(came_from, j)))
+            store(dist, j, minimum(x, old))
+            now = less_equal_mask(x, level) & lower
+            while now != 0:
+                k = j + ctz(now)
+                now &= now - 1
+                if row_of[k] < 0:
+                    return k, tail
+                tail = _enqueue(k, low, w, dist, final, queue, tail)
+    return -1, tail
+
+
+@njit(nogil=True, cache=True, forceinline=True)
+def path(c, start, m, sign, v, row_of, col_of, source, search, tied, counts):  # pragma: no cover - compiled
+    """Augment along a shortest path from row ``source``; return (whether there is one, whether distances tied).
+
+    ``tied`` tells whether they did in the search before. If so, all columns at a new level are looked for at once; if not,
+    only after a second one has turned up.
+    """
+    w, dist, final, came_from, queue, taken = search
+    head, tail = 0, 0
+    i, base, level, goal = source, 0.0, -np.inf, -1
+    found = True
+    tied_now = False
+    while True:
+        at = start + i * m
+        if head < tail:
+            goal, tail = _scan_level(
+                c, at, sign, m, base, i, level, row_of, w, dist, came_from, final, queue, tail
+            )
+        else:
+            low, j = _scan(c, at, sign, m, base, i, head == 0, w, dist, came_from)
+            if not low < np.inf:
+                found = False
+                break
+            if low <= level or tied:
+                before = tail
+                goal, tail = _collect(m, low, taken, w, dist, final, queue, tail)
+                tied_now |= low <= level or tail > before + 1
+            elif row_of[j] < 0:
+                goal = j
+            else:
+                tail = _enqueue(j, low, w, dist, final, queue, tail)
+            level = low
+        if goal >= 0:
+            break
+        j = queue[head]
+        head += 1
+        i = row_of[j]
+        base = level - (sign * np.float64(c[start + i * m + j]) - v[j])
+    counts[POPS] += head
+    counts[SEARCHES] += 1
+    for s in range(tail):
+        j = queue[s]
+        if found:
+            v[j] += final[s] - level
+        w[j] = v[j]
+    if not found:
+        return False, tied_now
+    taken[goal] = np.inf
+    j = goal
+    while True:
+        i = np.int64(came_from[j])
+        row_of[j] = i
+        following = col_of[i]
+        col_of[i] = j
+        j = following
+        if i == source:
+            return True, tied_now
+
+
+@njit(nogil=True, cache=True)
+def shuffle(items, count):  # pragma: no cover - compiled
+    """Put items[:count] in a fixed random order.
+
+    Rows that follow each other are often alike. In their own order, each one's path moves all earlier ones away again.
+    """
+    state = np.uint64(0x9E3779B97F4A7C15)
+    for e in range(count - 1, 0, -1):
+        state = state * np.uint64(6364136223846793005) + np.uint64(1442695040888963407)
+        k = np.int64((state >> np.uint64(33)) % np.uint64(e + 1))
+        items[e], items[k] = items[k], items[e]
+
+
+@njit(nogil=True, cache=True)
+def paths(c, m, sign, v, row_of, col_of, order, at, limit, counts):  # pragma: no cover - compiled
+    """Augment from the rows ``order[at:]`` until ``limit`` rows are scanned; return where to go on, -1 - i without a path."""
+    search = new_search(m, v, row_of)
+    end = counts[POPS] + counts[SEARCHES] + limit
+    tied = False
+    while at < order.shape[0] and counts[POPS] + counts[SEARCHES] < end:
+        found, tied = path(c, 0, m, sign, v, row_of, col_of, order[at], search, tied, counts)
+        if not found:
+            return -1 - order[at]
+        at += 1
+    return at
