@@ -7,6 +7,7 @@ read together. docs/design/assignment.md explains why that is exact.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +16,7 @@ from fastmatch._internal.checks import check_integer, check_type
 from fastmatch.assignment.cost import Cost, SoftCost
 from fastmatch.assignment.dense_cost import DenseCost
 from fastmatch.assignment.device_cost import DeviceCost
+from fastmatch.assignment.factor_cost import FactorCost
 from fastmatch.assignment.phases import SLICE, Phases
 from fastmatch.assignment.problem import LapProblem, LapSolution
 from fastmatch.assignment.schedule import ListSchedule
@@ -24,6 +26,12 @@ __all__ = ["CandidateLists"]
 
 VECTOR = 8
 """Lists are padded to whole vectors of so many entries."""
+
+TIED = 1e-12
+"""Difference of two entries, relative to one, that may be rounding."""
+
+HELD = 1 << 27
+"""Entries of a factor cost up to which its matrix is computed (1 GB in float64) if lists do not suit it."""
 
 REFILL_ENTRIES = 1 << 24
 """Entries of lists that are refilled at once at most: 200 MB."""
@@ -69,14 +77,15 @@ class CandidateLists:
         check_type("schedule", self.schedule, ListSchedule)
 
     def solve(self, problem: LapProblem) -> LapSolution | None:
-        """Solve the problem: see :meth:`Solver.solve`. Only a :class:`DeviceCost` can be given up."""
+        """Solve the problem: see :meth:`Solver.solve`. A :class:`DeviceCost` and a smaller :class:`FactorCost` can be given up."""
         if isinstance(problem.cost, DenseCost):
             raise ValueError(
                 "cost: CandidateLists takes a FactorCost, a floating-point torch tensor or another cost that is read in batches; "
                 "matrices on the host are solved by DenseShortlists, SmallDense or LapJV"
             )
         if not isinstance(problem.cost, DeviceCost):
-            return _ListPhases(problem, self).run()
+            can_hold = isinstance(problem.cost, FactorCost) and math.prod(problem.shape) <= HELD
+            return _ListPhases(problem, self).run(self.schedule.given_up * problem.shape[0] if can_hold else np.inf)
         return _ListPhases(problem, self).attempt() if problem.cost.is_finite() else None
 
 
@@ -103,19 +112,21 @@ class _ListPhases(Phases):
     def first_duals(self) -> np.ndarray:
         return self.cost.first_duals(self.sign) if isinstance(self.cost, SoftCost) else np.zeros(self.m)
 
-    def run(self) -> LapSolution:
+    def run(self, reads: float) -> LapSolution | None:
+        """Solve, or return None once more than ``reads`` rows have been read again."""
         plan = self.schedule
         self.fill()
+        if reads < np.inf and self.tied() > plan.copied_above:
+            return None
         self.begin()
         soft = self.is_square and isinstance(self.cost, SoftCost) and self.cost.has_soft_duals
         if soft and (self.free() > plan.restart_above * self.n or not self.augment(plan.refills * self.n)):
             self.restart()
         if self.is_square and self.free() > plan.scaling_above * self.n:
-            self.scaled_auction()
+            self.scaled_auction(lambda: self.counts[READS] > reads)
             self.match_tight()
             self.reduce_rows()
-        self.augment()
-        return self.result()
+        return self.result() if self.augment(reads) else None
 
     def attempt(self) -> LapSolution | None:
         """Solve, or return None if lists do not suit the cost."""
@@ -127,6 +138,15 @@ class _ListPhases(Phases):
             return None
         self.begin()
         return self.result() if self.augment(plan.refills * self.n, plan.sweeps) else None
+
+    def tied(self) -> float:
+        """Return the fraction of rows whose two best entries are equal up to rounding, as those of copied columns are."""
+        if self.k < 2:
+            return 0.0
+        shape = (self.n, padded(self.k))
+        cols, costs = self.lists.cols[: self.used].reshape(shape), self.lists.costs[: self.used].reshape(shape)
+        best = np.partition(costs - self.v[cols], 1, axis=1)[:, :2]
+        return float((best[:, 1] - best[:, 0] <= TIED * np.abs(costs[:, 0])).mean())
 
     def result(self) -> LapSolution:
         return LapSolution(self.col_of, self.cost.row_min(self.v, self.sign), self.v, self.counts)

@@ -167,7 +167,7 @@ class _DensePhases(Phases):
         if self.warm or self.free() <= plan.auction_above * self.n:
             return False
         # A copy of a row's best column ties with it; equal rows want the same column.
-        if (self.gaps == 0.0).mean() > 1 - plan.copied_below:
+        if (self.gaps == 0.0).mean() > 0.5:
             copies = find_copies(self.matrix, plan.copied_below, columns=True)
             if copies is not None:
                 inner = self.matrix[:, copies[0]]
@@ -176,7 +176,7 @@ class _DensePhases(Phases):
                 self.row_of[self.col_of] = np.arange(self.n)
                 self.note_costs()
                 return True
-        if self.is_square and self.free() > (1 - 2 * plan.copied_below) * self.n:
+        if self.is_square and self.free() > plan.crowded_above * self.n:
             copies = find_copies(self.matrix, plan.copied_below, columns=False)
             if copies is not None:
                 inner = self.matrix[copies[0]].T

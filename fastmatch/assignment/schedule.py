@@ -90,7 +90,7 @@ class DenseSchedule(AuctionSchedule):
     tail: float = 8.0
     """Distance of the least column minimum from their median, in distances between their quartiles, up to which minima
     are usual first duals."""
-    copied_below: float = 0.3
+    copied_below: float = 0.55
     """Fraction of the columns: if no more are different, one column stands for all its copies."""
     extra_steps: float = 0.5
     """Steps of a pass of row reduction beyond one per free row, per row of the problem."""
@@ -144,6 +144,11 @@ class ListSchedule(AuctionSchedule):
     """Fraction of the rows: if more of them are free even then, eps-scaling runs before the paths."""
     refills: float = 1.0
     """Refills per row that shortest paths may cost before the solver begins again from Sinkhorn's duals, or gives up."""
+    copied_above: float = 0.5
+    """Fraction of the rows: if more of them have two equal best entries, the lists of a factor cost whose matrix can be
+    held are not used."""
+    given_up: float = 6.0
+    """Refills per row after which the lists of a factor cost are given up if its matrix can be held."""
     sweeps: int = 16
     """Rounds of refills after which the lists of a matrix are given up."""
     tied_above: float = 0.1

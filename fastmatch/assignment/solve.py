@@ -163,6 +163,8 @@ def solve(
     except TooLarge:
         return _solve_scaled(problem.matrix(chosen, computed=True), transposed, maximize, chosen)
     if solution is None:
+        if isinstance(given, FactorCost):
+            return solve(given, maximize=maximize, warm_start=warm_start, solver=DENSE_SHORTLISTS)
         if not isinstance(given, (DenseCost, DeviceCost)):
             kind = type(given).__name__
             raise ValueError(

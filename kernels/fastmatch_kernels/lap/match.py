@@ -78,7 +78,7 @@ def _free_tie(c, at, sign, m, v, row_of, value, begin, otherwise):  # pragma: no
     return otherwise
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@njit(nogil=True, cache=True)
 def match_rows(c, start, sign, lo, hi, m, v, row_of, col_of, least, gaps):  # pragma: no cover - compiled
     """Match rows lo..hi to a free column among their best; write their least c - v, and by how much the second exceeds it."""
     begin = 0  # all columns before it are taken

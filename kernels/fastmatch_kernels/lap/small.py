@@ -63,7 +63,7 @@ SCHEDULE = tuple(SmallSchedule())
 """The default schedule, a constant of the compiled code."""
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@njit(nogil=True, cache=True)
 def _bid(c, start, sign, m, v, row_of, col_of, stack, top, eps, limit, counts):  # pragma: no cover - compiled
     """Let the rows on ``stack[:top]`` bid until the stack is empty or ``limit`` bids are spent; return what is left.
 
@@ -168,7 +168,7 @@ def largest(c, begin, end, sign):  # pragma: no cover - compiled
     return rest if right else -1.0
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@njit(nogil=True, cache=True)
 def _phase(
     c, start, sign, m, v, row_of, col_of, stack, top, eps, rounds, war_above, few, counts
 ):  # pragma: no cover
@@ -187,7 +187,7 @@ def _phase(
     return top > 0
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@njit(nogil=True, cache=True)
 def _bids(
     c, start, sign, m, v, row_of, col_of, gaps, stack, top, schedule, counts
 ):  # pragma: no cover - compiled
