@@ -85,7 +85,9 @@ class CandidateLists:
             )
         if not isinstance(problem.cost, DeviceCost):
             can_hold = isinstance(problem.cost, FactorCost) and math.prod(problem.shape) <= HELD
-            return _ListPhases(problem, self).run(self.schedule.given_up * problem.shape[0] if can_hold else np.inf)
+            return _ListPhases(problem, self).run(
+                self.schedule.given_up * problem.shape[0] if can_hold else np.inf
+            )
         return _ListPhases(problem, self).attempt() if problem.cost.is_finite() else None
 
 
@@ -144,7 +146,10 @@ class _ListPhases(Phases):
         if self.k < 2:
             return 0.0
         shape = (self.n, padded(self.k))
-        cols, costs = self.lists.cols[: self.used].reshape(shape), self.lists.costs[: self.used].reshape(shape)
+        cols, costs = (
+            self.lists.cols[: self.used].reshape(shape),
+            self.lists.costs[: self.used].reshape(shape),
+        )
         best = np.partition(costs - self.v[cols], 1, axis=1)[:, :2]
         return float((best[:, 1] - best[:, 0] <= TIED * np.abs(costs[:, 0])).mean())
 

@@ -10,7 +10,14 @@ from fastmatch_kernels.lap.match import match_rows
 from fastmatch_kernels.lap.paths import row_vector
 from fastmatch_kernels.lap.state import READS
 
-__all__ = ["better_duals", "typical_gap"]
+__all__ = ["better_duals", "copy_to", "typical_gap"]
+
+
+@njit(nogil=True, cache=True, forceinline=True)
+def copy_to(to, given):  # pragma: no cover - compiled
+    """Copy an array. numba's slice assignment would compile the text of its error message, which takes two seconds."""
+    for k in range(to.shape[0]):
+        to[k] = given[k]
 
 
 @njit(nogil=True, cache=True, forceinline=True)
@@ -21,27 +28,27 @@ def _sorted_three(a, b, c):  # pragma: no cover - compiled
     return low, minimum(b, c), maximum(b, c)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, inner=True)
 def _column_centres(c, start, n, m, sign, v):  # pragma: no cover - compiled
     """Write the medians of nine rows' costs, by column; 0 if that is not finite. ``v`` has whole vectors of columns."""
     step = n // 9
     signs, zero = splat(sign), splat(0.0)
-    rows = start + np.arange(9) * (step * m)
+    step *= m
     for j in range(0, m, WIDTH):
         a, b, d = _sorted_three(
-            difference(signs, row_vector(c, rows[0], j, m, 0.0), zero),
-            difference(signs, row_vector(c, rows[1], j, m, 0.0), zero),
-            difference(signs, row_vector(c, rows[2], j, m, 0.0), zero),
+            difference(signs, row_vector(c, start, j, m, 0.0), zero),
+            difference(signs, row_vector(c, start + 1 * step, j, m, 0.0), zero),
+            difference(signs, row_vector(c, start + 2 * step, j, m, 0.0), zero),
         )
         e, f, g = _sorted_three(
-            difference(signs, row_vector(c, rows[3], j, m, 0.0), zero),
-            difference(signs, row_vector(c, rows[4], j, m, 0.0), zero),
-            difference(signs, row_vector(c, rows[5], j, m, 0.0), zero),
+            difference(signs, row_vector(c, start + 3 * step, j, m, 0.0), zero),
+            difference(signs, row_vector(c, start + 4 * step, j, m, 0.0), zero),
+            difference(signs, row_vector(c, start + 5 * step, j, m, 0.0), zero),
         )
         h, k, q = _sorted_three(
-            difference(signs, row_vector(c, rows[6], j, m, 0.0), zero),
-            difference(signs, row_vector(c, rows[7], j, m, 0.0), zero),
-            difference(signs, row_vector(c, rows[8], j, m, 0.0), zero),
+            difference(signs, row_vector(c, start + 6 * step, j, m, 0.0), zero),
+            difference(signs, row_vector(c, start + 7 * step, j, m, 0.0), zero),
+            difference(signs, row_vector(c, start + 8 * step, j, m, 0.0), zero),
         )
         # The median of nine is the median of the largest least, the median of the medians, and the least largest.
         low = maximum(maximum(a, e), h)
@@ -54,7 +61,7 @@ def _column_centres(c, start, n, m, sign, v):  # pragma: no cover - compiled
             v[j] = 0.0
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, inner=True)
 def _minima_and_means(c, start, n, m, sign, least, mean):  # pragma: no cover - compiled
     """Write the least and the mean cost of every column; 0 if that is not finite. Both have whole vectors of columns."""
     signs, zero, fill = splat(sign), splat(0.0), sign * np.inf
@@ -82,7 +89,7 @@ def _minima_and_means(c, start, n, m, sign, least, mean):  # pragma: no cover - 
             mean[j] = 0.0
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, inner=True)
 def _lower_tail(v, m):  # pragma: no cover - compiled
     """Return how far the least of v[:m] is below the median, in distances between the quartiles; from a sample of 65."""
     few = min(m, 65)
@@ -146,14 +153,14 @@ def better_duals(
         whole += col_of[i] < 0
         quarter += col_of[i] < 0 and i < some
     fewest, found = whole, n + 1
-    tried = np.empty((3, v.shape[0]))
+    minima, means, centres = np.empty(v.shape[0]), np.empty(v.shape[0]), np.empty(v.shape[0])
     row_of, col_of = np.empty(m, np.int64), np.empty(n, np.int64)
     least_of, gap_of = np.empty(n), np.empty(n)
-    _minima_and_means(c, start, n, m, sign, tried[0], tried[1])
-    _column_centres(c, start, n, m, sign, tried[2])
+    _minima_and_means(c, start, n, m, sign, minima, means)
+    _column_centres(c, start, n, m, sign, centres)
     counts[READS] += n
     for kind in range(3):
-        duals = tried[kind]
+        duals = minima if kind == 0 else (means if kind == 1 else centres)
         share = better_minima if kind == 0 else better_centres
         row_of[:] = -1
         col_of[:] = -1
@@ -174,11 +181,11 @@ def better_duals(
             continue
         fewest = free - free // 4 if kind == 0 else free
         found = free
-        v[:] = duals
-        row_of2[:] = row_of
-        col_of2[:] = col_of
-        least[:] = least_of
-        gaps[:] = gap_of
+        copy_to(v, duals)
+        copy_to(row_of2, row_of)
+        copy_to(col_of2, col_of)
+        copy_to(least, least_of)
+        copy_to(gaps, gap_of)
         if free == 0:
             break
     return found

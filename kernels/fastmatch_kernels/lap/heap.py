@@ -24,7 +24,7 @@ def sift_up(heap, where, key, at):  # pragma: no cover - compiled
     where[item] = at
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, inner=True)
 def pop(heap, where, key, size):  # pragma: no cover - compiled
     """Remove and return the item of least key. The heap holds size - 1 items afterwards."""
     least = heap[0]

@@ -65,7 +65,7 @@ def _across(first, second, column):  # pragma: no cover - compiled
     return lowest, j, reduce_minimum(replace_at_most(first, limit, second)), j
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, inner=True)
 def _free_tie(c, at, sign, m, v, row_of, value, begin, otherwise):  # pragma: no cover - compiled
     """Return a free column from ``begin`` on whose c - v is at most ``value`` in the row at ``at``; else ``otherwise``."""
     signs, limit = splat(sign), splat(value)
@@ -78,7 +78,7 @@ def _free_tie(c, at, sign, m, v, row_of, value, begin, otherwise):  # pragma: no
     return otherwise
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, inner=True)
 def match_rows(c, start, sign, lo, hi, m, v, row_of, col_of, least, gaps):  # pragma: no cover - compiled
     """Match rows lo..hi to a free column among their best; write their least c - v, and by how much the second exceeds it."""
     begin = 0  # all columns before it are taken

@@ -132,7 +132,7 @@ def _scan_level(
     return -1, tail
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, inner=True)
 def path(c, start, m, sign, v, row_of, col_of, source, search, tied, counts):  # pragma: no cover - compiled
     """Augment along a shortest path from row ``source``; return (whether there is one, whether distances tied).
 

@@ -17,7 +17,7 @@ SWEEPS = 8
 """Sweeps that raise duals at most; each is two reads of the matrix. One is nearly always enough."""
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@njit(nogil=True, cache=True, inner=True)
 def least_of_row(c, at, m, sign, v):  # pragma: no cover - compiled
     """Return the least c - v of the row at ``at``."""
     signs, none = splat(sign), splat(np.inf)
@@ -33,7 +33,7 @@ def least_of_row(c, at, m, sign, v):  # pragma: no cover - compiled
     return reduce_minimum(minimum(one, two))
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, inner=True)
 def gap_of(c, start, n, m, sign, v, u, col_of):  # pragma: no cover - compiled
     """Return (objective, gap, bound): see ``fastmatch.assignment.gap``. Unmatched columns have dual 0, the largest."""
     total, gap, size, top = 0.0, 0.0, 0.0, 0.0

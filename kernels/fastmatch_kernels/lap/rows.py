@@ -1,4 +1,4 @@
-"""Passes over the rows of a cost matrix: column minima, a row's minimum, a row's candidate list.
+"""Passes over a row of a cost matrix: its minimum, its candidate list.
 
 Costs are ``c = sign * C`` with C (n, m) float32 or float64. Differences ``c - v`` are float64. Vector instructions come from
 fastmatch_kernels._numba.simd, because numba compiles a minimum over floats to a scalar loop.
@@ -11,11 +11,9 @@ import numpy as np
 from fastmatch_kernels._numba.cache import njit
 from fastmatch_kernels._numba.simd import (
     WIDTH,
-    add,
     ctz,
     difference,
     less_equal_mask,
-    less_mask,
     load,
     load_part,
     minimum,
@@ -27,9 +25,6 @@ from fastmatch_kernels._numba.simd import (
 from fastmatch_kernels.lap.state import CAPACITY
 
 __all__ = [
-    "column_minima",
-    "constant_columns",
-    "constant_rows",
     "list_row",
     "list_rows",
     "row_minimum",
@@ -48,87 +43,7 @@ BLOCK = 4 * WIDTH
 LARGEST = np.finfo(np.float64).max
 
 
-@njit(nogil=True, cache=True)
-def column_minima(C, sign, lo, hi, least_of, row_at):  # pragma: no cover - compiled
-    """Write the least c of every column over rows lo..hi and a row that has it; return the sum of all entries.
-
-    The sum is finite only if every entry is. ``least_of`` starts as inf; ``row_at`` is left alone if nothing is below that.
-    """
-    m = C.shape[1]
-    whole = m - m % WIDTH
-    signs, zero = splat(sign), splat(0.0)
-    total = 0.0
-    sums = splat(0.0)
-    i = lo
-    while i < hi:
-        if i + 4 <= hi:
-            a, b, c, d = C[i], C[i + 1], C[i + 2], C[i + 3]
-            for j in range(0, whole, WIDTH):
-                p, q, r, s = load(a, j), load(b, j), load(c, j), load(d, j)
-                sums = add(sums, add(add(p, q), add(r, s)))
-                x = minimum(
-                    minimum(difference(signs, p, zero), difference(signs, q, zero)),
-                    minimum(difference(signs, r, zero), difference(signs, s, zero)),
-                )
-                old = load(least_of, j)
-                lower = less_mask(x, old)
-                if lower != 0:
-                    store(least_of, j, minimum(x, old))
-                    while lower != 0:
-                        row_at[j + ctz(lower)] = i
-                        lower &= lower - 1
-            first = whole
-            count = 4
-        else:
-            first = 0
-            count = hi - i
-        for k in range(i, i + count):
-            for j in range(first, m):
-                x = sign * np.float64(C[k, j])
-                total += x
-                if x < least_of[j]:
-                    least_of[j] = x
-                    row_at[j] = k
-        i += count
-    for j in range(whole):  # a block of four rows has it: which one?
-        k = row_at[j]
-        while lo <= k < hi - 1 and sign * np.float64(C[k, j]) != least_of[j]:
-            k += 1
-        row_at[j] = k
-    for k in range(WIDTH):
-        total += _lane(sums, k)
-    return total
-
-
-@njit(nogil=True, cache=True)
-def _lane(x, k):  # pragma: no cover - compiled
-    room = np.empty(WIDTH)
-    store(room, 0, x)
-    return room[k]
-
-
-@njit(nogil=True, cache=True)
-def constant_rows(C, rows, same):  # pragma: no cover - compiled
-    """Write to same[k] whether row rows[k] holds a single value."""
-    for k in range(rows.shape[0]):
-        row = C[rows[k]]
-        same[k] = True
-        for j in range(row.shape[0]):
-            if row[j] != row[0]:
-                same[k] = False
-                break
-
-
-@njit(nogil=True, cache=True)
-def constant_columns(C, rows, cols, values, same):  # pragma: no cover - compiled
-    """Clear same[k] if column cols[k] differs from values[k] in any of the rows."""
-    for i in rows:
-        for k in range(cols.shape[0]):
-            if C[i, cols[k]] != values[k]:
-                same[k] = False
-
-
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, inner=True)
 def workspace(m):  # pragma: no cover - compiled
     """Return the workspace of :func:`list_row`: minima of sets, blocks that hold candidates, their bits, a sorted list."""
     blocks = m // BLOCK + 1
@@ -141,7 +56,7 @@ def workspace(m):  # pragma: no cover - compiled
     )
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, inner=True)
 def row_minimum(row, sign, v):  # pragma: no cover - compiled
     """Return the least c - v of a row."""
     m = v.shape[0]
@@ -160,7 +75,7 @@ def row_minimum(row, sign, v):  # pragma: no cover - compiled
     return lowest
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, inner=True)
 def _minima(row, sign, v, sets):  # pragma: no cover - compiled
     """Write the least c - v of SETS disjoint sets of columns."""
     m = v.shape[0]
@@ -203,7 +118,7 @@ def _minima(row, sign, v, sets):  # pragma: no cover - compiled
     store(sets, VECTORS * WIDTH, last)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, inner=True)
 def _count(sets, value):  # pragma: no cover - compiled
     limit = splat(value)
     count = 0
@@ -212,7 +127,7 @@ def _count(sets, value):  # pragma: no cover - compiled
     return count
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, inner=True)
 def _cutoff(sets):  # pragma: no cover - compiled
     """Return a value that WANTED of the sets' minima, and few more, do not exceed; LARGEST if fewer are finite."""
     low, high = np.inf, 0.0
@@ -252,7 +167,7 @@ def _cutoff(sets):  # pragma: no cover - compiled
     return high
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, inner=True)
 def _block(row, signs, sign, v, j, limit):  # pragma: no cover - compiled
     """Return a mask of 32 columns (fewer at the row's end): bit k says whether c - v at column j + k is at most ``limit``."""
     m = v.shape[0]
@@ -274,7 +189,7 @@ def _block(row, signs, sign, v, j, limit):  # pragma: no cover - compiled
     return bits
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, inner=True)
 def _candidates(row, sign, v, i, cutoff, where, bits):  # pragma: no cover - compiled
     """Find the blocks that hold columns of c - v <= cutoff, and their masks; return the numbers of blocks and of columns.
 
@@ -299,7 +214,7 @@ def _candidates(row, sign, v, i, cutoff, where, bits):  # pragma: no cover - com
     return found, columns
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, inner=True)
 def list_row(C, sign, i, v, work, start, cols, costs, bound):  # pragma: no cover - compiled
     """Read row i and write its candidate list: columns of least c - v, and a bound that no other column is below.
 
@@ -331,7 +246,7 @@ def list_row(C, sign, i, v, work, start, cols, costs, bound):  # pragma: no cove
         costs[rest] = np.inf
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, inner=True)
 def _select(row, sign, v, found, where, bits, values, items):  # pragma: no cover - compiled
     """Write the CAPACITY candidates of least c - v, in order; return the next one's value."""
     values[:] = np.inf

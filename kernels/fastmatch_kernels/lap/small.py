@@ -17,6 +17,7 @@ from __future__ import annotations
 import numpy as np
 
 from fastmatch_kernels._numba.cache import njit
+from fastmatch_kernels._numba.llvm import flat
 from fastmatch_kernels._numba.simd import (
     WIDTH,
     add,
@@ -29,7 +30,7 @@ from fastmatch_kernels._numba.simd import (
     select,
     splat,
 )
-from fastmatch_kernels.lap.duals import better_duals, typical_gap
+from fastmatch_kernels.lap.duals import better_duals, copy_to, typical_gap
 from fastmatch_kernels.lap.match import match_rows, two_least
 from fastmatch_kernels.lap.paths import new_search, path, shuffle
 from fastmatch_kernels.lap.proof import gap_of, least_of_row, prove
@@ -63,7 +64,7 @@ SCHEDULE = tuple(SmallSchedule())
 """The default schedule, a constant of the compiled code."""
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, inner=True)
 def _bid(c, start, sign, m, v, row_of, col_of, stack, top, eps, limit, counts):  # pragma: no cover - compiled
     """Let the rows on ``stack[:top]`` bid until the stack is empty or ``limit`` bids are spent; return what is left.
 
@@ -127,7 +128,7 @@ def _free_rows(col_of, stack):  # pragma: no cover - compiled
     return top
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, inner=True)
 def size(c, begin, end):  # pragma: no cover - compiled
     """Return the sum of the absolute values of ``c[begin:end]``. It is finite only if every entry is."""
     zero = splat(0.0)
@@ -168,7 +169,7 @@ def largest(c, begin, end, sign):  # pragma: no cover - compiled
     return rest if right else -1.0
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, inner=True)
 def _phase(
     c, start, sign, m, v, row_of, col_of, stack, top, eps, rounds, war_above, few, counts
 ):  # pragma: no cover
@@ -187,7 +188,7 @@ def _phase(
     return top > 0
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, inner=True)
 def _bids(
     c, start, sign, m, v, row_of, col_of, gaps, stack, top, schedule, counts
 ):  # pragma: no cover - compiled
@@ -208,7 +209,11 @@ def _bids(
     calm = top <= auction_above * n
     eps = first_eps * typical_gap(gaps) if n == m and n >= auction_from and not calm else 0.0
     if 0.0 < eps < np.inf:
-        v_before, row_before, col_before, before = v.copy(), row_of.copy(), col_of.copy(), top
+        v_before, row_before, col_before = np.empty(v.shape[0]), np.empty(m, np.int64), np.empty(n, np.int64)
+        copy_to(v_before, v)
+        copy_to(row_before, row_of)
+        copy_to(col_before, col_of)
+        before = top
         calm = True
         for phase in range(phases):
             war = _phase(
@@ -221,9 +226,9 @@ def _bids(
                 _bid(c, start, sign, m, v, row_of, col_of, stack, top, 0.0, top + extra, counts)
                 top = _free_rows(col_of, stack)
             if top >= before and (war or phase == 0 or phase == phases - 1):
-                v[:] = v_before
-                row_of[:] = row_before
-                col_of[:] = col_before
+                copy_to(v, v_before)
+                copy_to(row_of, row_before)
+                copy_to(col_of, col_before)
                 top = _free_rows(col_of, stack)
                 calm = False
                 break
@@ -243,7 +248,7 @@ def _bids(
     return top, calm
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, inner=True)
 def _try_paths(
     c, start, n, m, sign, v, row_of, col_of, stack, top, limit, counts
 ):  # pragma: no cover - compiled
@@ -322,14 +327,14 @@ def solve_one(
             c, start, sign, n, m, col_of, schedule[-3:], v2, row_of2, col_of2, least2, gaps2, counts
         )
         if other == 0:
-            least[:] = least2
+            copy_to(least, least2)
     for attempt in range(2):
         # Duals that leave few rows free are taken at once; others only if bids from zeros are a price war.
         if other <= n and (attempt == 1 or other <= accepted_below * n):
-            v[:] = v2
-            row_of[:] = row_of2
-            col_of[:] = col_of2
-            gaps[:] = gaps2
+            copy_to(v, v2)
+            copy_to(row_of, row_of2)
+            copy_to(col_of, col_of2)
+            copy_to(gaps, gaps2)
             top, other = other, n + 1
             if top == 0:
                 return SOLVED
@@ -380,7 +385,7 @@ def solve_matrix(C, sign, transposed, pairs, duals, numbers):  # pragma: no cove
         The state, as :func:`solve_one`.
     """
     n, m = C.shape
-    c = C.reshape(n * m)
+    c = flat(C)
     v, u = np.empty((m + WIDTH - 1) // WIDTH * WIDTH), np.empty(n)
     row_of, counts = np.empty(m, np.int64), np.zeros(4, np.int64)
     rows, col_of = pairs[0], pairs[1]
