@@ -90,13 +90,25 @@ def _minima_and_means(c, start, n, m, sign, least, mean):  # pragma: no cover - 
 
 
 @njit(nogil=True, cache=True, inner=True)
+def _sort(sample):  # pragma: no cover - compiled
+    """Sort a few numbers in place; numba's sort takes half a second to compile."""
+    for e in range(1, sample.shape[0]):
+        x = sample[e]
+        k = e
+        while k > 0 and sample[k - 1] > x:
+            sample[k] = sample[k - 1]
+            k -= 1
+        sample[k] = x
+
+
+@njit(nogil=True, cache=True, inner=True)
 def _lower_tail(v, m):  # pragma: no cover - compiled
     """Return how far the least of v[:m] is below the median, in distances between the quartiles; from a sample of 65."""
     few = min(m, 65)
     sample = np.empty(few)
     for e in range(few):
         sample[e] = v[e * m // few]
-    sample.sort()
+    _sort(sample)
     low = sample[0]
     for j in range(m):
         low = min(low, v[j])
@@ -114,7 +126,7 @@ def typical_gap(gaps):  # pragma: no cover - compiled
     sample = np.empty(few)
     for e in range(few):
         sample[e] = gaps[e * n // few]
-    sample.sort()
+    _sort(sample)
     top = 4.0 * sample[3 * few // 4]
     total, ties, told = 0.0, 0, 0
     for x in gaps:

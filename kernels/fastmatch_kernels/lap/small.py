@@ -188,7 +188,7 @@ def _phase(
     return top > 0
 
 
-@njit(nogil=True, cache=True, inner=True)
+@njit(nogil=True, cache=True, inner=True, inline="always")
 def _bids(
     c, start, sign, m, v, row_of, col_of, gaps, stack, top, schedule, counts
 ):  # pragma: no cover - compiled
@@ -248,7 +248,7 @@ def _bids(
     return top, calm
 
 
-@njit(nogil=True, cache=True, inner=True)
+@njit(nogil=True, cache=True, inner=True, inline="always")
 def _try_paths(
     c, start, n, m, sign, v, row_of, col_of, stack, top, limit, counts
 ):  # pragma: no cover - compiled
@@ -274,7 +274,7 @@ def _try_paths(
     return 0, _free_rows(col_of, stack)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, inline="always")
 def solve_one(
     c, start, n, m, sign, schedule, warm, v, least, row_of, col_of, counts
 ):  # pragma: no cover - compiled
