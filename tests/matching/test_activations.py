@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import get_args
 
 import numpy as np
@@ -211,3 +212,37 @@ def test_dead_units_of_a_model_matched_with_itself_stay():
         model.get_parameter("0.bias")[::3] = -100.0  # under a ReLU: never fires
     found = fm.align(model, model, x, fm.ActivationMatching([torch.randn(64, 12)]))
     assert torch.equal(found.permutations["0"], torch.arange(24))
+
+
+def test_matching_and_merging_run_side_by_side_and_leave_torchs_threads(monkeypatch):
+    from fastmatch_kernels._numba import parallel
+
+    monkeypatch.setattr(parallel, "threads", lambda: 2)
+    pairs = []
+    for k in range(3):
+        model, x = build("resnet", k)
+        spec = fm.PermutationSpec.trace(model, x)
+        generator = torch.Generator().manual_seed(k)
+        permuted = fm.Alignment(spec.random(generator), spec).apply(model)
+        data = [torch.randn(40, *x.shape[1:], generator=generator) for _ in range(2)]
+        pairs.append((model, permuted, x, data))
+
+    def whole(model, permuted, x, data):
+        aligned = fm.align(model, permuted, x, fm.ActivationMatching(data)).apply(permuted)
+        merged = fm.merge([model, aligned])
+        return fm.renormalize(merged, [model, aligned], data).state_dict()
+
+    alone = [whole(*pair) for pair in pairs]
+    before = torch.get_num_threads()
+    together = {}
+    threads = [
+        threading.Thread(target=lambda k=k: together.update({k: whole(*pairs[k])})) for k in range(len(pairs))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert torch.get_num_threads() == before
+    for k, wanted in enumerate(alone):
+        for name, tensor in wanted.items():
+            torch.testing.assert_close(together[k][name], tensor)
