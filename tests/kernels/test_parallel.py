@@ -99,14 +99,17 @@ def test_kernels_give_the_same_numbers_in_one_thread_and_in_several_callers_of_t
 FORKED = """
 import os, torch
 from fastmatch_kernels._numba import parallel
-from fastmatch_kernels.ops import permute_merge
+from fastmatch_kernels.ops import moments, permute_merge
 parallel.threads = lambda: 2
-torch.set_num_threads(1)
+torch.set_num_threads(2)
 a, b, order = torch.randn(800, 800), torch.randn(800, 800), torch.randperm(800)
 merged = permute_merge([a, b], [0.5, 0.5], [None, order])
+found = moments(a, b).settle().covariance()
 for _ in range(2):  # a child, and a child of the child
     child = os.fork()
     if child == 0:
+        torch.set_num_threads(1)  # torch's own operations would wait for threads that the child does not have
+        assert torch.allclose(moments(a, b).settle().covariance(), found)
         assert torch.equal(permute_merge([a, b], [0.5, 0.5], [None, order]), merged)
         assert parallel._pool._started == 1
     else:
