@@ -12,7 +12,7 @@ from fastmatch.assignment.integers import is_wide
 from fastmatch.assignment.reading import as_array, as_real, for_kernels
 from fastmatch.assignment.solve import linear_sum_assignment, solve
 from fastmatch_kernels._numba.parallel import over_blocks
-from fastmatch_kernels.lap.state import SmallSchedule
+from fastmatch_kernels.lap.state import DOUBTFUL, SOLVED, TOO_LARGE, WRONG, SmallSchedule
 
 __all__ = ["solve_batched"]
 
@@ -62,7 +62,7 @@ def _one_by_one(stack: np.ndarray, maximize: bool) -> np.ndarray:
 
 def _together(stack: np.ndarray, maximize: bool) -> np.ndarray:
     """Return each row's column."""
-    from fastmatch_kernels.lap.small import DOUBTFUL, SOLVED, TOO_LARGE, WRONG, solve_stack
+    from fastmatch_kernels.lap.small import solve_stack
 
     batch, rows, columns = stack.shape
     transposed = rows > columns

@@ -12,7 +12,7 @@ from fastmatch.assignment._compile import prepared
 from fastmatch.assignment.problem import Infeasible, LapProblem, LapSolution, TooLarge, check_entries
 from fastmatch.assignment.reading import for_kernels
 from fastmatch.assignment.schedule import check_fields
-from fastmatch_kernels.lap.state import SmallSchedule
+from fastmatch_kernels.lap.state import DOUBTFUL, INFEASIBLE, SOLVED, TOO_LARGE, SmallSchedule
 
 __all__ = ["SmallDense"]
 
@@ -23,7 +23,7 @@ _KERNELS: dict[np.dtype, Callable[..., int]] = {}
 _NONE = np.empty(0)
 
 
-def solve_small(matrix: np.ndarray, maximize: bool, *, proof: bool) -> tuple[np.ndarray, ...] | None:
+def solve_small(matrix: np.ndarray, maximize: bool, *, proof: bool) -> tuple[int, tuple[np.ndarray, ...]]:
     """Solve a matrix in one compiled call, by the default schedule.
 
     It is for problems that take less time than the pipeline of :func:`fastmatch.assignment.solve`.
@@ -34,9 +34,9 @@ def solve_small(matrix: np.ndarray, maximize: bool, *, proof: bool) -> tuple[np.
         proof: whether more than the indices is wanted.
 
     Returns:
-        (pairs, u, v, numbers), where pairs (2, min(n, m)) are rows and columns, and numbers are the objective, the gap, its
-        bound, reads, bids, pops and searches; without ``proof``, only pairs count. None if the entries are wrong,
-        infeasible or too large: the pipeline tells.
+        The state, SOLVED, DOUBTFUL or another one of ``fastmatch_kernels.lap.state``, and (pairs, u, v, numbers), which count
+        with the first two: pairs (2, min(n, m)) are rows and columns, and numbers are the objective, the gap, its bound,
+        reads, bids, pops and searches. Without ``proof``, there are only pairs.
     """
     rows, columns = matrix.shape
     flags = matrix.flags
@@ -49,10 +49,10 @@ def solve_small(matrix: np.ndarray, maximize: bool, *, proof: bool) -> tuple[np.
     pairs = np.empty((2, min(rows, columns)), np.int64)
     if not proof:
         state = kernel(given, -1.0 if maximize else 1.0, transposed, pairs, _NONE, _NONE)
-        return None if state else (pairs,)
+        return state, (pairs,)
     duals, numbers = np.empty(rows + columns), np.empty(7)
     state = kernel(given, -1.0 if maximize else 1.0, transposed, pairs, duals, numbers)
-    return None if state else (pairs, duals[:rows], duals[rows:], numbers)
+    return state, (pairs, duals[:rows], duals[rows:], numbers)
 
 
 def _kernel(dtype: np.dtype) -> Callable[..., int]:
@@ -92,7 +92,7 @@ class SmallDense:
 
     def solve(self, problem: LapProblem) -> LapSolution:
         """Solve the problem: see :meth:`Solver.solve`."""
-        from fastmatch_kernels.lap.small import DOUBTFUL, INFEASIBLE, SOLVED, TOO_LARGE, solve_one
+        from fastmatch_kernels.lap.small import solve_one
 
         matrix = for_kernels(problem.matrix(self))
 

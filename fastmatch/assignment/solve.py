@@ -24,7 +24,7 @@ from fastmatch.assignment.problem import LapProblem, LapSolution, Solver, TooLar
 from fastmatch.assignment.reading import as_array
 from fastmatch.assignment.small_dense import SmallDense, solve_small
 from fastmatch.assignment.solution import Assignment
-from fastmatch_kernels.lap.state import HUGE
+from fastmatch_kernels.lap.state import DOUBTFUL, HUGE, SOLVED
 
 __all__ = ["linear_sum_assignment", "select_solver", "solve"]
 
@@ -140,11 +140,17 @@ def solve(
         and isinstance(given, DenseCost)
         and 0 < given.matrix.size <= SMALL
     ):
-        found = solve_small(given.matrix, maximize, proof=True)
-        if found is not None:
+        state, found = solve_small(given.matrix, maximize, proof=True)
+        if state in (SOLVED, DOUBTFUL):
             (row_ind, col_ind), u, v, numbers = found
             objective, gap, gap_bound, *counts = numbers.tolist()
-            return Assignment(row_ind, col_ind, u, v, objective, gap, gap_bound, _stats("SmallDense", counts))
+            solved = Assignment(
+                row_ind, col_ind, u, v, objective, gap, gap_bound, _stats("SmallDense", counts)
+            )
+            kept = (
+                _without_large(given.matrix, -1.0 if maximize else 1.0, solved) if state == DOUBTFUL else None
+            )
+            return solved if kept is None else solve(kept, maximize=maximize)
     chosen = select_solver(given) if solver is None else solver
     if isinstance(given, DeviceCost) and solver is None and not isinstance(chosen, CandidateLists):
         given = DenseCost(given.matrix)
@@ -358,10 +364,10 @@ def linear_sum_assignment(cost: Any, maximize: bool = False) -> tuple[Any, Any]:
     Raises:
         ValueError: NaN, an infinity of the wrong sign, or no feasible assignment.
     """
-    if type(cost) is np.ndarray and cost.dtype in FLOATS and cost.ndim == 2 and 0 < cost.size <= SMALL:
-        found = solve_small(cost, maximize, proof=False) if cost.flags.aligned else None
-        if found is not None:
-            pairs = found[0]
+    is_plain = type(cost) is np.ndarray and cost.dtype in FLOATS and cost.flags.aligned
+    if is_plain and cost.ndim == 2 and 0 < cost.size <= SMALL:
+        state, (pairs,) = solve_small(cost, maximize, proof=False)
+        if state == SOLVED:
             return pairs[0], pairs[1]
     if isinstance(cost, np.ma.MaskedArray):
         if np.ma.is_masked(cost):

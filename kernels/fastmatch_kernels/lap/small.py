@@ -34,22 +34,21 @@ from fastmatch_kernels.lap.duals import better_duals, copy_to, typical_gap
 from fastmatch_kernels.lap.match import match_rows, two_least
 from fastmatch_kernels.lap.paths import new_search, path, shuffle
 from fastmatch_kernels.lap.proof import gap_of, least_of_row, prove
-from fastmatch_kernels.lap.state import BIDS, HUGE, POPS, READS, SEARCHES, SmallSchedule
+from fastmatch_kernels.lap.state import (
+    BIDS,
+    DOUBTFUL,
+    HUGE,
+    INFEASIBLE,
+    POPS,
+    READS,
+    SEARCHES,
+    SOLVED,
+    TOO_LARGE,
+    WRONG,
+    SmallSchedule,
+)
 
-__all__ = [
-    "DOUBTFUL",
-    "INFEASIBLE",
-    "SOLVED",
-    "TOO_LARGE",
-    "WRONG",
-    "bid_rows",
-    "largest",
-    "solve_matrix",
-    "solve_one",
-    "solve_stack",
-]
-
-SOLVED, WRONG, INFEASIBLE, TOO_LARGE, DOUBTFUL = 0, 1, 2, 3, 4
+__all__ = ["bid_rows", "largest", "solve_matrix", "solve_one", "solve_stack"]
 
 LARGE_DUALS = 2.0**26
 """Largest dual, in typical costs, beyond which small costs may have been lost in its rounding."""
@@ -390,7 +389,7 @@ def solve_matrix(C, sign, transposed, pairs, duals, numbers):  # pragma: no cove
     row_of, counts = np.empty(m, np.int64), np.zeros(4, np.int64)
     rows, col_of = pairs[0], pairs[1]
     state = solve_one(c, 0, n, m, sign, SCHEDULE, False, v, u, row_of, col_of, counts)
-    if state != SOLVED:
+    if state != SOLVED and state != DOUBTFUL:
         return state
     if duals.shape[0] > 0:
         numbers[0], numbers[1], numbers[2] = gap_of(c, 0, n, m, sign, v, u, col_of)

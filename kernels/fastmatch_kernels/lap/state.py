@@ -21,8 +21,28 @@ from typing import NamedTuple
 import numpy as np
 
 __all__ = [
-    "ASIDE", "BIDS", "CAPACITY", "FREE", "HUGE", "POPS", "READS", "SEARCHES",
-    "Lists", "Matching", "Paths", "Refills", "SmallSchedule", "matrix_lists", "new_matching", "new_paths", "new_refills",
+    "ASIDE",
+    "BIDS",
+    "CAPACITY",
+    "DOUBTFUL",
+    "FREE",
+    "HUGE",
+    "INFEASIBLE",
+    "POPS",
+    "READS",
+    "SEARCHES",
+    "SOLVED",
+    "TOO_LARGE",
+    "WRONG",
+    "Lists",
+    "Matching",
+    "Paths",
+    "Refills",
+    "SmallSchedule",
+    "matrix_lists",
+    "new_matching",
+    "new_paths",
+    "new_refills",
 ]  # fmt: skip
 
 FREE, ASIDE = -1, -3
@@ -30,6 +50,9 @@ FREE, ASIDE = -1, -3
 
 READS, BIDS, POPS, SEARCHES = range(4)
 """Places in ``counts`` (4,) int64: rows read again, bids, columns popped from the heap, path searches."""
+
+SOLVED, WRONG, INFEASIBLE, TOO_LARGE, DOUBTFUL = range(5)
+"""What became of a small problem. DOUBTFUL: solved, but rounding may have hidden a better solution."""
 
 HUGE = 2.0**940
 """Sums of absolute values up to which no sum of duals leaves float64. Larger costs are solved times 2^-128."""
