@@ -13,7 +13,7 @@ from fastmatch.assignment.device_cost import DeviceCost
 from fastmatch.assignment.factor_cost import FactorCost
 from fastmatch.assignment.gap import duality_gap
 from fastmatch.assignment.integers import as_minimisation, integer_gap, wide_integers
-from fastmatch.assignment.reading import as_array, as_real
+from fastmatch.assignment.reading import EXACT, as_array, as_real
 from fastmatch.assignment.solution import Assignment
 
 __all__ = ["certificate"]
@@ -47,8 +47,8 @@ def certificate(
     Returns:
         gap: a bound on the distance from the optimum.
         gap_bound: what rounding in this computation can amount to. The assignment is optimal for exactly the entries as
-            stored if ``gap <= gap_bound``. 0 for integers beyond 2^32, which are added in integers. (If they are spread
-            over more than 2^53, float64 cannot hold their duals, and the gap is what that leaves.)
+            stored if ``gap <= gap_bound``. For integers beyond 2^32, which are added in integers, 0 unless they are spread
+            over more than 2^53, where float64 cannot hold their duals.
 
     Raises:
         ValueError: the indices are not a complete matching.
@@ -62,7 +62,10 @@ def certificate(
     if integers is not None:
         turned = as_minimisation(assignment, integers)
         _check_matching(turned.row_ind, turned.col_ind, integers.distance.shape)
-        return float(integer_gap(integers.distance, turned.col_ind, turned.v)[0]), 0.0
+        # float64 rounds the duals of integers that are spread over more than 2^53.
+        largest = max(float(integers.distance.max(initial=0)), float(np.abs(turned.v).max(initial=0.0)))
+        rounding = 2.0 * len(turned.col_ind) * float(np.spacing(largest)) if largest > EXACT else 0.0
+        return float(integer_gap(integers.distance, turned.col_ind, turned.v)[0]), rounding
     rows, cols, v = np.asarray(assignment.row_ind), np.asarray(assignment.col_ind), assignment.v
     matrix = _rows_of(cost)
     if matrix.shape[0] > matrix.shape[1]:
