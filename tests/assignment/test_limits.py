@@ -1,0 +1,146 @@
+"""Costs at the limits of floats: huge, tiny, mixed, with sentinels; warm starts of any size; copies; proofs that close."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linear_sum_assignment
+
+import fastmatch as fm
+from fastmatch.assignment import (
+    Assignment,
+    DenseShortlists,
+    FactorCost,
+    SmallDense,
+    certificate,
+    solve_batched,
+)
+
+
+def totals(cost: np.ndarray, found: Assignment, maximize: bool = False) -> tuple[float, float]:
+    """The exact totals of an assignment and of scipy's."""
+    rows, cols = linear_sum_assignment(cost, maximize=maximize)
+    wide = cost.astype(np.longdouble)
+    return float(wide[found.row_ind, found.col_ind].sum()), float(wide[rows, cols].sum())
+
+
+@pytest.mark.parametrize("solver", [None, SmallDense(), DenseShortlists()])
+@pytest.mark.parametrize("shape", [(40, 40), (40, 43), (43, 40)])
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_the_largest_float_may_stand_for_forbidden(solver, shape, dtype):
+    g = np.random.default_rng(0)
+    cost = g.random(shape).astype(dtype)
+    cost[g.random(shape) < 0.6] = np.finfo(dtype).max
+    k = min(shape)
+    cost[
+        np.arange(k), g.permutation(max(shape))[:k] if shape[1] > shape[0] else g.permutation(shape[1])[:k]
+    ] = 0.5
+    found = fm.solve(cost, solver=solver)
+    ours, theirs = totals(cost, found)
+    assert ours == pytest.approx(theirs, rel=1e-12)
+    assert found.is_certified
+    gap, bound = certificate(cost, found)
+    assert gap <= bound
+    assert cost[fm.linear_sum_assignment(cost)].sum(dtype=np.longdouble) == pytest.approx(theirs, rel=1e-12)
+
+
+def test_sentinels_that_must_be_used_are_used_as_rarely_as_possible():
+    g = np.random.default_rng(1)
+    largest = np.finfo(np.float64).max
+    cost = np.where(g.random((30, 30)) < 0.97, largest / 64, g.random((30, 30)))
+    cost[:2] = largest / 64
+    found = fm.solve(cost)
+    rows, cols = linear_sum_assignment(cost)
+    assert (cost[found.row_ind, found.col_ind] > 1).sum() == (cost[rows, cols] > 1).sum()
+
+
+def test_small_costs_beside_sentinels_decide_in_every_entry_point():
+    g = np.random.default_rng(2)
+    cost = np.outer(g.random(160), g.random(160)).astype(np.float32)
+    cost[g.random(cost.shape) < 0.5] = np.float32(1.7e38)
+    rows, cols = linear_sum_assignment(cost)
+    best = cost[rows, cols].sum(dtype=np.float64)
+    for pairs in (fm.linear_sum_assignment(cost), (np.arange(160), solve_batched(cost[None])[0])):
+        assert cost[pairs].sum(dtype=np.float64) == pytest.approx(best, rel=1e-12)
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_costs_from_the_smallest_to_the_largest_float_in_one_matrix(maximize):
+    g = np.random.default_rng(3)
+    for n, m in ((12, 12), (9, 14), (14, 9)):
+        cost = 10.0 ** g.uniform(-300, 300, (n, m))
+        found = fm.solve(-cost if maximize else cost, maximize=maximize)
+        ours, theirs = totals(cost, found)
+        assert ours <= theirs * (1 + 1e-12)
+        gap, bound = certificate(-cost if maximize else cost, found, maximize=maximize)
+        assert gap <= bound
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e6, 1e14, 1e300, 0.0, 1e-300])
+@pytest.mark.parametrize("n", [20, 1100])
+def test_a_warm_start_of_any_size_gives_the_optimum(scale, n):
+    g = np.random.default_rng(4)
+    cost = g.random((n, n))
+    first = fm.solve(g.random((n, n)))
+    start = Assignment(first.row_ind, first.col_ind, first.u * scale, first.v * scale, 0.0, 0.0, 0.0)
+    found = fm.solve(cost, warm_start=start)
+    assert found.objective == pytest.approx(fm.solve(cost).objective, rel=1e-12)
+    assert found.is_certified
+    assert found.gap_bound < 1e-9
+
+
+@pytest.mark.parametrize("n", [50, 300, 1100])
+def test_gaps_of_sums_stay_below_their_bound(n):
+    for seed in range(3):
+        g = np.random.default_rng(seed)
+        cost = g.random((n, 1)) + g.random(n)
+        found = fm.solve(cost)
+        assert found.is_certified
+        gap, bound = certificate(cost, found)
+        assert gap <= bound
+
+
+@pytest.mark.parametrize("copies", [2, 8])
+@pytest.mark.parametrize("side", ["rows", "columns", "both"])
+def test_copies_of_rows_and_of_columns(copies, side):
+    g = np.random.default_rng(5)
+    n = 1104
+    cost = g.random((n, n))
+    if side != "columns":
+        cost = np.repeat(cost[: n // copies], copies, axis=0)[g.permutation(n)]
+    if side != "rows":
+        cost = np.repeat(cost[:, : n // copies], copies, axis=1)[:, g.permutation(n)]
+    found = fm.solve(cost)
+    ours, theirs = totals(cost, found)
+    assert ours == pytest.approx(theirs, rel=1e-12)
+    assert found.is_certified
+
+
+def test_columns_that_differ_in_one_entry_are_not_copies():
+    g = np.random.default_rng(6)
+    n = 1104
+    cost = np.repeat(g.integers(0, 9, (n, n // 4)).astype(np.float64), 4, axis=1)
+    cost[g.integers(n, size=n), np.arange(n)] = -1.0
+    found = fm.solve(cost)
+    ours, theirs = totals(cost, found)
+    assert ours == theirs
+
+
+def test_factor_costs_with_copied_units_go_to_their_matrix():
+    g = torch.Generator().manual_seed(7)
+    n = 4112  # beyond 2^24 entries
+    a, b = torch.randn(n // 2, 4, generator=g), torch.randn(n // 2, 4, generator=g)
+    a, b = a.repeat_interleave(2, 0), b.repeat_interleave(2, 0)[torch.randperm(n, generator=g)]
+    found = fm.solve(FactorCost([(a, b)]), maximize=True)
+    assert found.stats["solver"] == "DenseShortlists"
+    assert found.is_certified
+    exact = a.double() @ b.double().T
+    assert found.objective == pytest.approx(float(exact[found.row_ind, found.col_ind].sum()), rel=1e-12)
+
+
+def test_stacks_of_huge_costs():
+    g = np.random.default_rng(8)
+    stack = g.random((3, 12, 12)) * np.array([1.0, 1.7e308, 1e-300])[:, None, None]
+    for cost, cols in zip(stack, solve_batched(stack), strict=True):
+        assert (cols == linear_sum_assignment(cost)[1]).all()
