@@ -222,7 +222,7 @@ def channel_affine(arguments: AffineArguments) -> tuple[torch.Tensor, torch.Tens
             *both, *goals, mean, variance, channels, samples, eps, HELD=held, **constants
         )
         return mean, variance
-    shift = x.movedim(dim, -1)[(0,) * (x.ndim - 1)].float()
+    shift = x.movedim(dim, -1)[(0,) * (x.ndim - 1)].float().contiguous()
     stats = torch.zeros(3, channels, dtype=torch.float64, device=x.device)
     add_statistics(x, dim, shift, stats, target)
     splits = min(ceil_div(4 * target.processors, blocks), ceil_div(samples, tiles.depth))
