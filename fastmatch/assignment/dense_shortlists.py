@@ -16,8 +16,7 @@ from fastmatch.assignment.problem import Infeasible, LapProblem, LapSolution, To
 from fastmatch.assignment.reading import for_kernels
 from fastmatch.assignment.schedule import DenseSchedule
 from fastmatch_kernels._numba.parallel import over_rows
-from fastmatch_kernels._numba.simd import WIDTH
-from fastmatch_kernels.lap.state import BIDS, HUGE, POPS, READS, SEARCHES, matrix_lists, new_paths
+from fastmatch_kernels.lap.state import BIDS, HUGE, POPS, READS, SEARCHES, VECTOR, matrix_lists, new_paths
 
 __all__ = ["DenseShortlists"]
 
@@ -83,7 +82,7 @@ class _DensePhases(Phases):
         self.is_square = self.n == self.m > 1
         self.warm = start is not None
         # Kernels load whole vectors of duals.
-        self.duals = np.zeros(-(-self.m // WIDTH) * WIDTH)
+        self.duals = np.zeros(-(-self.m // VECTOR) * VECTOR)
         self.v = self.duals[: self.m]
         if start is not None:
             self.v[:] = start

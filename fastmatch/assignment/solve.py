@@ -24,15 +24,12 @@ from fastmatch.assignment.problem import LapProblem, LapSolution, Solver, TooLar
 from fastmatch.assignment.reading import as_array
 from fastmatch.assignment.small_dense import SmallDense, solve_small
 from fastmatch.assignment.solution import Assignment
-from fastmatch_kernels.lap.state import DOUBTFUL, HUGE, SOLVED
+from fastmatch_kernels.lap.state import DOUBTFUL, HUGE, SOLVED, VECTOR
 
 __all__ = ["linear_sum_assignment", "select_solver", "solve"]
 
 SMALL = 1 << 20
 """Entries up to which a matrix is solved by whole rows on one core. Beyond that, rows leave its cache, and lists win."""
-
-VECTOR = 8
-"""Column duals are padded to whole vectors of so many."""
 
 SAMPLED = 4096
 """Entries by which the size of the costs is judged."""
@@ -169,7 +166,7 @@ def solve(
     except TooLarge:
         return _solve_scaled(problem.matrix(chosen, computed=True), transposed, maximize, chosen)
     if solution is None:
-        if isinstance(given, FactorCost):
+        if isinstance(given, FactorCost) and isinstance(chosen, CandidateLists):
             return solve(given, maximize=maximize, warm_start=warm_start, solver=DENSE_SHORTLISTS)
         if not isinstance(given, (DenseCost, DeviceCost)):
             kind = type(given).__name__

@@ -57,6 +57,9 @@ SOLVED, WRONG, INFEASIBLE, TOO_LARGE, DOUBTFUL = range(5)
 HUGE = 2.0**940
 """Sums of absolute values up to which no sum of duals leaves float64. Larger costs are solved times 2^-128."""
 
+VECTOR = 8
+"""Numbers in a vector, ``simd.WIDTH``: arrays of column duals are padded to whole ones."""
+
 CAPACITY = 24
 """Entries of a list that is filled from a matrix: three vectors. The cutoff is found by bisection, which lists a few
 columns more than wanted."""
