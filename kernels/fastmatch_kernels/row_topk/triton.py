@@ -198,8 +198,10 @@ def _reduce(
     """
     m, k = len(arguments.v), arguments.k
     tiles, _ = plan_product(arguments.a, arguments.b, m, arguments.precision)
+    if k == 0 or m == 0:
+        return _reduce_part(arguments)
     most = most_columns(min(k, m), tiles.columns)
-    if m <= most or k == 0:
+    if m <= most:
         return _reduce_part(arguments)
     found = []
     for lo in range(0, m, most):
