@@ -6,6 +6,8 @@ JOBS   ?= auto
 BIN    := $(VENV)/bin
 # worksteal gives each process a run of neighbouring tests, so that few kernels are compiled twice at the same time.
 PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
+# A test that takes so many seconds is taken to hang: its process ends, with the stacks of all threads, and it fails.
+HANGS  := -o faulthandler_exit_on_timeout=true -o faulthandler_timeout
 # A machine with a GPU may have its own Python and no network: nothing is installed there.
 GPU    := PYTHONPATH=$(CURDIR):$(CURDIR)/kernels PYTHONUNBUFFERED=1 $(PYTHON)
 GPUOUT ?= out/gpu
@@ -31,10 +33,10 @@ demo: $(VENV)/.installed  ## train, align, merge and renormalize on digits; pict
 	@$(BIN)/python -m fastmatch demo --width $(WIDTH)
 
 test: $(VENV)/.installed  ## the tests, one process per core (JOBS=auto)
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow" $(HANGS)=600
 
 nightly: $(VENV)/.installed  ## the tests, those marked slow included
-	$(PYTEST)
+	$(PYTEST) $(HANGS)=7200
 
 gpu:  ## on a GPU: its tests, public calls and kernels; findings into GPUOUT (no install; PYTHON=python3, JOBS=12)
 	mkdir -p $(GPUOUT)
