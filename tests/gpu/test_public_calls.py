@@ -202,8 +202,9 @@ def test_a_proof_without_memory_for_it_says_so(gpu, monkeypatch):
     def full(self):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 56.00 GiB")
 
-    monkeypatch.setattr(nn.Module, "double", full)
+    module, inputs = gpu.module(a), gpu.tensor(x)
+    monkeypatch.setattr(torch.Tensor, "double", full)
     with pytest.raises(
         ValueError, match=r"no memory for a run of its float64 copy.*56\.00 GiB.*verify=False"
     ):
-        fm.verify(gpu.module(a), spec, gpu.tensor(x))
+        fm.verify(module, spec, inputs)
