@@ -12,7 +12,15 @@ from fastmatch.assignment._compile import prepared
 from fastmatch.assignment.problem import Infeasible, LapProblem, LapSolution, TooLarge, check_entries
 from fastmatch.assignment.reading import for_kernels
 from fastmatch.assignment.schedule import check_fields
-from fastmatch_kernels.lap.state import DOUBTFUL, INFEASIBLE, SOLVED, TOO_LARGE, SmallSchedule
+from fastmatch_kernels.lap.state import (
+    CROWDED,
+    DOUBTFUL,
+    INFEASIBLE,
+    SOLVED,
+    TOO_LARGE,
+    SmallSchedule,
+    room_for,
+)
 
 __all__ = ["SmallDense"]
 
@@ -21,6 +29,9 @@ _KERNELS: dict[np.dtype, Callable[..., int]] = {}
 """The compiled kernels that were used already, by the type of the entries."""
 
 _NONE = np.empty(0)
+
+AUCTION_FROM = SmallSchedule().auction_from
+"""Rows from which a problem may be found crowded."""
 
 
 def solve_small(matrix: np.ndarray, maximize: bool, *, proof: bool) -> tuple[int, tuple[np.ndarray, ...]]:
@@ -47,12 +58,16 @@ def solve_small(matrix: np.ndarray, maximize: bool, *, proof: bool) -> tuple[int
     given = for_kernels(given)
     kernel = _KERNELS.get(matrix.dtype) or _kernel(matrix.dtype)
     pairs = np.empty((2, min(rows, columns)), np.int64)
+    found = np.empty(rows + columns + 7) if proof else _NONE
+    sign = -1.0 if maximize else 1.0
+    room = np.empty(room_for(rows)) if rows == columns >= AUCTION_FROM else _NONE
+    state = kernel(given, sign, transposed, pairs, found, room, False)
+    if state == CROWDED:
+        _crowded_kernel(matrix.dtype)(given, sign, room)
+        state = kernel(given, sign, transposed, pairs, found, room, True)
     if not proof:
-        state = kernel(given, -1.0 if maximize else 1.0, transposed, pairs, _NONE, _NONE)
         return state, (pairs,)
-    duals, numbers = np.empty(rows + columns), np.empty(7)
-    state = kernel(given, -1.0 if maximize else 1.0, transposed, pairs, duals, numbers)
-    return state, (pairs, duals[:rows], duals[rows:], numbers)
+    return state, (pairs, found[:rows], found[rows:-7], found[-7:])
 
 
 def _kernel(dtype: np.dtype) -> Callable[..., int]:
@@ -63,11 +78,24 @@ def _kernel(dtype: np.dtype) -> Callable[..., int]:
         f"the kernel for small matrices of {dtype}",
         ("matrix", dtype.char),
         lambda: solve_matrix(
-            np.ones((2, 2), dtype), 1.0, False, np.empty((2, 2), np.int64), np.empty(4), np.empty(7)
+            np.ones((2, 2), dtype), 1.0, False, np.empty((2, 2), np.int64), np.empty(11), _NONE, False
         ),
     )
     _KERNELS[dtype] = solve_matrix
     return solve_matrix
+
+
+def _crowded_kernel(dtype: np.dtype) -> Callable[..., None]:
+    """Load or compile the kernel that looks for other first duals."""
+    from fastmatch_kernels.lap.small import crowded_duals
+
+    few = AUCTION_FROM
+    prepared(
+        f"the kernel for crowded matrices of {dtype}",
+        ("crowded", dtype.char),
+        lambda: crowded_duals(np.ones((few, few), dtype), 1.0, np.zeros(room_for(few))),
+    )
+    return crowded_duals
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,7 @@ def path(c, start, m, sign, v, row_of, col_of, source, search, tied, counts):  #
     only after a second one has turned up.
     """
     w, dist, final, came_from, queue, taken = search
-    head, tail = 0, 0
+    head = tail = np.int64(0)  # numba would compile all callees once more for the literal 0
     i, base, level, goal = source, 0.0, -np.inf, -1
     found = True
     tied_now = False

@@ -36,9 +36,11 @@ from fastmatch_kernels.lap.paths import new_search, path, shuffle
 from fastmatch_kernels.lap.proof import gap_of, least_of_row, prove
 from fastmatch_kernels.lap.state import (
     BIDS,
+    CROWDED,
     DOUBTFUL,
     HUGE,
     INFEASIBLE,
+    OPEN,
     POPS,
     READS,
     SEARCHES,
@@ -48,7 +50,7 @@ from fastmatch_kernels.lap.state import (
     SmallSchedule,
 )
 
-__all__ = ["bid_rows", "largest", "solve_matrix", "solve_one", "solve_stack"]
+__all__ = ["bid_rows", "crowded_duals", "largest", "solve_matrix", "solve_one", "solve_stack"]
 
 LARGE_DUALS = 2.0**26
 """Largest dual, in typical costs, beyond which small costs may have been lost in its rounding."""
@@ -259,7 +261,7 @@ def _try_paths(
     search = new_search(m, v, row_of)
     shuffle(stack, top)
     before = last = counts[POPS] + counts[SEARCHES]
-    tied, done, begin = False, 0, 0
+    tied, done, begin = top < 0, 0, 0
     while done < top:
         found, tied = path(c, start, m, sign, v, row_of, col_of, stack[done], search, tied, counts)
         if not found:
@@ -273,26 +275,16 @@ def _try_paths(
     return 0, _free_rows(col_of, stack)
 
 
-@njit(nogil=True, cache=True, inline="always")
-def solve_one(
-    c, start, n, m, sign, schedule, warm, v, least, row_of, col_of, counts
+@njit(nogil=True, cache=True, inner=True, inline="always")
+def _start(
+    c, start, n, m, sign, schedule, warm, v, least, row_of, col_of, gaps, counts
 ):  # pragma: no cover - compiled
-    """Solve one problem; return SOLVED, WRONG, INFEASIBLE, TOO_LARGE or DOUBTFUL, which is solved,
-    but rounding may have hidden a better solution.
+    """Match rows from zeros, and along short paths if they are crowded.
 
-    Args:
-        c: flat costs; row i is ``c[start + i * m : start + (i + 1) * m]``, n <= m.
-        sign: 1 or -1; costs are ``sign * c``.
-        schedule: a ``SmallSchedule`` as a plain tuple.
-        warm: whether ``v`` holds first duals; they are used if n = m.
-        v: (m in whole vectors,) column duals, written. Unmatched columns have the largest one.
-        least: (n,) row duals, the least c - v of every row, written.
-        row_of, col_of: (m,), (n,) the matching, written.
-        counts: as in ``state``, added to.
+    Returns:
+        SOLVED, OPEN or CROWDED; WRONG, INFEASIBLE or TOO_LARGE.
     """
-    (
-        _, _, _, _, _, _, _, _, _, _, _, auction_from, crowded_above, accepted_below, short_scans,
-    ) = schedule[:-3]  # fmt: skip
+    auction_from, crowded_above, _, short_scans = schedule[11:-3]
     total = size(c, start, start + n * m)
     if not total < HUGE:
         top_size = largest(c, start, start + n * m, sign)
@@ -305,28 +297,51 @@ def solve_one(
         warm = False
     row_of[:] = -1
     col_of[:] = -1
-    gaps = np.empty(n)
-    match_rows(c, start, sign, 0, n, m, v, row_of, col_of, least, gaps)
+    match_rows(c, start, sign, np.int64(0), n, m, v, row_of, col_of, least, gaps)
     counts[READS] += n
     stack = np.empty(n, np.int64)
     top = _free_rows(col_of, stack)
     if top == 0:
         return SOLVED
-    other = n + 1  # the rows left free by other first duals, which wait in these arrays
-    v2, row_of2, col_of2, gaps2 = v, row_of, col_of, gaps
-    crowded = n == m and n >= auction_from and top > crowded_above * n and not warm
-    if crowded:
-        at, top = _try_paths(c, start, n, m, sign, v, row_of, col_of, stack, top, short_scans * n, counts)
-        if at < 0:
-            return INFEASIBLE
-    if crowded and top > crowded_above * n:
-        v2, row_of2, col_of2 = np.empty(v.shape[0]), np.empty(m, np.int64), np.empty(n, np.int64)
-        least2, gaps2 = np.empty(n), np.empty(n)
-        other = better_duals(
-            c, start, sign, n, m, col_of, schedule[-3:], v2, row_of2, col_of2, least2, gaps2, counts
-        )
-        if other == 0:
-            copy_to(least, least2)
+    if warm or n != m or n < auction_from or top <= crowded_above * n:
+        return OPEN
+    at, top = _try_paths(c, start, n, m, sign, v, row_of, col_of, stack, top, short_scans * n, counts)
+    if at < 0:
+        return INFEASIBLE
+    return CROWDED if top > crowded_above * n else OPEN
+
+
+@njit(nogil=True, cache=True, inner=True, inline="always")
+def _finish(
+    c,
+    start,
+    n,
+    m,
+    sign,
+    schedule,
+    v,
+    least,
+    row_of,
+    col_of,
+    gaps,
+    other,
+    v2,
+    least2,
+    row_of2,
+    col_of2,
+    gaps2,
+    counts,
+):  # pragma: no cover - compiled
+    """Match the rows that :func:`_start` has left; return SOLVED, INFEASIBLE or DOUBTFUL.
+
+    Args:
+        other: the rows that the other first duals ``v2`` leave free, with all that belongs to them; n + 1 without any.
+    """
+    accepted_below = schedule[13]
+    stack = np.empty(n, np.int64)
+    top = _free_rows(col_of, stack)
+    if other == 0:
+        copy_to(least, least2)
     for attempt in range(2):
         # Duals that leave few rows free are taken at once; others only if bids from zeros are a price war.
         if other <= n and (attempt == 1 or other <= accepted_below * n):
@@ -348,7 +363,7 @@ def solve_one(
     if top > 0:
         search = new_search(m, v, row_of)
         shuffle(stack, top)
-        tied = False
+        tied = top < 0
         for e in range(top):
             found, tied = path(c, start, m, sign, v, row_of, col_of, stack[e], search, tied, counts)
             if not found:
@@ -368,8 +383,97 @@ def solve_one(
     return DOUBTFUL if doubtful else SOLVED
 
 
+@njit(nogil=True, cache=True, inline="always")
+def solve_one(
+    c, start, n, m, sign, schedule, warm, v, least, row_of, col_of, counts
+):  # pragma: no cover - compiled
+    """Solve one problem; return SOLVED, WRONG, INFEASIBLE, TOO_LARGE or DOUBTFUL, which is solved,
+    but rounding may have hidden a better solution.
+
+    Args:
+        c: flat costs; row i is ``c[start + i * m : start + (i + 1) * m]``, n <= m.
+        sign: 1 or -1; costs are ``sign * c``.
+        schedule: a ``SmallSchedule`` as a plain tuple.
+        warm: whether ``v`` holds first duals; they are used if n = m.
+        v: (m in whole vectors,) column duals, written. Unmatched columns have the largest one.
+        least: (n,) row duals, the least c - v of every row, written.
+        row_of, col_of: (m,), (n,) the matching, written.
+        counts: as in ``state``, added to.
+    """
+    gaps = np.empty(n)
+    state = _start(c, start, n, m, sign, schedule, warm, v, least, row_of, col_of, gaps, counts)
+    if state != OPEN and state != CROWDED:
+        return state
+    other = n + 1
+    v2, least2, row_of2, col_of2, gaps2 = v, least, row_of, col_of, gaps
+    if state == CROWDED:
+        v2, row_of2, col_of2 = np.empty(v.shape[0]), np.empty(m, np.int64), np.empty(n, np.int64)
+        least2, gaps2 = np.empty(n), np.empty(n)
+        other = better_duals(
+            c, start, sign, n, m, col_of, schedule[-3:], v2, row_of2, col_of2, least2, gaps2, counts
+        )
+    return _finish(
+        c, start, n, m, sign, schedule, v, least, row_of, col_of, gaps,
+        other, v2, least2, row_of2, col_of2, gaps2, counts,
+    )  # fmt: skip
+
+
+@njit(nogil=True, cache=True, inner=True)
+def _keep(room, at, v, least, row_of, col_of, gaps):  # pragma: no cover - compiled
+    """Write duals and their matching to ``room[at:]``; return where they end. Numbers of rows and columns are exact."""
+    for k in range(v.shape[0]):
+        room[at + k] = v[k]
+    at += v.shape[0]
+    for k in range(row_of.shape[0]):
+        room[at + k] = row_of[k]
+    at += row_of.shape[0]
+    n = col_of.shape[0]
+    for k in range(n):
+        room[at + k] = least[k]
+        room[at + n + k] = col_of[k]
+        room[at + 2 * n + k] = gaps[k]
+    return at + 3 * n
+
+
+@njit(nogil=True, cache=True, inner=True)
+def _take(room, at, v, least, row_of, col_of, gaps):  # pragma: no cover - compiled
+    """Read what :func:`_keep` wrote; return where it ends."""
+    for k in range(v.shape[0]):
+        v[k] = room[at + k]
+    at += v.shape[0]
+    for k in range(row_of.shape[0]):
+        row_of[k] = np.int64(room[at + k])
+    at += row_of.shape[0]
+    n = col_of.shape[0]
+    for k in range(n):
+        least[k] = room[at + k]
+        col_of[k] = np.int64(room[at + n + k])
+        gaps[k] = room[at + 2 * n + k]
+    return at + 3 * n
+
+
 @njit(nogil=True, cache=True)
-def solve_matrix(C, sign, transposed, pairs, duals, numbers):  # pragma: no cover - compiled
+def crowded_duals(C, sign, room):  # pragma: no cover - compiled
+    """Try other first duals for the problem that :func:`solve_matrix` left CROWDED, and write them to ``room``.
+
+    This is a kernel of its own, because most problems do not need it and it takes as long to compile as half the others.
+    """
+    n, m = C.shape
+    v, least, gaps = np.empty((m + WIDTH - 1) // WIDTH * WIDTH), np.empty(n), np.empty(n)
+    row_of, col_of, counts = np.empty(m, np.int64), np.empty(n, np.int64), np.zeros(4, np.int64)
+    at = _take(room, 0, v, least, row_of, col_of, gaps)
+    row_of2, col_of2 = np.empty(m, np.int64), np.empty(n, np.int64)
+    other = better_duals(
+        flat(C), 0, sign, n, m, col_of, SCHEDULE[-3:], v, row_of2, col_of2, least, gaps, counts
+    )
+    at = _keep(room, at, v, least, row_of2, col_of2, gaps)
+    for k in range(4):
+        room[at + k] += counts[k]
+    room[at + 4] = other
+
+
+@njit(nogil=True, cache=True)
+def solve_matrix(C, sign, transposed, pairs, proof, room, resumed):  # pragma: no cover - compiled
     """Solve one contiguous matrix (n, m), n <= m, and write all of the result: a small problem has no time for more calls.
 
     Results are written and not returned, because numba takes a microsecond to return an array.
@@ -377,29 +481,53 @@ def solve_matrix(C, sign, transposed, pairs, duals, numbers):  # pragma: no cove
     Args:
         transposed: ``C`` is the transpose of what was asked for; so are the results.
         pairs: (2, n) int64, the rows and columns of the matched pairs, rows ascending.
-        duals: (n + m,) float64, the row duals and the column duals; (0,) if no certificate is wanted.
-        numbers: (7,) float64, the objective, the gap, its bound, and the four counts; not written without a certificate.
+        proof: (n + m + 7,) float64, the row duals, the column duals, the objective, the gap, its bound, and the four counts;
+            (0,) if no certificate is wanted.
+        room: (room_for(n),) float64 if n = m and the schedule may find rows crowded; else it may be (0,).
+        resumed: whether the problem was left CROWDED and :func:`crowded_duals` has looked for other first duals.
 
     Returns:
-        The state, as :func:`solve_one`.
+        The state, as :func:`solve_one`, or CROWDED.
     """
     n, m = C.shape
     c = flat(C)
-    v, u = np.empty((m + WIDTH - 1) // WIDTH * WIDTH), np.empty(n)
+    v, u, gaps = np.empty((m + WIDTH - 1) // WIDTH * WIDTH), np.empty(n), np.empty(n)
     row_of, counts = np.empty(m, np.int64), np.zeros(4, np.int64)
     rows, col_of = pairs[0], pairs[1]
-    state = solve_one(c, 0, n, m, sign, SCHEDULE, False, v, u, row_of, col_of, counts)
+    other = n + 1
+    v2, u2, row_of2, col_of2, gaps2 = v, u, row_of, col_of, gaps
+    state = OPEN
+    if resumed:
+        v2, u2, gaps2 = np.empty(v.shape[0]), np.empty(n), np.empty(n)
+        row_of2, col_of2 = np.empty(m, np.int64), np.empty(n, np.int64)
+        at = _take(room, 0, v, u, row_of, col_of, gaps)
+        at = _take(room, at, v2, u2, row_of2, col_of2, gaps2)
+        for k in range(4):
+            counts[k] = np.int64(room[at + k])
+        other = np.int64(room[at + 4])
+    else:
+        state = _start(c, 0, n, m, sign, SCHEDULE, False, v, u, row_of, col_of, gaps, counts)
+        if state == CROWDED:
+            at = 2 * _keep(room, 0, v, u, row_of, col_of, gaps)
+            for k in range(4):
+                room[at + k] = counts[k]
+    if state == OPEN:
+        state = _finish(
+            c, 0, n, m, sign, SCHEDULE, v, u, row_of, col_of, gaps,
+            other, v2, u2, row_of2, col_of2, gaps2, counts,
+        )  # fmt: skip
     if state != SOLVED and state != DOUBTFUL:
         return state
-    if duals.shape[0] > 0:
-        numbers[0], numbers[1], numbers[2] = gap_of(c, 0, n, m, sign, v, u, col_of)
+    if proof.shape[0] > 0:
+        numbers = n + m
+        proof[numbers], proof[numbers + 1], proof[numbers + 2] = gap_of(c, 0, n, m, sign, v, u, col_of)
         for k in range(4):
-            numbers[3 + k] = counts[k]
+            proof[numbers + 3 + k] = counts[k]
         first, second = (m, 0) if transposed else (0, n)
         for i in range(n):
-            duals[first + i] = sign * u[i]
+            proof[first + i] = sign * u[i]
         for j in range(m):
-            duals[second + j] = sign * v[j]
+            proof[second + j] = sign * v[j]
     if transposed:
         k = 0
         for j in range(m):

@@ -24,10 +24,12 @@ __all__ = [
     "ASIDE",
     "BIDS",
     "CAPACITY",
+    "CROWDED",
     "DOUBTFUL",
     "FREE",
     "HUGE",
     "INFEASIBLE",
+    "OPEN",
     "POPS",
     "READS",
     "SEARCHES",
@@ -43,6 +45,7 @@ __all__ = [
     "new_matching",
     "new_paths",
     "new_refills",
+    "room_for",
 ]  # fmt: skip
 
 FREE, ASIDE = -1, -3
@@ -51,8 +54,9 @@ FREE, ASIDE = -1, -3
 READS, BIDS, POPS, SEARCHES = range(4)
 """Places in ``counts`` (4,) int64: rows read again, bids, columns popped from the heap, path searches."""
 
-SOLVED, WRONG, INFEASIBLE, TOO_LARGE, DOUBTFUL = range(5)
-"""What became of a small problem. DOUBTFUL: solved, but rounding may have hidden a better solution."""
+SOLVED, WRONG, INFEASIBLE, TOO_LARGE, DOUBTFUL, CROWDED, OPEN = range(7)
+"""What became of a small problem. DOUBTFUL: solved, but rounding may have hidden a better solution. CROWDED and OPEN: not yet; many
+rows want the same columns, and other first duals are to be tried; or some rows are left."""
 
 HUGE = 2.0**940
 """Sums of absolute values up to which no sum of duals leaves float64. Larger costs are solved times 2^-128."""
@@ -143,6 +147,11 @@ def new_paths(n: int, m: int) -> Paths:
         np.empty(n),
         np.full(n, -1, np.int64),
     )
+
+
+def room_for(n: int) -> int:
+    """Return the size of the array in which a crowded problem of n rows and columns waits for other first duals."""
+    return 2 * (-(-n // VECTOR) * VECTOR + 4 * n) + 5
 
 
 class SmallSchedule(NamedTuple):
