@@ -13,7 +13,7 @@ from fastmatch_kernels.lap.state import READS
 __all__ = ["better_duals", "copy_to", "typical_gap"]
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@njit(nogil=True, cache=True, inner=True)
 def copy_to(to, given):  # pragma: no cover - compiled
     """Copy an array. numba's slice assignment would compile the text of its error message, which takes two seconds."""
     for k in range(to.shape[0]):

@@ -41,7 +41,7 @@ def row_vector(c, at, j, m, fill):  # pragma: no cover - compiled
     return load_part(c, at + j, m - j, fill)
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@njit(nogil=True, cache=True, inner=True)
 def new_search(m, v, row_of):  # pragma: no cover - compiled
     """Return the workspace of :func:`path`: (w, dist, final, came_from, queue, taken).
 

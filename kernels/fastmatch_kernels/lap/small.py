@@ -119,7 +119,7 @@ def bid_rows(c, sign, m, v, row_of, col_of, stack, top, eps, limit, counts):  # 
     return top
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@njit(nogil=True, cache=True, inner=True)
 def _free_rows(col_of, stack):  # pragma: no cover - compiled
     """Put the free rows on ``stack``, the first on top; return their number."""
     top = 0
@@ -189,6 +189,21 @@ def _phase(
     return top > 0
 
 
+@njit(nogil=True, cache=True, inner=True)
+def _reduce(c, start, sign, m, v, row_of, col_of, stack, top, extra, counts):  # pragma: no cover - compiled
+    """Run a round of augmenting row reduction; return how many rows are free, on ``stack``."""
+    _bid(c, start, sign, m, v, row_of, col_of, stack, top, 0.0, top + extra, counts)
+    return _free_rows(col_of, stack)
+
+
+@njit(nogil=True, cache=True, inner=True)
+def _copy(v, row_of, col_of, from_v, from_row_of, from_col_of):  # pragma: no cover - compiled
+    """Copy duals and a matching."""
+    copy_to(v, from_v)
+    copy_to(row_of, from_row_of)
+    copy_to(col_of, from_col_of)
+
+
 @njit(nogil=True, cache=True, inner=True, inline="always")
 def _bids(
     c, start, sign, m, v, row_of, col_of, gaps, stack, top, schedule, counts
@@ -205,15 +220,12 @@ def _bids(
     extra = int(extra_steps * n)
     for turn in range(reductions):
         if n >= reduce_from and (turn == 0 or top <= auction_above * n):
-            _bid(c, start, sign, m, v, row_of, col_of, stack, top, 0.0, top + extra, counts)
-            top = _free_rows(col_of, stack)
+            top = _reduce(c, start, sign, m, v, row_of, col_of, stack, top, extra, counts)
     calm = top <= auction_above * n
     eps = first_eps * typical_gap(gaps) if n == m and n >= auction_from and not calm else 0.0
     if 0.0 < eps < np.inf:
         v_before, row_before, col_before = np.empty(v.shape[0]), np.empty(m, np.int64), np.empty(n, np.int64)
-        copy_to(v_before, v)
-        copy_to(row_before, row_of)
-        copy_to(col_before, col_of)
+        _copy(v_before, row_before, col_before, v, row_of, col_of)
         before = top
         calm = True
         for phase in range(phases):
@@ -224,12 +236,9 @@ def _bids(
             col_of[:] = -1
             top = _free_rows(col_of, stack)
             for _ in range(2):
-                _bid(c, start, sign, m, v, row_of, col_of, stack, top, 0.0, top + extra, counts)
-                top = _free_rows(col_of, stack)
+                top = _reduce(c, start, sign, m, v, row_of, col_of, stack, top, extra, counts)
             if top >= before and (war or phase == 0 or phase == phases - 1):
-                copy_to(v, v_before)
-                copy_to(row_of, row_before)
-                copy_to(col_of, col_before)
+                _copy(v, row_of, col_of, v_before, row_before, col_before)
                 top = _free_rows(col_of, stack)
                 calm = False
                 break
@@ -240,12 +249,10 @@ def _bids(
                 break
             eps *= eps_factor
         for _ in range(1 if n >= reduce_from else reductions):
-            _bid(c, start, sign, m, v, row_of, col_of, stack, top, 0.0, top + extra, counts)
-            top = _free_rows(col_of, stack)
+            top = _reduce(c, start, sign, m, v, row_of, col_of, stack, top, extra, counts)
     elif n < reduce_from:
         for _ in range(reductions):
-            _bid(c, start, sign, m, v, row_of, col_of, stack, top, 0.0, top + extra, counts)
-            top = _free_rows(col_of, stack)
+            top = _reduce(c, start, sign, m, v, row_of, col_of, stack, top, extra, counts)
     return top, calm
 
 
@@ -273,6 +280,48 @@ def _try_paths(
                 break
             begin, last = done, now
     return 0, _free_rows(col_of, stack)
+
+
+@njit(nogil=True, cache=True, inner=True)
+def _keep(room, at, v, least, row_of, col_of, gaps):  # pragma: no cover - compiled
+    """Write duals and their matching to ``room[at:]``. Numbers of rows and columns are exact."""
+    for k in range(v.shape[0]):
+        room[at + k] = v[k]
+    at += v.shape[0]
+    for k in range(row_of.shape[0]):
+        room[at + k] = row_of[k]
+    at += row_of.shape[0]
+    n = col_of.shape[0]
+    for k in range(n):
+        room[at + k] = least[k]
+        room[at + n + k] = col_of[k]
+        room[at + 2 * n + k] = gaps[k]
+
+
+@njit(nogil=True, cache=True, inner=True)
+def _take(room, at, v, least, row_of, col_of, gaps):  # pragma: no cover - compiled
+    """Read what :func:`_keep` wrote."""
+    for k in range(v.shape[0]):
+        v[k] = room[at + k]
+    at += v.shape[0]
+    for k in range(row_of.shape[0]):
+        row_of[k] = np.int64(room[at + k])
+    at += row_of.shape[0]
+    n = col_of.shape[0]
+    for k in range(n):
+        least[k] = room[at + k]
+        col_of[k] = np.int64(room[at + n + k])
+        gaps[k] = room[at + 2 * n + k]
+
+
+@njit(nogil=True, cache=True, inner=True)
+def _other_duals(c, start, n, sign, schedule, col_of, room, at, counts):  # pragma: no cover - compiled
+    """Look for other first duals, write them as :func:`_keep` does, and return how many rows they leave free, else n + 1."""
+    v, least, gaps = np.empty((n + WIDTH - 1) // WIDTH * WIDTH), np.empty(n), np.empty(n)
+    row_of, col_of2 = np.empty(n, np.int64), np.empty(n, np.int64)
+    found = better_duals(c, start, sign, n, n, col_of, schedule[-3:], v, row_of, col_of2, least, gaps, counts)
+    _keep(room, at, v, least, row_of, col_of2, gaps)
+    return found
 
 
 @njit(nogil=True, cache=True, inner=True, inline="always")
@@ -313,42 +362,21 @@ def _start(
 
 @njit(nogil=True, cache=True, inner=True, inline="always")
 def _finish(
-    c,
-    start,
-    n,
-    m,
-    sign,
-    schedule,
-    v,
-    least,
-    row_of,
-    col_of,
-    gaps,
-    other,
-    v2,
-    least2,
-    row_of2,
-    col_of2,
-    gaps2,
-    counts,
+    c, start, n, m, sign, schedule, v, least, row_of, col_of, gaps, other, room, at, counts
 ):  # pragma: no cover - compiled
     """Match the rows that :func:`_start` has left; return SOLVED, INFEASIBLE or DOUBTFUL.
 
     Args:
-        other: the rows that the other first duals ``v2`` leave free, with all that belongs to them; n + 1 without any.
+        other: how many rows other first duals leave free; n + 1 without any.
+        room: those duals and all that belongs to them, from ``room[at]`` on, as :func:`_keep` writes it.
     """
     accepted_below = schedule[13]
     stack = np.empty(n, np.int64)
     top = _free_rows(col_of, stack)
-    if other == 0:
-        copy_to(least, least2)
     for attempt in range(2):
         # Duals that leave few rows free are taken at once; others only if bids from zeros are a price war.
         if other <= n and (attempt == 1 or other <= accepted_below * n):
-            copy_to(v, v2)
-            copy_to(row_of, row_of2)
-            copy_to(col_of, col_of2)
-            copy_to(gaps, gaps2)
+            _take(room, at, v, least, row_of, col_of, gaps)
             top, other = other, n + 1
             if top == 0:
                 return SOLVED
@@ -404,52 +432,13 @@ def solve_one(
     state = _start(c, start, n, m, sign, schedule, warm, v, least, row_of, col_of, gaps, counts)
     if state != OPEN and state != CROWDED:
         return state
-    other = n + 1
-    v2, least2, row_of2, col_of2, gaps2 = v, least, row_of, col_of, gaps
+    other, room = n + 1, gaps
     if state == CROWDED:
-        v2, row_of2, col_of2 = np.empty(v.shape[0]), np.empty(m, np.int64), np.empty(n, np.int64)
-        least2, gaps2 = np.empty(n), np.empty(n)
-        other = better_duals(
-            c, start, sign, n, m, col_of, schedule[-3:], v2, row_of2, col_of2, least2, gaps2, counts
-        )
+        room = np.empty(v.shape[0] + 4 * n)
+        other = _other_duals(c, start, n, sign, schedule, col_of, room, np.int64(0), counts)
     return _finish(
-        c, start, n, m, sign, schedule, v, least, row_of, col_of, gaps,
-        other, v2, least2, row_of2, col_of2, gaps2, counts,
-    )  # fmt: skip
-
-
-@njit(nogil=True, cache=True, inner=True)
-def _keep(room, at, v, least, row_of, col_of, gaps):  # pragma: no cover - compiled
-    """Write duals and their matching to ``room[at:]``; return where they end. Numbers of rows and columns are exact."""
-    for k in range(v.shape[0]):
-        room[at + k] = v[k]
-    at += v.shape[0]
-    for k in range(row_of.shape[0]):
-        room[at + k] = row_of[k]
-    at += row_of.shape[0]
-    n = col_of.shape[0]
-    for k in range(n):
-        room[at + k] = least[k]
-        room[at + n + k] = col_of[k]
-        room[at + 2 * n + k] = gaps[k]
-    return at + 3 * n
-
-
-@njit(nogil=True, cache=True, inner=True)
-def _take(room, at, v, least, row_of, col_of, gaps):  # pragma: no cover - compiled
-    """Read what :func:`_keep` wrote; return where it ends."""
-    for k in range(v.shape[0]):
-        v[k] = room[at + k]
-    at += v.shape[0]
-    for k in range(row_of.shape[0]):
-        row_of[k] = np.int64(room[at + k])
-    at += row_of.shape[0]
-    n = col_of.shape[0]
-    for k in range(n):
-        least[k] = room[at + k]
-        col_of[k] = np.int64(room[at + n + k])
-        gaps[k] = room[at + 2 * n + k]
-    return at + 3 * n
+        c, start, n, m, sign, schedule, v, least, row_of, col_of, gaps, other, room, np.int64(0), counts
+    )
 
 
 @njit(nogil=True, cache=True)
@@ -458,18 +447,15 @@ def crowded_duals(C, sign, room):  # pragma: no cover - compiled
 
     This is a kernel of its own, because most problems do not need it and it takes as long to compile as half the others.
     """
-    n, m = C.shape
-    v, least, gaps = np.empty((m + WIDTH - 1) // WIDTH * WIDTH), np.empty(n), np.empty(n)
-    row_of, col_of, counts = np.empty(m, np.int64), np.empty(n, np.int64), np.zeros(4, np.int64)
-    at = _take(room, 0, v, least, row_of, col_of, gaps)
-    row_of2, col_of2 = np.empty(m, np.int64), np.empty(n, np.int64)
-    other = better_duals(
-        flat(C), 0, sign, n, m, col_of, SCHEDULE[-3:], v, row_of2, col_of2, least, gaps, counts
-    )
-    at = _keep(room, at, v, least, row_of2, col_of2, gaps)
+    n = C.shape[0]
+    width, counts = (n + WIDTH - 1) // WIDTH * WIDTH, np.zeros(4, np.int64)
+    col_of = np.empty(n, np.int64)
+    for k in range(n):
+        col_of[k] = np.int64(room[width + 2 * n + k])
+    half = width + 4 * n
+    room[2 * half + 4] = _other_duals(flat(C), 0, n, sign, SCHEDULE, col_of, room, half, counts)
     for k in range(4):
-        room[at + k] += counts[k]
-    room[at + 4] = other
+        room[2 * half + k] += counts[k]
 
 
 @njit(nogil=True, cache=True)
@@ -494,28 +480,20 @@ def solve_matrix(C, sign, transposed, pairs, proof, room, resumed):  # pragma: n
     v, u, gaps = np.empty((m + WIDTH - 1) // WIDTH * WIDTH), np.empty(n), np.empty(n)
     row_of, counts = np.empty(m, np.int64), np.zeros(4, np.int64)
     rows, col_of = pairs[0], pairs[1]
-    other = n + 1
-    v2, u2, row_of2, col_of2, gaps2 = v, u, row_of, col_of, gaps
-    state = OPEN
+    half, other, state = v.shape[0] + 4 * n, n + 1, OPEN
     if resumed:
-        v2, u2, gaps2 = np.empty(v.shape[0]), np.empty(n), np.empty(n)
-        row_of2, col_of2 = np.empty(m, np.int64), np.empty(n, np.int64)
-        at = _take(room, 0, v, u, row_of, col_of, gaps)
-        at = _take(room, at, v2, u2, row_of2, col_of2, gaps2)
+        _take(room, np.int64(0), v, u, row_of, col_of, gaps)
         for k in range(4):
-            counts[k] = np.int64(room[at + k])
-        other = np.int64(room[at + 4])
+            counts[k] = np.int64(room[2 * half + k])
+        other = np.int64(room[2 * half + 4])
     else:
         state = _start(c, 0, n, m, sign, SCHEDULE, False, v, u, row_of, col_of, gaps, counts)
         if state == CROWDED:
-            at = 2 * _keep(room, 0, v, u, row_of, col_of, gaps)
+            _keep(room, np.int64(0), v, u, row_of, col_of, gaps)
             for k in range(4):
-                room[at + k] = counts[k]
+                room[2 * half + k] = counts[k]
     if state == OPEN:
-        state = _finish(
-            c, 0, n, m, sign, SCHEDULE, v, u, row_of, col_of, gaps,
-            other, v2, u2, row_of2, col_of2, gaps2, counts,
-        )  # fmt: skip
+        state = _finish(c, 0, n, m, sign, SCHEDULE, v, u, row_of, col_of, gaps, other, room, half, counts)
     if state != SOLVED and state != DOUBTFUL:
         return state
     if proof.shape[0] > 0:
