@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastmatch._internal.dispatch_mode import DispatchMode
 from fastmatch.renorm.layers import batch_norms, is_norm, survey
 from fastmatch.renorm.options import Method, Renormalization, renormalization_of
 
@@ -83,7 +83,7 @@ def plan_renormalization(model: nn.Module, method: Method | Renormalization = "a
     return Plan(chosen, why, tuple(found), left)
 
 
-class ResidualDetector(TorchDispatchMode):
+class ResidualDetector(DispatchMode):
     """Detects whether a forward pass adds two activations of one shape, as a residual stream does."""
 
     def __init__(self) -> None:

@@ -9,9 +9,9 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmatch._internal.checks import check_choice
+from fastmatch._internal.dispatch_mode import DispatchMode
 from fastmatch.spec.axes import ActivationSite
 from fastmatch.spec.operations import counts, is_composite, op_name
 from fastmatch.spec.running import plain_operations
@@ -22,7 +22,7 @@ Site: TypeAlias = Literal["post", "pre"]
 """Where activations are read at a nonlinearity: its output ("post") or its input ("pre")."""
 
 
-class SiteReader(TorchDispatchMode):
+class SiteReader(DispatchMode):
     """Passes the tensors at ``sites`` to ``receive`` while a model runs inside it.
 
     Args:

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastmatch._internal.dispatch_mode import DispatchMode
 from fastmatch._internal.states import check_module
 from fastmatch.spec.branches import Siblings, training
 from fastmatch.spec.escapes import Escapes
@@ -32,7 +32,7 @@ from fastmatch.spec.unread import pin_unread
 __all__ = ["Tracer", "trace"]
 
 
-class Tracer(TorchDispatchMode):
+class Tracer(DispatchMode):
     """Carries labels along the operations that run inside it.
 
     Attributes:
