@@ -1,21 +1,22 @@
-"""Loss and accuracy along the straight line between two models, and the barrier on it."""
+"""Loss and scores along the straight line between two models, and the barrier on it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.nn.functional as F
 from torch import nn
 
 from fastmatch._internal.batches import Forward, check_module, default_forward
 from fastmatch._internal.checks import check_integer
 from fastmatch.evaluation.between import Between, check_between, merges_between
 from fastmatch.evaluation.plots import Metric, check_metric, drawing
-from fastmatch.evaluation.scores import score
+from fastmatch.evaluation.scores import Measure, score
 from fastmatch.evaluation.table import Table
 
 if TYPE_CHECKING:
@@ -37,13 +38,17 @@ class Curve:
         positions: lambda, from 0 (model A) to 1 (model B).
         loss: mean loss at each position.
         accuracy: fraction of samples classified correctly at each position, 0 to 1.
-        top5: fraction of samples whose class is among the five most likely; empty if not measured.
+        top5: fraction of samples whose class is among the five most likely.
+        metric: the given metric at each position.
+
+    Accuracy and top5 are empty where targets are not classes, and metric is empty if none was given.
     """
 
     positions: tuple[float, ...]
     loss: tuple[float, ...]
-    accuracy: tuple[float, ...]
+    accuracy: tuple[float, ...] = ()
     top5: tuple[float, ...] = ()
+    metric: tuple[float, ...] = ()
 
     @property
     def barrier(self) -> float:
@@ -52,20 +57,25 @@ class Curve:
 
     @property
     def accuracy_barrier(self) -> float:
-        """Largest drop of the accuracy below the mean of the ends, 0 to 1."""
+        """Largest drop of the accuracy below the mean of the ends, 0 to 1; NaN without accuracy."""
+        if not self.accuracy:
+            return math.nan
         return max(0.0, (self.accuracy[0] + self.accuracy[-1]) / 2 - min(self.accuracy))
 
     @property
     def midpoint(self) -> tuple[float, float]:
-        """(loss, accuracy) at the position nearest to one half."""
+        """(loss, accuracy) at the position nearest to one half; the accuracy is NaN if it was not measured."""
         k = min(range(len(self.positions)), key=lambda i: abs(self.positions[i] - 0.5))
-        return self.loss[k], self.accuracy[k]
+        return self.loss[k], self.accuracy[k] if self.accuracy else math.nan
 
     def table(self) -> Table:
-        """Return a row per position: ``position``, ``loss``, ``top-1``, ``top-5``."""
-        top5 = self.top5 or (float("nan"),) * len(self.positions)
-        columns = zip(self.positions, self.loss, self.accuracy, top5, strict=True)
-        return Table(tuple({"position": p, "loss": v, "top-1": a, "top-5": t} for p, v, a, t in columns))
+        """Return a row per position: ``position``, ``loss``, ``top-1``, ``top-5``, and ``metric`` if one was given."""
+        unknown = (math.nan,) * len(self.positions)
+        columns = {"position": self.positions, "loss": self.loss}
+        columns |= {"top-1": self.accuracy or unknown, "top-5": self.top5 or unknown}
+        columns |= {"metric": self.metric} if self.metric else {}
+        rows = zip(*columns.values(), strict=True)
+        return Table(tuple(dict(zip(columns, row, strict=True)) for row in rows))
 
     def plot(
         self,
@@ -83,7 +93,7 @@ class Curve:
 
         Args:
             path: a .png, .svg or .pdf file to write; an existing one is replaced.
-            metric: ``"loss"``, ``"accuracy"`` or ``"top5"``.
+            metric: ``"loss"``, ``"accuracy"``, ``"top5"`` or ``"metric"``.
             label: the line's name in a legend.
             ax: matplotlib axes to draw on; None makes new ones.
 
@@ -105,6 +115,7 @@ class Curve:
         return axes
 
 
+# parameters: two models, what is measured on what, and progress
 def interpolate(
     model_a: nn.Module,
     model_b: nn.Module,
@@ -112,7 +123,8 @@ def interpolate(
     points: int = 11,
     *,
     between: Between | None = None,
-    loss: Callable[[Any, Any], torch.Tensor] = F.cross_entropy,
+    loss: Measure | None = None,
+    metric: Measure | None = None,
     forward: Forward = default_forward,
     progress: bool | None = None,
 ) -> Curve:
@@ -124,14 +136,13 @@ def interpolate(
         >>> barriers = curve.barrier, repaired.barrier
 
     Args:
-        model_a, model_b: classifiers of one architecture, aligned; evaluated as they are at the ends.
-        data: a loader of (inputs, targets), read once per point.
+        model_a, model_b: models of one architecture, aligned; evaluated as they are at the ends.
+        data: a loader of (inputs, targets) or of mappings with ``"labels"``, read once per point.
         points: number of positions, both ends included; at least 3.
         between: how the merges between the ends are corrected. None leaves them as they are; a
             :class:`fastmatch.Renormalized` renormalizes them; a callable ``between(merged, weights)`` returns the model
             to evaluate.
-        loss: ``loss(output, targets)``, a mean over the batch.
-        forward: ``forward(model, batch)`` runs a model on a batch.
+        loss, metric, forward: see :func:`fastmatch.score`.
         progress: show a progress bar; None shows it on a terminal.
 
     Returns:
@@ -151,12 +162,17 @@ def interpolate(
     positions = tuple(k / (points - 1) for k in range(points))
     pairs = [(1 - t, t) for t in positions[1:-1]]
     inner = merges_between([model_a, model_b], pairs, between, forward, progress)
-    scores = [score(model_a, data, loss=loss, forward=forward, progress=progress)]
-    scores += [score(model, data, loss=loss, forward=forward, progress=progress) for model in inner]
-    scores.append(score(model_b, data, loss=loss, forward=forward, progress=progress))
+    measured = partial(score, data=data, loss=loss, metric=metric, forward=forward, progress=progress)
+    scores = [measured(model) for model in chain([model_a], inner, [model_b])]
+
+    def column(name: str) -> tuple[float, ...]:
+        values = tuple(getattr(s, name) for s in scores)
+        return () if all(map(math.isnan, values)) else values
+
     return Curve(
         positions,
         tuple(s.loss for s in scores),
-        tuple(s.accuracy for s in scores),
-        tuple(s.top5 for s in scores),
+        column("accuracy"),
+        column("top5"),
+        tuple(s.metric for s in scores) if metric is not None else (),
     )

@@ -18,11 +18,11 @@ __all__ = ["PICTURES", "Metric", "check_metric", "drawing"]
 PICTURES = frozenset({".pdf", ".png", ".svg"})
 """Suffixes of the picture formats that are written."""
 
-Metric: TypeAlias = Literal["loss", "accuracy", "top5"]
+Metric: TypeAlias = Literal["loss", "accuracy", "top5", "metric"]
 
 
 def check_metric(metric: str) -> None:
-    """Raise ValueError unless ``metric`` is one that classifiers are scored by."""
+    """Raise ValueError unless ``metric`` is one of the scores."""
     check_choice("metric", metric, Metric)
 
 
