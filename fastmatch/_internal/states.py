@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
 from torch import nn
 
 __all__ = [
-    "State", "check_finite", "check_models", "check_module", "check_same_architecture", "headers_of", "state_of",
+    "State", "check_finite", "check_models", "check_module", "check_same_architecture", "headers_of", "nearest",
+    "state_of",
 ]  # fmt: skip
 
 State: TypeAlias = Mapping[str, torch.Tensor]
@@ -66,29 +68,53 @@ def headers_of(state: State) -> State:
     return getattr(state, "headers", state)
 
 
+def nearest(name: str, names: Iterable[str], text: str = "did you mean {}?") -> str:
+    """Return ``"; did you mean 'x'?"`` with the name that is most alike, or nothing if none is."""
+    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    return "; " + text.format(repr(found[0])) if found else ""
+
+
+PREFIXES = {
+    "module.": "DistributedDataParallel and DataParallel add; give the wrapped model (model.module)",
+    "_orig_mod.": "torch.compile adds; give the module that was compiled (model._orig_mod)",
+    "model.": "Lightning modules and other wrappers add; give the wrapped model, or take it off the names",
+}
+"""Prefixes of every name in a wrapped model, and who adds them."""
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return names of tensors as text: the first one, how many more there are, and some of these."""
+    if len(names) == 1:
+        return f"tensor {names[0]!r}"
+    shown = ", ".join(map(repr, names[1:4])) + (", ..." if len(names) > 4 else "")
+    return f"tensor {names[0]!r} (nor {shown}; {len(names)} in all)"
+
+
 def check_same_architecture(a: State, b: State, name_a: str = "model_a", name_b: str = "model_b") -> None:
-    """Raise ValueError at the first tensor whose name or shape differs."""
-    wrapped = [all(name.startswith("module.") for name in state) for state in (a, b)]
-    if wrapped[0] != wrapped[1]:
+    """Raise ValueError where names or shapes of tensors differ. Names are listed, with the nearest one of the other."""
+    for prefix, origin in PREFIXES.items():
+        wrapped = [all(name.startswith(prefix) for name in state) for state in (a, b)]
+        if wrapped[0] != wrapped[1]:
+            raise ValueError(
+                f"{name_a if wrapped[0] else name_b}: every name starts with {prefix!r}, and the other's names do not; "
+                f"{prefix!r} is what {origin}"
+            )
+    lacking, extra = [n for n in a if n not in b], [n for n in b if n not in a]
+    if lacking:
         raise ValueError(
-            f"{name_a if wrapped[0] else name_b}: every name starts with 'module.', which DistributedDataParallel "
-            "and DataParallel add, and the other's names do not; give the wrapped model (model.module)"
+            f"{name_b}: has no {_listed(lacking)}, which {name_a} has; architectures must be equal"
+            f"{nearest(lacking[0], extra, 'the nearest that it has is {}')}"
+        )
+    if extra:
+        raise ValueError(
+            f"{name_b}: has {_listed(extra)}, which {name_a} has not; architectures must be equal"
         )
     for name, tensor in a.items():
-        if name not in b:
-            raise ValueError(
-                f"{name_b}: has no tensor {name!r}, which {name_a} has; architectures must be equal"
-            )
         if b[name].shape != tensor.shape:
             raise ValueError(
                 f"{name_b}: tensor {name!r} has shape {tuple(b[name].shape)}, "
                 f"{name_a} has {tuple(tensor.shape)}; architectures must be equal"
             )
-    extra = [name for name in b if name not in a]
-    if extra:
-        raise ValueError(
-            f"{name_b}: has tensor {extra[0]!r}, which {name_a} has not; architectures must be equal"
-        )
 
 
 def check_finite(state: State, argument: str) -> None:

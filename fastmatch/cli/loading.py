@@ -1,63 +1,121 @@
-"""Turn the values of options into objects: networks, example inputs, data, checkpoints; and check and write outputs."""
+"""Turn the values of options into objects: networks, example inputs, data, functions, checkpoints."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
+import operator
 import os
 import sys
-from collections.abc import Callable, Collection, Iterable
+import traceback
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from fastmatch._internal.files import check_format, check_target, load_state
+from fastmatch._internal.files import load_state
 from fastmatch._internal.modules import copy_module
-from fastmatch._internal.states import check_finite, check_same_architecture, state_of
-from fastmatch.evaluation.table import Table
+from fastmatch._internal.states import check_finite, check_same_architecture, nearest, state_of
 
 __all__ = [
-    "CSV_SUFFIXES",
     "build_model",
     "build_network",
     "callable_from",
-    "check_outputs",
+    "called",
     "example_from",
+    "function_from",
     "load_into",
     "load_models",
     "loader_from",
-    "write_table",
 ]
 
-CSV_SUFFIXES = frozenset({".csv"})
+T = TypeVar("T")
 
 
-def callable_from(argument: str, option: str) -> Callable[[], Any]:
-    """Import the function that ``module:callable`` names. The current folder is searched first.
+def callable_from(argument: str, option: str) -> Callable[..., Any]:
+    """Import the function that ``module:callable`` or ``path/to/file.py:callable`` names.
+
+    Modules are looked for in the current folder first, and those that a file imports beside it.
 
     Raises:
-        ValueError: the argument has another form, or there is no such module or callable.
+        ValueError: the argument has another form, there is no such module, file or callable, or importing it fails.
     """
-    module_name, colon, name = argument.partition(":")
-    if not colon or not module_name or not name:
-        raise ValueError(f"{option}: expected module:callable, got {argument!r}")
-    sys.path.insert(0, os.getcwd())
+    place, colon, name = argument.rpartition(":")
+    if not (colon and place and name):
+        raise ValueError(f"{option}: expected module:callable or file.py:callable, got {argument!r}")
+    module = _imported(place, option)
     try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and module_name.startswith(error.name):
-            raise ValueError(
-                f"{option}: no module {module_name!r} in this folder or installed; expected module:callable"
-            ) from error
-        raise
-    finally:
-        sys.path.remove(os.getcwd())
-    found = getattr(module, name, None)
+        found = operator.attrgetter(name)(module)
+    except AttributeError as error:
+        names = [key for key, value in vars(module).items() if callable(value)]
+        raise ValueError(f"{option}: {place!r} has no callable {name!r}{nearest(name, names)}") from error
     if not callable(found):
-        raise ValueError(f"{option}: {module_name!r} has no callable {name!r}")
+        raise ValueError(f"{option}: {name!r} of {place!r} is {type(found).__name__}, expected a callable")
     return found
+
+
+def _imported(place: str, option: str) -> ModuleType:
+    """Import a module by its name or its file; whatever goes wrong is a ValueError that names the option."""
+    path = Path(place)
+    is_file = path.suffix == ".py"
+    if is_file and not path.is_file():
+        raise ValueError(f"{option}: no file {place}")
+    folder = str(path.resolve().parent) if is_file else os.getcwd()
+    sys.path.insert(0, folder)
+    try:
+        return _from_file(path.resolve()) if is_file else importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        if error.name is not None and place.startswith(error.name):
+            raise ValueError(
+                f"{option}: no module {place!r} in this folder or installed; expected module:callable or file.py:callable"
+            ) from error
+        raise ValueError(f"{option}: {place} imports {error.name!r}, which is not installed") from error
+    except Exception as error:  # whatever the user's module does when it is imported
+        raise ValueError(f"{option}: importing {place} failed with {_text_of(error)}") from error
+    finally:
+        sys.path.remove(folder)
+
+
+def _from_file(path: Path) -> ModuleType:
+    """Import a file whose folder is the first of ``sys.path``, under its own name unless another module has it."""
+    module = importlib.import_module(path.stem)
+    if Path(getattr(module, "__file__", None) or "").resolve() == path:
+        return module
+    spec = importlib.util.spec_from_file_location(f"{path.stem}_of_{path.parent.name}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def called(argument: str, option: str) -> Any:
+    """Call ``module:callable`` without arguments and return what it returns.
+
+    Raises:
+        ValueError: there is no such callable, or it fails. The message has its error and where that was raised.
+    """
+    function = callable_from(argument, option)
+    try:
+        return function()
+    except Exception as error:  # whatever the user's code does
+        raise ValueError(f"{option}: {argument} failed with {_text_of(error)}") from error
+
+
+def _text_of(error: Exception) -> str:
+    """Return an error on one line, with the innermost place in the user's code."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text} ({Path(where.filename).name}, line {where.lineno})"
+
+
+def function_from(argument: str | None, option: str, default: T) -> T | Callable[..., Any]:
+    """Return the function that an option names, such as ``torch.nn.functional:mse_loss``; ``default`` for None."""
+    return default if argument is None else callable_from(argument, option)
 
 
 def build_model(argument: str) -> tuple[nn.Module, Any]:
@@ -66,9 +124,9 @@ def build_model(argument: str) -> tuple[nn.Module, Any]:
     The callable takes no arguments. It returns a module, or a pair of a module and its example inputs.
 
     Raises:
-        ValueError: it returns anything else.
+        ValueError: it returns anything else, or fails.
     """
-    built = callable_from(argument, "--model")()
+    built = called(argument, "--model")
     model, example = built if isinstance(built, tuple) and len(built) == 2 else (built, None)
     if not isinstance(model, nn.Module):
         raise ValueError(f"--model: {argument} returned {type(model).__name__}, expected a torch module")
@@ -91,6 +149,8 @@ def example_from(shape: str | None, built: Any) -> Any:
         sizes = [int(part) for part in shape.replace("x", ",").split(",")]
     except ValueError as error:
         raise ValueError(f"--input-shape: expected whole numbers such as 2,3,32,32, got {shape!r}") from error
+    if min(sizes) < 1:
+        raise ValueError(f"--input-shape: expected numbers of at least 1, got {shape!r}")
     return torch.randn(*sizes, generator=torch.Generator().manual_seed(0), device="cpu")
 
 
@@ -106,7 +166,7 @@ def loader_from(argument: str, option: str) -> Iterable[Any]:
     Raises:
         ValueError: it returns something else, or an iterator, which could be read only once.
     """
-    data = callable_from(argument, option)()
+    data = called(argument, option)
     if not isinstance(data, Iterable) or iter(data) is data:
         raise ValueError(
             f"{option}: expected a callable that returns a loader or a list of batches, got {data!r}"
@@ -132,37 +192,3 @@ def load_models(args: argparse.Namespace) -> list[nn.Module]:
     """Return the network of ``--model`` once per positional checkpoint, with the checkpoint's weights."""
     model, _ = build_model(args.model)
     return [load_into(model, path) for path in args.checkpoints]
-
-
-def check_outputs(args: argparse.Namespace, **suffixes: Collection[str] | None) -> None:
-    """Check outputs before any work: each has its own file, a suffix that says the format, and may be written.
-
-    Args:
-        args: the parsed arguments, with ``force``.
-        suffixes: name of an option -> the suffixes allowed, None for any. The option holds a path, several or None.
-
-    Raises:
-        ValueError: two outputs are the same file, or a suffix is not allowed.
-        FileExistsError, FileNotFoundError: an output exists and ``--force`` is not given, or its folder is missing.
-    """
-    owners: dict[Path, str] = {}
-    for name, allowed in suffixes.items():
-        option = f"--{name.replace('_', '-')}"
-        value = getattr(args, name)
-        for path in [] if value is None else [value] if isinstance(value, str) else value:
-            if Path(path).resolve() in owners:
-                other = owners[Path(path).resolve()]
-                raise ValueError(
-                    f"{option}: {path} is the same file as {other}; each output needs a file of its own"
-                )
-            owners[Path(path).resolve()] = option
-            if allowed is not None:
-                check_format(path, option, allowed)
-    for path in owners:
-        check_target(path, force=args.force)
-
-
-def write_table(table: Table, args: argparse.Namespace) -> None:
-    """Write a table to ``--out`` as CSV and print it."""
-    table.to_csv(args.out, force=args.force)
-    print(f"{table}\nwrote {args.out}")

@@ -1,30 +1,57 @@
-"""The ``fastmatch`` command: the grammar of all commands, and how errors are reported."""
+"""The ``fastmatch`` command: the grammar of all commands, and how errors and signals are reported."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import logging
+import os
+import re
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
-from fastmatch.cli import align, bench, evaluate, inspect, merge, renormalize, run, studies
+from fastmatch._internal.progress import no_progress
+from fastmatch._internal.states import nearest
+from fastmatch.cli import align, bench, complete, evaluate, inspect, merge, renormalize, run, studies
+from fastmatch.cli.signals import Ended, ended_by_signals
 
 __all__ = ["main", "parser"]
 
-GROUPS = (align, merge, renormalize, evaluate, inspect, studies, bench, run)
+GROUPS = (align, merge, renormalize, evaluate, inspect, studies, bench, run, complete)
 """The modules that add commands, in the order of the help."""
+
+EXPECTED = (ValueError, TypeError, OSError, ImportError)
+"""Errors whose message says what is wrong with the input; others are told with their type."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports an error on one line: what is wrong, the nearest word that is right, and where the help is."""
+
+    def error(self, message: str) -> NoReturn:
+        choice = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        if choice:
+            message += nearest(choice[1], re.findall(r"[\w-]+", choice[2]))
+        self.exit(2, f"{self.prog}: {message} (see `{self.prog} --help`)\n")
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the grammar of the command line."""
-    root = argparse.ArgumentParser(
+    root = _Parser(
         prog="fastmatch",
         description="Align, merge and renormalize neural networks of the same architecture.",
-        epilog="`fastmatch COMMAND --help` lists a command's options.",
+        epilog="`fastmatch COMMAND --help` lists a command's options, with examples.",
     )
+    root.add_argument("--version", action="version", version=f"fastmatch {_version()}")
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for group in GROUPS:
         group.add_commands(commands)
     return root
+
+
+def _version() -> str:
+    return importlib.import_module("fastmatch").__version__  # the package is above its command line
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -32,22 +59,78 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     given, script = list(arguments), []
     if given[:1] == ["run"] and given[1:] not in (["-h"], ["--help"]):
         given, script = given[:1], given[1:]
-    args = parser().parse_args(given)
-    args.script = script
+    grammar = parser()
+    args, unknown = grammar.parse_known_args(given)
+    if unknown:
+        (commands,) = (a.choices for a in grammar._actions if isinstance(a, argparse._SubParsersAction))
+        command = commands[args.command]
+        command.error(
+            f"unknown: {' '.join(unknown)}{nearest(unknown[0].split('=')[0], command._option_string_actions)}"
+        )
+    args.script, args.grammar = script, grammar
     return args
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit status: 0 on success, 2 after a one-line message about wrong input."""
+    """Run one command and return the exit status.
+
+    0 on success; 2 after one line about wrong input; 1 after one line about any other error; 130 after Ctrl-C, and
+    128 plus the number after another signal; 141 if the reader of the output has gone.
+    """
     args = _parse(sys.argv[1:] if arguments is None else arguments)
+    verbose, quiet = getattr(args, "verbose", False), getattr(args, "quiet", False)
     try:
-        script = args.run(args)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"fastmatch {args.command}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
+        with ended_by_signals(), no_progress(quiet), _logging(verbose):
+            script: Callable[[], None] | None = args.run(args)
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # What is left in the buffer would fail again when Python closes the file.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt as interrupt:
+        print(f"fastmatch {args.command}: {_interrupted(args)}", file=sys.stderr)
+        return 128 + interrupt.number if isinstance(interrupt, Ended) else 130
+    except Exception as error:
+        return _told(error, args.command, verbose=verbose)
     if script is not None:
         script()  # the user's own script: its errors are not ours, and its traceback is wanted
     return 0
+
+
+def _told(error: Exception, command: str, *, verbose: bool) -> int:
+    """Print an error on one line, after its traceback if ``verbose``, and return the exit status."""
+    if verbose:
+        traceback.print_exception(error)
+    text = " ".join(str(error).split())
+    if isinstance(error, EXPECTED):
+        print(f"fastmatch {command}: {text}", file=sys.stderr)
+        return 2
+    print(f"fastmatch {command}: {type(error).__name__}: {text} (--verbose shows where)", file=sys.stderr)
+    return 1
+
+
+def _interrupted(args: argparse.Namespace) -> str:
+    """Return what is left of an interrupted command: nothing half-written, and for some a journal."""
+    journal = align.journal_of(args) if args.command == "align" else None
+    if journal is not None and journal.exists():
+        return "interrupted; nothing is half-written. Solved groups are kept: the same command with --resume goes on"
+    return "interrupted; nothing is half-written"
+
+
+class _logging:
+    """Print what the library logs on standard error, if ``on``."""
+
+    def __init__(self, on: bool) -> None:
+        self.handler = logging.StreamHandler() if on else None
+        self.logger = logging.getLogger("fastmatch")
+
+    def __enter__(self) -> None:
+        if self.handler is not None:
+            self.level = self.logger.level
+            self.logger.addHandler(self.handler)
+            self.logger.setLevel(logging.INFO)
+
+    def __exit__(self, *error: Any) -> None:
+        if self.handler is not None:
+            self.logger.removeHandler(self.handler)
+            self.logger.setLevel(self.level)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import get_args
 
-from fastmatch._internal.files import STATE_SUFFIXES, save_state
-from fastmatch.cli.loading import build_model, check_outputs, load_into, loader_from
+from fastmatch._internal.batches import default_forward
+from fastmatch._internal.files import STATE_SUFFIXES
+from fastmatch.cli.loading import build_model, function_from, load_into, loader_from
 from fastmatch.cli.options import Commands, add, add_command
+from fastmatch.cli.outputs import check_outputs, say, write_weights
 from fastmatch.renorm import Renormalization, plan_renormalization, renormalize
 from fastmatch.renorm.options import Method
 
@@ -19,6 +21,11 @@ def add_commands(commands: Commands) -> None:
     command = add_command(
         commands, "renormalize", renormalize_command,
         "give a merged or pruned checkpoint the activation statistics of its endpoints",
+        examples=(
+            "renormalize merged.pt --endpoints a.pt b_aligned.pt --weights 0.5 0.5 --model net.py:build "
+            "--data net.py:loader --method repair --out renormalized.pt",
+            "renormalize merged.pt --model net.py:build --data net.py:loader --method reset --out renormalized.pt",
+        ),
     )  # fmt: skip
     command.add_argument("checkpoint", help="the merged or pruned checkpoint")
     command.add_argument(
@@ -27,6 +34,7 @@ def add_commands(commands: Commands) -> None:
     )  # fmt: skip
     add(command, "--model", required=True)
     add(command, "--data", required=True, help="callable that returns the loader to calibrate on")
+    add(command, "--forward")
     command.add_argument("--method", default="auto", choices=get_args(Method), help="how to renormalize")
     add(
         command,
@@ -51,6 +59,15 @@ def renormalize_command(args: argparse.Namespace) -> None:
     plan = plan_renormalization(merged, options)
     if plan.method != "reset" and not endpoints:
         raise ValueError(f"--endpoints: needed for method {plan.method!r}")
-    new = renormalize(merged, endpoints or None, data, options, weights=args.weights)
-    save_state(new.state_dict(), args.out, force=args.force)
-    print(f"{plan}\nwrote {args.out}")
+    forward = function_from(args.forward, "--forward", default_forward)
+    new = renormalize(merged, endpoints or None, data, options, weights=args.weights, forward=forward)
+    write_weights(new.state_dict(), args.out, force=args.force)
+    left = dict(plan.left_alone)
+    say(
+        args,
+        f"{plan}\nwrote {args.out}",
+        method=plan.method,
+        layers=list(plan.layers),
+        left_alone=left,
+        out=args.out,
+    )

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fastmatch._internal.batches import batches_of, check_module, device_of, evaluating
+from fastmatch._internal.batches import (
+    Forward,
+    batches_of,
+    check_module,
+    default_forward,
+    device_of,
+    evaluating,
+)
 from fastmatch._internal.coefficients import check_weights, remember_weights
 from fastmatch._internal.modules import copy_module
 from fastmatch._internal.states import State, check_finite, check_models, check_same_architecture, state_of
@@ -60,7 +67,12 @@ class PartialMerge:
     inputs: frozenset[tuple[str, int]]
 
     def endpoint_statistics(
-        self, models: Sequence[nn.Module], data: Iterable[Any], *, samples: int | None = None
+        self,
+        models: Sequence[nn.Module],
+        data: Iterable[Any],
+        *,
+        samples: int | None = None,
+        forward: Forward = default_forward,
     ) -> EndpointStatistics:
         """Measure the models' statistics, under the names and in the units of the merge.
 
@@ -76,6 +88,7 @@ class PartialMerge:
             models: those that were merged, in the same order.
             data: a loader of inputs or (inputs, targets); read once.
             samples: stop after this many samples; None reads all of them.
+            forward: ``forward(model, batch)`` runs a model on a batch.
 
         Raises:
             ValueError: another number of models; or the rule is ``"cca"``, which mixes units: the standard deviation
@@ -88,7 +101,7 @@ class PartialMerge:
             )
         if len(models) != len(self.weights):
             raise ValueError(f"models: expected the {len(self.weights)} that were merged, got {len(models)}")
-        measured = endpoint_statistics(models, data, samples=samples).calls
+        measured = endpoint_statistics(models, data, samples=samples, forward=forward).calls
         known = {name for name, _ in self.model.named_modules()}
         tables: list[dict[str, Calls]] = []
         for k in range(len(measured)):
