@@ -82,12 +82,12 @@ PREFIXES = {
 """Prefixes of every name in a wrapped model, and who adds them."""
 
 
-def _listed(names: Sequence[str]) -> str:
-    """Return names of tensors as text: the first one, how many more there are, and some of these."""
+def _others(names: Sequence[str]) -> str:
+    """Return the names after the first one as text, some of them and how many there are."""
     if len(names) == 1:
-        return f"tensor {names[0]!r}"
+        return ""
     shown = ", ".join(map(repr, names[1:4])) + (", ..." if len(names) > 4 else "")
-    return f"tensor {names[0]!r} (nor {shown}; {len(names)} in all)"
+    return f" (also {shown}; {len(names)} in all)"
 
 
 def check_same_architecture(a: State, b: State, name_a: str = "model_a", name_b: str = "model_b") -> None:
@@ -102,12 +102,12 @@ def check_same_architecture(a: State, b: State, name_a: str = "model_a", name_b:
     lacking, extra = [n for n in a if n not in b], [n for n in b if n not in a]
     if lacking:
         raise ValueError(
-            f"{name_b}: has no {_listed(lacking)}, which {name_a} has; architectures must be equal"
+            f"{name_b}: has no tensor {lacking[0]!r}, which {name_a} has{_others(lacking)}; architectures must be equal"
             f"{nearest(lacking[0], extra, 'the nearest that it has is {}')}"
         )
     if extra:
         raise ValueError(
-            f"{name_b}: has {_listed(extra)}, which {name_a} has not; architectures must be equal"
+            f"{name_b}: has tensor {extra[0]!r}, which {name_a} has not{_others(extra)}; architectures must be equal"
         )
     for name, tensor in a.items():
         if b[name].shape != tensor.shape:

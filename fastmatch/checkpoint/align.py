@@ -74,9 +74,9 @@ class _Output:
     """Computes the tensors to write, by their names in the file: those of the aligned B, or their merge with A's."""
 
     def __init__(
-        self, a: Checkpoint, b: Checkpoint, layout: Layout, alignment: Alignment, weight: float | None
+        self, a: Checkpoint, b: Checkpoint, layout: Layout, alignment: Alignment, write: WriteOptions
     ) -> None:
-        self.a, self.layout, self.alignment, self.weight = a, layout, alignment, weight
+        self.a, self.layout, self.alignment, self.write = a, layout, alignment, write
         self.parameters = RenamedCheckpoint(b, layout)
         # A file alternates between the chunks of an expert's two stacks.
         self.cached_aligned = lru_cache(maxsize=2)(self._aligned)
@@ -86,14 +86,24 @@ class _Output:
         return permute_tensor(tensor, parameter, self.alignment.spec, self.alignment.permutations)
 
     def __call__(self, name: str) -> torch.Tensor:
+        found = self._made(name)
+        if (
+            self.write.merge is not None or self.write.dtype is not None
+        ):  # else the numbers are B's, which are finite
+            written = found.to(self.write.dtype or found.dtype) if found.is_floating_point() else found
+            check_finite({name: written}, "nothing is written: the result")
+        return found
+
+    def _made(self, name: str) -> torch.Tensor:
         chunk = self.layout[name]
         if chunk.index:
             aligned = self.cached_aligned(chunk.parameter)[chunk.index]
         else:
             aligned = self._aligned(chunk.parameter)
-        if self.weight is None:
+        weight = self.write.merge
+        if weight is None:
             return aligned
-        return merge_states([{name: self.a[name]}, {name: aligned}], [1 - self.weight, self.weight])[name]
+        return merge_states([{name: self.a[name]}, {name: aligned}], [1 - weight, weight])[name]
 
 
 # parameters: progress is part of every long call
@@ -176,7 +186,7 @@ def align_checkpoints(
     start = _continuing(matcher, journal, spec)
     matching = match_weights(model_a, model_b, spec, start, hooks, progress=progress)
     alignment = Alignment(matching.permutations, spec, matching, proof)
-    output = _Output(a, b, layout, alignment, write.merge)
+    output = _Output(a, b, layout, alignment, write)
     write_like(b, out, output, dtype=write.dtype, force=write.force)
     journal.remove()
     return alignment

@@ -9,7 +9,9 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 from fastmatch._internal.progress import no_progress
@@ -80,7 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parse(sys.argv[1:] if arguments is None else arguments)
     verbose, quiet = getattr(args, "verbose", False), getattr(args, "quiet", False)
     try:
-        with ended_by_signals(), no_progress(quiet), _logging(verbose):
+        with ended_by_signals(), no_progress(quiet), _logging(verbose), warnings.catch_warnings():
+            warnings.showwarning = partial(_warned, args.command)
             script: Callable[[], None] | None = args.run(args)
             sys.stdout.flush()
     except BrokenPipeError:
@@ -107,6 +110,11 @@ def _told(error: Exception, command: str, *, verbose: bool) -> int:
         return 2
     print(f"fastmatch {command}: {type(error).__name__}: {text} (--verbose shows where)", file=sys.stderr)
     return 1
+
+
+def _warned(command: str, message: Warning | str, *_: Any) -> None:
+    """Print a warning on one line, without the line of code that gave it."""
+    print(f"fastmatch {command}: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _interrupted(args: argparse.Namespace) -> str:

@@ -17,6 +17,7 @@ from fastmatch.permutations.apply import dimension_indices
 from fastmatch.renorm.layers import channel_dim, survey
 from fastmatch.renorm.options import TargetMix
 from fastmatch.renorm.targets import Target, mixed_target
+from fastmatch.statistics.finite import FiniteNotes
 from fastmatch.statistics.moments import ChannelMoments
 
 __all__ = ["CallCounter", "Calls", "EndpointStatistics", "endpoint_statistics"]
@@ -179,7 +180,8 @@ def endpoint_statistics(
 
     Raises:
         TypeError: a model is not a torch module.
-        ValueError: no model, no data, or a named layer that does not exist or was never run.
+        ValueError: no model, no data, a named layer that does not exist or was never run, or activations that are
+            not finite; the batch and the layer are named.
     """
     if not models:
         raise ValueError("models: expected at least one")
@@ -188,19 +190,25 @@ def endpoint_statistics(
     distinct = {id(model): model for model in models}  # a model given twice is run once
     tables: dict[int, dict[str, list[ChannelMoments]]] = {key: {} for key in distinct}
     counters = {key: CallCounter() for key in distinct}
+    notes = {key: FiniteNotes() for key in distinct}
     handles = []
     try:
         for key, model in distinct.items():
             for name, layer in survey(model, layers)[0].items():
-                handles.append(layer.register_forward_hook(_measure(name, tables[key], counters[key])))
+                handles.append(
+                    layer.register_forward_hook(_measure(name, tables[key], counters[key], notes[key]))
+                )
         with evaluating(*distinct.values()):
             for batch in batches_of(data, "endpoint statistics", samples=samples, progress=progress):
                 for key, model in distinct.items():
                     counters[key].start()
+                    notes[key].next_batch()
                     forward(model, batch)
     finally:
         for handle in handles:
             handle.remove()
+    for k, key in enumerate(distinct):
+        notes[key].check(f"models[{k}]")
     frozen = {key: {n: tuple(calls) for n, calls in table.items()} for key, table in tables.items()}
     measured = tuple(frozen[id(model)] for model in models)
     for name in layers or ():
@@ -209,12 +217,15 @@ def endpoint_statistics(
     return EndpointStatistics(measured)
 
 
-def _measure(name: str, table: dict[str, list[ChannelMoments]], counter: CallCounter) -> Callable[..., None]:
+def _measure(
+    name: str, table: dict[str, list[ChannelMoments]], counter: CallCounter, notes: FiniteNotes
+) -> Callable[..., None]:
     def hook(layer: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
         call = counter.next(name)
         calls = table.setdefault(name, [])
         if call == len(calls):
             calls.append(ChannelMoments())
         calls[call].update(output, channel_dim(layer, output))
+        notes.see(name, calls[call])
 
     return hook

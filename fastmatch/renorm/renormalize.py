@@ -64,7 +64,8 @@ def renormalize(
     Raises:
         TypeError: a model is not a torch module, or ``method`` is neither a word nor a Renormalization.
         ValueError: an unknown method, an option that the method does not use, no batch norm for ``"reset"``, weights
-            that are not known, no data, an endpoint of another architecture, or a named layer that is never run.
+            that are not known, no data, an endpoint of another architecture, a named layer that is never run, a batch
+            of one value for each channel, or activations that are not finite: batch and layer are named.
 
     Source:
         Jordan et al. 2022 (REPAIR); Qu and Horvath 2024 (RESCALE, RESHIFT).

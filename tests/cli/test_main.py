@@ -172,7 +172,7 @@ def test_words_that_are_not_known_are_one_line_with_the_nearest(line, message, c
     ({"a": "empty.pt"}, "empty.pt: not a torch file"),
     ({"a": "cli_module.py"}, "cli_module.py: not a torch file"),
     ({"a": "nowhere.pt"}, "nowhere.pt: no such file"),
-    ({"a": "renamed.pt"}, "renamed.pt: has no tensor '0.weight' (nor '2.weight', '4.weight'; 3 in all), which --model has"),
+    ({"a": "renamed.pt"}, "renamed.pt: has no tensor '0.weight', which --model has (also '2.weight', '4.weight'; 3 in all)"),
     ({"a": "renamed.pt"}, "the nearest that it has is '0.weigth'"),
     ({"a": "wrapped.pt"}, "every name starts with '_orig_mod.', and the other's names do not"),
     ({"--seed": "-1"}, "seed: expected a whole number of at least 0; got -1"),
