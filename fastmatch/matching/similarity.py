@@ -53,17 +53,21 @@ def measure_similarities(
         forward: how to run a model on a batch.
 
     Raises:
-        ValueError: activations hold NaN or infinity; the group is named.
+        ValueError: activations hold NaN or infinity, or no batch reaches where a group is read; the group is named.
     """
     moments = {r: ACCUMULATORS.get(similarity, CrossMoments)() for found in readings.values() for r in found}
     reader = _PairReader(spec, moments)
+    reached: list[set[ActivationSite]] = [set(), set()]
     with evaluating(*models):
         for batch in batches:
-            for model, receive in zip(models, (reader.keep, reader.compare), strict=True):
-                with SiteReader(reader.sites, receive, site=site, model=model):
-                    forward(model, batch)
+            reader.kept.clear()
+            for k, receive in enumerate((reader.keep, reader.compare)):
+                with SiteReader(reader.sites, receive, models[k], site=site) as sites:
+                    forward(models[k], batch)
+                reached[k] |= sites.reached
     gains = {}
     for names, found in readings.items():
+        _check_reached(names[0], found, reached)
         gain = torch.stack([_similarity(moments[r], similarity) for r in found]).sum(dim=0)
         if not bool(torch.isfinite(gain).all()):
             raise ValueError(
@@ -72,6 +76,18 @@ def measure_similarities(
             )
         gains[names] = gain
     return gains
+
+
+def _check_reached(group: str, readings: Iterable[Reading], reached: list[set[ActivationSite]]) -> None:
+    """Raise ValueError if no batch reached the place where a group is read."""
+    for reading in readings:
+        for side, found in zip("AB", reached, strict=True):
+            if reading[0] not in found:
+                where = " after ".join(filter(None, [reading[0].op_name, reading[0].weight]))
+                raise ValueError(
+                    f"data: no batch reaches {where} of model {side}, where group {group!r} was read on the example; "
+                    "trace the model on inputs like the data"
+                )
 
 
 def _similarity(moments: Moments, kind: Similarity) -> torch.Tensor:
@@ -96,7 +112,9 @@ class _PairReader:
 
     def compare(self, site: ActivationSite, tensor: torch.Tensor) -> None:
         """Take B's activations of the same batch."""
-        a = self.kept.pop(site)
+        a = self.kept.pop(site, None)
+        if a is None:  # on this batch A took another path
+            return
         b, dim = self._values(site, tensor, copy=False)
         moments = self.moments[self.readings[site]]
         if isinstance(moments, CrossMoments):

@@ -253,7 +253,7 @@ def _read_moments(
     with evaluating(*copies):
         for batch in batches_of(rule.data, "partial merge", progress=progress):
             for copy in copies:
-                with SiteReader(chosen, keep, site=rule.site, model=copy):
+                with SiteReader(chosen, keep, copy, site=rule.site):
                     rule.forward(copy, batch)
             for name, parts in rows.items():
                 if rule.pairwise:

@@ -227,9 +227,7 @@ class PermutationSpec:
                 "groups": [_group_to_dict(g) for g in self.groups.values()],
                 "shapes": {k: list(v) for k, v in self.shapes.items()},
                 "pins": [[p.parameter, p.dim, p.reason] for p in self.pins],
-                "sites": [
-                    [s.op, s.op_name, s.role, s.operand, s.group, _axis_to_list(s.axis)] for s in self.sites
-                ],
+                "sites": [_site_to_list(s) for s in self.sites],
             },
             separators=(",", ":"),
         )
@@ -283,8 +281,14 @@ def _group_from_dict(table: dict[str, Any]) -> Group:
     return Group(table["name"], int(table["size"]), axes, *table.get("within", ()))
 
 
+def _site_to_list(s: ActivationSite) -> list[Any]:
+    what = [s.op, s.op_name, s.role, s.operand, s.group, _axis_to_list(s.axis)]
+    return [*what, s.module, s.weight, s.call, s.rank]
+
+
 def _site_from_list(values: list[Any]) -> ActivationSite:
-    return ActivationSite(values[0], values[1], values[2], values[3], values[4], _axis_from_list(values[5]))
+    op, name, role, operand, group, axis, module, weight, call, rank = values
+    return ActivationSite(op, name, role, operand, group, _axis_from_list(axis), module, weight, call, rank)
 
 
 def _axis_to_list(a: Axis) -> list[Any]:

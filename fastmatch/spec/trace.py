@@ -27,6 +27,7 @@ from fastmatch.spec.rules.elementwise import FACTORIES, exchangeable
 from fastmatch.spec.rules.indexing import follow_positions
 from fastmatch.spec.rules.registry import pin_all
 from fastmatch.spec.running import Outputs, examples_of, outputs_named, untouched
+from fastmatch.spec.spots import Spots
 from fastmatch.spec.unread import pin_unread
 
 __all__ = ["Tracer", "trace"]
@@ -38,12 +39,16 @@ class Tracer(DispatchMode):
     Attributes:
         record: the labels, and what rules have noted.
         hollow: memories (by :func:`storage_id`) of parameters that overlap themselves.
+        spots: what each operation belongs to.
     """
 
-    def __init__(self, hollow: set[int] | None = None, record: Record | None = None) -> None:
+    def __init__(
+        self, hollow: set[int] | None = None, record: Record | None = None, spots: Spots | None = None
+    ) -> None:
         super().__init__()
         self.record = record or Record()
         self.hollow = hollow or set()
+        self.spots = spots or Spots(nn.Module())
         self.number = -1
 
     def __torch_dispatch__(
@@ -55,11 +60,13 @@ class Tracer(DispatchMode):
                 self
             ):  # as torch does before a mode sees an operation, but not for tensors made in inference mode
                 return func.decompose(*args, **kwargs)
+        spot = self.spots.at(op_name(func), args, kwargs)
         out = _hollow_result(op_name(func), args, self.hollow) if self.hollow else None
         if out is None:
             out = func(*args, **kwargs)
         self.number += counts(func)
-        call = Call(self.number, op_name(func), bind(func, args, kwargs), out)
+        self.spots.after(out, is_view=func.is_view)
+        call = Call(self.number, op_name(func), bind(func, args, kwargs), out, spot)
         # The tensors given as out= may have other views, so their old labels are constraints as well.
         written = [kwargs[a.name] for a in func._schema.arguments if a.is_out and a.name in kwargs]
         earlier = [(t, self.record.labels(t)) for t in written if self.record.knows(t)]
@@ -162,15 +169,16 @@ def trace(
     sites: list[RawSite] = []
 
     def passed(args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        tracer, siblings = Tracer(hollow, record), Siblings(model)
+        spots = Spots(model)
+        tracer, siblings = Tracer(hollow, record, spots), Siblings(model)
         for tensor in tensors_in((args, keywords)):
             if not record.knows(tensor):
                 record.set(tensor, fresh(tensor.shape, "model input"))
             record.mark_data(tensor)
         with Escapes(record), tracer:
-            with siblings.watched():
+            with siblings.watched(), spots.watched():
                 output = run(tracer, *args, **keywords) if run else model(*args, **keywords)
-            # Sites are numbered by the operations of one pass: those of the first example are kept.
+            # Sites are ordered by the operations of one pass: those of the first example are kept.
             sites.extend(record.sites if not sites else ())
             siblings.call_others(record)
         returned = outputs_named(output, outputs(output) if callable(outputs) else outputs)
