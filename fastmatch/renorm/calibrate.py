@@ -51,7 +51,7 @@ class Calibration:
         hook = self._hooks[name]
         before = hook.moments.count
         news = hook.treat(tensors, call)
-        if hook.moments.count - before == 1:
+        if hook.needs_variance and hook.moments.count - before == 1:
             where = f"batch {self._notes.batch} (counted from 0)" if self._notes.batch >= 0 else "the whole"
             raise ValueError(
                 f"data: {where} has one sample, which gives one value for each channel at {name!r}, so no variance; "

@@ -130,7 +130,10 @@ def _permuted(table: dict[str, Calls], alignment: Alignment) -> dict[str, Calls]
         parameter = f"{name}.weight" if name else "weight"
         if parameter not in alignment.spec.shapes:
             raise ValueError(f"alignments: the spec has no tensor {parameter!r}, which was measured")
-        index = dimension_indices(parameter, alignment.spec, alignment.permutations).get(0)
+        bias = parameter.removesuffix("weight") + "bias"
+        # Along a bias are the outputs, wherever a weight has them.
+        along = bias if bias in alignment.spec.shapes else parameter
+        index = dimension_indices(along, alignment.spec, alignment.permutations).get(0)
         result[name] = calls if index is None else tuple(m.permuted(index) for m in calls)
     return result
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fastmatch.renorm.layers import Layer, bias_mask, channel_dim, raw_weight
+from fastmatch.renorm.layers import Layer, bias_mask, by_outputs, channel_dim, raw_weight
 from fastmatch.renorm.targets import EPS, Target
 from fastmatch.statistics.moments import ChannelMoments
 from fastmatch_kernels.channel_affine.reference import Method, affine_of
@@ -85,9 +85,10 @@ def fold(layer: Layer, moments: ChannelMoments, target: Target, method: Method) 
     own = dict(layer.named_parameters(recurse=False))
     bias = own.get("bias", own.get("bias_orig"))
     with torch.no_grad():
-        new_weight, new_bias = folded(weight.detach(), None if bias is None else bias.detach(), scale, shift)
+        rows = by_outputs(layer, weight.detach())
+        new_weight, new_bias = folded(rows, None if bias is None else bias.detach(), scale, shift)
         if method != "reshift":
-            weight.copy_(new_weight)
+            weight.copy_(by_outputs(layer, new_weight))
         if bias is not None:
             bias.copy_(new_bias)
         elif method != "rescale":

@@ -24,7 +24,13 @@ Targets: TypeAlias = Callable[[int | None], dict[str, Target]]
 
 
 class CalibrationHook(ABC):
-    """One module under calibration: measured and corrected in every call, then written once after the last batch."""
+    """One module under calibration: measured and corrected in every call, then written once after the last batch.
+
+    Attributes:
+        needs_variance: whether the variance itself is written, so that a single value is not enough.
+    """
+
+    needs_variance = False
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name, self.module = name, module
@@ -74,6 +80,8 @@ class _AffineHook(CalibrationHook):
 
 class _ResetHook(CalibrationHook):
     """A batch norm that normalizes by the statistics of its inputs."""
+
+    needs_variance = True
 
     def __init__(self, name: str, module: nn.Module) -> None:
         super().__init__(name, module)
