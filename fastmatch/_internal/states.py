@@ -121,6 +121,12 @@ def check_finite(state: State, argument: str) -> None:
     """Raise ValueError naming the first tensor that holds NaN or infinity."""
     # A sum needs one read and no mask. It is finite if every term is, except on overflow; only then count.
     floating = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+    for name, tensor in floating.items():
+        if tensor.is_meta:
+            raise ValueError(
+                f"{argument}: tensor {name!r} is on the meta device and has no values; load the weights, or only trace the "
+                "model (PermutationSpec.trace)"
+            )
     sums = {
         name: tensor.sum(dtype=torch.float64)
         for name, tensor in floating.items()

@@ -18,6 +18,7 @@ from fastmatch._internal.states import check_module
 from fastmatch.spec.branches import Siblings, training
 from fastmatch.spec.escapes import Escapes
 from fastmatch.spec.grouping import Found, find_groups
+from fastmatch.spec.hollow import filled
 from fastmatch.spec.labels import Label, pin, unify
 from fastmatch.spec.operations import Call, bind, counts, is_composite, op_name, tensors_in
 from fastmatch.spec.origins import COPIES, follow_origins, follow_ties
@@ -149,15 +150,25 @@ def trace(
 ) -> Found:
     """Find the permutation groups of ``model``; see :meth:`fastmatch.spec.PermutationSpec.trace`.
 
-    ``run(tracer, *args, **kwargs)`` runs the model if a plain call is not enough.
+    ``run(tracer, *args, **kwargs)`` runs the model if a plain call is not enough. A model on the meta device is traced
+    without its weights.
     """
     check_module(model, "model")
+    with filled(model):
+        return _trace(model, examples_of(example_inputs, kwargs), run, outputs)
+
+
+def _trace(
+    model: nn.Module,
+    examples: list[tuple[tuple[Any, ...], dict[str, Any]]],
+    run: Callable[..., Any] | None,
+    outputs: Outputs,
+) -> Found:
     state: dict[str, torch.Tensor] = {
         name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)
     }
     if not state:
         raise ValueError("model: has no parameters or buffers to permute")
-    examples = examples_of(example_inputs, kwargs)
     for args, keywords in examples:
         if not tensors_in((args, keywords)):
             raise ValueError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -177,3 +179,17 @@ def test_axes_and_groups_are_whole_numbers(wrong):
     for size in (0, wrong):
         with pytest.raises(ValueError, match="size: expected a whole number of at least 1"):
             fm.Group("h", size, (Axis("w", 0),))
+
+
+@pytest.mark.parametrize("name", ["mlp", "vgg", "resnet"])
+def test_a_model_on_the_meta_device_is_traced_without_weights(name):
+    model, x = build(name, 0)
+    hollow = copy.deepcopy(model).to("meta")
+    before = dict(hollow.named_parameters())
+    spec = fm.PermutationSpec.trace(hollow, x)
+    assert spec.groups == fm.PermutationSpec.trace(model, x).groups
+    assert all(parameter is before[k] for k, parameter in hollow.named_parameters())
+    assert all(t.is_meta for t in hollow.state_dict().values())
+    with pytest.raises(ValueError, match=r"model_a: tensor .* is on the meta device and has no values"):
+        fm.align(hollow, hollow, x)
+    fm.align(model, model, spec=spec)
