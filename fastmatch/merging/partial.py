@@ -150,7 +150,8 @@ def merge_partial(
         >>> logits = found.model(x)
 
     Args:
-        models: two or more modules of one architecture that ``torch.fx`` can follow; they are not changed.
+        models: two or more modules of one architecture that ``torch.fx`` or ``torch.export`` can follow; they are
+            not changed.
         example_inputs: a tensor, a tuple of positional inputs, or a mapping of inputs by name; a batch of 2 is
             enough.
         rule: which units become one: :class:`fastmatch.Identity`, :class:`fastmatch.Permute`,
@@ -169,7 +170,7 @@ def merge_partial(
     Raises:
         TypeError: a model is not a torch module, or ``rule`` is not a rule.
         ValueError: architectures differ, an argument is out of range, a group is unknown, the data yields nothing, or
-            ``torch.fx`` cannot follow the model.
+            neither ``torch.fx`` nor ``torch.export`` can follow the model.
 
     Memory: for each merged group one (N n, N n) float64 matrix, or N - 1 of (n, n) to permute; :class:`fastmatch.CCA`
     also keeps n x n maps at the boundary.
@@ -193,10 +194,9 @@ def merge_partial(
     plan = Rewiring(structure, start_at, apart)
     if verify:
         _verify(plan, example_inputs, alphas)
-    graph = structure.module.graph
     device = device_of(structure.module)
     others = (copy_module(m).eval().to(device) for m in models[1:])
-    copies = [structure.module, *(fx.GraphModule(model, graph) for model in others)]
+    copies = [structure.module, *map(structure.on, others)]
     if isinstance(rule, Identity):
         maps = _identity(plan, alphas)
     elif not plan.joined:
