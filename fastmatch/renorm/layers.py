@@ -55,8 +55,9 @@ def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
 def is_transposed_linear(module: nn.Module) -> bool:
     """Whether a module is GPT-2's Conv1D: a linear layer whose weight is (inputs, outputs)."""
     weight, outputs = getattr(module, "weight", None), getattr(module, "nf", None)
-    is_matrix = isinstance(weight, torch.Tensor) and weight.ndim == 2
-    return type(module).__name__ == "Conv1D" and is_matrix and outputs == weight.shape[1]
+    if type(module).__name__ != "Conv1D" or not isinstance(weight, torch.Tensor):
+        return False
+    return weight.ndim == 2 and outputs == weight.shape[1]
 
 
 def by_outputs(layer: nn.Module, weight: torch.Tensor) -> torch.Tensor:
