@@ -16,7 +16,7 @@ from fastmatch.renorm.endpoints import CallCounter
 from fastmatch.renorm.hooks import CalibrationHook
 from fastmatch.renorm.lockstep import Lockstep
 from fastmatch.renorm.options import Mode
-from fastmatch.statistics.finite import FiniteNotes, not_finite
+from fastmatch.statistics.finite import FiniteNotes
 
 __all__ = ["Calibration", "calibrate"]
 
@@ -59,9 +59,8 @@ class Calibration:
             )
         if len(tensors) == 1:
             self._notes.see(name, hook.moments)
-        elif not bool(torch.isfinite(hook.moments.mean).all() & torch.isfinite(hook.moments.m2).all()):
-            batch = next(k for k, tensor in enumerate(tensors) if not bool(torch.isfinite(tensor).all()))
-            raise ValueError(not_finite(batch, name, "the merge"))
+        else:
+            self._notes.see_all(name, tensors)
         return news
 
     @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from fastmatch.statistics.moments import ChannelMoments
@@ -31,19 +33,20 @@ class FiniteNotes:
             self._flags.append(torch.isfinite(moments.mean).all() & torch.isfinite(moments.m2).all())
             self._places.append((self.batch, layer))
 
+    def see_all(self, layer: str, tensors: Sequence[torch.Tensor]) -> None:
+        """Note for the tensors of all batches at once whether they are finite."""
+        for batch, tensor in enumerate(tensors):
+            self._flags.append(torch.isfinite(tensor.sum(dtype=torch.float64)))
+            self._places.append((batch, layer))
+
     def check(self, whose: str) -> None:
         """Raise ValueError naming the first batch, and the first layer in it, whose statistics are not finite."""
         for device in {flag.device for flag in self._flags}:
             chosen = [k for k, flag in enumerate(self._flags) if flag.device == device]
-            found = torch.stack([self._flags[k] for k in chosen]).cpu()
-            if not bool(found.all()):
+            found = torch.stack([self._flags[k] for k in chosen])
+            if not bool(found.all()):  # the device is waited for once
                 batch, layer = self._places[chosen[int(found.long().argmin())]]
-                raise ValueError(not_finite(batch, layer, whose))
-
-
-def not_finite(batch: int, layer: str, whose: str) -> str:
-    """Return the message of an error about activations."""
-    return (
-        f"data: batch {batch} (counted from 0) gives NaN or infinite activations at {layer!r} of {whose}; look for them in "
-        "the batch, or for overflow in the network"
-    )
+                raise ValueError(
+                    f"data: batch {batch} (counted from 0) gives NaN or infinite activations at {layer!r} of {whose}; look "
+                    "for them in the batch, or for overflow in the network"
+                )
