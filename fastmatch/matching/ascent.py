@@ -131,6 +131,7 @@ class Ascent:
             solves=self.solves,
             skipped=self.skipped,
             converged=not self.stale,
+            gaps={name: (found.gap, found.gap_bound) for name, found in self.solutions.items()},
         )
 
     def _solve(self, group: Group, axes: Sequence[Axis]) -> Permutations:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import overload
 
@@ -37,6 +37,8 @@ class Matching:
         solves: assignment problems solved.
         skipped: solves omitted because no neighbour of the group had moved.
         converged: no group can improve any more by itself.
+        gaps: group -> (gap, gap_bound) of its last assignment problem, as :class:`fastmatch.assignment.Assignment` has
+            them. Groups of heads or experts are not in it: they are many small problems.
     """
 
     permutations: Permutations
@@ -46,6 +48,7 @@ class Matching:
     solves: int = 0
     skipped: int = 0
     converged: bool = True
+    gaps: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -65,6 +68,8 @@ class Alignment:
         matching: how the permutations were found; None if they were loaded, inverted or composed.
         proof: the comparison that showed that the spec keeps the model's function. None if there was none: state dicts
             and checkpoints cannot always be run.
+        method: the matcher with its options, as Python; empty if unknown.
+        seconds: part of the run -> seconds that it took.
 
     Raises:
         ValueError: a group is not in the spec, or its permutation is not one of its units.
@@ -74,6 +79,8 @@ class Alignment:
     spec: PermutationSpec
     matching: Matching | None = None
     proof: Verification | None = None
+    method: str = ""
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "permutations", check_permutations(self.permutations, self.spec))

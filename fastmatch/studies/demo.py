@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from torch import nn
 
 from fastmatch._internal.files import writing
 from fastmatch._internal.progress import progress_bar
+from fastmatch._internal.stopwatch import Stopwatch
 from fastmatch.evaluation.between import Renormalized
 from fastmatch.evaluation.curve import Curve, interpolate
 from fastmatch.matching.activations import ActivationMatching
@@ -91,20 +91,6 @@ def architectures(width: int) -> list[Architecture]:
         Architecture(f"conv {channels}, BN", lambda: vgg(channels, norm="BN"), 12, ("repair", "reset")),
         Architecture(f"conv {channels}", lambda: vgg(channels), 20, ("repair", "rescale")),
     ]
-
-
-class Stopwatch:
-    """Seconds spent under each name."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        """Time what runs inside."""
-        begin = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - begin, 3)
 
 
 def run(
