@@ -50,6 +50,10 @@ from .evaluation.layers import layer_table as layer_table, running_statistics as
 from .evaluation.distances import distances as distances
 from .evaluation.table import Table as Table
 
+# Report
+from .report.merge import merge_report as merge_report
+from .report.report import Report as Report
+
 # Assignment
 from .assignment import solve as solve, linear_sum_assignment as linear_sum_assignment
 
