@@ -13,6 +13,7 @@ import torch
 from fastmatch._internal.checks import check_type
 from fastmatch._internal.files import check_target
 from fastmatch._internal.states import check_finite, check_same_architecture
+from fastmatch._internal.stopwatch import Stopwatch
 from fastmatch.checkpoint.journal import Journal, fingerprint, journal_path
 from fastmatch.checkpoint.names import Chunk, Layout, RenamedCheckpoint, layout_of
 from fastmatch.checkpoint.proof import prove_config
@@ -20,6 +21,7 @@ from fastmatch.checkpoint.reader import CONFIG, Checkpoint
 from fastmatch.checkpoint.structure import bind, build_empty, trace_config
 from fastmatch.checkpoint.writer import write_like
 from fastmatch.matching.ascent import Hooks
+from fastmatch.matching.matcher import as_code
 from fastmatch.matching.weights import WeightMatching, match_weights
 from fastmatch.merging.average import merge_states
 from fastmatch.permutations.alignment import Alignment
@@ -174,12 +176,15 @@ def align_checkpoints(
     journal = Journal(journal_path(out), key, spec, resume=resume)
     hooks = Hooks(out_of_core=True, stale=journal.stale, on_solve=journal.add)
     start = _continuing(matcher, journal, spec)
-    matching = match_weights(model_a, model_b, spec, start, hooks, progress=progress)
-    alignment = Alignment(matching.permutations, spec, matching, proof)
+    watch = Stopwatch()
+    with watch("match"):
+        matching = match_weights(model_a, model_b, spec, start, hooks, progress=progress)
+    alignment = Alignment(matching.permutations, spec, matching, proof, as_code(matcher))
     output = _Output(a, b, layout, alignment, write.merge)
-    write_like(b, out, output, dtype=write.dtype, force=write.force)
+    with watch("write"):
+        write_like(b, out, output, dtype=write.dtype, force=write.force)
     journal.remove()
-    return alignment
+    return replace(alignment, seconds=watch.seconds)
 
 
 def _continuing(matcher: WeightMatching, journal: Journal, spec: PermutationSpec) -> WeightMatching:

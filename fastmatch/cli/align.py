@@ -8,8 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
+from torch import nn
+
 from fastmatch._internal.files import STATE_SUFFIXES, load_state, save_state
 from fastmatch._internal.states import check_finite, check_same_architecture, state_of
+from fastmatch._internal.stopwatch import Stopwatch
 from fastmatch.cli.loading import build_model, build_network, check_outputs, example_from, load_into
 from fastmatch.cli.options import (
     Commands,
@@ -20,6 +23,7 @@ from fastmatch.cli.options import (
     dtype_from,
     matcher_from,
 )
+from fastmatch.cli.reports import PAGES, open_states, report_data, write_report
 from fastmatch.matching.align import align
 from fastmatch.matching.align_many import align_many
 from fastmatch.matching.frank_wolfe import FrankWolfe
@@ -63,7 +67,7 @@ def add_commands(commands: Commands) -> None:
         metavar="FILE",
         help="also write the permutations and the spec to this .safetensors file",
     )
-    add(command, "--force")
+    add(command, "--force", "--report", "--report-data")
     add_matcher_options(command)
     command.add_argument(
         "--groups", nargs="+", metavar="NAME", help="match only these groups, named by `fastmatch inspect`"
@@ -125,20 +129,28 @@ def add_commands(commands: Commands) -> None:
 
 def align_command(args: argparse.Namespace) -> None:
     """Align two checkpoints and write the second one aligned, or the merge of both."""
+    data = report_data(args)
     if args.out_of_core or args.model is None or any(Path(path).is_dir() for path in (args.a, args.b)):
+        if data is not None:
+            raise ValueError("--report-data: alignment out of core does not run the networks")
         alignment = _align_out_of_core(args, is_folder=Path(args.a).is_dir() and Path(args.b).is_dir())
+        models = None
     else:
-        alignment = _align_in_memory(args)
+        alignment, models = _align_in_memory(args)
     if args.permutations is not None:
         alignment.save(args.permutations, force=args.force)
     print(f"{_summary(alignment)}; wrote {args.out}")
+    if args.report is not None:
+        a, b = models or open_states(args.a, args.b, alignment.spec)
+        write_report(alignment.report(a, b, data, names=(args.a, args.b)), args)
 
 
-def _align_in_memory(args: argparse.Namespace) -> Alignment:
+def _align_in_memory(args: argparse.Namespace) -> tuple[Alignment, tuple[nn.Module, nn.Module]]:
+    """Return the alignment and both networks, as they were before it."""
     for option in ("dtype", "device", "resume"):
         if getattr(args, option):
             raise ValueError(f"--{option}: is an option of --out-of-core, which is not given")
-    check_outputs(args, out=STATE_SUFFIXES, permutations={".safetensors"})
+    check_outputs(args, out=STATE_SUFFIXES, permutations={".safetensors"}, report=PAGES)
     matcher = matcher_from(args)
     model, example = build_network(args)
     states = [load_state(path) for path in (args.a, args.b)]
@@ -151,22 +163,27 @@ def _align_in_memory(args: argparse.Namespace) -> Alignment:
     model_b = copy.deepcopy(model)
     model.load_state_dict(states[0])
     model_b.load_state_dict(states[1])
-    spec = _selected(PermutationSpec.trace(model, example, unread=args.unread), args)
+    watch = Stopwatch()
+    with watch("trace"):
+        spec = _selected(PermutationSpec.trace(model, example, unread=args.unread), args)
     if not spec.groups:
         raise ValueError(
             f"--model: no group of units of {args.model} is free to move; see `fastmatch inspect`"
         )
-    proof = None if args.no_verify else verify(model_b, spec, example)
+    with watch("verify"):
+        proof = None if args.no_verify else verify(model_b, spec, example)
     pair = states if isinstance(matcher, WeightMatching) else (model, model_b)
-    alignment = replace(align(*pair, matcher=matcher, spec=spec), proof=proof)
+    alignment = align(*pair, matcher=matcher, spec=spec)
+    alignment = replace(alignment, proof=proof, seconds={**watch.seconds, **alignment.seconds})
     result = alignment.apply(states[1])
     if args.merge is not None:
         result = merge_states([states[0], result], [1 - args.merge, args.merge])
     save_state(result, args.out, force=args.force)
-    return alignment
+    return alignment, (model, model_b)
 
 
 def _align_out_of_core(args: argparse.Namespace, *, is_folder: bool) -> Alignment:
+    """Return the alignment of two checkpoints whose tensors are read when they are needed."""
     from fastmatch.checkpoint import WriteOptions, align_checkpoints, trace_config
     from fastmatch.checkpoint.proof import LARGEST, prove_config
 
@@ -182,7 +199,9 @@ def _align_out_of_core(args: argparse.Namespace, *, is_folder: bool) -> Alignmen
         raise ValueError(
             f"--matcher: alignment out of core matches by weights, because {args.matcher} has to run the networks"
         )
-    check_outputs(args, out=None if is_folder else STATE_SUFFIXES, permutations={".safetensors"})
+    check_outputs(
+        args, out=None if is_folder else STATE_SUFFIXES, permutations={".safetensors"}, report=PAGES
+    )
     matcher = matcher_from(args)
     assert isinstance(matcher, WeightMatching)
     write = WriteOptions(args.merge, dtype_from(args.dtype), args.force)

@@ -34,6 +34,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         given, script = given[:1], given[1:]
     args = parser().parse_args(given)
     args.script = script
+    args.arguments = list(arguments)
     return args
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from fastmatch._internal.files import STATE_SUFFIXES, save_state, writing
 from fastmatch.cli.loading import build_network, check_outputs, load_into, load_models, loader_from
 from fastmatch.cli.options import Commands, add, add_command
+from fastmatch.cli.reports import PAGES, report_data, write_report
 from fastmatch.merging.average import Biases, merge
 from fastmatch.merging.ensemble import model_cost
 from fastmatch.merging.partial import merge_partial
@@ -35,7 +36,7 @@ def add_commands(commands: Commands) -> None:
         "--biases", choices=get_args(Biases), default="average",
         help="average them; scale them down like the activations of a merge (normalize); or set them to zero (remove)",
     )  # fmt: skip
-    add(command, "--out", "--force")
+    add(command, "--out", "--force", "--report", "--report-data")
 
     command = add_command(
         commands, "partial", partial_command,
@@ -72,11 +73,16 @@ def add_commands(commands: Commands) -> None:
 
 def merge_command(args: argparse.Namespace) -> None:
     """Average checkpoints that are aligned already."""
-    check_outputs(args, out=STATE_SUFFIXES)
+    check_outputs(args, out=STATE_SUFFIXES, report=PAGES)
+    data = report_data(args)
     models = load_models(args)
     merged = merge(models, args.weights, biases=args.biases)
     save_state(merged.state_dict(), args.out, force=args.force)
     print(f"{len(models)} checkpoints, biases: {args.biases}; wrote {args.out}")
+    if args.report is not None:
+        from fastmatch.report.merge import merge_report
+
+        write_report(merge_report(merged, models, data, names=args.checkpoints), args)
 
 
 def partial_command(args: argparse.Namespace) -> None:

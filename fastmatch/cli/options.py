@@ -61,6 +61,14 @@ SHARED: dict[str, dict[str, Any]] = {
         "help": "merge coefficients, one per checkpoint; equal ones by default",
     },
     "--plot": {"metavar": "FILE", "help": "also draw the result: .png, .svg or .pdf"},
+    "--report": {
+        "metavar": "FILE",
+        "help": "also write a page of what was done, .html, and print its summary",
+    },
+    "--report-data": {
+        "metavar": "MODULE:CALLABLE",
+        "help": "of --report: callable that returns a loader of (inputs, targets), on which the result is measured",
+    },
     "--points": {"type": int, "help": "number of points"},
     "--seed": {"type": int, "help": "seed of all random numbers"},
     "--renormalize": {"choices": get_args(Method), "help": "renormalize the merge by this method"},

@@ -8,6 +8,7 @@ from typing import get_args
 from fastmatch._internal.files import STATE_SUFFIXES, save_state
 from fastmatch.cli.loading import build_model, check_outputs, load_into, loader_from
 from fastmatch.cli.options import Commands, add, add_command
+from fastmatch.cli.reports import PAGES, report_data, write_report
 from fastmatch.renorm import Renormalization, plan_renormalization, renormalize
 from fastmatch.renorm.options import Method
 
@@ -33,16 +34,26 @@ def add_commands(commands: Commands) -> None:
         "--weights",
         help="the coefficients of the merge, one per endpoint; not needed for one endpoint",
     )
-    add(command, "--mode", "--samples", "--out", "--force")
+    add(command, "--mode", "--samples", "--out", "--force", "--report")
+    add(
+        command,
+        "--report-data",
+        help="of --report: callable that returns a loader of (inputs, targets) to measure on (default: that of --data)",
+    )
 
 
 def renormalize_command(args: argparse.Namespace) -> None:
     """Renormalize a checkpoint and write it."""
-    check_outputs(args, out=STATE_SUFFIXES)
-    if args.method == "reset":
+    check_outputs(args, out=STATE_SUFFIXES, report=PAGES)
+    if args.report is not None and not args.endpoints:
+        raise ValueError("--report: compares the result with --endpoints, which are not given")
+    measured = report_data(args)
+    if args.method == "reset" and args.report is None:
         for option in ("endpoints", "weights"):
             if getattr(args, option):
-                raise ValueError(f"--{option}: --method reset uses the data alone and takes none")
+                raise ValueError(
+                    f"--{option}: --method reset uses the data alone and takes none, except for --report"
+                )
     options = Renormalization(args.method, args.mode or "joint", args.samples)
     model, _ = build_model(args.model)
     data = loader_from(args.data, "--data")
@@ -51,6 +62,17 @@ def renormalize_command(args: argparse.Namespace) -> None:
     plan = plan_renormalization(merged, options)
     if plan.method != "reset" and not endpoints:
         raise ValueError(f"--endpoints: needed for method {plan.method!r}")
-    new = renormalize(merged, endpoints or None, data, options, weights=args.weights)
+    if plan.method == "reset":
+        new = renormalize(merged, None, data, options)
+    else:
+        new = renormalize(merged, endpoints, data, options, weights=args.weights)
     save_state(new.state_dict(), args.out, force=args.force)
     print(f"{plan}\nwrote {args.out}")
+    if args.report is not None:
+        from fastmatch.report.merge import merge_report
+
+        report = merge_report(
+            merged, endpoints, data if measured is None else measured, renormalized=new, weights=args.weights,
+            names=args.endpoints,
+        )  # fmt: skip
+        write_report(report, args)
