@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from fastmatch._internal.files import load_state
 from fastmatch.cli.loading import (
@@ -106,7 +107,7 @@ def triangle_command(args: argparse.Namespace) -> None:
     check_outputs(args, out=CSV_SUFFIXES, plot=PICTURES)
     found = triangle(load_models(args), loader_from(args.data, "--data"), points=args.points)
     if args.plot is not None:
-        found.plot(args.plot)
+        found.plot(args.plot, names=[Path(path).stem for path in args.checkpoints])
     write_table(found.table(), args)
     print(f"loss barrier {found.barrier:.4f}")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastmatch._internal.files import writing
-from fastmatch.evaluation.plots import drawing
+from fastmatch.evaluation.plots import drawing, framed, legend_beside
 
 if TYPE_CHECKING:
     import pandas
@@ -112,7 +112,9 @@ class Table:
                     axes.plot(rows.column(x), rows.column(column), marker=".", label=", ".join(names))
             axes.set_xlabel(x)
             axes.set_ylabel(columns[0] if len(columns) == 1 else "")
-            axes.legend()
+            framed(axes, ", ".join(columns) + f" by {x}")
+            if len(axes.lines) > 1:
+                legend_beside(axes)
         return axes
 
     def __str__(self) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import fastmatch as fm
@@ -76,6 +77,44 @@ def test_plot_writes_a_picture(tmp_path):
         curve.plot(metric="f1")
     with pytest.raises(ValueError, match="metric: 'top5' was not measured"):
         curve.plot(metric="top5")
+
+
+def test_a_curve_says_its_barrier_and_its_legend_hides_no_line():
+    naive = fm.Curve((0.0, 0.5, 1.0), (1.0, 4.0, 2.0), (0.9, 0.2, 0.7))
+    ax = naive.plot()
+    assert ax.get_title(loc="left") == "Loss on the line from A to B, barrier 2.5"
+    assert ax.get_legend() is None
+    ax = naive.plot(metric="accuracy", label="naive")
+    fm.Curve((0.0, 0.5, 1.0), (1.0, 1.0, 2.0), (0.9, 0.95, 0.9)).plot(
+        ax=ax, metric="accuracy", label="aligned"
+    )
+    legend = ax.get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "naive: drop 60.0 points",
+        "aligned: drop 0.0 points",
+    ]
+    ax.figure.draw_without_rendering()
+    assert legend.get_window_extent().x0 >= ax.get_window_extent().x1
+    table = fm.Table(({"x": 1, "y": 1.0, "z": 2.0}, {"x": 2, "y": 2.0, "z": 1.0}))
+    ax = table.plot("x", "y", "z")
+    ax.figure.draw_without_rendering()
+    assert ax.get_legend().get_window_extent().x0 >= ax.get_window_extent().x1
+    assert table.plot("x", "y").get_legend() is None
+
+
+def test_a_triangle_has_the_names_of_its_models_and_no_hole():
+    rows = tuple(((2 - i - j) / 2, i / 2, j / 2) for i in range(3) for j in range(3 - i))
+    found = fm.Triangle(rows, tuple(fm.Scores(1 - max(row), 0.9, 0.9) for row in rows))
+    ax = found.plot(names=["first", "second", "third"])
+    assert [text.get_text() for text in ax.texts] == ["first", "second", "third"]
+    assert ax.get_title(loc="left") == "Loss over the triangle, barrier 0.5"
+    canvas = FigureCanvasAgg(ax.figure)
+    canvas.draw()
+    middle = ax.transData.transform((0.5, 3**0.5 / 6))
+    pixels = np.asarray(canvas.buffer_rgba())
+    assert pixels[len(pixels) - int(middle[1]), int(middle[0]), :3].min() < 200
+    with pytest.raises(ValueError, match="names: expected three"):
+        found.plot(names=["first"])
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
