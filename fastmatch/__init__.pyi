@@ -54,6 +54,9 @@ from .evaluation.table import Table as Table
 from .report.merge import merge_report as merge_report
 from .report.report import Report as Report
 
+# All of it from one recipe
+from .recipes.pipeline import pipeline as pipeline, Outcome as Outcome
+
 # Assignment
 from .assignment import solve as solve, linear_sum_assignment as linear_sum_assignment
 

@@ -22,6 +22,7 @@ LAYERS = (
     "report",
     "checkpoint",
     "backends",
+    "recipes",
     "studies",
     "cli",
 )

@@ -6,11 +6,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fastmatch.cli import align, bench, evaluate, inspect, merge, renormalize, run, studies
+from fastmatch.cli import align, bench, evaluate, inspect, merge, pipeline, renormalize, run, studies
 
 __all__ = ["main", "parser"]
 
-GROUPS = (align, merge, renormalize, evaluate, inspect, studies, bench, run)
+GROUPS = (align, merge, renormalize, pipeline, evaluate, inspect, studies, bench, run)
 """The modules that add commands, in the order of the help."""
 
 

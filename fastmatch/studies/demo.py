@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,7 +47,7 @@ COLOURS = {
     "and REPAIR": "#2a9d6f",
 }
 
-DARK = {
+DARK: dict[Any, Any] = {
     "figure.facecolor": "#121416", "savefig.facecolor": "#121416", "axes.facecolor": "#121416",
     "text.color": "#e7e9eb", "axes.labelcolor": "#e7e9eb", "axes.edgecolor": "#a0a8b0", "xtick.color": "#a0a8b0",
     "ytick.color": "#a0a8b0", "grid.color": "#a0a8b0",
@@ -259,7 +260,7 @@ def draw(rows: list[Row], path: Path, *, dark: bool = False) -> None:
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(r.network for r in rows))
-    with rc_context(DARK if dark else {}):
+    with rc_context(DARK if dark else None):
         figure = Figure(figsize=(3.5 * len(names), 5.0), layout="constrained")
         panels = figure.subplots(2, len(names), sharex=True, squeeze=False)
         for column, name in enumerate(names):
