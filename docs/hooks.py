@@ -54,4 +54,6 @@ def _mathml(match: re.Match[str]) -> str:
     block = match[1] == "div"
     latex = html.unescape(match[2]).strip()[2:-2].strip()  # without \( \) or \[ \]
     formula = convert(latex, display="block" if block else "inline")
-    return formula if block else f'<span class="formula">{formula}{match[3]}</span>'
+    if block:
+        return f'<div class="formula-block">{formula}</div>'
+    return f'<span class="formula">{formula}{match[3]}</span>'

@@ -22,7 +22,7 @@ addEventListener("load", () => setTimeout(() => {
         && e !== inner.body && e !== inner.documentElement) return true; return false; };
   for (const e of inner.body.querySelectorAll("*")) {
     const box = e.getBoundingClientRect();
-    if (box.width && (box.right > width + 1 || box.left < -1) && !scrolls(e))
+    if (box.width && (box.right > width + 1 || (box.left < -1 && box.right > 0)) && !scrolls(e))
       found.push(e.tagName + "." + e.getAttribute("class") + " to " + Math.round(box.right) + " of " + width);
   }
   for (const e of inner.images) if (!e.complete || !e.naturalWidth) found.push("image " + e.alt);
