@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,9 @@ class Curve:
 
     @property
     def barrier(self) -> float:
-        """Largest rise of the loss above the mean of the ends, at least 0 (the paper's loss barrier)."""
+        """Largest rise of the loss above the mean of the ends, at least 0 (the paper's loss barrier); NaN if a loss is."""
+        if any(map(math.isnan, self.loss)):
+            return math.nan
         return max(0.0, max(self.loss) - (self.loss[0] + self.loss[-1]) / 2)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,9 @@ class Triangle:
 
     @property
     def barrier(self) -> float:
-        """Largest rise of the loss above the corners' losses mixed by the merge's weights, at least 0."""
+        """Largest rise of the loss above the corners' losses mixed by the merge's weights, at least 0; NaN if a loss is."""
+        if any(math.isnan(s.loss) for s in self.scores):
+            return math.nan
         corner = [self.scores[self.weights.index(c)].loss for c in _CORNERS]
         rises = (
             s.loss - sum(w * v for w, v in zip(row, corner, strict=True))

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from fastmatch._internal.batches import Forward, default_forward
@@ -126,7 +125,7 @@ class Alignment:
         *,
         names: Sequence[str] = ("A", "B"),
         points: int = 7,
-        loss: Callable[[Any, Any], torch.Tensor] = F.cross_entropy,
+        loss: Callable[[Any, Any], torch.Tensor] | None = None,
         forward: Forward = default_forward,
     ) -> Report:
         """Return a page and a summary of what the alignment did: match quality by layer, barriers, structure, time.
@@ -144,7 +143,7 @@ class Alignment:
                 the loss on the line between the models, before and after. None compares weights only.
             names: what to call A and B.
             points: positions on each of the two curves.
-            loss, forward: see :func:`fastmatch.interpolate`.
+            loss, forward: see :func:`fastmatch.interpolate`; None takes its loss.
 
         Returns:
             A :class:`fastmatch.Report`.

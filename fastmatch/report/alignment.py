@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from fastmatch._internal.batches import Forward, check_data, check_module, default_forward
@@ -45,7 +44,7 @@ def alignment_report(
     *,
     names: Sequence[str] = ("A", "B"),
     points: int = 7,
-    loss: Callable[[Any, Any], torch.Tensor] = F.cross_entropy,
+    loss: Callable[[Any, Any], torch.Tensor] | None = None,
     forward: Forward = default_forward,
 ) -> Report:
     """Return the report of an alignment; see :meth:`fastmatch.Alignment.report`."""
@@ -54,6 +53,7 @@ def alignment_report(
         raise ValueError(f"names: expected two, of A and of B; got {len(names)}")
     a, b = _state(model_a, "model_a"), _state(model_b, "model_b")
     check_same_architecture(a, b)
+    own: dict[str, Any] = {} if loss is None else {"loss": loss}
     watch = Stopwatch()
     with watch("report: weights"):
         by_weights = weight_pairs(a, b, alignment)
@@ -70,7 +70,7 @@ def alignment_report(
         if has_targets(data):
             with watch("report: curves"):
                 for word, other in (("before", model_b), ("after", alignment.apply(model_b))):
-                    curves[word] = interpolate(model_a, other, data, points, loss=loss, forward=forward)
+                    curves[word] = interpolate(model_a, other, data, points, forward=forward, **own)
     tables = []
     for title, caption, pairs in (
         ("How alike matched units respond", BY_ACTIVATIONS, by_activations),
@@ -116,10 +116,16 @@ def _sentences(alignment: Alignment, tables: list[LayerTable], curves: dict[str,
     texts = []
     if curves:
         before, after = curves["before"].barrier, curves["after"].barrier
-        verb = "falls" if after < before else "rises" if after > before else "stays"
-        texts.append(
-            f"The loss barrier on the line between the networks {verb} from {before:.3g} to {after:.3g}."
-        )
+        line = "The loss barrier on the line between the networks"
+        if math.isfinite(before) and math.isfinite(after):
+            change = (
+                f"falls from {before:.3g} to {after:.3g}"
+                if after < before
+                else f"rises from {before:.3g} to {after:.3g}"
+            )
+            texts.append(f"{line} {change if after != before else f'stays at {after:.3g}'}.")
+        else:
+            texts.append(f"{line} is not finite: {before:.3g} before, {after:.3g} after.")
     elif tables:
         before, after = _mean(tables[0], "before"), _mean(tables[0], "after")
         texts.append(f"The mean similarity of matched units goes from {short(before)} to {short(after)}.")

@@ -12,4 +12,4 @@ __all__ = ["has_targets"]
 
 def has_targets(data: Iterable[Any]) -> bool:
     """Return whether the first batch is a pair of inputs and targets, on which a loss can be measured."""
-    return split_batch(next(iter(data)))[1] is not None
+    return split_batch(next(iter(data), None))[1] is not None

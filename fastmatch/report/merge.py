@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from fastmatch._internal.batches import Forward, check_data, check_module, default_forward
@@ -36,7 +36,7 @@ def merge_report(
     renormalized: Model | None = None,
     weights: Sequence[float] | None = None,
     names: Sequence[str] | None = None,
-    loss: Callable[[Any, Any], torch.Tensor] = F.cross_entropy,
+    loss: Callable[[Any, Any], torch.Tensor] | None = None,
     forward: Forward = default_forward,
 ) -> Report:
     """Return a page and a summary of a merge, and of its renormalization: what it lost, layer by layer.
@@ -55,7 +55,7 @@ def merge_report(
         renormalized: the merge after its renormalization.
         weights: the coefficients of the merge. None takes those noted on the merge, else equal ones.
         names: what to call the endpoints.
-        loss, forward: see :func:`fastmatch.score`.
+        loss, forward: see :func:`fastmatch.score`; None takes its loss.
 
     Returns:
         A :class:`fastmatch.Report`.
@@ -78,31 +78,38 @@ def merge_report(
     ends = [state_of(model, f"endpoints[{k}]") for k, model in enumerate(endpoints)]
     for k, end in enumerate(ends):
         check_same_architecture(states["merge"], end, "merged", f"endpoints[{k}]")
+    own: dict[str, Any] = {} if loss is None else {"loss": loss}
+    keys = [f"endpoint {k + 1}" for k in range(len(endpoints))]
     watch = Stopwatch()
     with watch("report: weights"):
         tables = _weight_tables(states, ends, alphas)
     scores: dict[str, Scores] = {}
     if data is not None:
         check_data(data, reads=2)
-        modules = {**dict(zip(titles, endpoints, strict=True)), **stages}
+        modules = {**dict(zip(keys, endpoints, strict=True)), **stages}
         for name, model in modules.items():
             check_module(model, name)
         with watch("report: layers"):
-            tables.insert(0, _variance_table(modules, titles, alphas, data, forward))
+            tables.insert(0, _variance_table(modules, keys, alphas, data, forward))
         if has_targets(data):
             with watch("report: loss"):
-                scores = {name: score(m, data, loss=loss, forward=forward) for name, m in modules.items()}  # type: ignore[arg-type]
+                scores = {name: score(m, data, forward=forward, **own) for name, m in modules.items()}  # type: ignore[arg-type]
     shares = ", ".join(f"{alpha:.3g} of {title}" for alpha, title in zip(alphas, titles, strict=True))
     return Report(
         title="Merge of "
         + count_of(len(endpoints), "network")
         + (", renormalized" if renormalized is not None else ""),
         subtitle=shares,
-        sentences=tuple(_sentences(tables, scores, titles)),
-        tiles=tuple(_tiles(tables, scores, titles)),
+        sentences=tuple(_sentences(tables, scores, keys)),
+        tiles=tuple(_tiles(tables, scores, keys)),
         tables=tuple(tables),
         seconds=watch.seconds,
-        recipe={**{title: f"{alpha:.6g}" for title, alpha in zip(titles, alphas, strict=True)}, **versions()},
+        recipe={
+            **{
+                key: f"{alpha:.6g} of {title}" for key, alpha, title in zip(keys, alphas, titles, strict=True)
+            },
+            **versions(),
+        },
     )
 
 
@@ -162,8 +169,9 @@ def _variance_table(
     columns = [table.where(model=name) for name in stages]
     rows = []
     for first, last in zip(columns[0].rows, columns[-1].rows, strict=True):
-        before = first["variance ratio"] if len(stages) == 2 else None
-        rows.append(Layer(first["layer"], 0, before, last["variance ratio"], None, None))
+        before = first["variance ratio"] if len(stages) == 2 else math.nan
+        old, new = (v if math.isfinite(v) else None for v in (before, last["variance ratio"]))
+        rows.append(Layer(first["layer"], 0, old, new, None, None))
     return LayerTable(
         "How much the layers still vary",
         "Variance of a layer's output on the data over the endpoints' average. Below 1, signals fade; renormalization "
@@ -195,7 +203,10 @@ def _sentences(
             f"{first}The merge has loss {after.loss:.3g}; the networks that it was made of have {loss:.3g}."
         ]
     size = tables[0]
-    mean = sum(row.after or 0.0 for row in size.rows) / max(len(size.rows), 1)
+    measured = [row.after for row in size.rows if row.after is not None]
+    if not measured:
+        return ["Nothing of the merge could be measured."]
+    mean = sum(measured) / len(measured)
     what = "layers vary" if size.kind == "layer" else "weights are"
     return [f"The merge's {what} {short(mean)} times what the endpoints' are."]
 
@@ -206,9 +217,10 @@ def _tiles(tables: Sequence[LayerTable], scores: Mapping[str, Scores], titles: S
         before, after, loss, accuracy = _last(scores, titles)
         was = "" if before is None else f"{before.loss:.3g}"
         tiles.append(Tile("Loss", f"{after.loss:.3g}", was, f"the networks themselves: {loss:.3g}"))
-        was = "" if before is None else f"{100 * before.accuracy:.1f}%"
-        note = f"the networks themselves: {100 * accuracy:.1f}%"
-        tiles.append(Tile("Accuracy", f"{100 * after.accuracy:.1f}%", was, note))
+        if math.isfinite(accuracy):
+            was = "" if before is None else f"{100 * before.accuracy:.1f}%"
+            note = f"the networks themselves: {100 * accuracy:.1f}%"
+            tiles.append(Tile("Accuracy", f"{100 * after.accuracy:.1f}%", was, note))
     for table in tables:
         measured = [row for row in table.rows if row.after is not None]
         if not measured:

@@ -55,7 +55,12 @@ def scale_of(values: Sequence[float], start: float, end: float, *, include: Sequ
     found = [v for v in (*values, *include) if math.isfinite(v)] or [0.0, 1.0]
     low, high = min(found), max(found)
     room = 0.04 * (high - low) or max(abs(high), 1.0) * 0.1
-    return Scale(low if low in include else low - room, high if high in include else high + room, start, end)
+    return Scale(
+        low if low in include else low - room,
+        high if high in include and high > low else high + room,
+        start,
+        end,
+    )
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,15 @@ def test_a_curve_says_its_barrier_and_its_legend_hides_no_line():
     assert table.plot("x", "y").get_legend() is None
 
 
+def test_a_barrier_with_a_loss_that_is_no_number_is_no_number():
+    nan = float("nan")
+    assert np.isnan(fm.Curve((0.0, 0.5, 1.0), (1.0, nan, 2.0), (0.9, 0.2, 0.7)).barrier)
+    corners = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
+    assert np.isnan(
+        fm.Triangle(corners, (fm.Scores(1.0, 0, 0), fm.Scores(nan, 0, 0), fm.Scores(1.0, 0, 0))).barrier
+    )
+
+
 def test_a_triangle_has_the_names_of_its_models_and_no_hole():
     rows = tuple(((2 - i - j) / 2, i / 2, j / 2) for i in range(3) for j in range(3 - i))
     found = fm.Triangle(rows, tuple(fm.Scores(1 - max(row), 0.9, 0.9) for row in rows))

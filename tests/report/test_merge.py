@@ -70,3 +70,25 @@ def test_nothing_overflows(names, tmp_path, width):
     ends = [names["model_a"], names["model_b"]]
     fm.merge_report(names["merged"], ends, names["test_loader"]).save(tmp_path / "merge.html")
     assert faults(tmp_path / "merge.html", width, tmp_path) == []
+
+
+def test_names_may_be_those_of_the_stages_or_alike(names):
+    ends, data = [names["model_a"], names["model_b"]], names["test_loader"]
+    plain = fm.merge_report(names["merged"], ends, data)
+    named = fm.merge_report(names["merged"], ends, data, names=["merge", "merge"])
+    assert named.tiles == plain.tiles
+    assert named.subtitle == "0.25 of merge, 0.75 of merge"
+
+
+def test_layers_of_constant_outputs_are_not_measured():
+    def net():
+        return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2)).eval()
+
+    dead = net()
+    with torch.no_grad():
+        for parameter in dead.parameters():
+            parameter.zero_()
+    report = fm.merge_report(dead, [dead], [torch.randn(8, 3)])
+    assert [row.after for row in table(report, "How much the layers still vary").rows] == [None, None]
+    assert "could be measured" in str(report)
+    assert "nan" not in report.html()

@@ -155,3 +155,29 @@ def test_the_text_fits_a_screen(report, alignment, names):
 def test_nothing_overflows(report, tmp_path, width, dark):
     report.save(tmp_path / "report.html")
     assert faults(tmp_path / "report.html", width, tmp_path, dark=dark) == []
+
+
+def test_an_alignment_that_was_loaded_or_moves_nothing_has_a_report(names, alignment, tmp_path):
+    alignment.save(tmp_path / "p.safetensors")
+    loaded = fm.Alignment.load(tmp_path / "p.safetensors")
+    report = loaded.report(names["model_a"], names["model_b"], names["test_loader"], points=3)
+    labels = [tile.label for tile in report.tiles]
+    assert "Proved optimal" not in labels
+    assert {tile.label: tile.value for tile in report.tiles}["Function of B"] == "not proved"
+    still = torch.nn.Linear(3, 2)
+    spec = fm.PermutationSpec.trace(still, torch.randn(2, 3))
+    empty = fm.Alignment({}, spec).report(
+        still, still, [(torch.randn(4, 3), torch.tensor([0, 1, 0, 1]))], points=3
+    )
+    assert "0 of 0 units in 0 groups change their place." in empty.sentences
+    assert "stays at" in empty.sentences[0]
+    _Tags(empty.html())
+
+
+def test_a_loss_that_is_not_finite_is_said(names, alignment):
+    def loss(output, targets):
+        return output.sum() * float("nan")
+
+    report = alignment.report(names["model_a"], names["model_b"], names["test_loader"], points=3, loss=loss)
+    assert "is not finite" in report.sentences[0]
+    _Tags(report.html())
