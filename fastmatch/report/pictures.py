@@ -97,8 +97,8 @@ def chart(title: str, x_label: str, lines: Sequence[Line], *, include: Sequence[
     """Return the geometry of a chart; ``include`` are values that the vertical axis must show."""
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points]
-    x = Scale(min(xs), max(xs), 48, Chart.WIDTH - 10)
-    y = scale_of(ys, Chart.HEIGHT - 38, 10, include=include)
+    x = Scale(min(xs), max(xs), 52, Chart.WIDTH - 18)
+    y = scale_of(ys, Chart.HEIGHT - 48, 10, include=include)
     drawn = tuple(
         (line, " ".join(f"{x(a)},{y(b)}" for a, b in line.points if math.isfinite(b))) for line in lines
     )
