@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from fastmatch._internal.checks import check_type
-from fastmatch._internal.files import check_target
-from fastmatch._internal.states import check_finite, check_same_architecture
+from fastmatch._internal.outputs import Claim, check_target, claimed
+from fastmatch._internal.states import check_same_architecture
 from fastmatch._internal.stopwatch import Stopwatch
-from fastmatch.checkpoint.journal import Journal, fingerprint, journal_path
+from fastmatch.checkpoint.journal import journal_path, journaling
 from fastmatch.checkpoint.names import Chunk, Layout, RenamedCheckpoint, layout_of
 from fastmatch.checkpoint.proof import prove_config
 from fastmatch.checkpoint.reader import CONFIG, Checkpoint
@@ -129,8 +129,9 @@ def align_checkpoints(
             ``spec.without_residual`` restrict the groups that are matched.
         write: what to write: the aligned B or a merge, its element type, and whether an existing output is replaced.
         device: the device that computes the gain matrices.
-        resume: continue from the journal of a killed run with the same files and settings. The journal is a hidden file
-            in the folder of ``out`` and is removed when the output is complete. ``max_sweeps`` may differ.
+        resume: continue from the journal of a killed run of the same tensors and settings; the output has the same bits
+            as that of a run that is not interrupted. The journal is a hidden file in the folder of ``out`` and is
+            removed when the output is complete. ``max_sweeps`` and ``write`` may differ.
         progress: show progress bars; None shows them on a terminal, for work of more than a second.
 
     Returns:
@@ -139,8 +140,9 @@ def align_checkpoints(
 
     Raises:
         TypeError: ``matcher`` is not a WeightMatching.
-        ValueError: a file is damaged, A and B differ, or nothing can be permuted. File and tensor are named.
-        OSError: a file is missing or cannot be written. Nothing is left half-written.
+        ValueError: a file is damaged, A and B differ, nothing can be permuted, or the journal is of another run. File and
+            tensor are named.
+        OSError: a file is missing or cannot be written, or another run writes ``out``. Nothing is left half-written.
 
     Cost: each solve reads the group's tensors once for the gain matrix and, if units move, again to verify the progress
     in float64. Memory holds one tensor of A and one of B with copies, the gain matrix, and the solver's workspace.
@@ -153,10 +155,26 @@ def align_checkpoints(
     if Path(path_a).is_dir() != Path(path_b).is_dir():
         kind = "directory" if Path(path_a).is_dir() else "file"
         raise ValueError(f"{path_b}: expected a {kind}, like {path_a}")
-    check_target(out, force=write.force)
+    check_target(out, force=write.force, folder=Path(path_b).is_dir())
     if Path(out).resolve() in (Path(path_a).resolve(), Path(path_b).resolve()):
         raise ValueError(f"out: {out} is one of the inputs; choose another path")
-    check_same_architecture(a.headers, b.headers, str(path_a), str(path_b))
+    with claimed(out, force=write.force, folder=Path(path_b).is_dir()) as claim:
+        return _align(a, b, claim, matcher, spec, write, resume=resume, progress=progress)
+
+
+def _align(
+    a: Checkpoint,
+    b: Checkpoint,
+    claim: Claim,
+    matcher: WeightMatching,
+    spec: PermutationSpec | None,
+    write: WriteOptions,
+    *,
+    resume: bool,
+    progress: bool | None,
+) -> Alignment:
+    path_a = a.path
+    check_same_architecture(a.headers, b.headers, str(path_a), str(b.path))
     proof = None
     if spec is None:
         if not Path(path_a).is_dir():
@@ -168,32 +186,35 @@ def align_checkpoints(
     spec = bind(spec, model_a.headers, str(path_a))
     if not spec.groups:
         raise ValueError(f"{path_a}: no group of units is free to move")
-    for checkpoint in (a, b):
-        check_finite(checkpoint, str(checkpoint.path))
     # Without max_sweeps: a run that goes on may take more of them.
     settings = {"seed": matcher.seed, "include": matcher.include, "tolerance": matcher.tolerance}
-    key = fingerprint(a, b, spec, init=_init_of(matcher), **settings)
-    journal = Journal(journal_path(out), key, spec, resume=resume)
-    hooks = Hooks(out_of_core=True, stale=journal.stale, on_solve=journal.add)
-    start = _continuing(matcher, journal, spec)
+    run = {
+        "the tensors of A": a.digest(),
+        "the tensors of B": b.digest(),
+        "the groups": _hash(spec.to_json()),
+    }
+    run |= {name: repr(value) for name, value in settings.items()} | {"init": _init_of(matcher)}
     watch = Stopwatch()
-    with watch("match"):
-        matching = match_weights(model_a, model_b, spec, start, hooks, progress=progress)
-    alignment = Alignment(matching.permutations, spec, matching, proof, as_code(matcher))
-    output = _Output(a, b, layout, alignment, write.merge)
-    with watch("write"):
-        write_like(b, out, output, dtype=write.dtype, force=write.force)
-    journal.remove()
+    with journaling(journal_path(claim.path), run, spec, resume=resume) as journal:
+        hooks = Hooks(out_of_core=True, remembered=journal.step)
+        with watch("match"):
+            matching = match_weights(model_a, model_b, spec, matcher, hooks, progress=progress)
+        alignment = Alignment(matching.permutations, spec, matching, proof, as_code(matcher))
+        output = _Output(a, b, layout, alignment, write.merge)
+        metadata = None if write.merge is None else _shared(a, b)
+        with watch("write"):
+            write_like(b, claim, output, dtype=write.dtype, metadata=metadata)
     return replace(alignment, seconds=watch.seconds)
 
 
-def _continuing(matcher: WeightMatching, journal: Journal, spec: PermutationSpec) -> WeightMatching:
-    """Return the matcher that starts from the groups in the journal, and from its own ``init`` for all other groups."""
-    if not journal.permutations:
-        return matcher
-    init = matcher.init
-    start = dict(init) if not isinstance(init, str) else spec.identity() if init == "identity" else {}
-    return replace(matcher, init={**start, **journal.permutations})
+def _shared(a: Checkpoint, b: Checkpoint) -> dict[str, str]:
+    """Return what the headers of all files of both say."""
+    first, *others = [*a.metadata.values(), *b.metadata.values()] or [{}]
+    return {k: v for k, v in first.items() if all(table.get(k) == v for table in others)}
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _init_of(matcher: WeightMatching) -> str:
@@ -201,4 +222,4 @@ def _init_of(matcher: WeightMatching) -> str:
     if isinstance(matcher.init, str):
         return matcher.init
     text = repr(sorted((name, torch.as_tensor(p).tolist()) for name, p in matcher.init.items()))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return _hash(text)

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastmatch._internal.json_files import read_json
 from fastmatch._internal.states import State
-from fastmatch.checkpoint.reader import CONFIG, read_json
+from fastmatch.checkpoint.reader import CONFIG
 from fastmatch.spec import PermutationSpec
 from fastmatch.spec.unread import Unread
 
@@ -68,10 +69,31 @@ def config_of(directory: str | Path) -> Any:
     path = Path(directory) / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; the structure is traced from it")
+    text = read_json(path)
+    _refuse_code(
+        text,
+        path,
+        isinstance(text.get("model_type"), str) and text["model_type"] in transformers.CONFIG_MAPPING,
+    )
     try:
-        return transformers.AutoConfig.from_pretrained(str(directory), local_files_only=True)
-    except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
-        raise ValueError(f"{path}: no model can be built from it ({error})") from error
+        return transformers.AutoConfig.from_pretrained(
+            str(directory), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # a config can hold anything
+        raise ValueError(f"{path}: no model can be built from it ({_line(error)})") from error
+
+
+def _refuse_code(config: Mapping[str, Any], path: Path, is_known: bool) -> None:
+    """Raise ValueError if a config names code in its folder that would have to run, because transformers has none."""
+    if config.get("auto_map") and not is_known:
+        raise ValueError(
+            f"{path}: the model needs Python code from its folder (auto_map), which is never run; build it yourself and "
+            "give --model, or a spec"
+        )
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".replace("\n", " ")[:300]
 
 
 def build_from(config: Any, directory: str | Path, *, on_meta: bool) -> nn.Module:
@@ -79,16 +101,27 @@ def build_from(config: Any, directory: str | Path, *, on_meta: bool) -> nn.Modul
     import transformers
 
     path = Path(directory) / CONFIG
-    names = read_json(path).get("architectures") or []
+    text = read_json(path)
+    names = text.get("architectures") or []
+    name = names[0] if isinstance(names, list) and names else None
+    if name is None:
+        build, options = transformers.AutoModel.from_config, {"trust_remote_code": False}
+    else:
+        kind: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+        is_known = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+        _refuse_code(text, path, is_known)
+        if not is_known:
+            raise ValueError(
+                f"{path}: no model can be built from it (transformers has no model class {name!r})"
+            )
+        build, options = kind._from_config, {}
     try:
-        kind: Any = getattr(transformers, names[0], None) if names else transformers.AutoModel
-        if kind is None:
-            raise ValueError(f"transformers has no class {names[0]!r}")
-        build = kind.from_config if kind is transformers.AutoModel else kind._from_config
         with _parameters_on_meta() if on_meta else nullcontext():
-            model = build(config, attn_implementation="eager")
-    except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
-        raise ValueError(f"{path}: no model can be built from it ({error})") from error
+            model = build(config, attn_implementation="eager", **options)
+    except ImportError:
+        raise
+    except Exception as error:  # a config can hold anything
+        raise ValueError(f"{path}: no model can be built from it ({_line(error)})") from error
     model.config.use_cache = False
     if hasattr(model, "set_experts_implementation"):
         # The grouped product of the experts does not support float64, the type in which functions are compared.

@@ -10,7 +10,7 @@ from typing import get_args
 
 from torch import nn
 
-from fastmatch._internal.files import STATE_SUFFIXES, load_state, save_state
+from fastmatch._internal.files import STATE_SUFFIXES, load_state, save_state, shared_metadata
 from fastmatch._internal.states import check_finite, check_same_architecture, state_of
 from fastmatch._internal.stopwatch import Stopwatch
 from fastmatch.cli.loading import build_model, build_network, check_outputs, example_from, load_into
@@ -178,7 +178,8 @@ def _align_in_memory(args: argparse.Namespace) -> tuple[Alignment, tuple[nn.Modu
     result = alignment.apply(states[1])
     if args.merge is not None:
         result = merge_states([states[0], result], [1 - args.merge, args.merge])
-    save_state(result, args.out, force=args.force)
+    described = [args.b] if args.merge is None else [args.a, args.b]
+    save_state(result, args.out, force=args.force, metadata=shared_metadata(described))
     return alignment, (model, model_b)
 
 
@@ -233,7 +234,8 @@ def align_many_command(args: argparse.Namespace) -> None:
     models = [load_into(model, path) for path in args.checkpoints]
     found = align_many(models, example_from(args.input_shape, built), strategy)
     for alignment, path, out in zip(found[1:], args.checkpoints[1:], args.out, strict=True):
-        save_state(alignment.apply(load_state(path)), out, force=args.force)  # in the types of the file
+        moved = alignment.apply(load_state(path))  # in the types of the file
+        save_state(moved, out, force=args.force, metadata=shared_metadata([path]))
         print(f"{path}: {_summary(alignment)}; wrote {out}")
 
 

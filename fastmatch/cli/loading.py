@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fastmatch._internal.files import check_format, check_target, load_state
+from fastmatch._internal.locks import locked
 from fastmatch._internal.modules import copy_module
 from fastmatch._internal.states import check_finite, check_same_architecture, state_of
 from fastmatch.evaluation.table import Table
@@ -138,7 +139,7 @@ def check_outputs(args: argparse.Namespace, **suffixes: Collection[str] | None) 
     """Check outputs before any work: each has its own file, a suffix that says the format, and may be written.
 
     Args:
-        args: the parsed arguments, with ``force``.
+        args: the parsed arguments, with ``force``, and ``outputs``, which releases the locks of the outputs.
         suffixes: name of an option -> the suffixes allowed, None for any. The option holds a path, several or None.
 
     Raises:
@@ -146,6 +147,7 @@ def check_outputs(args: argparse.Namespace, **suffixes: Collection[str] | None) 
         FileExistsError, FileNotFoundError: an output exists and ``--force`` is not given, or its folder is missing.
     """
     owners: dict[Path, str] = {}
+    folders: set[Path] = set()
     for name, allowed in suffixes.items():
         option = f"--{name.replace('_', '-')}"
         value = getattr(args, name)
@@ -156,10 +158,13 @@ def check_outputs(args: argparse.Namespace, **suffixes: Collection[str] | None) 
                     f"{option}: {path} is the same file as {other}; each output needs a file of its own"
                 )
             owners[Path(path).resolve()] = option
-            if allowed is not None:
+            if allowed is None:
+                folders.add(Path(path).resolve())
+            else:
                 check_format(path, option, allowed)
     for path in owners:
-        check_target(path, force=args.force)
+        check_target(path, force=args.force, folder=path in folders)
+        args.outputs.enter_context(locked(path))
 
 
 def write_table(table: Table, args: argparse.Namespace) -> None:

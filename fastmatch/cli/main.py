@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from fastmatch.cli import align, bench, evaluate, inspect, merge, pipeline, renormalize, run, studies
 
@@ -42,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status: 0 on success, 2 after a one-line message about wrong input."""
     args = _parse(sys.argv[1:] if arguments is None else arguments)
     try:
-        script = args.run(args)
+        with ExitStack() as args.outputs:
+            script = args.run(args)
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"fastmatch {args.command}: {error}", file=sys.stderr)
         return 2

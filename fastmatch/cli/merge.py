@@ -8,7 +8,7 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from fastmatch._internal.files import STATE_SUFFIXES, save_state, writing
+from fastmatch._internal.files import STATE_SUFFIXES, save_state, shared_metadata, writing
 from fastmatch.cli.loading import build_network, check_outputs, load_into, load_models, loader_from
 from fastmatch.cli.options import Commands, add, add_command
 from fastmatch.cli.reports import PAGES, report_data, write_report
@@ -77,7 +77,8 @@ def merge_command(args: argparse.Namespace) -> None:
     data = report_data(args)
     models = load_models(args)
     merged = merge(models, args.weights, biases=args.biases)
-    save_state(merged.state_dict(), args.out, force=args.force)
+    metadata = shared_metadata(args.checkpoints)
+    save_state(merged.state_dict(), args.out, force=args.force, metadata=metadata)
     print(f"{len(models)} checkpoints, biases: {args.biases}; wrote {args.out}")
     if args.report is not None:
         from fastmatch.report.merge import merge_report

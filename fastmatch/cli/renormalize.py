@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import get_args
 
-from fastmatch._internal.files import STATE_SUFFIXES, save_state
+from fastmatch._internal.files import STATE_SUFFIXES, save_state, shared_metadata
 from fastmatch.cli.loading import build_model, check_outputs, load_into, loader_from
 from fastmatch.cli.options import Commands, add, add_command
 from fastmatch.cli.reports import PAGES, report_data, write_report
@@ -66,7 +66,8 @@ def renormalize_command(args: argparse.Namespace) -> None:
         new = renormalize(merged, None, data, options)
     else:
         new = renormalize(merged, endpoints, data, options, weights=args.weights)
-    save_state(new.state_dict(), args.out, force=args.force)
+    metadata = shared_metadata([args.checkpoint])
+    save_state(new.state_dict(), args.out, force=args.force, metadata=metadata)
     print(f"{plan}\nwrote {args.out}")
     if args.report is not None:
         from fastmatch.report.merge import merge_report
