@@ -79,15 +79,16 @@ def _reason(error: Exception) -> str:
 class _Sink:
     """A file for torch.save that keeps its first error instead of raising it inside torch's C++ code."""
 
-    def __init__(self, file: Any) -> None:
-        self.file, self.error = file, None
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
         size = len(view)
         try:
             while self.error is None and len(view):
-                view = view[self.file.write(view) :]
+                view = view[os.write(self.descriptor, view) :]
         except OSError as error:
             self.error = error
         return size
@@ -108,7 +109,7 @@ def save_torch(state: Mapping[str, torch.Tensor], path: Path, final: Path) -> No
         OSError: a write failed, for example on a full disk.
     """
     with path.open("wb", buffering=0) as file:
-        sink = _Sink(file)  # a file object: torch writes the name of a path into the archive
+        sink = _Sink(file.fileno())  # a file object: torch writes the name of a path into the archive
         torch.save({name: tensor.detach() for name, tensor in state.items()}, cast(Any, sink))
     if sink.error is not None:
         number = sink.error.errno or errno.EIO
