@@ -7,6 +7,7 @@ until the system drops them, whereas a buffer is freed together with its tensor.
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -132,13 +133,13 @@ class Checkpoint(Mapping[str, torch.Tensor]):
             raise ValueError(f"{index}: expected a 'weight_map' of tensor names to files")
         shards: dict[str, dict[str, Entry]] = {}
         for name, shard in weight_map.items():
-            if not isinstance(shard, str) or Path(shard).name != shard or shard == ".." or "\0" in shard:
+            if not isinstance(shard, str) or Path(shard).name != shard or shard == ".." or len(shard) > 255:
                 raise ValueError(
-                    f"{index}: tensor {name!r} is mapped to {shard!r}, which is not a plain file name"
+                    f"{index}: tensor {name!r} is mapped to {str(shard)[:80]!r}, which is not a plain file name"
                 )
             if shard not in shards:
                 file = self.path / shard
-                if not file.is_file():
+                if not os.path.isfile(file):  # also where the name is too long for the system
                     raise FileNotFoundError(
                         f"{index}: names {shard} for tensor {name!r}, but there is no such file"
                     )
