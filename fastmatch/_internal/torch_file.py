@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-__all__ = ["load_torch", "save_torch"]
+__all__ = ["load_torch", "save_torch", "torch_sink"]
 
 
 def load_torch(path: Path, *, mmap: bool = False) -> dict[str, torch.Tensor]:
@@ -84,6 +85,7 @@ class _Sink:
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
+        """Write all of it, or keep the error."""
         view = memoryview(data).cast("B")
         size = len(view)
         try:
@@ -94,23 +96,25 @@ class _Sink:
         return size
 
     def flush(self) -> None:
-        pass
+        """Do nothing: nothing is kept back."""
 
 
-def save_torch(state: Mapping[str, torch.Tensor], path: Path, final: Path) -> None:
-    """Write a torch file. The same tensors give the same bytes, whatever the file is called.
-
-    Args:
-        state: the tensors.
-        path: the file to write.
-        final: the name that it will have, for errors.
+@contextmanager
+def torch_sink(path: Path, final: Path) -> Iterator[Any]:
+    """Yield a file object for torch to write to: it would write the name of a path into the archive.
 
     Raises:
-        OSError: a write failed, for example on a full disk.
+        OSError: a write failed, for example on a full disk. The message names ``final``, the name that the file will have.
     """
     with path.open("wb", buffering=0) as file:
-        sink = _Sink(file.fileno())  # a file object: torch writes the name of a path into the archive
-        torch.save({name: tensor.detach() for name, tensor in state.items()}, cast(Any, sink))
+        sink = _Sink(file.fileno())
+        yield sink
     if sink.error is not None:
         number = sink.error.errno or errno.EIO
         raise OSError(number, f"could not be written ({os.strerror(number)}); nothing was kept", str(final))
+
+
+def save_torch(state: Mapping[str, torch.Tensor], path: Path, final: Path) -> None:
+    """Write a torch file; see :func:`torch_sink`. The same tensors give the same bytes, whatever the file is called."""
+    with torch_sink(path, final) as sink:
+        torch.save({name: tensor.detach() for name, tensor in state.items()}, sink)

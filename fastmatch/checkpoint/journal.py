@@ -107,7 +107,11 @@ class Journal:
         os.ftruncate(file, kept)  # after a kill the last line may be half written: its step is done again
         os.lseek(file, 0, os.SEEK_END)
         if not kept:
-            self._append({"format": FORMAT, "run": dict(run)})
+            try:
+                self._append({"format": FORMAT, "run": dict(run)})
+            except BaseException:
+                self.remove()
+                raise
         self.count = len(self._waiting)
 
     def _read(self, run: Mapping[str, str]) -> int:

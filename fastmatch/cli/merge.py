@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import io
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from torch import nn
 
 from fastmatch._internal.files import STATE_SUFFIXES, save_state, shared_metadata, writing
+from fastmatch._internal.torch_file import torch_sink
 from fastmatch.cli.loading import build_network, check_outputs, load_into, load_models, loader_from
 from fastmatch.cli.options import Commands, add, add_command
 from fastmatch.cli.reports import PAGES, report_data, write_report
@@ -123,5 +126,7 @@ def _export(model: nn.Module, example_inputs: Any, out: str, *, force: bool) -> 
 
     shapes = (*map(dynamic, args), *map(dynamic, kwargs.values()))
     program = torch.export.export(model.eval(), args, kwargs or None, dynamic_shapes=shapes)
-    with writing(out, force=force) as temporary, open(temporary, "wb") as file:
-        torch.export.save(program, file)
+    buffer = io.BytesIO()  # torch cannot export into a file that fails
+    torch.export.save(program, buffer)
+    with writing(out, force=force) as temporary, torch_sink(temporary, Path(out)) as file:
+        file.write(buffer.getbuffer())

@@ -80,7 +80,9 @@ class PermutationSpec:
                 f"groups: {group.name!r} of {group.size} units does not fit {axis.label()} of shape {shape}"
             )
         if any(dim >= len(shape) or start + length > shape[dim] for dim, start, length in axis.at):
-            raise ValueError(f"groups: {group.name!r} is in {axis.label()}, which shape {shape} does not have")
+            raise ValueError(
+                f"groups: {group.name!r} is in {axis.label()}, which shape {shape} does not have"
+            )
 
     @classmethod
     def trace(
@@ -305,7 +307,11 @@ def _group_to_dict(g: Group) -> dict[str, Any]:
 
 def _group_from_dict(table: dict[str, Any]) -> Group:
     axes = tuple(_axis_from_list(a) for a in table["axes"])
-    outer = [(_text(name), _size(block)) for name, block in [table["within"]]] if "within" in table else [("", -1)]
+    outer = (
+        [(_text(name), _size(block)) for name, block in [table["within"]]]
+        if "within" in table
+        else [("", -1)]
+    )
     return Group(_text(table["name"]), _size(table["size"]), axes, *outer[0])
 
 

@@ -149,7 +149,9 @@ def test_an_old_folder_that_a_kill_left_aside_comes_back(tmp_path):
 def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     events = []
     sync, rename = os.fsync, renaming.rename_new
-    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(os.path.realpath(f"/proc/self/fd/{fd}")), sync(fd)))
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (events.append(os.path.realpath(f"/proc/self/fd/{fd}")), sync(fd))
+    )
     monkeypatch.setattr(
         "fastmatch._internal.outputs.rename_new", lambda *paths: (events.append("rename"), rename(*paths))
     )
@@ -180,7 +182,10 @@ def test_a_folder_that_cannot_be_written_is_named_before_any_work():
 @pytest.mark.parametrize("name", ["", ".", ".."])
 def test_a_path_without_a_name_is_refused(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="is not the name of an output"), claimed(name, force=True, folder=True):
+    with (
+        pytest.raises(ValueError, match="is not the name of an output"),
+        claimed(name, force=True, folder=True),
+    ):
         pytest.fail("came to work")
 
 

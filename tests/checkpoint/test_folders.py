@@ -24,7 +24,10 @@ def pair(tmp_path):
     """Folders a and b with a network in model.safetensors, b a with its units moved; and the spec."""
     model, x = build("mlp", fresh_seed())
     spec = fm.PermutationSpec.trace(model, x)
-    for name, state in (("a", model.state_dict()), ("b", fm.Alignment(spec.random(), spec).apply(model.state_dict()))):
+    for name, state in (
+        ("a", model.state_dict()),
+        ("b", fm.Alignment(spec.random(), spec).apply(model.state_dict())),
+    ):
         (tmp_path / name).mkdir()
         metadata = {"format": "pt", "license": "mine", "from": name}
         save_file(state, tmp_path / name / "model.safetensors", metadata=metadata)
@@ -42,7 +45,14 @@ def names(path):
 
 def test_what_says_how_to_use_a_model_is_carried_and_the_rest_is_listed(pair, caplog):
     b = pair[0] / "b"
-    carried = ("config.json", "tokenizer.json", "vocab.txt", "spiece.model", "LICENSE", "1_Pooling/config.json")
+    carried = (
+        "config.json",
+        "tokenizer.json",
+        "vocab.txt",
+        "spiece.model",
+        "LICENSE",
+        "1_Pooling/config.json",
+    )
     others = (
         "README.md", "model.gguf", "pytorch_model.bin", "model.fp16.safetensors", "modeling_own.py", "notes.pkl",
         "pytorch_model.bin.index.json", "onnx/model.onnx", "2_Dense/config.json", "2_Dense/model.safetensors",
@@ -103,14 +113,18 @@ def test_a_tensor_that_the_index_leaves_out_is_read_and_one_in_two_shards_is_ref
     (tmp_path / INDEX).write_text(json.dumps(index))
     assert set(Checkpoint(tmp_path)) == {"w", "v", "extra"}
     save_file({"v": torch.ones(2), "extra": torch.zeros(3)}, tmp_path / "model-2.safetensors")
-    with pytest.raises(ValueError, match=r"model-2.safetensors: holds tensor 'extra', which is in another shard too"):
+    with pytest.raises(
+        ValueError, match=r"model-2.safetensors: holds tensor 'extra', which is in another shard too"
+    ):
         Checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.fp16.safetensors", "model.gguf"])
 def test_a_folder_with_weights_of_another_kind_is_told_which(pair, name):
     (pair[0] / "b" / "model.safetensors").rename(pair[0] / "b" / name)
-    with pytest.raises(FileNotFoundError, match=f"holds neither .*; it has {name}: load that with its library"):
+    with pytest.raises(
+        FileNotFoundError, match=f"holds neither .*; it has {name}: load that with its library"
+    ):
         align(pair)
 
 
@@ -137,7 +151,12 @@ TYPES = (
 def test_tensors_of_every_type_and_shape_that_nothing_moves_pass_through_bit_by_bit(pair, dtype):
     folder = pair[0]
     extra = {f"{t}": torch.arange(3).to(getattr(torch, t)) for t in TYPES if hasattr(torch, t)}
-    extra |= {"scalar": torch.tensor(3.5), "empty": torch.zeros(0, 4), "ключ/ü": torch.ones(3), "large": torch.tensor(2**62)}
+    extra |= {
+        "scalar": torch.tensor(3.5),
+        "empty": torch.zeros(0, 4),
+        "ключ/ü": torch.ones(3),
+        "large": torch.tensor(2**62),
+    }
     for name in "ab":
         path = folder / name / "model.safetensors"
         save_file({**load_file(path), **extra}, path, metadata={"format": "pt"})
@@ -146,7 +165,9 @@ def test_tensors_of_every_type_and_shape_that_nothing_moves_pass_through_bit_by_
     for name, tensor in extra.items():
         expected = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
         assert found[name].dtype == expected.dtype
-        assert bytes(found[name].reshape(-1).view(torch.uint8)) == bytes(expected.reshape(-1).view(torch.uint8))
+        assert bytes(found[name].reshape(-1).view(torch.uint8)) == bytes(
+            expected.reshape(-1).view(torch.uint8)
+        )
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
@@ -182,7 +203,9 @@ CODE = "import pathlib\npathlib.Path('ran').touch()\nclass C: pass\n"
     ({"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 2**60}, "no model can be built"),
     ({"model_type": ["llama"]}, "no model can be built from it"),
 ])  # fmt: skip
-def test_a_config_that_needs_code_or_makes_no_sense_is_refused_in_one_line(tmp_path, monkeypatch, config, message):
+def test_a_config_that_needs_code_or_makes_no_sense_is_refused_in_one_line(
+    tmp_path, monkeypatch, config, message
+):
     pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))

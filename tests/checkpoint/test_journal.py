@@ -43,7 +43,9 @@ def interrupted(run, tmp_path, monkeypatch):
     return journal_path(tmp_path / "out.safetensors")
 
 
-def test_a_resumed_run_computes_no_step_again_and_writes_the_same_bits(run, interrupted, tmp_path, monkeypatch):
+def test_a_resumed_run_computes_no_step_again_and_writes_the_same_bits(
+    run, interrupted, tmp_path, monkeypatch
+):
     run("undisturbed")
     monkeypatch.setattr("fastmatch.matching.ascent.solve", lambda *a, **k: pytest.fail("solved again"))
     run(resume=True)
@@ -95,7 +97,10 @@ def test_other_groups_are_named_and_other_ways_to_write_are_not_another_run(run,
 def test_links_and_files_of_others_are_refused_and_left_alone(run, tmp_path, resume):
     journal, mine = journal_path(tmp_path / "out.safetensors"), tmp_path / "mine"
     mine.write_text("mine")
-    for place, message in ((journal.symlink_to, "a symbolic link"), (journal.hardlink_to, "not a file of its own")):
+    for place, message in (
+        (journal.symlink_to, "a symbolic link"),
+        (journal.hardlink_to, "not a file of its own"),
+    ):
         place(mine)
         with pytest.raises(ValueError, match=rf"\.out\.safetensors\.journal: is {message}"):
             run(resume=resume)
@@ -114,7 +119,11 @@ def test_links_and_files_of_others_are_refused_and_left_alone(run, tmp_path, res
 
 def test_a_line_of_another_run_is_found(run, interrupted, tmp_path, monkeypatch):
     lines = interrupted.read_bytes().splitlines(keepends=True)
-    for changed in ([lines[0], *lines[2:]], [lines[0], lines[1], lines[1]], [*lines[:2], *reversed(lines[2:])]):
+    for changed in (
+        [lines[0], *lines[2:]],
+        [lines[0], lines[1], lines[1]],
+        [*lines[:2], *reversed(lines[2:])],
+    ):
         interrupted.write_bytes(b"".join(changed))
         with pytest.raises(ValueError, match="is damaged, or a line of it belongs to another run"):
             run(resume=True)

@@ -78,7 +78,19 @@ def cases() -> list[Case]:
             Case(f"merge {suffix}", ("merge", a, b, *MODEL), out),
             Case(
                 f"renormalize {suffix}",
-                ("renormalize", a, "--endpoints", a, b, *MODEL, "--data", "interrupted_net:loader", "--weights", "0.5", "0.5"),
+                (
+                    "renormalize",
+                    a,
+                    "--endpoints",
+                    a,
+                    b,
+                    *MODEL,
+                    "--data",
+                    "interrupted_net:loader",
+                    "--weights",
+                    "0.5",
+                    "0.5",
+                ),
                 out,
             ),
             Case(f"align over an old {suffix}", (*align, "--out-of-core"), out, resumes=True, old=True),
@@ -157,7 +169,9 @@ class Bench:
         self.reset()
         killed(lambda: self.case.run(*self.force), self.folder, at)
         found = contents(self.out)
-        assert found in (self.old, self.expected), f"{self.case.name}: event {at}: a part is left under the name"
+        assert found in (self.old, self.expected), (
+            f"{self.case.name}: event {at}: a part is left under the name"
+        )
         extra = ["--resume"] * self.case.resumes
         extra += ["--force"] * (found is not None)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
@@ -185,11 +199,16 @@ def run(folder: Path, points: int, seed: int) -> None:
     os.chdir(folder / "work")
     for case in cases():
         bench = Bench(case, folder / "work")
-        count = events_of(lambda case=case, bench=bench: case.run(*bench.force), bench.folder, folder / "count")
+        count = events_of(
+            lambda case=case, bench=bench: case.run(*bench.force), bench.folder, folder / "count"
+        )
         events = range(1, count + 1)
         for at in sorted(choose.sample(events, min(points, count))) if points else events:
             bench.kill(at)
-        largest = max(len(x) for x in (bench.expected.values() if isinstance(bench.expected, dict) else [bench.expected]))
+        largest = max(
+            len(x)
+            for x in (bench.expected.values() if isinstance(bench.expected, dict) else [bench.expected])
+        )
         sizes = sorted({*range(0, largest, max(1, largest // 60)), 1, 7, 8, 9, largest - 1})
         for size in sorted(choose.sample(sizes, min(points, len(sizes)))) if points else sizes:
             bench.limit(size)
