@@ -18,7 +18,7 @@ from fastmatch.checkpoint.journal import journal_path, journaling
 from fastmatch.checkpoint.names import Chunk, Layout, RenamedCheckpoint, layout_of
 from fastmatch.checkpoint.proof import prove_config
 from fastmatch.checkpoint.reader import CONFIG, Checkpoint
-from fastmatch.checkpoint.structure import bind, build_empty, trace_config
+from fastmatch.checkpoint.structure import bind, build_empty, tied_names, trace_config
 from fastmatch.checkpoint.writer import write_like
 from fastmatch.matching.ascent import Hooks
 from fastmatch.matching.matcher import as_code
@@ -174,6 +174,8 @@ def _align(
     progress: bool | None,
 ) -> Alignment:
     path_a = a.path
+    if a.keys() != b.keys() and (path_a / CONFIG).is_file():
+        a.take_names(b, tied_names(build_empty(path_a)))
     check_same_architecture(a.headers, b.headers, str(path_a), str(b.path))
     proof = None
     if spec is None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -117,6 +118,29 @@ class Checkpoint(Mapping[str, torch.Tensor]):
             if tensor.numel():
                 total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return total.hexdigest()
+
+    def take_names(self, other: Checkpoint, tied: Iterable[Collection[str]]) -> None:
+        """Give tensors that are stored twice in one of two checkpoints the names that ``other`` has.
+
+        Args:
+            other: the other checkpoint.
+            tied: the names of each parameter of the model that has several. A name is added or dropped only if the
+                checkpoint that has it holds the same values under another name of the parameter.
+        """
+        table: dict[str, Any] = self._loaded or self._entries
+        for names in tied:
+            for name in names:
+                if (name in self) == (name in other):
+                    continue
+                holder = self if name in self else other
+                twin = next((n for n in names if n in self and n in other), None)
+                if twin is None or not torch.equal(holder[name], holder[twin]):
+                    continue
+                if holder is self:
+                    del table[name]
+                else:
+                    table[name] = table[twin]
+        self.__dict__.pop("headers", None)
 
     def _read_directory(self) -> list[Path]:
         single, index = self.path / SINGLE, self.path / INDEX
