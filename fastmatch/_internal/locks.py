@@ -6,7 +6,7 @@ import errno
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 try:
@@ -54,7 +54,8 @@ def locked(path: str | Path) -> Iterator[None]:
     finally:
         del counts[key]
         # Removed while it is held: whoever opened it meanwhile sees that its name has gone, and tries again.
-        file.unlink(missing_ok=True)
+        with suppress(OSError):  # as where the disk has gone
+            file.unlink(missing_ok=True)
         os.close(descriptor)
 
 

@@ -156,8 +156,10 @@ def align_checkpoints(
         kind = "directory" if Path(path_a).is_dir() else "file"
         raise ValueError(f"{path_b}: expected a {kind}, like {path_a}")
     check_target(out, force=write.force, folder=Path(path_b).is_dir())
-    if Path(out).resolve() in (Path(path_a).resolve(), Path(path_b).resolve()):
-        raise ValueError(f"out: {out} is one of the inputs; choose another path")
+    for path in (path_a, path_b):
+        if Path(path).resolve().is_relative_to(Path(out).resolve()):
+            what = "is" if Path(path).resolve() == Path(out).resolve() else "holds"
+            raise ValueError(f"out: {out} {what} one of the inputs; choose another path")
     with claimed(out, force=write.force, folder=Path(path_b).is_dir()) as claim:
         return _align(a, b, claim, matcher, spec, write, resume=resume, progress=progress)
 

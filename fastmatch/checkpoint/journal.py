@@ -19,6 +19,7 @@ import torch
 
 from fastmatch._internal.json_files import parse_json
 from fastmatch._internal.locks import hidden
+from fastmatch._internal.renaming import sync
 from fastmatch.assignment import Assignment
 from fastmatch.matching.ascent import Step
 from fastmatch.spec import Permutations, PermutationSpec
@@ -109,6 +110,7 @@ class Journal:
         if not kept:
             try:
                 self._append({"format": FORMAT, "run": dict(run)})
+                sync(path.parent)
             except BaseException:
                 self.remove()
                 raise

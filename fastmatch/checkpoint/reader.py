@@ -67,6 +67,8 @@ class Checkpoint(Mapping[str, torch.Tensor]):
             else:
                 self._entries, self.metadata[self.path] = read_header(self.path)
 
+        self._versions = {file: _version(file) for file in self.files}
+
     @cached_property
     def headers(self) -> dict[str, torch.Tensor]:
         """Name -> tensor on the meta device, which has a shape and type but no values."""
@@ -102,7 +104,11 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         return name in self._loaded or name in self._entries
 
     def _read(self, name: str) -> torch.Tensor:
-        return self._loaded[name] if self._loaded else read_entry(name, self._entries[name])
+        tensor = self._loaded[name] if self._loaded else read_entry(name, self._entries[name])
+        file = self.path if self._loaded else self._entries[name].file
+        if _version(file) != self._versions[file]:
+            raise ValueError(f"{file}: tensor {name!r}: the file has changed since it was opened")
+        return tensor
 
     def digest(self) -> str:
         """Return a hash of every name, shape, type and value; all tensors are read, and must be finite.
@@ -180,6 +186,15 @@ class Checkpoint(Mapping[str, torch.Tensor]):
                     )
             self._entries.update(entries)
         return [self.path / shard for shard in shards]
+
+
+def _version(file: Path) -> tuple[int, ...] | None:
+    """Return what differs when a file is written again; None if it has gone."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _other_weights(folder: Path) -> str:

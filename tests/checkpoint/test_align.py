@@ -374,8 +374,23 @@ def test_a_shard_cut_while_it_is_read_is_named(folder):
     checkpoint = Checkpoint(folder / "b")
     shard = first_shard(folder / "b")
     shard.write_bytes(shard.read_bytes()[:-7])
-    with pytest.raises(ValueError, match=rf"{shard.name}: tensor '.*' cannot be read \(the file ends after"):
+    with pytest.raises(ValueError, match=rf"{shard.name}: tensor '.*': the file has changed"):
         list(checkpoint.values())
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_file_that_is_written_again_while_it_is_read_is_named(tmp_path, suffix):
+    path = tmp_path / f"m{suffix}"
+    state = build("mlp", 0)[0].state_dict()
+    save_state(state, path)
+    checkpoint = Checkpoint(path)
+    name = next(iter(state))
+    assert torch.equal(checkpoint[name], state[name])
+    save_state({k: v + 1 for k, v in state.items()}, path, force=True)
+    with pytest.raises(
+        ValueError, match=rf"m{suffix}: tensor '{name}': the file has changed since it was opened"
+    ):
+        checkpoint[name]
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -403,6 +418,8 @@ def test_arguments(folder, capsys):
     shard = str(first_shard(folder / "a"))
     assert main(["align", a, b, "--out", b, "--force"]) == 2
     assert "is one of the inputs" in capsys.readouterr().err
+    assert main(["align", a, b, "--out", str(folder), "--force"]) == 2
+    assert "holds one of the inputs" in capsys.readouterr().err
     assert main(["align", a, b, "--out", str(folder / "o"), "--dtype", "int64"]) == 2
     assert "--dtype: expected a floating point type" in capsys.readouterr().err
     assert main(["align", shard, shard, "--out", str(folder / "o")]) == 2

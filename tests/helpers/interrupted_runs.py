@@ -164,21 +164,25 @@ class Bench:
             self.out.mkdir()
             (self.out / "old").write_text("old")
 
-    def kill(self, at: int) -> None:
-        """Kill a run, judge what it left, repeat it and judge that."""
+    def kill(self, at: int, again: int) -> None:
+        """Kill a run at one event and a resumed one at another, judge what they left, repeat the run and judge that."""
         self.reset()
         killed(lambda: self.case.run(*self.force), self.folder, at)
+        if self.case.resumes and contents(self.out) == self.old:
+            killed(lambda: self.case.run("--resume", *self.force), self.folder, again)
         found = contents(self.out)
         assert found in (self.old, self.expected), (
-            f"{self.case.name}: event {at}: a part is left under the name"
+            f"{self.case.name}: events {at}, {again}: a part is left under the name"
         )
         extra = ["--resume"] * self.case.resumes
         extra += ["--force"] * (found is not None)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
             status = self.case.run(*extra)
-        assert status == 0, f"{self.case.name}: event {at}: the repeated run says {said.getvalue()}"
-        assert contents(self.out) == self.expected, f"{self.case.name}: event {at}: the repeated run differs"
-        assert not self.left(), f"{self.case.name}: event {at}: {self.left()} is left"
+        assert status == 0, f"{self.case.name}: events {at}, {again}: the repeated run says {said.getvalue()}"
+        assert contents(self.out) == self.expected, (
+            f"{self.case.name}: events {at}, {again}: the repeated run differs"
+        )
+        assert not self.left(), f"{self.case.name}: events {at}, {again}: {self.left()} is left"
 
     def limit(self, size: int) -> None:
         """Run with a limit on the size of files, and judge what is left."""
@@ -204,7 +208,7 @@ def run(folder: Path, points: int, seed: int) -> None:
         )
         events = range(1, count + 1)
         for at in sorted(choose.sample(events, min(points, count))) if points else events:
-            bench.kill(at)
+            bench.kill(at, choose.randint(1, count))
         largest = max(
             len(x)
             for x in (bench.expected.values() if isinstance(bench.expected, dict) else [bench.expected])
