@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 
 import pytest
 import torch
 
 import fastmatch as fm
 from fastmatch._internal.files import load_state, save_state
-from fastmatch.checkpoint import WriteOptions, align_checkpoints
+from fastmatch.checkpoint import Checkpoint, WriteOptions, align_checkpoints
 from fastmatch.checkpoint.journal import Journal, journal_path
 from helpers.networks import build, fresh_seed
 
@@ -136,3 +137,27 @@ def test_a_run_that_fails_before_its_first_step_leaves_no_journal(run, tmp_path,
     with pytest.raises(MemoryError):
         run()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
+
+
+def test_values_are_hashed_and_checked_with_one_tensor_in_memory(run, tmp_path, monkeypatch):
+    alive, most = [], []
+    read = Checkpoint._read
+
+    def noted(self, name):
+        tensor = read(self, name)
+        alive.append(weakref.ref(tensor))
+        most.append(sum(reference() is not None for reference in alive))
+        return tensor
+
+    monkeypatch.setattr(Checkpoint, "_read", noted)
+    checkpoint = Checkpoint(tmp_path / "a.safetensors")
+    first = checkpoint.digest()
+    assert len(most) == len(checkpoint)
+    assert max(most) <= 2  # the last one is let go when the next has been read
+    state = load_state(tmp_path / "a.safetensors")
+    save_state(state, tmp_path / "c.pt")
+    assert Checkpoint(tmp_path / "c.pt").digest() == first
+    list(state.values())[-1].view(-1)[0] = float("inf")
+    save_state(state, tmp_path / "d.pt")
+    with pytest.raises(ValueError, match=rf"d\.pt: tensor '{list(state)[-1]}' holds 1 NaN or infinite"):
+        Checkpoint(tmp_path / "d.pt").digest()
