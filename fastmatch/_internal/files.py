@@ -22,7 +22,7 @@ __all__ = [
     "writing",
 ]
 
-TORCH_SUFFIXES = frozenset({".pt", ".pth", ".bin"})
+TORCH_SUFFIXES = frozenset({".pt", ".pth", ".bin", ".ckpt"})
 STATE_SUFFIXES = TORCH_SUFFIXES | {".safetensors"}
 """The suffixes of the files that :func:`save_state` writes."""
 
@@ -59,7 +59,7 @@ def save_state(
     force: bool = False,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a state dict: a safetensors file for .safetensors, a torch file for .pt, .pth and .bin.
+    """Write a state dict: a safetensors file for .safetensors, a torch file for .ckpt, .pt, .pth and .bin.
 
     The bytes of the file depend on the tensors and the metadata alone.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -12,13 +13,12 @@ import torch
 
 from fastmatch._internal.checks import check_type
 from fastmatch._internal.outputs import Claim, check_target, claimed
-from fastmatch._internal.states import check_same_architecture
 from fastmatch._internal.stopwatch import Stopwatch
 from fastmatch.checkpoint.journal import journal_path, journaling
 from fastmatch.checkpoint.names import Chunk, Layout, RenamedCheckpoint, layout_of
-from fastmatch.checkpoint.proof import prove_config
 from fastmatch.checkpoint.reader import CONFIG, Checkpoint
-from fastmatch.checkpoint.structure import bind, build_empty, tied_names, trace_config
+from fastmatch.checkpoint.structure import bind, build_empty, tied_names
+from fastmatch.checkpoint.tracing import common_spec, is_diffusion, prove_checkpoint, trace_checkpoint
 from fastmatch.checkpoint.writer import write_like
 from fastmatch.matching.ascent import Hooks
 from fastmatch.matching.matcher import as_code
@@ -28,7 +28,7 @@ from fastmatch.permutations.alignment import Alignment
 from fastmatch.permutations.apply import permute_tensor
 from fastmatch.spec import PermutationSpec
 
-__all__ = ["WriteOptions", "align_checkpoints"]
+__all__ = ["AlignedTensors", "WriteOptions", "align_checkpoints", "layout_for"]
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,11 @@ def layout_for(path: str | Path, checkpoint: Checkpoint, spec: PermutationSpec) 
     return layout_of(build_empty(path), checkpoint.headers, str(path))
 
 
-class _Output:
-    """Computes the tensors to write, by their names in the file: those of the aligned B, or their merge with A's."""
+class AlignedTensors:
+    """Computes the tensors of the aligned B by their names in the file."""
 
-    def __init__(
-        self, a: Checkpoint, b: Checkpoint, layout: Layout, alignment: Alignment, weight: float | None
-    ) -> None:
-        self.a, self.layout, self.alignment, self.weight = a, layout, alignment, weight
+    def __init__(self, b: Checkpoint, layout: Layout, alignment: Alignment) -> None:
+        self.layout, self.alignment = layout, alignment
         self.parameters = RenamedCheckpoint(b, layout)
         # A file alternates between the chunks of an expert's two stacks.
         self.cached_aligned = lru_cache(maxsize=2)(self._aligned)
@@ -88,14 +86,25 @@ class _Output:
         return permute_tensor(tensor, parameter, self.alignment.spec, self.alignment.permutations)
 
     def __call__(self, name: str) -> torch.Tensor:
+        """Return one tensor to write."""
         chunk = self.layout[name]
         if chunk.index:
-            aligned = self.cached_aligned(chunk.parameter)[chunk.index]
-        else:
-            aligned = self._aligned(chunk.parameter)
-        if self.weight is None:
-            return aligned
-        return merge_states([{name: self.a[name]}, {name: aligned}], [1 - self.weight, self.weight])[name]
+            return self.cached_aligned(chunk.parameter)[chunk.index]
+        return self._aligned(chunk.parameter)
+
+
+def _merged(a: Checkpoint, aligned: AlignedTensors, weight: float | None) -> Callable[[str], torch.Tensor]:
+    """Return what computes the tensors to write: those of the aligned B, or their merge with A's where A has them."""
+    if weight is None:
+        return aligned
+
+    def merged(name: str) -> torch.Tensor:
+        tensor = aligned(name)
+        if name not in a or a.headers[name].shape != tensor.shape:
+            return tensor
+        return merge_states([{name: a[name]}, {name: tensor}], [1 - weight, weight])[name]
+
+    return merged
 
 
 # parameters: progress is part of every long call
@@ -121,11 +130,13 @@ def align_checkpoints(
 
     Args:
         path_a, path_b: Hugging Face directories (config.json; model.safetensors or shards with an index), or single
-            .safetensors or torch files, of the same architecture. A is the reference.
+            .safetensors or torch files, of the same architecture. A is the reference. Of a diffusion model, B may have
+            networks that A lacks; they are written as they are.
         out: the directory to write for directories, the file to write for files. A directory has B's shards, config and
             tokenizer.
         matcher: a :class:`fastmatch.WeightMatching`. The other matchers run the networks and need them in memory.
-        spec: which axes move together; traced from A's config.json by default. ``spec.select`` and
+        spec: which axes move together; by default traced from config.json, or from the names and shapes in a file of a
+            diffusion model. ``spec.select`` and
             ``spec.without_residual`` restrict the groups that are matched.
         write: what to write: the aligned B or a merge, its element type, and whether an existing output is replaced.
         device: the device that computes the gain matrices.
@@ -175,19 +186,17 @@ def _align(
     resume: bool,
     progress: bool | None,
 ) -> Alignment:
-    path_a = a.path
-    if a.keys() != b.keys() and (path_a / CONFIG).is_file():
+    path_a, path_b = a.path, b.path
+    if a.keys() != b.keys() and (path_a / CONFIG).is_file() and not is_diffusion(path_b, b):
         a.take_names(b, tied_names(build_empty(path_a)))
-    check_same_architecture(a.headers, b.headers, str(path_a), str(b.path))
-    proof = None
-    if spec is None:
-        if not Path(path_a).is_dir():
-            raise ValueError(f"spec: needed, because the file {path_a} has no config.json to trace")
-        spec = trace_config(path_a)
-        proof = prove_config(path_a, spec)
-    layout = layout_for(path_a, a, spec)
-    model_a, model_b = (RenamedCheckpoint(checkpoint, layout) for checkpoint in (a, b))
-    spec = bind(spec, model_a.headers, str(path_a))
+    traced = trace_checkpoint(path_b, b) if spec is None else spec
+    layout = layout_for(path_b, b, traced)
+    model_b = RenamedCheckpoint(b, layout)
+    whole = bind(traced, model_b.headers, str(path_b))
+    common = common_spec(whole, a, b)
+    proof = prove_checkpoint(path_b, b, traced) if spec is None else None
+    spec = common
+    model_a = RenamedCheckpoint(a, {name: chunk for name, chunk in layout.items() if name in a})
     if not spec.groups:
         raise ValueError(f"{path_a}: no group of units is free to move")
     # Without max_sweeps: a run that goes on may take more of them.
@@ -203,8 +212,9 @@ def _align(
         hooks = Hooks(out_of_core=True, remembered=journal.step)
         with watch("match"):
             matching = match_weights(model_a, model_b, spec, matcher, hooks, progress=progress)
-        alignment = Alignment(matching.permutations, spec, matching, proof, as_code(matcher))
-        output = _Output(a, b, layout, alignment, write.merge)
+        # B may have tensors that A lacks. They move as well.
+        alignment = Alignment(matching.permutations, whole, matching, proof, as_code(matcher))
+        output = _merged(a, AlignedTensors(b, layout, alignment), write.merge)
         metadata = None if write.merge is None else _shared(a, b)
         with watch("write"):
             write_like(b, claim, output, dtype=write.dtype, metadata=metadata)

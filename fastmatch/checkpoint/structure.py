@@ -8,7 +8,7 @@ as usual.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from inspect import signature
@@ -25,14 +25,15 @@ from fastmatch.spec import PermutationSpec
 from fastmatch.spec.unread import Unread
 
 __all__ = [
-    "bind", "build_empty", "build_from", "compared", "config_inputs", "config_of", "tied_names", "trace_config",
+    "bind", "build_empty", "build_from", "compared", "config_inputs", "config_of", "hollow_tensor", "parameters_on_meta",
+    "tied_names", "trace_config",
 ]  # fmt: skip
 
 BATCH, LENGTH = 2, 16
 
 
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def parameters_on_meta() -> Iterator[None]:
     """Move every parameter that is registered inside to the meta device. Buffers stay where they are."""
     register = nn.Module.register_parameter
 
@@ -116,7 +117,7 @@ def build_from(config: Any, directory: str | Path, *, on_meta: bool) -> nn.Modul
             )
         build, options = kind._from_config, {}
     try:
-        with _parameters_on_meta() if on_meta else nullcontext():
+        with parameters_on_meta() if on_meta else nullcontext():
             model = build(config, attn_implementation="eager", **options)
     except ImportError:
         raise
@@ -201,15 +202,15 @@ def _fill(model: nn.Module) -> None:
             if parameter is None or parameter.device.type != "meta":
                 continue
             if id(parameter) not in made:
-                vector = (
-                    torch.randn(
-                        1 + sum(n - 1 for n in parameter.shape if n), generator=generator, device="cpu"
-                    )
-                    * 0.02
-                )
-                view = vector.as_strided(parameter.shape, (1,) * parameter.ndim)
+                view = hollow_tensor(parameter.shape, generator)
                 made[id(parameter)] = nn.Parameter(view, requires_grad=False)
             module._parameters[name] = made[id(parameter)]
+
+
+def hollow_tensor(shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+    """Return small random numbers of any shape in little memory: entry (i, j) is entry i + j of a vector."""
+    vector = torch.randn(1 + sum(n - 1 for n in shape if n), generator=generator, device="cpu") * 0.02
+    return vector.as_strided(tuple(shape), (1,) * len(shape))
 
 
 def trace_config(directory: str | Path, *, unread: Unread = "refuse") -> PermutationSpec:

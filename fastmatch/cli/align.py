@@ -40,6 +40,8 @@ from fastmatch.spec.unread import Unread
 __all__ = ["add_commands"]
 
 PAIRWISE = {"to-reference": ToReference, "chain": Chain}
+ALIGNED = 0.99
+"""Share of units that stay from which two models count as already aligned."""
 JOINT = {"merge-many": MergeMany, "frank-wolfe": FrankWolfe}
 
 
@@ -58,7 +60,11 @@ def add_commands(commands: Commands) -> None:
         "config.json",
     )  # fmt: skip
     add(command, "--input-shape")
-    add(command, "--out", help="what to write: .safetensors, .pt, .pth or .bin; a directory for directories")
+    add(
+        command,
+        "--out",
+        help="what to write: .safetensors, .ckpt, .pt, .pth or .bin; a directory for directories",
+    )
     command.add_argument(
         "--merge", type=float, metavar="W", help="write the merge (1 - W) A + W B instead of the aligned B"
     )
@@ -185,13 +191,17 @@ def _align_in_memory(args: argparse.Namespace) -> tuple[Alignment, tuple[nn.Modu
 
 def _align_out_of_core(args: argparse.Namespace, *, is_folder: bool) -> Alignment:
     """Return the alignment of two checkpoints whose tensors are read when they are needed."""
-    from fastmatch.checkpoint import WriteOptions, align_checkpoints, trace_config
-    from fastmatch.checkpoint.proof import LARGEST, prove_config
+    from fastmatch.checkpoint import Checkpoint, WriteOptions, align_checkpoints
+    from fastmatch.checkpoint.proof import LARGEST
+    from fastmatch.checkpoint.tracing import is_diffusion, prove_checkpoint, trace_checkpoint
 
     if args.model is None and not is_folder:
-        raise ValueError(
-            f"--model: needed unless both {args.a} and {args.b} are directories with a config.json"
-        )
+        mixed = Path(args.a).is_dir() or Path(args.b).is_dir()
+        if mixed or not is_diffusion(args.b, Checkpoint(args.b)):
+            raise ValueError(
+                f"--model: needed unless both {args.a} and {args.b} are directories with a config.json, or files of a "
+                "diffusion model"
+            )
     if args.model is None and args.input_shape is not None:
         raise ValueError("--input-shape: needs --model; without it the inputs follow A's config.json")
     if args.no_verify:
@@ -207,8 +217,9 @@ def _align_out_of_core(args: argparse.Namespace, *, is_folder: bool) -> Alignmen
     assert isinstance(matcher, WeightMatching)
     write = WriteOptions(args.merge, dtype_from(args.dtype), args.force)
     if args.model is None:
-        traced = trace_config(args.a, unread=args.unread)
-        proof = prove_config(args.a, traced)
+        checkpoint = Checkpoint(args.b)
+        traced = trace_checkpoint(args.b, checkpoint, unread=args.unread)
+        proof = prove_checkpoint(args.b, checkpoint, traced)
     else:
         model, example = build_network(args)
         traced = PermutationSpec.trace(model, example, unread=args.unread)
@@ -278,8 +289,10 @@ def _summary(alignment: Alignment) -> str:
     assert matching is not None
     total = sum(len(p) for p in alignment.permutations.values())
     state = "converged" if matching.converged else "not converged, raise --max-sweeps"
+    stay = 1 - alignment.moved / max(total, 1)
+    already = f" (already aligned: {stay:.1%} of units stay)" if stay >= ALIGNED else ""
     return (
-        f"{len(alignment.permutations)} groups, {alignment.moved} of {total} units moved; objective "
+        f"{len(alignment.permutations)} groups, {alignment.moved} of {total} units moved{already}; objective "
         f"{matching.objective[0]:.6g} -> {matching.objective[-1]:.6g} in {matching.sweeps} sweeps, "
         f"{matching.solves} assignments ({state}); {_proof_of(alignment)}"
     )

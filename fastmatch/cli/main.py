@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from fastmatch.cli import align, bench, evaluate, inspect, merge, pipeline, renormalize, run, studies
+from fastmatch.cli import align, apply, bench, evaluate, inspect, merge, pipeline, renormalize, run, studies
 
 __all__ = ["main", "parser"]
 
-GROUPS = (align, merge, renormalize, pipeline, evaluate, inspect, studies, bench, run)
+GROUPS = (align, apply, merge, renormalize, pipeline, evaluate, inspect, studies, bench, run)
 """The modules that add commands, in the order of the help."""
 
 

@@ -51,7 +51,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "--out": {
         "required": True,
         "metavar": "FILE",
-        "help": "file to write: .safetensors, .pt, .pth or .bin",
+        "help": "file to write: .safetensors, .ckpt, .pt, .pth or .bin",
     },
     "--force": {"action": "store_true", "help": "replace output files that exist"},
     "--weights": {

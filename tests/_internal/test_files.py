@@ -80,7 +80,7 @@ def test_suffixes_that_say_nothing_are_refused(tmp_path):
     model, x = build("mlp", 0)
     alignment = fm.Alignment({}, fm.PermutationSpec.trace(model, x))
     with pytest.raises(ValueError, match="path: expected a file ending in"):
-        save_state(model.state_dict(), tmp_path / "m.ckpt")
+        save_state(model.state_dict(), tmp_path / "m.npz")
     with pytest.raises(ValueError, match=r"ending in \.safetensors, got"):
         alignment.save(tmp_path / "p.pt")
     with pytest.raises(ValueError, match=r"ending in \.safetensors, got"):

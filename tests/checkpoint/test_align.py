@@ -264,7 +264,7 @@ def test_the_command_merges_out_of_core_in_another_type(files):
     (["--resume"], "--resume: is an option of --out-of-core"),
     (["--out-of-core", "--permutations", "out.pt"], "same file as --out"),
     (["--out-of-core", "--permutations", "p.pt"], "--permutations: expected a file ending in .safetensors"),
-    (["--out-of-core", "--out", "out.ckpt"], "--out: expected a file ending in"),
+    (["--out-of-core", "--out", "out.npz"], "--out: expected a file ending in"),
     (["--out-of-core", "--out", "a.pt"], "a.pt exists"),
     (["--out-of-core", "--out", "a.pt", "--force"], "is one of the inputs"),
 ])  # fmt: skip
