@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from fastmatch._internal.json_files import read_json
 from fastmatch.checkpoint.diffusion.components import (
     KINDS,
     Component,
@@ -17,7 +18,7 @@ from fastmatch.checkpoint.diffusion.components import (
 )
 from fastmatch.checkpoint.diffusion.layout import Part, Shapes, Source
 from fastmatch.checkpoint.diffusion.single_file import FileModel, prove_components
-from fastmatch.checkpoint.reader import CONFIG, read_json
+from fastmatch.checkpoint.reader import CONFIG
 from fastmatch.permutations.verify import Verification
 from fastmatch.spec import PermutationSpec
 
