@@ -14,6 +14,7 @@ import torch
 from fastmatch._internal.checks import check_type
 from fastmatch._internal.outputs import Claim, check_target, claimed
 from fastmatch._internal.stopwatch import Stopwatch
+from fastmatch.checkpoint.diffusion.pipeline import pipeline_layout
 from fastmatch.checkpoint.journal import journal_path, journaling
 from fastmatch.checkpoint.names import Chunk, Layout, RenamedCheckpoint, layout_of
 from fastmatch.checkpoint.reader import CONFIG, Checkpoint
@@ -66,6 +67,8 @@ class WriteOptions:
 
 def layout_for(path: str | Path, checkpoint: Checkpoint, spec: PermutationSpec) -> Layout:
     """Return the layout of a checkpoint in the spec's parameters: every name unchanged if the spec uses the file's."""
+    if checkpoint.parts:
+        return pipeline_layout(checkpoint.parts)
     named = {axis.parameter for group in spec.groups.values() for axis in group.axes}
     if named <= set(checkpoint) or not (Path(path) / CONFIG).is_file():
         return {name: Chunk(name, tensor.shape) for name, tensor in checkpoint.headers.items()}
@@ -193,10 +196,10 @@ def _align(
     layout = layout_for(path_b, b, traced)
     model_b = RenamedCheckpoint(b, layout)
     whole = bind(traced, model_b.headers, str(path_b))
-    common = common_spec(whole, a, b)
+    model_a = RenamedCheckpoint(a, {name: chunk for name, chunk in layout.items() if name in a})
+    common = common_spec(whole, model_a, model_b)
     proof = prove_checkpoint(path_b, b, traced) if spec is None else None
     spec = common
-    model_a = RenamedCheckpoint(a, {name: chunk for name, chunk in layout.items() if name in a})
     if not spec.groups:
         raise ValueError(f"{path_a}: no group of units is free to move")
     # Without max_sweeps: a run that goes on may take more of them.

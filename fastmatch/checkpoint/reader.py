@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cached_property
@@ -24,6 +25,10 @@ from fastmatch._internal.states import check_finite
 __all__ = ["CONFIG", "INDEX", "SINGLE", "Checkpoint"]
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+MODEL_INDEX = "model_index.json"
+STEMS = ("model", "diffusion_pytorch_model")
+REQUIRED = ("unet", "transformer")
+"""Folders of a pipeline that are of no use to align without weights that can be read."""
 
 
 class Checkpoint(Mapping[str, torch.Tensor]):
@@ -36,7 +41,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         torch.Size([32, 16])
 
     Args:
-        path: a directory with model.safetensors or with shards and their index, or a single file. If a directory has
+        path: a directory with model.safetensors or with shards and their index, a pipeline of diffusers, or a single file. If a directory has
             both, model.safetensors is read, as transformers does. Torch files are memory-mapped and read with
             ``weights_only``.
         device: the device that tensors are moved to.
@@ -54,6 +59,8 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         self._entries: dict[str, Entry] = {}
         self.metadata: dict[Path, dict[str, str]] = {}
         """File -> what the header of a safetensors file says besides."""
+        self.parts: dict[str, Checkpoint] = {}
+        """Of a pipeline of diffusers: name of a folder -> its tensors. Their names here start with the folder's."""
         self.index: Path | None = None
         """The index of a sharded checkpoint."""
         if self.path.is_dir():
@@ -148,8 +155,21 @@ class Checkpoint(Mapping[str, torch.Tensor]):
                     table[name] = table[twin]
         self.__dict__.pop("headers", None)
 
+    def _read_pipeline(self) -> list[Path]:
+        """Read the networks in the folders of a pipeline of diffusers, by names that start with the folder's."""
+        for folder in sorted(path for path in self.path.iterdir() if path.is_dir()):
+            if any(folder.glob("*.safetensors")) or folder.name in REQUIRED:
+                part = self.parts[folder.name] = Checkpoint(folder, self.device)
+                self._entries |= {f"{folder.name}.{name}": entry for name, entry in part._entries.items()}
+                self.metadata |= part.metadata
+        if not self.parts:
+            raise FileNotFoundError(f"{self.path}: none of its folders holds weights in safetensors files")
+        return [file for part in self.parts.values() for file in part.files]
+
     def _read_directory(self) -> list[Path]:
-        single, index = self.path / SINGLE, self.path / INDEX
+        if (self.path / MODEL_INDEX).is_file():
+            return self._read_pipeline()
+        single, index = weight_files(self.path)
         if single.is_file():
             self._entries, self.metadata[single] = read_header(single)
             return [single]
@@ -195,6 +215,36 @@ def _version(file: Path) -> tuple[int, ...] | None:
     except OSError:
         return None
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def weight_files(folder: Path) -> tuple[Path, Path]:
+    """Return the paths that a folder's weights have: one file, or an index of shards. None of them may exist.
+
+    transformers and diffusers name them differently, and a variant such as fp16 has its word before the suffix. Without
+    a variant comes first.
+
+    Raises:
+        ValueError: there are several variants, and no weights without one.
+    """
+    variants: dict[str, tuple[Path, Path]] = {}
+    for stem in STEMS:
+        found = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+        if any(path.is_file() for path in found):
+            return found
+        for path in folder.glob(f"{stem}.*"):
+            match = re.fullmatch(
+                rf"{stem}\.(?:(\w+)\.safetensors|safetensors\.index\.(\w+)\.json)", path.name
+            )
+            if match:
+                word = match[1] or match[2]
+                variants[word] = (
+                    folder / f"{stem}.{word}.safetensors", folder / f"{stem}.safetensors.index.{word}.json",
+                )  # fmt: skip
+    if len(variants) > 1:
+        raise ValueError(
+            f"{folder}: holds weights of the variants {', '.join(sorted(variants))}, and none without; keep one of them"
+        )
+    return next(iter(variants.values()), (folder / SINGLE, folder / INDEX))
 
 
 def _other_weights(folder: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -51,8 +52,10 @@ def write_like(
     is_folder = source.path.is_dir()
     claim = nullcontext(out) if isinstance(out, Claim) else claimed(out, force=force, folder=is_folder)
     with claim as held:
-        if is_folder:
-            _write_folder(source, held, transform, dtype, metadata)
+        if source.parts:
+            _write_pipeline(source, held, transform, dtype, metadata)
+        elif is_folder:
+            _write_folder(source, held.part, held.path, transform, dtype, metadata)
         elif held.path.suffix in TORCH_SUFFIXES:
             save_torch({k: _cast(transform(k), dtype) for k in source}, held.part, held.path)
         else:
@@ -60,23 +63,45 @@ def write_like(
         held.publish()
 
 
-def _write_folder(
+def _write_pipeline(
     source: Checkpoint,
     claim: Claim,
     transform: Callable[[str], torch.Tensor],
     dtype: torch.dtype | None,
     metadata: Mapping[str, str] | None,
 ) -> None:
-    folder = claim.part
+    claim.part.mkdir()
+    copy_side_files(source.path, claim.part, set(source.parts))
+    for folder in source.path.iterdir():
+        # What belongs to no network that is read, such as a safety checker in another format.
+        if folder.is_dir() and not (claim.part / folder.name).exists() and folder.name not in source.parts:
+            shutil.copytree(folder, claim.part / folder.name, ignore=shutil.ignore_patterns(".*"))
+    for name, part in source.parts.items():
+
+        def own(key: str, name: str = name) -> torch.Tensor:
+            return transform(f"{name}.{key}")
+
+        _write_folder(part, claim.part / name, claim.path / name, own, dtype, metadata)
+
+
+# parameters: where to write, and what errors call it
+def _write_folder(
+    source: Checkpoint,
+    folder: Path,
+    final: Path,
+    transform: Callable[[str], torch.Tensor],
+    dtype: torch.dtype | None,
+    metadata: Mapping[str, str] | None,
+) -> None:
     folder.mkdir()
     weights = {file.name for file in source.files} | {file.name for file in [source.index] if file}
     left = copy_side_files(source.path, folder, weights)
     if left:
-        log.warning("%s: not copied from %s: %s", claim.path, source.path, ", ".join(left))
+        log.warning("%s: not copied from %s: %s", final, source.path, ", ".join(left))
     if dtype is not None and (folder / CONFIG).is_file():
         _set_dtype(folder / CONFIG, dtype)
     for file in source.files:
-        _write_file(source, file, folder / file.name, claim.path / file.name, transform, dtype, metadata)
+        _write_file(source, file, folder / file.name, final / file.name, transform, dtype, metadata)
     if source.index is not None:
         index = read_json(source.index)
         total = sum(t.numel() * _target(t, dtype).itemsize for t in source.headers.values())

@@ -38,7 +38,7 @@ VAE = {
 }  # fmt: skip
 CLIP = {
     "vocab_size": 64, "hidden_size": 128, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "max_position_embeddings": 8, "bos_token_id": 62, "eos_token_id": 63,
+    "max_position_embeddings": 16, "bos_token_id": 62, "eos_token_id": 63,
 }  # fmt: skip
 
 

@@ -144,7 +144,7 @@ def made_empty(make: Callable[[], nn.Module]) -> nn.Module:
 def import_diffusers() -> Any:
     """Return diffusers, or raise an ImportError that says how to install it."""
     try:
-        import diffusers
+        import diffusers  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(
             "diffusion checkpoints need diffusers: pip install 'fastmatch[diffusers]'"
@@ -174,7 +174,7 @@ def _converter(name: str, prefix: str = "") -> Callable[[Tensors, Any], Mapping[
     """Return a converter of diffusers by its name; it gets names with ``prefix``."""
 
     def convert(tensors: Tensors, config: Any) -> Mapping[str, torch.Tensor]:
-        from diffusers.loaders import single_file_utils
+        from diffusers.loaders import single_file_utils  # pyright: ignore[reportMissingImports]
 
         return getattr(single_file_utils, name)({prefix + k: v for k, v in tensors.items()}, config=config)
 
@@ -241,7 +241,7 @@ def _open_clip(shapes: Shapes, scale: int) -> nn.Module:
 
 
 def _convert_open_clip(tensors: Tensors, config: Any) -> Mapping[str, torch.Tensor]:
-    from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
+    from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint  # pyright: ignore[reportMissingImports]
 
     # Without the prefix of Stable Diffusion 2, the converter keeps the last layer as well.
     found = convert_open_clip_checkpoint(SimpleNamespace(config=config), tensors, prefix="")

@@ -57,7 +57,7 @@ def _unet_levels(shapes: Shapes) -> tuple[list[int], list[int], int]:
     """Return channels and depth of the transformers (0 for none) of every resolution, and the layers of each."""
     widths, depths, layers, index = [], [], 0, 1
     while f"input_blocks.{index}.0.in_layers.2.weight" in shapes:
-        layers = 0
+        layers = width = depth = 0
         while f"input_blocks.{index}.0.in_layers.2.weight" in shapes:
             width = shapes[f"input_blocks.{index}.0.in_layers.2.weight"][0]
             depth = _count(shapes, rf"input_blocks\.{index}\.1\.transformer_blocks\.(\d+)\.")

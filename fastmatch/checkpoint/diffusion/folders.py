@@ -12,6 +12,7 @@ from fastmatch._internal.json_files import read_json
 from fastmatch.checkpoint.diffusion.components import (
     KINDS,
     Component,
+    Kind,
     import_diffusers,
     made_empty,
     parameters_of,
@@ -22,9 +23,8 @@ from fastmatch.checkpoint.reader import CONFIG
 from fastmatch.permutations.verify import Verification
 from fastmatch.spec import PermutationSpec
 
-__all__ = ["MODEL_INDEX", "class_of", "is_diffusers", "prove_folder", "trace_folder"]
+__all__ = ["class_of", "is_diffusers", "is_known", "prove_folder", "trace_folder"]
 
-MODEL_INDEX = "model_index.json"
 CLASS = "_class_name"
 
 SHRINK = (
@@ -43,6 +43,15 @@ def class_of(folder: str | Path) -> str | None:
 def is_diffusers(folder: str | Path) -> bool:
     """Whether a folder holds one network of diffusers."""
     return class_of(folder) is not None
+
+
+def is_known(folder: str | Path) -> bool:
+    """Whether a folder holds a network of diffusers whose inputs are known."""
+    return class_of(folder) in _known()
+
+
+def _known() -> dict[str, Kind]:
+    return {kind.class_name: kind for kind in KINDS if hasattr(import_diffusers(), kind.class_name)}
 
 
 def trace_folder(folder: str | Path) -> PermutationSpec:
@@ -64,7 +73,7 @@ def prove_folder(folder: str | Path, spec: PermutationSpec) -> Verification:
 
 def _component(folder: str | Path) -> Component:
     name = class_of(folder)
-    known = {kind.class_name: kind for kind in KINDS if kind.class_name in dir(import_diffusers())}
+    known = _known()
     if name not in known:
         raise ValueError(
             f"{Path(folder) / CONFIG}: expected one of {', '.join(known)} as {CLASS!r}, whose inputs are known; got {name!r}"
