@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 import fastmatch as fm
 from fastmatch.checkpoint import Checkpoint, align_checkpoints
 from fastmatch.checkpoint.diffusion.folders import trace_folder
+from fastmatch.checkpoint.diffusion.lora import permute_lora
 from fastmatch.checkpoint.tracing import prove_checkpoint, trace_checkpoint
 from fastmatch.checkpoint.writer import write_like
 from fastmatch.cli.main import main
@@ -121,8 +123,6 @@ def test_a_pipeline_is_aligned_network_by_network_and_the_rest_is_carried(pipeli
 
 
 def test_a_network_that_the_reference_lacks_is_carried(pipelines):
-    import shutil
-
     a, b, out = (pipelines / x for x in ("a", "b", "out"))
     shutil.rmtree(a / "vae")
     align_checkpoints(a, b, out)
@@ -131,11 +131,9 @@ def test_a_network_that_the_reference_lacks_is_carried(pipelines):
 
 
 def test_a_lora_with_diffusers_names_follows_a_pipeline(pipelines):
-    from fastmatch.checkpoint.diffusion.lora import permute_lora
-
-    a, b, out = (pipelines / x for x in ("a", "b", "out"))
-    alignment = align_checkpoints(a, b, out)
+    spec = trace_checkpoint(pipelines / "b", Checkpoint(pipelines / "b"))
     generator = torch.Generator().manual_seed(4)
+    alignment = fm.Alignment(spec.random(generator), spec)
     places = {
         "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_v": "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_v.weight",
         "text_encoder.text_model.encoder.layers.0.self_attn.q_proj": next(

@@ -305,7 +305,7 @@ KINDS = (
                   _converter("convert_sd3_transformer_checkpoint_to_diffusers"), _sd3_call, _sd3_inputs, (64, 256)),
     _of_diffusers("transformer", "FluxTransformer2DModel", "double_blocks.0.img_attn.qkv.weight", configs.flux,
                   _converter("convert_flux_transformer_checkpoint_to_diffusers"), _flux_call, _flux_inputs, (64, 256)),
-    _of_diffusers("vae", "AutoencoderKL", "encoder.conv_in.weight", configs.autoencoder,
+    _of_diffusers("vae", "AutoencoderKL", "encoder.down.0.block.0.conv1.weight", configs.autoencoder,
                   _converter("convert_ldm_vae_checkpoint"), _autoencoder_call, _autoencoder_inputs),
     Kind("text_encoder", "CLIPTextModel", "text_model.embeddings.token_embedding.weight", _clip, _convert_clip,
          _text_call, _text_inputs),

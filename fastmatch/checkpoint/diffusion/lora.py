@@ -120,24 +120,30 @@ def _moved(
     if factor.startswith("hada_w"):
         is_left, is_tucker = factor.endswith("_a"), factor[len("hada_w")] in tucker
         rows = (target.rows, target.shape[0]) if is_left else (target.columns, target.shape[1])
-        return _select(tensor, 0 if is_left and not is_tucker else 1, *rows)
+        return _select(tensor, 0 if is_left and not is_tucker else 1, *rows, is_flat=not is_left)
     if factor.startswith("lokr_w") and sizes is not None:
         return _kronecker(factor, tensor, target, sizes)
     raise _Inexact("has no rule to follow a permutation")
 
 
-def _select(tensor: torch.Tensor, dim: int, index: torch.Tensor | None, size: int) -> torch.Tensor:
-    """Return ``tensor`` reordered along a dimension of ``size`` units, each with equally many positions next to each other."""
-    if tensor.ndim <= dim or tensor.shape[dim] % size:
+def _select(
+    tensor: torch.Tensor, dim: int, index: torch.Tensor | None, size: int, *, is_flat: bool = False
+) -> torch.Tensor:
+    """Return ``tensor`` reordered along a dimension of ``size`` units.
+
+    ``is_flat``: the positions of a kernel follow each other at every unit.
+    """
+    length = tensor.shape[dim] if dim < tensor.ndim else 0
+    if length != size and not (is_flat and length and length % size == 0):
         raise _Inexact(
             f"has shape {tuple(tensor.shape)}, but the weight has {size} channels along axis {dim}"
         )
     if index is None:
         return tensor
-    inner = tensor.shape[dim] // size
+    inner = length // size
     if inner > 1:
-        index = (index[:, None] * inner + torch.arange(inner)).flatten()
-    return tensor.index_select(dim, index)
+        index = (index[:, None] * inner + torch.arange(inner, device="cpu")).flatten()
+    return tensor.index_select(dim, index.to(tensor.device))
 
 
 @dataclass(frozen=True)
@@ -172,7 +178,8 @@ def _kronecker(factor: str, tensor: torch.Tensor, target: Target, sizes: _Kronec
         tensor = _select(tensor, int(factor.endswith("_a") and which == 1 and sizes.is_tucker), rows, own[0])
     if not factor.endswith("_a"):
         columns = _product(target.columns, sizes.first[1], target.shape[1], "columns")[which]
-        tensor = _select(tensor, 1, columns, own[1] if columns is None else len(columns))
+        size = target.shape[1] // sizes.first[1] if which else own[1]
+        tensor = _select(tensor, 1, columns, size, is_flat=which == 1)
     return tensor
 
 
@@ -206,27 +213,29 @@ class _Network:
     """Of text encoders: CLIP before T5, the narrow before the wide."""
 
 
+PIPELINE = ("unet.", "transformer.", "text_encoder.", "text_encoder_2.", "text_encoder_3.")
+"""Starts of names in a pipeline. What follows are the names of the modules."""
+
+
 def _networks(shapes: Shapes, argument: str) -> list[_Network]:
     """Return the image model and the text encoders by the shapes of a spec, in the order in which LoRAs number them."""
-    found = [
-        _Network(c.kind.role, c.prefix, c.shapes, c.layout, _order(c.shapes))
-        for c in find_components(shapes, argument)
-        if c.kind.role != "vae"
-    ]
-    # The names of a pipeline, or of one of its folders, are those of the modules.
-    for start in (
-        () if found else ("unet.", "transformer.", "text_encoder.", "text_encoder_2.", "text_encoder_3.")
-    ):
+    found = []
+    for start in PIPELINE:
         own = {name.removeprefix(start): shape for name, shape in shapes.items() if name.startswith(start)}
-        if own:
+        if own and not any(
+            name.startswith("resblocks.") for name in own
+        ):  # a text encoder in a file of its own
             role = "text_encoder" if start.startswith("text") else "unet"
             found.append(_Network(role, start, own, {}, _order(own)))
-    if not found and any(
-        ".transformer_blocks." in name or name.startswith("transformer_blocks.") for name in shapes
-    ):
-        found.append(_Network("unet", "", shapes, {}))
-    elif not found:
-        found.append(_Network("text_encoder", "", shapes, {}))
+    if not found:
+        found = [
+            _Network(c.kind.role, c.prefix, c.shapes, c.layout, _order(c.shapes))
+            for c in find_components(shapes, argument)
+            if c.kind.role != "vae"
+        ]
+    if not found:  # one folder of a pipeline
+        is_image = any("transformer_blocks." in name for name in shapes)
+        found = [_Network("unet" if is_image else "text_encoder", "", dict(shapes), {})]
     return sorted(found, key=lambda network: network.order)
 
 

@@ -38,7 +38,8 @@ FACTORS = (16, 8, 4, 2, 1)
 SMALL, LARGEST = 20_000_000, 100_000_000
 """Parameters up to which a network is proved as it is, and above which a reduced one is not run."""
 
-WITH_UNET = ("control_model.", "adapter.")
+WITH_UNET = ("control_model.", "adapter.", "ip_adapter.", "lora_unet_")
+"""Starts of names of networks and factors that read the units of the UNet or add to them."""
 
 
 class _Runner(nn.Module):
