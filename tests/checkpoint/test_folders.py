@@ -119,7 +119,7 @@ def test_a_tensor_that_the_index_leaves_out_is_read_and_one_in_two_shards_is_ref
         Checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.fp16.safetensors", "model.gguf"])
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "weights.safetensors", "model.gguf"])
 def test_a_folder_with_weights_of_another_kind_is_told_which(pair, name):
     (pair[0] / "b" / "model.safetensors").rename(pair[0] / "b" / name)
     with pytest.raises(
