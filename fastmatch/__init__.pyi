@@ -35,6 +35,7 @@ from .renorm import (
     renormalize as renormalize,
     renormalize_many as renormalize_many,
     Renormalization as Renormalization,
+    applied_plan as applied_plan,
     plan_renormalization as plan_renormalization,
     Plan as Plan,
     endpoint_statistics as endpoint_statistics,

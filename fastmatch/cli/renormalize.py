@@ -9,8 +9,9 @@ from fastmatch._internal.files import STATE_SUFFIXES, save_state, shared_metadat
 from fastmatch.cli.loading import build_model, check_outputs, load_into, loader_from
 from fastmatch.cli.options import Commands, add, add_command
 from fastmatch.cli.reports import PAGES, report_data, write_report
-from fastmatch.renorm import Renormalization, plan_renormalization, renormalize
+from fastmatch.renorm import Renormalization, applied_plan, renormalize
 from fastmatch.renorm.options import Method
+from fastmatch.renorm.plan import candidates
 
 __all__ = ["add_commands"]
 
@@ -59,16 +60,15 @@ def renormalize_command(args: argparse.Namespace) -> None:
     data = loader_from(args.data, "--data")
     merged = load_into(model, args.checkpoint)
     endpoints = [load_into(model, path) for path in args.endpoints]
-    plan = plan_renormalization(merged, options)
-    if plan.method != "reset" and not endpoints:
-        raise ValueError(f"--endpoints: needed for method {plan.method!r}")
-    if plan.method == "reset":
+    if not endpoints and options.method != "reset" and "reset" not in candidates(merged, options):
+        raise ValueError(f"--endpoints: needed for method {options.method!r}")
+    if options.method == "reset":
         new = renormalize(merged, None, data, options)
     else:
-        new = renormalize(merged, endpoints, data, options, weights=args.weights)
+        new = renormalize(merged, endpoints or None, data, options, weights=args.weights)
     metadata = shared_metadata([args.checkpoint])
     save_state(new.state_dict(), args.out, force=args.force, metadata=metadata)
-    print(f"{plan}\nwrote {args.out}")
+    print(f"{applied_plan(new)}\nwrote {args.out}")
     if args.report is not None:
         from fastmatch.report.merge import merge_report
 

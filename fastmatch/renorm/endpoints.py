@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -16,6 +16,7 @@ from fastmatch.permutations.alignment import Alignment
 from fastmatch.permutations.apply import dimension_indices
 from fastmatch.renorm.layers import channel_dim, survey
 from fastmatch.renorm.options import TargetMix
+from fastmatch.renorm.outputs import Probe, ProbeRecorder, joined
 from fastmatch.renorm.targets import Target, mixed_target
 from fastmatch.statistics.moments import ChannelMoments
 
@@ -37,9 +38,11 @@ class EndpointStatistics:
     Attributes:
         calls: per endpoint, layer name -> the moments of the layer's first, second, ... call in a forward
             pass. A module that a network uses twice has two.
+        probes: the endpoints' outputs on the first samples, which ``method="auto"`` compares with those of the merge.
     """
 
     calls: tuple[dict[str, Calls], ...]
+    probes: tuple[Probe, ...] = field(default=(), repr=False)
 
     @property
     def models(self) -> tuple[dict[str, ChannelMoments], ...]:
@@ -47,10 +50,13 @@ class EndpointStatistics:
         return tuple({name: pooled(calls) for name, calls in table.items()} for table in self.calls)
 
     def __add__(self, other: EndpointStatistics) -> EndpointStatistics:
-        """The endpoints of both, this one's first. Each model can be measured separately."""
+        """The endpoints of both, this one's first. Each model can be measured separately.
+
+        Outputs are kept only if both were measured on the same batches.
+        """
         if set(self.calls[0]) != set(other.calls[0]):
             raise ValueError("other: expected statistics of the same layers")
-        return EndpointStatistics((*self.calls, *other.calls))
+        return EndpointStatistics((*self.calls, *other.calls), joined(self.probes, other.probes))
 
     def permuted(self, *alignments: Alignment | None) -> EndpointStatistics:
         """Return the statistics of the aligned endpoints. No model is run: only the channels are permuted.
@@ -74,7 +80,8 @@ class EndpointStatistics:
             tuple(
                 table if alignment is None else _permuted(table, alignment)
                 for table, alignment in zip(self.calls, alignments, strict=True)
-            )
+            ),
+            self.probes,
         )
 
     def targets(
@@ -175,7 +182,8 @@ def endpoint_statistics(
         progress: show a progress bar; None shows it on a terminal.
 
     Returns:
-        An :class:`EndpointStatistics` with float64 moments, pooled over all samples and positions.
+        An :class:`EndpointStatistics` with float64 moments, pooled over all samples and positions, and the outputs on the
+        first 1024 samples.
 
     Raises:
         TypeError: a model is not a torch module.
@@ -188,6 +196,7 @@ def endpoint_statistics(
     distinct = {id(model): model for model in models}  # a model given twice is run once
     tables: dict[int, dict[str, list[ChannelMoments]]] = {key: {} for key in distinct}
     counters = {key: CallCounter() for key in distinct}
+    recorder = ProbeRecorder()
     handles = []
     try:
         for key, model in distinct.items():
@@ -195,9 +204,11 @@ def endpoint_statistics(
                 handles.append(layer.register_forward_hook(_measure(name, tables[key], counters[key])))
         with evaluating(*distinct.values()):
             for batch in batches_of(data, "endpoint statistics", samples=samples, progress=progress):
+                outputs = {}
                 for key, model in distinct.items():
                     counters[key].start()
-                    forward(model, batch)
+                    outputs[key] = forward(model, batch)
+                recorder.add(batch, [outputs[id(model)] for model in models])
     finally:
         for handle in handles:
             handle.remove()
@@ -206,7 +217,7 @@ def endpoint_statistics(
     for name in layers or ():
         if name not in measured[0]:
             raise ValueError(f"layers: {name!r} was never run on the data")
-    return EndpointStatistics(measured)
+    return EndpointStatistics(measured, tuple(recorder.probes))
 
 
 def _measure(name: str, table: dict[str, list[ChannelMoments]], counter: CallCounter) -> Callable[..., None]:

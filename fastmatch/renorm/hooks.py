@@ -29,6 +29,8 @@ class CalibrationHook(ABC):
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name, self.module = name, module
         self.moments = ChannelMoments()
+        self.kept: tuple[int, ...] = ()
+        """The channels that keep gain one; known after :meth:`write`."""
 
     @abstractmethod
     def treat(self, tensors: list[torch.Tensor], call: int) -> list[torch.Tensor]:
@@ -69,7 +71,7 @@ class _AffineHook(CalibrationHook):
 
     def write(self) -> None:
         if self.moments.count:
-            fold(self._layer, self.moments, self._targets(None)[self.name], self._method)
+            self.kept = fold(self._layer, self.moments, self._targets(None)[self.name], self._method)
 
 
 class _ResetHook(CalibrationHook):
@@ -114,8 +116,7 @@ def affine_hooks(model: nn.Module, plan: Plan, targets: Targets) -> list[Calibra
     """Return the hooks of REPAIR, RESCALE or RESHIFT."""
     layers = survey(model, plan.layers)[0]
     method = plan.method
-    assert method != "auto"
-    assert method != "reset"
+    assert method not in ("auto", "reset", "none")
     return [_AffineHook(name, layer, targets, method) for name, layer in layers.items()]
 
 

@@ -17,7 +17,7 @@ from fastmatch.renorm.lockstep import Lockstep
 from fastmatch.renorm.targets import EPS, Target
 from fastmatch.statistics.moments import ChannelMoments
 from fastmatch.studies.digits import Batches
-from helpers.networks import ChannelLayerNorm, ResNet, build, fresh_seed
+from helpers.networks import build, fresh_seed
 
 FOLDED = ("repair", "rescale", "reshift")
 
@@ -235,38 +235,6 @@ def test_a_sample_budget_is_kept_to_the_sample(mode):
             fm.endpoint_statistics(ends, data, samples=bad)
 
 
-class Plain(nn.Module):
-    """A residual network without norms, or the same without its shortcut."""
-
-    def __init__(self, residual: bool) -> None:
-        super().__init__()
-        self.residual = residual
-        self.up, self.mid, self.down = nn.Linear(12, 16), nn.Linear(16, 16), nn.Linear(16, 5)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.relu(self.up(x))
-        y = F.relu(self.mid(x))
-        return self.down(x + y if self.residual else y)
-
-
-@pytest.mark.parametrize(("make", "shape", "expected"), [
-    (lambda: build("vgg", 0)[0], (8, 3, 16, 16), "reset"),
-    (lambda: ResNet(ChannelLayerNorm), (8, 3, 16, 16), "repair"),
-    (lambda: Plain(True), (8, 12), "repair"),
-    (lambda: Plain(False), (8, 12), "rescale"),
-])  # fmt: skip
-def test_the_automatic_choice_is_that_method(make, shape, expected, caplog):
-    torch.manual_seed(fresh_seed())
-    ends = [make().double() for _ in range(2)]
-    data = Batches(torch.randn(shape).double(), torch.zeros(len(torch.zeros(shape))), 8)
-    with caplog.at_level("INFO", logger="fastmatch"):
-        auto = fm.renormalize(fm.merge(ends), ends, data)
-    assert f"{expected}: the net" in caplog.text
-    assert data.reads == (1 if expected == "reset" else 2)
-    named = fm.renormalize(fm.merge(ends), ends, data, expected)
-    torch.testing.assert_close(auto(data.inputs), named(data.inputs))
-
-
 def test_the_plan_lists_what_is_left_alone_and_renormalize_warns_of_it():
     class Mixed(nn.Module):
         def __init__(self) -> None:
@@ -284,7 +252,7 @@ def test_the_plan_lists_what_is_left_alone_and_renormalize_warns_of_it():
 
     model, data = Mixed(), [torch.randn(9, 12)]
     plan = fm.plan_renormalization(model)
-    assert plan.method == "repair"
+    assert plan.method == "auto"
     assert plan.layers == ("first",)
     assert plan.left_alone == {
         "(model)": "Mixed is not a linear or convolution layer",
@@ -296,7 +264,7 @@ def test_the_plan_lists_what_is_left_alone_and_renormalize_warns_of_it():
     before = copy.deepcopy(model.state_dict())
     merged = fm.merge([model, Mixed()])
     with pytest.warns(UserWarning, match="leaves these alone: .*up: ConvTranspose1d"):
-        new = fm.renormalize(merged, [model, model], data)
+        new = fm.renormalize(merged, [model, model], data, "repair")
     for name, tensor in new.state_dict().items():
         assert torch.equal(tensor, merged.state_dict()[name]) != name.startswith("first.")
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
@@ -401,19 +369,13 @@ def test_options_are_frozen_and_comparable():
         options.mode = "sequential"
 
 
-def test_an_option_that_the_automatic_choice_does_not_use_is_refused():
+def test_reset_is_no_candidate_with_an_option_that_it_does_not_use():
     model, data = build("vgg", 0)[0].double(), loader()
-    for options, message in (
-        ({"layers": ["features.0"]}, 'layers: method "reset"'),
-        ({"target": "average"}, 'target: method "reset"'),
-        ({"std_factor": 1.5}, 'std_factor: method "reset"'),
-    ):
-        for call in (
-            lambda options: fm.plan_renormalization(model, options),
-            lambda options: fm.renormalize(model, [model], data, options),
-        ):
-            with pytest.raises(ValueError, match=message):
-                call(fm.Renormalization(**options))
+    assert "reset" in fm.plan_renormalization(model).why
+    for options in ({"layers": ["features.0"]}, {"target": "average"}, {"std_factor": 1.5}):
+        assert "reset" not in fm.plan_renormalization(model, fm.Renormalization(**options)).why
+        with pytest.raises(ValueError, match=f'{next(iter(options))}: method "reset"'):
+            fm.renormalize(model, None, data, fm.Renormalization(**options))
     assert data.reads == 0
 
 
