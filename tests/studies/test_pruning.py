@@ -255,7 +255,7 @@ def test_accuracy_by_sparsity_is_what_plain_evaluation_says():
 
 def test_sparsities_are_measured_with_any_pruner_and_name_the_method():
     (dense, data), calls = network("vgg"), []
-    test = Batches(data.inputs, torch.randint(10, (len(data.inputs),)), data.size)
+    test = Batches(data.inputs, torch.randint(5, (len(data.inputs),)), data.size)
 
     def by_library(model, amount):
         calls.append(amount)
