@@ -13,7 +13,12 @@ import torch
 from torch import nn
 
 from fastmatch._internal.batches import Forward, batches_of, check_module, default_forward
-from fastmatch._internal.coefficients import check_weights, remembered_weights
+from fastmatch._internal.coefficients import (
+    check_weights,
+    has_stale_note,
+    remember_weights,
+    remembered_weights,
+)
 from fastmatch._internal.modules import copy_module
 from fastmatch.renorm.calibrate import Calibration, calibrate
 from fastmatch.renorm.endpoints import EndpointStatistics, endpoint_statistics
@@ -62,7 +67,7 @@ def renormalize(
             copy whose outputs are nearest to the weighted mean of the endpoints' outputs on the first 1024 samples: the
             least often another class, if the data has classes, and then the smallest angle.
         weights: the weights of the merge, one per endpoint. None takes those that :func:`fastmatch.merge` noted on
-            the module.
+            the module, which hold until other tensors are loaded into it.
         forward: ``forward(model, batch)`` runs a model on a batch.
         progress: show a progress bar; None shows it on a terminal.
 
@@ -138,12 +143,15 @@ def renormalize_many(
     calibrations = [a.calibration for attempts in tried for a in attempts if a.plan.method != "none"]
     calibrate(calibrations, read(f"{plan.method} of the merge"), options.mode, progress)
     news = []
-    for k, attempts in enumerate(tried):
+    for k, (model, attempts) in enumerate(zip(models, tried, strict=True)):
         chosen = attempts[0].finished()
         if plan.method == "auto":
             assert statistics is not None
             chosen = _best(attempts, statistics, alphas[k], forward)
         remember_plan(*chosen)
+        known = remembered_weights(model)
+        if known is not None:  # the new tensors are those of the same merge
+            remember_weights(chosen[0], known)
         log.info("%s", chosen[1])
         news.append(chosen[0])
     return news
@@ -237,10 +245,12 @@ def _noted_weights(model: nn.Module, count: int) -> list[float]:
         )
     if count == 1:
         return [1.0]
-    raise ValueError(
-        f"weights: needed for {count} endpoints, because the model has no note of how it was merged "
-        "(fastmatch.merge of modules leaves one)"
+    why = (
+        "the model holds other tensors than when it was merged"
+        if has_stale_note(model)
+        else "the model has no note of how it was merged (fastmatch.merge of modules leaves one)"
     )
+    raise ValueError(f"weights: needed for {count} endpoints, because {why}")
 
 
 def _measured(

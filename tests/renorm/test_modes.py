@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 import fastmatch as fm
+from fastmatch._internal.coefficients import remembered_weights
 from fastmatch.renorm.fold import fold
 from fastmatch.renorm.layers import channel_dim, survey
 from fastmatch.renorm.lockstep import Lockstep
@@ -194,6 +197,47 @@ def test_a_merge_remembers_its_weights_and_forgetting_is_an_error():
         fm.renormalize(merged, ends[:1], data, "repair")
     with pytest.raises(ValueError, match="weights: needed for 2 endpoints"):
         fm.renormalize(ends[0], ends, data, "repair")
+
+
+@pytest.mark.parametrize("change", ["load_state_dict", "data", "in place", "prune", "assign"])
+def test_remembered_weights_are_not_used_for_other_tensors(change):
+    ends, data = pair("vgg without norm"), loader()
+    merged = fm.merge(ends, [0.2, 0.8])
+    other = fm.merge(ends, [0.7, 0.3])
+    if change == "prune":
+        prune.l1_unstructured(merged.features[0], "weight", 0.5)
+    elif change == "load_state_dict":
+        merged.load_state_dict(other.state_dict())
+    elif change == "assign":
+        merged.load_state_dict(other.state_dict(), assign=True)
+    else:
+        layer, theirs = merged.classifier[0], other.classifier[0]
+        with torch.no_grad():
+            if change == "data":
+                layer.weight.data = theirs.weight.data
+            else:
+                layer.weight.copy_(theirs.weight)
+    with pytest.raises(
+        ValueError, match="weights: needed for 2 endpoints, because the model holds other tensors"
+    ):
+        fm.renormalize(merged, ends, data, "repair")
+    fm.renormalize(merged, ends, data, "repair", weights=[0.7, 0.3])
+    fm.renormalize(merged, [other], data, "repair")  # one endpoint needs no weights
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_remembered_weights_survive_what_keeps_the_merge(dtype):
+    ends, data = pair("vgg without norm"), loader()
+    merged = fm.merge(ends, [0.2, 0.8])
+    same = [
+        copy.deepcopy(merged).to(dtype),
+        pickle.loads(pickle.dumps(merged)),
+        fm.renormalize(merged, ends, data, "repair"),
+        merged.train(),
+    ]
+    merged.load_state_dict(copy.deepcopy(merged.state_dict()))
+    for model in same:
+        assert remembered_weights(model) == (0.2, 0.8)
 
 
 @pytest.mark.parametrize(("weights", "options", "expected"), [
