@@ -17,7 +17,7 @@ from fastmatch.permutations.apply import dimension_indices
 from fastmatch.renorm.layers import channel_dim, survey
 from fastmatch.renorm.options import TargetMix
 from fastmatch.renorm.outputs import Probe, ProbeRecorder, joined
-from fastmatch.renorm.targets import Target, mixed_target
+from fastmatch.renorm.targets import Target, layer_average, mixed_target
 from fastmatch.statistics.moments import ChannelMoments
 
 __all__ = ["CallCounter", "Calls", "EndpointStatistics", "endpoint_statistics"]
@@ -43,6 +43,9 @@ class EndpointStatistics:
 
     calls: tuple[dict[str, Calls], ...]
     probes: tuple[Probe, ...] = field(default=(), repr=False)
+
+    def __repr__(self) -> str:
+        return f"EndpointStatistics({len(self.calls)} endpoints, {len(self.calls[0])} layers)"
 
     @property
     def models(self) -> tuple[dict[str, ChannelMoments], ...]:
@@ -110,7 +113,7 @@ class EndpointStatistics:
         check_choice("target", target, TargetMix)
         check_number("std_factor", std_factor, exclusive=True)
         weights = check_weights(weights, len(self.calls))
-        if target == "average":
+        if target == "equal":
             weights = [sum(weights) / len(weights)] * len(weights)
         found = {}
         for name in self.calls[0]:
@@ -118,7 +121,8 @@ class EndpointStatistics:
                 table[name][call] if call is not None and call < len(table[name]) else pooled(table[name])
                 for table in self.calls
             ]
-            found[name] = mixed_target(moments, weights, std_factor)
+            mixed = mixed_target(moments, weights, std_factor)
+            found[name] = layer_average(mixed) if target == "average" else mixed
         return found
 
 

@@ -12,7 +12,7 @@ __all__ = ["Method", "Mode", "Renormalization", "TargetMix", "renormalization_of
 
 Method: TypeAlias = Literal["auto", "repair", "rescale", "reshift", "reset"]
 Mode: TypeAlias = Literal["joint", "sequential"]
-TargetMix: TypeAlias = Literal["weighted", "average"]
+TargetMix: TypeAlias = Literal["weighted", "equal", "average"]
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,11 @@ class Renormalization:
         samples: calibrate on this many samples from the front of the data; None reads all of it.
         layers: names of the linear and convolution layers to renormalize; None takes all that can be.
         target: how the endpoints' statistics are mixed into the target: ``"weighted"`` by the weights of the
-            merge, or ``"average"``, which counts every endpoint equally at any weights.
+            merge, or ``"equal"``, which counts every endpoint equally at any weights. ``"average"`` also makes the
+            channels of a layer alike, as the paper's code does: ``sigma*`` becomes the layer's mean, and ``mu*`` the mean
+            of ``|mu*|`` with the channel's sign.
         std_factor: multiplies the target standard deviation. Above 1, activations of the merge spread more than
-            those of the endpoints.
+            those of the endpoints. (The factor of the paper's code multiplies the mean too.)
 
     Raises:
         ValueError: a value is out of range, or the method does not use the option: ``"reset"`` has no

@@ -242,7 +242,7 @@ def test_remembered_weights_survive_what_keeps_the_merge(dtype):
 
 @pytest.mark.parametrize(("weights", "options", "expected"), [
     ([0.2, 0.3, 0.5], {}, [0.2, 0.3, 0.5]),
-    ([0.2, 0.3, 0.5], {"target": "average"}, [1 / 3] * 3),
+    ([0.2, 0.3, 0.5], {"target": "equal"}, [1 / 3] * 3),
     ([1.0, 1.0, -0.5], {}, [1.0, 1.0, -0.5]),
 ])  # fmt: skip
 def test_targets_of_several_endpoints(weights, options, expected):
@@ -258,6 +258,16 @@ def test_targets_of_several_endpoints(weights, options, expected):
         torch.testing.assert_close(std, spread)
         torch.testing.assert_close(wide[name][0], mean)
         torch.testing.assert_close(wide[name][1], 2 * std)
+
+
+def test_the_average_target_is_the_papers_mean_over_a_layer():
+    ends = [build("mlp", fresh_seed())[0] for _ in range(2)]
+    statistics = fm.endpoint_statistics(ends, [torch.randn(50, 12)])
+    found = statistics.targets([0.3, 0.7], target="average", std_factor=2.0)
+    for name, (mean, std) in statistics.targets([0.3, 0.7]).items():
+        expected = mean.sign() * mean.abs().sum() / len(mean)
+        torch.testing.assert_close(found[name].mean, expected)
+        torch.testing.assert_close(found[name].std, torch.full_like(std, float(std.mean())))
 
 
 @pytest.mark.parametrize("mode", ["joint", "sequential"])
@@ -384,7 +394,7 @@ def test_autocast_reaches_the_passes_of_sequential_mode():
 @pytest.mark.parametrize(("options", "message"), [
     ({"method": "fix"}, "method: expected one of 'auto', 'repair'.*; got 'fix'"),
     ({"mode": "both"}, "mode: expected one of 'joint', 'sequential'; got 'both'"),
-    ({"target": "mean"}, "target: expected one of 'weighted', 'average'; got 'mean'"),
+    ({"target": "mean"}, "target: expected one of 'weighted', 'equal', 'average'; got 'mean'"),
     ({"std_factor": 0.0}, "std_factor: expected a finite number above 0; got 0.0"),
     ({"std_factor": float("inf")}, "std_factor: expected a finite number"),
     ({"samples": 0}, "samples: expected a whole number of at least 1; got 0"),
@@ -424,7 +434,7 @@ def test_reset_is_no_candidate_with_an_option_that_it_does_not_use():
 
 
 @pytest.mark.parametrize("mode", ["joint", "sequential"])
-@pytest.mark.parametrize("options", [{"target": "average"}, {"std_factor": 1.5}])
+@pytest.mark.parametrize("options", [{"target": "equal"}, {"target": "average"}, {"std_factor": 1.5}])
 def test_every_option_changes_the_result(mode, options):
     ends = pair("vgg without norm")
     merged, data = fm.merge(ends, [0.2, 0.8]), loader()
