@@ -11,7 +11,8 @@ from torch import nn
 from fastmatch._internal.batches import Forward, batches_of, check_module, default_forward, evaluating
 from fastmatch._internal.coefficients import check_weights
 from fastmatch.evaluation.table import Table
-from fastmatch.renorm.layers import batch_norms, channel_dim, survey
+from fastmatch.renorm.layers import channel_dim, survey
+from fastmatch.renorm.norms import batch_norms
 from fastmatch.statistics.moments import ChannelMoments
 
 __all__ = ["layer_table", "running_statistics"]

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from fastmatch._internal.modules import with_state
 from fastmatch._internal.states import State, state_of
-from fastmatch.renorm.layers import is_norm
+from fastmatch.renorm.norms import is_norm
 
 __all__ = ["bias_depths", "norms_in", "remove_biases", "zeroed_biases"]
 

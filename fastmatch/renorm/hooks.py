@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from fastmatch.renorm.fold import bring_to_target, fold
-from fastmatch.renorm.layers import Layer, batch_norms, survey
+from fastmatch.renorm.layers import Layer, survey
+from fastmatch.renorm.norms import batch_norms
 from fastmatch.renorm.plan import Plan
 from fastmatch.renorm.targets import Target
 from fastmatch.statistics.moments import ChannelMoments
@@ -101,7 +102,7 @@ class _ResetHook(CalibrationHook):
     def write(self) -> None:
         if self.moments.count:
             self._set(self.moments)
-            counter: Any = self.module.num_batches_tracked
+            counter: Any = getattr(self.module, "num_batches_tracked", None)
             if counter is not None:
                 counter.fill_(self._batches)
 

@@ -7,7 +7,8 @@ from typing import Literal, TypeAlias
 
 from torch import nn
 
-from fastmatch.renorm.layers import batch_norms, survey
+from fastmatch.renorm.layers import survey
+from fastmatch.renorm.norms import batch_norms
 from fastmatch.renorm.options import Method, Renormalization, renormalization_of
 from fastmatch.renorm.outputs import Disagreement
 

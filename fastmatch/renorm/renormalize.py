@@ -23,7 +23,7 @@ from fastmatch._internal.modules import copy_module
 from fastmatch.renorm.calibrate import Calibration, calibrate
 from fastmatch.renorm.endpoints import EndpointStatistics, endpoint_statistics
 from fastmatch.renorm.hooks import Targets, affine_hooks, reset_hooks
-from fastmatch.renorm.layers import batch_norms
+from fastmatch.renorm.norms import batch_norms
 from fastmatch.renorm.options import Method, Renormalization, renormalization_of
 from fastmatch.renorm.outputs import PREFERENCE, disagreement
 from fastmatch.renorm.plan import Plan, candidates, plan_renormalization, remember_plan
