@@ -77,11 +77,17 @@ def rows(networks: tuple[str, ...], widths: tuple[int, ...], seeds: int) -> Iter
                 accuracy[method] = fm.evaluate(new, test, progress=False)[1]
             plan = fm.applied_plan(new)
             assert plan is not None
+            published = {}
+            for method in ("repair", "rescale") if network.kind != "MLP" else ():
+                options = fm.Renormalization(method, layers="published")
+                new = fm.renormalize(model, statistics, calibration, options, weights=weights, progress=False)
+                published[f"published layers, {method}"] = round(fm.evaluate(new, test, progress=False)[1], 4)
             best = max((m for m in accuracy if m != "auto"), key=accuracy.__getitem__)
             yield {
                 "network": name, "width": width, "seed": seed, "cell": what, "chosen": plan.method, "best": best,
                 "below best": round(accuracy[best] - accuracy["auto"], 4),
                 "below none": round(accuracy["none"] - accuracy["auto"], 4),
+                **published,
                 **{f"accuracy, {m}": round(value, 4) for m, value in accuracy.items()},
             }  # fmt: skip
 
@@ -93,6 +99,29 @@ def _share(values: list[float], limit: float) -> str:
 def _accuracies(row: record.Row) -> dict[str, float]:
     """Return method -> test accuracy of one cell."""
     return {k.removeprefix("accuracy, "): v for k, v in row.items() if k.startswith("accuracy, ")}
+
+
+def _layer_sets(everything: list[record.Row]) -> list[str]:
+    """Return the lines of a table: mean accuracies with all layers renormalized, and with the published ones."""
+    lines = [
+        '`layers="published"` renormalizes convolutions alone, without the stem and the shortcuts of a ResNet. Mean accuracies:',
+        "",
+        "| network | models | none | repair | repair, published layers | rescale | rescale, published layers |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    keys = (
+        "accuracy, none",
+        "accuracy, repair",
+        "published layers, repair",
+        "accuracy, rescale",
+        "published layers, rescale",
+    )
+    for name in dict.fromkeys(r["network"] for r in everything if "published layers, repair" in r):
+        for kind in ("merge", "pruned"):
+            chosen = [r for r in everything if r["network"] == name and r["cell"].startswith(kind)]
+            cells = (f"{100 * sum(r[key] for r in chosen) / len(chosen):.1f}%" for key in keys)
+            lines.append(f"| {name} | {'merges' if kind == 'merge' else kind} | {' | '.join(cells)} |")
+    return lines
 
 
 def page(found: record.Record) -> str:
@@ -138,6 +167,7 @@ def page(found: record.Record) -> str:
             f"| {r['network']} | x{r['width']} | {r['seed']} | {r['cell']} | {r['chosen']} | {r['best']} | "
             f"{100 * r['below best']:.1f} |"
         )
+    lines += ["", "## All layers, and those of the paper's code", "", *_layer_sets(everything)]
     return record.page("The automatic choice of a renormalization", NAME, found, "\n".join(lines))
 
 

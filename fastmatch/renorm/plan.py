@@ -11,6 +11,7 @@ from fastmatch.renorm.layers import survey
 from fastmatch.renorm.norms import batch_norms
 from fastmatch.renorm.options import Method, Renormalization, renormalization_of
 from fastmatch.renorm.outputs import Disagreement
+from fastmatch.renorm.published import published_layers
 
 __all__ = ["Plan", "Treatment", "applied_plan", "candidates", "plan_renormalization", "remember_plan"]
 
@@ -98,7 +99,8 @@ def plan_renormalization(model: nn.Module, method: Method | Renormalization = "a
                 'use "repair" or "rescale"'
             )
         return Plan("reset", "as asked", tuple(norms), {})
-    found, left = survey(model, options.layers)
+    layers = published_layers(model) if options.layers == "published" else options.layers
+    found, left = survey(model, layers)
     why = "as asked"
     if options.method == "auto":
         why = f"the best of {', '.join(candidates(model, options))} on the data"

@@ -531,3 +531,38 @@ def test_renormalizations_side_by_side_leave_torchs_number_of_threads():
         assert later == [3]
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("name", "expected"), [
+    ("vgg", ["features.0", "features.4"]),
+    ("resnet", [f"stage{s}.{b}.conv{c}" for s in (1, 2) for b in (0, 1) for c in (1, 2)]),
+])  # fmt: skip
+def test_the_published_layers_are_convolutions_without_stem_shortcuts_and_classifier(name, expected):
+    model = build(name, 0)[0]
+    options = fm.Renormalization("repair", layers="published")
+    assert sorted(fm.plan_renormalization(model, options).layers) == sorted(expected)
+    ends = pair(name)
+    merged, data = fm.merge(ends), loader()
+    new = fm.renormalize(merged, ends, data, options).state_dict()
+    changed = {n.rpartition(".")[0] for n, t in merged.state_dict().items() if not torch.equal(new[n], t)}
+    assert changed == set(expected)
+    named = fm.renormalize(merged, ends, data, fm.Renormalization("repair", layers=expected))
+    assert all(torch.equal(t, new[n]) for n, t in named.state_dict().items())
+
+
+def test_published_layers_that_cannot_be_told_are_refused():
+    with pytest.raises(ValueError, match='layers: "published" means convolutions, and the model has none'):
+        fm.plan_renormalization(build("mlp", 0)[0], fm.Renormalization(layers="published"))
+
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 1, 1)
+
+        def forward(self, x):
+            return self.conv(x) if x.sum() > 0 else x
+
+    with pytest.raises(
+        ValueError, match=r'layers: "published" needs a forward pass that torch\.fx can follow'
+    ):
+        fm.plan_renormalization(Branching(), fm.Renormalization(layers="published"))
