@@ -5,6 +5,7 @@
 # Align two models, or many
 from .matching.align import align as align
 from .matching.align_many import align_many as align_many
+from .matching.balance import balance as balance, Balanced as Balanced
 from .permutations.alignment import Alignment as Alignment, Matching as Matching
 
 # Matchers of two models
