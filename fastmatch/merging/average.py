@@ -94,7 +94,8 @@ def merge(
 
     Example:
         >>> merged = fm.merge([model_a, model_b], weights=[0.25, 0.75])
-        >>> without_data = fm.merge([model_a, model_b], biases="normalize")
+        >>> plain = [torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)) for _ in range(2)]
+        >>> without_data = fm.merge(plain, biases="normalize")
 
     Args:
         models: modules or state dicts of one architecture.
