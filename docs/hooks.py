@@ -12,7 +12,7 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
 RESULTS, SITE_RESULTS = "bench/results", "measured/results"
-OUTSIDE = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+OUTSIDE = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md", "SECURITY.md": "security.md"}
 """Files of the repository's root -> their pages."""
 
 FORMULA = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>([,.;:)]*)', re.DOTALL)
@@ -40,6 +40,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     Pages link to the file in the repository, so that the links also work where the Markdown is read unbuilt.
     """
     up = "../" * page.file.src_uri.count("/")
+    if page.file.src_uri in OUTSIDE.values():
+        markdown = markdown.replace("](docs/", "](")
     for name, uri in {RESULTS + "/": SITE_RESULTS + "/", **OUTSIDE}.items():
         markdown = re.sub(rf"\]\((?:\.\./)+{re.escape(name)}", f"]({up}{uri}", markdown)
     return markdown
@@ -54,4 +56,6 @@ def _mathml(match: re.Match[str]) -> str:
     block = match[1] == "div"
     latex = html.unescape(match[2]).strip()[2:-2].strip()  # without \( \) or \[ \]
     formula = convert(latex, display="block" if block else "inline")
-    return formula if block else f'<span class="formula">{formula}{match[3]}</span>'
+    if block:
+        return f'<div class="formula-block">{formula}</div>'
+    return f'<span class="formula">{formula}{match[3]}</span>'

@@ -5,6 +5,7 @@
 # Align two models, or many
 from .matching.align import align as align
 from .matching.align_many import align_many as align_many
+from .matching.balance import balance as balance, Balanced as Balanced
 from .permutations.alignment import Alignment as Alignment, Matching as Matching
 
 # Matchers of two models
@@ -35,6 +36,7 @@ from .renorm import (
     renormalize as renormalize,
     renormalize_many as renormalize_many,
     Renormalization as Renormalization,
+    applied_plan as applied_plan,
     plan_renormalization as plan_renormalization,
     Plan as Plan,
     endpoint_statistics as endpoint_statistics,
@@ -49,6 +51,13 @@ from .evaluation.between import Renormalized as Renormalized
 from .evaluation.layers import layer_table as layer_table, running_statistics as running_statistics
 from .evaluation.distances import distances as distances
 from .evaluation.table import Table as Table
+
+# Report
+from .report.merge import merge_report as merge_report
+from .report.report import Report as Report
+
+# All of it from one recipe
+from .recipes.pipeline import pipeline as pipeline, Outcome as Outcome
 
 # Assignment
 from .assignment import solve as solve, linear_sum_assignment as linear_sum_assignment

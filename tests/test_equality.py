@@ -61,6 +61,7 @@ BY_VALUE: dict[type, Callable[[], object]] = {
 BY_IDENTITY: dict[type, Callable[[], object]] = {
     fm.ActivationMatching: lambda: fm.ActivationMatching(DATA),
     fm.Alignment: _alignment,
+    fm.Balanced: lambda: fm.balance(_model(), build("mlp", 0)[1]),
     fm.CCA: lambda: fm.CCA(DATA),
     fm.Chain: lambda: fm.Chain(_weights()),
     ChannelMoments: ChannelMoments,

@@ -43,10 +43,14 @@ def test_the_wheel_holds_both_packages(tmp_path):
         str(path.relative_to(root))
         for package, root in roots.items()
         for path in (root / package).rglob("*")
-        if path.suffix in (".py", ".pyi", ".typed")
+        if path.suffix in (".py", ".pyi", ".typed", ".html", ".css")
     }
     assert held == expected
-    assert {"fastmatch/py.typed", "fastmatch_kernels/py.typed"} <= held
+    assert {
+        "fastmatch/py.typed",
+        "fastmatch/report/templates/page.html",
+        "fastmatch_kernels/py.typed",
+    } <= held
 
 
 def test_the_sdist_holds_what_its_tests_read(tmp_path):

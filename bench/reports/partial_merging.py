@@ -147,7 +147,10 @@ def draw(found: record.Record) -> None:
             )
         ax.set_xlabel(f"{'FLOPs' if value == 'flops' else value} / one model's")
     axes[0].set_ylabel("test accuracy, %")
-    axes[1].legend(fontsize="x-small")
+    figure.suptitle("Partial merging: accuracy against size and cost", fontsize="medium")
+    figure.legend(
+        *axes[1].get_legend_handles_labels(), loc="outside right upper", fontsize="x-small", frameon=False
+    )
     figure.savefig(PICTURE, dpi=110)
 
 

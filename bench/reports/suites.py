@@ -74,7 +74,7 @@ def figure(rows: list[dict[str, Any]], suite: str, field: str) -> Figure:
     """Draw one suite on log-log axes, one panel per instance."""
     lines = lines_of(rows, suite, field)
     instances = list(dict.fromkeys(instance for instance, _ in lines))
-    columns = min(len(instances), 3)
+    columns = 2 if len(instances) == 4 else min(len(instances), 3)
     height = -(-len(instances) // columns)
     drawn = Figure(figsize=(4.2 * columns, 3.4 * height), layout="constrained")
     panels = drawn.subplots(height, columns, squeeze=False).flatten()
@@ -94,7 +94,7 @@ def figure(rows: list[dict[str, Any]], suite: str, field: str) -> Figure:
         panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         panel.minorticks_off()
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=7)
+        panel.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, frameon=False)
     return drawn
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import nn
 
-__all__ = ["check_weights", "remember_weights", "remembered_weights"]
-
+__all__ = ["check_weights", "has_stale_note", "remember_weights", "remembered_weights"]
 
 _NOTE = "fastmatch_merge_weights"
+_ENTRIES = 256
+"""Of every parameter that a note keeps, to tell whether the module still holds what was merged."""
 
 
 def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
@@ -33,12 +36,64 @@ def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     return values
 
 
+@dataclass(frozen=True)
+class _Note:
+    """The weights of a merge, and entries of the tensors that it made, by parameter."""
+
+    weights: tuple[float, ...]
+    entries: dict[str, torch.Tensor]
+    precision: dict[str, float]
+
+
 def remember_weights(model: nn.Module, weights: Sequence[float]) -> nn.Module:
-    """Note on a merged module the weights it was made with, for a later renormalization; copies keep the note."""
-    model.__dict__[_NOTE] = tuple(float(w) for w in weights)
+    """Note on a merged module the weights it was made with, for a later renormalization.
+
+    Copies keep the note. It holds for the tensors that the module has now, in any precision and on any device.
+    """
+    parameters = _floating(model)
+    entries = {name: _entries(tensor) for name, tensor in parameters.items()}
+    precision = {name: torch.finfo(tensor.dtype).eps for name, tensor in parameters.items()}
+    model.__dict__[_NOTE] = _Note(tuple(float(w) for w in weights), entries, precision)
     return model
 
 
 def remembered_weights(model: nn.Module) -> tuple[float, ...] | None:
-    """Return the weights that a module was merged with; None if there is no note."""
-    return model.__dict__.get(_NOTE)
+    """Return the weights that a module was merged with; None if there is no note, or other tensors were loaded since."""
+    note = model.__dict__.get(_NOTE)
+    return note.weights if isinstance(note, _Note) and not _has_changed(model, note) else None
+
+
+def has_stale_note(model: nn.Module) -> bool:
+    """Return whether a module was merged, and has other tensors now."""
+    note = model.__dict__.get(_NOTE)
+    return isinstance(note, _Note) and _has_changed(model, note)
+
+
+def _has_changed(model: nn.Module, note: _Note) -> bool:
+    parameters = _floating(model)
+    if parameters.keys() != note.entries.keys():
+        return True
+    for name, tensor in parameters.items():
+        then, now = note.entries[name], _entries(tensor)
+        eps = 2 * max(note.precision[name], torch.finfo(tensor.dtype).eps)
+        largest = float(then.abs().max()) if then.numel() else 0.0
+        if then.shape != now.shape or not torch.allclose(now, then, rtol=eps, atol=eps * largest):
+            return True
+    return False
+
+
+def _floating(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the parameters; running statistics are buffers, which change while a model is calibrated or trained."""
+    found = {name: p.detach() for name, p in model.named_parameters() if not p.is_meta}
+    return {name: t for name, t in found.items() if t.is_floating_point() or t.is_complex()}
+
+
+def _entries(tensor: torch.Tensor) -> torch.Tensor:
+    """Return up to :data:`_ENTRIES` entries of a tensor, evenly spaced over its flat order, in float64 on the CPU."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    count = min(tensor.numel(), _ENTRIES)
+    flat = torch.arange(count, device="cpu") * tensor.numel() // max(count, 1)
+    place = [k.to(tensor.device) for k in torch.unravel_index(flat, tensor.shape)] if tensor.ndim else []
+    chosen = tensor[tuple(place)] if place else tensor.reshape(-1)
+    return chosen.to(device="cpu", dtype=torch.float64)

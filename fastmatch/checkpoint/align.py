@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -11,22 +12,24 @@ from pathlib import Path
 import torch
 
 from fastmatch._internal.checks import check_type
-from fastmatch._internal.files import check_target
-from fastmatch._internal.states import check_finite, check_same_architecture
-from fastmatch.checkpoint.journal import Journal, fingerprint, journal_path
+from fastmatch._internal.outputs import Claim, check_target, claimed
+from fastmatch._internal.stopwatch import Stopwatch
+from fastmatch.checkpoint.diffusion.pipeline import pipeline_layout
+from fastmatch.checkpoint.journal import journal_path, journaling
 from fastmatch.checkpoint.names import Chunk, Layout, RenamedCheckpoint, layout_of
-from fastmatch.checkpoint.proof import prove_config
 from fastmatch.checkpoint.reader import CONFIG, Checkpoint
-from fastmatch.checkpoint.structure import bind, build_empty, trace_config
+from fastmatch.checkpoint.structure import bind, build_empty, tied_names
+from fastmatch.checkpoint.tracing import common_spec, is_diffusion, prove_checkpoint, trace_checkpoint
 from fastmatch.checkpoint.writer import write_like
 from fastmatch.matching.ascent import Hooks
+from fastmatch.matching.matcher import as_code
 from fastmatch.matching.weights import WeightMatching, match_weights
 from fastmatch.merging.average import merge_states
 from fastmatch.permutations.alignment import Alignment
 from fastmatch.permutations.apply import permute_tensor
 from fastmatch.spec import PermutationSpec
 
-__all__ = ["WriteOptions", "align_checkpoints"]
+__all__ = ["AlignedTensors", "WriteOptions", "align_checkpoints", "layout_for"]
 
 
 @dataclass(frozen=True)
@@ -64,19 +67,19 @@ class WriteOptions:
 
 def layout_for(path: str | Path, checkpoint: Checkpoint, spec: PermutationSpec) -> Layout:
     """Return the layout of a checkpoint in the spec's parameters: every name unchanged if the spec uses the file's."""
+    if checkpoint.parts:
+        return pipeline_layout(checkpoint.parts)
     named = {axis.parameter for group in spec.groups.values() for axis in group.axes}
     if named <= set(checkpoint) or not (Path(path) / CONFIG).is_file():
         return {name: Chunk(name, tensor.shape) for name, tensor in checkpoint.headers.items()}
     return layout_of(build_empty(path), checkpoint.headers, str(path))
 
 
-class _Output:
-    """Computes the tensors to write, by their names in the file: those of the aligned B, or their merge with A's."""
+class AlignedTensors:
+    """Computes the tensors of the aligned B by their names in the file."""
 
-    def __init__(
-        self, a: Checkpoint, b: Checkpoint, layout: Layout, alignment: Alignment, write: WriteOptions
-    ) -> None:
-        self.a, self.layout, self.alignment, self.write = a, layout, alignment, write
+    def __init__(self, b: Checkpoint, layout: Layout, alignment: Alignment) -> None:
+        self.layout, self.alignment = layout, alignment
         self.parameters = RenamedCheckpoint(b, layout)
         # A file alternates between the chunks of an expert's two stacks.
         self.cached_aligned = lru_cache(maxsize=2)(self._aligned)
@@ -86,24 +89,25 @@ class _Output:
         return permute_tensor(tensor, parameter, self.alignment.spec, self.alignment.permutations)
 
     def __call__(self, name: str) -> torch.Tensor:
-        found = self._made(name)
-        if (
-            self.write.merge is not None or self.write.dtype is not None
-        ):  # else the numbers are B's, which are finite
-            written = found.to(self.write.dtype or found.dtype) if found.is_floating_point() else found
-            check_finite({name: written}, "nothing is written: the result")
-        return found
-
-    def _made(self, name: str) -> torch.Tensor:
+        """Return one tensor to write."""
         chunk = self.layout[name]
         if chunk.index:
-            aligned = self.cached_aligned(chunk.parameter)[chunk.index]
-        else:
-            aligned = self._aligned(chunk.parameter)
-        weight = self.write.merge
-        if weight is None:
-            return aligned
-        return merge_states([{name: self.a[name]}, {name: aligned}], [1 - weight, weight])[name]
+            return self.cached_aligned(chunk.parameter)[chunk.index]
+        return self._aligned(chunk.parameter)
+
+
+def _merged(a: Checkpoint, aligned: AlignedTensors, weight: float | None) -> Callable[[str], torch.Tensor]:
+    """Return what computes the tensors to write: those of the aligned B, or their merge with A's where A has them."""
+    if weight is None:
+        return aligned
+
+    def merged(name: str) -> torch.Tensor:
+        tensor = aligned(name)
+        if name not in a or a.headers[name].shape != tensor.shape:
+            return tensor
+        return merge_states([{name: a[name]}, {name: tensor}], [1 - weight, weight])[name]
+
+    return merged
 
 
 # parameters: progress is part of every long call
@@ -129,16 +133,19 @@ def align_checkpoints(
 
     Args:
         path_a, path_b: Hugging Face directories (config.json; model.safetensors or shards with an index), or single
-            .safetensors or torch files, of the same architecture. A is the reference.
+            .safetensors or torch files, of the same architecture. A is the reference. Of a diffusion model, B may have
+            networks that A lacks; they are written as they are.
         out: the directory to write for directories, the file to write for files. A directory has B's shards, config and
             tokenizer.
         matcher: a :class:`fastmatch.WeightMatching`. The other matchers run the networks and need them in memory.
-        spec: which axes move together; traced from A's config.json by default. ``spec.select`` and
+        spec: which axes move together; by default traced from config.json, or from the names and shapes in a file of a
+            diffusion model. ``spec.select`` and
             ``spec.without_residual`` restrict the groups that are matched.
         write: what to write: the aligned B or a merge, its element type, and whether an existing output is replaced.
         device: the device that computes the gain matrices.
-        resume: continue from the journal of a killed run with the same files and settings. The journal is a hidden file
-            in the folder of ``out`` and is removed when the output is complete. ``max_sweeps`` may differ.
+        resume: continue from the journal of a killed run of the same tensors and settings; the output has the same bits
+            as that of a run that is not interrupted. The journal is a hidden file in the folder of ``out`` and is
+            removed when the output is complete. ``max_sweeps`` and ``write`` may differ.
         progress: show progress bars; None shows them on a terminal, for work of more than a second.
 
     Returns:
@@ -147,8 +154,9 @@ def align_checkpoints(
 
     Raises:
         TypeError: ``matcher`` is not a WeightMatching.
-        ValueError: a file is damaged, A and B differ, or nothing can be permuted. File and tensor are named.
-        OSError: a file is missing or cannot be written. Nothing is left half-written.
+        ValueError: a file is damaged, A and B differ, nothing can be permuted, or the journal is of another run. File and
+            tensor are named.
+        OSError: a file is missing or cannot be written, or another run writes ``out``. Nothing is left half-written.
 
     Cost: each solve reads the group's tensors once for the gain matrix and, if units move, again to verify the progress
     in float64. Memory holds one tensor of A and one of B with copies, the gain matrix, and the solver's workspace.
@@ -161,44 +169,69 @@ def align_checkpoints(
     if Path(path_a).is_dir() != Path(path_b).is_dir():
         kind = "directory" if Path(path_a).is_dir() else "file"
         raise ValueError(f"{path_b}: expected a {kind}, like {path_a}")
-    check_target(out, force=write.force)
-    if Path(out).resolve() in (Path(path_a).resolve(), Path(path_b).resolve()):
-        raise ValueError(f"out: {out} is one of the inputs; choose another path")
-    check_same_architecture(a.headers, b.headers, str(path_a), str(path_b))
-    proof = None
-    if spec is None:
-        if not Path(path_a).is_dir():
-            raise ValueError(f"spec: needed, because the file {path_a} has no config.json to trace")
-        spec = trace_config(path_a)
-        proof = prove_config(path_a, spec)
-    layout = layout_for(path_a, a, spec)
-    model_a, model_b = (RenamedCheckpoint(checkpoint, layout) for checkpoint in (a, b))
-    spec = bind(spec, model_a.headers, str(path_a))
+    check_target(out, force=write.force, folder=Path(path_b).is_dir())
+    for path in (path_a, path_b):
+        if Path(path).resolve().is_relative_to(Path(out).resolve()):
+            what = "is" if Path(path).resolve() == Path(out).resolve() else "holds"
+            raise ValueError(f"out: {out} {what} one of the inputs; choose another path")
+    with claimed(out, force=write.force, folder=Path(path_b).is_dir()) as claim:
+        return _align(a, b, claim, matcher, spec, write, resume=resume, progress=progress)
+
+
+def _align(
+    a: Checkpoint,
+    b: Checkpoint,
+    claim: Claim,
+    matcher: WeightMatching,
+    spec: PermutationSpec | None,
+    write: WriteOptions,
+    *,
+    resume: bool,
+    progress: bool | None,
+) -> Alignment:
+    path_a, path_b = a.path, b.path
+    if a.keys() != b.keys() and (path_a / CONFIG).is_file() and not is_diffusion(path_b, b):
+        a.take_names(b, tied_names(build_empty(path_a)))
+    traced = trace_checkpoint(path_b, b) if spec is None else spec
+    layout = layout_for(path_b, b, traced)
+    model_b = RenamedCheckpoint(b, layout)
+    whole = bind(traced, model_b.headers, str(path_b))
+    model_a = RenamedCheckpoint(a, {name: chunk for name, chunk in layout.items() if name in a})
+    common = common_spec(whole, model_a, model_b)
+    proof = prove_checkpoint(path_b, b, traced) if spec is None else None
+    spec = common
     if not spec.groups:
         raise ValueError(f"{path_a}: no group of units is free to move")
-    for checkpoint in (a, b):
-        check_finite(checkpoint, str(checkpoint.path))
     # Without max_sweeps: a run that goes on may take more of them.
     settings = {"seed": matcher.seed, "include": matcher.include, "tolerance": matcher.tolerance}
-    key = fingerprint(a, b, spec, init=_init_of(matcher), **settings)
-    journal = Journal(journal_path(out), key, spec, resume=resume)
-    hooks = Hooks(out_of_core=True, stale=journal.stale, on_solve=journal.add)
-    start = _continuing(matcher, journal, spec)
-    matching = match_weights(model_a, model_b, spec, start, hooks, progress=progress)
-    alignment = Alignment(matching.permutations, spec, matching, proof)
-    output = _Output(a, b, layout, alignment, write)
-    write_like(b, out, output, dtype=write.dtype, force=write.force)
-    journal.remove()
-    return alignment
+    run = {
+        "the tensors of A": a.digest(),
+        "the tensors of B": b.digest(),
+        "the groups": _hash(spec.to_json()),
+    }
+    run |= {name: repr(value) for name, value in settings.items()} | {"init": _init_of(matcher)}
+    watch = Stopwatch()
+    with journaling(journal_path(claim.path), run, spec, resume=resume) as journal:
+        hooks = Hooks(out_of_core=True, remembered=journal.step)
+        with watch("match"):
+            matching = match_weights(model_a, model_b, spec, matcher, hooks, progress=progress)
+        # B may have tensors that A lacks. They move as well.
+        alignment = Alignment(matching.permutations, whole, matching, proof, as_code(matcher))
+        output = _merged(a, AlignedTensors(b, layout, alignment), write.merge)
+        metadata = None if write.merge is None else _shared(a, b)
+        with watch("write"):
+            write_like(b, claim, output, dtype=write.dtype, metadata=metadata)
+    return replace(alignment, seconds=watch.seconds)
 
 
-def _continuing(matcher: WeightMatching, journal: Journal, spec: PermutationSpec) -> WeightMatching:
-    """Return the matcher that starts from the groups in the journal, and from its own ``init`` for all other groups."""
-    if not journal.permutations:
-        return matcher
-    init = matcher.init
-    start = dict(init) if not isinstance(init, str) else spec.identity() if init == "identity" else {}
-    return replace(matcher, init={**start, **journal.permutations})
+def _shared(a: Checkpoint, b: Checkpoint) -> dict[str, str]:
+    """Return what the headers of all files of both say."""
+    first, *others = [*a.metadata.values(), *b.metadata.values()] or [{}]
+    return {k: v for k, v in first.items() if all(table.get(k) == v for table in others)}
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _init_of(matcher: WeightMatching) -> str:
@@ -206,4 +239,4 @@ def _init_of(matcher: WeightMatching) -> str:
     if isinstance(matcher.init, str):
         return matcher.init
     text = repr(sorted((name, torch.as_tensor(p).tolist()) for name, p in matcher.init.items()))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return _hash(text)

@@ -6,11 +6,11 @@ until the system drops them, whereas a buffer is freed together with its tensor.
 
 from __future__ import annotations
 
-import json
-import math
+import hashlib
+import os
+import re
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,30 +18,17 @@ from typing import Any
 import torch
 
 from fastmatch._internal.files import TORCH_SUFFIXES, load_state
+from fastmatch._internal.json_files import read_json
+from fastmatch._internal.safetensors_file import Entry, read_entry, read_header
+from fastmatch._internal.states import check_finite
 
-__all__ = ["CONFIG", "DTYPES", "INDEX", "Checkpoint", "Entry"]
+__all__ = ["CONFIG", "INDEX", "SINGLE", "Checkpoint"]
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
-HEADER_LIMIT = 100_000_000
-"""Maximum header size in bytes, the format's own limit. It keeps a damaged length from allocating all memory."""
-
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
-    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-"""safetensors' name of an element type -> torch's type."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """The place of one tensor: its file, element type, shape, and byte range from ``begin`` to ``end`` in the file."""
-
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    begin: int
-    end: int
+MODEL_INDEX = "model_index.json"
+STEMS = ("model", "diffusion_pytorch_model")
+REQUIRED = ("unet", "transformer")
+"""Folders of a pipeline that are of no use to align without weights that can be read."""
 
 
 class Checkpoint(Mapping[str, torch.Tensor]):
@@ -54,8 +41,9 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         torch.Size([32, 16])
 
     Args:
-        path: a directory with model.safetensors or with shards and their index, or a single file. Torch files are
-            memory-mapped and read with ``weights_only``.
+        path: a directory with model.safetensors or with shards and their index, a pipeline of diffusers, or a single file. If a directory has
+            both, model.safetensors is read, as transformers does. Torch files are memory-mapped and read with
+            ``weights_only``.
         device: the device that tensors are moved to.
 
     Raises:
@@ -69,6 +57,12 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         """Seconds spent reading tensors so far."""
         self._loaded: dict[str, torch.Tensor] = {}
         self._entries: dict[str, Entry] = {}
+        self.metadata: dict[Path, dict[str, str]] = {}
+        """File -> what the header of a safetensors file says besides."""
+        self.parts: dict[str, Checkpoint] = {}
+        """Of a pipeline of diffusers: name of a folder -> its tensors. Their names here start with the folder's."""
+        self.index: Path | None = None
+        """The index of a sharded checkpoint."""
         if self.path.is_dir():
             self.files = self._read_directory()
         elif not self.path.is_file():
@@ -78,7 +72,9 @@ class Checkpoint(Mapping[str, torch.Tensor]):
             if self.path.suffix in TORCH_SUFFIXES:
                 self._loaded = load_state(self.path, mmap=True)
             else:
-                self._entries = read_header(self.path)
+                self._entries, self.metadata[self.path] = read_header(self.path)
+
+        self._versions = {file: _version(file) for file in self.files}
 
     @cached_property
     def headers(self) -> dict[str, torch.Tensor]:
@@ -101,7 +97,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         started = time.perf_counter()
-        tensor = (self._loaded[name] if self._loaded else self._read(name)).to(self.device)
+        tensor = self._read(name).to(self.device)
         self.seconds += time.perf_counter() - started
         return tensor
 
@@ -115,98 +111,146 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         return name in self._loaded or name in self._entries
 
     def _read(self, name: str) -> torch.Tensor:
-        entry = self._entries[name]
-        tensor = torch.empty(entry.shape, dtype=entry.dtype)
-        if not tensor.numel():
-            return tensor
-        buffer = tensor.reshape(-1).view(torch.uint8).numpy().data
-        try:
-            with entry.file.open("rb", buffering=0) as file:
-                file.seek(entry.begin)
-                done = 0
-                while done < len(buffer):
-                    count = file.readinto(buffer[done:])
-                    if not count:
-                        raise OSError(f"the file ends after {done} of {len(buffer)} bytes")
-                    done += count
-        except OSError as error:
-            raise ValueError(f"{entry.file}: tensor {name!r} cannot be read ({error})") from error
+        tensor = self._loaded[name] if self._loaded else read_entry(name, self._entries[name])
+        file = self.path if self._loaded else self._entries[name].file
+        if _version(file) != self._versions[file]:
+            raise ValueError(f"{file}: tensor {name!r}: the file has changed since it was opened")
         return tensor
 
+    def digest(self) -> str:
+        """Return a hash of every name, shape, type and value; all tensors are read, and must be finite.
+
+        Raises:
+            ValueError: a tensor holds NaN or infinity, or cannot be read.
+        """
+        total = hashlib.blake2b(digest_size=32)
+        for name in sorted(self):
+            tensor = self._read(name)
+            check_finite({name: tensor}, str(self.path))
+            total.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
+            if tensor.numel():
+                total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return total.hexdigest()
+
+    def take_names(self, other: Checkpoint, tied: Iterable[Collection[str]]) -> None:
+        """Give tensors that are stored twice in one of two checkpoints the names that ``other`` has.
+
+        Args:
+            other: the other checkpoint.
+            tied: the names of each parameter of the model that has several. A name is added or dropped only if the
+                checkpoint that has it holds the same values under another name of the parameter.
+        """
+        table: dict[str, Any] = self._loaded or self._entries
+        for names in tied:
+            for name in names:
+                if (name in self) == (name in other):
+                    continue
+                holder = self if name in self else other
+                twin = next((n for n in names if n in self and n in other), None)
+                if twin is None or not torch.equal(holder[name], holder[twin]):
+                    continue
+                if holder is self:
+                    del table[name]
+                else:
+                    table[name] = table[twin]
+        self.__dict__.pop("headers", None)
+
+    def _read_pipeline(self) -> list[Path]:
+        """Read the networks in the folders of a pipeline of diffusers, by names that start with the folder's."""
+        for folder in sorted(path for path in self.path.iterdir() if path.is_dir()):
+            if any(folder.glob("*.safetensors")) or folder.name in REQUIRED:
+                part = self.parts[folder.name] = Checkpoint(folder, self.device)
+                self._entries |= {f"{folder.name}.{name}": entry for name, entry in part._entries.items()}
+                self.metadata |= part.metadata
+        if not self.parts:
+            raise FileNotFoundError(f"{self.path}: none of its folders holds weights in safetensors files")
+        return [file for part in self.parts.values() for file in part.files]
+
     def _read_directory(self) -> list[Path]:
-        index = self.path / INDEX
-        if not index.is_file():
-            single = self.path / SINGLE
-            if not single.is_file():
-                raise FileNotFoundError(f"{self.path}: holds neither {SINGLE} nor {INDEX}")
-            self._entries = read_header(single)
+        if (self.path / MODEL_INDEX).is_file():
+            return self._read_pipeline()
+        single, index = weight_files(self.path)
+        if single.is_file():
+            self._entries, self.metadata[single] = read_header(single)
             return [single]
+        if not index.is_file():
+            raise FileNotFoundError(
+                f"{self.path}: holds neither {SINGLE} nor {INDEX}{_other_weights(self.path)}"
+            )
+        self.index = index
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{index}: expected a 'weight_map' of tensor names to files")
         shards: dict[str, dict[str, Entry]] = {}
         for name, shard in weight_map.items():
-            if not isinstance(shard, str) or Path(shard).name != shard:
+            if not isinstance(shard, str) or Path(shard).name != shard or shard == ".." or len(shard) > 255:
                 raise ValueError(
-                    f"{index}: tensor {name!r} is mapped to {shard!r}, which is not a plain file name"
+                    f"{index}: tensor {name!r} is mapped to {str(shard)[:80]!r}, which is not a plain file name"
                 )
             if shard not in shards:
-                if not (self.path / shard).is_file():
+                file = self.path / shard
+                if not os.path.isfile(file):  # also where the name is too long for the system
                     raise FileNotFoundError(
                         f"{index}: names {shard} for tensor {name!r}, but there is no such file"
                     )
-                shards[shard] = read_header(self.path / shard)
+                shards[shard], self.metadata[file] = read_header(file)
             if name not in shards[shard]:
                 raise ValueError(f"{self.path / shard}: holds no tensor {name!r}, although the index says so")
         for shard, entries in shards.items():
             for name in entries:
-                if weight_map.get(name) != shard:
+                # One that the index leaves out is loaded all the same, as transformers does.
+                if weight_map.get(name, shard) != shard or name in self._entries:
                     raise ValueError(
-                        f"{self.path / shard}: holds tensor {name!r}, which the index does not name"
+                        f"{self.path / shard}: holds tensor {name!r}, which is in another shard too; which one counts "
+                        "is not clear"
                     )
             self._entries.update(entries)
         return [self.path / shard for shard in shards]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read the object in a JSON file. Raise ValueError naming the file if it holds anything else."""
+def _version(file: Path) -> tuple[int, ...] | None:
+    """Return what differs when a file is written again; None if it has gone."""
     try:
-        data = json.loads(path.read_text())
-    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are both
-        raise ValueError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(data).__name__}")
-    return data
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def read_header(path: Path) -> dict[str, Entry]:
-    """Read the header of a safetensors file and check it against the file's length. No tensor is read."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, HEADER_LIMIT):
-            raise ValueError(f"{path}: not a readable safetensors file (damaged or truncated header)")
-        text = file.read(length)
-    try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        entries = {name: _entry(path, name, raw, 8 + length) for name, raw in header.items()}
-    except (AttributeError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not a readable safetensors file (header: {error!r})") from error
-    for name, entry in entries.items():
-        if entry.end > size:
-            raise ValueError(
-                f"{path}: truncated: tensor {name!r} ends at byte {entry.end}, the file at {size}"
+def weight_files(folder: Path) -> tuple[Path, Path]:
+    """Return the paths that a folder's weights have: one file, or an index of shards. None of them may exist.
+
+    transformers and diffusers name them differently, and a variant such as fp16 has its word before the suffix. Without
+    a variant comes first.
+
+    Raises:
+        ValueError: there are several variants, and no weights without one.
+    """
+    variants: dict[str, tuple[Path, Path]] = {}
+    for stem in STEMS:
+        found = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+        if any(path.is_file() for path in found):
+            return found
+        for path in folder.glob(f"{stem}.*"):
+            match = re.fullmatch(
+                rf"{stem}\.(?:(\w+)\.safetensors|safetensors\.index\.(\w+)\.json)", path.name
             )
-    return entries
+            if match:
+                word = match[1] or match[2]
+                variants[word] = (
+                    folder / f"{stem}.{word}.safetensors", folder / f"{stem}.safetensors.index.{word}.json",
+                )  # fmt: skip
+    if len(variants) > 1:
+        raise ValueError(
+            f"{folder}: holds weights of the variants {', '.join(sorted(variants))}, and none without; keep one of them"
+        )
+    return next(iter(variants.values()), (folder / SINGLE, folder / INDEX))
 
 
-def _entry(path: Path, name: str, raw: dict[str, Any], start: int) -> Entry:
-    dtype = DTYPES.get(raw["dtype"])
-    if dtype is None:
-        raise ValueError(f"{path}: tensor {name!r} has element type {raw['dtype']!r}, which is not supported")
-    shape = tuple(int(n) for n in raw["shape"])
-    begin, end = (start + int(n) for n in raw["data_offsets"])
-    if min(shape, default=0) < 0 or begin < start or end - begin != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"{path}: tensor {name!r} of shape {shape} does not fill its {end - begin} bytes")
-    return Entry(path, dtype, shape, begin, end)
+def _other_weights(folder: Path) -> str:
+    """Return what an error can add about weights that a folder has in files of another name or format."""
+    kinds = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx")
+    found = sorted({path.name for kind in kinds for path in folder.glob(kind)})
+    if not found:
+        return ""
+    return f"; it has {', '.join(found[:3])}: load that with its library and save it with save_pretrained"

@@ -1,9 +1,7 @@
 """Trace the permutation groups of a checkpoint from its config.json, without reading its weights.
 
-The model is built at its real size, so that the traced sizes are the checkpoint's, but its weights take no memory: entry
-(i, j) of a parameter is entry i + j of one short random vector, a view with overlapping strides. Unlike fake tensors,
-these have real values, which some rules of the tracer need (uniform constants, routers). The model creates its buffers
-as usual.
+The model is built at its real size, so that the traced sizes are the checkpoint's, but its weights take no memory: they are
+on the meta device, and the trace fills them (:mod:`fastmatch.spec.hollow`). The model creates its buffers as usual.
 """
 
 from __future__ import annotations
@@ -18,20 +16,22 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastmatch._internal.json_files import read_json
 from fastmatch._internal.states import State
-from fastmatch.checkpoint.reader import CONFIG, read_json
+from fastmatch.checkpoint.reader import CONFIG
 from fastmatch.spec import PermutationSpec
 from fastmatch.spec.unread import Unread
 
 __all__ = [
-    "bind", "build_empty", "build_from", "compared", "config_inputs", "config_of", "trace_config",
+    "bind", "build_empty", "build_from", "compared", "config_inputs", "config_of", "parameters_on_meta",
+    "tied_names", "trace_config",
 ]  # fmt: skip
 
 BATCH, LENGTH = 2, 16
 
 
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def parameters_on_meta() -> Iterator[None]:
     """Move every parameter that is registered inside to the meta device. Buffers stay where they are."""
     register = nn.Module.register_parameter
 
@@ -68,10 +68,31 @@ def config_of(directory: str | Path) -> Any:
     path = Path(directory) / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; the structure is traced from it")
+    text = read_json(path)
+    _refuse_code(
+        text,
+        path,
+        isinstance(text.get("model_type"), str) and text["model_type"] in transformers.CONFIG_MAPPING,
+    )
     try:
-        return transformers.AutoConfig.from_pretrained(str(directory), local_files_only=True)
-    except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
-        raise ValueError(f"{path}: no model can be built from it ({error})") from error
+        return transformers.AutoConfig.from_pretrained(
+            str(directory), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # a config can hold anything
+        raise ValueError(f"{path}: no model can be built from it ({_line(error)})") from error
+
+
+def _refuse_code(config: Mapping[str, Any], path: Path, is_known: bool) -> None:
+    """Raise ValueError if a config names code in its folder that would have to run, because transformers has none."""
+    if config.get("auto_map") and not is_known:
+        raise ValueError(
+            f"{path}: the model needs Python code from its folder (auto_map), which is never run; build it yourself and "
+            "give --model, or a spec"
+        )
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".replace("\n", " ")[:300]
 
 
 def build_from(config: Any, directory: str | Path, *, on_meta: bool) -> nn.Module:
@@ -79,22 +100,41 @@ def build_from(config: Any, directory: str | Path, *, on_meta: bool) -> nn.Modul
     import transformers
 
     path = Path(directory) / CONFIG
-    names = read_json(path).get("architectures") or []
+    text = read_json(path)
+    names = text.get("architectures") or []
+    name = names[0] if isinstance(names, list) and names else None
+    if name is None:
+        build, options = transformers.AutoModel.from_config, {"trust_remote_code": False}
+    else:
+        kind: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+        is_known = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+        _refuse_code(text, path, is_known)
+        if not is_known:
+            raise ValueError(
+                f"{path}: no model can be built from it (transformers has no model class {name!r})"
+            )
+        build, options = kind._from_config, {}
     try:
-        kind: Any = getattr(transformers, names[0], None) if names else transformers.AutoModel
-        if kind is None:
-            raise ValueError(f"transformers has no class {names[0]!r}")
-        build = kind.from_config if kind is transformers.AutoModel else kind._from_config
-        with _parameters_on_meta() if on_meta else nullcontext():
-            model = build(config, attn_implementation="eager")
-    except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
-        raise ValueError(f"{path}: no model can be built from it ({error})") from error
+        with parameters_on_meta() if on_meta else nullcontext():
+            model = build(config, attn_implementation="eager", **options)
+    except ImportError:
+        raise
+    except Exception as error:  # a config can hold anything
+        raise ValueError(f"{path}: no model can be built from it ({_line(error)})") from error
     model.config.use_cache = False
     if hasattr(model, "set_experts_implementation"):
         # The grouped product of the experts does not support float64, the type in which functions are compared.
         model.set_experts_implementation("eager")
     model.tie_weights()
     return model.eval().float()
+
+
+def tied_names(model: nn.Module) -> list[list[str]]:
+    """Return the names of every parameter that has several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [found for found in names.values() if len(found) > 1]
 
 
 def config_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -151,26 +191,6 @@ def config_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
     return inputs
 
 
-def _fill(model: nn.Module) -> None:
-    """Replace the parameters on the meta device by overlapping views of short random vectors."""
-    generator = torch.Generator().manual_seed(0)
-    made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is None or parameter.device.type != "meta":
-                continue
-            if id(parameter) not in made:
-                vector = (
-                    torch.randn(
-                        1 + sum(n - 1 for n in parameter.shape if n), generator=generator, device="cpu"
-                    )
-                    * 0.02
-                )
-                view = vector.as_strided(parameter.shape, (1,) * parameter.ndim)
-                made[id(parameter)] = nn.Parameter(view, requires_grad=False)
-            module._parameters[name] = made[id(parameter)]
-
-
 def trace_config(directory: str | Path, *, unread: Unread = "refuse") -> PermutationSpec:
     """Trace the model that a Hugging Face directory's config.json describes. No weight is read.
 
@@ -195,9 +215,7 @@ def trace_config(directory: str | Path, *, unread: Unread = "refuse") -> Permuta
             read parameters that could share a group (a tower for inputs of another kind).
     """
     model = build_empty(directory)
-    inputs = config_inputs(model)
-    _fill(model)
-    return PermutationSpec.trace(model, (), kwargs=inputs, outputs=compared, unread=unread)
+    return PermutationSpec.trace(model, (), kwargs=config_inputs(model), outputs=compared, unread=unread)
 
 
 def compared(output: Any) -> list[str] | None:

@@ -8,10 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-from fastmatch._internal.files import STATE_SUFFIXES, load_state
+from torch import nn
+
+from fastmatch._internal.batches import default_forward
+from fastmatch._internal.files import STATE_SUFFIXES, load_state, shared_metadata
 from fastmatch._internal.states import check_finite, check_same_architecture, state_of
+from fastmatch._internal.stopwatch import Stopwatch
 from fastmatch.cli.groups import selected
-from fastmatch.cli.loading import build_model, build_network, example_from, load_into
+from fastmatch.cli.loading import build_model, build_network, example_from, function_from, load_into
 from fastmatch.cli.options import (
     Commands,
     add,
@@ -22,6 +26,7 @@ from fastmatch.cli.options import (
     matcher_from,
 )
 from fastmatch.cli.outputs import check_outputs, say, write_weights
+from fastmatch.cli.reports import PAGES, open_states, report_data, write_report
 from fastmatch.matching.align import align
 from fastmatch.matching.align_many import align_many
 from fastmatch.matching.frank_wolfe import FrankWolfe
@@ -38,6 +43,8 @@ from fastmatch.spec.unread import Unread
 __all__ = ["add_commands", "journal_of"]
 
 PAIRWISE = {"to-reference": ToReference, "chain": Chain}
+ALIGNED = 0.99
+"""Share of units that stay from which two models count as already aligned."""
 JOINT = {"merge-many": MergeMany, "frank-wolfe": FrankWolfe}
 
 
@@ -61,7 +68,11 @@ def add_commands(commands: Commands) -> None:
         "config.json",
     )  # fmt: skip
     add(command, "--input-shape")
-    add(command, "--out", help="what to write: .safetensors, .pt, .pth or .bin; a directory for directories")
+    add(
+        command,
+        "--out",
+        help="what to write: .safetensors, .ckpt, .pt, .pth or .bin; a directory for directories",
+    )
     command.add_argument(
         "--merge", type=float, metavar="W", help="write the merge (1 - W) A + W B instead of the aligned B"
     )
@@ -70,7 +81,7 @@ def add_commands(commands: Commands) -> None:
         metavar="FILE",
         help="also write the permutations and the spec to this .safetensors file",
     )
-    add(command, "--force")
+    add(command, "--force", "--report", "--report-data")
     add_matcher_options(command)
     command.add_argument(
         "--groups",
@@ -139,13 +150,22 @@ def add_commands(commands: Commands) -> None:
 
 def align_command(args: argparse.Namespace) -> None:
     """Align two checkpoints and write the second one aligned, or the merge of both."""
+    data = report_data(args)
     if args.out_of_core or args.model is None or any(Path(path).is_dir() for path in (args.a, args.b)):
+        if data is not None:
+            raise ValueError("--report-data: alignment out of core does not run the networks")
         alignment = _align_out_of_core(args, is_folder=Path(args.a).is_dir() and Path(args.b).is_dir())
+        models = None
     else:
-        alignment = _align_in_memory(args)
+        alignment, models = _align_in_memory(args)
     if args.permutations is not None:
         alignment.save(args.permutations, force=args.force)
-    say(args, f"{_summary(alignment)}; wrote {args.out}", **_record(alignment), out=args.out)
+    text = f"{_summary(alignment)}; wrote {args.out}"
+    say(args, text, **_record(alignment), out=args.out, report=args.report)
+    if args.report is not None:
+        a, b = models or open_states(args.a, args.b, alignment.spec)
+        forward = function_from(args.forward, "--forward", default_forward)
+        write_report(alignment.report(a, b, data, names=(args.a, args.b), forward=forward), args)
 
 
 def journal_of(args: argparse.Namespace) -> Path | None:
@@ -155,11 +175,12 @@ def journal_of(args: argparse.Namespace) -> Path | None:
     return journal_path(args.out) if args.out else None
 
 
-def _align_in_memory(args: argparse.Namespace) -> Alignment:
+def _align_in_memory(args: argparse.Namespace) -> tuple[Alignment, tuple[nn.Module, nn.Module]]:
+    """Return the alignment and both networks, as they were before it."""
     for option in ("dtype", "device", "resume"):
         if getattr(args, option):
             raise ValueError(f"--{option}: is an option of --out-of-core, which is not given")
-    check_outputs(args, out=STATE_SUFFIXES, permutations={".safetensors"})
+    check_outputs(args, out=STATE_SUFFIXES, permutations={".safetensors"}, report=PAGES)
     matcher = matcher_from(args)
     model, example = build_network(args)
     states = [load_state(path) for path in (args.a, args.b)]
@@ -172,29 +193,39 @@ def _align_in_memory(args: argparse.Namespace) -> Alignment:
     model_b = copy.deepcopy(model)
     model.load_state_dict(states[0])
     model_b.load_state_dict(states[1])
-    spec = selected(PermutationSpec.trace(model, example, unread=args.unread), args)
+    watch = Stopwatch()
+    with watch("trace"):
+        spec = selected(PermutationSpec.trace(model, example, unread=args.unread), args)
     if not spec.groups:
         raise ValueError(
             f"--model: no group of units of {args.model} is free to move; see `fastmatch inspect`"
         )
-    proof = None if args.no_verify else verify(model_b, spec, example)
+    with watch("verify"):
+        proof = None if args.no_verify else verify(model_b, spec, example)
     pair = states if isinstance(matcher, WeightMatching) else (model, model_b)
-    alignment = replace(align(*pair, matcher=matcher, spec=spec), proof=proof)
+    alignment = align(*pair, matcher=matcher, spec=spec)
+    alignment = replace(alignment, proof=proof, seconds={**watch.seconds, **alignment.seconds})
     result = alignment.apply(states[1])
     if args.merge is not None:
         result = merge_states([states[0], result], [1 - args.merge, args.merge])
-    write_weights(result, args.out, force=args.force)
-    return alignment
+    described = [args.b] if args.merge is None else [args.a, args.b]
+    write_weights(result, args.out, force=args.force, metadata=shared_metadata(described))
+    return alignment, (model, model_b)
 
 
 def _align_out_of_core(args: argparse.Namespace, *, is_folder: bool) -> Alignment:
-    from fastmatch.checkpoint import WriteOptions, align_checkpoints, trace_config
-    from fastmatch.checkpoint.proof import LARGEST, prove_config
+    """Return the alignment of two checkpoints whose tensors are read when they are needed."""
+    from fastmatch.checkpoint import Checkpoint, WriteOptions, align_checkpoints
+    from fastmatch.checkpoint.proof import LARGEST
+    from fastmatch.checkpoint.tracing import is_diffusion, prove_checkpoint, trace_checkpoint
 
     if args.model is None and not is_folder:
-        raise ValueError(
-            f"--model: needed unless both {args.a} and {args.b} are directories with a config.json"
-        )
+        mixed = Path(args.a).is_dir() or Path(args.b).is_dir()
+        if mixed or not is_diffusion(args.b, Checkpoint(args.b)):
+            raise ValueError(
+                f"--model: needed unless both {args.a} and {args.b} are directories with a config.json, or files of a "
+                "diffusion model"
+            )
     if args.model is None and args.input_shape is not None:
         raise ValueError("--input-shape: needs --model; without it the inputs follow A's config.json")
     if args.no_verify:
@@ -203,13 +234,16 @@ def _align_out_of_core(args: argparse.Namespace, *, is_folder: bool) -> Alignmen
         raise ValueError(
             f"--matcher: alignment out of core matches by weights, because {args.matcher} has to run the networks"
         )
-    check_outputs(args, out=None if is_folder else STATE_SUFFIXES, permutations={".safetensors"})
+    check_outputs(
+        args, out=None if is_folder else STATE_SUFFIXES, permutations={".safetensors"}, report=PAGES
+    )
     matcher = matcher_from(args)
     assert isinstance(matcher, WeightMatching)
     write = WriteOptions(args.merge, dtype_from(args.dtype), args.force)
     if args.model is None:
-        traced = trace_config(args.a, unread=args.unread)
-        proof = prove_config(args.a, traced)
+        checkpoint = Checkpoint(args.b)
+        traced = trace_checkpoint(args.b, checkpoint, unread=args.unread)
+        proof = prove_checkpoint(args.b, checkpoint, traced)
     else:
         model, example = build_network(args)
         traced = PermutationSpec.trace(model, example, unread=args.unread)
@@ -236,7 +270,8 @@ def align_many_command(args: argparse.Namespace) -> None:
     found = align_many(models, example_from(args.input_shape, built), strategy)
     lines, records = [], []
     for alignment, path, out in zip(found[1:], args.checkpoints[1:], args.out, strict=True):
-        write_weights(alignment.apply(load_state(path)), out, force=args.force)  # in the types of the file
+        moved = alignment.apply(load_state(path))  # in the types of the file
+        write_weights(moved, out, force=args.force, metadata=shared_metadata([path]))
         lines.append(f"{path}: {_summary(alignment)}; wrote {out}")
         records.append({"checkpoint": path, **_record(alignment), "out": out})
     say(args, "\n".join(lines), alignments=records)
@@ -274,8 +309,10 @@ def _summary(alignment: Alignment) -> str:
     assert matching is not None
     total = sum(len(p) for p in alignment.permutations.values())
     state = "converged" if matching.converged else "not converged, raise --max-sweeps"
+    stay = 1 - alignment.moved / max(total, 1)
+    already = f" (already aligned: {stay:.1%} of units stay)" if stay >= ALIGNED else ""
     return (
-        f"{len(alignment.permutations)} groups, {alignment.moved} of {total} units moved; objective "
+        f"{len(alignment.permutations)} groups, {alignment.moved} of {total} units moved{already}; objective "
         f"{matching.objective[0]:.6g} -> {matching.objective[-1]:.6g} in {matching.sweeps} sweeps, "
         f"{matching.solves} assignments ({state}); {_proof_of(alignment)}"
     )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from fastmatch._internal.batches import default_forward
+from fastmatch._internal.callables import loader_from
 from fastmatch._internal.files import load_state
-from fastmatch.cli.loading import build_model, function_from, load_into, load_models, loader_from
+from fastmatch.cli.loading import build_model, function_from, load_into, load_models
 from fastmatch.cli.options import Commands, add, add_command
 from fastmatch.cli.outputs import CSV_SUFFIXES, check_outputs, write_table
 from fastmatch.evaluation.between import Renormalized
@@ -141,7 +143,7 @@ def triangle_command(args: argparse.Namespace) -> None:
         load_models(args), loader_from(args.data, "--data"), points=args.points, **_measures(args)
     )
     if args.plot is not None:
-        found.plot(args.plot)
+        found.plot(args.plot, names=[Path(path).stem for path in args.checkpoints])
     write_table(found.table(), args, f"loss barrier {found.barrier:.4f}", **{"loss barrier": found.barrier})
 
 

@@ -11,17 +11,30 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, NoReturn
 
 from fastmatch._internal.progress import no_progress
 from fastmatch._internal.states import nearest
-from fastmatch.cli import align, bench, complete, evaluate, inspect, merge, renormalize, run, studies
+from fastmatch.cli import (
+    align,
+    apply,
+    bench,
+    complete,
+    evaluate,
+    inspect,
+    merge,
+    pipeline,
+    renormalize,
+    run,
+    studies,
+)  # fmt: skip
 from fastmatch.cli.signals import Ended, ended_by_signals
 
 __all__ = ["main", "parser"]
 
-GROUPS = (align, merge, renormalize, evaluate, inspect, studies, bench, run, complete)
+GROUPS = (align, apply, merge, renormalize, pipeline, evaluate, inspect, studies, bench, run, complete)
 """The modules that add commands, in the order of the help."""
 
 EXPECTED = (ValueError, TypeError, OSError, ImportError)
@@ -69,7 +82,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         command.error(
             f"unknown: {' '.join(unknown)}{nearest(unknown[0].split('=')[0], command._option_string_actions)}"
         )
-    args.script, args.grammar = script, grammar
+    args.script, args.grammar, args.arguments = script, grammar, list(arguments)
     return args
 
 
@@ -82,7 +95,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parse(sys.argv[1:] if arguments is None else arguments)
     verbose, quiet = getattr(args, "verbose", False), getattr(args, "quiet", False)
     try:
-        with ended_by_signals(), no_progress(quiet), _logging(verbose), warnings.catch_warnings():
+        with (
+            ended_by_signals(),
+            no_progress(quiet),
+            _logging(verbose),
+            warnings.catch_warnings(),
+            ExitStack() as args.outputs,
+        ):
             warnings.showwarning = partial(_warned, args.command)
             script: Callable[[], None] | None = args.run(args)
             sys.stdout.flush()

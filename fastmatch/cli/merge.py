@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import io
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from torch import nn
 
 from fastmatch._internal.batches import default_forward
-from fastmatch._internal.files import STATE_SUFFIXES, writing
+from fastmatch._internal.callables import loader_from
+from fastmatch._internal.files import STATE_SUFFIXES, shared_metadata, writing
 from fastmatch._internal.states import check_finite
-from fastmatch.cli.loading import build_network, function_from, load_into, load_models, loader_from
+from fastmatch._internal.torch_file import torch_sink
+from fastmatch.cli.loading import build_network, function_from, load_into, load_models
 from fastmatch.cli.options import Commands, add, add_command
 from fastmatch.cli.outputs import check_outputs, say, write_weights
+from fastmatch.cli.reports import PAGES, report_data, write_report
 from fastmatch.merging.average import Biases, merge
 from fastmatch.merging.ensemble import model_cost
 from fastmatch.merging.partial import merge_partial
@@ -41,7 +46,7 @@ def add_commands(commands: Commands) -> None:
         "--biases", choices=get_args(Biases), default="average",
         help="average them; scale them down like the activations of a merge (normalize); or set them to zero (remove)",
     )  # fmt: skip
-    add(command, "--out", "--force")
+    add(command, "--out", "--force", "--report", "--report-data")
 
     command = add_command(
         commands, "partial", partial_command,
@@ -83,12 +88,17 @@ def add_commands(commands: Commands) -> None:
 
 def merge_command(args: argparse.Namespace) -> None:
     """Average checkpoints that are aligned already."""
-    check_outputs(args, out=STATE_SUFFIXES)
+    check_outputs(args, out=STATE_SUFFIXES, report=PAGES)
+    data = report_data(args)
     models = load_models(args)
     merged = merge(models, args.weights, biases=args.biases)
-    write_weights(merged.state_dict(), args.out, force=args.force)
+    write_weights(merged.state_dict(), args.out, force=args.force, metadata=shared_metadata(args.checkpoints))
     text = f"{len(models)} checkpoints, biases: {args.biases}; wrote {args.out}"
-    say(args, text, checkpoints=len(models), biases=args.biases, out=args.out)
+    say(args, text, checkpoints=len(models), biases=args.biases, out=args.out, report=args.report)
+    if args.report is not None:
+        from fastmatch.report.merge import merge_report
+
+        write_report(merge_report(merged, models, data, names=args.checkpoints), args)
 
 
 def partial_command(args: argparse.Namespace) -> None:
@@ -142,5 +152,7 @@ def _export(model: nn.Module, example_inputs: Any, out: str, *, force: bool) -> 
 
     shapes = (*map(dynamic, args), *map(dynamic, kwargs.values()))
     program = torch.export.export(model.eval(), args, kwargs or None, dynamic_shapes=shapes)
-    with writing(out, force=force) as temporary, open(temporary, "wb") as file:
-        torch.export.save(program, file)
+    buffer = io.BytesIO()  # torch cannot export into a file that fails
+    torch.export.save(program, buffer)
+    with writing(out, force=force) as temporary, torch_sink(temporary, Path(out)) as file:
+        file.write(buffer.getbuffer())

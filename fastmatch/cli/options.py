@@ -10,7 +10,8 @@ from typing import Any, TypeAlias, get_args
 import torch
 
 from fastmatch._internal.batches import default_forward
-from fastmatch.cli.loading import function_from, loader_from
+from fastmatch._internal.callables import loader_from
+from fastmatch.cli.loading import function_from
 from fastmatch.matching.activations import ActivationMatching
 from fastmatch.matching.fisher import FisherMatching
 from fastmatch.matching.matcher import Matcher
@@ -57,7 +58,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "--out": {
         "required": True,
         "metavar": "FILE",
-        "help": "file to write: .safetensors, .pt, .pth or .bin",
+        "help": "file to write: .safetensors, .ckpt, .pt, .pth or .bin",
     },
     "--force": {"action": "store_true", "help": "replace output files that exist"},
     "--weights": {
@@ -67,6 +68,14 @@ SHARED: dict[str, dict[str, Any]] = {
         "help": "merge coefficients, one per checkpoint; equal ones by default",
     },
     "--plot": {"metavar": "FILE", "help": "also draw the result: .png, .svg or .pdf"},
+    "--report": {
+        "metavar": "FILE",
+        "help": "also write a page of what was done, .html, and print its summary",
+    },
+    "--report-data": {
+        "metavar": "MODULE:CALLABLE",
+        "help": "of --report: callable that returns a loader of (inputs, targets), on which the result is measured",
+    },
     "--points": {"type": int, "help": "number of points"},
     "--seed": {"type": int, "help": "seed of all random numbers"},
     "--renormalize": {"choices": get_args(Method), "help": "renormalize the merge by this method"},

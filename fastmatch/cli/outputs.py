@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from fastmatch._internal.files import check_format, check_target, save_state
+from fastmatch._internal.locks import locked
 from fastmatch._internal.states import State, check_finite
 from fastmatch.evaluation.table import Table
 
@@ -22,7 +23,7 @@ def check_outputs(args: argparse.Namespace, **suffixes: Collection[str] | None) 
     """Check outputs before any work: each has its own file, a suffix that says the format, and may be written.
 
     Args:
-        args: the parsed arguments, with ``force``.
+        args: the parsed arguments, with ``force``, and ``outputs``, which releases the locks of the outputs.
         suffixes: name of an option -> the suffixes allowed, None for any. The option holds a path, several or None.
 
     Raises:
@@ -30,6 +31,7 @@ def check_outputs(args: argparse.Namespace, **suffixes: Collection[str] | None) 
         FileExistsError, FileNotFoundError: an output exists and ``--force`` is not given, or its folder is missing.
     """
     owners: dict[Path, str] = {}
+    folders: set[Path] = set()
     for name, allowed in suffixes.items():
         option = f"--{name.replace('_', '-')}"
         value = getattr(args, name)
@@ -40,20 +42,23 @@ def check_outputs(args: argparse.Namespace, **suffixes: Collection[str] | None) 
                     f"{option}: {path} is the same file as {other}; each output needs a file of its own"
                 )
             owners[Path(path).resolve()] = option
-            if allowed is not None:
+            if allowed is None:
+                folders.add(Path(path).resolve())
+            else:
                 check_format(path, option, allowed)
     for path in owners:
-        check_target(path, force=args.force)
+        check_target(path, force=args.force, folder=path in folders)
+        args.outputs.enter_context(locked(path))
 
 
-def write_weights(state: State, out: str, *, force: bool) -> None:
-    """Write a state dict whose numbers are all finite.
+def write_weights(state: State, out: str, *, force: bool, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a state dict whose numbers are all finite; ``metadata`` is for the header of a safetensors file.
 
     Raises:
         ValueError: a tensor holds NaN or infinity; it is named, and nothing is written.
     """
     check_finite(state, f"{out} is not written: the result")
-    save_state(state, out, force=force)
+    save_state(state, out, force=force, metadata=metadata)
 
 
 def write_table(table: Table, args: argparse.Namespace, text: str = "", **record: Any) -> None:

@@ -6,12 +6,15 @@ import argparse
 from typing import get_args
 
 from fastmatch._internal.batches import default_forward
-from fastmatch._internal.files import STATE_SUFFIXES
-from fastmatch.cli.loading import build_model, function_from, load_into, loader_from
+from fastmatch._internal.callables import loader_from
+from fastmatch._internal.files import STATE_SUFFIXES, shared_metadata
+from fastmatch.cli.loading import build_model, function_from, load_into
 from fastmatch.cli.options import Commands, add, add_command
 from fastmatch.cli.outputs import check_outputs, say, write_weights
-from fastmatch.renorm import Renormalization, plan_renormalization, renormalize
+from fastmatch.cli.reports import PAGES, report_data, write_report
+from fastmatch.renorm import Renormalization, applied_plan, renormalize
 from fastmatch.renorm.options import Method
+from fastmatch.renorm.plan import candidates
 
 __all__ = ["add_commands"]
 
@@ -41,33 +44,57 @@ def add_commands(commands: Commands) -> None:
         "--weights",
         help="the coefficients of the merge, one per endpoint; not needed for one endpoint",
     )
-    add(command, "--mode", "--samples", "--out", "--force")
+    add(command, "--mode", "--samples", "--out", "--force", "--report")
+    add(
+        command,
+        "--report-data",
+        help="of --report: callable that returns a loader of (inputs, targets) to measure on (default: that of --data)",
+    )
 
 
 def renormalize_command(args: argparse.Namespace) -> None:
     """Renormalize a checkpoint and write it."""
-    check_outputs(args, out=STATE_SUFFIXES)
-    if args.method == "reset":
+    check_outputs(args, out=STATE_SUFFIXES, report=PAGES)
+    if args.report is not None and not args.endpoints:
+        raise ValueError("--report: compares the result with --endpoints, which are not given")
+    measured = report_data(args)
+    if args.method == "reset" and args.report is None:
         for option in ("endpoints", "weights"):
             if getattr(args, option):
-                raise ValueError(f"--{option}: --method reset uses the data alone and takes none")
+                raise ValueError(
+                    f"--{option}: --method reset uses the data alone and takes none, except for --report"
+                )
     options = Renormalization(args.method, args.mode or "joint", args.samples)
     model, _ = build_model(args.model)
     data = loader_from(args.data, "--data")
     merged = load_into(model, args.checkpoint)
     endpoints = [load_into(model, path) for path in args.endpoints]
-    plan = plan_renormalization(merged, options)
-    if plan.method != "reset" and not endpoints:
-        raise ValueError(f"--endpoints: needed for method {plan.method!r}")
+    if not endpoints and options.method != "reset" and "reset" not in candidates(merged, options):
+        raise ValueError(f"--endpoints: needed for method {options.method!r}")
     forward = function_from(args.forward, "--forward", default_forward)
-    new = renormalize(merged, endpoints or None, data, options, weights=args.weights, forward=forward)
-    write_weights(new.state_dict(), args.out, force=args.force)
-    left = dict(plan.left_alone)
+    if options.method == "reset":
+        new = renormalize(merged, None, data, options, forward=forward)
+    else:
+        new = renormalize(merged, endpoints or None, data, options, weights=args.weights, forward=forward)
+    write_weights(new.state_dict(), args.out, force=args.force, metadata=shared_metadata([args.checkpoint]))
+    plan = applied_plan(new)
+    assert plan is not None
     say(
         args,
         f"{plan}\nwrote {args.out}",
         method=plan.method,
+        why=plan.why,
         layers=list(plan.layers),
-        left_alone=left,
+        left_alone=dict(plan.left_alone),
+        kept=dict(plan.kept),
         out=args.out,
+        report=args.report,
     )
+    if args.report is not None:
+        from fastmatch.report.merge import merge_report
+
+        report = merge_report(
+            merged, endpoints, data if measured is None else measured, renormalized=new, weights=args.weights,
+            names=args.endpoints, forward=forward,
+        )  # fmt: skip
+        write_report(report, args)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from fastmatch.cli.loading import called
+from fastmatch._internal.callables import called
 from fastmatch.cli.options import Commands, add, add_command
 from fastmatch.cli.outputs import say
 

@@ -15,7 +15,7 @@ from torch import nn
 from fastmatch._internal.batches import Forward, check_module, default_forward
 from fastmatch._internal.checks import check_integer
 from fastmatch.evaluation.between import Between, check_between, merges_between
-from fastmatch.evaluation.plots import Metric, check_metric, drawing
+from fastmatch.evaluation.plots import TITLES, Metric, check_metric, drawing, framed, legend_beside
 from fastmatch.evaluation.scores import Measure, score
 from fastmatch.evaluation.table import Table
 
@@ -52,7 +52,9 @@ class Curve:
 
     @property
     def barrier(self) -> float:
-        """Largest rise of the loss above the mean of the ends, at least 0 (the paper's loss barrier)."""
+        """Largest rise of the loss above the mean of the ends, at least 0 (the paper's loss barrier); NaN if a loss is."""
+        if any(map(math.isnan, self.loss)):
+            return math.nan
         return max(0.0, max(self.loss) - (self.loss[0] + self.loss[-1]) / 2)
 
     @property
@@ -85,7 +87,7 @@ class Curve:
         label: str | None = None,
         ax: Axes | None = None,
     ) -> Axes:
-        """Draw the curve (needs matplotlib).
+        """Draw the curve and its barrier: the distance of the worst point from the mean of the ends (needs matplotlib).
 
         Example:
             >>> curve = fm.interpolate(model_a, model_b, test_loader, points=3)
@@ -94,7 +96,7 @@ class Curve:
         Args:
             path: a .png, .svg or .pdf file to write; an existing one is replaced.
             metric: ``"loss"``, ``"accuracy"``, ``"top5"`` or ``"metric"``.
-            label: the line's name in a legend.
+            label: the line's name in the legend, which stands beside the axes with the barriers of all lines.
             ax: matplotlib axes to draw on; None makes new ones.
 
         Returns:
@@ -109,9 +111,24 @@ class Curve:
         if not values:
             raise ValueError(f"metric: {metric!r} was not measured on this curve")
         with drawing(path, ax) as axes:
-            axes.plot(self.positions, values, marker=".", label=label)
+            worst = max if metric == "loss" else min
+            k = values.index(worst(values))
+            ends = (values[0] + values[-1]) / 2
+            barrier = abs(values[k] - ends) if worst(values[k], ends) == values[k] else 0.0
+            said = f": barrier {barrier:.3g}" if metric == "loss" else f": drop {100 * barrier:.1f} points"
+            said = "" if metric == "metric" else said  # which of its values are bad is not known
+            (line,) = axes.plot(
+                self.positions, values, marker=".", label=None if label is None else label + said
+            )
+            if said:
+                axes.vlines(
+                    self.positions[k], *sorted((ends, values[k])), color=line.get_color(), linestyle=":", lw=1
+                )
             axes.set_xlabel("λ  (0 = A, 1 = B)")
-            axes.set_ylabel(metric)
+            axes.set_ylabel(TITLES[metric].lower())
+            title = TITLES[metric] + " on the line from A to B"
+            framed(axes, title + said.replace(":", ",") if label is None else title)
+            legend_beside(axes)
         return axes
 
 

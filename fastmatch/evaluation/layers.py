@@ -19,7 +19,8 @@ from fastmatch._internal.batches import (
 from fastmatch._internal.coefficients import check_weights
 from fastmatch._internal.padding import is_rows
 from fastmatch.evaluation.table import Table
-from fastmatch.renorm.layers import batch_norms, channel_dim, survey
+from fastmatch.renorm.layers import channel_dim, survey
+from fastmatch.renorm.norms import batch_norms
 from fastmatch.statistics.moments import ChannelMoments
 
 __all__ = ["layer_table", "running_statistics"]

@@ -13,12 +13,36 @@ from fastmatch._internal.files import check_format, check_target, writing
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["PICTURES", "Metric", "check_metric", "drawing"]
+__all__ = ["PICTURES", "TITLES", "Metric", "check_metric", "drawing", "framed", "legend_beside"]
 
 PICTURES = frozenset({".pdf", ".png", ".svg"})
 """Suffixes of the picture formats that are written."""
 
 Metric: TypeAlias = Literal["loss", "accuracy", "top5", "metric"]
+
+
+TITLES: dict[str, str] = {
+    "loss": "Loss",
+    "accuracy": "Accuracy",
+    "top5": "Top-5 accuracy",
+    "metric": "Metric",
+}
+"""What a metric is called in a picture."""
+
+
+def framed(axes: Axes, title: str) -> None:
+    """Give axes a title on the left, a faint grid, and no lines above and on the right."""
+    axes.set_title(title, loc="left", fontsize="medium")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def legend_beside(axes: Axes) -> None:
+    """Show the names of the lines on the right of the axes, where they hide no line; nothing for lines without names."""
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(
+            loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0, frameon=False, fontsize="small"
+        )
 
 
 def check_metric(metric: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastmatch._internal.files import writing
-from fastmatch.evaluation.plots import drawing
+from fastmatch.evaluation.plots import drawing, framed, legend_beside
 
 if TYPE_CHECKING:
     import pandas
@@ -66,11 +66,17 @@ class Table:
         return pandas.DataFrame(list(self.rows), columns=self.columns)
 
     def to_csv(self, path: str | Path, *, force: bool = False) -> None:
-        """Write a CSV file. FileExistsError if it exists, unless ``force`` replaces it."""
-        with writing(path, force=force) as temporary, temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns)
-            writer.writeheader()
-            writer.writerows(self.rows)
+        """Write a CSV file in UTF-8. FileExistsError if it exists, unless ``force`` replaces it.
+
+        A text that a spreadsheet would take for a formula gets a quote in front.
+        """
+        with (
+            writing(path, force=force) as temporary,
+            temporary.open("w", newline="", encoding="utf-8") as file,
+        ):
+            writer = csv.writer(file)
+            writer.writerow([_plain(name) for name in self.columns])
+            writer.writerows([[_plain(row.get(name, "")) for name in self.columns] for row in self.rows])
 
     def plot(
         self,
@@ -112,7 +118,9 @@ class Table:
                     axes.plot(rows.column(x), rows.column(column), marker=".", label=", ".join(names))
             axes.set_xlabel(x)
             axes.set_ylabel(columns[0] if len(columns) == 1 else "")
-            axes.legend()
+            framed(axes, ", ".join(columns) + f" by {x}")
+            if len(axes.lines) > 1:
+                legend_beside(axes)
         return axes
 
     def __str__(self) -> str:
@@ -122,6 +130,12 @@ class Table:
         cells.insert(1, ["-" * w for w in widths])
         lines = [" | ".join(t.ljust(w) for t, w in zip(line, widths, strict=True)) for line in cells]
         return "\n".join(f"| {line} |" for line in lines)
+
+
+def _plain(value: Any) -> Any:
+    """Return the value of a cell, with a text that begins as a formula quoted: names of tensors come from files."""
+    is_formula = isinstance(value, str) and value.lstrip().startswith(("=", "+", "-", "@"))
+    return f"'{value}" if is_formula else value
 
 
 def _text(value: Any) -> str:

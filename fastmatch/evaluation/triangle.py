@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from fastmatch._internal.batches import Forward, check_module, default_forward
 from fastmatch._internal.checks import check_integer
 from fastmatch.evaluation.between import Between, check_between, merges_between
-from fastmatch.evaluation.plots import Metric, check_metric, drawing
+from fastmatch.evaluation.plots import TITLES, Metric, check_metric, drawing
 from fastmatch.evaluation.scores import Measure, Scores, score
 from fastmatch.evaluation.table import Table
 
@@ -42,7 +43,9 @@ class Triangle:
 
     @property
     def barrier(self) -> float:
-        """Largest rise of the loss above the corners' losses mixed by the merge's weights, at least 0."""
+        """Largest rise of the loss above the corners' losses mixed by the merge's weights, at least 0; NaN if a loss is."""
+        if any(math.isnan(s.loss) for s in self.scores):
+            return math.nan
         corner = [self.scores[self.weights.index(c)].loss for c in _CORNERS]
         rises = (
             s.loss - sum(w * v for w, v in zip(row, corner, strict=True))
@@ -60,17 +63,23 @@ class Triangle:
         return Table(tuple(rows))
 
     def plot(
-        self, path: str | Path | None = None, *, metric: Metric = "loss", ax: Axes | None = None
+        self,
+        path: str | Path | None = None,
+        *,
+        metric: Metric = "loss",
+        names: Sequence[str] = ("A", "B", "C"),
+        ax: Axes | None = None,
     ) -> Axes:
         """Draw the triangle as filled contours (needs matplotlib).
 
         Example:
             >>> found = fm.triangle([model_a, model_b, model_c], test_loader, points=3)
-            >>> ax = found.plot(metric="accuracy")
+            >>> ax = found.plot(metric="accuracy", names=["first", "second", "third"])
 
         Args:
             path: a .png, .svg or .pdf file to write; an existing one is replaced.
             metric: ``"loss"``, ``"accuracy"``, ``"top5"`` or ``"metric"``.
+            names: what to call the three models, at the corners.
             ax: matplotlib axes to draw on; None makes new ones.
 
         Returns:
@@ -78,19 +87,35 @@ class Triangle:
 
         Raises:
             ImportError: matplotlib is not installed (``pip install fastmatch[plot]``).
-            ValueError: an unknown metric, one that was not measured, or a file of another format.
+            ValueError: an unknown metric, one that was not measured, not three names, or a file of another format.
         """
         check_metric(metric)
+        if len(names) != 3:
+            raise ValueError(f"names: expected three, got {len(names)}")
         values = [getattr(s, metric) for s in self.scores]
         if any(map(math.isnan, values)):
-            raise ValueError(f"metric: {metric!r} was not measured on this triangle")
+            found = "was not measured" if all(map(math.isnan, values)) else "has merges where it is no number"
+            raise ValueError(f"metric: {metric!r} {found} on this triangle")
         x = [b + c / 2 for _, b, c in self.weights]
         y = [c * 3**0.5 / 2 for _, _, c in self.weights]
         with drawing(path, ax, (5, 4)) as axes:
-            filled = axes.tricontourf(x, y, values, levels=12)
-            axes.figure.colorbar(filled, ax=axes, label=metric)
-            for name, (left, up) in zip("ABC", ((0, 0), (1, 0), (0.5, 3**0.5 / 2)), strict=True):
-                axes.annotate(name, (left, up), fontweight="bold")
+            low, high = min(values), max(values)
+            room = 1e-3 * (
+                (high - low) or abs(high) or 1.0
+            )  # a plateau at the highest level would stay white
+            filled = axes.tricontourf(x, y, values, levels=torch.linspace(low, high + room, 13).tolist())
+            axes.scatter(
+                x, y, s=6, color="white", edgecolors="black", linewidths=0.4
+            )  # where merges were evaluated
+            axes.figure.colorbar(filled, ax=axes, label=TITLES[metric].lower(), shrink=0.8, format="%.3g")
+            corners = ((0, 0, -1, "left"), (1, 0, -1, "right"), (0.5, 3**0.5 / 2, 1, "center"))
+            for name, (left, up, side, align) in zip(names, corners, strict=True):
+                axes.annotate(
+                    name, (left, up), xytext=(0, 7 * side), textcoords="offset points", ha=align,
+                    va="bottom" if side > 0 else "top", fontweight="bold", annotation_clip=False,
+                )  # fmt: skip
+            said = f", barrier {self.barrier:.3g}" if metric == "loss" else ""
+            axes.set_title(f"{TITLES[metric]} over the triangle{said}", loc="left", fontsize="medium", pad=22)
             axes.set_aspect("equal")
             axes.set_axis_off()
         return axes

@@ -98,13 +98,16 @@ class ActivationMatching(Matcher):
                 subgroups.setdefault(outer, []).append(names)
         before: list[float] = []
         after = 0.0
+        gaps: dict[str, tuple[float, float]] = {}
         for name in progress_bar(spec.top_level(), "assignment", show=progress):
             inner = {names: gains[names] for names in subgroups.get(name, ())}
             found = _match_nested(spec, name, inner) if inner else _match_group(name, gains[name,])
             permutations |= found.permutations
             before += found.before
             after += found.after
-        return Matching(permutations, "ActivationMatching", (sum(before), after), solves=len(gains))
+            gaps |= {} if found.gap is None else {name: found.gap}
+        objective = sum(before), after
+        return Matching(permutations, "ActivationMatching", objective, solves=len(gains), gaps=gaps)
 
     def similarities(
         self, model_a: Model, model_b: Model, spec: PermutationSpec, *, progress: bool | None = None
@@ -127,17 +130,23 @@ class ActivationMatching(Matcher):
 
 
 class _Found(NamedTuple):
-    """Permutations, and the similarity of matched units before (one value per similarity matrix) and after."""
+    """Permutations, and the similarity of matched units before (one value per similarity matrix) and after.
+
+    ``gap`` is (gap, gap_bound) of the assignment; None for a group with subgroups, which is many small ones.
+    """
 
     permutations: Permutations
     before: list[float]
     after: float
+    gap: tuple[float, float] | None = None
 
 
 def _match_group(name: str, gain: torch.Tensor) -> _Found:
-    permutation = best_permutation(gain)
+    solution = solve(gain, maximize=True, solver=gain_solver(gain))
+    permutation = _settled(gain, torch.from_numpy(solution.col_ind))
     after = float(_entries(gain, torch.arange(len(gain)), permutation).sum())
-    return _Found({name: permutation}, [float(gain.diagonal().sum())], after)
+    gap = solution.gap, solution.gap_bound
+    return _Found({name: permutation}, [float(gain.diagonal().sum())], after, gap)
 
 
 def _match_nested(spec: PermutationSpec, name: str, gains: dict[tuple[str, ...], torch.Tensor]) -> _Found:
@@ -160,7 +169,12 @@ def best_permutation(gain: torch.Tensor) -> torch.Tensor:
     loses nothing.
     """
     solution = solve(gain, maximize=True, solver=gain_solver(gain))
-    perm, units = torch.from_numpy(solution.col_ind), torch.arange(len(gain), device="cpu")
+    return _settled(gain, torch.from_numpy(solution.col_ind))
+
+
+def _settled(gain: torch.Tensor, perm: torch.Tensor) -> torch.Tensor:
+    """Return a permutation of the same gain in which units keep their own columns where nothing is lost."""
+    units = torch.arange(len(gain), device="cpu")
     owner = perm.argsort()  # the unit that has the column of unit i
     largest = float(gain.abs().max()) if len(gain) else 0.0
 

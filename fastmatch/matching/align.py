@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from fastmatch._internal.states import check_finite, check_same_architecture, state_of
-from fastmatch.matching.matcher import Matcher, Model, check_matcher
+from fastmatch._internal.stopwatch import Stopwatch
+from fastmatch.matching.matcher import Matcher, Model, as_code, check_matcher
 from fastmatch.matching.weights import WeightMatching
 from fastmatch.permutations.alignment import Alignment
 from fastmatch.permutations.verify import verify as verify_spec
@@ -69,15 +70,19 @@ def align(
     check_same_architecture(a, b)
     check_finite(a, "model_a")
     check_finite(b, "model_b")
+    watch = Stopwatch()
     if spec is None:
-        spec = traced_spec(model_a, example_inputs, "model_a")
+        with watch("trace"):
+            spec = traced_spec(model_a, example_inputs, "model_a")
     check_spec(spec, a, "model_a")
     warn_if_nothing_moves(spec, "align")
     proof = None
     if verify and example_inputs is not None and isinstance(model_b, nn.Module):
-        proof = verify_spec(model_b, spec, example_inputs)
-    matching = matcher.match(model_a, model_b, spec, progress=progress)
-    return Alignment(matching.permutations, spec, matching, proof)
+        with watch("verify"):
+            proof = verify_spec(model_b, spec, example_inputs)
+    with watch("match"):
+        matching = matcher.match(model_a, model_b, spec, progress=progress)
+    return Alignment(matching.permutations, spec, matching, proof, as_code(matcher), watch.seconds)
 
 
 def warn_if_nothing_moves(spec: PermutationSpec, function: str) -> None:

@@ -7,7 +7,7 @@ For one group the objective is linear in the permutation. Its gain is the sum ov
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -21,10 +21,25 @@ from fastmatch.matching.objective import WeightObjective
 from fastmatch.permutations.alignment import Matching
 from fastmatch.spec import Axis, Group, Permutations
 
-__all__ = ["Ascent", "Hooks"]
+__all__ = ["Ascent", "Hooks", "Step"]
 
 KEPT = 2
 """The gains kept between solves take at most this many times the bytes of one model: as much as both models."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one costly step of an ascent finds.
+
+    Attributes:
+        permutations: of the solved group and its subgroups; empty if nothing was solved.
+        solution: the group's assignment, from which its next solve starts; None for groups with subgroups.
+        value: the objective, or how much it rises with these permutations.
+    """
+
+    permutations: Permutations = field(default_factory=dict)
+    solution: Assignment | None = None
+    value: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -36,15 +51,15 @@ class Hooks:
         orders: yields the order of groups of each sweep, in place of the seed; the ascent ends with it. There is no
             greedy initialization then: groups without an initial permutation begin at the identity.
         out_of_core: keep no gain between solves, for states that are on disk and do not fit into memory.
-        stale: the groups to solve first, if an interrupted run goes on; all of them for None.
-        on_solve: called after each solve with the group's name, all permutations, and the groups that are stale.
+        remembered: called for every costly step with its name and the function that computes it. It returns the step:
+            computed now, or by an interrupted run whose steps are repeated. A run whose steps are all given back as they
+            were takes the same way, so it ends in the same permutations.
     """
 
     bonus: Mapping[str, torch.Tensor] = field(default_factory=dict)
     orders: Iterator[Sequence[int]] | None = None
     out_of_core: bool = False
-    stale: Collection[str] | None = None
-    on_solve: Callable[[str, Permutations, set[str]], None] | None = None
+    remembered: Callable[[str, Callable[[], Step]], Step] = lambda name, compute: compute()
 
 
 class Ascent:
@@ -73,11 +88,11 @@ class Ascent:
         self.problem, self.permutations, self.threshold = problem, start, threshold
         self.hooks, self.progress = hooks, progress
         self.names = problem.spec.top_level()
-        self.stale = set(self.names if hooks.stale is None else hooks.stale)
+        self.stale = set(self.names)
         budget = 0 if hooks.out_of_core else KEPT * problem.size()
         self.gains = Gains(problem.a, problem.b, problem.spec, budget)
         self.solutions: dict[str, Assignment] = {}
-        self.objective = [problem.value(start)]
+        self.objective = [self._objective()]
         self.sweeps = self.solves = self.skipped = 0
 
     def initialize_greedily(self, names: Collection[str]) -> None:
@@ -88,14 +103,12 @@ class Ascent:
             if step.is_complete:
                 self.stale.discard(step.group.name)
             if step.axes:
-                self.permutations = {**self.permutations, **self._solve(step.group, step.axes)}
-            self._report(step.group.name)
+                found = self._step(step.group, step.axes, is_measured=False)
+                self.permutations = {**self.permutations, **found.permutations}
         self.skipped += len(self.names) - self.solves
-        value = self.problem.value(self.permutations)
+        value = self._objective()
         if value < self.objective[0]:
             self.permutations, value, self.stale = before, self.objective[0], set(self.names)
-            for name in names:
-                self._report(name)
         self._end_sweep(value)
 
     def sweep(self, order: Sequence[str]) -> None:
@@ -110,15 +123,13 @@ class Ascent:
             axes = self.problem.axes(group)
             if not axes:  # none of the group's tensors enters the gain
                 continue
-            new = self._solve(group, axes)
-            rise = self.problem.change(new, self.permutations)
-            if rise > self.threshold:
-                self.permutations = {**self.permutations, **new}
-                value += rise
+            found = self._step(group, axes, is_measured=True)
+            if found.value > self.threshold:
+                self.permutations = {**self.permutations, **found.permutations}
+                value += found.value
                 self.stale |= self.problem.coupled(name)
                 if name in self.problem.self_coupled:
                     self.stale.add(name)
-            self._report(name)
         self._end_sweep(value)
 
     def outcome(self, matcher: str) -> Matching:
@@ -131,24 +142,35 @@ class Ascent:
             solves=self.solves,
             skipped=self.skipped,
             converged=not self.stale,
+            gaps={name: (found.gap, found.gap_bound) for name, found in self.solutions.items()},
         )
 
-    def _solve(self, group: Group, axes: Sequence[Axis]) -> Permutations:
-        """The best permutations of a group and its subgroups, all others held."""
+    def _objective(self) -> float:
+        return self.hooks.remembered("", lambda: Step(value=self.problem.value(self.permutations))).value
+
+    def _step(self, group: Group, axes: Sequence[Axis], *, is_measured: bool) -> Step:
+        """The best permutations of a group and its subgroups, all others held; with the rise if ``is_measured``."""
+
+        def compute() -> Step:
+            found = self._solve(group, axes)
+            rise = self.problem.change(found.permutations, self.permutations) if is_measured else 0.0
+            return replace(found, value=rise)
+
         self.solves += 1
+        found = self.hooks.remembered(group.name, compute)
+        if found.solution is not None:
+            self.solutions[group.name] = found.solution
+        return found
+
+    def _solve(self, group: Group, axes: Sequence[Axis]) -> Step:
         name, problem = group.name, self.problem
         if len(problem.grouping[name]) > 1:
-            return match_nested(problem.a, problem.b, problem.spec, name, axes, self.permutations)
+            return Step(match_nested(problem.a, problem.b, problem.spec, name, axes, self.permutations))
         gain = self.gains.of(group, axes, self.permutations)
         if name in problem.bonus:
             gain = gain + problem.bonus[name].to(gain)
         solution = solve(gain, maximize=True, warm_start=self.solutions.get(name), solver=gain_solver(gain))
-        self.solutions[name] = solution
-        return {name: torch.from_numpy(solution.col_ind)}
-
-    def _report(self, name: str) -> None:
-        if self.hooks.on_solve is not None:
-            self.hooks.on_solve(name, self.permutations, self.stale)
+        return Step({name: torch.from_numpy(solution.col_ind)}, solution)
 
     def _end_sweep(self, value: float) -> None:
         self.sweeps += 1

@@ -6,15 +6,21 @@ import torch
 
 from fastmatch.statistics.moments import CrossMoments
 
-__all__ = ["GAMMA", "WhitenedCovariance", "roots"]
+__all__ = ["RIDGE", "WhitenedCovariance", "roots"]
 
-GAMMA = 0.1
-"""Regularization of a covariance: this fraction of its mean variance is added to the diagonal, as in CCA-Merge."""
+RIDGE = 0.1
+"""Regularization of a covariance: this fraction of its mean variance is added to the diagonal. CCA-Merge adds 0.1
+whatever the variances are, which is nothing for large activations and everything for small ones."""
 
 
-def roots(covariance: torch.Tensor, gamma: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the square root of a covariance, and its inverse; ``gamma`` times the mean variance is added first."""
-    shift = max(gamma * float(covariance.diagonal().mean()), 1e-12)
+def roots(
+    covariance: torch.Tensor, ridge: float, gamma: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the square root of a covariance, and its inverse.
+
+    ``ridge`` times the mean variance is added to the diagonal first, or ``gamma`` itself if it is given.
+    """
+    shift = max(ridge * float(covariance.diagonal().mean()) if gamma is None else gamma, 1e-12)
     values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
     values = (values.clamp(min=0) + shift).sqrt()
     return (vectors * values) @ vectors.T, (vectors / values) @ vectors.T
@@ -27,8 +33,8 @@ class WhitenedCovariance:
     decomposition; the assignment takes the permutation with the largest sum instead. Memory: (2n)^2 float64.
     """
 
-    def __init__(self, gamma: float = GAMMA) -> None:
-        self.gamma = gamma
+    def __init__(self, ridge: float = RIDGE) -> None:
+        self.ridge = ridge
         self.joint = CrossMoments()
         self.size = 0
 
@@ -43,5 +49,5 @@ class WhitenedCovariance:
         covariance, n = self.joint.similarity("covariance"), self.size
         if not bool(torch.isfinite(covariance).all()):
             return covariance[:n, n:]  # the caller names the group
-        white_a, white_b = (roots(covariance[s, s], self.gamma)[1] for s in (slice(n), slice(n, None)))
+        white_a, white_b = (roots(covariance[s, s], self.ridge)[1] for s in (slice(n), slice(n, None)))
         return white_a @ covariance[:n, n:] @ white_b

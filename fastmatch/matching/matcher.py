@@ -19,6 +19,7 @@ __all__ = [
     "Model",
     "Models",
     "Strategy",
+    "as_code",
     "check_matcher",
     "check_rereadable",
     "check_strategy",
@@ -68,6 +69,19 @@ class Strategy(ABC):
             reference: the index of the model whose order of units the others take.
             progress: show progress bars; None shows them on a terminal.
         """
+
+
+def as_code(method: Matcher | Strategy) -> str:
+    """Return a matcher or strategy as Python, with ``...`` for data, functions and tensors."""
+
+    def text_of(value: object) -> str:
+        if isinstance(value, (Matcher, Strategy)):
+            return as_code(value)
+        return repr(value) if value is None or isinstance(value, (str, int, float)) else "..."
+
+    given = [(field.name, getattr(method, field.name), field.default) for field in fields(method)]  # type: ignore[arg-type]
+    changed = [f"{name}={text_of(value)}" for name, value, default in given if value is not default]
+    return f"{type(method).__name__}({', '.join(changed)})"
 
 
 def check_matcher(name: str, value: object, kind: type[Matcher] = Matcher) -> None:

@@ -13,7 +13,7 @@ from fastmatch._internal.checks import check_choice
 from fastmatch._internal.coefficients import check_weights, remember_weights
 from fastmatch._internal.modules import with_state
 from fastmatch._internal.states import State, check_finite, check_models, check_same_architecture, state_of
-from fastmatch.merging.biases import bias_depths, zeroed_biases
+from fastmatch.merging.biases import bias_depths, norms_in, zeroed_biases
 from fastmatch.permutations.apply import LARGE
 
 __all__ = ["Biases", "merge", "merge_states"]
@@ -94,14 +94,16 @@ def merge(
 
     Example:
         >>> merged = fm.merge([model_a, model_b], weights=[0.25, 0.75])
-        >>> without_data = fm.merge([model_a, model_b], biases="normalize")
+        >>> plain = [torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)) for _ in range(2)]
+        >>> without_data = fm.merge(plain, biases="normalize")
 
     Args:
         models: modules or state dicts of one architecture.
         weights: one per model; None takes equal ones.
         biases: of linear and convolution layers. ``"average"`` treats them like every tensor. ``"normalize"`` makes
-            the bias of layer h ``sum_k weights[k] ** h * b_k``, for networks without norms whose state dict has the
-            layers in forward order. ``"remove"`` sets them to zero.
+            the bias of a layer at depth h ``sum_k weights[k] ** h * b_k``, for networks without norms. The depth is the
+            number of layers on the longest path to its output; for state dicts, and modules that ``torch.fx`` cannot
+            follow, layers are counted in the order of the state. ``"remove"`` sets biases to zero.
 
     Returns:
         A new module like the first, or a new state dict; every tensor in its own dtype.
@@ -112,7 +114,8 @@ def merge(
             or infinity.
 
     Warns:
-        UserWarning: the weights do not sum to one, so that every tensor is scaled.
+        UserWarning: the weights do not sum to one, so that every tensor is scaled; or ``"normalize"`` for a network with
+            norms.
     """
     check_choice("biases", biases, Biases)
     check_models("models", models)
@@ -129,7 +132,13 @@ def merge(
         )
     merged = merge_states(states, alphas)
     if biases == "normalize":
-        for name, depth in bias_depths(states[0]).items():
+        norms = norms_in(models[0])
+        if norms:
+            warnings.warn(
+                f'merge: biases="normalize" is for networks without norms, which restore the signal themselves; got {norms}',
+                stacklevel=2,
+            )
+        for name, depth in bias_depths(models[0]).items():
             merged |= merge_states([{name: s[name]} for s in states], [a**depth for a in alphas])
     elif biases == "remove":
         merged |= zeroed_biases(merged)

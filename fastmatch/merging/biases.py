@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from fastmatch._internal.modules import with_state
 from fastmatch._internal.states import State, state_of
+from fastmatch.renorm.norms import is_norm
 
-__all__ = ["bias_depths", "remove_biases", "zeroed_biases"]
+__all__ = ["bias_depths", "norms_in", "remove_biases", "zeroed_biases"]
 
 Model = TypeVar("Model", nn.Module, Mapping[str, torch.Tensor])
 
@@ -27,11 +28,47 @@ def _bias_names(state: State) -> list[str]:
     return names
 
 
-def bias_depths(state: State) -> dict[str, int]:
-    """Return bias name -> depth, 1 for the first layer; layers are counted in the state's order."""
+def bias_depths(model: nn.Module | State) -> dict[str, int]:
+    """Return bias name -> depth: the number of linear and convolution layers on the longest path to its layer's output.
+
+    The paths are those of the graph that ``torch.fx`` traces. For a state dict, or a module that ``torch.fx`` cannot
+    follow, layers are counted in the state's order.
+    """
+    state = state_of(model, "model")
     weights = [n for n, t in state.items() if t.ndim >= 2 and n.rsplit(".", 1)[-1] == "weight"]
-    depth = {name[: -len("weight")] + "bias": k for k, name in enumerate(weights, start=1)}
-    return {name: depth[name] for name in _bias_names(state)}
+    traced = _traced_depths(model, set(weights)) if isinstance(model, nn.Module) else {}
+    depth = {name: traced.get(name, k) for k, name in enumerate(weights, start=1)}
+    return {name: depth[f"{name[: -len('bias')]}weight"] for name in _bias_names(state)}
+
+
+def _traced_depths(model: nn.Module, weights: set[str]) -> dict[str, int]:
+    """Return weight name -> depth for the weights on the graph; nothing if the model cannot be traced."""
+    try:
+        graph = model.graph if isinstance(model, fx.GraphModule) else fx.symbolic_trace(model).graph
+    except Exception:  # whatever the model's own code does with a proxy
+        return {}
+    depths: dict[str, int] = {}
+    reached: dict[fx.Node, int] = {}
+    for node in graph.nodes:
+        reached[node] = max((reached[n] for n in node.all_input_nodes), default=0)
+        if node.op == "call_module":
+            own = [name for name in weights if name.startswith(f"{node.target}.")]
+        else:  # a weight that a function takes
+            own = [n.target for n in node.all_input_nodes if n.op == "get_attr" and n.target in weights]
+        for name in own:
+            reached[node] += 1
+            depths[str(name)] = max(depths.get(str(name), 0), reached[node])
+    return depths
+
+
+def norms_in(model: nn.Module | State) -> list[str]:
+    """Return the names of the norms of a model; in a state dict, of the parts with running statistics or a vector weight."""
+    if isinstance(model, nn.Module):
+        return [name for name, module in model.named_modules() if is_norm(module)]
+    found = [
+        n for n, t in model.items() if n.endswith("running_var") or (n.endswith("weight") and t.ndim == 1)
+    ]
+    return list(dict.fromkeys(n.rpartition(".")[0] for n in found))
 
 
 def zeroed_biases(state: State, last: int | None = None) -> dict[str, torch.Tensor]:

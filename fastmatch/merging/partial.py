@@ -66,6 +66,15 @@ class PartialMerge:
     maps: dict[str, UnitMaps]
     inputs: frozenset[tuple[str, int]]
 
+    def __repr__(self) -> str:
+        """The rule, the weights, and how many layers are merged and kept apart."""
+        own = {name.split(".", 2)[2].rpartition(".")[0] for name in self.apart}
+        apart = ", ".join(sorted(own)[:4]) + (", ..." if len(own) > 4 else "") if own else "nothing"
+        return (
+            f"PartialMerge(rule={self.rule!r}, weights={self.weights}, {len(self.maps)} of {len(self.spec.groups)} groups "
+            f"merged, apart: {apart})"
+        )
+
     def endpoint_statistics(
         self,
         models: Sequence[nn.Module],

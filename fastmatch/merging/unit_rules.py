@@ -13,7 +13,7 @@ import torch
 from fastmatch._internal.batches import Forward, check_data, check_forward, default_forward
 from fastmatch._internal.checks import check_choice, check_fraction, check_number
 from fastmatch.matching.activations import best_permutation
-from fastmatch.matching.cca import GAMMA, roots
+from fastmatch.matching.cca import RIDGE, roots
 from fastmatch.merging.units import UnitMaps, cluster_maps, matrix_maps
 from fastmatch.merging.zip import zip_units
 from fastmatch.spec.activation_sites import Site
@@ -146,37 +146,46 @@ class CCA(MatchedUnits):
     is its inverse. Both are the identity for the first model.
 
     Example:
-        >>> found = fm.merge_partial([model_a, model_b], x, fm.CCA(loader, gamma=0.1), start_at=1)
+        >>> found = fm.merge_partial([model_a, model_b], x, fm.CCA(loader, ridge=0.1), start_at=1)
 
     Attributes:
         data: a loader of inputs or (inputs, targets); read once.
         site: read activations after (``"post"``) or before (``"pre"``) the nonlinearity.
         forward: ``forward(model, batch)`` runs a model on a batch.
-        gamma: added to the diagonal of each covariance, as a fraction of its mean.
+        ridge: added to the diagonal of each covariance, as a fraction of the mean variance, so that the scale of
+            activations does not count.
+        gamma: added to the diagonal as it is, instead of ``ridge``; 0.1 in the published CCA-Merge.
     """
 
     name: ClassVar[RuleName] = "cca"
 
     _: KW_ONLY
-    gamma: float = GAMMA
+    ridge: float = RIDGE
+    gamma: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("gamma", self.gamma)
+        check_number("ridge", self.ridge)
+        if self.gamma is not None:
+            check_number("gamma", self.gamma)
+            if self.ridge != RIDGE:
+                raise ValueError(
+                    f"gamma: it replaces ridge, so give one of them; got {self.gamma} and {self.ridge}"
+                )
 
     def maps(self, moments: Sequence[CrossMoments], weights: Sequence[float]) -> UnitMaps:
         """Return the maps of one group; see :meth:`MatchedUnits.maps`."""
         (joint,) = moments
         covariance = joint.similarity("covariance")
         n = len(covariance) // len(weights)
-        root_a, inverse_a = roots(covariance[:n, :n], self.gamma)
+        root_a, inverse_a = roots(covariance[:n, :n], self.ridge, self.gamma)
         merge, unmerge = (
             [torch.eye(n, dtype=torch.float64, device="cpu")],
             [torch.eye(n, dtype=torch.float64, device="cpu")],
         )
         for k in range(1, len(weights)):
             own = slice(k * n, (k + 1) * n)
-            root_b, inverse_b = roots(covariance[own, own], self.gamma)
+            root_b, inverse_b = roots(covariance[own, own], self.ridge, self.gamma)
             rotation = _orthogonal(inverse_a @ covariance[:n, own] @ inverse_b)
             merge.append((root_a @ rotation @ inverse_b).cpu())
             unmerge.append((root_b @ rotation.T @ inverse_a).cpu())

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import nn
 
+from fastmatch._internal.batches import Forward, default_forward
 from fastmatch._internal.modules import with_state
 from fastmatch._internal.states import State, state_of
 from fastmatch.permutations.apply import apply_permutations, check_permutations, compose, invert
 from fastmatch.permutations.files import load_permutations, save_permutations
 from fastmatch.permutations.verify import Verification
 from fastmatch.spec import Permutations, PermutationSpec
+
+if TYPE_CHECKING:
+    from fastmatch.report.report import Report
 
 __all__ = ["Alignment", "Matching"]
 
@@ -37,6 +42,8 @@ class Matching:
         solves: assignment problems solved.
         skipped: solves omitted because no neighbour of the group had moved.
         converged: no group can improve any more by itself.
+        gaps: group -> (gap, gap_bound) of its last assignment problem, as :class:`fastmatch.assignment.Assignment` has
+            them. Groups of heads or experts are not in it: they are many small problems.
     """
 
     permutations: Permutations
@@ -46,6 +53,7 @@ class Matching:
     solves: int = 0
     skipped: int = 0
     converged: bool = True
+    gaps: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -65,6 +73,8 @@ class Alignment:
         matching: how the permutations were found; None if they were loaded, inverted or composed.
         proof: the comparison that showed that the spec keeps the model's function. None if there was none: state dicts
             and checkpoints cannot always be run.
+        method: the matcher with its options, as Python; empty if unknown.
+        seconds: part of the run -> seconds that it took.
 
     Raises:
         ValueError: a group is not in the spec, or its permutation is not one of its units.
@@ -74,6 +84,8 @@ class Alignment:
     spec: PermutationSpec
     matching: Matching | None = None
     proof: Verification | None = None
+    method: str = ""
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "permutations", check_permutations(self.permutations, self.spec))
@@ -104,6 +116,49 @@ class Alignment:
             first, last = self.matching.objective[0], self.matching.objective[-1]
             text += f", {self.matching.matcher} objective {first:.6g} -> {last:.6g}"
         return text + ("" if self.proof else ", not proved") + ")"
+
+    def report(
+        self,
+        model_a: nn.Module | State,
+        model_b: nn.Module | State,
+        data: Iterable[Any] | None = None,
+        *,
+        names: Sequence[str] = ("A", "B"),
+        points: int = 7,
+        loss: Callable[[Any, Any], torch.Tensor] | None = None,
+        forward: Forward = default_forward,
+    ) -> Report:
+        """Return a page and a summary of what the alignment did: match quality by layer, barriers, structure, time.
+
+        Example:
+            >>> alignment = fm.align(model_a, model_b, x)
+            >>> report = alignment.report(model_a, model_b, test_loader, points=3)
+            >>> report.save("report.html")
+
+            A notebook shows ``report`` as the page; ``print(report)`` is one screen of text.
+
+        Args:
+            model_a, model_b: the models that were aligned, B as it was before. State dicts work too, without ``data``.
+            data: a loader. On inputs alone the activations of matched units are compared; on (inputs, targets) also
+                the loss on the line between the models, before and after. None compares weights only.
+            names: what to call A and B.
+            points: positions on each of the two curves.
+            loss, forward: see :func:`fastmatch.interpolate`; None takes its loss.
+
+        Returns:
+            A :class:`fastmatch.Report`.
+
+        Raises:
+            TypeError: ``data`` is given with a state dict, which cannot be run, or it is an iterator.
+            ValueError: the models have other architectures.
+
+        Cost: every tensor is read once; with data also four passes over it, and ``2 * points`` for the curves.
+        """
+        from fastmatch.report.alignment import alignment_report
+
+        return alignment_report(
+            self, model_a, model_b, data, names=names, points=points, loss=loss, forward=forward
+        )
 
     def invert(self) -> Alignment:
         """Return the alignment that undoes this one."""

@@ -14,17 +14,20 @@ rescale    z g                     W' = g W, b' = g b
 reshift    z - mu + mu*            b' = b - mu + mu*
 reset      batch norm's running statistics, measured again
 =========  ======================  ===============================
+
+A channel whose gain would take it away from its target keeps gain one (:mod:`fastmatch.renorm.harm`).
 """
 
 from fastmatch.renorm.endpoints import EndpointStatistics, endpoint_statistics
 from fastmatch.renorm.options import Renormalization
-from fastmatch.renorm.plan import Plan, plan_renormalization
+from fastmatch.renorm.plan import Plan, applied_plan, plan_renormalization
 from fastmatch.renorm.renormalize import renormalize, renormalize_many
 
 __all__ = [
     "EndpointStatistics",
     "Plan",
     "Renormalization",
+    "applied_plan",
     "endpoint_statistics",
     "plan_renormalization",
     "renormalize",

@@ -86,6 +86,11 @@ class Calibration:
             for hook in self._hooks.values():
                 hook.write()
 
+    @property
+    def kept(self) -> dict[str, tuple[int, ...]]:
+        """Layer name -> the channels that keep gain one, for the layers that have some; known after :meth:`write`."""
+        return {name: hook.kept for name, hook in self._hooks.items() if hook.kept}
+
 
 def calibrate(
     calibrations: Sequence[Calibration], data: Iterable[Any], mode: Mode, progress: bool | None

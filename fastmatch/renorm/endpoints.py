@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -16,7 +16,8 @@ from fastmatch.permutations.alignment import Alignment
 from fastmatch.permutations.apply import dimension_indices
 from fastmatch.renorm.layers import channel_dim, survey
 from fastmatch.renorm.options import TargetMix
-from fastmatch.renorm.targets import Target, mixed_target
+from fastmatch.renorm.outputs import Probe, ProbeRecorder, joined
+from fastmatch.renorm.targets import Target, layer_average, mixed_target
 from fastmatch.statistics.finite import FiniteNotes
 from fastmatch.statistics.moments import ChannelMoments
 
@@ -38,9 +39,14 @@ class EndpointStatistics:
     Attributes:
         calls: per endpoint, layer name -> the moments of the layer's first, second, ... call in a forward
             pass. A module that a network uses twice has two.
+        probes: the endpoints' outputs on the first samples, which ``method="auto"`` compares with those of the merge.
     """
 
     calls: tuple[dict[str, Calls], ...]
+    probes: tuple[Probe, ...] = field(default=(), repr=False)
+
+    def __repr__(self) -> str:
+        return f"EndpointStatistics({len(self.calls)} endpoints, {len(self.calls[0])} layers)"
 
     @property
     def models(self) -> tuple[dict[str, ChannelMoments], ...]:
@@ -48,10 +54,13 @@ class EndpointStatistics:
         return tuple({name: pooled(calls) for name, calls in table.items()} for table in self.calls)
 
     def __add__(self, other: EndpointStatistics) -> EndpointStatistics:
-        """The endpoints of both, this one's first. Each model can be measured separately."""
+        """The endpoints of both, this one's first. Each model can be measured separately.
+
+        Outputs are kept only if both were measured on the same batches.
+        """
         if set(self.calls[0]) != set(other.calls[0]):
             raise ValueError("other: expected statistics of the same layers")
-        return EndpointStatistics((*self.calls, *other.calls))
+        return EndpointStatistics((*self.calls, *other.calls), joined(self.probes, other.probes))
 
     def permuted(self, *alignments: Alignment | None) -> EndpointStatistics:
         """Return the statistics of the aligned endpoints. No model is run: only the channels are permuted.
@@ -75,7 +84,8 @@ class EndpointStatistics:
             tuple(
                 table if alignment is None else _permuted(table, alignment)
                 for table, alignment in zip(self.calls, alignments, strict=True)
-            )
+            ),
+            self.probes,
         )
 
     def targets(
@@ -104,7 +114,7 @@ class EndpointStatistics:
         check_choice("target", target, TargetMix)
         check_number("std_factor", std_factor, exclusive=True)
         weights = check_weights(weights, len(self.calls))
-        if target == "average":
+        if target == "equal":
             weights = [sum(weights) / len(weights)] * len(weights)
         found = {}
         for name in self.calls[0]:
@@ -112,7 +122,8 @@ class EndpointStatistics:
                 table[name][call] if call is not None and call < len(table[name]) else pooled(table[name])
                 for table in self.calls
             ]
-            found[name] = mixed_target(moments, weights, std_factor)
+            mixed = mixed_target(moments, weights, std_factor)
+            found[name] = layer_average(mixed) if target == "average" else mixed
         return found
 
 
@@ -179,7 +190,8 @@ def endpoint_statistics(
         progress: show a progress bar; None shows it on a terminal.
 
     Returns:
-        An :class:`EndpointStatistics` with float64 moments, pooled over all samples and positions.
+        An :class:`EndpointStatistics` with float64 moments, pooled over all samples and positions, and the outputs on the
+        first 1024 samples.
 
     Raises:
         TypeError: a model is not a torch module.
@@ -194,6 +206,7 @@ def endpoint_statistics(
     tables: dict[int, dict[str, list[ChannelMoments]]] = {key: {} for key in distinct}
     counters = {key: CallCounter() for key in distinct}
     notes = {key: FiniteNotes() for key in distinct}
+    recorder = ProbeRecorder()
     handles = []
     try:
         for key, model in distinct.items():
@@ -203,10 +216,12 @@ def endpoint_statistics(
                 )
         with evaluating(*distinct.values()):
             for batch in batches_of(data, "endpoint statistics", samples=samples, progress=progress):
+                outputs = {}
                 for key, model in distinct.items():
                     counters[key].start()
                     notes[key].next_batch()
-                    forward(model, batch)
+                    outputs[key] = forward(model, batch)
+                recorder.add(batch, [outputs[id(model)] for model in models])
     finally:
         for handle in handles:
             handle.remove()
@@ -217,7 +232,7 @@ def endpoint_statistics(
     for name in layers or ():
         if name not in measured[0]:
             raise ValueError(f"layers: {name!r} was never run on the data")
-    return EndpointStatistics(measured)
+    return EndpointStatistics(measured, tuple(recorder.probes))
 
 
 def _measure(

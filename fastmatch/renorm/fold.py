@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from fastmatch.renorm.harm import harmed
 from fastmatch.renorm.layers import Layer, bias_mask, by_outputs, channel_dim, raw_weight
 from fastmatch.renorm.targets import EPS, Target
 from fastmatch.statistics.moments import ChannelMoments
@@ -21,10 +22,25 @@ __all__ = ["bring_to_target", "fold"]
 
 def _affine(
     layer: Layer, moments: ChannelMoments, target: Target, method: Method
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(scale, shift) for a layer's output. The shift is zero where a pruned bias is masked."""
-    mean, std = (t.to(moments.mean.device) for t in target)
-    scale, shift = affine_of(moments.mean, moments.variance, mean, std, method, EPS)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return (scale, shift, kept) for a layer's output.
+
+    The shift is zero where a pruned bias is masked. ``kept`` is True for the channels that keep gain one because theirs
+    would do harm; methods that shift still bring their means to the target.
+    """
+    target = Target(*(t.to(moments.mean.device) for t in target))
+    scale, shift = _masked(layer, *affine_of(moments.mean, moments.variance, *target, method, EPS))
+    kept = harmed(moments, target, scale, shift)
+    if method == "repair":
+        alone = _masked(layer, torch.ones_like(scale), target.mean - moments.mean)
+    else:
+        alone = torch.ones_like(scale), torch.zeros_like(shift)
+    if method != "reshift":
+        scale, shift = (torch.where(kept, x, y) for x, y in zip(alone, (scale, shift), strict=True))
+    return scale, shift, kept & (method != "reshift")
+
+
+def _masked(layer: Layer, scale: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     mask = bias_mask(layer)
     return scale, shift if mask is None else shift * mask.to(shift)
 
@@ -42,15 +58,19 @@ def bring_to_target(
         # The kernel reads the output once for statistics and map; the plain form below reads it three times.
         output = outputs[0]
         dim = channel_dim(layer, output)
-        mean, std = (t.to(output.device) for t in target)
-        new, mean, variance = channel_affine(output, mean, std, method, dim=dim, eps=EPS)
+        goal_mean, goal_std = (t.to(output.device) for t in target)
+        new, mean, variance = channel_affine(output, goal_mean, goal_std, method, dim=dim, eps=EPS)
         count = output.numel() // output.shape[dim]
-        return [new], ChannelMoments(count, mean, variance * count)
-    for output in outputs:
-        moments.update(output, channel_dim(layer, output))
-    if moments.count == 0:
-        return outputs, moments
-    scale, shift = _affine(layer, moments, target, method)
+        moments = ChannelMoments(count, mean, variance * count)
+        scale, shift, kept = _affine(layer, moments, target, method)
+        if not bool(kept.any()):
+            return [new], moments
+    else:
+        for output in outputs:
+            moments.update(output, channel_dim(layer, output))
+        if moments.count == 0:
+            return outputs, moments
+        scale, shift, _ = _affine(layer, moments, target, method)
     news = []
     for output in outputs:
         shape = [1] * output.ndim
@@ -70,7 +90,7 @@ def _has_kernel(output: torch.Tensor) -> bool:
     return output.device.type == "cuda" and output.dtype != torch.float64
 
 
-def fold(layer: Layer, moments: ChannelMoments, target: Target, method: Method) -> None:
+def fold(layer: Layer, moments: ChannelMoments, target: Target, method: Method) -> tuple[int, ...]:
     """Change a layer's weight and bias in place so that its output has the target statistics; masks stay.
 
     Args:
@@ -78,10 +98,13 @@ def fold(layer: Layer, moments: ChannelMoments, target: Target, method: Method) 
         moments: the statistics that the output has now.
         target: the statistics that it shall have.
         method: ``"repair"``, ``"rescale"`` or ``"reshift"``.
+
+    Returns:
+        The channels that keep gain one, because theirs would do harm (:mod:`fastmatch.renorm.harm`).
     """
     weight = raw_weight(layer)
     assert weight is not None
-    scale, shift = (x.to(weight.device) for x in _affine(layer, moments, target, method))
+    scale, shift, kept = (x.to(weight.device) for x in _affine(layer, moments, target, method))
     own = dict(layer.named_parameters(recurse=False))
     bias = own.get("bias", own.get("bias_orig"))
     with torch.no_grad():
@@ -97,3 +120,4 @@ def fold(layer: Layer, moments: ChannelMoments, target: Target, method: Method) 
         for name in ("weight", "bias"):
             if f"{name}_orig" in own:
                 setattr(layer, name, own[f"{name}_orig"].detach() * getattr(layer, f"{name}_mask"))
+    return tuple(kept.nonzero()[:, 0].tolist())

@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from fastmatch.renorm.fold import bring_to_target, fold
-from fastmatch.renorm.layers import Layer, batch_norms, survey
+from fastmatch.renorm.layers import Layer, survey
+from fastmatch.renorm.norms import batch_norms
 from fastmatch.renorm.plan import Plan
 from fastmatch.renorm.targets import Target
 from fastmatch.statistics.moments import ChannelMoments
@@ -35,6 +36,8 @@ class CalibrationHook(ABC):
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name, self.module = name, module
         self.moments = ChannelMoments()
+        self.kept: tuple[int, ...] = ()
+        """The channels that keep gain one; known after :meth:`write`."""
 
     @abstractmethod
     def treat(self, tensors: list[torch.Tensor], call: int) -> list[torch.Tensor]:
@@ -75,7 +78,7 @@ class _AffineHook(CalibrationHook):
 
     def write(self) -> None:
         if self.moments.count:
-            fold(self._layer, self.moments, self._targets(None)[self.name], self._method)
+            self.kept = fold(self._layer, self.moments, self._targets(None)[self.name], self._method)
 
 
 class _ResetHook(CalibrationHook):
@@ -107,7 +110,7 @@ class _ResetHook(CalibrationHook):
     def write(self) -> None:
         if self.moments.count:
             self._set(self.moments)
-            counter: Any = self.module.num_batches_tracked
+            counter: Any = getattr(self.module, "num_batches_tracked", None)
             if counter is not None:
                 counter.fill_(self._batches)
 
@@ -122,8 +125,7 @@ def affine_hooks(model: nn.Module, plan: Plan, targets: Targets) -> list[Calibra
     """Return the hooks of REPAIR, RESCALE or RESHIFT."""
     layers = survey(model, plan.layers)[0]
     method = plan.method
-    assert method != "auto"
-    assert method != "reset"
+    assert method not in ("auto", "reset", "none")
     return [_AffineHook(name, layer, targets, method) for name, layer in layers.items()]
 
 

@@ -10,46 +10,12 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-__all__ = [
-    "Layer",
-    "batch_norms",
-    "bias_mask",
-    "by_outputs",
-    "channel_dim",
-    "is_norm",
-    "raw_weight",
-    "survey",
-]
+from fastmatch.renorm.norms import is_norm
+
+__all__ = ["Layer", "bias_mask", "by_outputs", "channel_dim", "raw_weight", "survey"]
 
 Layer: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_OTHER_NORMS = (
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.InstanceNorm1d,
-    nn.InstanceNorm2d,
-    nn.InstanceNorm3d,
-    nn.RMSNorm,
-)
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Return whether a module is a norm: one of torch's, or one named "...norm" that has only vectors.
-
-    The name is checked because many models define an RMSNorm of their own.
-    """
-    if isinstance(module, (*_BATCH_NORMS, *_OTHER_NORMS)):
-        return True
-    named = type(module).__name__.lower().endswith("norm")
-    return named and all(p.ndim <= 1 for p in module.parameters(recurse=False))
-
-
-def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the batch norms with running statistics, by name."""
-    return {
-        n: m for n, m in model.named_modules() if isinstance(m, _BATCH_NORMS) and m.running_mean is not None
-    }
 
 
 def is_transposed_linear(module: nn.Module) -> bool:

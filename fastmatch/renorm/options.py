@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from fastmatch._internal.checks import check_choice, check_integer, check_number
+from fastmatch.renorm.published import Published
 
 __all__ = ["Method", "Mode", "Renormalization", "TargetMix", "renormalization_of"]
 
 Method: TypeAlias = Literal["auto", "repair", "rescale", "reshift", "reset"]
 Mode: TypeAlias = Literal["joint", "sequential"]
-TargetMix: TypeAlias = Literal["weighted", "average"]
+TargetMix: TypeAlias = Literal["weighted", "equal", "average"]
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,14 @@ class Renormalization:
             batches, after the layers before it are corrected. It is exact for any batch size, and needs the
             memory of all batches' activations at one layer.
         samples: calibrate on this many samples from the front of the data; None reads all of it.
-        layers: names of the linear and convolution layers to renormalize; None takes all that can be.
+        layers: names of the linear and convolution layers to renormalize; None takes all that can be. ``"published"``
+            takes those of the paper's code: convolutions, without the stem and the shortcuts of a residual network.
         target: how the endpoints' statistics are mixed into the target: ``"weighted"`` by the weights of the
-            merge, or ``"average"``, which counts every endpoint equally at any weights.
+            merge, or ``"equal"``, which counts every endpoint equally at any weights. ``"average"`` also makes the
+            channels of a layer alike, as the paper's code does: ``sigma*`` becomes the layer's mean, and ``mu*`` the mean
+            of ``|mu*|`` with the channel's sign.
         std_factor: multiplies the target standard deviation. Above 1, activations of the merge spread more than
-            those of the endpoints.
+            those of the endpoints. (The factor of the paper's code multiplies the mean too.)
 
     Raises:
         ValueError: a value is out of range, or the method does not use the option: ``"reset"`` has no
@@ -47,7 +51,7 @@ class Renormalization:
     method: Method = "auto"
     mode: Mode = "joint"
     samples: int | None = None
-    layers: Sequence[str] | None = None
+    layers: Sequence[str] | Published | None = None
     target: TargetMix = "weighted"
     std_factor: float = 1.0
 
@@ -58,11 +62,13 @@ class Renormalization:
             check_integer("samples", self.samples, least=1)
         check_choice("target", self.target, TargetMix)
         check_number("std_factor", self.std_factor, exclusive=True)
-        if self.layers is not None:
+        if self.layers is not None and self.layers != "published":
             is_sequence = isinstance(self.layers, Iterable) and not isinstance(self.layers, str)
             names = tuple(self.layers) if is_sequence else ()
             if not names or not all(isinstance(name, str) for name in names):
-                raise ValueError(f"layers: expected a sequence of layer names, or None; got {self.layers!r}")
+                raise ValueError(
+                    f"layers: expected a sequence of layer names, or None; got {self.layers!r}; the only word is 'published'"
+                )
             object.__setattr__(self, "layers", names)
         if self.method == "reset":
             if self.layers is not None:

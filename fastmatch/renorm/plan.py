@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
 
-import torch
 from torch import nn
 
-from fastmatch._internal.dispatch_mode import DispatchMode
-from fastmatch.renorm.layers import batch_norms, is_norm, survey
+from fastmatch.renorm.layers import survey
+from fastmatch.renorm.norms import batch_norms
 from fastmatch.renorm.options import Method, Renormalization, renormalization_of
+from fastmatch.renorm.outputs import Disagreement
+from fastmatch.renorm.published import published_layers
 
-__all__ = ["Plan", "ResidualDetector", "choose_without_norms", "plan_renormalization"]
+__all__ = ["Plan", "Treatment", "applied_plan", "candidates", "plan_renormalization", "remember_plan"]
+
+Treatment: TypeAlias = Method | Literal["none"]
+"""A method, or ``"none"``: the merge is left as it is."""
+
+_NOTE = "fastmatch_renormalization"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a renormalization will do.
+    """What a renormalization will do, or what it did (:func:`fastmatch.applied_plan`).
 
     Example:
         >>> plan = fm.plan_renormalization(model_a, "repair")
@@ -24,82 +31,96 @@ class Plan:
         'repair'
 
     Attributes:
-        method: ``"repair"``, ``"rescale"``, ``"reshift"`` or ``"reset"``. ``"auto"`` if the choice depends on the
-            first batch: a network without norms has to be run to see whether it adds residual streams.
+        method: ``"repair"``, ``"rescale"``, ``"reshift"`` or ``"reset"``; ``"none"`` if the automatic choice left the
+            merge as it is; ``"auto"`` if the choice is still to be made, because it is measured on the data.
         why: the reason for the method.
         layers: names of the layers to renormalize (of the batch norms for ``"reset"``).
         left_alone: module name -> the reason why it is left alone.
+        kept: layer -> the channels that kept gain one because theirs would have done harm, such as those whose weights
+            are all pruned. Known after the calibration.
+        scores: method -> how its outputs differ from the endpoints', if the automatic choice compared methods:
+            (fraction of samples with another class, one minus the mean cosine).
     """
 
-    method: Method
+    method: Treatment
     why: str
     layers: tuple[str, ...]
     left_alone: dict[str, str] = field(hash=False)
+    kept: dict[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
+    scores: dict[Treatment, Disagreement] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
-        """The plan as text: the method, the reason, and one line per module left alone."""
+        """The plan as text: the method, the reason, a line per module left alone and per layer with channels kept."""
         lines = [f"{self.method}: {self.why}; {len(self.layers)} layers"]
-        return "\n".join([*lines, *(f"  left alone: {n}: {reason}" for n, reason in self.left_alone.items())])
+        lines += [f"  left alone: {name}: {reason}" for name, reason in self.left_alone.items()]
+        for name, channels in self.kept.items():
+            first = ", ".join(map(str, channels[:8])) + (", ..." if len(channels) > 8 else "")
+            lines.append(f"  gain one in {name}: {len(channels)} channels ({first}); a gain would do harm")
+        return "\n".join(lines)
+
+
+def candidates(model: nn.Module, options: Renormalization) -> tuple[Treatment, ...]:
+    """Return the methods to try: the one that is asked for, or what ``"auto"`` chooses from, the preferred one first.
+
+    ``"reset"`` is one of them for batch norm, unless an option is given that it does not use.
+    """
+    if options.method != "auto":
+        return (options.method,)
+    unused_by_reset = options.layers is not None or options.target != "weighted" or options.std_factor != 1.0
+    if batch_norms(model) and not unused_by_reset:
+        return ("repair", "reset", "rescale", "none")
+    return ("repair", "rescale", "none")
 
 
 def plan_renormalization(model: nn.Module, method: Method | Renormalization = "auto") -> Plan:
     """Return what :func:`fastmatch.renormalize` would do to ``model``. Nothing is run or changed.
 
-    The automatic choice follows the paper (Qu and Horvath 2024): ``"reset"`` with batch norm; ``"repair"`` with
-    another norm (layer, group, RMS); without norms ``"rescale"`` for a plain chain, and ``"repair"`` for a network
-    that adds residual streams.
+    The automatic choice is measured: :func:`fastmatch.renormalize` calibrates each candidate on the data and keeps the one
+    whose outputs are nearest to the endpoints'. Until then, the plan's method is ``"auto"``.
 
     Example:
         >>> plan = fm.plan_renormalization(model_a)
-        >>> text = str(plan)  # such as "reset: the network has batch norm; 8 layers"
+        >>> text = str(plan)  # such as "auto: the best of repair, rescale, none on the data; 8 layers"
 
     Args:
         model: the merged or pruned model.
         method: a method's word, or a :class:`fastmatch.Renormalization`.
 
     Raises:
-        ValueError: an unknown method, ``"reset"`` for a model without batch norm, an option that the chosen method
-            does not use, a layer that cannot be renormalized, or no layer at all.
+        ValueError: an unknown method, ``"reset"`` for a model without batch norm, a layer that cannot be renormalized,
+            or no layer at all.
     """
     options = renormalization_of(method)
-    chosen, why = options.method, "as asked"
-    if chosen == "auto":
-        if batch_norms(model):
-            chosen, why = "reset", "the network has batch norm"
-        elif any(is_norm(m) for m in model.modules()):
-            chosen, why = "repair", "the network has norms that keep no statistics of the data"
-        else:
-            why = "no norms: rescale for a plain chain, repair with residual adds, seen on the first batch"
-    options = replace(options, method=chosen)  # refuses options that the chosen method does not use
-    if chosen == "reset":
+    if options.method == "reset":
         norms = batch_norms(model)
         if not norms:
             raise ValueError(
                 'model: method "reset" needs batch norm with running statistics, and there is none; '
                 'use "repair" or "rescale"'
             )
-        return Plan(chosen, why, tuple(norms), {})
-    found, left = survey(model, options.layers)
-    return Plan(chosen, why, tuple(found), left)
+        return Plan("reset", "as asked", tuple(norms), {})
+    layers = published_layers(model) if options.layers == "published" else options.layers
+    found, left = survey(model, layers)
+    why = "as asked"
+    if options.method == "auto":
+        why = f"the best of {', '.join(candidates(model, options))} on the data"
+    return Plan(options.method, why, tuple(found), left)
 
 
-class ResidualDetector(DispatchMode):
-    """Detects whether a forward pass adds two activations of one shape, as a residual stream does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found = False
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket in (torch.ops.aten.add, torch.ops.aten.add_) and len(args) == 2:
-            a, b = args
-            if isinstance(b, torch.Tensor) and a.shape == b.shape and a.ndim > 1:
-                self.found = self.found or not (isinstance(a, nn.Parameter) or isinstance(b, nn.Parameter))
-        return func(*args, **(kwargs or {}))
+def remember_plan(model: nn.Module, plan: Plan) -> None:
+    """Note on a renormalized module what was done to it; copies keep the note."""
+    model.__dict__[_NOTE] = plan
 
 
-def choose_without_norms(residual: bool) -> tuple[Method, str]:
-    """Return (method, reason) for a network without norms."""
-    if residual:
-        return "repair", "the network has no norms and adds residual streams"
-    return "rescale", "the network is a plain chain without norms"
+def applied_plan(model: nn.Module) -> Plan | None:
+    """Return what :func:`fastmatch.renormalize` did to a module, or None for a module that it did not make.
+
+    Example:
+        >>> merged = fm.merge([model_a, model_b])
+        >>> plan = fm.applied_plan(fm.renormalize(merged, [model_a, model_b], loader))
+        >>> reason, scores = plan.why, plan.scores
+
+    Args:
+        model: a module. Copies and pickles keep the plan; the state dict does not hold it.
+    """
+    return model.__dict__.get(_NOTE)

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cache, partial
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastmatch._internal.batches import Forward, batches_of, check_module, default_forward, evaluating
-from fastmatch._internal.coefficients import check_weights, remembered_weights
+from fastmatch._internal.batches import Forward, batches_of, check_module, default_forward
+from fastmatch._internal.coefficients import (
+    check_weights,
+    has_stale_note,
+    remember_weights,
+    remembered_weights,
+)
 from fastmatch._internal.modules import copy_module
 from fastmatch.renorm.calibrate import Calibration, calibrate
 from fastmatch.renorm.endpoints import EndpointStatistics, endpoint_statistics
 from fastmatch.renorm.hooks import Targets, affine_hooks, reset_hooks
+from fastmatch.renorm.norms import batch_norms
 from fastmatch.renorm.options import Method, Renormalization, renormalization_of
-from fastmatch.renorm.plan import Plan, ResidualDetector, choose_without_norms, plan_renormalization
+from fastmatch.renorm.outputs import PREFERENCE, disagreement
+from fastmatch.renorm.plan import Plan, candidates, plan_renormalization, remember_plan
 from fastmatch.renorm.targets import Target
 
 __all__ = ["renormalize", "renormalize_many"]
@@ -40,7 +47,8 @@ def renormalize(
     """Return a copy of a merged or pruned model whose activations have the endpoints' statistics again.
 
     The methods and their formulas are in :mod:`fastmatch.renorm`. A missing bias is created if the method needs one.
-    Masks of pruned layers do not change. Modules that are left alone are listed in a warning.
+    Masks of pruned layers do not change. Modules that are left alone are listed in a warning. Channels that a gain would
+    harm, such as those whose weights are all pruned, keep gain one; :func:`fastmatch.applied_plan` lists them.
 
     Example:
         >>> merged = fm.merge([model_a, model_b])
@@ -54,10 +62,12 @@ def renormalize(
             statistics. ``"reset"`` does not look at them, so they may be None.
         data: a loader of inputs or (inputs, targets). It is read once for the endpoints (not if their statistics
             are given, nor for ``"reset"``) and once for the model.
-        method: ``"auto"``, ``"repair"``, ``"rescale"``, ``"reshift"`` or ``"reset"``, or a
-            :class:`fastmatch.Renormalization` with further options.
+        method: ``"repair"``, ``"rescale"``, ``"reshift"`` or ``"reset"``, or a :class:`fastmatch.Renormalization` with
+            further options. ``"auto"`` tries REPAIR, RESCALE, RESET (with batch norm) and nothing at all, and keeps the
+            copy whose outputs are nearest to the weighted mean of the endpoints' outputs on the first 1024 samples: the
+            least often another class, if the data has classes, and then the smallest angle.
         weights: the weights of the merge, one per endpoint. None takes those that :func:`fastmatch.merge` noted on
-            the module.
+            the module, which hold until other tensors are loaded into it.
         forward: ``forward(model, batch)`` runs a model on a batch.
         progress: show a progress bar; None shows it on a terminal.
 
@@ -105,7 +115,7 @@ def renormalize_many(
     Raises:
         TypeError, ValueError: see :func:`renormalize`.
 
-    Memory: all merges at once; in sequential mode also the calibration batches.
+    Memory: all merges at once, ``"auto"`` a copy of each per method; in sequential mode also the calibration batches.
     """
     options = renormalization_of(method)
     if not models:
@@ -114,27 +124,91 @@ def renormalize_many(
         check_module(model, f"models[{k}]")
     if weights is not None and len(weights) != len(models):
         raise ValueError(f"weights: expected {len(models)} rows, one per merge, got {len(weights)}")
-    plan = plan_renormalization(models[0], options)
+    plan = _without_endpoints(models[0], options) if endpoints is None else None
+    plan = plan or plan_renormalization(models[0], options)
     alphas = _weights_of_merges(models, endpoints, weights, plan)
-    news = [copy_module(model) for model in models]
     read = partial(batches_of, data, samples=options.samples, progress=progress)
-    if plan.method == "reset":
-        batches = read("reset of the merge")
-        hooks = [reset_hooks(new) for new in news]
-    else:
+    statistics = None
+    if plan.method != "reset":
         assert endpoints is not None
         statistics = _measured(endpoints, models[0], data, plan, options, forward, progress)
         plan = _without_unmeasured(plan, statistics, explicit=options.layers is not None)
         _warn_of_modules_left_alone(plan)
-        batches = read(f"{plan.method} of the merge")
+    methods = candidates(models[0], options) if plan.method == "auto" else (plan.method,)
+    tried = [
+        [_Attempt(model, replace(plan, method=m), targets, forward) for m in methods]
+        for model, targets in zip(
+            models, _targets_of_merges(statistics, alphas, options, models), strict=True
+        )
+    ]
+    calibrations = [a.calibration for attempts in tried for a in attempts if a.plan.method != "none"]
+    calibrate(calibrations, read(f"{plan.method} of the merge"), options.mode, progress)
+    news = []
+    for k, (model, attempts) in enumerate(zip(models, tried, strict=True)):
+        chosen = attempts[0].finished()
         if plan.method == "auto":
-            batches, plan = _chosen_on_first_batch(plan, news[0], batches, forward)
-        targets = [_targets_of(statistics, row, options) for row in alphas]
-        hooks = [affine_hooks(new, plan, own) for new, own in zip(news, targets, strict=True)]
-    log.info("%s", plan)
-    calibrations = [Calibration(new, own, forward) for new, own in zip(news, hooks, strict=True)]
-    calibrate(calibrations, batches, options.mode, progress)
+            assert statistics is not None
+            chosen = _best(attempts, statistics, alphas[k], forward)
+        remember_plan(*chosen)
+        known = remembered_weights(model)
+        if known is not None:  # the new tensors are those of the same merge
+            remember_weights(chosen[0], known)
+        log.info("%s", chosen[1])
+        news.append(chosen[0])
     return news
+
+
+class _Attempt:
+    """A copy of a merge that one method calibrates."""
+
+    def __init__(self, model: nn.Module, plan: Plan, targets: Targets | None, forward: Forward) -> None:
+        self.model = copy_module(model)
+        self.plan = plan
+        if plan.method == "reset":
+            self.plan = replace(plan, layers=tuple(batch_norms(model)), left_alone={})
+            hooks = reset_hooks(self.model)
+        elif plan.method == "none":
+            hooks = []
+        else:
+            assert targets is not None
+            hooks = affine_hooks(self.model, plan, targets)
+        self.calibration = Calibration(self.model, hooks, forward)
+
+    def finished(self) -> tuple[nn.Module, Plan]:
+        """Return the calibrated model, and the plan with the channels that kept gain one."""
+        return self.model, replace(self.plan, kept=self.calibration.kept)
+
+
+def _best(
+    attempts: Sequence[_Attempt], statistics: EndpointStatistics, weights: Sequence[float], forward: Forward
+) -> tuple[nn.Module, Plan]:
+    """Return the calibrated model whose outputs are nearest to the endpoints'; the first one in doubt."""
+    scores = {}
+    for attempt in attempts:
+        found = disagreement(attempt.model, statistics.probes, weights, forward)
+        if found is not None:
+            scores[attempt.plan.method] = found
+    if len(scores) < len(attempts):
+        model, plan = attempts[0].finished()
+        return model, replace(plan, why="the endpoints' outputs are not known or cannot be compared")
+
+    def distance(attempt: _Attempt) -> tuple[float, float]:
+        choices, angle = scores[attempt.plan.method]
+        return choices, angle * (PREFERENCE if attempt is attempts[0] else 1.0)
+
+    best = min(attempts, key=distance)
+    model, plan = best.finished()
+    why = f"nearest to the endpoints' outputs ({', '.join(f'{m} {s}' for m, s in scores.items())})"
+    return model, replace(plan, why=why, scores=scores)
+
+
+def _without_endpoints(model: nn.Module, options: Renormalization) -> Plan | None:
+    """Return the plan of the automatic choice without endpoints, which only batch norm has."""
+    norms = batch_norms(model)
+    if options.method != "auto" or not norms:
+        return None
+    replace(options, method="reset")  # refuses options that reset does not use
+    return Plan("reset", "the network has batch norm, and no endpoints were given", tuple(norms), {})
 
 
 def _weights_of_merges(
@@ -172,10 +246,12 @@ def _noted_weights(model: nn.Module, count: int) -> list[float]:
         )
     if count == 1:
         return [1.0]
-    raise ValueError(
-        f"weights: needed for {count} endpoints, because the model has no note of how it was merged "
-        "(fastmatch.merge of modules leaves one)"
+    why = (
+        "the model holds other tensors than when it was merged"
+        if has_stale_note(model)
+        else "the model has no note of how it was merged (fastmatch.merge of modules leaves one)"
     )
+    raise ValueError(f"weights: needed for {count} endpoints, because {why}")
 
 
 def _measured(
@@ -226,7 +302,7 @@ def _without_unmeasured(plan: Plan, statistics: EndpointStatistics, *, explicit:
     if missing and (explicit or len(missing) == len(plan.layers)):
         raise ValueError(f"endpoints: have no statistics for layer {missing[0]!r}; was it run on the data?")
     left = {**plan.left_alone, **dict.fromkeys(missing, "is never run as a module on the data")}
-    return Plan(plan.method, plan.why, tuple(n for n in plan.layers if n not in missing), left)
+    return replace(plan, layers=tuple(n for n in plan.layers if n not in missing), left_alone=left)
 
 
 def _warn_of_modules_left_alone(plan: Plan) -> None:
@@ -235,15 +311,15 @@ def _warn_of_modules_left_alone(plan: Plan) -> None:
         warnings.warn(f"renormalize leaves these alone: {listed}", UserWarning, stacklevel=4)
 
 
-def _chosen_on_first_batch(
-    plan: Plan, model: nn.Module, batches: Iterator[Any], forward: Forward
-) -> tuple[Iterator[Any], Plan]:
-    """Return the same batches, and the plan with the method that fits a network without norms."""
-    first = next(batches)
-    with evaluating(model), ResidualDetector() as detector:
-        forward(model, first)
-    method, why = choose_without_norms(detector.found)
-    return chain([first], batches), Plan(method, why, plan.layers, plan.left_alone)
+def _targets_of_merges(
+    statistics: EndpointStatistics | None,
+    alphas: Sequence[Sequence[float]],
+    options: Renormalization,
+    models: Sequence[nn.Module],
+) -> list[Targets | None]:
+    if statistics is None:
+        return [None] * len(models)
+    return [_targets_of(statistics, row, options) for row in alphas]
 
 
 def _targets_of(

@@ -9,7 +9,7 @@ import torch
 
 from fastmatch.statistics.moments import ChannelMoments
 
-__all__ = ["EPS", "Target", "mixed_target"]
+__all__ = ["EPS", "Target", "layer_average", "mixed_target"]
 
 EPS = 1e-5
 """Added to every variance, as in batch norm and the published code. It is added to both sides of the ratio, so a
@@ -36,3 +36,9 @@ def mixed_target(
     mean = torch.stack([w * m.mean for w, m in zip(weights, moments, strict=True)]).sum(0)
     std = torch.stack([w * (m.variance + EPS).sqrt() for w, m in zip(weights, moments, strict=True)])
     return Target(mean, std_factor * std.sum(0))
+
+
+def layer_average(target: Target) -> Target:
+    """Return a target whose channels differ only in the signs of their means: mean ``|mu*|`` and mean ``sigma*``."""
+    mean = target.mean.abs().mean() * target.mean.sign()
+    return Target(mean, target.std.mean().expand_as(target.std).clone())

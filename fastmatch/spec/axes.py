@@ -75,9 +75,10 @@ class Axis:
         return self.start + o + i + k
 
     def fits(self, size: int, length: int) -> bool:
-        """Whether a group of ``size`` units stays inside a dimension of ``length``."""
+        """Whether a group of ``size`` units stays inside a dimension of ``length``, without a position in two units."""
         last = self.start + (self.outer - 1) * self.stride + size * self.inner
-        return self.start >= 0 and self.inner >= 1 and self.outer >= 1 and last <= length
+        apart = self.outer == 1 or self.stride >= size * self.inner
+        return self.start >= 0 and self.inner >= 1 and self.outer >= 1 and apart and last <= length
 
     def is_whole(self, size: int, length: int) -> bool:
         """Whether the group fills the whole dimension with one position per unit."""

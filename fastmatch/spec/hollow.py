@@ -1,14 +1,18 @@
-"""Models on the meta device: traced with stand-ins for the weights that they do not have."""
+"""Models on the meta device: traced with stand-ins for the weights that they do not have.
+
+Entry (i, j) of a stand-in is entry i + j of one short random vector, a view with overlapping strides. Unlike fake tensors,
+it has real values, which some rules of the tracer need (uniform constants, routers).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-__all__ = ["filled"]
+__all__ = ["filled", "hollow_tensor"]
 
 
 @contextmanager
@@ -36,12 +40,16 @@ def filled(model: nn.Module) -> Iterator[None]:
             table[name] = tensor
 
 
+def hollow_tensor(shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+    """Return small random numbers of any shape in little memory: entry (i, j) is entry i + j of a vector."""
+    vector = torch.randn(1 + sum(n - 1 for n in shape if n), generator=generator, device="cpu") * 0.02
+    return vector.as_strided(tuple(shape), (1,) * len(shape))
+
+
 def _stand_in(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Return a tensor of the same shape and type on the CPU; variances have to be positive, integers are zeros."""
-    length = 1 + sum(n - 1 for n in tensor.shape if n)
-    vector = 0.02 * torch.randn(length, generator=generator, device="cpu")
-    vector = (
-        vector.abs().to(tensor.dtype) if not isinstance(tensor, nn.Parameter) else vector.to(tensor.dtype)
-    )
-    view = vector.as_strided(tensor.shape, (1,) * tensor.ndim)
+    vector = hollow_tensor([1 + sum(n - 1 for n in tensor.shape if n)], generator)
+    if not isinstance(tensor, nn.Parameter):
+        vector = vector.abs()
+    view = vector.to(tensor.dtype).as_strided(tensor.shape, (1,) * tensor.ndim)
     return nn.Parameter(view, requires_grad=False) if isinstance(tensor, nn.Parameter) else view

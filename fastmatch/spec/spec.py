@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from fastmatch._internal.checks import check_choice
+from fastmatch._internal.checks import check_choice, check_integer, check_type
+from fastmatch._internal.json_files import parse_json
 from fastmatch.spec.axes import ActivationSite, Axis, Group, Permutations, Pin
 from fastmatch.spec.trace import Outputs, trace
 from fastmatch.spec.unread import Unread, check_unread, hold_groups
@@ -50,8 +51,15 @@ class PermutationSpec:
         for name, group in self.groups.items():
             if name != group.name:
                 raise ValueError(f"groups: key {name!r} does not match the group's own name {group.name!r}")
-            if group.within and group.within not in self.groups:
-                raise ValueError(f"groups: {name!r} is within {group.within!r}, which is not a group")
+            if group.within:
+                outer = self.groups.get(group.within)
+                if outer is None:
+                    raise ValueError(f"groups: {name!r} is within {group.within!r}, which is not a group")
+                if outer.within or not 0 <= group.block < outer.size:
+                    raise ValueError(
+                        f"groups: {name!r} is in unit {group.block} of {group.within!r}, which has no such unit "
+                        "or is within another group itself"
+                    )
             for axis in group.axes:
                 self._check_axis(group, axis)
                 table.setdefault(axis.parameter, []).append((axis, name))
@@ -70,6 +78,10 @@ class PermutationSpec:
         if not 0 <= axis.dim < len(shape) or not axis.fits(group.size, shape[axis.dim]):
             raise ValueError(
                 f"groups: {group.name!r} of {group.size} units does not fit {axis.label()} of shape {shape}"
+            )
+        if any(dim >= len(shape) or start + length > shape[dim] for dim, start, length in axis.at):
+            raise ValueError(
+                f"groups: {group.name!r} is in {axis.label()}, which shape {shape} does not have"
             )
 
     @classmethod
@@ -245,16 +257,18 @@ class PermutationSpec:
             ValueError: the text is not a spec.
         """
         try:
-            data = json.loads(text)
+            data = parse_json(text)
             if data["format"] != FORMAT:
                 raise ValueError(f"unknown format {data['format']!r}")
             groups = {g["name"]: _group_from_dict(g) for g in data["groups"]}
-            shapes = {k: tuple(int(n) for n in v) for k, v in data["shapes"].items()}
-            pins = tuple(Pin(*p) for p in data["pins"])
+            if len(groups) < len(data["groups"]):
+                raise ValueError("a group is there twice")
+            shapes = {k: tuple(_size(n) for n in v) for k, v in data["shapes"].items()}
+            pins = tuple(_pin_from_list(p, shapes) for p in data["pins"])
             sites = tuple(_site_from_list(s) for s in data["sites"])
-        except (KeyError, TypeError, IndexError, AttributeError, json.JSONDecodeError) as error:
+            return cls(groups, shapes, pins, sites)
+        except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
             raise ValueError(f"not a fastmatch spec: {error!r}") from error
-        return cls(groups, shapes, pins, sites)
 
     def table(self) -> str:
         """Return the groups with their sizes and axes, and the pinned axes with the reasons, as text."""
@@ -271,6 +285,19 @@ class PermutationSpec:
         return "\n".join(lines)
 
 
+def _size(value: Any) -> int:
+    """Return a size or position; no fraction, and nothing that torch cannot count to."""
+    check_integer("size", value)
+    if value >= 1 << 62:
+        raise ValueError(f"size: {value} is too large")
+    return value
+
+
+def _text(value: Any) -> str:
+    check_type("name", value, str)
+    return value
+
+
 def _group_to_dict(g: Group) -> dict[str, Any]:
     table = {"name": g.name, "size": g.size, "axes": [_axis_to_list(a) for a in g.axes]}
     return {**table, "within": [g.within, g.block]} if g.within else table
@@ -278,7 +305,19 @@ def _group_to_dict(g: Group) -> dict[str, Any]:
 
 def _group_from_dict(table: dict[str, Any]) -> Group:
     axes = tuple(_axis_from_list(a) for a in table["axes"])
-    return Group(table["name"], int(table["size"]), axes, *table.get("within", ()))
+    outer = (
+        [(_text(name), _size(block)) for name, block in [table["within"]]]
+        if "within" in table
+        else [("", -1)]
+    )
+    return Group(_text(table["name"]), _size(table["size"]), axes, *outer[0])
+
+
+def _pin_from_list(values: list[Any], shapes: Mapping[str, tuple[int, ...]]) -> Pin:
+    parameter, dim, reason = values
+    if _size(dim) >= len(shapes[parameter]):
+        raise ValueError(f"pins: {parameter!r} has no dimension {dim}")
+    return Pin(parameter, dim, _text(reason))
 
 
 def _site_to_list(s: ActivationSite) -> list[Any]:
@@ -287,8 +326,11 @@ def _site_to_list(s: ActivationSite) -> list[Any]:
 
 
 def _site_from_list(values: list[Any]) -> ActivationSite:
-    op, name, role, operand, group, axis, module, weight, call, rank = values
-    return ActivationSite(op, name, role, operand, group, _axis_from_list(axis), module, weight, call, rank)
+    op, op_name, role, operand, group, axis, module, weight, call, rank = values
+    if operand != -1:
+        _size(operand)
+    what = _size(op), _text(op_name), role, operand, _text(group), _axis_from_list(axis)
+    return ActivationSite(*what, _text(module), _text(weight), _size(call), _size(rank))
 
 
 def _axis_to_list(a: Axis) -> list[Any]:
@@ -297,5 +339,6 @@ def _axis_to_list(a: Axis) -> list[Any]:
 
 
 def _axis_from_list(values: list[Any]) -> Axis:
-    at = tuple((int(dim), int(start), int(length)) for dim, start, length in (values[6:] or [[]])[0])
-    return Axis(*values[:6], at=at)
+    at = tuple((_size(dim), _size(start), _size(length)) for dim, start, length in (values[6:] or [[]])[0])
+    parameter, dim, start, outer, stride, inner = values[:6]
+    return Axis(_text(parameter), _size(dim), _size(start), _size(outer), _size(stride), _size(inner), at=at)

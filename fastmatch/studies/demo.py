@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from fastmatch._internal.files import writing
 from fastmatch._internal.progress import progress_bar
+from fastmatch._internal.stopwatch import Stopwatch
 from fastmatch.evaluation.between import Renormalized
 from fastmatch.evaluation.curve import Curve, interpolate
+from fastmatch.evaluation.plots import framed
 from fastmatch.matching.activations import ActivationMatching
 from fastmatch.matching.align import align
 from fastmatch.matching.weights import WeightMatching
@@ -30,13 +32,27 @@ __all__ = ["MAX_WIDTH", "run"]
 MIN_WIDTH, MAX_WIDTH = 128, 8192
 """Of the MLPs' hidden layers."""
 
+LINES = (
+    ("not aligned", "-", "-"),
+    ("aligned by weights", "weights", "-"),
+    ("aligned by activations", "activations", "-"),
+    ("and REPAIR", "activations", "repair"),
+)
+"""The lines of the picture: label, how the pair was matched, how it was renormalized."""
+
 COLOURS = {
-    "naive": "#888888",
-    "aligned": "#d95f02",
-    "repair": "#1b9e77",
-    "rescale": "#7570b3",
-    "reset": "#1f78b4",
+    "not aligned": "#8b949e",
+    "aligned by weights": "#e08214",
+    "aligned by activations": "#e08214",
+    "and REPAIR": "#2a9d6f",
 }
+
+DARK: dict[Any, Any] = {
+    "figure.facecolor": "#121416", "savefig.facecolor": "#121416", "axes.facecolor": "#121416",
+    "text.color": "#e7e9eb", "axes.labelcolor": "#e7e9eb", "axes.edgecolor": "#a0a8b0", "xtick.color": "#a0a8b0",
+    "ytick.color": "#a0a8b0", "grid.color": "#a0a8b0",
+}  # fmt: skip
+"""Colours of a picture for a dark page."""
 
 
 @dataclass(frozen=True)
@@ -91,20 +107,6 @@ def architectures(width: int) -> list[Architecture]:
         Architecture(f"conv {channels}, BN", lambda: vgg(channels, norm="BN"), 12, ("repair", "reset")),
         Architecture(f"conv {channels}", lambda: vgg(channels), 20, ("repair", "rescale")),
     ]
-
-
-class Stopwatch:
-    """Seconds spent under each name."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        """Time what runs inside."""
-        begin = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - begin, 3)
 
 
 def run(
@@ -246,31 +248,43 @@ def table(rows: list[Row]) -> str:
     )
 
 
-def draw(rows: list[Row], path: Path) -> None:
-    """Draw the loss along lambda: a panel per network and matching, a line per renormalization."""
+def draw(rows: list[Row], path: Path, *, dark: bool = False) -> None:
+    """Draw loss and accuracy along lambda, a column per network: not aligned, aligned, and renormalized.
+
+    Args:
+        rows: of the table.
+        path: a .png file; an existing one is replaced.
+        dark: light lines on a dark ground.
+    """
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(r.network for r in rows))
-    figure = Figure(figsize=(4.2 * len(names), 6.4), layout="constrained")
-    panels = figure.subplots(2, len(names), sharex=True, squeeze=False)
-    for column, name in enumerate(names):
-        for line, matched in enumerate(("weights", "activations")):
-            ax = panels[line][column]
-            for row in rows:
-                if row.network != name or row.matched not in ("-", matched):
-                    continue
-                label = "naive" if row.matched == "-" else row.renormalized.replace("-", "aligned")
-                ax.plot(
-                    row.positions, row.loss, marker=".", color=COLOURS[label],
-                    label=label if label in ("naive", "aligned") else f"+ {label.upper()}",
-                )  # fmt: skip
-            ax.set_title(f"{name}: matched by {matched}", fontsize=10)
-            ax.set_yscale("log")
-            ax.grid(alpha=0.25, which="both")
-            ax.legend(fontsize=8, loc="upper left")
-            if column == 0:
-                ax.set_ylabel("test loss")
-            if line == 1:
-                ax.set_xlabel("λ  (0 = A, 1 = B)")
-    with writing(path, force=True) as temporary:
-        figure.savefig(temporary, dpi=130, format="png")
+    with rc_context(DARK if dark else None):
+        figure = Figure(figsize=(3.5 * len(names), 5.0), layout="constrained")
+        panels = figure.subplots(2, len(names), sharex=True, squeeze=False)
+        for column, name in enumerate(names):
+            chosen = {
+                label: row
+                for label, matched, method in LINES
+                for row in rows
+                if (row.network, row.matched, row.renormalized) == (name, matched, method)
+            }
+            for ax, metric in zip(panels[:, column], ("loss", "accuracy"), strict=True):
+                for label, row in chosen.items():
+                    ax.plot(
+                        row.positions, getattr(row, metric), marker=".", color=COLOURS[label], label=label,
+                        linestyle="--" if label.endswith("weights") else "-",
+                    )  # fmt: skip
+            first, last = chosen[LINES[0][0]], chosen[LINES[-1][0]]
+            framed(panels[0][column], f"{name}: barrier {first.loss_barrier:.2f} → {last.loss_barrier:.3f}")
+            middle = [f"{100 * row.midpoint_accuracy:.1f}%" for row in (first, last)]
+            framed(panels[1][column], f"average of both: {middle[0]} → {middle[1]}")
+            panels[1][column].set_xlabel("λ  (0 = A, 1 = B)")
+        panels[0][0].set_ylabel("test loss")
+        panels[1][0].set_ylabel("test accuracy")
+        figure.legend(
+            *panels[0][0].get_legend_handles_labels(), loc="outside upper left", ncols=4, frameon=False
+        )
+        with writing(path, force=True) as temporary:
+            figure.savefig(temporary, dpi=130, format="png")

@@ -6,8 +6,8 @@ and set them to zero.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -17,20 +17,26 @@ from fastmatch._internal.modules import copy_module
 from fastmatch._internal.progress import progress_bar
 from fastmatch.evaluation.scores import evaluate
 from fastmatch.evaluation.table import Table
-from fastmatch.renorm import Renormalization, endpoint_statistics, renormalize
+from fastmatch.renorm import Renormalization, applied_plan, endpoint_statistics, renormalize
 from fastmatch.renorm.layers import survey
 from fastmatch.renorm.options import Method
 from fastmatch.statistics.fisher import diagonal_fisher
 
 __all__ = [
+    "Pruner",
     "accuracy_by_sparsity",
     "diagonal_fisher",
+    "global_magnitude",
     "input_norms",
+    "layer_magnitude",
     "mask_of",
     "n_of_m",
     "pruned_copy",
     "sparsity",
 ]
+
+Pruner: TypeAlias = Callable[[nn.Module, float], nn.Module]
+"""``pruner(dense, amount)`` returns a pruned copy, in which about this fraction of the weights is zero."""
 
 
 def mask_of(scores: torch.Tensor, amount: float, *, by_row: bool = False) -> torch.Tensor:
@@ -97,6 +103,31 @@ def pruned_copy(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> nn.Modul
     return new
 
 
+def layer_magnitude(dense: nn.Module, amount: float) -> nn.Module:
+    """Return a copy in which the smallest weights of every layer are zero, the same fraction in each.
+
+    Example:
+        >>> from fastmatch.studies.pruning import layer_magnitude
+        >>> pruned = layer_magnitude(model_a, 0.5)
+    """
+    layers = survey(dense)[0]
+    return pruned_copy(dense, {name: mask_of(layer.weight.abs(), amount) for name, layer in layers.items()})
+
+
+def global_magnitude(dense: nn.Module, amount: float) -> nn.Module:
+    """Return a copy in which the smallest weights of all layers together are zero; whole channels may be.
+
+    Example:
+        >>> from fastmatch.studies.pruning import global_magnitude
+        >>> pruned = global_magnitude(model_a, 0.5)
+    """
+    layers = survey(dense)[0]
+    scores = torch.cat([layer.weight.detach().abs().flatten() for layer in layers.values()])
+    parts = mask_of(scores, amount).split([layer.weight.numel() for layer in layers.values()])
+    masks = {name: m.view_as(layer.weight) for (name, layer), m in zip(layers.items(), parts, strict=True)}
+    return pruned_copy(dense, masks)
+
+
 def sparsity(model: nn.Module) -> float:
     """Return the fraction of zeros in the weights of linear and convolution layers."""
     layers = survey(model)[0].values()
@@ -154,11 +185,12 @@ def accuracy_by_sparsity(
     test: Iterable[Any],
     *,
     sparsities: Sequence[float] = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
+    pruner: Pruner = layer_magnitude,
     method: Method = "auto",
     samples: int | None = None,
     progress: bool | None = None,
 ) -> Table:
-    """Measure layer-wise magnitude pruning with and without renormalization, one row per sparsity.
+    """Measure a pruned network with and without renormalization, one row per sparsity.
 
     The statistics of the dense model are measured once for all rows.
 
@@ -166,25 +198,26 @@ def accuracy_by_sparsity(
         dense: a classifier; left as it is.
         data: calibration data.
         test: (inputs, targets) to evaluate on.
-        sparsities: fractions of every layer's weights to prune.
+        sparsities: fractions of the weights to prune.
+        pruner: ``pruner(dense, amount)`` returns the pruned copy: :func:`layer_magnitude`, :func:`global_magnitude`, or
+            a function that calls any pruning library.
         method, samples: see :func:`fastmatch.renormalize`.
         progress: show a bar; None shows it on a terminal.
     """
     statistics = endpoint_statistics([dense], data, samples=samples, progress=False)
     options = Renormalization(method, samples=samples)
-    layers = survey(dense)[0]
     rows = []
     for amount in progress_bar(sparsities, "pruning", show=progress):
-        masks = {name: mask_of(layer.weight.abs(), amount) for name, layer in layers.items()}
-        pruned = pruned_copy(dense, masks)
+        pruned = pruner(dense, amount)
         new = renormalize(pruned, statistics, data, options, weights=[1.0], progress=False)
         (loss, accuracy), (new_loss, new_accuracy) = (
             evaluate(model, test, progress=False) for model in (pruned, new)
         )
+        plan = applied_plan(new)
         rows.append(
             {
                 "sparsity": amount, "loss": loss, "accuracy": accuracy,
-                "renormalized loss": new_loss, "renormalized accuracy": new_accuracy,
+                "method": plan and plan.method, "renormalized loss": new_loss, "renormalized accuracy": new_accuracy,
             }
         )  # fmt: skip
     return Table(tuple(rows))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import zipfile
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import fastmatch as fm
 from fastmatch._internal.files import load_state, save_state, writing
+from fastmatch.checkpoint import Checkpoint
 from fastmatch.permutations.files import load_permutations
 from helpers.networks import build
 
@@ -76,9 +80,92 @@ def test_suffixes_that_say_nothing_are_refused(tmp_path):
     model, x = build("mlp", 0)
     alignment = fm.Alignment({}, fm.PermutationSpec.trace(model, x))
     with pytest.raises(ValueError, match="path: expected a file ending in"):
-        save_state(model.state_dict(), tmp_path / "m.ckpt")
+        save_state(model.state_dict(), tmp_path / "m.npz")
     with pytest.raises(ValueError, match=r"ending in \.safetensors, got"):
         alignment.save(tmp_path / "p.pt")
     with pytest.raises(ValueError, match=r"ending in \.safetensors, got"):
         fm.Alignment.load(tmp_path / "p.pt")
     assert not list(tmp_path.iterdir())
+
+
+def raw(path, header, data):
+    """A safetensors file with a header as given: text, or a table."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def entry(shape, begin, end, dtype="F32"):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+TWICE = b'{"w":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},"w":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}'
+
+
+@pytest.mark.parametrize(("header", "data", "message"), [
+    ({"v": entry([2], 0, 8), "w": entry([2], 4, 12)}, 12, "tensor 'w' begins at byte 4, the one before ends at 8"),
+    ({"v": entry([2], 0, 8), "w": entry([2], 12, 20)}, 20, "tensor 'w' begins at byte 12"),
+    ({"w": entry([2], 0, 8)}, 9, "1 bytes after the last tensor"),
+    ({"w": entry([2], 0, 8)}, 7, "truncated: tensor 'w' ends at byte 8, the file at 7"),
+    ({"w": entry([4.7], 0, 16)}, 16, "tensor 'w' of type F32 and shape \\[4.7\\]"),
+    ({"w": entry([3], 0, 8)}, 8, "tensor 'w' of type F32 and shape \\[3\\] in 8 bytes"),
+    ({"w": entry([2], 0, 8, "F33")}, 8, "tensor 'w' of type F33"),
+    ({"w": entry([4], 0, 2, "F4")}, 2, "tensor 'w' has element type 'F4', which is not supported"),
+    ({"w": entry([0, 2**62, 2**62], 0, 0)}, 0, "tensor 'w' of shape .* is impossible|overflow"),
+    (TWICE, 2, "'w' is there twice"),
+    ({"__metadata__": {"n": 1}, "w": entry([2], 0, 8)}, 8, "expected a string"),
+    (b"[" * 3000, 0, "not a readable"),
+    (b"", 0, "not a readable"),
+])  # fmt: skip
+def test_what_the_safetensors_library_or_its_format_refuses_is_refused_with_the_tensor(
+    tmp_path, header, data, message
+):
+    path = tmp_path / "m.safetensors"
+    raw(path, header, b"\0" * data)
+    for read in (load_state, Checkpoint):
+        with pytest.raises(ValueError, match=rf"m\.safetensors: .*({message})") as found:
+            read(path)
+        assert "\n" not in str(found.value)
+
+
+class Foreign:
+    pass
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ({"model": {"w": torch.zeros(2)}, "epoch": 1}, r"is its entry 'model'; save that one alone: torch.save\(data\['model'\]\)"),
+    ({"w": torch.zeros(2), "step": 5}, "entry 'step' is int"),
+    ({1: torch.zeros(2)}, "entry 1 is Tensor"),
+    ({"w": Foreign()}, r"objects other than tensors: .*Foreign; save model.state_dict\(\) instead"),
+    ({"w": torch.eye(2).to_sparse()}, "tensor 'w' is not a plain dense tensor"),
+    ({"w": torch.zeros(1).expand(10**6)}, "tensor 'w' of shape .* has more entries than the file stores"),
+])  # fmt: skip
+def test_torch_files_of_other_things_than_tensors_are_refused_in_one_line(tmp_path, content, message):
+    torch.save(content, tmp_path / "m.pt")
+    with pytest.raises(ValueError, match=rf"m\.pt: .*{message}") as found:
+        load_state(tmp_path / "m.pt")
+    assert "\n" not in str(found.value)
+
+
+def test_an_archive_that_is_larger_inside_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "m.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("m/data.pkl", bytes(10**6))
+    with pytest.raises(ValueError, match=r"m\.pt: .*records hold 1000000 bytes"):
+        load_state(tmp_path / "m.pt")
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda spec: spec["groups"][0].update(size=10**9), "tensor .* has shape .*, its spec says|does not fit"),
+    (lambda spec: spec["groups"][0]["axes"][0].__setitem__(3, 2), "does not fit"),  # two repeats with no distance
+    (lambda spec: spec["groups"].append(spec["groups"][0]), "a group is there twice"),
+    (lambda spec: spec["shapes"].update({next(iter(spec["shapes"])): [4.7]}), "expected a whole number"),
+    (lambda spec: spec.update(format="other"), "unknown format 'other'"),
+    (lambda spec: spec["groups"].pop(), "unknown group"),
+])  # fmt: skip
+def test_a_file_of_permutations_whose_spec_does_not_fit_is_refused(tmp_path, change, message):
+    model, x = build("mlp", 0)
+    spec = fm.PermutationSpec.trace(model, x)
+    table = json.loads(spec.to_json())
+    change(table)
+    save_state(spec.random(), tmp_path / "p.safetensors", metadata={"fastmatch.spec": json.dumps(table)})
+    with pytest.raises(ValueError, match=rf"p\.safetensors.*({message})"):
+        load_permutations(tmp_path / "p.safetensors")

@@ -13,7 +13,15 @@ import torch
 
 from bench.lib import record
 from bench.lib.findings import Findings, read_findings
-from bench.reports import device_cost, first_calls, initial_duals, kernels_cpu, kernels_gpu, weight_matching
+from bench.reports import (
+    device_cost,
+    first_calls,
+    initial_duals,
+    kernels_cpu,
+    kernels_gpu,
+    renormalization_choice,
+    weight_matching,
+)
 
 TINY = Namespace(tiny=True)
 PAGES = (
@@ -25,6 +33,7 @@ PAGES = (
     "greedy_initialization",
     "initial_duals",
     "kernels_cpu",
+    "renormalization_choice",
     "weight_matching",
 )
 
@@ -111,6 +120,22 @@ def test_the_kernels_are_compared_with_torch():
 def test_weight_matching_is_compared_with_the_published_algorithm():
     published, ours = weight_matching.measure(TINY)["rows"]
     assert ours["objective"] >= published["objective"] * (1 - 1e-9)
+
+
+def test_the_automatic_choice_is_compared_with_every_method():
+    rows = renormalization_choice.measure(TINY)["rows"]
+    assert len(rows) == 12
+    for row in rows:
+        accuracies = {k: v for k, v in row.items() if k.startswith("accuracy, ") and k != "accuracy, auto"}
+        assert row["accuracy, auto"] == accuracies[f"accuracy, {row['chosen']}"]
+        assert row["below best"] == pytest.approx(max(accuracies.values()) - row["accuracy, auto"], abs=2e-4)
+
+
+def test_the_committed_choices_are_near_the_best_and_do_no_harm():
+    rows = record.read("renormalization_choice")["rows"]
+    assert len(rows) >= 500
+    assert sum(row["below best"] <= 0.01 for row in rows) >= 0.9 * len(rows)
+    assert max(row["below none"] for row in rows) <= 0.03
 
 
 def test_screening_is_counted():

@@ -60,6 +60,11 @@ def names(path):
     return sorted(p.name for p in path.iterdir())
 
 
+def contents(path):
+    """Name -> bytes of every file of a folder."""
+    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
 def test_a_planted_directory_is_recovered_in_the_same_layout(folder, capsys):
     assert main(["align", *(str(folder / x) for x in "ab"), "--out", str(folder / "out")]) == 0
     assert "converged" in capsys.readouterr().out
@@ -143,7 +148,7 @@ add = Journal.add
 def killing(self, *args):
     add(self, *args)
     killing.count += 1
-    if killing.count == 3:
+    if killing.count == 4:
         with open(self.path, "ab") as file:
             file.write(b'{"group": "half')
         os.kill(os.getpid(), signal.SIGKILL)
@@ -155,29 +160,33 @@ align_checkpoints(*sys.argv[1:])
 
 def test_a_killed_run_goes_on_from_its_journal(folder):
     paths = [str(folder / x) for x in ("a", "b", "out")]
+    undisturbed = align_checkpoints(*paths[:2], folder / "expected")
     done = subprocess.run([sys.executable, "-c", KILLED, *paths], check=False, cwd=folder)
     assert done.returncode == -signal.SIGKILL
-    assert names(folder) == [".out.journal", "a", "b"]
+    assert names(folder) == [".out.journal", ".out.lock", "a", "b", "expected"]
     lines = journal_path(folder / "out").read_bytes().splitlines()
-    assert len(lines) == 5  # the run, three groups, half a line
-    first = json.loads(lines[3])
-    others = [
-        {"seed": 1},
-        {"tolerance": 1e-3},
-        {"init": "identity"},
-        {"init": trace_config(paths[0]).identity()},
-    ]
-    for options in others:
-        with pytest.raises(ValueError, match=r"\.out\.journal: is the journal of another run"):
-            align_checkpoints(*paths, fm.WeightMatching(**options), resume=True)
+    assert len(lines) == 6  # the run, the objective, three groups, half a line
+    others = {
+        "seed": 1,
+        "tolerance": 1e-3,
+        "init": "identity",
+        "include": "weights",
+    }
+    for name, value in others.items():
+        with pytest.raises(
+            ValueError, match=rf"\.out\.journal: is the journal of another run \(not the same: {name}\)"
+        ):
+            align_checkpoints(*paths, fm.WeightMatching(**{name: value}), resume=True)
+    with pytest.raises(ValueError, match="not the same: init"):
+        align_checkpoints(*paths, fm.WeightMatching(init=trace_config(paths[0]).identity()), resume=True)
     assert journal_path(folder / "out").read_bytes().splitlines() == lines
-    whole = match_weights(Checkpoint(paths[0]), Checkpoint(paths[1]), trace_config(paths[0])).solves
-    resumed = align_checkpoints(*paths, fm.WeightMatching(max_sweeps=99), resume=True).matching
-    assert resumed is not None
-    assert resumed.solves < whole + len(first["stale"])
-    assert names(folder) == ["a", "b", "out"]
-    a, out = Checkpoint(paths[0]), Checkpoint(paths[2])
-    assert all(torch.equal(out[k], v) for k, v in a.items())
+    resumed = align_checkpoints(*paths, fm.WeightMatching(max_sweeps=99), resume=True)
+    assert names(folder) == ["a", "b", "expected", "out"]
+    assert contents(folder / "out") == contents(folder / "expected")
+    assert resumed.matching is not None
+    assert undisturbed.matching is not None
+    assert resumed.matching.objective == undisturbed.matching.objective
+    assert resumed.matching.solves == undisturbed.matching.solves
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
@@ -223,7 +232,6 @@ def test_the_command_aligns_single_files_out_of_core(files, tmp_path, monkeypatc
         mapped.append(mmap)
         return load(path, mmap=mmap)
 
-    monkeypatch.setattr("fastmatch._internal.files.load_state", noted)
     monkeypatch.setattr("fastmatch.checkpoint.reader.load_state", noted)
     arguments = ["align", f"a.{suffix}", f"b.{suffix}", *MODEL, "--out-of-core", "--out", f"out.{written}"]
     assert main([*arguments, "--permutations", "p.safetensors"]) == 0
@@ -256,7 +264,7 @@ def test_the_command_merges_out_of_core_in_another_type(files):
     (["--resume"], "--resume: is an option of --out-of-core"),
     (["--out-of-core", "--permutations", "out.pt"], "same file as --out"),
     (["--out-of-core", "--permutations", "p.pt"], "--permutations: expected a file ending in .safetensors"),
-    (["--out-of-core", "--out", "out.ckpt"], "--out: expected a file ending in"),
+    (["--out-of-core", "--out", "out.npz"], "--out: expected a file ending in"),
     (["--out-of-core", "--out", "a.pt"], "a.pt exists"),
     (["--out-of-core", "--out", "a.pt", "--force"], "is one of the inputs"),
 ])  # fmt: skip
@@ -283,7 +291,7 @@ def test_pickles_run_nothing(tmp_path, monkeypatch):
 def truncate(path):
     shard = first_shard(path)
     shard.write_bytes(shard.read_bytes()[:-7])
-    return rf"{shard.name}: truncated: tensor '"
+    return rf"{shard.name}: not a readable safetensors file \(truncated: tensor '"
 
 
 def damage_header(path):
@@ -366,8 +374,23 @@ def test_a_shard_cut_while_it_is_read_is_named(folder):
     checkpoint = Checkpoint(folder / "b")
     shard = first_shard(folder / "b")
     shard.write_bytes(shard.read_bytes()[:-7])
-    with pytest.raises(ValueError, match=rf"{shard.name}: tensor '.*' cannot be read \(the file ends after"):
+    with pytest.raises(ValueError, match=rf"{shard.name}: tensor '.*': the file has changed"):
         list(checkpoint.values())
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_file_that_is_written_again_while_it_is_read_is_named(tmp_path, suffix):
+    path = tmp_path / f"m{suffix}"
+    state = build("mlp", 0)[0].state_dict()
+    save_state(state, path)
+    checkpoint = Checkpoint(path)
+    name = next(iter(state))
+    assert torch.equal(checkpoint[name], state[name])
+    save_state({k: v + 1 for k, v in state.items()}, path, force=True)
+    with pytest.raises(
+        ValueError, match=rf"m{suffix}: tensor '{name}': the file has changed since it was opened"
+    ):
+        checkpoint[name]
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -395,6 +418,8 @@ def test_arguments(folder, capsys):
     shard = str(first_shard(folder / "a"))
     assert main(["align", a, b, "--out", b, "--force"]) == 2
     assert "is one of the inputs" in capsys.readouterr().err
+    assert main(["align", a, b, "--out", str(folder), "--force"]) == 2
+    assert "holds one of the inputs" in capsys.readouterr().err
     assert main(["align", a, b, "--out", str(folder / "o"), "--dtype", "int64"]) == 2
     assert "--dtype: expected a floating point type" in capsys.readouterr().err
     assert main(["align", shard, shard, "--out", str(folder / "o")]) == 2

@@ -139,3 +139,29 @@ def test_a_file_of_the_model_without_its_head_gets_the_prefix(tmp_path):
     permute(tmp_path / "a", tmp_path / "b")
     assert load_file(tmp_path / "b" / SINGLE).keys() == state.keys()
     assert verify_checkpoints(tmp_path / "a", tmp_path / "b").error < 1e-9
+
+
+@pytest.mark.parametrize("holder", ["a", "b"])
+def test_a_tied_tensor_that_only_one_of_two_files_stores_twice_is_no_difference(holder, tmp_path):
+    transformers.logging.disable_progress_bar()
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(fresh_seed())
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "a")
+    permute(tmp_path / "a", tmp_path / "b")
+    path = tmp_path / holder / SINGLE
+    state = load_file(path)
+    assert "lm_head.weight" not in state
+    copied = {**state, "lm_head.weight": state["model.embed_tokens.weight"].clone()}
+    save_file(copied, path)
+    align_checkpoints(tmp_path / "a", tmp_path / "b", tmp_path / "out")
+    found = load_file(tmp_path / "out" / SINGLE)
+    assert found.keys() == load_file(tmp_path / "b" / SINGLE).keys()
+    assert all(torch.equal(v, load_file(tmp_path / "a" / SINGLE).get(k, v)) for k, v in found.items())
+    assert verify_checkpoints(tmp_path / "out", tmp_path / "out").outputs
+    (tmp_path / "out" / SINGLE).unlink()
+    save_file({**copied, "lm_head.weight": torch.randn(50, 16)}, path)
+    with pytest.raises(ValueError, match=r"tensor 'lm_head\.weight'"):
+        align_checkpoints(tmp_path / "a", tmp_path / "b", tmp_path / "out2")

@@ -145,7 +145,7 @@ def test_two_outputs_in_one_file_lose_nothing(planted, capsys):
 
 
 @pytest.mark.parametrize("outputs", [
-    ["z.ckpt"], ["noext"], ["z.pt", "--permutations", "p.pt"],
+    ["z.npz"], ["noext"], ["z.pt", "--permutations", "p.pt"],
 ])  # fmt: skip
 def test_a_suffix_that_could_not_be_read_back_is_refused(planted, refused, outputs):
     refused([*ALIGN, *outputs], "expected a file ending in")
@@ -246,7 +246,7 @@ def test_align_many(models, loader, options, strategy, capsys):
 @pytest.mark.parametrize(("arguments", "message"), [
     ([*MANY, "--out", "b2.pt"], "--out: expected 2 files"),
     ([*MANY, "--out", "x.pt", "x.pt"], "a file of its own"),
-    ([*MANY, "--out", "x.pt", "x.ckpt"], "--out: expected a file ending in"),
+    ([*MANY, "--out", "x.pt", "x.npz"], "--out: expected a file ending in"),
     ([*MANY, *OUTS, *DATA], "--data: is an option of --matcher activations"),
     ([*MANY, *OUTS, *DATA, "--matcher", "activations"], "--matcher: --strategy merge-many matches by weights"),
     ([*MANY, *OUTS, *DATA, "--strategy", "frank-wolfe", "--matcher", "fisher"], "--matcher: --strategy frank-wolfe matches by weights"),

@@ -24,8 +24,8 @@ PAIR = ["a.safetensors", "b.safetensors"]
 DATA = ["--data", "cli_module:loader"]
 
 COMMANDS = {
-    "align", "align-many", "merge", "partial", "renormalize", "curve", "triangle", "layers", "distances", "inspect",
-    "verify", "demo", "study", "bench", "run", "libraries", "completion",
+    "align", "align-many", "apply", "merge", "partial", "renormalize", "pipeline", "curve", "triangle", "layers",
+    "distances", "inspect", "verify", "demo", "study", "bench", "run", "libraries", "completion",
 }  # fmt: skip
 
 
@@ -119,9 +119,20 @@ INSPECT = ["inspect", "--model", "cli_module:build_with_inputs"]
     (["verify", *PAIR], {"outputs", "error"}),
     (["inspect"], {"groups", "pins"}),
     (["libraries"], {"libraries"}),
+    (["apply", "permutations.safetensors", PAIR[1], "--out", "o.pt"], {"kind", "moved", "out"}),
+    (["pipeline", "recipe.json", "--out", "o.pt"], {"summary", "files"}),
+    (["align", *PAIR, "--out", "o.pt", "--report", "o.html"], {"moved", "out", "report"}),
+    (["merge", *PAIR, "--out", "o.pt", "--report", "o.html"], {"checkpoints", "out", "report"}),
+    (["renormalize", PAIR[0], "--endpoints", PAIR[1], *DATA, "--out", "o.pt", "--report", "o.html"], {"why", "report"}),
 ])  # fmt: skip
 def test_json_is_one_object_and_quiet_is_silent(planted, capsys, line, keys):
-    model = [] if line[0] in ("libraries",) else ["--model", "cli_module:build_with_inputs"]
+    model = ["--model", "cli_module:build_with_inputs"]
+    assert (
+        main(["align", *PAIR, *model, "--out", "m.pt", "--permutations", "permutations.safetensors", "-q"])
+        == 0
+    )
+    Path("recipe.json").write_text(json.dumps({"models": PAIR, "network": model[1]}))
+    model = [] if line[0] in ("libraries", "apply", "pipeline") else model
     line = [*line, *model]
     assert main([*line, "--json"]) == 0
     assert keys <= json.loads(capsys.readouterr().out).keys()

@@ -40,7 +40,7 @@ def test_merge(models, biases):
 
 @pytest.mark.parametrize(("extra", "message"), [
     (["--out", "a.safetensors"], "--force"),
-    (["--out", "m.ckpt"], "--out"),
+    (["--out", "m.npz"], "--out"),
     (["--weights", "1", "--out", "m.pt"], "weights: expected 3"),
 ])  # fmt: skip
 def test_bad_input_of_merge_is_one_line(models, refused, extra, message):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,12 +35,17 @@ WAYS: dict[str, list[str]] = {
         f"align-many, {strategy}": ["align-many", *TRIPLE, *MODEL, "--strategy", strategy, "--out", "out.pt", "out2.pt"]
         for strategy in ("to-reference", "frank-wolfe")
     },
+    "apply": ["apply", "found.safetensors", "b.safetensors", "--out", "out.pt"],
     "merge": ["merge", *PAIR, *MODEL, "--out", "out.pt"],
     "partial, identity": ["partial", *PAIR, *MODEL, "--rule", "identity", "--out", "out.pt2"],
     "partial, zip": ["partial", *PAIR, *MODEL, *DATA, "--rule", "zip", "--out", "out.pt2"],
     "renormalize": [
         "renormalize", "merged.pt", "--endpoints", "a.safetensors", *MODEL, *DATA, "--method", "rescale", "--out", "out.pt",
     ],
+    "renormalize by reset": [
+        "renormalize", "normed.pt", "--model", "cli_module:build_normed", *DATA, "--method", "reset", "--out", "out.pt",
+    ],
+    "pipeline": ["pipeline", "recipe.json", "--out", "out.pt"],
     "curve": ["curve", *PAIR, *MODEL, *DATA, "--points", "3", "--out", "out.csv"],
     "curve, renormalized": [
         "curve", *PAIR, *MODEL, *DATA, "--renormalize", "rescale", "--calibration", "cli_module:loader", "--out", "out.csv",
@@ -57,7 +65,7 @@ VALUES = {
     "--metric": ["cli_module:loss"], "--plot": ["out.png"], "--permutations": ["permutations.safetensors"],
     "--groups": ["0"], "--init": ["identity"], "--dtype": ["bfloat16"], "--device": ["cpu"], "--start-at": ["2"],
     "--apart": ["2"], "--endpoints": ["a.safetensors"], "--weights": ["0.5", "0.5"], "--merge": ["0.5"],
-    "--tolerance": ["0.1"], "--learning-rate": ["0.03"], "--activation-weight": ["0.4"],
+    "--report": ["out.html"], "--report-data": ["cli_module:loader"], "--tolerance": ["0.1"], "--learning-rate": ["0.03"], "--activation-weight": ["0.4"],
 }  # fmt: skip
 """A value for each option that is neither a number nor one of several words."""
 
@@ -117,6 +125,10 @@ def ready(folder):
     for path, model in zip(TRIPLE, found, strict=True):
         save_state(model.state_dict(), path)
     save_state(found[0].state_dict(), "merged.pt")
+    save_state(build_model("cli_module:build_normed")[0].state_dict(), "normed.pt")
+    spec = fm.PermutationSpec.trace(*build_model(MODEL[1]))
+    fm.Alignment(spec.random(), spec).save("found.safetensors")
+    Path("recipe.json").write_text(json.dumps({"models": PAIR, "network": MODEL[1]}))
     save_state(found[0].state_dict(), "b.safetensors", force=True)  # the same function, for verify
     return folder
 
@@ -125,10 +137,12 @@ def ready(folder):
 def test_an_option_is_read_or_refused_by_name(ready, line, action, flag, capsys):
     given = [*line, *words(action, flag)]
     args = parser().parse_args(given, Watched())
+    args.arguments = given
     vars(args).pop("_read", None)
     refusal = None
     try:
-        args.run(args)
+        with ExitStack() as args.outputs:
+            args.run(args)
     except (ValueError, TypeError) as error:
         refusal = str(error)
     if refusal is not None:
@@ -195,7 +209,7 @@ def test_out_of_core_uses_every_option_of_weight_matching(ready, monkeypatch):
         "4",
     ]
     args = parser().parse_args([*line, *options])
-    with pytest.raises(ValueError, match="seen"):
+    with ExitStack() as args.outputs, pytest.raises(ValueError, match="seen"):
         args.run(args)
     assert [vars(matcher) for matcher in seen] == [vars(fm.WeightMatching("identity", 3, 0.5, "weights", 4))]
 

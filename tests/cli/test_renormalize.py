@@ -36,7 +36,7 @@ def test_renormalize_writes_what_the_library_makes(merged, loader, mode, capsys)
 @pytest.mark.parametrize(("arguments", "message"), [
     ([*RENORMALIZE, "--out", "new.pt"], "weights: needed for 2 endpoints"),
     (["renormalize", "merged.pt", *MODEL, *DATA, "--out", "new.pt"], "--endpoints: needed"),
-    ([*RENORMALIZE, "--out", "new.ckpt"], "expected a file ending in"),
+    ([*RENORMALIZE, "--out", "new.npz"], "expected a file ending in"),
     ([*RENORMALIZE[:-1], "cli_module:stream", "--out", "new.pt"], "--data: expected a callable that returns a loader"),
     (["renormalize", "merged.pt", *MODEL, *DATA, "--method", "reset", "--out", "new.pt"], "needs batch norm"),
     ([*RENORMALIZE, "--method", "reset", "--out", "new.pt"], "--endpoints: --method reset uses the data alone"),

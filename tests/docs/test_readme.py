@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from fastmatch.studies.demo import Row, table
@@ -22,6 +23,23 @@ def test_the_weight_matching_figures_are_the_committed_runs():
     assert {row["algorithm"] for row in record["rows"]} == {"published", "fastmatch"}
     for row in record["rows"]:
         assert f"{row['objective']:.4f}" in text
+
+
+def test_the_barriers_of_the_first_screen_are_the_committed_runs():
+    """The row not aligned and the row that is aligned by activations and repaired, of the convolutional networks."""
+    rows = [Row(**row) for row in json.loads((ROOT / "bench/results/demo.json").read_text())["rows"]]
+    conv = {(r.matched, r.renormalized): r for r in rows if r.network == "conv 32, BN"}
+    text = (ROOT / "README.md").read_text()
+    first, last = conv["-", "-"], conv["activations", "repair"]
+    assert f"from {first.loss_barrier:.3f} to {last.loss_barrier:.3f}" in text
+    assert f"from {first.midpoint_accuracy:.1%} to {last.midpoint_accuracy:.1%}" in text
+
+
+def test_pictures_of_html_exist():
+    for page in (ROOT / "README.md", ROOT / "docs/index.md"):
+        found = re.findall(r'(?:src|srcset)="([^"]+)"', page.read_text())
+        assert len(found) == 2
+        assert all((page.parent / path).is_file() for path in found)
 
 
 def test_it_is_short():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import fastmatch as fm
@@ -76,6 +77,53 @@ def test_plot_writes_a_picture(tmp_path):
         curve.plot(metric="f1")
     with pytest.raises(ValueError, match="metric: 'top5' was not measured"):
         curve.plot(metric="top5")
+
+
+def test_a_curve_says_its_barrier_and_its_legend_hides_no_line():
+    naive = fm.Curve((0.0, 0.5, 1.0), (1.0, 4.0, 2.0), (0.9, 0.2, 0.7))
+    ax = naive.plot()
+    assert ax.get_title(loc="left") == "Loss on the line from A to B, barrier 2.5"
+    assert ax.get_legend() is None
+    ax = naive.plot(metric="accuracy", label="naive")
+    fm.Curve((0.0, 0.5, 1.0), (1.0, 1.0, 2.0), (0.9, 0.95, 0.9)).plot(
+        ax=ax, metric="accuracy", label="aligned"
+    )
+    legend = ax.get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "naive: drop 60.0 points",
+        "aligned: drop 0.0 points",
+    ]
+    ax.figure.draw_without_rendering()
+    assert legend.get_window_extent().x0 >= ax.get_window_extent().x1
+    table = fm.Table(({"x": 1, "y": 1.0, "z": 2.0}, {"x": 2, "y": 2.0, "z": 1.0}))
+    ax = table.plot("x", "y", "z")
+    ax.figure.draw_without_rendering()
+    assert ax.get_legend().get_window_extent().x0 >= ax.get_window_extent().x1
+    assert table.plot("x", "y").get_legend() is None
+
+
+def test_a_barrier_with_a_loss_that_is_no_number_is_no_number():
+    nan = float("nan")
+    assert np.isnan(fm.Curve((0.0, 0.5, 1.0), (1.0, nan, 2.0), (0.9, 0.2, 0.7)).barrier)
+    corners = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
+    assert np.isnan(
+        fm.Triangle(corners, (fm.Scores(1.0, 0, 0), fm.Scores(nan, 0, 0), fm.Scores(1.0, 0, 0))).barrier
+    )
+
+
+def test_a_triangle_has_the_names_of_its_models_and_no_hole():
+    rows = tuple(((2 - i - j) / 2, i / 2, j / 2) for i in range(3) for j in range(3 - i))
+    found = fm.Triangle(rows, tuple(fm.Scores(1 - max(row), 0.9, 0.9) for row in rows))
+    ax = found.plot(names=["first", "second", "third"])
+    assert [text.get_text() for text in ax.texts] == ["first", "second", "third"]
+    assert ax.get_title(loc="left") == "Loss over the triangle, barrier 0.5"
+    canvas = FigureCanvasAgg(ax.figure)
+    canvas.draw()
+    middle = ax.transData.transform((0.5, 3**0.5 / 6))
+    pixels = np.asarray(canvas.buffer_rgba())
+    assert pixels[len(pixels) - int(middle[1]), int(middle[0]), :3].min() < 200
+    with pytest.raises(ValueError, match="names: expected three"):
+        found.plot(names=["first"])
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
@@ -271,6 +319,26 @@ def test_a_metric_is_a_mean_over_samples():
         fm.evaluate(model, data, metric=lambda out, y: (out.argmax(1) != y).float().mean())[1]
         == errors.metric
     )
+
+
+def test_a_picture_of_a_metric_says_no_barrier(tmp_path):
+    """Whether more of a metric is better is not known, and what was not measured cannot be drawn."""
+    measured = fm.Curve((0.0, 0.5, 1.0), (1.0, 2.0, 1.0), metric=(3.0, 9.0, 4.0))
+    axes = measured.plot(tmp_path / "curve.png", metric="metric")
+    assert axes.get_title(loc="left") == "Metric on the line from A to B"
+    assert len(axes.collections) == 0
+    assert measured.plot(metric="metric", label="mine").get_legend_handles_labels()[1] == ["mine"]
+    with pytest.raises(ValueError, match="'accuracy' was not measured on this curve"):
+        measured.plot(metric="accuracy")
+    corners = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
+    nan = float("nan")
+    found = fm.Triangle(corners, tuple(fm.Scores(v, nan, nan, 2 * v) for v in (1.0, 2.0, 3.0)))
+    assert found.plot(metric="metric").get_title(loc="left") == "Metric over the triangle"
+    with pytest.raises(ValueError, match="'top5' was not measured on this triangle"):
+        found.plot(metric="top5")
+    diverged = fm.Triangle(corners, (*found.scores[:2], fm.Scores(nan, nan, nan)))
+    with pytest.raises(ValueError, match="'loss' has merges where it is no number"):
+        diverged.plot()
 
 
 def test_a_loss_or_metric_that_does_not_fit_is_named():

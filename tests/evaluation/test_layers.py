@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 
 import pytest
 import torch
@@ -90,6 +91,17 @@ def test_distances():
         fm.distances({"a": a})
     with pytest.raises(ValueError, match=r"models\['m'\]: has no tensor"):
         fm.distances({"a": a, "m": build("mlp", 0)[0]})
+
+
+def test_cells_that_a_spreadsheet_would_compute_are_quoted(tmp_path):
+    """Names of tensors and models come from files of others."""
+    risky = ["=1+2", "+1", "-1", "@a", "\t=1", " =1"]
+    table = fm.Table(tuple({"=name": name, "value": -1.5, "plain": "a-b=c"} for name in risky))
+    table.to_csv(tmp_path / "t.csv")
+    with (tmp_path / "t.csv").open(newline="", encoding="utf-8") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["'=name", "value", "plain"]
+    assert rows == [[f"'{name}", "-1.5", "a-b=c"] for name in risky]
 
 
 def test_tables_are_plain_records(tmp_path):

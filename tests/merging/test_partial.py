@@ -13,6 +13,7 @@ import bench.reports.partial_merging as bench
 import fastmatch as fm
 from bench.lib import record as records
 from fastmatch.renorm import endpoint_statistics
+from fastmatch.statistics.moments import CrossMoments
 from fastmatch.studies.digits import Batches, digits, train
 from helpers.networks import NETWORKS, build, fresh_seed, mlp
 
@@ -397,6 +398,8 @@ def test_what_it_cannot_do_is_said():
     ("zip", {"b": -0.1}, "b: expected a finite number of at least 0"),
     ("zip", {"b": 1.5}, "b: expected a number from 0 to 1; got 1.5"),
     ("cca", {"gamma": -1.0}, "gamma: expected a finite number of at least 0; got -1.0"),
+    ("cca", {"ridge": -1.0}, "ridge: expected a finite number of at least 0; got -1.0"),
+    ("cca", {"ridge": 0.2, "gamma": 0.1}, "gamma: it replaces ridge"),
     ("permute", {"site": "sideways"}, "site: expected one of 'post', 'pre'; got 'sideways'"),
     ("zip", {"site": "after"}, "site: expected one of"),
 ])  # fmt: skip
@@ -463,3 +466,45 @@ def test_the_page_holds_the_committed_run():
     for rule in ("identity", "permute", "zip"):
         assert found[rule, "-", 0]["parameters"] == found[rule, "-", 0]["flops"] == 1
         assert found[rule, "-", 5]["accuracy"] == found["ensemble", "-", None]["accuracy"]
+
+
+def test_gamma_is_added_to_covariances_as_published_and_ridge_follows_their_scale():
+    torch.manual_seed(fresh_seed())
+    n, scale = 5, 100.0
+    joint = [CrossMoments() for _ in range(2)]
+    rows = torch.randn(200, 2 * n).double() @ torch.randn(2 * n, 2 * n).double()
+    for moments, factor in zip(joint, (1.0, scale), strict=True):
+        moments.update(rows * factor, rows * factor)
+    covariance = joint[0].similarity("covariance")
+
+    def transform(shifts):
+        parts = [
+            covariance[s, s] + shift * torch.eye(n)
+            for s, shift in zip((slice(n), slice(n, None)), shifts, strict=True)
+        ]
+        (va, ua), (vb, ub) = (torch.linalg.eigh(part) for part in parts)
+        root_a, inverse_a = ua @ va.sqrt().diag() @ ua.T, ua @ va.rsqrt().diag() @ ua.T
+        inverse_b = ub @ vb.rsqrt().diag() @ ub.T
+        left, _, right = torch.linalg.svd(inverse_a @ covariance[:n, n:] @ inverse_b)
+        return root_a @ left @ right @ inverse_b
+
+    def found(rule, moments):
+        return rule.maps([moments], [0.5, 0.5]).leave[1].matrix
+
+    published = found(fm.CCA([], gamma=0.1), joint[0])
+    torch.testing.assert_close(published, transform([0.1, 0.1]))
+    fractions = [0.1 * covariance[s, s].diagonal().mean() for s in (slice(n), slice(n, None))]
+    relative = found(fm.CCA([]), joint[0])
+    torch.testing.assert_close(relative, transform(fractions))
+    torch.testing.assert_close(found(fm.CCA([]), joint[1]), relative)
+    assert not torch.allclose(found(fm.CCA([], gamma=0.1), joint[1]), published, rtol=1e-3)
+
+
+def test_a_partial_merge_is_shown_in_a_line():
+    ends = [build("resnet", fresh_seed())[0] for _ in range(2)]
+    x = torch.randn(2, 3, 16, 16)
+    for start_at in (0, 2, 3):
+        text = repr(fm.merge_partial(ends, x, fm.Identity(), start_at=start_at))
+        assert text.startswith("PartialMerge(rule='identity', weights=(0.5, 0.5), ")
+        assert len(text) < 250
+        assert ("apart: nothing" in text) == (start_at == 0)

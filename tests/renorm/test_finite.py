@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import fastmatch as fm
+from fastmatch._internal.files import save_state
 from fastmatch.cli.main import main
 
 
@@ -35,6 +36,17 @@ def test_a_sample_that_is_not_finite_is_refused_with_its_batch(mode, method, bad
         statistics = fm.endpoint_statistics([model], batches())
         with pytest.raises(ValueError, match=message):
             fm.renormalize(model, statistics, batches(bad), options)
+
+
+@pytest.mark.parametrize("mode", ["joint", "sequential"])
+def test_the_automatic_choice_refuses_them_too(mode):
+    model, options = network(), fm.Renormalization("auto", mode)
+    message = r"data: batch 1 \(counted from 0\) gives NaN or infinite activations at '\d' of "
+    with pytest.raises(ValueError, match=message):
+        fm.renormalize(model, [model], batches(float("nan")), options)
+    statistics = fm.endpoint_statistics([model], batches())
+    with pytest.raises(ValueError, match=message + "the merge"):
+        fm.renormalize(model, statistics, batches(float("nan")), options)
 
 
 @pytest.mark.parametrize("mode", ["joint", "sequential"])
@@ -79,6 +91,21 @@ def test_no_command_writes_weights_that_are_not_finite(tmp_path, monkeypatch, ca
         assert main(line) == 2, line
         assert "tensor '0.weight' holds 32 NaN or infinite" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.glob("*.pt")) == ["a.pt", "b.pt"]
+
+
+def test_permutations_are_not_applied_to_weights_that_are_not_finite(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    spec = fm.PermutationSpec.trace(model, torch.zeros(2, 4))
+    fm.Alignment(spec.random(), spec).save("found.safetensors")
+    with torch.no_grad():
+        model[2].weight[1, 1] = float("inf")
+    for name in ("b.pt", "b.safetensors"):
+        save_state(model.state_dict(), name)
+        assert main(["apply", "found.safetensors", name, "--out", f"out_{name}"]) == 2
+        error = capsys.readouterr().err
+        assert f"out_{name} is not written: the result: tensor '2.weight' holds 1 NaN or infinite" in error
+    assert not list(tmp_path.glob("*out_*"))
 
 
 def test_a_type_that_cannot_hold_the_weights_is_refused(tmp_path, monkeypatch, capsys):

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 import fastmatch as fm
+from fastmatch._internal.coefficients import remembered_weights
 from fastmatch.renorm.fold import fold
 from fastmatch.renorm.layers import channel_dim, survey
 from fastmatch.renorm.lockstep import Lockstep
 from fastmatch.renorm.targets import EPS, Target
 from fastmatch.statistics.moments import ChannelMoments
 from fastmatch.studies.digits import Batches
-from helpers.networks import ChannelLayerNorm, ResNet, build, fresh_seed
+from helpers.networks import build, fresh_seed
 
 FOLDED = ("repair", "rescale", "reshift")
 
@@ -196,9 +199,50 @@ def test_a_merge_remembers_its_weights_and_forgetting_is_an_error():
         fm.renormalize(ends[0], ends, data, "repair")
 
 
+@pytest.mark.parametrize("change", ["load_state_dict", "data", "in place", "prune", "assign"])
+def test_remembered_weights_are_not_used_for_other_tensors(change):
+    ends, data = pair("vgg without norm"), loader()
+    merged = fm.merge(ends, [0.2, 0.8])
+    other = fm.merge(ends, [0.7, 0.3])
+    if change == "prune":
+        prune.l1_unstructured(merged.features[0], "weight", 0.5)
+    elif change == "load_state_dict":
+        merged.load_state_dict(other.state_dict())
+    elif change == "assign":
+        merged.load_state_dict(other.state_dict(), assign=True)
+    else:
+        layer, theirs = merged.classifier[0], other.classifier[0]
+        with torch.no_grad():
+            if change == "data":
+                layer.weight.data = theirs.weight.data
+            else:
+                layer.weight.copy_(theirs.weight)
+    with pytest.raises(
+        ValueError, match="weights: needed for 2 endpoints, because the model holds other tensors"
+    ):
+        fm.renormalize(merged, ends, data, "repair")
+    fm.renormalize(merged, ends, data, "repair", weights=[0.7, 0.3])
+    fm.renormalize(merged, [other], data, "repair")  # one endpoint needs no weights
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_remembered_weights_survive_what_keeps_the_merge(dtype):
+    ends, data = pair("vgg without norm"), loader()
+    merged = fm.merge(ends, [0.2, 0.8])
+    same = [
+        copy.deepcopy(merged).to(dtype),
+        pickle.loads(pickle.dumps(merged)),
+        fm.renormalize(merged, ends, data, "repair"),
+        merged.train(),
+    ]
+    merged.load_state_dict(copy.deepcopy(merged.state_dict()))
+    for model in same:
+        assert remembered_weights(model) == (0.2, 0.8)
+
+
 @pytest.mark.parametrize(("weights", "options", "expected"), [
     ([0.2, 0.3, 0.5], {}, [0.2, 0.3, 0.5]),
-    ([0.2, 0.3, 0.5], {"target": "average"}, [1 / 3] * 3),
+    ([0.2, 0.3, 0.5], {"target": "equal"}, [1 / 3] * 3),
     ([1.0, 1.0, -0.5], {}, [1.0, 1.0, -0.5]),
 ])  # fmt: skip
 def test_targets_of_several_endpoints(weights, options, expected):
@@ -214,6 +258,16 @@ def test_targets_of_several_endpoints(weights, options, expected):
         torch.testing.assert_close(std, spread)
         torch.testing.assert_close(wide[name][0], mean)
         torch.testing.assert_close(wide[name][1], 2 * std)
+
+
+def test_the_average_target_is_the_papers_mean_over_a_layer():
+    ends = [build("mlp", fresh_seed())[0] for _ in range(2)]
+    statistics = fm.endpoint_statistics(ends, [torch.randn(50, 12)])
+    found = statistics.targets([0.3, 0.7], target="average", std_factor=2.0)
+    for name, (mean, std) in statistics.targets([0.3, 0.7]).items():
+        expected = mean.sign() * mean.abs().sum() / len(mean)
+        torch.testing.assert_close(found[name].mean, expected)
+        torch.testing.assert_close(found[name].std, torch.full_like(std, 2 * float(std.mean())))
 
 
 @pytest.mark.parametrize("mode", ["joint", "sequential"])
@@ -235,38 +289,6 @@ def test_a_sample_budget_is_kept_to_the_sample(mode):
             fm.endpoint_statistics(ends, data, samples=bad)
 
 
-class Plain(nn.Module):
-    """A residual network without norms, or the same without its shortcut."""
-
-    def __init__(self, residual: bool) -> None:
-        super().__init__()
-        self.residual = residual
-        self.up, self.mid, self.down = nn.Linear(12, 16), nn.Linear(16, 16), nn.Linear(16, 5)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.relu(self.up(x))
-        y = F.relu(self.mid(x))
-        return self.down(x + y if self.residual else y)
-
-
-@pytest.mark.parametrize(("make", "shape", "expected"), [
-    (lambda: build("vgg", 0)[0], (8, 3, 16, 16), "reset"),
-    (lambda: ResNet(ChannelLayerNorm), (8, 3, 16, 16), "repair"),
-    (lambda: Plain(True), (8, 12), "repair"),
-    (lambda: Plain(False), (8, 12), "rescale"),
-])  # fmt: skip
-def test_the_automatic_choice_is_that_method(make, shape, expected, caplog):
-    torch.manual_seed(fresh_seed())
-    ends = [make().double() for _ in range(2)]
-    data = Batches(torch.randn(shape).double(), torch.zeros(len(torch.zeros(shape))), 8)
-    with caplog.at_level("INFO", logger="fastmatch"):
-        auto = fm.renormalize(fm.merge(ends), ends, data)
-    assert f"{expected}: the net" in caplog.text
-    assert data.reads == (1 if expected == "reset" else 2)
-    named = fm.renormalize(fm.merge(ends), ends, data, expected)
-    torch.testing.assert_close(auto(data.inputs), named(data.inputs))
-
-
 def test_the_plan_lists_what_is_left_alone_and_renormalize_warns_of_it():
     class Mixed(nn.Module):
         def __init__(self) -> None:
@@ -284,7 +306,7 @@ def test_the_plan_lists_what_is_left_alone_and_renormalize_warns_of_it():
 
     model, data = Mixed(), [torch.randn(9, 12)]
     plan = fm.plan_renormalization(model)
-    assert plan.method == "repair"
+    assert plan.method == "auto"
     assert plan.layers == ("first",)
     assert plan.left_alone == {
         "(model)": "Mixed is not a linear or convolution layer",
@@ -296,7 +318,7 @@ def test_the_plan_lists_what_is_left_alone_and_renormalize_warns_of_it():
     before = copy.deepcopy(model.state_dict())
     merged = fm.merge([model, Mixed()])
     with pytest.warns(UserWarning, match="leaves these alone: .*up: ConvTranspose1d"):
-        new = fm.renormalize(merged, [model, model], data)
+        new = fm.renormalize(merged, [model, model], data, "repair")
     for name, tensor in new.state_dict().items():
         assert torch.equal(tensor, merged.state_dict()[name]) != name.startswith("first.")
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
@@ -372,7 +394,7 @@ def test_autocast_reaches_the_passes_of_sequential_mode():
 @pytest.mark.parametrize(("options", "message"), [
     ({"method": "fix"}, "method: expected one of 'auto', 'repair'.*; got 'fix'"),
     ({"mode": "both"}, "mode: expected one of 'joint', 'sequential'; got 'both'"),
-    ({"target": "mean"}, "target: expected one of 'weighted', 'average'; got 'mean'"),
+    ({"target": "mean"}, "target: expected one of 'weighted', 'equal', 'average'; got 'mean'"),
     ({"std_factor": 0.0}, "std_factor: expected a finite number above 0; got 0.0"),
     ({"std_factor": float("inf")}, "std_factor: expected a finite number"),
     ({"samples": 0}, "samples: expected a whole number of at least 1; got 0"),
@@ -401,24 +423,18 @@ def test_options_are_frozen_and_comparable():
         options.mode = "sequential"
 
 
-def test_an_option_that_the_automatic_choice_does_not_use_is_refused():
+def test_reset_is_no_candidate_with_an_option_that_it_does_not_use():
     model, data = build("vgg", 0)[0].double(), loader()
-    for options, message in (
-        ({"layers": ["features.0"]}, 'layers: method "reset"'),
-        ({"target": "average"}, 'target: method "reset"'),
-        ({"std_factor": 1.5}, 'std_factor: method "reset"'),
-    ):
-        for call in (
-            lambda options: fm.plan_renormalization(model, options),
-            lambda options: fm.renormalize(model, [model], data, options),
-        ):
-            with pytest.raises(ValueError, match=message):
-                call(fm.Renormalization(**options))
+    assert "reset" in fm.plan_renormalization(model).why
+    for options in ({"layers": ["features.0"]}, {"target": "average"}, {"std_factor": 1.5}):
+        assert "reset" not in fm.plan_renormalization(model, fm.Renormalization(**options)).why
+        with pytest.raises(ValueError, match=f'{next(iter(options))}: method "reset"'):
+            fm.renormalize(model, None, data, fm.Renormalization(**options))
     assert data.reads == 0
 
 
 @pytest.mark.parametrize("mode", ["joint", "sequential"])
-@pytest.mark.parametrize("options", [{"target": "average"}, {"std_factor": 1.5}])
+@pytest.mark.parametrize("options", [{"target": "equal"}, {"target": "average"}, {"std_factor": 1.5}])
 def test_every_option_changes_the_result(mode, options):
     ends = pair("vgg without norm")
     merged, data = fm.merge(ends, [0.2, 0.8]), loader()
@@ -515,3 +531,38 @@ def test_renormalizations_side_by_side_leave_torchs_number_of_threads():
         assert later == [3]
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("name", "expected"), [
+    ("vgg", ["features.0", "features.4"]),
+    ("resnet", [f"stage{s}.{b}.conv{c}" for s in (1, 2) for b in (0, 1) for c in (1, 2)]),
+])  # fmt: skip
+def test_the_published_layers_are_convolutions_without_stem_shortcuts_and_classifier(name, expected):
+    model = build(name, 0)[0]
+    options = fm.Renormalization("repair", layers="published")
+    assert sorted(fm.plan_renormalization(model, options).layers) == sorted(expected)
+    ends = pair(name)
+    merged, data = fm.merge(ends), loader()
+    new = fm.renormalize(merged, ends, data, options).state_dict()
+    changed = {n.rpartition(".")[0] for n, t in merged.state_dict().items() if not torch.equal(new[n], t)}
+    assert changed == set(expected)
+    named = fm.renormalize(merged, ends, data, fm.Renormalization("repair", layers=expected))
+    assert all(torch.equal(t, new[n]) for n, t in named.state_dict().items())
+
+
+def test_published_layers_that_cannot_be_told_are_refused():
+    with pytest.raises(ValueError, match='layers: "published" means convolutions, and the model has none'):
+        fm.plan_renormalization(build("mlp", 0)[0], fm.Renormalization(layers="published"))
+
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 1, 1)
+
+        def forward(self, x):
+            return self.conv(x) if x.sum() > 0 else x
+
+    with pytest.raises(
+        ValueError, match=r'layers: "published" needs a forward pass that torch\.fx can follow'
+    ):
+        fm.plan_renormalization(Branching(), fm.Renormalization(layers="published"))

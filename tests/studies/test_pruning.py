@@ -11,11 +11,14 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 import fastmatch as fm
+from fastmatch.renorm.layers import survey
 from fastmatch.studies.digits import Batches
 from fastmatch.studies.pruning import (
     accuracy_by_sparsity,
     diagonal_fisher,
+    global_magnitude,
     input_norms,
+    layer_magnitude,
     mask_of,
     n_of_m,
     pruned_copy,
@@ -199,7 +202,7 @@ def test_a_parametrized_mask_is_scaled_and_a_parametrization_that_cannot_be_is_l
 def test_reset_of_a_pruned_batch_norm_net_leaves_every_weight():
     dense, data = network("vgg")
     pruned = pruned_copy(dense, {n: mask_of(m.weight.abs(), 0.8) for n, m in weights_of(dense).items()})
-    new = fm.renormalize(pruned, [dense], data)  # batch norm: reset
+    new = fm.renormalize(pruned, [dense], data, "reset")
     for (name, p), q in zip(new.named_parameters(), pruned.parameters(), strict=True):
         assert torch.equal(p, q), name
     assert not torch.equal(new.features[1].running_mean, pruned.features[1].running_mean)
@@ -248,3 +251,29 @@ def test_accuracy_by_sparsity_is_what_plain_evaluation_says():
         assert row["accuracy"] == fm.evaluate(pruned, data)[1]
         renewed = fm.renormalize(pruned, [dense], data, "repair")
         assert row["renormalized accuracy"] == pytest.approx(fm.evaluate(renewed, data)[1])
+
+
+def test_sparsities_are_measured_with_any_pruner_and_name_the_method():
+    (dense, data), calls = network("vgg"), []
+    test = Batches(data.inputs, torch.randint(5, (len(data.inputs),)), data.size)
+
+    def by_library(model, amount):
+        calls.append(amount)
+        new = copy.deepcopy(model)
+        for layer in survey(new)[0].values():
+            prune.l1_unstructured(layer, "weight", amount=amount)
+        return new
+
+    for pruner in (layer_magnitude, global_magnitude, by_library):
+        rows = accuracy_by_sparsity(
+            dense, data, test, sparsities=(0.5, 0.9), pruner=pruner, method="repair", progress=False
+        ).rows
+        assert [(r["sparsity"], r["method"]) for r in rows] == [(0.5, "repair"), (0.9, "repair")]
+    assert calls == [0.5, 0.9]
+    assert sparsity(global_magnitude(dense, 0.9)) == pytest.approx(0.9, abs=1e-3)
+    smallest = min(
+        m.weight[m.weight != 0].abs().min() for m in survey(global_magnitude(dense, 0.9))[0].values()
+    )
+    largest = max((m.weight * (g.weight == 0)).abs().max() for m, g in zip(
+        survey(dense)[0].values(), survey(global_magnitude(dense, 0.9))[0].values(), strict=True))  # fmt: skip
+    assert smallest >= largest

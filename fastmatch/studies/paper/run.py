@@ -29,7 +29,6 @@ from fastmatch.renorm import (
     EndpointStatistics,
     Renormalization,
     endpoint_statistics,
-    plan_renormalization,
     renormalize,
 )
 from fastmatch.studies.digits import Batches, digits, train, train_new
@@ -271,7 +270,7 @@ def _pruning(dense: nn.Module, loaders: Data) -> list[dict[str, Any]]:
     table = accuracy_by_sparsity(
         dense, *loaders, sparsities=SPARSITIES, samples=SAMPLES, method="auto", progress=False
     )
-    return [{**row, "method": plan_renormalization(dense).method} for row in table.rows]
+    return list(table.rows)
 
 
 def _planted(model: nn.Module, data: Batches, seed: int) -> dict[str, int]:

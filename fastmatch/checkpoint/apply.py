@@ -1,0 +1,54 @@
+"""Apply permutations to a checkpoint on disk, or to a LoRA of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastmatch.checkpoint.align import AlignedTensors, layout_for
+from fastmatch.checkpoint.diffusion.lora import is_lora, permute_lora
+from fastmatch.checkpoint.names import RenamedCheckpoint
+from fastmatch.checkpoint.reader import Checkpoint
+from fastmatch.checkpoint.structure import bind
+from fastmatch.checkpoint.writer import write_like
+from fastmatch.permutations.alignment import Alignment
+
+__all__ = ["apply_to_checkpoint"]
+
+
+def apply_to_checkpoint(
+    alignment: Alignment, path: str | Path, out: str | Path, *, force: bool = False
+) -> str:
+    """Permute checkpoint B, or a LoRA that was trained on B, and write the result.
+
+    A LoRA is permuted so that it adds to B aligned what it adds to B.
+
+    Example:
+        >>> from fastmatch.checkpoint import align_checkpoints, apply_to_checkpoint
+        >>> alignment = align_checkpoints("model-a", "model-b", "aligned")
+        >>> apply_to_checkpoint(alignment, "model-b", "aligned-again")
+        'checkpoint'
+
+    Args:
+        alignment: the permutations of B, in the names of its file.
+        path: a file or directory with the tensors of B, or a file with the factors of a LoRA: names of kohya, LyCORIS,
+            diffusers or peft; LoRA, LoCon, LoHa, LoKr, DoRA and full differences.
+        out: the file or directory to write, with the same names, shapes and types.
+        force: replace an output that exists.
+
+    Returns:
+        What was permuted: ``"checkpoint"`` or ``"LoRA"``.
+
+    Raises:
+        ValueError: a tensor does not fit the permutations, or a factor of the LoRA cannot follow them exactly, as a
+            Kronecker factor whose rows do not move in blocks. The tensor is named.
+        OSError: a file is missing or cannot be written. Nothing is left half-written.
+    """
+    checkpoint = Checkpoint(path)
+    if is_lora(checkpoint.headers):
+        moved = permute_lora(dict(checkpoint), alignment, str(path))
+        write_like(checkpoint, out, moved.__getitem__, force=force)
+        return "LoRA"
+    layout = layout_for(path, checkpoint, alignment.spec)
+    bind(alignment.spec, RenamedCheckpoint(checkpoint, layout).headers, str(path))
+    write_like(checkpoint, out, AlignedTensors(checkpoint, layout, alignment), force=force)
+    return "checkpoint"

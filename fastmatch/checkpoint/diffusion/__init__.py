@@ -1,0 +1,1 @@
+"""Checkpoints of diffusion models as their users have them: single files, pipelines, LoRAs."""

@@ -1,0 +1,246 @@
+"""Trace and prove the networks in a single file, in the names of the file.
+
+The tracer follows the operations of a model, and renaming is slicing, joining and transposing. So a module that has the
+file's tensors as its parameters, and runs the networks of diffusers with what it makes of them, is traced like any other:
+its groups are in the names of the file, and the proof covers the renaming.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from fastmatch.checkpoint.diffusion.components import (
+    Component,
+    build_component,
+    find_components,
+    parameters_of,
+)
+from fastmatch.checkpoint.diffusion.layout import Shapes, assemble
+from fastmatch.permutations.verify import Verification, verify
+from fastmatch.spec import PermutationSpec
+from fastmatch.spec.hollow import hollow_tensor
+
+__all__ = ["FileModel", "prove_components", "prove_file", "reduced_model", "trace_file"]
+
+EMA = "model_ema."
+"""Start of the names of a running mean of the UNet's weights."""
+
+FACTORS = (16, 8, 4, 2, 1)
+"""By which the sizes of a reduced model are divided; the first that keeps heads and group norms whole is taken."""
+
+SMALL, LARGEST = 20_000_000, 100_000_000
+"""Parameters up to which a network is proved as it is, and above which a reduced one is not run."""
+
+WITH_UNET = ("control_model.", "adapter.", "ip_adapter.", "lora_unet_")
+"""Starts of names of networks and factors that read the units of the UNet or add to them."""
+
+
+class _Runner(nn.Module):
+    """Calls a component's module as its kind says."""
+
+    def __init__(self, component: Component, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.call = model, component.kind.call
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        return self.call(self.model, *inputs)
+
+
+class FileModel(nn.Module):
+    """The networks of a file as one module that has the tensors of the file as its parameters.
+
+    Args:
+        components: the networks.
+        shapes: name in the file -> shape; those of the file, or of a reduced model.
+        scale: by which the reduced model is smaller.
+        hollow: the parameters take no memory: see :func:`hollow_tensor`.
+    """
+
+    def __init__(
+        self, components: Iterable[Component], shapes: Shapes, scale: int = 1, *, hollow: bool = True
+    ) -> None:
+        super().__init__()
+        self._runners: tuple[tuple[Component, _Runner, dict[str, tuple[int, ...]]], ...] = ()
+        self.examples: tuple[torch.Tensor, ...] = ()
+        for component in components:
+            own = {name: tuple(shapes[component.prefix + name]) for name in component.shapes}
+            model: Any = build_component(component, own, scale)
+            sizes = parameters_of(model)
+            self._runners += ((component, _Runner(component, model), sizes),)
+            self.examples += component.kind.inputs(model.config)
+            for name, shape in own.items():
+                self._add(component.prefix + name, shape, hollow=hollow)
+
+    def _add(self, name: str, shape: tuple[int, ...], *, hollow: bool) -> None:
+        """Register a parameter under a name with dots."""
+        *path, last = name.split(".")
+        module: nn.Module = self
+        for part in path:
+            if part not in module._modules:
+                module.add_module(part, nn.Module())
+            module = module._modules[part]  # type: ignore[assignment]
+        generator = torch.Generator().manual_seed(len(self.examples) + sum(map(ord, name)))
+        tensor = hollow_tensor(shape, generator) if hollow else _random(shape, last, generator)
+        module.register_parameter(last, nn.Parameter(tensor, requires_grad=False))
+
+    def forward(self, *inputs: torch.Tensor) -> list[Any]:
+        """Return the outputs of every network."""
+        tensors = dict(self.named_parameters())
+        outputs, given = [], iter(inputs)
+        for component, runner, sizes in self._runners:
+            own = {name: tensors[component.prefix + name] for name in component.shapes}
+            parameters = {
+                f"model.{name}": _parameter(own, component, name, shape) for name, shape in sizes.items()
+            }
+            count = len(component.kind.inputs(runner.model.config))
+            outputs.append(functional_call(runner, parameters, tuple(next(given) for _ in range(count))))
+        return outputs
+
+
+def _parameter(
+    tensors: Mapping[str, torch.Tensor], component: Component, name: str, shape: tuple[int, ...]
+) -> torch.Tensor:
+    """Return a parameter made from the file; the scale or shift of a norm that the file leaves out is one or zero."""
+    if name in component.layout:
+        return assemble(tensors, component.layout[name], shape)
+    like = next(iter(tensors.values()))
+    return like.new_ones(shape) if name.endswith("weight") else like.new_zeros(shape)
+
+
+def _random(shape: tuple[int, ...], last: str, generator: torch.Generator) -> torch.Tensor:
+    """Return weights of a size that keeps activations of order one."""
+    noise = torch.randn(shape, generator=generator, device="cpu")
+    if len(shape) < 2:
+        return noise * 0.3 + (1 if last in ("weight", "scale") else 0)
+    return noise * (noise[0].numel() ** -0.5)
+
+
+def trace_file(shapes: Shapes, argument: str) -> PermutationSpec:
+    """Trace the networks of a single file from the names and shapes of its tensors.
+
+    Args:
+        shapes: name -> shape of every tensor in the file.
+        argument: the file in errors.
+
+    Returns:
+        The :class:`fastmatch.PermutationSpec` in the names of the file. The running mean of the UNet's weights, if there
+        is one, moves with them.
+
+    Raises:
+        ImportError: diffusers is not installed (the extra ``diffusers``).
+        ValueError: no network is found, or one does not fit its architecture. The file and the tensor are named.
+    """
+    components = find_components(shapes, argument)
+    if not components:
+        raise ValueError(
+            f"{argument}: no network of a diffusion model is found in its tensors, such as {next(iter(shapes), None)!r}; "
+            "give --model or a spec"
+        )
+    _check_rest(shapes, components, argument)
+    model = FileModel(components, shapes)
+    return _with_running_mean(PermutationSpec.trace(model, model.examples), shapes)
+
+
+def _check_rest(shapes: Shapes, components: list[Component], argument: str) -> None:
+    """Raise ValueError if a network that reads the units of another is in the file, but is not known."""
+    owned = {component.prefix + name for component in components for name in component.shapes}
+    for name in shapes:
+        if name not in owned and name.startswith(WITH_UNET):
+            raise ValueError(
+                f"{argument}: tensor {name!r} belongs to a network that is added to the UNet, which is not supported "
+                "in one file with it"
+            )
+
+
+def _with_running_mean(spec: PermutationSpec, shapes: Shapes) -> PermutationSpec:
+    """Add the running means, whose names have no dots, to the groups of the weights that they follow."""
+    twins: dict[str, str] = {}
+    for name in spec.shapes:
+        flat = name.removeprefix("model.").replace(".", "")
+        for twin in (EMA + flat, EMA + flat.removeprefix("diffusion_model")):
+            if name.startswith("model.") and shapes.get(twin) == spec.shapes[name]:
+                twins[name] = twin
+    groups = {}
+    for name, group in spec.groups.items():
+        more = tuple(replace(x, parameter=twins[x.parameter]) for x in group.axes if x.parameter in twins)
+        groups[name] = replace(group, axes=group.axes + more)
+    return replace(
+        spec, groups=groups, shapes={**spec.shapes, **{t: spec.shapes[n] for n, t in twins.items()}}
+    )
+
+
+def reduced_model(components: list[Component], factor: int) -> FileModel:
+    """Return a model of the same networks with the same names, whose sizes are divided by ``factor``.
+
+    Channels, heads' sizes and group norms shrink alike. The number of layers and of heads stays.
+
+    Raises:
+        ValueError: a network cannot be divided so.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for component in components:
+        fixed = component.kind.fixed
+
+        def smaller(size: int, fixed: tuple[int, ...] = fixed) -> int:
+            return size // factor if size > 64 and size % factor == 0 and size not in fixed else size
+
+        own = {name: tuple(map(smaller, shape)) for name, shape in component.shapes.items()}
+        if component.is_module:
+            own = parameters_of(build_component(component, own, factor))
+        shapes |= {component.prefix + name: shape for name, shape in own.items()}
+    if sum(map(math.prod, shapes.values())) > LARGEST:
+        raise ValueError(f"more than {LARGEST} parameters are left")
+    return FileModel(components, shapes, factor, hollow=False)
+
+
+def prove_file(shapes: Shapes, spec: PermutationSpec, argument: str) -> Verification:
+    """Verify on reduced models with the same names and layers that permuting a file by a spec keeps its function.
+
+    Raises:
+        ValueError: permuting changes the function, or a reduced model moves otherwise than ``spec`` says.
+    """
+    return prove_components(find_components(shapes, argument), spec, argument)
+
+
+def prove_components(components: list[Component], spec: PermutationSpec, argument: str) -> Verification:
+    """Verify reduced models of networks. Each is proved by itself, because none reads the units of another.
+
+    Raises:
+        ValueError: see :func:`prove_file`.
+    """
+    proofs = [_prove(component, spec, argument) for component in components]
+    return Verification(max(p.error for p in proofs), tuple(g for p in proofs for g in p.groups))
+
+
+def _prove(component: Component, spec: PermutationSpec, argument: str) -> Verification:
+    failed: Exception | None = None
+    is_small = sum(map(math.prod, component.shapes.values())) <= SMALL
+    for factor in FACTORS[-1:] if is_small else FACTORS:
+        try:
+            model = reduced_model([component], factor)
+            small = PermutationSpec.trace(model, model.examples)
+        except (ValueError, RuntimeError, ZeroDivisionError) as error:
+            failed = error
+            continue
+        if _moved(small, component.prefix) == _moved(spec, component.prefix):
+            return verify(model, small, model.examples)
+    reason = f" ({failed})" if failed else ""
+    raise ValueError(
+        f"{argument}: no reduced model of its {component.kind.role} moves as the structure says{reason}"
+    )
+
+
+def _moved(spec: PermutationSpec, prefix: str) -> set[frozenset[tuple[str, int]]]:
+    """Return which dimensions of a component's parameters move together."""
+    moved = (
+        frozenset((x.parameter, x.dim) for x in group.axes if not x.parameter.startswith(EMA))
+        for group in spec.groups.values()
+    )
+    return {axes for axes in moved if axes and next(iter(axes))[0].startswith(prefix)}

@@ -1,0 +1,126 @@
+"""Find the structure of a checkpoint, whatever kind it is, and what two checkpoints have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from fastmatch._internal.states import check_same_architecture
+from fastmatch.checkpoint.diffusion.components import UNUSED, find_components, has_networks
+from fastmatch.checkpoint.diffusion.folders import is_diffusers, prove_folder, trace_folder
+from fastmatch.checkpoint.diffusion.pipeline import prove_pipeline, trace_pipeline
+from fastmatch.checkpoint.diffusion.single_file import prove_file, trace_file
+from fastmatch.checkpoint.names import RenamedCheckpoint
+from fastmatch.checkpoint.proof import prove_config
+from fastmatch.checkpoint.reader import Checkpoint
+from fastmatch.checkpoint.structure import trace_config
+from fastmatch.permutations.verify import Verification
+from fastmatch.spec import PermutationSpec
+from fastmatch.spec.unread import Unread
+
+__all__ = ["common_spec", "is_diffusion", "prove_checkpoint", "trace_checkpoint"]
+
+
+def is_diffusion(path: str | Path, checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint holds networks of a diffusion model: a single file, or a folder of diffusers."""
+    if checkpoint.parts:
+        return True
+    return is_diffusers(path) if Path(path).is_dir() else has_networks(checkpoint)
+
+
+def trace_checkpoint(
+    path: str | Path, checkpoint: Checkpoint, *, unread: Unread = "refuse"
+) -> PermutationSpec:
+    """Trace a checkpoint from the names and shapes in a file, or from the config.json of a folder.
+
+    Raises:
+        ImportError, FileNotFoundError, ValueError: see :func:`trace_config` and :func:`trace_file`.
+    """
+    if Path(path).is_dir() and not is_diffusion(path, checkpoint):
+        return trace_config(path, unread=unread)
+    if unread != "refuse":
+        raise ValueError(
+            f"unread: expected 'refuse' for {path}, whose networks are read whole; got {unread!r}"
+        )
+    if checkpoint.parts:
+        return trace_pipeline(checkpoint.parts, str(path))
+    return trace_folder(path) if Path(path).is_dir() else trace_file(_shapes(checkpoint.headers), str(path))
+
+
+def prove_checkpoint(path: str | Path, checkpoint: Checkpoint, spec: PermutationSpec) -> Verification | None:
+    """Verify reduced models of what a checkpoint holds; None for a config of which no small model runs.
+
+    Raises:
+        ValueError: permuting a reduced model changes its function.
+    """
+    if checkpoint.parts:
+        return prove_pipeline(checkpoint.parts, spec)
+    if Path(path).is_dir():
+        return prove_folder(path, spec) if is_diffusers(path) else prove_config(path, spec)
+    return prove_file(_shapes(checkpoint.headers), spec, str(path))
+
+
+def _shapes(headers: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in headers.items()}
+
+
+def common_spec(
+    spec: PermutationSpec, model_a: RenamedCheckpoint, model_b: RenamedCheckpoint
+) -> PermutationSpec:
+    """Return B's spec restricted to tensors that A has as well.
+
+    Of a diffusion model, A may lack what is not needed to run it (running means, schedules) and whole networks; where it
+    has one, it may differ in the size of an axis that keeps its order, such as the channels of the input.
+
+    Raises:
+        ValueError: the architectures differ otherwise. The first difference is named.
+    """
+    a, b = model_a.checkpoint, model_b.checkpoint
+    path_a, path_b = str(a.path), str(b.path)
+    if not is_diffusion(b.path, b):
+        check_same_architecture(a.headers, b.headers, path_a, path_b)
+        return spec
+    if b.path.is_dir():
+        prefixes = [f"{part}." for part in b.parts] or [""]
+    else:
+        prefixes = [c.prefix for c in find_components(_shapes(b.headers), path_b)]
+    absent = [p for p in prefixes if not any(name.startswith(p) for name in a)]
+    if len(absent) == len(prefixes):
+        raise ValueError(f"{path_a}: has none of the networks of {path_b}; architectures must be equal")
+    moved = {(axis.parameter, axis.dim) for group in spec.groups.values() for axis in group.axes}
+    kept = set()
+    for name, shape in spec.shapes.items():
+        owner = max((p for p in prefixes if name.startswith(p)), key=len, default=None)
+        other = tuple(model_a.headers[name].shape) if name in model_a.headers else None
+        if other == shape:
+            kept.add(name)
+        elif other is not None:
+            if len(other) != len(shape) or any(
+                n != m for d, (n, m) in enumerate(zip(other, shape, strict=True)) if (name, d) in moved
+            ):
+                raise ValueError(
+                    f"{path_a}: tensor {name!r} has shape {other}, {path_b} has {shape}; architectures must be equal"
+                )
+        elif owner is not None and owner not in absent:
+            raise ValueError(
+                f"{path_a}: has no tensor {name!r}, which {path_b} has; architectures must be equal"
+            )
+    for name in a:
+        if name not in b and any(name.startswith(p) for p in prefixes if p) and not name.endswith(UNUSED):
+            raise ValueError(
+                f"{path_b}: has no tensor {name!r}, which {path_a} has; architectures must be equal"
+            )
+    groups = {
+        name: replace(group, axes=tuple(x for x in group.axes if x.parameter in kept))
+        for name, group in spec.groups.items()
+    }
+    restricted = replace(
+        spec,
+        groups=groups,
+        shapes={k: v for k, v in spec.shapes.items() if k in kept},
+        pins=tuple(p for p in spec.pins if p.parameter in kept),
+    )
+    return restricted.select([name for name, group in restricted.groups.items() if group.axes])

@@ -1,0 +1,53 @@
+"""``--report`` of several commands: write the page of a result, and print its summary."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from fastmatch._internal.callables import loader_from
+from fastmatch._internal.states import State
+from fastmatch.spec import PermutationSpec
+
+if TYPE_CHECKING:
+    from fastmatch.report.report import Report
+
+__all__ = ["PAGES", "open_states", "report_data", "write_report"]
+
+PAGES = frozenset({".html", ".htm"})
+"""Suffixes of ``--report``; the module that writes pages is imported only if one is asked for."""
+
+
+def report_data(args: argparse.Namespace) -> Iterable[Any] | None:
+    """Return the loader of ``--report-data``; None if it is not given.
+
+    Raises:
+        ValueError: it is given without ``--report``.
+    """
+    if args.report_data is None:
+        return None
+    if args.report is None:
+        raise ValueError("--report-data: is an option of --report, which is not given")
+    return loader_from(args.report_data, "--report-data")
+
+
+def open_states(path_a: str, path_b: str, spec: PermutationSpec) -> tuple[State, State]:
+    """Return two checkpoints on disk under the names of a spec; their tensors are read when they are needed."""
+    from fastmatch.checkpoint import Checkpoint
+    from fastmatch.checkpoint.align import layout_for
+    from fastmatch.checkpoint.names import RenamedCheckpoint
+
+    a, b = Checkpoint(path_a), Checkpoint(path_b)
+    layout = layout_for(path_a, a, spec)
+    return RenamedCheckpoint(a, layout), RenamedCheckpoint(b, layout)
+
+
+def write_report(report: Report, args: argparse.Namespace) -> None:
+    """Write the page with the command that repeats the run, and print the summary, except with --json or --quiet."""
+    command = shlex.join(["fastmatch", *args.arguments])
+    replace(report, command=command).save(args.report, force=args.force)
+    if not (args.json or args.quiet):
+        print(f"\n{report}\n\nthe report is {args.report}")

@@ -1,0 +1,209 @@
+"""Files of Stable Diffusion: found by names and shapes, proved, aligned, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from numpy.random import SeedSequence
+from safetensors.torch import load_file, save_file
+
+from fastmatch.checkpoint import Checkpoint, WriteOptions, align_checkpoints
+from fastmatch.checkpoint.diffusion.single_file import prove_file, trace_file
+from fastmatch.cli.main import main
+from fastmatch.permutations.apply import apply_permutations
+from helpers.diffusion import TINY_UNET, diffusers, random_file, real_shapes, small_shapes
+
+UNET = "model.diffusion_model."
+
+
+@pytest.fixture
+def generator():
+    seed = int(SeedSequence().generate_state(1)[0])
+    print(f"seed {seed}")
+    return torch.Generator().manual_seed(seed)
+
+
+def unet_shapes():
+    return small_shapes("tiny")
+
+
+def running_mean(name):
+    return "model_ema." + name.removeprefix("model.").replace(".", "")
+
+
+def test_a_pruned_file_is_recovered_in_a_full_one(tmp_path, generator, capsys):
+    """A has the VAE, the text encoder, a running mean and a schedule; B was A before it was permuted, and lacks two."""
+    shapes = small_shapes()
+    spec = trace_file(shapes, "A")
+    a = random_file(shapes, generator)
+    mean = {running_mean(name): tensor + 0.01 for name, tensor in a.items() if name.startswith(UNET)}
+    a |= mean | {"alphas_cumprod": torch.rand(9), "model_ema.decay": torch.tensor(0.9)}
+    b = apply_permutations({k: v for k, v in a.items() if k in shapes}, spec, spec.random(generator))
+    b["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(16)[None]
+    save_file(a, tmp_path / "a.safetensors")
+    save_file(b, tmp_path / "b.safetensors")
+    paths = [str(tmp_path / f"{x}.safetensors") for x in ("a", "b", "out", "p")]
+
+    assert main(["align", *paths[:2], "--out", paths[2], "--permutations", paths[3]]) == 0
+
+    assert "proved to keep the function" in capsys.readouterr().out
+    out = load_file(paths[2])
+    assert list(out) == list(load_file(paths[1]))
+    assert all(torch.equal(out[name], a[name]) for name in shapes)
+    assert all(out[name].dtype == b[name].dtype for name in b)
+    assert main(["apply", paths[3], paths[1], "--out", str(tmp_path / "again.safetensors")]) == 0
+    again = load_file(tmp_path / "again.safetensors")
+    assert all(torch.equal(again[name], out[name]) for name in out)
+
+
+def test_the_running_mean_moves_with_its_weights_and_a_sibling_stays(tmp_path, generator, capsys):
+    shapes = unet_shapes()
+    whole = shapes | {running_mean(name): shape for name, shape in shapes.items()}
+    spec = trace_file(whole, "B")
+    a = random_file(shapes, generator)
+    mean = {running_mean(name): tensor + 0.01 for name, tensor in a.items()}
+    save_file(a, tmp_path / "a.safetensors")
+    save_file(apply_permutations(a | mean, spec, spec.random(generator)), tmp_path / "b.safetensors")
+    paths = [tmp_path / f"{x}.safetensors" for x in ("a", "b", "out")]
+    align_checkpoints(*paths)
+    out = load_file(paths[2])
+    assert all(torch.equal(out[name], tensor) for name, tensor in (a | mean).items())
+
+    save_file({k: t + 1e-3 * torch.randn(t.shape, generator=generator) for k, t in a.items()}, paths[1])
+    capsys.readouterr()
+    assert main(["align", *map(str, paths[:2]), "--out", str(paths[2]), "--force"]) == 0
+    assert "already aligned: 100.0% of units stay" in capsys.readouterr().out
+
+
+def test_diffusers_loads_the_aligned_file_as_the_same_function(tmp_path, generator):
+    shapes = unet_shapes()
+    for name in "ab":
+        save_file(random_file(shapes, generator, torch.float32), tmp_path / f"{name}.safetensors")
+    paths = [tmp_path / f"{x}.safetensors" for x in ("a", "b", "out")]
+    assert align_checkpoints(*paths).moved > 100
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel", **TINY_UNET}))
+    inputs = torch.randn(2, 4, 8, 8, generator=generator).double(), 7, torch.randn(2, 3, 32).double()
+    old, new = (
+        diffusers.UNet2DConditionModel.from_single_file(str(path), config=str(tmp_path))
+        .double()
+        .eval()(*inputs)
+        .sample
+        for path in paths[1:]
+    )
+    assert (old - new).abs().max() < 1e-10 * old.abs().max()
+
+
+def test_torch_files_of_training_are_read_and_written(tmp_path, generator):
+    shapes = unet_shapes()
+    spec = trace_file(shapes, "a")
+    a = random_file(shapes, generator)
+    torch.save({"state_dict": a, "global_step": 7}, tmp_path / "a.ckpt")
+    moved = apply_permutations(a, spec, spec.random(generator))
+    torch.save({"state_dict": moved, "global_step": 9}, tmp_path / "b.ckpt")
+    align_checkpoints(tmp_path / "a.ckpt", tmp_path / "b.ckpt", tmp_path / "out.ckpt")
+    out = Checkpoint(tmp_path / "out.ckpt")
+    assert all(torch.equal(out[name], tensor) for name, tensor in a.items())
+
+
+def test_an_inpainting_unet_keeps_its_own_columns(tmp_path, generator):
+    shapes = unet_shapes()
+    wide = {**shapes, f"{UNET}input_blocks.0.0.weight": (64, 9, 3, 3)}
+    spec = trace_file(wide, "b")
+    a = random_file(shapes, generator)
+    first = random_file(wide, generator)[f"{UNET}input_blocks.0.0.weight"]
+    b = {**a, f"{UNET}input_blocks.0.0.weight": first}
+    permutations = spec.random(generator)
+    save_file(a, tmp_path / "a.safetensors")
+    save_file(apply_permutations(b, spec, permutations), tmp_path / "b.safetensors")
+    paths = [tmp_path / f"{x}.safetensors" for x in ("a", "b", "out")]
+    align_checkpoints(*paths, write=WriteOptions(merge=0.5))
+    out = load_file(paths[2])
+    assert all(torch.equal(out[name], tensor) for name, tensor in b.items())
+
+
+def stranger(a, b):
+    b[f"{UNET}input_blocks.1.2.weight"] = torch.zeros(3)
+    return (
+        r"b\.safetensors: the architecture of its unet has no place for tensor '.*input_blocks\.1\.2\.weight'"
+    )
+
+
+def control(a, b):
+    b["control_model.input_blocks.0.0.bias"] = torch.zeros(32)
+    return r"'control_model\.input_blocks\.0\.0\.bias' belongs to a network that is added to the UNet"
+
+
+def half_a_file(a, b):
+    del b[f"{UNET}out.2.bias"]
+    return r"b\.safetensors: has no tensor for the parameter 'conv_out\.bias'"
+
+
+def half_a_reference(a, b):
+    del a[f"{UNET}out.2.bias"]
+    return r"a\.safetensors: has no tensor 'model\.diffusion_model\.out\.2\.bias', which .*b\.safetensors has"
+
+
+def other_width(a, b):
+    a[f"{UNET}out.2.weight"] = torch.zeros(4, 33, 3, 3)
+    return r"a\.safetensors: tensor '.*out\.2\.weight' has shape \(4, 33, 3, 3\)"
+
+
+def nothing_in_common(a, b):
+    for name in list(a):
+        a["x." + name] = a.pop(name)
+    return r"a\.safetensors: has none of the networks of .*b\.safetensors"
+
+
+@pytest.mark.parametrize(
+    "harm", [stranger, control, half_a_file, half_a_reference, other_width, nothing_in_common]
+)
+def test_what_does_not_fit_is_refused_by_name(tmp_path, generator, harm):
+    a, b = random_file(unet_shapes(), generator), random_file(unet_shapes(), generator)
+    message = harm(a, b)
+    save_file(a, tmp_path / "a.safetensors")
+    save_file(b, tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match=message):
+        align_checkpoints(*(tmp_path / f"{x}.safetensors" for x in ("a", "b", "out")))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
+
+
+def test_other_files_still_need_a_model(tmp_path, capsys):
+    for name in "ab":
+        save_file({"fc.weight": torch.ones(2, 2)}, tmp_path / f"{name}.safetensors")
+    paths = [str(tmp_path / f"{x}.safetensors") for x in ("a", "b", "out")]
+    assert main(["align", *paths[:2], "--out", paths[2]]) == 2
+    assert re.search("--model: needed unless .* or files of a diffusion model", capsys.readouterr().err)
+
+
+def test_sdxl_names_a_linear_projection_and_added_conditions():
+    shapes = small_shapes("sdxl")
+    spec = trace_file(shapes, "sdxl")
+    assert prove_file(shapes, spec, "sdxl").error < 1e-12
+    heads = [
+        group.size
+        for group in spec.groups.values()
+        if not group.within
+        and any(axis.parameter.endswith("attn1.to_q.weight") and axis.dim == 0 for axis in group.axes)
+    ]
+    assert heads
+    assert set(heads) == {2}
+
+
+REAL = {
+    "sd1-ldm": ("diffuser", "vae", "clip_l"), "sdxl-sgm": ("diffuser", "vae", "clip_l", "clip_g"),
+    "sd3-comfyui": ("diffuser", "vae", "clip_l", "clip_g", "t5xxl"), "flux-flux": ("diffuser", "vae", "clip_l", "t5xxl"),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("file", "component"), [(f, c) for f, parts in REAL.items() for c in parts])
+def test_real_sizes_are_traced_and_a_reduced_model_is_proved(file, component):
+    shapes = real_shapes(file, component)
+    spec = trace_file(shapes, file)
+    assert prove_file(shapes, spec, file).error < 1e-12
+    numbers = {name: torch.Size(shape).numel() for name, shape in spec.shapes.items()}
+    moved = {axis.parameter for group in spec.groups.values() for axis in group.axes}
+    assert sum(numbers[name] for name in moved) > 0.6 * sum(numbers.values())

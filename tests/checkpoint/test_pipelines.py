@@ -1,0 +1,164 @@
+"""Folders of diffusers: one network, variants and shards of it, and whole pipelines."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import fastmatch as fm
+from fastmatch.checkpoint import Checkpoint, align_checkpoints
+from fastmatch.checkpoint.diffusion.folders import trace_folder
+from fastmatch.checkpoint.diffusion.lora import permute_lora
+from fastmatch.checkpoint.tracing import prove_checkpoint, trace_checkpoint
+from fastmatch.checkpoint.writer import write_like
+from fastmatch.cli.main import main
+from fastmatch.permutations.apply import permute_tensor
+from helpers.diffusion import CLIP, TINY_UNET, VAE, diffusers, transformers
+
+SD3 = {
+    "sample_size": 8, "patch_size": 2, "in_channels": 4, "num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2,
+    "joint_attention_dim": 24, "caption_projection_dim": 32, "pooled_projection_dim": 20, "out_channels": 4,
+    "pos_embed_max_size": 8, "qk_norm": "rms_norm", "dual_attention_layers": (0,),
+}  # fmt: skip
+FLUX = {
+    "patch_size": 1, "in_channels": 8, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16,
+    "num_attention_heads": 2, "joint_attention_dim": 24, "pooled_projection_dim": 20, "axes_dims_rope": (4, 6, 6),
+    "guidance_embeds": True,
+}  # fmt: skip
+NETWORKS = {
+    "UNet2DConditionModel": TINY_UNET, "AutoencoderKL": VAE, "SD3Transformer2DModel": SD3, "FluxTransformer2DModel": FLUX,
+}  # fmt: skip
+
+
+def network(name, seed=0):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return getattr(diffusers, name)(**NETWORKS[name])
+
+
+def permuted(source, target):
+    """Write a checkpoint with every group moved."""
+    checkpoint = Checkpoint(source)
+    spec = trace_checkpoint(source, checkpoint)
+    planted = spec.random()
+    write_like(checkpoint, target, lambda name: permute_tensor(checkpoint[name], name, spec, planted))
+
+
+def assert_equal(found, expected):
+    a, b = Checkpoint(found), Checkpoint(expected)
+    assert list(a) == list(b)
+    assert all(torch.equal(a[name], tensor) for name, tensor in b.items())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_folder_with_one_network_is_traced_and_proved(tmp_path, name):
+    network(name).save_pretrained(tmp_path / "a")
+    checkpoint = Checkpoint(tmp_path / "a")
+    spec = trace_checkpoint(tmp_path / "a", checkpoint)
+    proof = prove_checkpoint(tmp_path / "a", checkpoint, spec)
+    assert proof is not None
+    assert proof.error < 1e-12
+    assert len(spec.groups) > 10
+
+
+@pytest.mark.parametrize("options", [{"variant": "fp16"}, {"max_shard_size": "1MB", "variant": "fp16"}])
+def test_a_planted_folder_is_recovered_with_its_files(tmp_path, options):
+    network("AutoencoderKL").half().save_pretrained(tmp_path / "a", **options)
+    permuted(tmp_path / "a", tmp_path / "b")
+    align_checkpoints(*(tmp_path / x for x in ("a", "b", "out")))
+    assert_equal(tmp_path / "out", tmp_path / "a")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(
+        p.name for p in (tmp_path / "a").iterdir()
+    )
+    loaded = diffusers.AutoencoderKL.from_pretrained(tmp_path / "out", variant=options.get("variant"))
+    assert torch.equal(loaded.quant_conv.weight.half(), Checkpoint(tmp_path / "a")["quant_conv.weight"])
+
+
+def test_of_several_variants_none_is_guessed(tmp_path):
+    for variant in ("fp16", "ema"):
+        network("AutoencoderKL").save_pretrained(tmp_path / "a", variant=variant)
+    with pytest.raises(ValueError, match="variants ema, fp16, and none without; keep one of them"):
+        Checkpoint(tmp_path / "a")
+
+
+@pytest.fixture
+def pipelines(tmp_path):
+    """a: a pipeline with a tokenizer, a scheduler and a safety checker; b: a with every network permuted."""
+    a = tmp_path / "a"
+    network("UNet2DConditionModel").save_pretrained(a / "unet", variant="fp16")
+    network("AutoencoderKL").save_pretrained(a / "vae")
+    transformers.CLIPTextModel(transformers.CLIPTextConfig(**CLIP)).save_pretrained(a / "text_encoder")
+    for folder, file in {
+        "scheduler": "scheduler_config.json",
+        "tokenizer": "vocab.json",
+        "safety_checker": "w.bin",
+    }.items():
+        (a / folder).mkdir()
+        (a / folder / file).write_text("{}")
+    (a / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    permuted(a, tmp_path / "b")
+    return tmp_path
+
+
+def files_in(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def test_a_pipeline_is_aligned_network_by_network_and_the_rest_is_carried(pipelines, capsys):
+    a, b, out = (pipelines / x for x in ("a", "b", "out"))
+    before = Checkpoint(b)
+    assert not all(torch.equal(before[name], tensor) for name, tensor in Checkpoint(a).items())
+    assert (
+        main(["align", str(a), str(b), "--out", str(out), "--permutations", str(pipelines / "p.safetensors")])
+        == 0
+    )
+    assert "proved to keep the function" in capsys.readouterr().out
+    assert_equal(out, a)
+    assert files_in(out) == files_in(a)
+    spec = fm.Alignment.load(pipelines / "p.safetensors").spec
+    assert {name.split(".")[0] for name in spec.shapes} == {"unet", "vae", "text_encoder"}
+
+
+def test_a_network_that_the_reference_lacks_is_carried(pipelines):
+    a, b, out = (pipelines / x for x in ("a", "b", "out"))
+    shutil.rmtree(a / "vae")
+    align_checkpoints(a, b, out)
+    assert_equal(out / "vae", b / "vae")
+    assert_equal(out / "unet", a / "unet")
+
+
+def test_a_lora_with_diffusers_names_follows_a_pipeline(pipelines):
+    spec = trace_checkpoint(pipelines / "b", Checkpoint(pipelines / "b"))
+    generator = torch.Generator().manual_seed(4)
+    alignment = fm.Alignment(spec.random(generator), spec)
+    places = {
+        "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_v": "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_v.weight",
+        "text_encoder.text_model.encoder.layers.0.self_attn.q_proj": next(
+            name
+            for name in alignment.spec.shapes
+            if name.endswith("encoder.layers.0.self_attn.q_proj.weight")
+        ),
+    }
+    for key, name in places.items():
+        rows, columns = alignment.spec.shapes[name]
+        up, down = (
+            torch.randn(rows, 2, generator=generator).double(),
+            torch.randn(2, columns, generator=generator).double(),
+        )
+        moved = permute_lora({f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}, alignment)
+        expected = permute_tensor(up @ down, name, alignment.spec, alignment.permutations)
+        assert not torch.equal(expected, up @ down)
+        assert torch.allclose(
+            moved[f"{key}.lora_B.weight"] @ moved[f"{key}.lora_A.weight"], expected, atol=1e-12
+        )
+
+
+def test_a_class_without_known_inputs_is_named(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "PriorTransformer"}))
+    with pytest.raises(
+        ValueError, match=r"config\.json: expected one of .*UNet2DConditionModel.*got 'PriorTransformer'"
+    ):
+        trace_folder(tmp_path)

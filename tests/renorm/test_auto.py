@@ -1,0 +1,169 @@
+"""The automatic choice is measured on the data."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import fastmatch as fm
+from fastmatch.renorm.outputs import PREFERENCE, SAMPLES, disagreement
+from fastmatch.studies.digits import Batches, digits, train_new
+from fastmatch.studies.networks import vgg
+from fastmatch.studies.pruning import global_magnitude
+from helpers.networks import build, fresh_seed
+
+
+def pair(name: str) -> list[nn.Module]:
+    seed = fresh_seed()
+    return [build(name, seed + k)[0] for k in range(2)]
+
+
+def labelled(count: int = 96, size: int = 32) -> Batches:
+    return Batches(torch.randn(count, 3, 16, 16), torch.zeros(count, dtype=torch.long), size)
+
+
+@pytest.mark.parametrize("name", ["vgg", "vgg without norm", "resnet with layer norm"])
+@pytest.mark.parametrize("mode", ["joint", "sequential"])
+def test_the_choice_is_the_method_with_the_nearest_outputs_and_repair_has_a_small_advantage(name, mode):
+    ends, data = pair(name), labelled()
+    merged = fm.merge(ends, [0.4, 0.6])
+    new = fm.renormalize(merged, ends, data, fm.Renormalization(mode=mode))
+    assert data.reads == 2
+    plan = fm.applied_plan(new)
+    assert plan is not None
+    expected = {"none": merged}
+    for method in ("repair", "rescale", *(["reset"] if name == "vgg" else [])):
+        expected[method] = fm.renormalize(merged, ends, data, fm.Renormalization(method, mode))
+    x = data.inputs
+    with torch.no_grad():
+        target = 0.4 * ends[0].eval()(x) + 0.6 * ends[1].eval()(x)
+        scores = {}
+        for method, model in expected.items():
+            y = model.eval()(x)
+            rows = [z - z.mean(1, keepdim=True) for z in (y, target)]
+            scores[method] = (
+                float((y.argmax(1) != target.argmax(1)).float().mean()),
+                float(1 - torch.cosine_similarity(*rows).mean()),
+            )
+    assert set(plan.scores) == set(scores)
+    for method, found in plan.scores.items():
+        assert found == pytest.approx(scores[method], abs=1e-4)
+    order = sorted(scores, key=lambda m: (scores[m][0], scores[m][1] * (PREFERENCE if m == "repair" else 1)))
+    assert plan.method == order[0]
+    torch.testing.assert_close(new.eval()(x), expected[plan.method].eval()(x))
+    assert f"{plan.method}: nearest to the endpoints' outputs (" in str(plan)
+
+
+def test_repair_is_found_for_plain_networks_where_rescale_harms():
+    train_data, test_data = digits()
+    gaps = []
+    for seed in range(3):
+        dense = train_new(lambda: vgg(8), train_data, epochs=10, seed=seed, progress=False)
+        pruned = global_magnitude(dense, 0.8)
+        accuracy = {}
+        for method in ("auto", "repair", "rescale"):
+            new = fm.renormalize(pruned, [dense], train_data, method, progress=False)
+            accuracy[method] = fm.evaluate(new, test_data, progress=False)[1]
+        gaps.append(accuracy["repair"] - accuracy["rescale"])
+        assert accuracy["auto"] >= max(accuracy.values()) - 0.01
+    assert sum(gaps) / 3 > 0.1
+
+
+def test_a_merge_that_every_method_would_harm_is_left_alone():
+    (a, _), data = pair("vgg without norm"), labelled()
+    with torch.no_grad():
+        for layer in a.modules():
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                layer.bias.normal_()
+    merged = fm.merge([a, copy.deepcopy(a)])
+    harmful = fm.Renormalization(std_factor=20.0)
+    new = fm.renormalize(merged, [a, a], data, harmful)
+    plan = fm.applied_plan(new)
+    assert plan is not None
+    assert plan.method == "none"
+    assert all(torch.equal(t, merged.state_dict()[n]) for n, t in new.state_dict().items())
+
+
+def test_without_outputs_to_compare_repair_is_used():
+    ends, data = pair("vgg without norm"), labelled()
+    merged = fm.merge(ends)
+    measured = fm.endpoint_statistics(ends, data)
+    bare = fm.EndpointStatistics(measured.calls)
+    plan = fm.applied_plan(fm.renormalize(merged, bare, data))
+    assert plan is not None
+    assert plan.method == "repair"
+    assert "not known or cannot be compared" in plan.why
+
+    def silent(model, batch):
+        model(batch[0])
+
+    plan = fm.applied_plan(fm.renormalize(merged, ends, data, forward=silent))
+    assert plan is not None
+    assert plan.method == "repair"
+
+
+def test_batch_norm_without_endpoints_is_reset():
+    ends, data = pair("vgg"), labelled()
+    merged = fm.merge(ends)
+    plan = fm.applied_plan(fm.renormalize(merged, None, data))
+    assert plan is not None
+    assert plan.method == "reset"
+    assert "no endpoints were given" in plan.why
+    assert data.reads == 1
+    with pytest.raises(ValueError, match="endpoints: expected the merged models"):
+        fm.renormalize(pair("vgg without norm")[0], None, data)
+
+
+def test_every_merge_of_a_curve_has_a_choice_of_its_own_from_one_read():
+    ends, data = pair("vgg without norm"), labelled()
+    statistics = fm.endpoint_statistics(ends, data)
+    data.reads = 0
+    rows = [[1.0, 0.0], [0.5, 0.5]]
+    merges = [fm.merge(ends, row) for row in rows]
+    together = fm.renormalize_many(merges, statistics, data)
+    assert data.reads == 1
+    for new, merged in zip(together, merges, strict=True):
+        alone = fm.renormalize(merged, statistics, data)
+        assert fm.applied_plan(new) == fm.applied_plan(alone)
+        torch.testing.assert_close(new(data.inputs), alone(data.inputs))
+
+
+def test_outputs_are_kept_for_the_first_samples_and_survive_permutation_and_joining():
+    ends = pair("vgg without norm")
+    data = Batches(torch.randn(SAMPLES + 64, 3, 16, 16), torch.zeros(SAMPLES + 64), 96)
+    both = fm.endpoint_statistics(ends, data)
+    kept = sum(len(probe.batch[0]) for probe in both.probes)
+    assert SAMPLES <= kept < SAMPLES + 96
+    apart = [fm.endpoint_statistics([end], data) for end in ends]
+    for ours, theirs in zip((apart[0] + apart[1]).probes, both.probes, strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(ours.outputs, theirs.outputs, strict=True))
+    shuffled = Batches(data.inputs, data.targets, 96, torch.Generator().manual_seed(fresh_seed()))
+    assert (apart[0] + fm.endpoint_statistics(ends[1:], shuffled)).probes == ()
+    spec = fm.PermutationSpec.trace(ends[1], data.inputs[:2])
+    assert both.permuted(None, fm.Alignment(spec.random(), spec)).probes == both.probes
+    assert len(pickle.loads(pickle.dumps(both)).probes) == len(both.probes)
+
+
+def test_a_loader_that_reuses_its_memory_and_one_output_are_compared():
+    torch.manual_seed(fresh_seed())
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1))
+    store = torch.randn(4, 16, 6)
+
+    def forward(module, batch):
+        return {"loss": torch.zeros(()), "logits": module(batch)}
+
+    class Reused:
+        def __iter__(self):
+            memory = torch.empty(16, 6)
+            for part in store:
+                yield memory.copy_(part)
+
+    measured = fm.endpoint_statistics([model], Reused(), forward=forward)
+    assert [p.batch.equal(s) for p, s in zip(measured.probes, store, strict=True)] == [True] * 4
+    same = disagreement(model, measured.probes, [1.0], forward)
+    assert same is not None
+    assert same == pytest.approx((0.0, 0.0), abs=1e-6)
