@@ -93,10 +93,10 @@ def _others(names: Sequence[str]) -> str:
 def check_same_architecture(a: State, b: State, name_a: str = "model_a", name_b: str = "model_b") -> None:
     """Raise ValueError where names or shapes of tensors differ. Names are listed, with the nearest one of the other."""
     for prefix, origin in PREFIXES.items():
-        wrapped = [all(name.startswith(prefix) for name in state) for state in (a, b)]
-        if wrapped[0] != wrapped[1]:
+        kinds = [{name.startswith(prefix) for name in state} for state in (a, b)]
+        if kinds in ([{True}, {False}], [{False}, {True}]):
             raise ValueError(
-                f"{name_a if wrapped[0] else name_b}: every name starts with {prefix!r}, and the other's names do not; "
+                f"{name_a if kinds[0] == {True} else name_b}: every name starts with {prefix!r}, and the other's names do not; "
                 f"{prefix!r} is what {origin}"
             )
     lacking, extra = [n for n in a if n not in b], [n for n in b if n not in a]
