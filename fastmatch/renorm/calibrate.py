@@ -87,9 +87,9 @@ class Calibration:
                 hook.write()
 
     @property
-    def kept(self) -> dict[str, tuple[int, ...]]:
-        """Layer name -> the channels that keep gain one, for the layers that have some; known after :meth:`write`."""
-        return {name: hook.kept for name, hook in self._hooks.items() if hook.kept}
+    def kept(self) -> dict[str, torch.Tensor]:
+        """Layer name -> (C,) True for the channels that keep gain one; known after :meth:`write`."""
+        return {name: hook.kept for name, hook in self._hooks.items() if hook.kept is not None}
 
 
 def calibrate(

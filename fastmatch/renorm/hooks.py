@@ -36,8 +36,8 @@ class CalibrationHook(ABC):
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name, self.module = name, module
         self.moments = ChannelMoments()
-        self.kept: tuple[int, ...] = ()
-        """The channels that keep gain one; known after :meth:`write`."""
+        self.kept: torch.Tensor | None = None
+        """(C,) True for the channels that keep gain one; known after :meth:`write`."""
 
     @abstractmethod
     def treat(self, tensors: list[torch.Tensor], call: int) -> list[torch.Tensor]:

@@ -29,7 +29,7 @@ class Probe:
 
     Attributes:
         batch: the item of the loader; tensors are copies.
-        outputs: per endpoint, (samples, features) float32 on the CPU. None if its output is not a tensor of samples.
+        outputs: per endpoint, (samples, features) float32 on its device. None if its output is not a tensor of samples.
     """
 
     batch: Any
@@ -88,7 +88,9 @@ def disagreement(
             ours = _features(forward(model, probe.batch))
             if ours is None or any(k is None or k.shape != ours.shape for k in probe.outputs):
                 return None
-            theirs = sum(w * k for w, k in zip(weights, probe.outputs, strict=True) if k is not None)
+            theirs = sum(
+                w * k.to(ours.device) for w, k in zip(weights, probe.outputs, strict=True) if k is not None
+            )
             assert isinstance(theirs, torch.Tensor)
             count += len(ours)
             if _is_classification(probe.batch, ours):
@@ -109,7 +111,7 @@ def _features(output: Any) -> torch.Tensor | None:
     rows = output.detach().reshape(len(output), -1)
     if rows.shape[1] > FEATURES:
         rows = rows[:, :: -(-rows.shape[1] // FEATURES)]
-    return rows.to(device="cpu", dtype=torch.float32, copy=True)
+    return rows.to(dtype=torch.float32, copy=True)
 
 
 def _angle(a: torch.Tensor, b: torch.Tensor) -> float:

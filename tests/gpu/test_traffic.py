@@ -96,7 +96,8 @@ def test_renormalize_moves_nothing_to_the_host(gpu, method, mode):
     gpu.traffic.clear()
     fm.renormalize(merged, placed, data, fm.Renormalization(method, mode=mode))
     assert gpu.traffic.total == 0
-    assert sum(gpu.traffic.waits.values()) <= 3  # that the activations of each network are finite
+    # That the activations of each network are finite, and that the merge still holds the tensors that were merged.
+    assert sum(gpu.traffic.waits.values()) <= 4
     assert gpu.traffic.operations["moments_update"] > 0
 
 
