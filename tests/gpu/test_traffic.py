@@ -14,7 +14,7 @@ from fastmatch.matching.objective import WeightObjective
 from fastmatch_kernels.row_topk import entries, reference
 from helpers.networks import fresh_seed
 
-UNITS = 512
+UNITS = 256
 """As many as make a gain stay on the device in these tests; 2048 by default."""
 
 LISTED = 64
