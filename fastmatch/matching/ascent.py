@@ -13,6 +13,7 @@ import torch
 
 from fastmatch._internal.progress import progress_bar
 from fastmatch.assignment import Assignment, solve
+from fastmatch.assignment.bounded_gain import BoundedGain
 from fastmatch.matching.device_gain import gain_solver
 from fastmatch.matching.gains import Gains
 from fastmatch.matching.greedy import greedy_order
@@ -166,10 +167,15 @@ class Ascent:
         name, problem = group.name, self.problem
         if len(problem.grouping[name]) > 1:
             return Step(match_nested(problem.a, problem.b, problem.spec, name, axes, self.permutations))
-        gain = self.gains.of(group, axes, self.permutations)
         if name in problem.bonus:
+            gain = self.gains.of(group, axes, self.permutations)
             gain = gain + problem.bonus[name].to(gain)
-        solution = solve(gain, maximize=True, warm_start=self.solutions.get(name), solver=gain_solver(gain))
+        else:
+            gain = self.gains.cost_of(group, axes, self.permutations)
+        solver = gain_solver(gain) if isinstance(gain, torch.Tensor) else None
+        solution = solve(gain, maximize=True, warm_start=self.solutions.get(name), solver=solver)
+        if isinstance(gain, BoundedGain):
+            self.gains.spend(name, gain.share)
         return Step({name: torch.from_numpy(solution.col_ind)}, solution)
 
     def _end_sweep(self, value: float) -> None:
