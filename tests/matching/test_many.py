@@ -13,6 +13,7 @@ import fastmatch as fm
 from fastmatch.matching.frank_wolfe import _gradient, _Relaxation, _relaxed, match_frank_wolfe
 from fastmatch.matching.merge_many import match_mean
 from fastmatch.matching.pair_objective import moving, pair_objective
+from fastmatch.matching.weights import match_weights
 from fastmatch.studies.digits import Batches
 from helpers.networks import NETWORKS, build, fresh_seed
 from helpers.trained import trained
@@ -115,6 +116,28 @@ def test_steps_of_mixtures_are_the_relaxed_objective(name):
         ):
             for x, y in zip(found, expected, strict=True):
                 torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("name", ["mlp", "vgg", "resnet"])
+def test_models_are_matched_again_only_where_others_moved_and_nothing_is_missed(name, monkeypatch):
+    seed = fresh_seed()
+    pairs = [build(name, seed + k) for k in range(4)]
+    states = [m.state_dict() for m, _ in pairs]
+    spec = fm.PermutationSpec.trace(*pairs[0])
+    asked = []
+
+    def match(a, b, spec, matcher, hooks, **options):
+        asked.append(set(hooks.stale))
+        return match_weights(a, b, spec, matcher, hooks, **options)
+
+    monkeypatch.setattr("fastmatch.matching.merge_many.match_weights", match)
+    found, matching = match_mean(states, spec, fm.MergeMany())
+    assert matching.converged
+    assert all(asked)
+    assert sum(map(len, asked)) < matching.sweeps * len(states) * len(spec.top_level())
+    again, repeated = match_mean(states, spec, fm.MergeMany(replace(IDENTITY, seed=seed)), start=found)
+    assert repeated.sweeps == 1
+    assert all(torch.equal(p[g], q[g]) for p, q in zip(found, again, strict=True) for g in spec.groups)
 
 
 def test_the_cap_on_rounds_is_said():
