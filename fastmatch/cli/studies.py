@@ -51,10 +51,13 @@ def add_commands(commands: Commands) -> None:
         help="some of the study's networks, such as 'VGG, BN'; all by default",
     )
     command.add_argument(
-        "--widths", nargs="+", type=int, default=[1, 2, 4, 8], help="factors on the networks' widths"
+        "--widths", nargs="+", type=int, default=[1, 4], help="factors on the networks' widths"
     )
-    command.add_argument("--seeds", nargs="+", type=int, default=[0], help="one run per seed")
-    add(command, "--points", default=7, help="number of points on each curve, odd")
+    command.add_argument(
+        "--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4],
+        help="each trains one pair of every network and width; verdicts need at least 3",
+    )  # fmt: skip
+    add(command, "--points", default=5, help="number of points on each curve, odd")
     command.add_argument(
         "--epochs", type=int, help="epochs of training; by default each network's own number"
     )
@@ -97,9 +100,12 @@ def _datasets_from(argument: str) -> tuple[Dataset[Any], Dataset[Any]]:
 
 
 def claims_table(record: dict[str, Any]) -> str:
-    """Return the claims of a study's record as lines of text: verdict, number of cases, claim."""
+    """Return the claims of a study's record as lines of text: verdict, cases that hold of those that count, claim."""
     from fastmatch.studies.paper.claims import Claim
 
-    claims = [Claim(**entry) for entry in record["claims"]]
-    width = max(len(claim.verdict) for claim in claims)
-    return "\n".join(f"{c.verdict:<{width}}  {c.true:>2} of {c.cases:<2}  {c.claim}" for c in claims)
+    lines = []
+    for claim in (Claim(**entry) for entry in record["claims"]):
+        counts = claim.counts
+        decided = sum(counts[verdict] for verdict in ("holds", "does not hold", "undecided"))
+        lines.append(f"{claim.verdict:<13}  {counts['holds']:>2} of {decided:<2}  {claim.claim}")
+    return "\n".join(lines)
