@@ -16,6 +16,7 @@ from fastmatch._internal.outputs import Claim, check_target, claimed
 from fastmatch._internal.stopwatch import Stopwatch
 from fastmatch.checkpoint.diffusion.pipeline import pipeline_layout
 from fastmatch.checkpoint.journal import journal_path, journaling
+from fastmatch.checkpoint.modules import leave_what_does_not_fit
 from fastmatch.checkpoint.names import Chunk, Layout, RenamedCheckpoint, layout_of
 from fastmatch.checkpoint.reader import CONFIG, Checkpoint
 from fastmatch.checkpoint.structure import bind, build_empty, tied_names
@@ -193,6 +194,7 @@ def _align(
     if a.keys() != b.keys() and (path_a / CONFIG).is_file() and not is_diffusion(path_b, b):
         a.take_names(b, tied_names(build_empty(path_a)))
     traced = trace_checkpoint(path_b, b) if spec is None else spec
+    leave_what_does_not_fit(b, traced)
     layout = layout_for(path_b, b, traced)
     model_b = RenamedCheckpoint(b, layout)
     whole = bind(traced, model_b.headers, str(path_b))

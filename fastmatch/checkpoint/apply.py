@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fastmatch.checkpoint.align import AlignedTensors, layout_for
 from fastmatch.checkpoint.diffusion.lora import is_lora, permute_lora
+from fastmatch.checkpoint.modules import leave_what_does_not_fit
 from fastmatch.checkpoint.names import RenamedCheckpoint
 from fastmatch.checkpoint.reader import Checkpoint
 from fastmatch.checkpoint.structure import bind
@@ -48,6 +49,7 @@ def apply_to_checkpoint(
         moved = permute_lora(dict(checkpoint), alignment, str(path))
         write_like(checkpoint, out, moved.__getitem__, force=force)
         return "LoRA"
+    leave_what_does_not_fit(checkpoint, alignment.spec)
     layout = layout_for(path, checkpoint, alignment.spec)
     bind(alignment.spec, RenamedCheckpoint(checkpoint, layout).headers, str(path))
     write_like(checkpoint, out, AlignedTensors(checkpoint, layout, alignment), force=force)
