@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastmatch.checkpoint.align import AlignedTensors, layout_for
+from fastmatch.checkpoint.align import AlignedTensors
 from fastmatch.checkpoint.diffusion.lora import is_lora, permute_lora
 from fastmatch.checkpoint.modules import leave_what_does_not_fit
 from fastmatch.checkpoint.names import RenamedCheckpoint
+from fastmatch.checkpoint.pairs import layout_for
 from fastmatch.checkpoint.reader import Checkpoint
 from fastmatch.checkpoint.structure import bind
 from fastmatch.checkpoint.writer import write_like

@@ -13,6 +13,7 @@ from torch import nn
 from fastmatch._internal.files import STATE_SUFFIXES, load_state, save_state, shared_metadata
 from fastmatch._internal.states import check_finite, check_same_architecture, state_of
 from fastmatch._internal.stopwatch import Stopwatch
+from fastmatch.cli.align_many_on_disk import add_many_options, align_many_on_disk, check_many_options
 from fastmatch.cli.loading import build_model, build_network, check_outputs, example_from, load_into
 from fastmatch.cli.options import (
     Commands,
@@ -113,12 +114,17 @@ def add_commands(commands: Commands) -> None:
         "bring several checkpoints into the first one's order of units",
     )
     command.add_argument("checkpoints", nargs="+", help="two or more checkpoints; the first keeps its order")
-    add(command, "--model", required=True)
+    add(
+        command, "--model",
+        help="callable that returns the network, or (network, example inputs). Without it, folders and files of diffusion models are "
+        "aligned out of core, one after the other",
+    )  # fmt: skip
     add(command, "--input-shape")
     command.add_argument(
-        "--strategy", default="merge-many", choices=(*PAIRWISE, *JOINT),
+        "--strategy", choices=(*PAIRWISE, *JOINT),
         help="match each checkpoint to the first (to-reference), to its aligned predecessor (chain), to the mean of the "
-        "others in rounds (merge-many), or all at once (frank-wolfe); the last two match by weights, from the identity",
+        "others in rounds (merge-many), or all at once (frank-wolfe); the last two match by weights, from the identity (default: "
+        "merge-many, or to-reference without --model)",
     )  # fmt: skip
     add_matcher_options(command)
     command.add_argument(
@@ -129,8 +135,12 @@ def add_commands(commands: Commands) -> None:
         "--max-steps", type=int, metavar="N",
         help="maximum number of Frank-Wolfe steps; of frank-wolfe (default: 50)",
     )  # fmt: skip
-    add(command, "--out", nargs="+", help="one file for each checkpoint but the first, in their order")
+    add(
+        command, "--out", nargs="+",
+        help="one file for each checkpoint but the first, in their order; without --model a folder for all, or with --merge one output",
+    )  # fmt: skip
     add(command, "--force")
+    add_many_options(command)
 
 
 def align_command(args: argparse.Namespace) -> None:
@@ -235,6 +245,11 @@ def _align_out_of_core(args: argparse.Namespace, *, is_folder: bool) -> Alignmen
 
 def align_many_command(args: argparse.Namespace) -> None:
     """Align all checkpoints to the order of the first one and write the others."""
+    if args.model is None:
+        align_many_on_disk(args, _summary)
+        return
+    check_many_options(args)
+    args.strategy = args.strategy or "merge-many"
     if len(args.out) != len(args.checkpoints) - 1:
         raise ValueError(
             f"--out: expected {len(args.checkpoints) - 1} files, one per checkpoint but the first, got {len(args.out)}"

@@ -13,6 +13,7 @@ from torch import nn
 from fastmatch._internal.files import STATE_SUFFIXES, save_state, shared_metadata, writing
 from fastmatch._internal.torch_file import torch_sink
 from fastmatch.cli.loading import build_network, check_outputs, load_into, load_models, loader_from
+from fastmatch.cli.merge_on_disk import add_merge_options, merge_on_disk
 from fastmatch.cli.options import Commands, add, add_command
 from fastmatch.cli.reports import PAGES, report_data, write_report
 from fastmatch.merging.average import Biases, merge
@@ -33,8 +34,13 @@ def add_commands(commands: Commands) -> None:
     """Add the commands to the grammar."""
     command = add_command(commands, "merge", merge_command, "average aligned checkpoints; no data is read")
     command.add_argument("checkpoints", nargs="+", help="one or more aligned checkpoints")
-    add(command, "--model", required=True)
+    add(
+        command, "--model",
+        help="callable that returns the network; needed for --biases and --report, and for one checkpoint. Without it, files and "
+        "folders are merged tensor by tensor",
+    )  # fmt: skip
     add(command, "--weights")
+    add_merge_options(command)
     command.add_argument(
         "--biases", choices=get_args(Biases), default="average",
         help="average them; scale them down like the activations of a merge (normalize); or set them to zero (remove)",
@@ -76,6 +82,12 @@ def add_commands(commands: Commands) -> None:
 
 def merge_command(args: argparse.Namespace) -> None:
     """Average checkpoints that are aligned already."""
+    if args.model is None:
+        merge_on_disk(args)
+        return
+    for option in ("block_weights", "add_difference", "dtype"):
+        if getattr(args, option) is not None:
+            raise ValueError(f"--{option.replace('_', '-')}: merges on disk, without --model")
     check_outputs(args, out=STATE_SUFFIXES, report=PAGES)
     data = report_data(args)
     models = load_models(args)
