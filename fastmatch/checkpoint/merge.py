@@ -13,10 +13,11 @@ import torch
 from fastmatch._internal.coefficients import check_weights
 from fastmatch._internal.progress import progress_bar
 from fastmatch._internal.states import check_finite, check_same_architecture
+from fastmatch._internal.ties import tied_names
 from fastmatch.checkpoint.align import shared_by
 from fastmatch.checkpoint.blocks import Blocks, coefficients_by_name
 from fastmatch.checkpoint.reader import CONFIG, Checkpoint
-from fastmatch.checkpoint.structure import build_empty, tied_names
+from fastmatch.checkpoint.structure import build_empty
 from fastmatch.checkpoint.tracing import is_diffusion
 from fastmatch.checkpoint.writer import write_like
 

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
+from fastmatch._internal.ties import tied_names
 from fastmatch.checkpoint.diffusion.pipeline import pipeline_layout
 from fastmatch.checkpoint.journal import Journal
 from fastmatch.checkpoint.modules import leave_what_does_not_fit
 from fastmatch.checkpoint.names import Chunk, Layout, RenamedCheckpoint, layout_of
 from fastmatch.checkpoint.reader import CONFIG, Checkpoint
-from fastmatch.checkpoint.structure import bind, build_empty, tied_names
+from fastmatch.checkpoint.structure import bind, build_empty
 from fastmatch.checkpoint.tracing import common_spec, is_diffusion
 from fastmatch.matching.ascent import Hooks
 from fastmatch.matching.matcher import as_code

@@ -10,9 +10,10 @@ from typing import get_args
 
 from torch import nn
 
-from fastmatch._internal.files import STATE_SUFFIXES, load_state, save_state, shared_metadata
+from fastmatch._internal.files import STATE_SUFFIXES, save_state, shared_metadata
 from fastmatch._internal.states import check_finite, check_same_architecture, state_of
 from fastmatch._internal.stopwatch import Stopwatch
+from fastmatch._internal.ties import load_state_for, with_names_of
 from fastmatch.cli.align_many_on_disk import add_many_options, align_many_on_disk, check_many_options
 from fastmatch.cli.loading import build_model, build_network, check_outputs, example_from, load_into
 from fastmatch.cli.options import (
@@ -169,7 +170,7 @@ def _align_in_memory(args: argparse.Namespace) -> tuple[Alignment, tuple[nn.Modu
     check_outputs(args, out=STATE_SUFFIXES, permutations={".safetensors"}, report=PAGES)
     matcher = matcher_from(args)
     model, example = build_network(args)
-    states = [load_state(path) for path in (args.a, args.b)]
+    states = [load_state_for(model, path) for path in (args.a, args.b)]
     check_same_architecture(state_of(model, "--model"), states[0], "--model", args.a)
     check_same_architecture(state_of(model, "--model"), states[1], "--model", args.b)
     check_same_architecture(states[0], states[1], args.a, args.b)
@@ -195,6 +196,7 @@ def _align_in_memory(args: argparse.Namespace) -> tuple[Alignment, tuple[nn.Modu
     if args.merge is not None:
         result = merge_states([states[0], result], [1 - args.merge, args.merge])
     described = [args.b] if args.merge is None else [args.a, args.b]
+    result = with_names_of(result, args.b, model)
     save_state(result, args.out, force=args.force, metadata=shared_metadata(described))
     return alignment, (model, model_b)
 
@@ -260,7 +262,8 @@ def align_many_command(args: argparse.Namespace) -> None:
     models = [load_into(model, path) for path in args.checkpoints]
     found = align_many(models, example_from(args.input_shape, built), strategy)
     for alignment, path, out in zip(found[1:], args.checkpoints[1:], args.out, strict=True):
-        moved = alignment.apply(load_state(path))  # in the types of the file
+        moved = alignment.apply(load_state_for(model, path))  # in the types of the file
+        moved = with_names_of(moved, path, model)
         save_state(moved, out, force=args.force, metadata=shared_metadata([path]))
         print(f"{path}: {_summary(alignment)}; wrote {out}")
 

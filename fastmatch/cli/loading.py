@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastmatch._internal.files import check_format, check_target, load_state
+from fastmatch._internal.files import check_format, check_target
 from fastmatch._internal.locks import locked
 from fastmatch._internal.modules import copy_module
 from fastmatch._internal.states import check_finite, check_same_architecture, state_of
+from fastmatch._internal.ties import load_state_for
 from fastmatch.evaluation.table import Table
 
 __all__ = [
@@ -121,7 +122,7 @@ def load_into(model: nn.Module, path: str) -> nn.Module:
     Raises:
         ValueError: the checkpoint does not fit the model, or holds NaN or infinity. The tensor is named.
     """
-    state = load_state(path)
+    state = load_state_for(model, path)
     check_same_architecture(state_of(model, "--model"), state, "--model", path)
     check_finite(state, path)
     new = copy_module(model)

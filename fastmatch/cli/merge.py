@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fastmatch._internal.files import STATE_SUFFIXES, save_state, shared_metadata, writing
+from fastmatch._internal.ties import with_names_of
 from fastmatch._internal.torch_file import torch_sink
 from fastmatch.cli.loading import build_network, check_outputs, load_into, load_models, loader_from
 from fastmatch.cli.merge_on_disk import add_merge_options, merge_on_disk
@@ -93,7 +94,8 @@ def merge_command(args: argparse.Namespace) -> None:
     models = load_models(args)
     merged = merge(models, args.weights, biases=args.biases)
     metadata = shared_metadata(args.checkpoints)
-    save_state(merged.state_dict(), args.out, force=args.force, metadata=metadata)
+    state = with_names_of(merged.state_dict(), args.checkpoints[0], merged)
+    save_state(state, args.out, force=args.force, metadata=metadata)
     print(f"{len(models)} checkpoints, biases: {args.biases}; wrote {args.out}")
     if args.report is not None:
         from fastmatch.report.merge import merge_report

@@ -6,6 +6,7 @@ import argparse
 from typing import get_args
 
 from fastmatch._internal.files import STATE_SUFFIXES, save_state, shared_metadata
+from fastmatch._internal.ties import with_names_of
 from fastmatch.cli.loading import build_model, check_outputs, load_into, loader_from
 from fastmatch.cli.options import Commands, add, add_command
 from fastmatch.cli.reports import PAGES, report_data, write_report
@@ -67,7 +68,8 @@ def renormalize_command(args: argparse.Namespace) -> None:
     else:
         new = renormalize(merged, endpoints or None, data, options, weights=args.weights)
     metadata = shared_metadata([args.checkpoint])
-    save_state(new.state_dict(), args.out, force=args.force, metadata=metadata)
+    state = with_names_of(new.state_dict(), args.checkpoint, new)
+    save_state(state, args.out, force=args.force, metadata=metadata)
     print(f"{applied_plan(new)}\nwrote {args.out}")
     if args.report is not None:
         from fastmatch.report.merge import merge_report
