@@ -17,7 +17,7 @@ from fastmatch.checkpoint.journal import journal_path, journaling
 from fastmatch.checkpoint.names import Layout, RenamedCheckpoint
 from fastmatch.checkpoint.pairs import Pair
 from fastmatch.checkpoint.reader import Checkpoint
-from fastmatch.checkpoint.tracing import prove_checkpoint, trace_checkpoint
+from fastmatch.checkpoint.tracing import check_no_adapter, prove_checkpoint, trace_checkpoint
 from fastmatch.checkpoint.writer import write_like
 from fastmatch.matching.weights import WeightMatching
 from fastmatch.merging.average import merge_states
@@ -152,6 +152,8 @@ def align_checkpoints(
             f"matcher: expected a WeightMatching, because the networks are not run; got {type(matcher).__name__}"
         )
     a, b = Checkpoint(path_a, device), Checkpoint(path_b, device)
+    for path in (path_a, path_b):
+        check_no_adapter(path)
     if Path(path_a).is_dir() != Path(path_b).is_dir():
         kind = "directory" if Path(path_a).is_dir() else "file"
         raise ValueError(f"{path_b}: expected a {kind}, like {path_a}")

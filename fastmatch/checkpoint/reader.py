@@ -22,12 +22,12 @@ from fastmatch._internal.json_files import parse_json, read_json
 from fastmatch._internal.safetensors_file import Entry, read_entry, read_header
 from fastmatch._internal.states import check_finite
 
-__all__ = ["CONFIG", "INDEX", "SINGLE", "Checkpoint"]
+__all__ = ["ADAPTER", "CONFIG", "INDEX", "SINGLE", "Checkpoint"]
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
-MODEL_INDEX, MODULES = "model_index.json", "modules.json"
-STEMS = ("model", "diffusion_pytorch_model")
-TORCH_STEMS = ("pytorch_model", "diffusion_pytorch_model")
+MODEL_INDEX, MODULES, ADAPTER = "model_index.json", "modules.json", "adapter_config.json"
+STEMS = ("model", "diffusion_pytorch_model", "adapter_model")
+TORCH_STEMS = ("pytorch_model", "diffusion_pytorch_model", "adapter_model")
 """What files of weights are called: safetensors files, and torch files where a folder has no others."""
 REQUIRED = ("unet", "transformer")
 """Folders of a pipeline that are of no use to align without weights that can be read."""
@@ -61,8 +61,8 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         torch.Size([32, 16])
 
     Args:
-        path: a directory with model.safetensors or pytorch_model.bin, or with shards and their index, a pipeline of
-            diffusers, or a single file. If a directory has several, a whole file counts before shards, and safetensors
+        path: a directory with model.safetensors or pytorch_model.bin, or with shards and their index, an adapter of peft, a
+            pipeline of diffusers, or a single file. If a directory has several, a whole file counts before shards, and safetensors
             files before torch files, as for transformers. Torch files are memory-mapped and read with
             ``weights_only``.
         device: the device that tensors are moved to.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from fastmatch._internal.json_files import read_json
 from fastmatch._internal.states import check_same_architecture
 from fastmatch.checkpoint.diffusion.components import UNUSED, find_components, has_networks
 from fastmatch.checkpoint.diffusion.folders import is_diffusers, prove_folder, trace_folder
@@ -16,7 +17,7 @@ from fastmatch.checkpoint.diffusion.pipeline import prove_pipeline, trace_pipeli
 from fastmatch.checkpoint.diffusion.single_file import prove_file, trace_file
 from fastmatch.checkpoint.names import RenamedCheckpoint
 from fastmatch.checkpoint.proof import prove_config
-from fastmatch.checkpoint.reader import Checkpoint
+from fastmatch.checkpoint.reader import ADAPTER, CONFIG, Checkpoint
 from fastmatch.checkpoint.structure import trace_config
 from fastmatch.permutations.verify import Verification
 from fastmatch.spec import PermutationSpec
@@ -24,7 +25,7 @@ from fastmatch.spec.unread import Unread
 
 log = logging.getLogger("fastmatch")
 
-__all__ = ["common_spec", "is_diffusion", "prove_checkpoint", "trace_checkpoint"]
+__all__ = ["check_no_adapter", "common_spec", "is_diffusion", "prove_checkpoint", "trace_checkpoint"]
 
 
 def is_diffusion(path: str | Path, checkpoint: Checkpoint) -> bool:
@@ -43,6 +44,7 @@ def trace_checkpoint(
         ImportError, FileNotFoundError, ValueError: see :func:`trace_config` and :func:`trace_file`.
     """
     if Path(path).is_dir() and not is_diffusion(path, checkpoint):
+        check_no_adapter(path)
         return trace_config(path, unread=unread)
     if unread != "refuse":
         raise ValueError(
@@ -51,6 +53,18 @@ def trace_checkpoint(
     if checkpoint.parts:
         return trace_pipeline(checkpoint.parts, str(path))
     return trace_folder(path) if Path(path).is_dir() else trace_file(_shapes(checkpoint.headers), str(path))
+
+
+def check_no_adapter(path: str | Path) -> None:
+    """Raise ValueError if a folder holds an adapter of peft and no model."""
+    file = Path(path) / ADAPTER
+    if not file.is_file() or (Path(path) / CONFIG).is_file():
+        return
+    base = read_json(file).get("base_model_name_or_path") or "a model that its config does not name"
+    raise ValueError(
+        f"{path}: holds an adapter of {base}, not a model; align {base} with --permutations FILE, then move the adapter with "
+        "`fastmatch apply FILE ADAPTER`"
+    )
 
 
 def prove_checkpoint(path: str | Path, checkpoint: Checkpoint, spec: PermutationSpec) -> Verification | None:
