@@ -30,7 +30,7 @@ GPT2 = {
 }
 LAYERS = {
     "Llama": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"],
-    "GPT2": ["attn.c_proj", "mlp.c_fc", "mlp.c_proj"],
+    "GPT2": ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"],
 }
 START = {"Llama": "model.layers.0.", "GPT2": "transformer.h.0."}
 EMBEDDING = {"Llama": "model.embed_tokens", "GPT2": "transformer.wte"}
