@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -14,22 +13,19 @@ import torch
 from fastmatch._internal.checks import check_type
 from fastmatch._internal.outputs import Claim, check_target, claimed
 from fastmatch._internal.stopwatch import Stopwatch
-from fastmatch.checkpoint.diffusion.pipeline import pipeline_layout
 from fastmatch.checkpoint.journal import journal_path, journaling
-from fastmatch.checkpoint.names import Chunk, Layout, RenamedCheckpoint, layout_of
-from fastmatch.checkpoint.reader import CONFIG, Checkpoint
-from fastmatch.checkpoint.structure import bind, build_empty, tied_names
-from fastmatch.checkpoint.tracing import common_spec, is_diffusion, prove_checkpoint, trace_checkpoint
+from fastmatch.checkpoint.names import Layout, RenamedCheckpoint
+from fastmatch.checkpoint.pairs import Pair
+from fastmatch.checkpoint.reader import Checkpoint
+from fastmatch.checkpoint.tracing import check_no_adapter, prove_checkpoint, trace_checkpoint
 from fastmatch.checkpoint.writer import write_like
-from fastmatch.matching.ascent import Hooks
-from fastmatch.matching.matcher import as_code
-from fastmatch.matching.weights import WeightMatching, match_weights
+from fastmatch.matching.weights import WeightMatching
 from fastmatch.merging.average import merge_states
 from fastmatch.permutations.alignment import Alignment
 from fastmatch.permutations.apply import permute_tensor
 from fastmatch.spec import PermutationSpec
 
-__all__ = ["AlignedTensors", "WriteOptions", "align_checkpoints", "layout_for"]
+__all__ = ["AlignedTensors", "WriteOptions", "align_checkpoints", "shared_by"]
 
 
 @dataclass(frozen=True)
@@ -63,16 +59,6 @@ class WriteOptions:
             if not self.dtype.is_floating_point:
                 raise ValueError(f"{expected}; got {self.dtype}")
         check_type("force", self.force, bool)
-
-
-def layout_for(path: str | Path, checkpoint: Checkpoint, spec: PermutationSpec) -> Layout:
-    """Return the layout of a checkpoint in the spec's parameters: every name unchanged if the spec uses the file's."""
-    if checkpoint.parts:
-        return pipeline_layout(checkpoint.parts)
-    named = {axis.parameter for group in spec.groups.values() for axis in group.axes}
-    if named <= set(checkpoint) or not (Path(path) / CONFIG).is_file():
-        return {name: Chunk(name, tensor.shape) for name, tensor in checkpoint.headers.items()}
-    return layout_of(build_empty(path), checkpoint.headers, str(path))
 
 
 class AlignedTensors:
@@ -166,6 +152,8 @@ def align_checkpoints(
             f"matcher: expected a WeightMatching, because the networks are not run; got {type(matcher).__name__}"
         )
     a, b = Checkpoint(path_a, device), Checkpoint(path_b, device)
+    for path in (path_a, path_b):
+        check_no_adapter(path)
     if Path(path_a).is_dir() != Path(path_b).is_dir():
         kind = "directory" if Path(path_a).is_dir() else "file"
         raise ValueError(f"{path_b}: expected a {kind}, like {path_a}")
@@ -189,54 +177,22 @@ def _align(
     resume: bool,
     progress: bool | None,
 ) -> Alignment:
-    path_a, path_b = a.path, b.path
-    if a.keys() != b.keys() and (path_a / CONFIG).is_file() and not is_diffusion(path_b, b):
-        a.take_names(b, tied_names(build_empty(path_a)))
-    traced = trace_checkpoint(path_b, b) if spec is None else spec
-    layout = layout_for(path_b, b, traced)
-    model_b = RenamedCheckpoint(b, layout)
-    whole = bind(traced, model_b.headers, str(path_b))
-    model_a = RenamedCheckpoint(a, {name: chunk for name, chunk in layout.items() if name in a})
-    common = common_spec(whole, model_a, model_b)
-    proof = prove_checkpoint(path_b, b, traced) if spec is None else None
-    spec = common
-    if not spec.groups:
-        raise ValueError(f"{path_a}: no group of units is free to move")
-    # Without max_sweeps: a run that goes on may take more of them.
-    settings = {"seed": matcher.seed, "include": matcher.include, "tolerance": matcher.tolerance}
-    run = {
-        "the tensors of A": a.digest(),
-        "the tensors of B": b.digest(),
-        "the groups": _hash(spec.to_json()),
-    }
-    run |= {name: repr(value) for name, value in settings.items()} | {"init": _init_of(matcher)}
+    traced = trace_checkpoint(b.path, b) if spec is None else spec
+    pair = Pair.of(a, b, traced)
+    proof = prove_checkpoint(b.path, b, traced) if spec is None else None
     watch = Stopwatch()
-    with journaling(journal_path(claim.path), run, spec, resume=resume) as journal:
-        hooks = Hooks(out_of_core=True, remembered=journal.step)
+    run = pair.run(matcher)
+    with journaling(journal_path(claim.path), run, pair.common, resume=resume) as journal:
         with watch("match"):
-            matching = match_weights(model_a, model_b, spec, matcher, hooks, progress=progress)
-        # B may have tensors that A lacks. They move as well.
-        alignment = Alignment(matching.permutations, whole, matching, proof, as_code(matcher))
-        output = _merged(a, AlignedTensors(b, layout, alignment), write.merge)
-        metadata = None if write.merge is None else _shared(a, b)
+            alignment = replace(pair.match(matcher, journal, progress=progress), proof=proof)
+        output = _merged(a, AlignedTensors(b, pair.layout, alignment), write.merge)
+        metadata = None if write.merge is None else shared_by([a, b])
         with watch("write"):
             write_like(b, claim, output, dtype=write.dtype, metadata=metadata)
     return replace(alignment, seconds=watch.seconds)
 
 
-def _shared(a: Checkpoint, b: Checkpoint) -> dict[str, str]:
-    """Return what the headers of all files of both say."""
-    first, *others = [*a.metadata.values(), *b.metadata.values()] or [{}]
+def shared_by(checkpoints: Sequence[Checkpoint]) -> dict[str, str]:
+    """Return what the headers of all files of all checkpoints say."""
+    first, *others = [table for c in checkpoints for table in c.metadata.values()] or [{}]
     return {k: v for k, v in first.items() if all(table.get(k) == v for table in others)}
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _init_of(matcher: WeightMatching) -> str:
-    """Return the matcher's initialization as text: the word, or a hash of the permutations."""
-    if isinstance(matcher.init, str):
-        return matcher.init
-    text = repr(sorted((name, torch.as_tensor(p).tolist()) for name, p in matcher.init.items()))
-    return _hash(text)

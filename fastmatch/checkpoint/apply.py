@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastmatch.checkpoint.align import AlignedTensors, layout_for
+from fastmatch._internal.json_files import read_json
+from fastmatch.checkpoint.align import AlignedTensors
 from fastmatch.checkpoint.diffusion.lora import is_lora, permute_lora
+from fastmatch.checkpoint.modules import leave_what_does_not_fit
 from fastmatch.checkpoint.names import RenamedCheckpoint
-from fastmatch.checkpoint.reader import Checkpoint
+from fastmatch.checkpoint.pairs import layout_for
+from fastmatch.checkpoint.reader import ADAPTER, Checkpoint
 from fastmatch.checkpoint.structure import bind
 from fastmatch.checkpoint.writer import write_like
 from fastmatch.permutations.alignment import Alignment
@@ -31,7 +34,8 @@ def apply_to_checkpoint(
     Args:
         alignment: the permutations of B, in the names of its file.
         path: a file or directory with the tensors of B, or a file with the factors of a LoRA: names of kohya, LyCORIS,
-            diffusers or peft; LoRA, LoCon, LoHa, LoKr, DoRA and full differences.
+            diffusers or peft; LoRA, LoCon, LoHa, LoKr, DoRA and full differences. Or the directory of an adapter of peft: LoRA and
+            DoRA of layers and embeddings, with the layers and biases that it holds whole.
         out: the file or directory to write, with the same names, shapes and types.
         force: replace an output that exists.
 
@@ -45,9 +49,13 @@ def apply_to_checkpoint(
     """
     checkpoint = Checkpoint(path)
     if is_lora(checkpoint.headers):
-        moved = permute_lora(dict(checkpoint), alignment, str(path))
+        config = read_json(checkpoint.path / ADAPTER) if (checkpoint.path / ADAPTER).is_file() else {}
+        moved = permute_lora(
+            dict(checkpoint), alignment, str(path), is_transposed=bool(config.get("fan_in_fan_out"))
+        )
         write_like(checkpoint, out, moved.__getitem__, force=force)
         return "LoRA"
+    leave_what_does_not_fit(checkpoint, alignment.spec)
     layout = layout_for(path, checkpoint, alignment.spec)
     bind(alignment.spec, RenamedCheckpoint(checkpoint, layout).headers, str(path))
     write_like(checkpoint, out, AlignedTensors(checkpoint, layout, alignment), force=force)

@@ -153,6 +153,14 @@ class RenamedCheckpoint(Mapping[str, torch.Tensor]):
         """Parameter name -> tensor on the meta device, which has a shape and type but no values."""
         return {name: self._assemble(self.checkpoint.headers, name) for name in self._chunks}
 
+    def is_whole(self, name: str) -> bool:
+        """Whether one tensor of the file holds the whole parameter."""
+        return not any(chunk.index for chunk in self._chunks[name].values())
+
+    def source_of(self, name: str) -> str:
+        """Return the name in the file of the first tensor of a parameter."""
+        return next(iter(self._chunks[name]))
+
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._assemble(self.checkpoint, name)
 

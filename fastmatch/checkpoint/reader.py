@@ -11,24 +11,44 @@ import os
 import re
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from fastmatch._internal.files import TORCH_SUFFIXES, load_state
-from fastmatch._internal.json_files import read_json
+from fastmatch._internal.json_files import parse_json, read_json
 from fastmatch._internal.safetensors_file import Entry, read_entry, read_header
 from fastmatch._internal.states import check_finite
 
-__all__ = ["CONFIG", "INDEX", "SINGLE", "Checkpoint"]
+__all__ = ["ADAPTER", "CONFIG", "INDEX", "SINGLE", "Checkpoint"]
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
-MODEL_INDEX = "model_index.json"
-STEMS = ("model", "diffusion_pytorch_model")
+MODEL_INDEX, MODULES, ADAPTER = "model_index.json", "modules.json", "adapter_config.json"
+STEMS = ("model", "diffusion_pytorch_model", "adapter_model")
+TORCH_STEMS = ("pytorch_model", "diffusion_pytorch_model", "adapter_model")
+"""What files of weights are called: safetensors files, and torch files where a folder has no others."""
 REQUIRED = ("unet", "transformer")
 """Folders of a pipeline that are of no use to align without weights that can be read."""
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """A tensor of a torch file, which is mapped into memory."""
+
+    file: Path
+    tensor: torch.Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The element type."""
+        return self.tensor.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape."""
+        return self.tensor.shape
 
 
 class Checkpoint(Mapping[str, torch.Tensor]):
@@ -41,8 +61,9 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         torch.Size([32, 16])
 
     Args:
-        path: a directory with model.safetensors or with shards and their index, a pipeline of diffusers, or a single file. If a directory has
-            both, model.safetensors is read, as transformers does. Torch files are memory-mapped and read with
+        path: a directory with model.safetensors or pytorch_model.bin, or with shards and their index, an adapter of peft, a
+            pipeline of diffusers, or a single file. If a directory has several, a whole file counts before shards, and safetensors
+            files before torch files, as for transformers. Torch files are memory-mapped and read with
             ``weights_only``.
         device: the device that tensors are moved to.
 
@@ -55,33 +76,30 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         self.path, self.device = Path(path), torch.device(device)
         self.seconds = 0.0
         """Seconds spent reading tensors so far."""
-        self._loaded: dict[str, torch.Tensor] = {}
-        self._entries: dict[str, Entry] = {}
+        self._entries: dict[str, Entry | Mapped] = {}
         self.metadata: dict[Path, dict[str, str]] = {}
         """File -> what the header of a safetensors file says besides."""
         self.parts: dict[str, Checkpoint] = {}
         """Of a pipeline of diffusers: name of a folder -> its tensors. Their names here start with the folder's."""
+        self.modules: dict[str, Checkpoint] = {}
+        """Of a folder of sentence-transformers: name of a sub-folder with a layer that reads the model's output -> its tensors. Their
+        names here start with the folder's."""
         self.index: Path | None = None
         """The index of a sharded checkpoint."""
         if self.path.is_dir():
             self.files = self._read_directory()
+            self._read_modules()
         elif not self.path.is_file():
             raise FileNotFoundError(f"{self.path}: no such file or folder")
         else:
             self.files = [self.path]
-            if self.path.suffix in TORCH_SUFFIXES:
-                self._loaded = load_state(self.path, mmap=True)
-            else:
-                self._entries, self.metadata[self.path] = read_header(self.path)
-
-        self._versions = {file: _version(file) for file in self.files}
+            self._entries = self._open(self.path)
+        self._versions = {entry.file: _version(entry.file) for entry in self._entries.values()}
 
     @cached_property
     def headers(self) -> dict[str, torch.Tensor]:
         """Name -> tensor on the meta device, which has a shape and type but no values."""
-        known = {k: (v.shape, v.dtype) for k, v in self._loaded.items()}
-        known |= {k: (torch.Size(v.shape), v.dtype) for k, v in self._entries.items()}
-        return {k: torch.empty(shape, dtype=dtype, device="meta") for k, (shape, dtype) in known.items()}
+        return {k: torch.empty(v.shape, dtype=v.dtype, device="meta") for k, v in self._entries.items()}
 
     @property
     def nbytes(self) -> int:
@@ -90,10 +108,16 @@ class Checkpoint(Mapping[str, torch.Tensor]):
 
     def names_in(self, file: Path) -> list[str]:
         """Return the names of the tensors in one of :attr:`files`, in the file's order."""
-        if self._loaded:
-            return list(self._loaded)
-        names = [k for k, v in self._entries.items() if v.file == file]
-        return sorted(names, key=lambda k: self._entries[k].begin)
+        found = [(k, v) for k, v in self._entries.items() if v.file == file]
+        return [k for k, _ in sorted(found, key=lambda x: x[1].begin if isinstance(x[1], Entry) else 0)]
+
+    def place_of(self, name: str) -> object:
+        """Return what names that share one tensor in their file have in common."""
+        entry = self._entries[name]
+        if isinstance(entry, Entry):
+            return entry
+        tensor = entry.tensor
+        return entry.file, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
     def __getitem__(self, name: str) -> torch.Tensor:
         started = time.perf_counter()
@@ -102,19 +126,19 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         return tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._loaded or self._entries)
+        return iter(self._entries)
 
     def __len__(self) -> int:
-        return len(self._loaded or self._entries)
+        return len(self._entries)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._loaded or name in self._entries
+        return name in self._entries
 
     def _read(self, name: str) -> torch.Tensor:
-        tensor = self._loaded[name] if self._loaded else read_entry(name, self._entries[name])
-        file = self.path if self._loaded else self._entries[name].file
-        if _version(file) != self._versions[file]:
-            raise ValueError(f"{file}: tensor {name!r}: the file has changed since it was opened")
+        entry = self._entries[name]
+        tensor = entry.tensor if isinstance(entry, Mapped) else read_entry(name, entry)
+        if _version(entry.file) != self._versions[entry.file]:
+            raise ValueError(f"{entry.file}: tensor {name!r}: the file has changed since it was opened")
         return tensor
 
     def digest(self) -> str:
@@ -140,7 +164,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
             tied: the names of each parameter of the model that has several. A name is added or dropped only if the
                 checkpoint that has it holds the same values under another name of the parameter.
         """
-        table: dict[str, Any] = self._loaded or self._entries
+        table = self._entries
         for names in tied:
             for name in names:
                 if (name in self) == (name in other):
@@ -155,10 +179,17 @@ class Checkpoint(Mapping[str, torch.Tensor]):
                     table[name] = table[twin]
         self.__dict__.pop("headers", None)
 
+    def _open(self, file: Path) -> dict[str, Entry | Mapped]:
+        """Return the places of the tensors in one file."""
+        if file.suffix in TORCH_SUFFIXES:
+            return {name: Mapped(file, tensor) for name, tensor in load_state(file, mmap=True).items()}
+        entries, self.metadata[file] = read_header(file)
+        return dict(entries)
+
     def _read_pipeline(self) -> list[Path]:
         """Read the networks in the folders of a pipeline of diffusers, by names that start with the folder's."""
         for folder in sorted(path for path in self.path.iterdir() if path.is_dir()):
-            if any(folder.glob("*.safetensors")) or folder.name in REQUIRED:
+            if any(path.is_file() for path in weight_files(folder)) or folder.name in REQUIRED:
                 part = self.parts[folder.name] = Checkpoint(folder, self.device)
                 self._entries |= {f"{folder.name}.{name}": entry for name, entry in part._entries.items()}
                 self.metadata |= part.metadata
@@ -166,22 +197,54 @@ class Checkpoint(Mapping[str, torch.Tensor]):
             raise FileNotFoundError(f"{self.path}: none of its folders holds weights in safetensors files")
         return [file for part in self.parts.values() for file in part.files]
 
+    def _read_modules(self) -> None:
+        """Read the layers that sentence-transformers runs on the model's output, from the sub-folders that it lists."""
+        file = self.path / MODULES
+        if not file.is_file():
+            return
+        try:
+            listed = parse_json(b'{"modules":' + file.read_bytes() + b"}")["modules"]
+        except ValueError as error:
+            raise ValueError(f"{file}: not readable as JSON ({error})") from error
+        for entry in listed if isinstance(listed, list) else []:
+            name = entry.get("path") if isinstance(entry, dict) else None
+            folder = self.path / str(name)
+            if (
+                not name
+                or Path(name).name != name
+                or name == ".."
+                or folder.is_symlink()
+                or not folder.is_dir()
+            ):
+                continue
+            if any(path.is_file() for path in weight_files(folder)):
+                part = self.modules[name] = Checkpoint(folder, self.device)
+                self._entries |= {f"{name}.{key}": value for key, value in part._entries.items()}
+
+    def leave_modules(self) -> None:
+        """Take the tensors of :attr:`modules` out of this checkpoint."""
+        for name, part in self.modules.items():
+            for key in part:
+                del self._entries[f"{name}.{key}"]
+        self.modules = {}
+        self.__dict__.pop("headers", None)
+
     def _read_directory(self) -> list[Path]:
         if (self.path / MODEL_INDEX).is_file():
             return self._read_pipeline()
         single, index = weight_files(self.path)
         if single.is_file():
-            self._entries, self.metadata[single] = read_header(single)
+            self._entries = self._open(single)
             return [single]
         if not index.is_file():
             raise FileNotFoundError(
-                f"{self.path}: holds neither {SINGLE} nor {INDEX}{_other_weights(self.path)}"
+                f"{self.path}: holds neither {SINGLE} nor {INDEX}, nor pytorch_model.bin{_other_weights(self.path)}"
             )
         self.index = index
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{index}: expected a 'weight_map' of tensor names to files")
-        shards: dict[str, dict[str, Entry]] = {}
+        shards: dict[str, dict[str, Entry | Mapped]] = {}
         for name, shard in weight_map.items():
             if not isinstance(shard, str) or Path(shard).name != shard or shard == ".." or len(shard) > 255:
                 raise ValueError(
@@ -193,7 +256,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
                     raise FileNotFoundError(
                         f"{index}: names {shard} for tensor {name!r}, but there is no such file"
                     )
-                shards[shard], self.metadata[file] = read_header(file)
+                shards[shard] = self._open(file)
             if name not in shards[shard]:
                 raise ValueError(f"{self.path / shard}: holds no tensor {name!r}, although the index says so")
         for shard, entries in shards.items():
@@ -221,30 +284,31 @@ def weight_files(folder: Path) -> tuple[Path, Path]:
     """Return the paths that a folder's weights have: one file, or an index of shards. None of them may exist.
 
     transformers and diffusers name them differently, and a variant such as fp16 has its word before the suffix. Without
-    a variant comes first.
+    a variant comes first, and safetensors files before torch files.
 
     Raises:
         ValueError: there are several variants, and no weights without one.
     """
-    variants: dict[str, tuple[Path, Path]] = {}
-    for stem in STEMS:
-        found = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    places = [(stem, ".safetensors") for stem in STEMS] + [(stem, ".bin") for stem in TORCH_STEMS]
+    for stem, suffix in places:
+        found = _whole_and_index(folder, stem, suffix, "")
         if any(path.is_file() for path in found):
             return found
-        for path in folder.glob(f"{stem}.*"):
-            match = re.fullmatch(
-                rf"{stem}\.(?:(\w+)\.safetensors|safetensors\.index\.(\w+)\.json)", path.name
+        escaped = re.escape(suffix)
+        pattern = re.compile(rf"{stem}(?:\.(\w+){escaped}|{escaped}\.index\.(\w+)\.json)")
+        matches = [match for path in folder.glob(f"{stem}.*") if (match := pattern.fullmatch(path.name))]
+        variants = sorted({match[1] or match[2] for match in matches})
+        if len(variants) > 1:
+            raise ValueError(
+                f"{folder}: holds weights of the variants {', '.join(variants)}, and none without; keep one of them"
             )
-            if match:
-                word = match[1] or match[2]
-                variants[word] = (
-                    folder / f"{stem}.{word}.safetensors", folder / f"{stem}.safetensors.index.{word}.json",
-                )  # fmt: skip
-    if len(variants) > 1:
-        raise ValueError(
-            f"{folder}: holds weights of the variants {', '.join(sorted(variants))}, and none without; keep one of them"
-        )
-    return next(iter(variants.values()), (folder / SINGLE, folder / INDEX))
+        if variants:
+            return _whole_and_index(folder, stem, suffix, f".{variants[0]}")
+    return folder / SINGLE, folder / INDEX
+
+
+def _whole_and_index(folder: Path, stem: str, suffix: str, variant: str) -> tuple[Path, Path]:
+    return folder / f"{stem}{variant}{suffix}", folder / f"{stem}{suffix}.index{variant}.json"
 
 
 def _other_weights(folder: Path) -> str:

@@ -62,4 +62,7 @@ def _stays(path: Path, source: Path) -> bool:
     real, root = path.resolve(), source.resolve()
     if real.is_relative_to(root):
         return True
-    return root.parent.name == "snapshots" and real.is_relative_to(root.parent.parent / "blobs")
+    return any(
+        folder.parent.name == "snapshots" and real.is_relative_to(folder.parent.parent / "blobs")
+        for folder in (root, *root.parents)
+    )

@@ -24,7 +24,7 @@ from fastmatch.spec.unread import Unread
 
 __all__ = [
     "bind", "build_empty", "build_from", "compared", "config_inputs", "config_of", "parameters_on_meta",
-    "tied_names", "trace_config",
+    "trace_config",
 ]  # fmt: skip
 
 BATCH, LENGTH = 2, 16
@@ -127,14 +127,6 @@ def build_from(config: Any, directory: str | Path, *, on_meta: bool) -> nn.Modul
         model.set_experts_implementation("eager")
     model.tie_weights()
     return model.eval().float()
-
-
-def tied_names(model: nn.Module) -> list[list[str]]:
-    """Return the names of every parameter that has several."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return [found for found in names.values() if len(found) > 1]
 
 
 def config_inputs(model: nn.Module) -> dict[str, torch.Tensor]:

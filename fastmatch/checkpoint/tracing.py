@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from fastmatch._internal.json_files import read_json
 from fastmatch._internal.states import check_same_architecture
 from fastmatch.checkpoint.diffusion.components import UNUSED, find_components, has_networks
 from fastmatch.checkpoint.diffusion.folders import is_diffusers, prove_folder, trace_folder
@@ -15,13 +17,15 @@ from fastmatch.checkpoint.diffusion.pipeline import prove_pipeline, trace_pipeli
 from fastmatch.checkpoint.diffusion.single_file import prove_file, trace_file
 from fastmatch.checkpoint.names import RenamedCheckpoint
 from fastmatch.checkpoint.proof import prove_config
-from fastmatch.checkpoint.reader import Checkpoint
+from fastmatch.checkpoint.reader import ADAPTER, CONFIG, Checkpoint
 from fastmatch.checkpoint.structure import trace_config
 from fastmatch.permutations.verify import Verification
 from fastmatch.spec import PermutationSpec
 from fastmatch.spec.unread import Unread
 
-__all__ = ["common_spec", "is_diffusion", "prove_checkpoint", "trace_checkpoint"]
+log = logging.getLogger("fastmatch")
+
+__all__ = ["check_no_adapter", "common_spec", "is_diffusion", "prove_checkpoint", "trace_checkpoint"]
 
 
 def is_diffusion(path: str | Path, checkpoint: Checkpoint) -> bool:
@@ -40,6 +44,7 @@ def trace_checkpoint(
         ImportError, FileNotFoundError, ValueError: see :func:`trace_config` and :func:`trace_file`.
     """
     if Path(path).is_dir() and not is_diffusion(path, checkpoint):
+        check_no_adapter(path)
         return trace_config(path, unread=unread)
     if unread != "refuse":
         raise ValueError(
@@ -48,6 +53,18 @@ def trace_checkpoint(
     if checkpoint.parts:
         return trace_pipeline(checkpoint.parts, str(path))
     return trace_folder(path) if Path(path).is_dir() else trace_file(_shapes(checkpoint.headers), str(path))
+
+
+def check_no_adapter(path: str | Path) -> None:
+    """Raise ValueError if a folder holds an adapter of peft and no model."""
+    file = Path(path) / ADAPTER
+    if not file.is_file() or (Path(path) / CONFIG).is_file():
+        return
+    base = read_json(file).get("base_model_name_or_path") or "a model that its config does not name"
+    raise ValueError(
+        f"{path}: holds an adapter of {base}, not a model; align {base} with --permutations FILE, then move the adapter with "
+        "`fastmatch apply FILE ADAPTER`"
+    )
 
 
 def prove_checkpoint(path: str | Path, checkpoint: Checkpoint, spec: PermutationSpec) -> Verification | None:
@@ -73,7 +90,8 @@ def common_spec(
     """Return B's spec restricted to tensors that A has as well.
 
     Of a diffusion model, A may lack what is not needed to run it (running means, schedules) and whole networks; where it
-    has one, it may differ in the size of an axis that keeps its order, such as the channels of the input.
+    has one, it may differ in the size of an axis that keeps its order, such as the channels of the input. Of other models,
+    tensors may differ so too, such as a head for other classes; a line of the logger ``fastmatch`` lists them.
 
     Raises:
         ValueError: the architectures differ otherwise. The first difference is named.
@@ -81,8 +99,7 @@ def common_spec(
     a, b = model_a.checkpoint, model_b.checkpoint
     path_a, path_b = str(a.path), str(b.path)
     if not is_diffusion(b.path, b):
-        check_same_architecture(a.headers, b.headers, path_a, path_b)
-        return spec
+        return _without_other_sizes(spec, model_a, model_b)
     if b.path.is_dir():
         prefixes = [f"{part}." for part in b.parts] or [""]
     else:
@@ -113,6 +130,41 @@ def common_spec(
             raise ValueError(
                 f"{path_b}: has no tensor {name!r}, which {path_a} has; architectures must be equal"
             )
+    return _restricted(spec, kept)
+
+
+def _without_other_sizes(
+    spec: PermutationSpec, model_a: RenamedCheckpoint, model_b: RenamedCheckpoint
+) -> PermutationSpec:
+    """Return the spec without tensors that differ in the size of an axis that no group moves, such as another task's head."""
+    a, b = model_a.checkpoint, model_b.checkpoint
+    moved = {(axis.parameter, axis.dim) for group in spec.groups.values() for axis in group.axes}
+
+    def differs(name: str) -> bool:
+        if name not in model_a.headers or not model_b.is_whole(name):
+            return False
+        sizes, others = model_a.headers[name].shape, model_b.headers[name].shape
+        axes = [d for d, (n, m) in enumerate(zip(sizes, others, strict=False)) if n != m]
+        return len(sizes) == len(others) and bool(axes) and all((name, d) not in moved for d in axes)
+
+    left = [name for name in model_b if differs(name)]
+    files = {model_b.source_of(name) for name in left}
+    # Layers that a library runs after the model belong to B alone.
+    own = {f"{folder}.{name}" for c in (a, b) for folder, part in c.modules.items() for name in part}
+    compared = {k: b.headers[k] if k in files else v for k, v in a.headers.items() if k not in own}
+    expected = {k: v for k, v in b.headers.items() if k not in own}
+    check_same_architecture(compared, expected, str(a.path), str(b.path))
+    if not left:
+        return spec
+    log.warning(
+        "%s: not matched, because they have another size in %s: %s",
+        b.path, a.path, ", ".join(f"{n} {tuple(b.headers[n].shape)}, not {tuple(a.headers[n].shape)}" for n in sorted(files)),
+    )  # fmt: skip
+    return _restricted(spec, set(spec.shapes) - set(left))
+
+
+def _restricted(spec: PermutationSpec, kept: Collection[str]) -> PermutationSpec:
+    """Return a spec of only these tensors, without the groups that have none of them."""
     groups = {
         name: replace(group, axes=tuple(x for x in group.axes if x.parameter in kept))
         for name, group in spec.groups.items()

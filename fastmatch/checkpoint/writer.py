@@ -42,7 +42,7 @@ def write_like(
         out: the directory or file to write, or a claim of it. It is written under a temporary name and renamed when it is
             complete.
         transform: returns the tensor to write. It is called once per name, so that one tensor is in memory at a time.
-            A torch file is the exception: its tensors are collected before it is saved.
+            A torch file is the exception: the tensors of each one are collected before it is saved.
         dtype: element type for floating point tensors; by default each keeps its own.
         force: replace an output that exists.
         metadata: for the headers of safetensors files; by default each keeps its own.
@@ -59,7 +59,7 @@ def write_like(
         elif is_folder:
             _write_folder(source, held.part, held.path, transform, dtype, metadata)
         elif held.path.suffix in TORCH_SUFFIXES:
-            save_torch({k: _made(k, transform, dtype, held.path) for k in source}, held.part, held.path)
+            _save_torch(source, list(source), held.part, held.path, transform, dtype)
         else:
             _write_file(source, source.path, held.part, held.path, transform, dtype, metadata)
         held.publish()
@@ -79,11 +79,12 @@ def _write_pipeline(
         if folder.is_dir() and not (claim.part / folder.name).exists() and folder.name not in source.parts:
             shutil.copytree(folder, claim.part / folder.name, ignore=shutil.ignore_patterns(".*"))
     for name, part in source.parts.items():
+        _write_folder(part, claim.part / name, claim.path / name, _under(name, transform), dtype, metadata)
 
-        def own(key: str, name: str = name) -> torch.Tensor:
-            return transform(f"{name}.{key}")
 
-        _write_folder(part, claim.part / name, claim.path / name, own, dtype, metadata)
+def _under(folder: str, transform: Callable[[str], torch.Tensor]) -> Callable[[str], torch.Tensor]:
+    """Return what makes the tensors of a sub-folder, by their names in it."""
+    return lambda name: transform(f"{folder}.{name}")
 
 
 # parameters: where to write, and what errors call it
@@ -97,7 +98,7 @@ def _write_folder(
 ) -> None:
     folder.mkdir()
     weights = {file.name for file in source.files} | {file.name for file in [source.index] if file}
-    left = copy_side_files(source.path, folder, weights)
+    left = copy_side_files(source.path, folder, weights | set(source.modules))
     if left:
         log.warning("%s: not copied from %s: %s", final, source.path, ", ".join(left))
     if dtype is not None and (folder / CONFIG).is_file():
@@ -106,10 +107,13 @@ def _write_folder(
         _write_file(source, file, folder / file.name, final / file.name, transform, dtype, metadata)
     if source.index is not None:
         index = read_json(source.index)
-        total = sum(t.numel() * _target(t, dtype).itemsize for t in source.headers.values())
+        own = [source.headers[name] for file in source.files for name in source.names_in(file)]
+        total = sum(t.numel() * _target(t, dtype).itemsize for t in own)
         known = index.get("metadata")
         index["metadata"] = {**(known if isinstance(known, dict) else {}), "total_size": total}
         (folder / source.index.name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    for name, part in source.modules.items():
+        _write_folder(part, folder / name, final / name, _under(name, transform), dtype, metadata)
 
 
 def _target(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:
@@ -142,6 +146,9 @@ def _write_file(
     dtype: torch.dtype | None,
     metadata: Mapping[str, str] | None,
 ) -> None:
+    if file.suffix in TORCH_SUFFIXES and final.suffix in TORCH_SUFFIXES:
+        _save_torch(source, source.names_in(file), path, final, transform, dtype)
+        return
     made = {
         name: source.headers[name].to(_target(source.headers[name], dtype)) for name in source.names_in(file)
     }
@@ -149,3 +156,22 @@ def _write_file(
     headers = dict(sorted(made.items(), key=lambda item: -item[1].itemsize))
     kept = source.metadata.get(file, {}) if metadata is None else metadata
     write_safetensors(path, final, headers, lambda name: _made(name, transform, dtype, final), kept)
+
+
+# parameters: where to write, and what errors call it
+def _save_torch(
+    source: Checkpoint,
+    names: list[str],
+    path: Path,
+    final: Path,
+    transform: Callable[[str], torch.Tensor],
+    dtype: torch.dtype | None,
+) -> None:
+    """Write a torch file. Names that share a tensor in the source share one here, if both are equal still."""
+    made: dict[str, torch.Tensor] = {}
+    first: dict[object, str] = {}
+    for name in names:
+        tensor = _made(name, transform, dtype, final)
+        twin = made.get(first.setdefault(source.place_of(name), name))
+        made[name] = twin if twin is not None and torch.equal(twin, tensor) else tensor
+    save_torch(made, path, final)

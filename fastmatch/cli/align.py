@@ -11,9 +11,11 @@ from typing import Any, get_args
 from torch import nn
 
 from fastmatch._internal.batches import default_forward
-from fastmatch._internal.files import STATE_SUFFIXES, load_state, shared_metadata
+from fastmatch._internal.files import STATE_SUFFIXES, shared_metadata
 from fastmatch._internal.states import check_finite, check_same_architecture, state_of
 from fastmatch._internal.stopwatch import Stopwatch
+from fastmatch._internal.ties import load_state_for, with_names_of
+from fastmatch.cli.align_many_on_disk import add_many_options, align_many_on_disk, check_many_options
 from fastmatch.cli.groups import selected
 from fastmatch.cli.loading import build_model, build_network, example_from, function_from, load_into
 from fastmatch.cli.options import (
@@ -128,12 +130,17 @@ def add_commands(commands: Commands) -> None:
         ),
     )
     command.add_argument("checkpoints", nargs="+", help="two or more checkpoints; the first keeps its order")
-    add(command, "--model", required=True)
+    add(
+        command, "--model",
+        help="callable that returns the network, or (network, example inputs). Without it, folders and files of diffusion models are "
+        "aligned out of core, one after the other",
+    )  # fmt: skip
     add(command, "--input-shape")
     command.add_argument(
-        "--strategy", default="merge-many", choices=(*PAIRWISE, *JOINT),
+        "--strategy", choices=(*PAIRWISE, *JOINT),
         help="match each checkpoint to the first (to-reference), to its aligned predecessor (chain), to the mean of the "
-        "others in rounds (merge-many), or all at once (frank-wolfe); the last two match by weights, from the identity",
+        "others in rounds (merge-many), or all at once (frank-wolfe); the last two match by weights, from the identity (default: "
+        "merge-many, or to-reference without --model)",
     )  # fmt: skip
     add_matcher_options(command)
     command.add_argument(
@@ -144,8 +151,12 @@ def add_commands(commands: Commands) -> None:
         "--max-steps", type=int, metavar="N",
         help="maximum number of Frank-Wolfe steps; of frank-wolfe (default: 50)",
     )  # fmt: skip
-    add(command, "--out", nargs="+", help="one file for each checkpoint but the first, in their order")
+    add(
+        command, "--out", nargs="+",
+        help="one file for each checkpoint but the first, in their order; without --model a folder for all, or with --merge one output",
+    )  # fmt: skip
     add(command, "--force")
+    add_many_options(command)
 
 
 def align_command(args: argparse.Namespace) -> None:
@@ -183,7 +194,7 @@ def _align_in_memory(args: argparse.Namespace) -> tuple[Alignment, tuple[nn.Modu
     check_outputs(args, out=STATE_SUFFIXES, permutations={".safetensors"}, report=PAGES)
     matcher = matcher_from(args)
     model, example = build_network(args)
-    states = [load_state(path) for path in (args.a, args.b)]
+    states = [load_state_for(model, path) for path in (args.a, args.b)]
     check_same_architecture(state_of(model, "--model"), states[0], "--model", args.a)
     check_same_architecture(state_of(model, "--model"), states[1], "--model", args.b)
     check_same_architecture(states[0], states[1], args.a, args.b)
@@ -209,6 +220,7 @@ def _align_in_memory(args: argparse.Namespace) -> tuple[Alignment, tuple[nn.Modu
     if args.merge is not None:
         result = merge_states([states[0], result], [1 - args.merge, args.merge])
     described = [args.b] if args.merge is None else [args.a, args.b]
+    result = with_names_of(result, args.b, model)
     write_weights(result, args.out, force=args.force, metadata=shared_metadata(described))
     return alignment, (model, model_b)
 
@@ -259,6 +271,11 @@ def _align_out_of_core(args: argparse.Namespace, *, is_folder: bool) -> Alignmen
 
 def align_many_command(args: argparse.Namespace) -> None:
     """Align all checkpoints to the order of the first one and write the others."""
+    if args.model is None:
+        align_many_on_disk(args, _summary, _record)
+        return
+    check_many_options(args)
+    args.strategy = args.strategy or "merge-many"
     if len(args.out) != len(args.checkpoints) - 1:
         raise ValueError(
             f"--out: expected {len(args.checkpoints) - 1} files, one per checkpoint but the first, got {len(args.out)}"
@@ -270,7 +287,8 @@ def align_many_command(args: argparse.Namespace) -> None:
     found = align_many(models, example_from(args.input_shape, built), strategy)
     lines, records = [], []
     for alignment, path, out in zip(found[1:], args.checkpoints[1:], args.out, strict=True):
-        moved = alignment.apply(load_state(path))  # in the types of the file
+        moved = alignment.apply(load_state_for(model, path))  # in the types of the file
+        moved = with_names_of(moved, path, model)
         write_weights(moved, out, force=args.force, metadata=shared_metadata([path]))
         lines.append(f"{path}: {_summary(alignment)}; wrote {out}")
         records.append({"checkpoint": path, **_record(alignment), "out": out})
@@ -321,7 +339,8 @@ def _summary(alignment: Alignment) -> str:
 def _record(alignment: Alignment) -> dict[str, Any]:
     """Return what was found as plain values."""
     matching = alignment.matching
-    assert matching is not None
+    if matching is None:
+        return {"groups": len(alignment.permutations)}
     return {
         "groups": len(alignment.permutations),
         "units": sum(len(p) for p in alignment.permutations.values()),

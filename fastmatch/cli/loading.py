@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from fastmatch._internal.callables import callable_from, network_from
-from fastmatch._internal.files import load_state
 from fastmatch._internal.modules import copy_module
 from fastmatch._internal.states import check_finite, check_same_architecture, state_of
+from fastmatch._internal.ties import load_state_for
 
 __all__ = ["build_model", "build_network", "example_from", "function_from", "load_into", "load_models"]
 
@@ -62,7 +62,7 @@ def load_into(model: nn.Module, path: str) -> nn.Module:
     Raises:
         ValueError: the checkpoint does not fit the model, or holds NaN or infinity. The tensor is named.
     """
-    state = load_state(path)
+    state = load_state_for(model, path)
     check_same_architecture(state_of(model, "--model"), state, "--model", path)
     check_finite(state, path)
     new = copy_module(model)

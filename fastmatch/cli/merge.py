@@ -14,8 +14,10 @@ from fastmatch._internal.batches import default_forward
 from fastmatch._internal.callables import loader_from
 from fastmatch._internal.files import STATE_SUFFIXES, shared_metadata, writing
 from fastmatch._internal.states import check_finite
+from fastmatch._internal.ties import with_names_of
 from fastmatch._internal.torch_file import torch_sink
 from fastmatch.cli.loading import build_network, function_from, load_into, load_models
+from fastmatch.cli.merge_on_disk import add_merge_options, merge_on_disk
 from fastmatch.cli.options import Commands, add, add_command
 from fastmatch.cli.outputs import check_outputs, say, write_weights
 from fastmatch.cli.reports import PAGES, report_data, write_report
@@ -40,8 +42,13 @@ def add_commands(commands: Commands) -> None:
         examples=("merge a.pt b_aligned.pt --model net.py:build --weights 0.3 0.7 --out merged.pt",),
     )  # fmt: skip
     command.add_argument("checkpoints", nargs="+", help="one or more aligned checkpoints")
-    add(command, "--model", required=True)
+    add(
+        command, "--model",
+        help="callable that returns the network; needed for --biases and --report, and for one checkpoint. Without it, files and "
+        "folders are merged tensor by tensor",
+    )  # fmt: skip
     add(command, "--weights")
+    add_merge_options(command)
     command.add_argument(
         "--biases", choices=get_args(Biases), default="average",
         help="average them; scale them down like the activations of a merge (normalize); or set them to zero (remove)",
@@ -88,11 +95,18 @@ def add_commands(commands: Commands) -> None:
 
 def merge_command(args: argparse.Namespace) -> None:
     """Average checkpoints that are aligned already."""
+    if args.model is None:
+        merge_on_disk(args)
+        return
+    for option in ("block_weights", "add_difference", "dtype"):
+        if getattr(args, option) is not None:
+            raise ValueError(f"--{option.replace('_', '-')}: merges on disk, without --model")
     check_outputs(args, out=STATE_SUFFIXES, report=PAGES)
     data = report_data(args)
     models = load_models(args)
     merged = merge(models, args.weights, biases=args.biases)
-    write_weights(merged.state_dict(), args.out, force=args.force, metadata=shared_metadata(args.checkpoints))
+    state = with_names_of(merged.state_dict(), args.checkpoints[0], merged)
+    write_weights(state, args.out, force=args.force, metadata=shared_metadata(args.checkpoints))
     text = f"{len(models)} checkpoints, biases: {args.biases}; wrote {args.out}"
     say(args, text, checkpoints=len(models), biases=args.biases, out=args.out, report=args.report)
     if args.report is not None:

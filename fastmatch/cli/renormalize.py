@@ -8,6 +8,7 @@ from typing import get_args
 from fastmatch._internal.batches import default_forward
 from fastmatch._internal.callables import loader_from
 from fastmatch._internal.files import STATE_SUFFIXES, shared_metadata
+from fastmatch._internal.ties import with_names_of
 from fastmatch.cli.loading import build_model, function_from, load_into
 from fastmatch.cli.options import Commands, add, add_command
 from fastmatch.cli.outputs import check_outputs, say, write_weights
@@ -76,7 +77,8 @@ def renormalize_command(args: argparse.Namespace) -> None:
         new = renormalize(merged, None, data, options, forward=forward)
     else:
         new = renormalize(merged, endpoints or None, data, options, weights=args.weights, forward=forward)
-    write_weights(new.state_dict(), args.out, force=args.force, metadata=shared_metadata([args.checkpoint]))
+    state = with_names_of(new.state_dict(), args.checkpoint, new)
+    write_weights(state, args.out, force=args.force, metadata=shared_metadata([args.checkpoint]))
     plan = applied_plan(new)
     assert plan is not None
     say(

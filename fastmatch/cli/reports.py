@@ -37,8 +37,8 @@ def report_data(args: argparse.Namespace) -> Iterable[Any] | None:
 def open_states(path_a: str, path_b: str, spec: PermutationSpec) -> tuple[State, State]:
     """Return two checkpoints on disk under the names of a spec; their tensors are read when they are needed."""
     from fastmatch.checkpoint import Checkpoint
-    from fastmatch.checkpoint.align import layout_for
     from fastmatch.checkpoint.names import RenamedCheckpoint
+    from fastmatch.checkpoint.pairs import layout_for
 
     a, b = Checkpoint(path_a), Checkpoint(path_b)
     layout = layout_for(path_a, a, spec)

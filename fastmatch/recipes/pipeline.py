@@ -22,8 +22,9 @@ from fastmatch._internal.files import (
 from fastmatch._internal.modules import copy_module
 from fastmatch._internal.states import check_finite, check_same_architecture, state_of
 from fastmatch._internal.stopwatch import Stopwatch
-from fastmatch.checkpoint.align import WriteOptions, align_checkpoints, layout_for
+from fastmatch.checkpoint.align import WriteOptions, align_checkpoints
 from fastmatch.checkpoint.names import RenamedCheckpoint
+from fastmatch.checkpoint.pairs import layout_for
 from fastmatch.checkpoint.reader import Checkpoint
 from fastmatch.matching.align import align
 from fastmatch.matching.matcher import Matcher

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import fastmatch as fm
 from fastmatch._internal.files import load_state, save_state
 from fastmatch.checkpoint import Checkpoint, WriteOptions, align_checkpoints, trace_config
+from fastmatch.checkpoint.writer import write_like
 from helpers.networks import build, fresh_seed
 
 INDEX = "model.safetensors.index.json"
@@ -63,7 +64,7 @@ def test_what_says_how_to_use_a_model_is_carried_and_the_rest_is_listed(pair, ca
     with caplog.at_level(logging.WARNING, logger="fastmatch"):
         align(pair)
     assert names(pair[0] / "out") == sorted(["1_Pooling", "model.safetensors", *carried])
-    (said,) = [r.getMessage() for r in caplog.records]
+    (said,) = [r.getMessage() for r in caplog.records if r.name == "fastmatch"]
     for name in ("2_Dense/", "onnx/", "README.md", "model.gguf", "modeling_own.py", "notes.pkl"):
         assert name in said
     assert "1_Pooling" not in said
@@ -119,7 +120,48 @@ def test_a_tensor_that_the_index_leaves_out_is_read_and_one_in_two_shards_is_ref
         Checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "weights.safetensors", "model.gguf"])
+@pytest.mark.parametrize("shards", [1, 2])
+def test_folders_of_torch_files_are_read_and_written_as_such(pair, shards):
+    folder = pair[0]
+    for name in "ab":
+        state = load_file(folder / name / "model.safetensors")
+        (folder / name / "model.safetensors").unlink()
+        (folder / name / "training_args.bin").write_bytes(b"not weights")
+        if shards == 1:
+            torch.save(state, folder / name / "pytorch_model.bin")
+            continue
+        places = {k: f"pytorch_model-{i % 2 + 1}.bin" for i, k in enumerate(state)}
+        for file in set(places.values()):
+            torch.save({k: v for k, v in state.items() if places[k] == file}, folder / name / file)
+        index = {"metadata": {"total_size": 1}, "weight_map": places}
+        (folder / name / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    expected = Checkpoint(folder / "a")
+    align(pair)
+    out = Checkpoint(folder / "out")
+    assert names(folder / "out") == [n for n in names(folder / "b") if n != "training_args.bin"]
+    assert all(torch.equal(out[k], v) for k, v in expected.items())
+
+
+def test_a_tensor_under_two_names_is_stored_once_if_both_move_alike(tmp_path):
+    state = {"w": torch.arange(6.0)}
+    torch.save({**state, "twin": state["w"]}, tmp_path / "pytorch_model.bin")
+    source = Checkpoint(tmp_path)
+    write_like(source, tmp_path / "out", lambda name: source[name] + 1)
+    stored = torch.load(tmp_path / "out" / "pytorch_model.bin", weights_only=True)
+    assert stored["w"].data_ptr() == stored["twin"].data_ptr()
+    write_like(source, tmp_path / "two", lambda name: source[name] + len(name))
+    stored = torch.load(tmp_path / "two" / "pytorch_model.bin", weights_only=True)
+    assert torch.equal(stored["twin"], state["w"] + 4)
+
+
+def test_a_torch_file_of_a_folder_that_holds_code_is_refused(pair):
+    (pair[0] / "b" / "model.safetensors").unlink()
+    torch.save({"w": print}, pair[0] / "b" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin: not a torch file that weights_only can read"):
+        align(pair)
+
+
+@pytest.mark.parametrize("name", ["weights.bin", "weights.safetensors", "model.gguf"])
 def test_a_folder_with_weights_of_another_kind_is_told_which(pair, name):
     (pair[0] / "b" / "model.safetensors").rename(pair[0] / "b" / name)
     with pytest.raises(

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastmatch.checkpoint import Checkpoint, WriteOptions, align_checkpoints, trace_config, verify_checkpoints
-from fastmatch.checkpoint.align import layout_for
 from fastmatch.checkpoint.names import RenamedCheckpoint, layout_of
+from fastmatch.checkpoint.pairs import layout_for
 from fastmatch.checkpoint.reader import SINGLE
 from fastmatch.checkpoint.structure import bind
 from fastmatch.checkpoint.writer import write_like

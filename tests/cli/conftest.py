@@ -40,6 +40,20 @@ class Tasks(nn.Module):
 def build_tasks():
     return Tasks(), torch.zeros(2, 6)
 
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encode, self.down, self.head = nn.Linear(6, 16), nn.Linear(20, 16), nn.Linear(20, 7)
+        self.first, self.second = nn.Linear(16, 20), nn.Linear(16, 20)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        h = torch.relu(self.down(torch.relu(self.first(torch.relu(self.encode(x))))))
+        return self.head(torch.relu(self.second(h)))
+
+def build_tied():
+    return Tied(), torch.zeros(2, 6)
+
 def broken():
     return 3
 

@@ -37,6 +37,7 @@ WAYS: dict[str, list[str]] = {
     },
     "apply": ["apply", "found.safetensors", "b.safetensors", "--out", "out.pt"],
     "merge": ["merge", *PAIR, *MODEL, "--out", "out.pt"],
+    "merge on disk": ["merge", *PAIR, "--out", "out.pt"],
     "partial, identity": ["partial", *PAIR, *MODEL, "--rule", "identity", "--out", "out.pt2"],
     "partial, zip": ["partial", *PAIR, *MODEL, *DATA, "--rule", "zip", "--out", "out.pt2"],
     "renormalize": [
@@ -65,6 +66,7 @@ VALUES = {
     "--metric": ["cli_module:loss"], "--plot": ["out.png"], "--permutations": ["permutations.safetensors"],
     "--groups": ["0"], "--init": ["identity"], "--dtype": ["bfloat16"], "--device": ["cpu"], "--start-at": ["2"],
     "--apart": ["2"], "--endpoints": ["a.safetensors"], "--weights": ["0.5", "0.5"], "--merge": ["0.5"],
+    "--reference": ["first"], "--block-weights": ["*=0.2"], "--add-difference": ["c.pt"],
     "--report": ["out.html"], "--report-data": ["cli_module:loader"], "--tolerance": ["0.1"], "--learning-rate": ["0.03"], "--activation-weight": ["0.4"],
 }  # fmt: skip
 """A value for each option that is neither a number nor one of several words."""

@@ -10,18 +10,19 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from fastmatch.checkpoint.diffusion.components import find_components
 from fastmatch.checkpoint.diffusion.layout import Layout, Part, Shapes, Source
 from fastmatch.permutations.alignment import Alignment
-from fastmatch.permutations.apply import dimension_indices, is_identity, slice_indices
+from fastmatch.permutations.apply import dimension_indices, is_identity, permute_tensor, slice_indices
 
 __all__ = ["is_lora", "permute_lora"]
 
 FACTORS = re.compile(
-    r"[._](?P<factor>lora_down|lora_up|lora_mid|lora_A|lora_B|lora\.down|lora\.up|lora_linear_layer\.down|"
+    r"[._](?P<factor>lora_embedding_[AB]|lora_down|lora_up|lora_mid|lora_A|lora_B|lora\.down|lora\.up|lora_linear_layer\.down|"
     r"lora_linear_layer\.up|lora_magnitude_vector|alpha|dora_scale|hada_[wt]\d(?:_[ab])?|lokr_[wt]\d(?:_[ab])?|"
     r"diff|diff_b|w_norm|b_norm)(?:\.default)?(?:\.(?P<kind>weight|bias))?$"
 )
@@ -35,8 +36,11 @@ PREFIXES = (
 )
 """What names of kohya, LyCORIS, diffusers and peft start with, without dots -> the network that is meant."""
 
-UP = ("lora_up", "lora_B", "lora.up", "lora_linear_layer.up")
-DOWN = ("lora_down", "lora_A", "lora.down", "lora_linear_layer.down")
+PEFT = "base_model.model."
+"""What the names in an adapter of peft start with, before those of the model."""
+
+UP = ("lora_up", "lora_B", "lora_embedding_B", "lora.up", "lora_linear_layer.up")
+DOWN = ("lora_down", "lora_A", "lora_embedding_A", "lora.down", "lora_linear_layer.down")
 UNMOVED = ("alpha", "lora_mid", "hada_t1", "hada_t2", "lokr_t2")
 
 
@@ -61,7 +65,11 @@ def is_lora(names: Mapping[str, torch.Tensor]) -> bool:
 
 
 def permute_lora(
-    lora: Mapping[str, torch.Tensor], alignment: Alignment, argument: str = "lora"
+    lora: Mapping[str, torch.Tensor],
+    alignment: Alignment,
+    argument: str = "lora",
+    *,
+    is_transposed: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Return a LoRA of model B for B aligned.
 
@@ -69,6 +77,7 @@ def permute_lora(
         lora: the tensors of its file, with names of kohya, LyCORIS, diffusers or peft.
         alignment: the permutations of B.
         argument: the file in errors.
+        is_transposed: the weights have a row for each input (``fan_in_fan_out`` of peft), where their shapes allow that.
 
     Returns:
         Tensors of the same names, shapes and types.
@@ -78,15 +87,24 @@ def permute_lora(
     """
     targets = _Targets(alignment, argument)
     modules: dict[str, dict[str, str]] = {}
+    moved = {}
     for name in lora:
+        if name.removeprefix(PEFT) in alignment.spec.shapes and name.startswith(PEFT):
+            moved[name] = _whole(lora[name], name, alignment, argument)
+            continue
         found = FACTORS.search(name)
         if not found:
             raise ValueError(f"{argument}: tensor {name!r} is no factor of a LoRA whose rule is known")
         factor = found["factor"] + ("_bias" if found["kind"] == "bias" else "")
         modules.setdefault(name[: found.start()], {})[factor] = name
-    moved = {}
     for module, factors in modules.items():
         target = targets.find(module)
+        is_embedding = any(factor.startswith("lora_embedding") for factor in factors)
+        if target is not None and (
+            is_embedding or (is_transposed and _fits_transposed(target, factors, lora))
+        ):
+            outputs, inputs = target.shape
+            target = Target((inputs, outputs), target.columns, target.rows)
         sizes = _KroneckerSizes.of({factor: lora[name] for factor, name in factors.items()})
         tucker = {factor.removeprefix("hada_t") for factor in factors if factor.startswith("hada_t")}
         for factor, name in factors.items():
@@ -95,6 +113,23 @@ def permute_lora(
             except _Inexact as error:
                 raise ValueError(f"{argument}: tensor {name!r} {error}") from error
     return {name: moved[name] for name in lora}
+
+
+def _whole(tensor: torch.Tensor, name: str, alignment: Alignment, argument: str) -> torch.Tensor:
+    """Return a layer or bias that an adapter holds whole, in its new order."""
+    own = name.removeprefix(PEFT)
+    if tuple(tensor.shape) != alignment.spec.shapes[own]:
+        raise ValueError(
+            f"{argument}: tensor {name!r} has shape {tuple(tensor.shape)}, the model's has {alignment.spec.shapes[own]}"
+        )
+    return permute_tensor(tensor, own, alignment.spec, alignment.permutations)
+
+
+def _fits_transposed(target: Target, factors: Mapping[str, str], lora: Mapping[str, torch.Tensor]) -> bool:
+    rows, columns = target.shape
+    ups = [lora[name].shape[0] for factor, name in factors.items() if factor in UP]
+    downs = [lora[name].shape[1] for factor, name in factors.items() if factor in DOWN]
+    return set(ups) <= {columns} and set(downs) <= {rows}
 
 
 class _Inexact(Exception):
@@ -250,18 +285,28 @@ class _Targets:
 
     def __init__(self, alignment: Alignment, argument: str) -> None:
         self.alignment, self.argument = alignment, argument
-        self.tables: dict[str, dict[str, Target]] = {}
+
+    @cached_property
+    def tables(self) -> dict[str, dict[str, Target]]:
+        """Return the weights of each network by their names without dots."""
+        alignment, argument = self.alignment, self.argument
+        tables: dict[str, dict[str, Target]] = {}
         texts = 0
         for network in _networks(alignment.spec.shapes, argument):
             texts += network.role == "text_encoder"
             label = f"text {texts}" if network.role == "text_encoder" else "image"
-            self.tables[label] = self._table(network)
+            tables[label] = self._table(network)
         if texts:
             # A refiner's only encoder is called the second one, and Flux's second one the third.
-            self.tables |= {f"text {n}": self.tables[f"text {texts}"] for n in range(texts + 1, 4)}
+            tables |= {f"text {n}": tables[f"text {texts}"] for n in range(texts + 1, 4)}
+        return tables
 
     def find(self, module: str) -> Target | None:
         """Return the weight of a module; None for a text encoder if the model has none, because then it does not move."""
+        shapes, name = self.alignment.spec.shapes, module.removeprefix(PEFT) + ".weight"
+        if module.startswith(PEFT) and len(shapes.get(name, ())) > 1:
+            rows = shapes[name][0]
+            return self._target(_Network("model", "", shapes, {}), Source((Part(name, 0, rows, rows),)))
         flat = module.replace(".", "_").removeprefix("base_model_model_")
         for pattern, label in PREFIXES:
             if not pattern.match(flat):

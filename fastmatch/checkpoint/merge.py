@@ -1,0 +1,204 @@
+"""Merge checkpoints on disk in one pass: every tensor of every file is read once, and one is in memory at a time."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastmatch._internal.coefficients import check_weights
+from fastmatch._internal.progress import progress_bar
+from fastmatch._internal.states import check_finite, check_same_architecture
+from fastmatch._internal.ties import tied_names
+from fastmatch.checkpoint.align import shared_by
+from fastmatch.checkpoint.blocks import Blocks, coefficients_by_name
+from fastmatch.checkpoint.reader import CONFIG, Checkpoint
+from fastmatch.checkpoint.structure import build_empty
+from fastmatch.checkpoint.tracing import is_diffusion
+from fastmatch.checkpoint.writer import write_like
+
+__all__ = ["MergeOptions", "Tensors", "merge_checkpoints", "write_merge"]
+
+log = logging.getLogger("fastmatch")
+
+FEW = 4
+"""Tensors that may have another size: a head has a weight and a bias, an inpainting UNet one wider kernel."""
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """How :func:`merge_checkpoints` merges.
+
+    Args:
+        weights: one number per checkpoint, equal ones for None. With ``base`` one number for each checkpoint but the first,
+            ones for None.
+        blocks: pattern of names, as in a shell -> the weight of the second checkpoint, or one weight for each but the first. The
+            first checkpoint has the rest to one. The first pattern that fits a name counts; ``weights`` is for all others.
+            :func:`unet_blocks` makes patterns of the 25 customary numbers.
+        base: add differences: ``first + sum_k weights[k] (checkpoint_k - base)``.
+    """
+
+    weights: Sequence[float] | None = None
+    blocks: Blocks | None = None
+    base: str | Path | None = None
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """A checkpoint, and what makes its tensors of it by their names: as they are, or in a new order of units."""
+
+    checkpoint: Checkpoint
+    make: Callable[[str], torch.Tensor]
+
+
+def merge_checkpoints(
+    paths: Sequence[str | Path],
+    out: str | Path,
+    options: MergeOptions = MergeOptions(),
+    *,
+    dtype: torch.dtype | None = None,
+    force: bool = False,
+    progress: bool | None = None,
+) -> None:
+    """Merge checkpoints that are aligned already, without holding any of them in memory.
+
+    Example:
+        >>> from fastmatch.checkpoint import MergeOptions, merge_checkpoints
+        >>> merge_checkpoints(["model-a", "model-b"], "half")
+        >>> by_layer = MergeOptions([0.7, 0.3], blocks={"*.layers.0.*": 0.1, "*.mlp.*": 0.6})
+        >>> merge_checkpoints(["model-a", "model-b"], "merged", by_layer)
+
+    Args:
+        paths: files or folders of one architecture. The output has the names, types and files of the first.
+        out: the file or folder to write.
+        options: weights, weights by block, and the base of added differences.
+        dtype: element type for floating point tensors; by default the first checkpoint's.
+        force: replace an output that exists.
+        progress: show a progress bar; None shows it on a terminal, for work of more than a second.
+
+    Raises:
+        ValueError: weights do not fit, the architectures differ, or the merge is not finite. What is at fault is named.
+        OSError: a file is missing or cannot be written. Nothing is left half-written.
+
+    Warns:
+        UserWarning: the weights do not sum to one. A line of the logger ``fastmatch`` names tensors that a checkpoint lacks or has in
+            another size; the first checkpoint counts in its place there.
+
+    Integers are the first checkpoint's. Sums run in float32 or wider.
+    """
+    if len(paths) < 2:
+        raise ValueError(f"paths: expected at least two checkpoints, got {len(paths)}")
+    first, *others = checkpoints = [Checkpoint(path) for path in paths]
+    if (first.path / CONFIG).is_file() and not is_diffusion(first.path, first):
+        for other in others:
+            if other.keys() != first.keys():
+                other.take_names(first, tied_names(build_empty(first.path)))
+    models = [Tensors(c, c.__getitem__) for c in checkpoints]
+    write_merge(models, out, options, dtype=dtype, force=force, progress=progress)
+
+
+def write_merge(
+    models: Sequence[Tensors],
+    out: str | Path,
+    options: MergeOptions,
+    *,
+    dtype: torch.dtype | None = None,
+    force: bool = False,
+    progress: bool | None = None,
+) -> None:
+    """Write the merge of checkpoints in the order of units that each one's ``make`` gives; see :func:`merge_checkpoints`."""
+    first, *others = models
+    names = list(first.checkpoint)
+    own, weights = _weights(options, len(models))
+    table = coefficients_by_name(names, weights, options.blocks)
+    present = [_present(first.checkpoint, other.checkpoint) for other in others]
+    base = None if options.base is None else Checkpoint(options.base)
+    if base is not None:
+        others = [_difference(other, base, has) for other, has in zip(others, present, strict=True)]
+    steps = iter(progress_bar(range(len(names)), "merging", show=progress))
+
+    def merged(name: str) -> torch.Tensor:
+        next(steps, None)
+        tensor = first.make(name)
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            return tensor
+        shares = [
+            (other, alpha)
+            for other, alpha, has in zip(others, table[name], present, strict=True)
+            if name in has
+        ]
+        mine = own if base is not None or table[name] == tuple(weights) else 1 - sum(table[name])
+        if base is None:
+            mine += sum(table[name]) - sum(alpha for _, alpha in shares)  # in place of those that lack it
+        total = tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * mine
+        for other, alpha in shares:
+            if alpha:
+                total += other.make(name).to(total.dtype) * alpha
+        result = total.to(dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype)
+        check_finite({name: result}, "nothing is written: the merge")
+        return result
+
+    write_like(
+        first.checkpoint, out, merged, dtype=dtype, force=force,
+        metadata=shared_by([model.checkpoint for model in models]),
+    )  # fmt: skip
+    next(steps, None)  # the bar ends
+
+
+def _weights(options: MergeOptions, count: int) -> tuple[float, list[float]]:
+    """Return the first checkpoint's weight, and those of the others."""
+    if options.base is not None:
+        others = [1.0] * (count - 1) if options.weights is None else options.weights
+        return 1.0, check_weights(others, count - 1)
+    first, *rest = check_weights(options.weights, count)
+    total = first + sum(rest)
+    if abs(total - 1) > 1e-6:
+        warnings.warn(
+            f"merge: weights sum to {total:g}, not one: every tensor is scaled by that", stacklevel=4
+        )
+    return first, rest
+
+
+def _difference(other: Tensors, base: Checkpoint, names: Collection[str]) -> Tensors:
+    """Return a checkpoint as its difference to the base, in ``names``."""
+    checkpoint = other.checkpoint
+    own = {name: tensor for name, tensor in checkpoint.headers.items() if name in names}
+    known = {name: base.headers[name] for name in own if name in base}
+    check_same_architecture(own, known, str(checkpoint.path), str(base.path))
+
+    def make(name: str) -> torch.Tensor:
+        tensor, old = other.make(name), base[name]
+        work = torch.promote_types(torch.promote_types(tensor.dtype, old.dtype), torch.float32)
+        return tensor.to(work) - old.to(work)
+
+    return Tensors(checkpoint, make)
+
+
+def _present(first: Checkpoint, other: Checkpoint) -> frozenset[str]:
+    """Return the names of the tensors that both have in one size; a line names the others.
+
+    Raises:
+        ValueError: there are none, or too many have another size.
+    """
+    shared = [name for name in first if name in other]
+    same = frozenset(name for name in shared if first.headers[name].shape == other.headers[name].shape)
+    sizes = [name for name in shared if name not in same]
+    if not same or len(sizes) > FEW:
+        check_same_architecture(first.headers, other.headers, str(first.path), str(other.path))
+    absent = [name for name in first if name not in other]
+    for what, found in (("has another size of", sizes), ("lacks", absent)):
+        if found:
+            log.warning(
+                "%s: %s %d of the %d tensors of %s, such as %s; it has no part in those", other.path, what, len(found),
+                len(first), first.path, ", ".join(found[:3]),
+            )  # fmt: skip
+    extra = [name for name in other if name not in first]
+    if extra:
+        log.warning(
+            "%s: %d tensors that %s lacks are left out, such as %s", other.path, len(extra), first.path, ", ".join(extra[:3])
+        )  # fmt: skip
+    return same

@@ -1,0 +1,109 @@
+"""Two checkpoints that are matched: what they have in common, and what a journal of their match depends on."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastmatch._internal.ties import tied_names
+from fastmatch.checkpoint.diffusion.pipeline import pipeline_layout
+from fastmatch.checkpoint.journal import Journal
+from fastmatch.checkpoint.modules import leave_what_does_not_fit
+from fastmatch.checkpoint.names import Chunk, Layout, RenamedCheckpoint, layout_of
+from fastmatch.checkpoint.reader import CONFIG, Checkpoint
+from fastmatch.checkpoint.structure import bind, build_empty
+from fastmatch.checkpoint.tracing import common_spec, is_diffusion
+from fastmatch.matching.ascent import Hooks
+from fastmatch.matching.matcher import as_code
+from fastmatch.matching.weights import WeightMatching, match_weights
+from fastmatch.permutations.alignment import Alignment
+from fastmatch.spec import PermutationSpec
+
+__all__ = ["Pair", "layout_for"]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Checkpoint B, which is matched to checkpoint A.
+
+    Attributes:
+        a, b: the checkpoints.
+        layout: B's, in the parameters of the spec.
+        whole: the spec of all that B has.
+        common: of what A has as well; only this is matched.
+    """
+
+    a: Checkpoint
+    b: Checkpoint
+    layout: Layout
+    whole: PermutationSpec
+    common: PermutationSpec
+
+    @classmethod
+    def of(cls, a: Checkpoint, b: Checkpoint, traced: PermutationSpec) -> Pair:
+        """Bind the spec that was traced for B to both.
+
+        Raises:
+            ValueError: A and B differ, or nothing can be permuted.
+        """
+        leave_what_does_not_fit(b, traced)
+        if a.keys() != b.keys() and (a.path / CONFIG).is_file() and not is_diffusion(b.path, b):
+            a.take_names(b, tied_names(build_empty(a.path)))
+        layout = layout_for(b.path, b, traced)
+        whole = bind(traced, RenamedCheckpoint(b, layout).headers, str(b.path))
+        pair = cls(a, b, layout, whole, whole)
+        common = common_spec(whole, pair._model(a), pair._model(b))
+        if not common.groups:
+            raise ValueError(f"{a.path}: no group of units is free to move")
+        return cls(a, b, layout, whole, common)
+
+    def _model(self, checkpoint: Checkpoint) -> RenamedCheckpoint:
+        """Return a checkpoint under the names of the parameters that it has of B's."""
+        return RenamedCheckpoint(
+            checkpoint, {k: chunk for k, chunk in self.layout.items() if k in checkpoint}
+        )
+
+    def run(self, matcher: WeightMatching) -> dict[str, str]:
+        """Return what the result of a match depends on, by name. Every tensor is read.
+
+        ``max_sweeps`` is not in it: a run that goes on may take more of them.
+        """
+        settings = {"seed": matcher.seed, "include": matcher.include, "tolerance": matcher.tolerance}
+        found = {
+            "the tensors of A": self.a.digest(),
+            "the tensors of B": self.b.digest(),
+            "the groups": _hash(self.common.to_json()),
+        }
+        return found | {name: repr(value) for name, value in settings.items()} | {"init": _init_of(matcher)}
+
+    def match(self, matcher: WeightMatching, journal: Journal, *, progress: bool | None) -> Alignment:
+        """Match what both have. The alignment moves what only B has as well."""
+        hooks = Hooks(out_of_core=True, remembered=journal.step)
+        models = self._model(self.a), self._model(self.b)
+        matching = match_weights(*models, self.common, matcher, hooks, progress=progress)
+        return Alignment(matching.permutations, self.whole, matching, method=as_code(matcher))
+
+
+def layout_for(path: str | Path, checkpoint: Checkpoint, spec: PermutationSpec) -> Layout:
+    """Return the layout of a checkpoint in the spec's parameters: every name unchanged if the spec uses the file's."""
+    if checkpoint.parts:
+        return pipeline_layout(checkpoint.parts)
+    named = {axis.parameter for group in spec.groups.values() for axis in group.axes}
+    if named <= set(checkpoint) or not (Path(path) / CONFIG).is_file():
+        return {name: Chunk(name, tensor.shape) for name, tensor in checkpoint.headers.items()}
+    return layout_of(build_empty(path), checkpoint.headers, str(path))
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _init_of(matcher: WeightMatching) -> str:
+    """Return the matcher's initialization as text: the word, or a hash of the permutations."""
+    if isinstance(matcher.init, str):
+        return matcher.init
+    text = repr(sorted((name, torch.as_tensor(p).tolist()) for name, p in matcher.init.items()))
+    return _hash(text)

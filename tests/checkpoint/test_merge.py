@@ -1,0 +1,170 @@
+"""Merges on disk: weights, weights by block, added differences, and what the checkpoints do not have in common."""
+
+from __future__ import annotations
+
+import logging
+import re
+import weakref
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from fastmatch.checkpoint import MergeOptions, merge_checkpoints, reader, unet_blocks
+from fastmatch.cli.main import main
+
+UNET = "model.diffusion_model."
+INPUTS, OUTPUTS = 3, 2
+NAMES = [
+    *(f"{UNET}input_blocks.{i}.0.weight" for i in range(INPUTS)), f"{UNET}middle_block.1.proj.weight",
+    *(f"{UNET}output_blocks.{i}.0.weight" for i in range(OUTPUTS)), f"{UNET}time_embed.0.weight", f"{UNET}out.2.weight",
+    "first_stage_model.decoder.conv_in.weight",
+]  # fmt: skip
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Paths of files a, b, c and base, whose entries are all 1, 2, 4 and 8."""
+    for name, value in (("a", 1.0), ("b", 2.0), ("c", 4.0), ("base", 8.0)):
+        state = {key: torch.full((2, 3), value, dtype=torch.float16) for key in NAMES}
+        state["step"] = torch.tensor(int(value))
+        save_file(
+            state, tmp_path / f"{name}.safetensors", metadata={"format": "pt", "from": name, "by": "me"}
+        )
+    return {name: tmp_path / f"{name}.safetensors" for name in ("a", "b", "c", "base", "out")}
+
+
+def merged(files, names, options):
+    merge_checkpoints([files[n] for n in names], files["out"], options)
+    out = load_file(files["out"])
+    assert out.pop("step") == 1
+    assert sorted(out) == sorted(NAMES)
+    assert all(t.dtype == torch.float16 and bool((t == t[0, 0]).all()) for t in out.values())
+    return {name: float(t[0, 0]) for name, t in out.items()}
+
+
+def test_weights_of_several_checkpoints(files):
+    assert set(merged(files, "abc", MergeOptions([0.5, 0.25, 0.25])).values()) == {0.5 + 0.5 + 1.0}
+    with safe_open(files["out"], framework="pt") as file:
+        assert file.metadata() == {"format": "pt", "by": "me"}
+
+
+def test_differences_to_a_base_are_added_to_the_first(files):
+    found = merged(files, "abc", MergeOptions([0.5, 0.25], base=files["base"]))
+    assert set(found.values()) == {1 + 0.5 * (2 - 8) + 0.25 * (4 - 8)}
+
+
+def test_the_first_pattern_that_fits_a_name_counts(files):
+    blocks = {"*input_blocks.0.*": 1, "*input_blocks.*": 0.75, "first_stage_model.*": 0}
+    found = merged(files, "ab", MergeOptions([0.5, 0.5], blocks))
+    expected = {NAMES[0]: 2.0, NAMES[1]: 1.75, NAMES[2]: 1.75, NAMES[-1]: 1.0}
+    assert found == {name: expected.get(name, 1.5) for name in NAMES}
+
+
+def test_a_pattern_has_one_weight_for_each_checkpoint_but_the_first(files):
+    found = merged(files, "abc", MergeOptions(blocks={"*middle_block*": [0.25, 0.5]}, weights=[1, 0, 0]))
+    assert found[NAMES[INPUTS]] == 0.25 + 0.5 + 2
+    assert found[NAMES[0]] == 1
+    with pytest.raises(ValueError, match="expected 2 numbers, one for each checkpoint but the first, got 1"):
+        merged(files, "abc", MergeOptions(blocks={"*middle_block*": 0.5}))
+
+
+def test_numbers_are_input_blocks_the_middle_and_output_blocks(files):
+    numbers = [0.0, 0.25, 0.5, 0.75, 1.0, 0.5]
+    found = merged(files, "ab", MergeOptions([1, 0], unet_blocks(numbers, NAMES)))
+    inner = dict(zip(NAMES[:6], numbers, strict=True)) | {NAMES[6]: 0.0, NAMES[7]: 0.5, NAMES[8]: 0.0}
+    assert found == {name: 1 + value for name, value in inner.items()}
+    with pytest.raises(
+        ValueError, match=r"expected 6 numbers \(3 input blocks, .* 2 output blocks\), got 25"
+    ):
+        unet_blocks([0.5] * 25, NAMES)
+
+
+def test_the_command_takes_numbers_patterns_and_a_base(files, capsys):
+    paths = [str(files[x]) for x in "ab"]
+    arguments = ["merge", *paths, "--out", str(files["out"]), "--force"]
+    assert main([*arguments, "--weights", "1", "0", "--block-weights", "0,0.25,0.5,0.75,1,0.5"]) == 0
+    assert load_file(files["out"])[NAMES[1]][0, 0] == 1.25
+    assert main([*arguments, "--block-weights", "*middle_block.*=0.25"]) == 0
+    assert load_file(files["out"])[NAMES[INPUTS]][0, 0] == 1.25
+    assert main([*arguments, "--add-difference", str(files["base"]), "--dtype", "float32"]) == 0
+    assert load_file(files["out"])[NAMES[0]].dtype == torch.float32
+    assert load_file(files["out"])[NAMES[0]][0, 0] == 1 + 2 - 8
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--block-weights", "0,0.5"], "expected 6 numbers"),
+    (["--block-weights", "midle=0.5"], r"blocks\['midle'\]: fits no tensor"),
+    (["--block-weights", "x=half"], "--block-weights: expected numbers after 'x='"),
+    (["--biases", "remove"], "--biases: needs --model"),
+    (["--weights", "1"], "weights: expected 2"),
+    (["--dtype", "int8"], "--dtype: expected a floating point type"),
+])  # fmt: skip
+def test_bad_input_is_one_line_and_nothing_is_written(files, capsys, options, message):
+    assert main(["merge", *(str(files[x]) for x in "ab"), "--out", str(files["out"]), *options]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(message, error)
+    assert not files["out"].exists()
+
+
+def test_what_another_checkpoint_lacks_or_has_wider_is_the_firsts_and_named(files, caplog):
+    state = load_file(files["b"])
+    state[NAMES[0]] = torch.full((2, 4), 2.0, dtype=torch.float16)
+    del state[NAMES[-1]]
+    state["extra"] = torch.ones(1)
+    save_file(state, files["b"])
+    with caplog.at_level(logging.WARNING, logger="fastmatch"):
+        found = merged(files, "abc", MergeOptions([0.5, 0.25, 0.25]))
+    assert found[NAMES[0]] == found[NAMES[-1]] == 0.75 + 1
+    assert found[NAMES[1]] == 2
+    text = caplog.text
+    assert f"has another size of 1 of the {len(NAMES) + 1} tensors" in text
+    assert f"lacks 1 of the {len(NAMES) + 1} tensors" in text
+    assert "1 tensors that" in text
+    assert "left out, such as extra" in text
+    found = merged_with_force(files, "ab", MergeOptions([0.5], base=files["base"]))
+    assert found[NAMES[0]] == found[NAMES[-1]] == 1
+    assert found[NAMES[1]] == 1 - 3
+
+
+def merged_with_force(files, names, options):
+    files["out"].unlink()
+    return merged(files, names, options)
+
+
+def test_another_architecture_is_refused(files):
+    save_file({name: torch.ones(3, 3) for name in NAMES}, files["b"])
+    with pytest.raises(ValueError, match="architectures must be equal"):
+        merged(files, "ab", MergeOptions())
+    save_file({"x": torch.ones(3, 3)}, files["b"])
+    with pytest.raises(ValueError, match="architectures must be equal"):
+        merged(files, "ab", MergeOptions())
+
+
+def test_a_merge_that_overflows_is_refused_by_name(files):
+    with pytest.raises(ValueError, match=r"nothing is written: the merge: tensor .* holds 6 NaN or infinite"):
+        merged(files, "ab", MergeOptions([1.0], base=files["base"], blocks={"*": 1e6}))
+    assert not files["out"].exists()
+
+
+def test_every_tensor_is_read_once_and_three_are_held(files, monkeypatch):
+    reads, held, most = [], set(), 0
+    plain = reader.read_entry
+
+    def counted(name, entry):
+        nonlocal most
+        tensor = plain(name, entry)
+        reads.append((entry.file, name))
+        held.add(id(tensor))
+        weakref.finalize(tensor, held.discard, id(tensor))
+        most = max(most, len(held))
+        return tensor
+
+    monkeypatch.setattr(reader, "read_entry", counted)
+    merged(files, "abc", MergeOptions())
+    floats = [r for r in reads if r[1] != "step"]
+    assert len(floats) == len(set(floats)) == 3 * len(NAMES)
+    assert most <= 3
