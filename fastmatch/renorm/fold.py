@@ -120,4 +120,4 @@ def fold(layer: Layer, moments: ChannelMoments, target: Target, method: Method) 
         for name in ("weight", "bias"):
             if f"{name}_orig" in own:
                 setattr(layer, name, own[f"{name}_orig"].detach() * getattr(layer, f"{name}_mask"))
-    return tuple(kept.nonzero()[:, 0].tolist())
+    return tuple(kept.cpu().nonzero()[:, 0].tolist())
