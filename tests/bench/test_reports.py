@@ -34,6 +34,7 @@ PAGES = (
     "initial_duals",
     "kernels_cpu",
     "renormalization_choice",
+    "spliceai_merging",
     "weight_matching",
 )
 
