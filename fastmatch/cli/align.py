@@ -153,7 +153,7 @@ def add_commands(commands: Commands) -> None:
     )  # fmt: skip
     add(
         command, "--out", nargs="+",
-        help="one file for each checkpoint but the first, in their order; without --model a folder for all, or with --merge one output",
+        help="one file for each checkpoint but the first, in their order; without --model a folder for all, or with --merge-all one output",
     )  # fmt: skip
     add(command, "--force")
     add_many_options(command)

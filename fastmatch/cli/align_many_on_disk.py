@@ -16,7 +16,7 @@ from fastmatch.permutations.alignment import Alignment
 
 __all__ = ["add_many_options", "align_many_on_disk", "check_many_options"]
 
-ONLY_HERE = ("reference", "merge", "weights", "block_weights", "dtype", "device", "resume")
+ONLY_HERE = ("reference", "merge_all", "weights", "block_weights", "dtype", "device", "resume")
 
 
 def add_many_options(command: argparse.ArgumentParser) -> None:
@@ -26,17 +26,17 @@ def add_many_options(command: argparse.ArgumentParser) -> None:
         "--reference", metavar="first|PATH", help="the checkpoint that keeps its order (default: first)"
     )
     group.add_argument(
-        "--merge", action="store_true", help="write one merge of all in place of the aligned checkpoints"
+        "--merge-all", action="store_true", help="write one merge of all in place of the aligned checkpoints"
     )
     group.add_argument(
         "--weights",
         nargs="+",
         type=float,
         metavar="W",
-        help="of --merge: one per checkpoint; equal ones by default",
+        help="of --merge-all: one per checkpoint; equal ones by default",
     )
     group.add_argument(
-        "--block-weights", nargs="+", metavar="PATTERN=W", help="of --merge: weights by block, as `fastmatch merge` takes them"
+        "--block-weights", nargs="+", metavar="PATTERN=W", help="of --merge-all: weights by block, as `fastmatch merge` takes them"
     )  # fmt: skip
     group.add_argument(
         "--dtype", metavar="TYPE", help="write floating point tensors in this type, such as float16; by default their own"
@@ -71,7 +71,7 @@ def align_many_on_disk(
 
     paths = args.checkpoints
     if len(args.out) != 1:
-        raise ValueError("--out: expected one folder, or one output of --merge, without --model")
+        raise ValueError("--out: expected one folder, or one output of --merge-all, without --model")
     if args.strategy not in (None, "to-reference"):
         raise ValueError(f"--strategy: {args.strategy} needs --model; out of core it is to-reference")
     for option, given in (
@@ -88,8 +88,8 @@ def align_many_on_disk(
     if args.reference not in (None, "first", *paths):
         raise ValueError(f"--reference: expected 'first' or one of the checkpoints, got {args.reference!r}")
     for option in ("weights", "block_weights"):
-        if getattr(args, option) is not None and not args.merge:
-            raise ValueError(f"--{option.replace('_', '-')}: is an option of --merge, which is not given")
+        if getattr(args, option) is not None and not args.merge_all:
+            raise ValueError(f"--{option.replace('_', '-')}: is an option of --merge-all, which is not given")
     for path in paths:
         if not Path(path).is_dir() and not is_diffusion(path, Checkpoint(path)):
             raise ValueError(
@@ -99,7 +99,7 @@ def align_many_on_disk(
     assert isinstance(matcher, WeightMatching)
     reference = 0 if args.reference in (None, "first") else paths.index(args.reference)
     merge = None
-    if args.merge:
+    if args.merge_all:
         if not Path(paths[reference]).is_dir():
             check_format(args.out[0], "--out", STATE_SUFFIXES)
         merge = MergeOptions(args.weights, blocks_from(args.block_weights, Checkpoint(paths[reference])))

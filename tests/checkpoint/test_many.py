@@ -196,7 +196,7 @@ def test_files_of_diffusion_models_are_traced_once_and_merged(tmp_path, capsys, 
     for k, path in enumerate(paths):
         save_state(a if k == 0 else apply_permutations(a, spec, spec.random(generator)), path)
     out = str(tmp_path / "out.safetensors")
-    arguments = ["align-many", *paths, "--reference", "first", "--out", out, "--merge"]
+    arguments = ["align-many", *paths, "--reference", "first", "--out", out, "--merge-all"]
     assert main([*arguments, "--weights", "0.5", "0.25", "0.25"]) == 0
     assert len(traced) == 1
     assert all(
@@ -215,7 +215,7 @@ def test_files_of_diffusion_models_are_traced_once_and_merged(tmp_path, capsys, 
     (["--reference", "z"], "--reference: expected 'first' or one of the checkpoints"),
     (["--strategy", "merge-many"], "--strategy: merge-many needs --model"),
     (["--matcher", "activations", "--data", "x:y"], "--matcher: "),
-    (["--weights", "1", "1"], "--weights: is an option of --merge"),
+    (["--weights", "1", "1"], "--weights: is an option of --merge-all"),
     (["--out", "x", "y"], "--out: expected one"),
     ([], "--model: needed unless"),
 ])  # fmt: skip
