@@ -25,7 +25,18 @@ import torch
 
 from fastmatch._internal.checks import check_number
 
-__all__ = ["ALONE", "Ranks", "RanksError", "alone", "current", "deal", "in_group", "is_first", "joined"]
+__all__ = [
+    "ALONE",
+    "Ranks",
+    "RanksError",
+    "alone",
+    "current",
+    "deal",
+    "in_group",
+    "is_first",
+    "is_launched",
+    "joined",
+]
 
 T = TypeVar("T")
 
@@ -85,7 +96,10 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Run a block that all ranks run: an error in it on one rank ends it on all of them."""
+        """Run a block that all ranks run: an error in it on one rank ends it on all of them.
+
+        An error that rank 0 raises as well has the attribute ``said_by_first`` on the others.
+        """
         yield
 
     def share(self, tasks: Sequence[Callable[[], T]], owners: Sequence[int], what: str) -> list[T]:
@@ -171,13 +185,22 @@ class _Group(Ranks):
         except Exception as error:
             if self._depth == 1:
                 with suppress(RanksError):  # this rank's own error says why
-                    self._gather(("error", _text(error), None))
+                    first = self._collect(("error", _text(error), None))[0]
+                    error.said_by_first = self.rank > 0 and first[:2] == ("error", _text(error))  # type: ignore[attr-defined]
             raise
         finally:
             self._depth -= 1
 
     def _gather(self, message: tuple[str, str, Any]) -> list[tuple[str, str, Any]]:
         """Return the messages of all ranks; RanksError if one of them is an error."""
+        found = self._collect(message)
+        failed = {r: text for r, (kind, text, _) in enumerate(found) if kind == "error"}
+        if failed:
+            raise RanksError("; ".join(f"rank {r} failed: {text}" for r, text in failed.items()))
+        return found
+
+    def _collect(self, message: tuple[str, str, Any]) -> list[tuple[str, str, Any]]:
+        """Return the messages of all ranks."""
         data, what = _packed(message), message[1]
         sizes = [torch.zeros(1, dtype=torch.int64, device="cpu") for _ in range(self.size)]
         size = torch.tensor([len(data)], device="cpu")
@@ -187,11 +210,7 @@ class _Group(Ranks):
         padded[: len(data)] = data
         parts = [torch.empty_like(padded) for _ in range(self.size)]
         self._wait(lambda: self._dist.all_gather(parts, padded, group=self._group, async_op=True), what)
-        found = [_unpacked(part[: int(n)]) for part, n in zip(parts, sizes, strict=True)]
-        failed = {r: text for r, (kind, text, _) in enumerate(found) if kind == "error"}
-        if failed:
-            raise RanksError("; ".join(f"rank {r} failed: {text}" for r, text in failed.items()))
-        return found
+        return [_unpacked(part[: int(n)]) for part, n in zip(parts, sizes, strict=True)]
 
     def _wait(self, start: Callable[[], Any], what: str, *, polled: bool = True) -> None:
         """Start an operation and wait until it is done here.
@@ -305,6 +324,11 @@ def current() -> Ranks:
 def in_group() -> bool:
     """Return whether this process shares its work with a process group; unlike :func:`current` it asks nobody."""
     return _initialized() is not None and not _apart.get()
+
+
+def is_launched() -> bool:
+    """Return whether a launcher started this process as one of several."""
+    return all(os.environ.get(name) for name in LAUNCHER) and os.environ["WORLD_SIZE"] != "1"
 
 
 def is_first() -> bool:

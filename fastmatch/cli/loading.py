@@ -16,6 +16,7 @@ from torch import nn
 from fastmatch._internal.files import check_format, check_target, load_state
 from fastmatch._internal.locks import locked
 from fastmatch._internal.modules import copy_module
+from fastmatch._internal.ranks import is_first
 from fastmatch._internal.states import check_finite, check_same_architecture, state_of
 from fastmatch.evaluation.table import Table
 
@@ -164,7 +165,8 @@ def check_outputs(args: argparse.Namespace, **suffixes: Collection[str] | None) 
                 check_format(path, option, allowed)
     for path in owners:
         check_target(path, force=args.force, folder=path in folders)
-        args.outputs.enter_context(locked(path))
+        if is_first():
+            args.outputs.enter_context(locked(path))
 
 
 def write_table(table: Table, args: argparse.Namespace) -> None:

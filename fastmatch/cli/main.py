@@ -7,12 +7,28 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from fastmatch.cli import align, apply, bench, evaluate, inspect, merge, pipeline, renormalize, run, studies
+from fastmatch._internal.ranks import RanksError, is_launched
+from fastmatch.cli import (
+    align,
+    apply,
+    bench,
+    evaluate,
+    inspect,
+    merge,
+    pipeline,
+    plan,
+    renormalize,
+    run,
+    studies,
+)
 
 __all__ = ["main", "parser"]
 
-GROUPS = (align, apply, merge, renormalize, pipeline, evaluate, inspect, studies, bench, run)
+GROUPS = (align, plan, apply, merge, renormalize, pipeline, evaluate, inspect, studies, bench, run)
 """The modules that add commands, in the order of the help."""
+
+SHARED = ("align", "run")
+"""The commands that several processes of a launcher may run together."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -43,10 +59,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status: 0 on success, 2 after a one-line message about wrong input."""
     args = _parse(sys.argv[1:] if arguments is None else arguments)
     try:
+        if is_launched() and args.command not in SHARED:
+            raise ValueError(
+                f"runs in one process; start it without torchrun ({', '.join(SHARED)} share work)"
+            )
         with ExitStack() as args.outputs:
             script = args.run(args)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"fastmatch {args.command}: {error}", file=sys.stderr)
+    except (ValueError, TypeError, OSError, ImportError, RanksError) as error:
+        if not getattr(error, "said_by_first", False):
+            print(f"fastmatch {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)

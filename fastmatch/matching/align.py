@@ -11,7 +11,7 @@ from fastmatch._internal.ranks import current
 from fastmatch._internal.states import check_finite, check_same_architecture, state_of
 from fastmatch._internal.stopwatch import Stopwatch
 from fastmatch.matching.matcher import Matcher, Model, as_code, check_matcher
-from fastmatch.matching.same_on_ranks import check_same_on_ranks
+from fastmatch.matching.same_on_ranks import check_same_on_ranks, check_whole
 from fastmatch.matching.weights import WeightMatching
 from fastmatch.permutations.alignment import Alignment
 from fastmatch.permutations.verify import verify as verify_spec
@@ -75,6 +75,8 @@ def align(
     ranks, watch = current(), Stopwatch()
     with ranks.together():
         a, b = state_of(model_a, "model_a"), state_of(model_b, "model_b")
+        check_whole(a, "model_a")
+        check_whole(b, "model_b")
         check_same_architecture(a, b)
         check_finite(a, "model_a")
         check_finite(b, "model_b")

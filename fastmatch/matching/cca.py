@@ -51,7 +51,7 @@ class WhitenedCovariance:
 
     def on_host(self) -> WhitenedCovariance:
         """Return the moments in the host's memory."""
-        found = WhitenedCovariance(self.gamma)
+        found = WhitenedCovariance(self.ridge)
         found.joint, found.size = self.joint.on_host(), self.size
         return found
 

@@ -11,8 +11,8 @@ import pytest
 from fastmatch.cli.main import main, parser
 
 COMMANDS = {
-    "align", "align-many", "merge", "partial", "renormalize", "curve", "triangle", "layers", "distances", "inspect",
-    "verify", "demo", "study", "bench", "run", "libraries",
+    "align", "align-many", "apply", "merge", "partial", "pipeline", "plan", "renormalize", "curve", "triangle", "layers",
+    "distances", "inspect", "verify", "demo", "study", "bench", "run", "libraries",
 }  # fmt: skip
 
 

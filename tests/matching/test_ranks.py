@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import fastmatch as fm
@@ -132,6 +134,12 @@ def work():
     with torch.no_grad():
         next(other.parameters())[0] += ranks.rank
     fails(lambda: fm.align(a, other, x, verify=False))
+    parts = dict(b.state_dict())
+    parts["0.weight"] = distribute_tensor(
+        parts["0.weight"], init_device_mesh("cpu", (ranks.size,)), [Shard(0)]
+    )
+    spec = fm.PermutationSpec.trace(a, x)
+    fails(lambda: fm.align(a.state_dict(), parts, spec=spec))
     with fm.alone():
         assert current() is ALONE
         found["alone"] = described(fm.align(a, b, x, fm.WeightMatching(seed=2), verify=False))
@@ -141,11 +149,7 @@ def work():
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    found = on_ranks(tmp_path_factory.mktemp("ranks"), SIZES, work)
-    for size, values in found.items():
-        for rank, value in enumerate(values):
-            assert isinstance(value, dict), f"rank {rank} of {size}:\n{value}"
-    return found
+    return on_ranks(tmp_path_factory.mktemp("ranks"), SIZES, [work])[0]
 
 
 def test_alignments_and_merges_have_the_same_bits_on_every_number_of_ranks(results):
@@ -186,12 +190,13 @@ def test_an_error_on_one_rank_ends_the_others_with_rank_and_cause(results):
 def test_ranks_that_are_given_different_things_are_told(results):
     for size in (2, 3, 4):
         for value in results[size]:
-            _, _, seeds, batches, iterators, models = value["errors"]
+            _, _, seeds, batches, iterators, models, parts = value["errors"]
             assert "matcher" in seeds
             assert "do not read the same batches" in batches
             assert "whose number is known" in iterators
             assert "model_b" in models
             assert "'0.weight'" in models
+            assert "TypeError: model_b: tensor '0.weight' is a DTensor" in parts
 
 
 def test_levels_keep_the_order_of_groups_that_share_a_tensor():
