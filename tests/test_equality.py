@@ -45,6 +45,10 @@ def _partial_merge() -> fm.PartialMerge:
     return fm.merge_partial([_model(), _model()], x, fm.Identity(), start_at=1)
 
 
+def _report() -> fm.Report:
+    return fm.merge_report(fm.merge([_model(), _model()]), [_model(), _model()])
+
+
 BY_VALUE: dict[type, Callable[[], object]] = {
     fm.Axis: lambda: fm.Axis("w", 0),
     fm.Curve: lambda: fm.Curve((0.0, 1.0), (1.0, 1.0), (0.5, 0.5)),
@@ -72,9 +76,11 @@ BY_IDENTITY: dict[type, Callable[[], object]] = {
     fm.Matching: lambda: _alignment().matching,
     fm.MergeMany: lambda: fm.MergeMany(_identity()),
     fm.Mixture: lambda: fm.Mixture(_weights(), fm.ActivationMatching(DATA)),
+    fm.Outcome: lambda: fm.Outcome(_model(), (), _report(), {}),
     fm.PartialMerge: _partial_merge,
     fm.Permute: lambda: fm.Permute(DATA),
     fm.Renormalized: lambda: fm.Renormalized(DATA, "repair", _statistics()),
+    fm.Report: _report,
     fm.StraightThrough: lambda: fm.StraightThrough(DATA, projection=_weights()),
     fm.ToReference: lambda: fm.ToReference(_weights()),
     fm.WeightMatching: _weights,

@@ -11,19 +11,30 @@ from torch import nn
 
 from fastmatch._internal.checks import check_integer
 from fastmatch._internal.modules import to_eval_mode
+from fastmatch._internal.padding import is_rows, is_text, padded
 from fastmatch._internal.progress import progress_bar
 from fastmatch._internal.ranks import in_group
 
 __all__ = [
     "Forward",
+    "arguments_for",
     "batches_of",
     "check_data",
     "check_forward",
     "check_module",
+    "collated",
     "default_forward",
     "evaluating",
+    "prediction_of",
+    "samples_in",
     "split_batch",
 ]
+
+TARGETS = ("labels", "label")
+"""The keys of a mapping that are targets, not inputs."""
+
+PREDICTIONS = ("logits", "out", "last_hidden_state")
+"""Where output objects hold what a loss compares: transformers' heads, torchvision's segmentation, base models."""
 
 Forward: TypeAlias = Callable[[nn.Module, Any], Any]
 """``forward(model, batch)`` runs the model on one item of the loader and returns the output."""
@@ -37,8 +48,19 @@ def check_module(model: object, argument: str) -> None:
         )
 
 
+def collated(batch: Any) -> Any:
+    """Return a list of mappings, one per sample, as one mapping of lists; any other batch as it is."""
+    if isinstance(batch, (list, tuple)) and batch and all(isinstance(sample, Mapping) for sample in batch):
+        return {name: [sample[name] for sample in batch] for name in batch[0]}
+    return batch
+
+
 def split_batch(batch: Any) -> tuple[Any, Any]:
-    """Return (inputs, targets) of one item; an item that is not a pair is inputs without targets."""
+    """Return (inputs, targets) of one item; an item that is neither a pair nor a mapping with labels has no targets."""
+    batch = collated(batch)
+    if isinstance(batch, Mapping):
+        targets = next((batch[name] for name in TARGETS if name in batch), None)
+        return {k: v for k, v in batch.items() if k not in TARGETS}, targets
     if isinstance(batch, (tuple, list)):
         if len(batch) == 2:
             return batch[0], batch[1]
@@ -67,27 +89,61 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
+def arguments_for(model: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return inputs as positional and keyword arguments of the model, on its device.
+
+    A tensor is one argument, a list several. A mapping, such as what a tokenizer returns, holds keyword arguments:
+    lists become tensors, sequences of several lengths are padded, and texts are left out.
+    """
+    if isinstance(inputs, Mapping):
+        inputs = padded({k: v for k, v in inputs.items() if not is_text(v)}, model)
+    inputs = _to_device(inputs, device_of(model))
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (tuple(inputs) if isinstance(inputs, list) else (inputs,)), {}
+
+
 def default_forward(model: nn.Module, batch: Any) -> Any:
     """Run ``model`` on the inputs of ``batch``: a tensor, a list of inputs, or a mapping of keyword inputs.
 
-    The keys ``"label"`` and ``"labels"`` of a mapping are not passed to the model.
+    The keys ``"label"`` and ``"labels"`` of a mapping are not passed to the model; see :func:`arguments_for`.
     """
-    inputs, _ = split_batch(batch)
-    inputs = _to_device(inputs, device_of(model))
-    if isinstance(inputs, Mapping):
-        return model(**{k: v for k, v in inputs.items() if k not in {"label", "labels"}})
-    if isinstance(inputs, list):
-        return model(*inputs)
-    return model(inputs)
+    args, kwargs = arguments_for(model, split_batch(batch)[0])
+    return model(*args, **kwargs)
 
 
-def _first_tensor(value: Any) -> torch.Tensor | None:
+def prediction_of(output: Any) -> Any:
+    """Return the logits of a model's output object or mapping; any other output as it is."""
+    for name in PREDICTIONS:
+        found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        if isinstance(found, torch.Tensor):
+            return found
+    return output
+
+
+def samples_in(batch: Any) -> int:
+    """Return the number of samples of a batch: the rows of its first tensor or list.
+
+    Raises:
+        ValueError: the batch has neither.
+    """
+    first = _first_rows(collated(batch))
+    if first is None:
+        raise ValueError(
+            f"data: cannot count the samples of a batch without tensors; got {type(batch).__name__}"
+        )
+    return len(first)
+
+
+def _first_rows(value: Any) -> Any:
+    """Return the first tensor with rows in nested containers; a list of numbers or of rows in a mapping counts too."""
     if isinstance(value, torch.Tensor):
         return value if value.ndim else None
-    parts = (
-        value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
-    )
-    return next((t for t in map(_first_tensor, parts) if t is not None), None)
+    if isinstance(value, Mapping):
+        rows = [v for v in value.values() if is_rows(v)]
+        return rows[0] if rows else next((t for t in map(_first_rows, value.values()) if t is not None), None)
+    parts = value if isinstance(value, (tuple, list)) else ()
+    return next((t for t in map(_first_rows, parts) if t is not None), None)
 
 
 def _cut(value: Any, count: int, size: int) -> Any:
@@ -95,7 +151,10 @@ def _cut(value: Any, count: int, size: int) -> Any:
     if isinstance(value, torch.Tensor):
         return value[:count] if value.ndim and len(value) == size else value
     if isinstance(value, Mapping):
-        return {k: _cut(v, count, size) for k, v in value.items()}
+        return {
+            k: v[:count] if (is_rows(v) or is_text(v)) and len(v) == size else _cut(v, count, size)
+            for k, v in value.items()
+        }
     if isinstance(value, (tuple, list)):
         return [_cut(v, count, size) for v in value]
     return value
@@ -107,13 +166,8 @@ def first_samples(data: Iterable[Any], samples: int | None) -> Iterator[Any]:
         yield from data
         return
     left = samples
-    for batch in data:
-        tensor = _first_tensor(batch)
-        if tensor is None:
-            raise ValueError(
-                f"samples: cannot count the samples of a batch without tensors; got {type(batch).__name__}"
-            )
-        size = len(tensor)
+    for batch in map(collated, data):
+        size = samples_in(batch)
         yield batch if size <= left else _cut(batch, left, size)
         left -= size
         if left <= 0:

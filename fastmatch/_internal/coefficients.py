@@ -73,13 +73,17 @@ def _has_changed(model: nn.Module, note: _Note) -> bool:
     parameters = _floating(model)
     if parameters.keys() != note.entries.keys():
         return True
+    same: dict[torch.device, list[torch.Tensor]] = {}
     for name, tensor in parameters.items():
-        then, now = note.entries[name], _entries(tensor)
-        eps = 2 * max(note.precision[name], torch.finfo(tensor.dtype).eps)
-        largest = float(then.abs().max()) if then.numel() else 0.0
-        if then.shape != now.shape or not torch.allclose(now, then, rtol=eps, atol=eps * largest):
+        now = _entries(tensor)
+        then = note.entries[name].to(now.device)
+        if then.shape != now.shape:
             return True
-    return False
+        if now.numel():
+            eps = 2 * max(note.precision[name], torch.finfo(tensor.dtype).eps)
+            close = (now - then).abs() <= eps * (then.abs() + then.abs().max())
+            same.setdefault(now.device, []).append((close | (now == then)).all())
+    return not all(bool(torch.stack(found).all()) for found in same.values())  # a GPU is waited for once
 
 
 def _floating(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -89,11 +93,9 @@ def _floating(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _entries(tensor: torch.Tensor) -> torch.Tensor:
-    """Return up to :data:`_ENTRIES` entries of a tensor, evenly spaced over its flat order, in float64 on the CPU."""
+    """Return up to :data:`_ENTRIES` entries of a tensor, evenly spaced over its flat order, in float64 on its device."""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
-    count = min(tensor.numel(), _ENTRIES)
-    flat = torch.arange(count, device="cpu") * tensor.numel() // max(count, 1)
-    place = [k.to(tensor.device) for k in torch.unravel_index(flat, tensor.shape)] if tensor.ndim else []
-    chosen = tensor[tuple(place)] if place else tensor.reshape(-1)
-    return chosen.to(device="cpu", dtype=torch.float64)
+    chosen = tensor.reshape(-1)[:: max(1, -(-tensor.numel() // _ENTRIES))]
+    chosen = chosen.cpu() if chosen.device.type == "mps" else chosen  # Apple's GPUs have no float64
+    return chosen.to(torch.float64, copy=True)

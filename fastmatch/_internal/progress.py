@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 from tqdm import tqdm
 
 from fastmatch._internal.ranks import is_first
 
-__all__ = ["progress_bar"]
+__all__ = ["no_progress", "progress_bar"]
 
 T = TypeVar("T")
+
+_hidden: ContextVar[bool] = ContextVar("hidden", default=False)
+
+
+@contextmanager
+def no_progress(hidden: bool = True) -> Iterator[None]:
+    """Show no progress bar inside unless one is asked for by ``show=True``."""
+    token = _hidden.set(hidden)
+    try:
+        yield
+    finally:
+        _hidden.reset(token)
 
 
 def progress_bar(
@@ -28,5 +42,5 @@ def progress_bar(
         total: number of items, for ``items`` without a length.
     """
     if show is None:
-        show = sys.stderr.isatty()
+        show = sys.stderr.isatty() and not _hidden.get()
     yield from tqdm(items, desc=title, total=total, disable=not (show and is_first()), delay=1.0, leave=False)

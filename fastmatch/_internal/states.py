@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
 from torch import nn
 
 __all__ = [
-    "State", "check_finite", "check_models", "check_module", "check_same_architecture", "headers_of", "state_of",
+    "State", "check_finite", "check_models", "check_module", "check_same_architecture", "headers_of", "nearest",
+    "state_of",
 ]  # fmt: skip
 
 State: TypeAlias = Mapping[str, torch.Tensor]
@@ -66,35 +68,65 @@ def headers_of(state: State) -> State:
     return getattr(state, "headers", state)
 
 
+def nearest(name: str, names: Iterable[str], text: str = "did you mean {}?") -> str:
+    """Return ``"; did you mean 'x'?"`` with the name that is most alike, or nothing if none is."""
+    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    return "; " + text.format(repr(found[0])) if found else ""
+
+
+PREFIXES = {
+    "module.": "DistributedDataParallel and DataParallel add; give the wrapped model (model.module)",
+    "_orig_mod.": "torch.compile adds; give the module that was compiled (model._orig_mod)",
+    "model.": "Lightning modules and other wrappers add; give the wrapped model, or take it off the names",
+}
+"""Prefixes of every name in a wrapped model, and who adds them."""
+
+
+def _others(names: Sequence[str]) -> str:
+    """Return the names after the first one as text, some of them and how many there are."""
+    if len(names) == 1:
+        return ""
+    shown = ", ".join(map(repr, names[1:4])) + (", ..." if len(names) > 4 else "")
+    return f" (also {shown}; {len(names)} in all)"
+
+
 def check_same_architecture(a: State, b: State, name_a: str = "model_a", name_b: str = "model_b") -> None:
-    """Raise ValueError at the first tensor whose name or shape differs."""
-    wrapped = [all(name.startswith("module.") for name in state) for state in (a, b)]
-    if wrapped[0] != wrapped[1]:
+    """Raise ValueError where names or shapes of tensors differ. Names are listed, with the nearest one of the other."""
+    for prefix, origin in PREFIXES.items():
+        kinds = [{name.startswith(prefix) for name in state} for state in (a, b)]
+        if kinds in ([{True}, {False}], [{False}, {True}]):
+            raise ValueError(
+                f"{name_a if kinds[0] == {True} else name_b}: every name starts with {prefix!r}, and the other's names do not; "
+                f"{prefix!r} is what {origin}"
+            )
+    lacking, extra = [n for n in a if n not in b], [n for n in b if n not in a]
+    if lacking:
         raise ValueError(
-            f"{name_a if wrapped[0] else name_b}: every name starts with 'module.', which DistributedDataParallel "
-            "and DataParallel add, and the other's names do not; give the wrapped model (model.module)"
+            f"{name_b}: has no tensor {lacking[0]!r}, which {name_a} has{_others(lacking)}; architectures must be equal"
+            f"{nearest(lacking[0], extra, 'the nearest that it has is {}')}"
+        )
+    if extra:
+        raise ValueError(
+            f"{name_b}: has tensor {extra[0]!r}, which {name_a} has not{_others(extra)}; architectures must be equal"
         )
     for name, tensor in a.items():
-        if name not in b:
-            raise ValueError(
-                f"{name_b}: has no tensor {name!r}, which {name_a} has; architectures must be equal"
-            )
         if b[name].shape != tensor.shape:
             raise ValueError(
                 f"{name_b}: tensor {name!r} has shape {tuple(b[name].shape)}, "
                 f"{name_a} has {tuple(tensor.shape)}; architectures must be equal"
             )
-    extra = [name for name in b if name not in a]
-    if extra:
-        raise ValueError(
-            f"{name_b}: has tensor {extra[0]!r}, which {name_a} has not; architectures must be equal"
-        )
 
 
 def check_finite(state: State, argument: str) -> None:
     """Raise ValueError naming the first tensor that holds NaN or infinity."""
     # A sum needs one read and no mask. It is finite if every term is, except on overflow; only then count.
     floating = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+    for name, tensor in floating.items():
+        if tensor.is_meta:
+            raise ValueError(
+                f"{argument}: tensor {name!r} is on the meta device and has no values; load the weights, or only trace the "
+                "model (PermutationSpec.trace)"
+            )
     sums = {
         name: tensor.sum(dtype=torch.float64)
         for name, tensor in floating.items()

@@ -22,9 +22,15 @@ class LapJV:
     """
 
     def solve(self, problem: LapProblem) -> LapSolution:
-        """Solve the problem: see :meth:`Solver.solve`. A warm start has no effect."""
-        import lapjv
+        """Solve the problem: see :meth:`Solver.solve`. A warm start has no effect.
 
+        Raises:
+            ImportError: the package lapjv is not installed (the extra ``lapjv``).
+        """
+        try:
+            import lapjv
+        except ImportError as error:
+            raise ImportError("LapJV needs the package lapjv: pip install 'fastmatch[lapjv]'") from error
         matrix = problem.matrix(self)
         n, m = matrix.shape
         if n != m:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from fastmatch._internal.checks import check_type
+from fastmatch.assignment.bounded_gain import BoundedGain, solve_bounded
 from fastmatch.assignment.candidate_lists import CandidateLists
 from fastmatch.assignment.cost import Cost
 from fastmatch.assignment.dense_cost import DenseCost
@@ -63,6 +64,7 @@ def select_solver(cost: np.ndarray | torch.Tensor | Cost) -> Solver:
     larger matrix                                         :class:`DenseShortlists`
     floating-point tensor on a GPU beyond 2^24 entries,
     :class:`DeviceCost` of that size                      :class:`CandidateLists`
+    gain with bounds                                      that of its matrix of bounds
     :class:`FactorCost` of up to 2^24 entries             :class:`DenseShortlists`
     larger :class:`FactorCost`                            :class:`CandidateLists`
     other costs                                           :class:`CandidateLists`
@@ -72,7 +74,7 @@ def select_solver(cost: np.ndarray | torch.Tensor | Cost) -> Solver:
         >>> type(fm.assignment.select_solver(np.zeros((2000, 2000)))).__name__
         'DenseShortlists'
     """
-    cost = _as_cost(cost, None)
+    cost = _as_cost(cost.bound if isinstance(cost, BoundedGain) else cost, None)
     entries = math.prod(cost.shape)
     if isinstance(cost, (DenseCost, DeviceCost)) and entries <= SMALL:
         return SMALL_DENSE
@@ -127,6 +129,10 @@ def solve(
         check_type("warm_start", warm_start, Assignment)
     if not isinstance(cost, (np.ndarray, torch.Tensor, DenseCost, DeviceCost, FactorCost, Cost)):
         cost = as_array(cost)
+    if isinstance(cost, BoundedGain) and solver is None:
+        if not maximize:
+            raise ValueError("cost: a BoundedGain has upper bounds only; pass maximize=True")
+        return solve_bounded(cost, warm_start, partial(solve, maximize=True))
     integers = wide_integers(cost, maximize)
     if integers is not None:
         return solve_integers(integers, warm_start, partial(solve, solver=solver))

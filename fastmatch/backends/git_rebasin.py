@@ -41,9 +41,11 @@ def spec_of(ps: Any, params: Mapping[str, Any]) -> PermutationSpec:
         places = [(p, d) for p, d in axes if p in shapes and d is not None and d < len(shapes[p])]
         if not places:
             raise ValueError(f"ps: no axis of group {name!r} is among the parameters")
-        parameter, dim = places[0]
+        # The channels are those of the layer that gives them; what reads them may be listed first, and be flattened.
+        given = [(p, d) for p, d in places if d == 0] or places
+        parameter, dim = given[0]
         size = shapes[parameter][dim]
-        channels = dim == 0 and len(shapes[parameter]) > 2
+        channels = any(d in (0, 1) and len(shapes[p]) > 2 for p, d in places)
         found = []
         for p, d in dict.fromkeys(places):
             length = shapes[p][d]

@@ -160,8 +160,8 @@ def align_checkpoints(
 
     Raises:
         TypeError: ``matcher`` is not a WeightMatching.
-        ValueError: a file is damaged, A and B differ, nothing can be permuted, or the journal is of another run. File and
-            tensor are named.
+        ValueError: a file is damaged, A and B differ, a tensor or the result holds NaN or infinity, nothing can be
+            permuted, or the journal is of another run. File and tensor are named.
         OSError: a file is missing or cannot be written, or another run writes ``out``. Nothing is left half-written.
         RuntimeError: another rank failed or does not answer; the message names it.
 

@@ -39,7 +39,7 @@ def apply_to_checkpoint(
         What was permuted: ``"checkpoint"`` or ``"LoRA"``.
 
     Raises:
-        ValueError: a tensor does not fit the permutations, or a factor of the LoRA cannot follow them exactly, as a
+        ValueError: a tensor does not fit the permutations, the result holds NaN or infinity, or a factor of the LoRA cannot follow them exactly, as a
             Kronecker factor whose rows do not move in blocks. The tensor is named.
         OSError: a file is missing or cannot be written. Nothing is left half-written.
     """

@@ -55,8 +55,9 @@ DEVICES: dict[DeviceName, Device] = {
     "cpu": Device(products=5e10, assignment=4e7, read=1e9, write=5e8, link=1e9, latency=2e-3),
     "h100": Device(products=1e14, assignment=4e7, read=3e9, write=1e9, link=5e9, latency=2e-3),
 }
-"""Rough rates, of one core and of one GPU with a share of its host. None of them was fitted to a run: products are below the
-data sheets (an H100 in three TF32 products), the disks are NVMe drives shared by ranks, and assignments run on a core."""
+"""Rough estimates, of one core and of one GPU with a share of its host. None of them was measured, and no run has checked
+them. They stand for an H100 that multiplies float32 in three TF32 products, NVMe drives shared by ranks, and assignments
+on a core."""
 
 
 @dataclass(frozen=True)

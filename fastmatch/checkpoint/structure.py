@@ -1,14 +1,12 @@
 """Trace the permutation groups of a checkpoint from its config.json, without reading its weights.
 
-The model is built at its real size, so that the traced sizes are the checkpoint's, but its weights take no memory: entry
-(i, j) of a parameter is entry i + j of one short random vector, a view with overlapping strides. Unlike fake tensors,
-these have real values, which some rules of the tracer need (uniform constants, routers). The model creates its buffers
-as usual.
+The model is built at its real size, so that the traced sizes are the checkpoint's, but its weights take no memory: they are
+on the meta device, and the trace fills them (:mod:`fastmatch.spec.hollow`). The model creates its buffers as usual.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from inspect import signature
@@ -25,7 +23,7 @@ from fastmatch.spec import PermutationSpec
 from fastmatch.spec.unread import Unread
 
 __all__ = [
-    "bind", "build_empty", "build_from", "compared", "config_inputs", "config_of", "hollow_tensor", "parameters_on_meta",
+    "bind", "build_empty", "build_from", "compared", "config_inputs", "config_of", "parameters_on_meta",
     "tied_names", "trace_config",
 ]  # fmt: skip
 
@@ -193,26 +191,6 @@ def config_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
     return inputs
 
 
-def _fill(model: nn.Module) -> None:
-    """Replace the parameters on the meta device by overlapping views of short random vectors."""
-    generator = torch.Generator().manual_seed(0)
-    made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is None or parameter.device.type != "meta":
-                continue
-            if id(parameter) not in made:
-                view = hollow_tensor(parameter.shape, generator)
-                made[id(parameter)] = nn.Parameter(view, requires_grad=False)
-            module._parameters[name] = made[id(parameter)]
-
-
-def hollow_tensor(shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
-    """Return small random numbers of any shape in little memory: entry (i, j) is entry i + j of a vector."""
-    vector = torch.randn(1 + sum(n - 1 for n in shape if n), generator=generator, device="cpu") * 0.02
-    return vector.as_strided(tuple(shape), (1,) * len(shape))
-
-
 def trace_config(directory: str | Path, *, unread: Unread = "refuse") -> PermutationSpec:
     """Trace the model that a Hugging Face directory's config.json describes. No weight is read.
 
@@ -237,9 +215,7 @@ def trace_config(directory: str | Path, *, unread: Unread = "refuse") -> Permuta
             read parameters that could share a group (a tower for inputs of another kind).
     """
     model = build_empty(directory)
-    inputs = config_inputs(model)
-    _fill(model)
-    return PermutationSpec.trace(model, (), kwargs=inputs, outputs=compared, unread=unread)
+    return PermutationSpec.trace(model, (), kwargs=config_inputs(model), outputs=compared, unread=unread)
 
 
 def compared(output: Any) -> list[str] | None:

@@ -16,6 +16,7 @@ from fastmatch._internal.json_files import read_json
 from fastmatch._internal.outputs import Claim, claimed
 from fastmatch._internal.ranks import ALONE, Ranks, deal
 from fastmatch._internal.safetensors_file import write_safetensors
+from fastmatch._internal.states import check_finite
 from fastmatch._internal.torch_file import save_torch
 from fastmatch.checkpoint.reader import CONFIG, Checkpoint
 from fastmatch.checkpoint.side_files import copy_side_files
@@ -50,6 +51,7 @@ def write_like(
         ranks: the processes that share the files of a directory; ``out`` is a claim then. Rank 0 writes all else.
 
     Raises:
+        ValueError: a tensor to write holds NaN or infinity; it is named, and nothing is kept.
         OSError: a write failed, for example on a full disk. The message names file and tensor, and nothing is kept.
     """
     is_folder = source.path.is_dir()
@@ -62,7 +64,7 @@ def write_like(
         elif ranks.rank > 0:
             return
         elif held.path.suffix in TORCH_SUFFIXES:
-            save_torch({k: _cast(transform(k), dtype) for k in source}, held.part, held.path)
+            save_torch({k: _made(k, transform, dtype, held.path) for k in source}, held.part, held.path)
         else:
             _write_file(source, source.path, held.part, held.path, transform, dtype, metadata)
         if ranks.rank == 0:
@@ -138,8 +140,14 @@ def _target(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:
     return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
 
 
-def _cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    return tensor.to(_target(tensor, dtype))
+def _made(
+    name: str, transform: Callable[[str], torch.Tensor], dtype: torch.dtype | None, final: Path
+) -> torch.Tensor:
+    """Return a tensor as it is written; another type, or a merge, may overflow."""
+    tensor = transform(name)
+    tensor = tensor.to(_target(tensor, dtype))
+    check_finite({name: tensor}, f"{final} is not written: the result")
+    return tensor
 
 
 def _set_dtype(path: Path, dtype: torch.dtype) -> None:
@@ -164,4 +172,4 @@ def _write_file(
     # Large elements first, as the library orders them: it reads no tensor that is not aligned in the file.
     headers = dict(sorted(made.items(), key=lambda item: -item[1].itemsize))
     kept = source.metadata.get(file, {}) if metadata is None else metadata
-    write_safetensors(path, final, headers, lambda name: _cast(transform(name), dtype), kept)
+    write_safetensors(path, final, headers, lambda name: _made(name, transform, dtype, final), kept)

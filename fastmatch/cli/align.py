@@ -6,15 +6,17 @@ import argparse
 import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from torch import nn
 
-from fastmatch._internal.files import STATE_SUFFIXES, load_state, save_state, shared_metadata
+from fastmatch._internal.batches import default_forward
+from fastmatch._internal.files import STATE_SUFFIXES, load_state, shared_metadata
 from fastmatch._internal.ranks import is_first, joined
 from fastmatch._internal.states import check_finite, check_same_architecture, state_of
 from fastmatch._internal.stopwatch import Stopwatch
-from fastmatch.cli.loading import build_model, build_network, check_outputs, example_from, load_into
+from fastmatch.cli.groups import selected
+from fastmatch.cli.loading import build_model, build_network, example_from, function_from, load_into
 from fastmatch.cli.options import (
     Commands,
     add,
@@ -24,6 +26,7 @@ from fastmatch.cli.options import (
     dtype_from,
     matcher_from,
 )
+from fastmatch.cli.outputs import check_outputs, say, write_weights
 from fastmatch.cli.reports import PAGES, open_states, report_data, write_report
 from fastmatch.cli.speaking import speaking
 from fastmatch.matching.align import align
@@ -39,7 +42,7 @@ from fastmatch.permutations.verify import verify
 from fastmatch.spec import PermutationSpec
 from fastmatch.spec.unread import Unread
 
-__all__ = ["add_commands"]
+__all__ = ["add_commands", "journal_of"]
 
 PAIRWISE = {"to-reference": ToReference, "chain": Chain}
 ALIGNED = 0.99
@@ -50,8 +53,13 @@ JOINT = {"merge-many": MergeMany, "frank-wolfe": FrankWolfe}
 def add_commands(commands: Commands) -> None:
     """Add the commands to the grammar."""
     command = add_command(
-        commands, "align", align_command, "align checkpoint B to checkpoint A by their weights or on data"
-    )
+        commands, "align", align_command, "align checkpoint B to checkpoint A by their weights or on data",
+        examples=(
+            "align a.safetensors b.safetensors --model net.py:build --input-shape 2,3,32,32 --out b_aligned.safetensors",
+            "align a.pt b.pt --model net:build --matcher activations --data net:loader --out b_aligned.pt",
+            "align llama-a llama-b --out llama-b-aligned",
+        ),
+    )  # fmt: skip
     command.add_argument(
         "a", help="the reference: .safetensors, a torch file of tensors, or a Hugging Face directory"
     )
@@ -78,7 +86,11 @@ def add_commands(commands: Commands) -> None:
     add(command, "--force", "--report", "--report-data")
     add_matcher_options(command)
     command.add_argument(
-        "--groups", nargs="+", metavar="NAME", help="match only these groups, named by `fastmatch inspect`"
+        "--groups",
+        nargs="+",
+        metavar="NAME",
+        help="match only these groups, by their names in `fastmatch inspect` or what they are there; with patterns, such "
+        "as 'layers.*.mlp.*'",
     )
     command.add_argument(
         "--no-residual", dest="residual", action="store_false", help="keep the order of residual streams"
@@ -113,6 +125,9 @@ def add_commands(commands: Commands) -> None:
         "align-many",
         align_many_command,
         "bring several checkpoints into the first one's order of units",
+        examples=(
+            "align-many a.pt b.pt c.pt --model net.py:build --input-shape 2,3,32,32 --out b_aligned.pt c_aligned.pt",
+        ),
     )
     command.add_argument("checkpoints", nargs="+", help="two or more checkpoints; the first keeps its order")
     add(command, "--model", required=True)
@@ -154,10 +169,19 @@ def _align_pair(args: argparse.Namespace) -> None:
         return
     if args.permutations is not None:
         alignment.save(args.permutations, force=args.force)
-    print(f"{_summary(alignment)}; wrote {args.out}")
+    text = f"{_summary(alignment)}; wrote {args.out}"
+    say(args, text, **_record(alignment), out=args.out, report=args.report)
     if args.report is not None:
         a, b = models or open_states(args.a, args.b, alignment.spec)
-        write_report(alignment.report(a, b, data, names=(args.a, args.b)), args)
+        forward = function_from(args.forward, "--forward", default_forward)
+        write_report(alignment.report(a, b, data, names=(args.a, args.b), forward=forward), args)
+
+
+def journal_of(args: argparse.Namespace) -> Path | None:
+    """Return where an alignment out of core would keep its journal; None if there is no output."""
+    from fastmatch.checkpoint.journal import journal_path
+
+    return journal_path(args.out) if args.out else None
 
 
 def _align_in_memory(args: argparse.Namespace) -> tuple[Alignment, tuple[nn.Module, nn.Module]]:
@@ -180,7 +204,7 @@ def _align_in_memory(args: argparse.Namespace) -> tuple[Alignment, tuple[nn.Modu
     model_b.load_state_dict(states[1])
     watch = Stopwatch()
     with watch("trace"):
-        spec = _selected(PermutationSpec.trace(model, example, unread=args.unread), args)
+        spec = selected(PermutationSpec.trace(model, example, unread=args.unread), args)
     if not spec.groups:
         raise ValueError(
             f"--model: no group of units of {args.model} is free to move; see `fastmatch inspect`"
@@ -195,7 +219,7 @@ def _align_in_memory(args: argparse.Namespace) -> tuple[Alignment, tuple[nn.Modu
         result = merge_states([states[0], result], [1 - args.merge, args.merge])
     described = [args.b] if args.merge is None else [args.a, args.b]
     if is_first():
-        save_state(result, args.out, force=args.force, metadata=shared_metadata(described))
+        write_weights(result, args.out, force=args.force, metadata=shared_metadata(described))
     return alignment, (model, model_b)
 
 
@@ -237,7 +261,7 @@ def _align_out_of_core(args: argparse.Namespace, *, is_folder: bool) -> Alignmen
         small = sum(t.numel() for t in model.parameters()) <= LARGEST
         proof = verify(model, traced, example) if small else None
     alignment = align_checkpoints(
-        args.a, args.b, args.out, matcher, spec=_selected(traced, args), write=write, device=device_from(args.device),
+        args.a, args.b, args.out, matcher, spec=selected(traced, args), write=write, device=device_from(args.device),
         resume=args.resume,
     )  # fmt: skip
     return replace(alignment, proof=proof)
@@ -254,10 +278,13 @@ def align_many_command(args: argparse.Namespace) -> None:
     model, built = build_model(args.model)
     models = [load_into(model, path) for path in args.checkpoints]
     found = align_many(models, example_from(args.input_shape, built), strategy)
+    lines, records = [], []
     for alignment, path, out in zip(found[1:], args.checkpoints[1:], args.out, strict=True):
         moved = alignment.apply(load_state(path))  # in the types of the file
-        save_state(moved, out, force=args.force, metadata=shared_metadata([path]))
-        print(f"{path}: {_summary(alignment)}; wrote {out}")
+        write_weights(moved, out, force=args.force, metadata=shared_metadata([path]))
+        lines.append(f"{path}: {_summary(alignment)}; wrote {out}")
+        records.append({"checkpoint": path, **_record(alignment), "out": out})
+    say(args, "\n".join(lines), alignments=records)
 
 
 def _strategy_from(args: argparse.Namespace) -> Strategy:
@@ -286,13 +313,6 @@ def _strategy_from(args: argparse.Namespace) -> Strategy:
     return JOINT[args.strategy](matcher, **options)
 
 
-def _selected(spec: PermutationSpec, args: argparse.Namespace) -> PermutationSpec:
-    """Return the spec with only the groups that the options leave free to move."""
-    if args.groups is not None:
-        spec = spec.select(args.groups)
-    return spec if args.residual else spec.without_residual()
-
-
 def _summary(alignment: Alignment) -> str:
     """Return what was found as text: groups, moved units, objective, work, and whether it converged."""
     matching = alignment.matching
@@ -306,6 +326,22 @@ def _summary(alignment: Alignment) -> str:
         f"{matching.objective[0]:.6g} -> {matching.objective[-1]:.6g} in {matching.sweeps} sweeps, "
         f"{matching.solves} assignments ({state}); {_proof_of(alignment)}"
     )
+
+
+def _record(alignment: Alignment) -> dict[str, Any]:
+    """Return what was found as plain values."""
+    matching = alignment.matching
+    assert matching is not None
+    return {
+        "groups": len(alignment.permutations),
+        "units": sum(len(p) for p in alignment.permutations.values()),
+        "moved": alignment.moved,
+        "objective": list(matching.objective),
+        "sweeps": matching.sweeps,
+        "assignments": matching.solves,
+        "converged": matching.converged,
+        "proof error": None if alignment.proof is None else alignment.proof.error,
+    }
 
 
 def _proof_of(alignment: Alignment) -> str:

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 from fastmatch._internal.files import STATE_SUFFIXES
-from fastmatch.cli.loading import check_outputs
 from fastmatch.cli.options import Commands, add, add_command
+from fastmatch.cli.outputs import check_outputs, say
 from fastmatch.permutations.alignment import Alignment
 
 __all__ = ["add_commands"]
@@ -18,6 +18,10 @@ def add_commands(commands: Commands) -> None:
     command = add_command(
         commands, "apply", apply_command,
         "permute a checkpoint, or a LoRA that was trained on it, as `align --permutations` has found",
+        examples=(
+            "apply permutations.safetensors lora_of_b.safetensors --out lora_aligned.safetensors",
+            "apply permutations.safetensors b.safetensors --out b_aligned.safetensors",
+        ),
     )  # fmt: skip
     command.add_argument("permutations", help="the .safetensors file of permutations of checkpoint B")
     command.add_argument(
@@ -33,4 +37,5 @@ def apply_command(args: argparse.Namespace) -> None:
     check_outputs(args, out=None if Path(args.checkpoint).is_dir() else STATE_SUFFIXES)
     alignment = Alignment.load(args.permutations)
     kind = apply_to_checkpoint(alignment, args.checkpoint, args.out, force=args.force)
-    print(f"permuted the {kind} {args.checkpoint}: {alignment.moved} units moved; wrote {args.out}")
+    text = f"permuted the {kind} {args.checkpoint}: {alignment.moved} units moved; wrote {args.out}"
+    say(args, text, kind=kind, moved=alignment.moved, out=args.out)

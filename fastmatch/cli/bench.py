@@ -26,6 +26,8 @@ def add_commands(commands: Commands) -> None:
         "bench",
         bench_command,
         "run the benchmark suites of a checkout and write a page of the results",
+        examples=("bench assignment gains --quick --out out/bench.json",),
+        outcome=False,
     )
     command.add_argument(
         "suites", nargs="*", metavar="suite", help=f"some of {', '.join(SUITES)}; all by default"

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
+from fastmatch._internal.batches import default_forward
+from fastmatch._internal.callables import loader_from
 from fastmatch._internal.files import load_state
-from fastmatch.cli.loading import (
-    CSV_SUFFIXES,
-    build_model,
-    check_outputs,
-    load_into,
-    load_models,
-    loader_from,
-    write_table,
-)
+from fastmatch.cli.loading import build_model, function_from, load_into, load_models
 from fastmatch.cli.options import Commands, add, add_command
+from fastmatch.cli.outputs import CSV_SUFFIXES, check_outputs, write_table
 from fastmatch.evaluation.between import Renormalized
 from fastmatch.evaluation.curve import interpolate
 from fastmatch.evaluation.distances import distances
@@ -26,18 +22,24 @@ from fastmatch.renorm import Renormalization
 
 __all__ = ["add_commands"]
 
-LABELLED = "callable that returns a loader of (inputs, targets)"
+LABELLED = "callable that returns a loader of (inputs, targets), or of mappings with labels"
 
 
 def add_commands(commands: Commands) -> None:
     """Add the commands to the grammar."""
     command = add_command(
-        commands, "curve", curve_command, "loss, top-1 and top-5 accuracy on the line between two checkpoints"
-    )
+        commands, "curve", curve_command, "loss, top-1 and top-5 accuracy on the line between two checkpoints",
+        examples=(
+            "curve a.pt b_aligned.pt --model net.py:build --data net.py:test_loader --plot curve.svg --out curve.csv",
+            "curve a.pt b_aligned.pt --model net.py:build --data net.py:test_loader --loss torch.nn.functional:mse_loss "
+            "--out curve.csv",
+        ),
+    )  # fmt: skip
     command.add_argument("a", help="the checkpoint at lambda = 0")
     command.add_argument("b", help="the checkpoint at lambda = 1, aligned to the first")
     add(command, "--model", required=True)
     add(command, "--data", required=True, help=LABELLED)
+    _add_measures(command)
     add(command, "--points", default=11, help="number of equidistant points, endpoints included")
     add(command, "--renormalize", help="renormalize the merges between the endpoints by this method")
     command.add_argument(
@@ -48,28 +50,58 @@ def add_commands(commands: Commands) -> None:
     _add_outputs(command, plot=True)
 
     command = add_command(
-        commands, "triangle", triangle_command, "loss and accuracy over the triangle of three checkpoints"
-    )
+        commands, "triangle", triangle_command, "loss and accuracy over the triangle of three checkpoints",
+        examples=("triangle a.pt b_aligned.pt c_aligned.pt --model net.py:build --data net.py:test_loader --out t.csv",),
+    )  # fmt: skip
     command.add_argument("checkpoints", nargs=3, help="three aligned checkpoints")
     add(command, "--model", required=True)
     add(command, "--data", required=True, help=LABELLED)
+    _add_measures(command)
     add(command, "--points", default=5, help="number of points on each side, corners included")
     _add_outputs(command, plot=True)
 
     command = add_command(
-        commands, "layers", layers_command, "per layer: variances, dead inputs and vanishing features on data"
-    )
+        commands, "layers", layers_command, "per layer: variances, dead inputs and vanishing features on data",
+        examples=(
+            "layers a.pt b_aligned.pt merged.pt --endpoints a.pt b_aligned.pt --model net.py:build --data net.py:loader "
+            "--out layers.csv",
+        ),
+    )  # fmt: skip
     command.add_argument("checkpoints", nargs="+", help="one or more checkpoints")
     add(command, "--model", "--data", required=True)
+    add(command, "--forward")
     command.add_argument(
         "--endpoints", nargs="*", default=[], metavar="FILE",
         help="those of the checkpoints whose mean variance is the denominator of the variance ratios",
     )  # fmt: skip
     _add_outputs(command)
 
-    command = add_command(commands, "distances", distances_command, "L2 distances between checkpoints")
+    command = add_command(
+        commands, "distances", distances_command, "L2 distances between checkpoints",
+        examples=("distances a.pt b.pt b_aligned.pt --out distances.csv",),
+    )  # fmt: skip
     command.add_argument("checkpoints", nargs="+", help="two or more checkpoints")
     _add_outputs(command)
+
+
+def _add_measures(command: argparse.ArgumentParser) -> None:
+    measure: dict[str, Any] = {"metavar": "MODULE:CALLABLE"}
+    command.add_argument(
+        "--loss", **measure,
+        help="function of (outputs, targets), such as torch.nn.functional:mse_loss; by default the loss that the network "
+        "returns if it takes labels, else the cross entropy",
+    )  # fmt: skip
+    command.add_argument("--metric", **measure, help="another function of (outputs, targets) to measure")
+    add(command, "--forward")
+
+
+def _measures(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the functions that the options name, as arguments of the library's calls."""
+    return {
+        "loss": function_from(args.loss, "--loss", None),
+        "metric": function_from(args.metric, "--metric", None),
+        "forward": function_from(args.forward, "--forward", default_forward),
+    }
 
 
 def _add_outputs(command: argparse.ArgumentParser, *, plot: bool = False) -> None:
@@ -93,30 +125,35 @@ def curve_command(args: argparse.Namespace) -> None:
     if args.renormalize is not None:
         options = Renormalization(args.renormalize, args.mode or "joint", args.samples)
         between = Renormalized(loader_from(args.calibration, "--calibration"), options)
-    curve = interpolate(
-        load_into(model, args.a), load_into(model, args.b), data, args.points, between=between
-    )
+    pair = load_into(model, args.a), load_into(model, args.b)
+    curve = interpolate(*pair, data, args.points, between=between, **_measures(args))
     if args.plot is not None:
         curve.plot(args.plot)
-    write_table(curve.table(), args)
-    print(f"loss barrier {curve.barrier:.4f}, accuracy barrier {curve.accuracy_barrier:.4f}")
+    text = f"loss barrier {curve.barrier:.4f}"
+    if curve.accuracy:
+        text += f", accuracy barrier {curve.accuracy_barrier:.4f}"
+    barriers = {"loss barrier": curve.barrier, "accuracy barrier": curve.accuracy_barrier}
+    write_table(curve.table(), args, text, **barriers)
 
 
 def triangle_command(args: argparse.Namespace) -> None:
     """Evaluate the triangle of three checkpoints."""
     check_outputs(args, out=CSV_SUFFIXES, plot=PICTURES)
-    found = triangle(load_models(args), loader_from(args.data, "--data"), points=args.points)
+    found = triangle(
+        load_models(args), loader_from(args.data, "--data"), points=args.points, **_measures(args)
+    )
     if args.plot is not None:
         found.plot(args.plot, names=[Path(path).stem for path in args.checkpoints])
-    write_table(found.table(), args)
-    print(f"loss barrier {found.barrier:.4f}")
+    write_table(found.table(), args, f"loss barrier {found.barrier:.4f}", **{"loss barrier": found.barrier})
 
 
 def layers_command(args: argparse.Namespace) -> None:
     """Write one row per checkpoint and layer."""
     check_outputs(args, out=CSV_SUFFIXES)
     models = dict(zip(args.checkpoints, load_models(args), strict=True))
-    write_table(layer_table(models, loader_from(args.data, "--data"), endpoints=args.endpoints), args)
+    forward = function_from(args.forward, "--forward", default_forward)
+    data = loader_from(args.data, "--data")
+    write_table(layer_table(models, data, endpoints=args.endpoints, forward=forward), args)
 
 
 def distances_command(args: argparse.Namespace) -> None:

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastmatch.cli.groups import described
 from fastmatch.cli.loading import build_network
 from fastmatch.cli.options import Commands, add, add_command, dtype_from
+from fastmatch.cli.outputs import say
 from fastmatch.spec import PermutationSpec
 
 __all__ = ["add_commands"]
@@ -18,15 +20,19 @@ __all__ = ["add_commands"]
 def add_commands(commands: Commands) -> None:
     """Add the commands to the grammar."""
     command = add_command(
-        commands, "inspect", inspect_command, "print a network's permutation groups and its pinned axes"
-    )
+        commands, "inspect", inspect_command, "print a network's permutation groups and its pinned axes",
+        examples=("inspect --model net.py:build --input-shape 2,3,32,32",),
+    )  # fmt: skip
     add(command, "--model", required=True)
     add(command, "--input-shape")
-    command.add_argument("--json", action="store_true", help="print the spec as JSON instead of a table")
 
     command = add_command(
         commands, "verify", verify_command,
         "check that two checkpoints are the same function: run both on random inputs and compare all outputs",
+        examples=(
+            "verify llama-b llama-b-aligned",
+            "verify b.pt b_aligned.pt --model net.py:build --input-shape 2,3,32,32",
+        ),
     )  # fmt: skip
     command.add_argument("a", help="a Hugging Face directory, or a file (then --model is needed)")
     command.add_argument("b", help="the other directory or file")
@@ -50,7 +56,10 @@ def add_commands(commands: Commands) -> None:
 def inspect_command(args: argparse.Namespace) -> None:
     """Print the traced groups of a model, and which operation pins which axis."""
     spec = PermutationSpec.trace(*build_network(args))
-    print(spec.to_json() if args.json else spec.table())
+    if args.json:
+        print(spec.to_json())
+    elif not args.quiet:
+        print(described(spec))
 
 
 def verify_command(args: argparse.Namespace) -> None:
@@ -67,4 +76,5 @@ def verify_command(args: argparse.Namespace) -> None:
         args.a, args.b, model=model, example_inputs=example,
         dtype=dtype_from(args.dtype) or torch.float64, tolerance=args.tolerance,
     )  # fmt: skip
-    print(f"the same function: {found.outputs} outputs agree within {found.error:.2g} relative")
+    text = f"the same function: {found.outputs} outputs agree within {found.error:.2g} relative"
+    say(args, text, outputs=found.outputs, error=found.error)

@@ -1,17 +1,28 @@
-"""The ``fastmatch`` command: the grammar of all commands, and how errors are reported."""
+"""The ``fastmatch`` command: the grammar of all commands, and how errors and signals are reported."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import logging
+import os
+import re
 import sys
-from collections.abc import Sequence
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
+from typing import Any, NoReturn
 
+from fastmatch._internal.progress import no_progress
 from fastmatch._internal.ranks import RanksError, is_launched
+from fastmatch._internal.states import nearest
 from fastmatch.cli import (
     align,
     apply,
     bench,
+    complete,
     evaluate,
     inspect,
     merge,
@@ -20,28 +31,47 @@ from fastmatch.cli import (
     renormalize,
     run,
     studies,
-)
+)  # fmt: skip
+from fastmatch.cli.signals import Ended, ended_by_signals
 
 __all__ = ["main", "parser"]
 
-GROUPS = (align, plan, apply, merge, renormalize, pipeline, evaluate, inspect, studies, bench, run)
+GROUPS = (align, plan, apply, merge, renormalize, pipeline, evaluate, inspect, studies, bench, run, complete)
 """The modules that add commands, in the order of the help."""
 
 SHARED = ("align", "run")
 """The commands that several processes of a launcher may run together."""
 
+EXPECTED = (ValueError, TypeError, OSError, ImportError, RanksError)
+"""Errors whose message says what is wrong with the input; others are told with their type."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports an error on one line: what is wrong, the nearest word that is right, and where the help is."""
+
+    def error(self, message: str) -> NoReturn:
+        choice = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        if choice:
+            message += nearest(choice[1], re.findall(r"[\w-]+", choice[2]))
+        self.exit(2, f"{self.prog}: {message} (see `{self.prog} --help`)\n")
+
 
 def parser() -> argparse.ArgumentParser:
     """Return the grammar of the command line."""
-    root = argparse.ArgumentParser(
+    root = _Parser(
         prog="fastmatch",
         description="Align, merge and renormalize neural networks of the same architecture.",
-        epilog="`fastmatch COMMAND --help` lists a command's options.",
+        epilog="`fastmatch COMMAND --help` lists a command's options, with examples.",
     )
+    root.add_argument("--version", action="version", version=f"fastmatch {_version()}")
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for group in GROUPS:
         group.add_commands(commands)
     return root
+
+
+def _version() -> str:
+    return importlib.import_module("fastmatch").__version__  # the package is above its command line
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -49,29 +79,94 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     given, script = list(arguments), []
     if given[:1] == ["run"] and given[1:] not in (["-h"], ["--help"]):
         given, script = given[:1], given[1:]
-    args = parser().parse_args(given)
-    args.script = script
-    args.arguments = list(arguments)
+    grammar = parser()
+    args, unknown = grammar.parse_known_args(given)
+    if unknown:
+        (commands,) = (a.choices for a in grammar._actions if isinstance(a, argparse._SubParsersAction))
+        command = commands[args.command]
+        command.error(
+            f"unknown: {' '.join(unknown)}{nearest(unknown[0].split('=')[0], command._option_string_actions)}"
+        )
+    args.script, args.grammar, args.arguments = script, grammar, list(arguments)
     return args
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit status: 0 on success, 2 after a one-line message about wrong input."""
+    """Run one command and return the exit status.
+
+    0 on success; 2 after one line about wrong input; 1 after one line about any other error; 130 after Ctrl-C, and
+    128 plus the number after another signal; 141 if the reader of the output has gone.
+    """
     args = _parse(sys.argv[1:] if arguments is None else arguments)
+    verbose, quiet = getattr(args, "verbose", False), getattr(args, "quiet", False)
     try:
         if is_launched() and args.command not in SHARED:
             raise ValueError(
                 f"runs in one process; start it without torchrun ({', '.join(SHARED)} share work)"
             )
-        with ExitStack() as args.outputs:
-            script = args.run(args)
-    except (ValueError, TypeError, OSError, ImportError, RanksError) as error:
-        if not getattr(error, "said_by_first", False):
-            print(f"fastmatch {args.command}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
+        with (
+            ended_by_signals(),
+            no_progress(quiet),
+            _logging(verbose),
+            warnings.catch_warnings(),
+            ExitStack() as args.outputs,
+        ):
+            warnings.showwarning = partial(_warned, args.command)
+            script: Callable[[], None] | None = args.run(args)
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # What is left in the buffer would fail again when Python closes the file.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt as interrupt:
+        print(f"fastmatch {args.command}: {_interrupted(args)}", file=sys.stderr)
+        return 128 + interrupt.number if isinstance(interrupt, Ended) else 130
+    except Exception as error:
+        return _told(error, args.command, verbose=verbose)
     if script is not None:
         script()  # the user's own script: its errors are not ours, and its traceback is wanted
     return 0
+
+
+def _told(error: Exception, command: str, *, verbose: bool) -> int:
+    """Print an error on one line, after its traceback if ``verbose``, and return the exit status."""
+    if verbose:
+        traceback.print_exception(error)
+    text, is_expected = " ".join(str(error).split()), isinstance(error, EXPECTED)
+    if not is_expected:
+        text = f"{type(error).__name__}: {text} (--verbose shows where)"
+    if not getattr(error, "said_by_first", False):  # of several ranks, the first has said it
+        print(f"fastmatch {command}: {text}", file=sys.stderr)
+    return 2 if is_expected else 1
+
+
+def _warned(command: str, message: Warning | str, *_: Any) -> None:
+    """Print a warning on one line, without the line of code that gave it."""
+    print(f"fastmatch {command}: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _interrupted(args: argparse.Namespace) -> str:
+    """Return what is left of an interrupted command: nothing half-written, and for some a journal."""
+    journal = align.journal_of(args) if args.command == "align" else None
+    if journal is not None and journal.exists():
+        return "interrupted; nothing is half-written. Solved groups are kept: the same command with --resume goes on"
+    return "interrupted; nothing is half-written"
+
+
+class _logging:
+    """Print what the library logs on standard error, if ``on``."""
+
+    def __init__(self, on: bool) -> None:
+        self.handler = logging.StreamHandler() if on else None
+        self.logger = logging.getLogger("fastmatch")
+
+    def __enter__(self) -> None:
+        if self.handler is not None:
+            self.level = self.logger.level
+            self.logger.addHandler(self.handler)
+            self.logger.setLevel(logging.INFO)
+
+    def __exit__(self, *error: Any) -> None:
+        if self.handler is not None:
+            self.logger.removeHandler(self.handler)
+            self.logger.setLevel(self.level)

@@ -10,10 +10,14 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from fastmatch._internal.files import STATE_SUFFIXES, save_state, shared_metadata, writing
+from fastmatch._internal.batches import default_forward
+from fastmatch._internal.callables import loader_from
+from fastmatch._internal.files import STATE_SUFFIXES, shared_metadata, writing
+from fastmatch._internal.states import check_finite
 from fastmatch._internal.torch_file import torch_sink
-from fastmatch.cli.loading import build_network, check_outputs, load_into, load_models, loader_from
+from fastmatch.cli.loading import build_network, function_from, load_into, load_models
 from fastmatch.cli.options import Commands, add, add_command
+from fastmatch.cli.outputs import check_outputs, say, write_weights
 from fastmatch.cli.reports import PAGES, report_data, write_report
 from fastmatch.merging.average import Biases, merge
 from fastmatch.merging.ensemble import model_cost
@@ -31,7 +35,10 @@ MATCHED_RULES = {"permute": Permute, "zip": Zip, "cca": CCA}
 
 def add_commands(commands: Commands) -> None:
     """Add the commands to the grammar."""
-    command = add_command(commands, "merge", merge_command, "average aligned checkpoints; no data is read")
+    command = add_command(
+        commands, "merge", merge_command, "average aligned checkpoints; no data is read",
+        examples=("merge a.pt b_aligned.pt --model net.py:build --weights 0.3 0.7 --out merged.pt",),
+    )  # fmt: skip
     command.add_argument("checkpoints", nargs="+", help="one or more aligned checkpoints")
     add(command, "--model", required=True)
     add(command, "--weights")
@@ -44,6 +51,10 @@ def add_commands(commands: Commands) -> None:
     command = add_command(
         commands, "partial", partial_command,
         "merge checkpoints from a layer on, keep the layers before it apart, and write an exported program",
+        examples=(
+            "partial a.pt b.pt --model net.py:build --input-shape 2,3,32,32 --data net.py:loader --rule zip --keep 2 "
+            "--out merged.pt2",
+        ),
     )  # fmt: skip
     command.add_argument("checkpoints", nargs="+", help="two or more checkpoints of one architecture")
     add(command, "--model", required=True)
@@ -52,6 +63,7 @@ def add_commands(commands: Commands) -> None:
         command, "--data",
         help="callable that returns a loader; needed by all rules but identity, and by --renormalize",
     )  # fmt: skip
+    add(command, "--forward")
     command.add_argument(
         "--rule",
         default="permute",
@@ -80,9 +92,9 @@ def merge_command(args: argparse.Namespace) -> None:
     data = report_data(args)
     models = load_models(args)
     merged = merge(models, args.weights, biases=args.biases)
-    metadata = shared_metadata(args.checkpoints)
-    save_state(merged.state_dict(), args.out, force=args.force, metadata=metadata)
-    print(f"{len(models)} checkpoints, biases: {args.biases}; wrote {args.out}")
+    write_weights(merged.state_dict(), args.out, force=args.force, metadata=shared_metadata(args.checkpoints))
+    text = f"{len(models)} checkpoints, biases: {args.biases}; wrote {args.out}"
+    say(args, text, checkpoints=len(models), biases=args.biases, out=args.out, report=args.report)
     if args.report is not None:
         from fastmatch.report.merge import merge_report
 
@@ -98,22 +110,36 @@ def partial_command(args: argparse.Namespace) -> None:
         raise ValueError(f"--data: needed by --renormalize {args.renormalize}")
     if args.data is not None and args.rule == "identity" and args.renormalize is None:
         raise ValueError("--data: --rule identity reads none; it is for another rule or --renormalize")
+    if args.data is None and args.forward is not None:
+        raise ValueError("--forward: runs the networks on --data, which is not given")
     model, example = build_network(args)
     data = [] if args.data is None else loader_from(args.data, "--data")
     models = [load_into(model, path) for path in args.checkpoints]
-    rule = MATCHED_RULES[args.rule](data) if args.rule in MATCHED_RULES else Identity()
+    forward = function_from(args.forward, "--forward", default_forward)
+    rule = MATCHED_RULES[args.rule](data, forward=forward) if args.rule in MATCHED_RULES else Identity()
     start_at = args.keep if args.start_at is None else args.start_at
     found = merge_partial(models, example, rule, start_at=start_at, apart=args.apart, weights=args.weights)
     merged: nn.Module = found.model
     if args.renormalize is not None:
-        endpoints = None if args.renormalize == "reset" else found.endpoint_statistics(models, data)
-        merged = renormalize(merged, endpoints, data, args.renormalize)
+        endpoints = None
+        if args.renormalize != "reset":
+            endpoints = found.endpoint_statistics(models, data, forward=forward)
+        merged = renormalize(merged, endpoints, data, args.renormalize, forward=forward)
+    check_finite(merged.state_dict(), f"{args.out} is not written: the result")
     _export(merged, example, args.out, force=args.force)
     single, cost = model_cost(models[0], example), model_cost(merged, example)
     flops = f", {cost.flops / single.flops:.2f} times the FLOPs" if single.flops else ""
-    print(
+    say(
+        args,
         f"{len(found.maps)} of {len(found.spec.groups)} groups merged by {args.rule}; {cost.parameters} parameters, "
-        f"{cost.parameters / single.parameters:.2f} times one model's{flops}; wrote {args.out}"
+        f"{cost.parameters / single.parameters:.2f} times one model's{flops}; wrote {args.out}",
+        merged=list(found.maps),
+        groups=len(found.spec.groups),
+        rule=args.rule,
+        parameters=cost.parameters,
+        parameter_ratio=cost.parameters / single.parameters,
+        flops_ratio=cost.flops / single.flops if single.flops else None,
+        out=args.out,
     )
 
 

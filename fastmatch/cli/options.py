@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeAlias, get_args
 
 import torch
 
-from fastmatch.cli.loading import loader_from
+from fastmatch._internal.batches import default_forward
+from fastmatch._internal.callables import loader_from
+from fastmatch.cli.loading import function_from
 from fastmatch.matching.activations import ActivationMatching
 from fastmatch.matching.fisher import FisherMatching
 from fastmatch.matching.matcher import Matcher
@@ -47,6 +49,11 @@ SHARED: dict[str, dict[str, Any]] = {
     "--data": {
         "metavar": "MODULE:CALLABLE",
         "help": "callable that returns a loader or a list of batches",
+    },
+    "--forward": {
+        "metavar": "MODULE:CALLABLE",
+        "help": "function of (model, batch) that runs the network on a batch; by default tensors, lists of inputs and "
+        "mappings are passed as they are, without targets",
     },
     "--out": {
         "required": True,
@@ -125,7 +132,8 @@ def _option(owner: type[Matcher], field: str, text: str, **settings: Any) -> Mat
     default = next(f.default for f in fields(owner) if f.name == field)  # type: ignore[arg-type]
     option = MatcherOption(owner, field, settings)
     words = ", ".join(option.words)
-    settings["help"] = f"{text}; of {words} (default: {default})"
+    shown = "" if callable(default) else f" (default: {default})"
+    settings["help"] = f"{text}; of {words}{shown}"
     return option
 
 
@@ -156,6 +164,10 @@ MATCHER_OPTIONS = (
         ActivationMatching, "reduce", "which site of a group with several counts, or the sum of their similarities",
         choices=get_args(Reduce),
     ),
+    _option(
+        ActivationMatching, "forward", "function of (model, batch) that runs the network on a batch",
+        metavar="MODULE:CALLABLE",
+    ),
     _option(StraightThrough, "epochs", "passes over the data", type=int, metavar="N"),
     _option(StraightThrough, "learning_rate", "step size of Adam", type=float, metavar="X"),
     _option(
@@ -165,8 +177,8 @@ MATCHER_OPTIONS = (
 )  # fmt: skip
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to the help of an option, unless it means that nothing was given."""
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Adds the default to the help of an option, unless it means that nothing was given; keeps the lines of examples."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help or ""
@@ -176,15 +188,48 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
+# parameters: a command's name, what it does and says, and how argparse adds it
 def add_command(
-    commands: Commands, name: str, run: Callable[[argparse.Namespace], Any], summary: str, **settings: Any
+    commands: Commands,
+    name: str,
+    run: Callable[[argparse.Namespace], Any],
+    summary: str,
+    *,
+    examples: Sequence[str] = (),
+    outcome: bool = True,
+    **settings: Any,
 ) -> argparse.ArgumentParser:
-    """Add a command that calls ``run`` with the parsed arguments, and return its parser."""
+    """Add a command that calls ``run`` with the parsed arguments, and return its parser.
+
+    Args:
+        commands: the sub-commands of the root parser.
+        name: of the command.
+        run: called with the parsed arguments.
+        summary: what it does, in one line.
+        examples: command lines after ``fastmatch``, shown under the help.
+        outcome: whether the command has an outcome to say: it then takes ``--json``, ``--quiet`` and ``--verbose``.
+        settings: of the parser.
+    """
     description = summary[0].upper() + summary[1:] + "."
+    shown = "".join(f"\n  fastmatch {example}" for example in examples)
     command = commands.add_parser(
-        name, help=summary, description=description, formatter_class=HelpFormatter, **settings
-    )
+        name, help=summary, description=description, formatter_class=HelpFormatter,
+        epilog=f"examples:{shown}" if shown else None, **settings,
+    )  # fmt: skip
     command.set_defaults(run=run)
+    if outcome:
+        said = command.add_argument_group("what is said")
+        said.add_argument("--json", action="store_true", help="print the outcome as one JSON object")
+        how = said.add_mutually_exclusive_group()
+        how.add_argument(
+            "-q", "--quiet", action="store_true", help="print errors only: no summary, no progress bars"
+        )
+        how.add_argument(
+            "-v",
+            "--verbose",
+            action="store_true",
+            help="also print what the library logs, and tracebacks of errors",
+        )
     return command
 
 
@@ -229,6 +274,9 @@ def matcher_from(args: argparse.Namespace) -> Matcher:
     init = values.get(WeightMatching, {}).get("init")
     if init is not None and init.endswith(".safetensors"):
         values[WeightMatching]["init"] = Alignment.load(init).permutations
+    own = values.get(ActivationMatching, {})
+    if "forward" in own:
+        own["forward"] = function_from(own["forward"], "--forward", default_forward)
     return _build(word, values, args.data)
 
 

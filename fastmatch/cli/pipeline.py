@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from fastmatch.cli.options import Commands, add, add_command
+from fastmatch.cli.outputs import say
 
 __all__ = ["add_commands"]
 
@@ -14,6 +15,7 @@ def add_commands(commands: Commands) -> None:
     command = add_command(
         commands, "pipeline", pipeline_command,
         "align, merge, renormalize, evaluate and report as a recipe says; recipe, model card and page go beside the output",
+        examples=("pipeline recipe.yaml", "pipeline recipe.yaml --out merged.safetensors --force"),
     )  # fmt: skip
     command.add_argument("recipe", help="a .yaml, .yml or .json file; mergekit's linear recipes are read too")
     add(command, "--out", required=False, help="file or directory to write, in place of the recipe's 'out'")
@@ -26,4 +28,4 @@ def pipeline_command(args: argparse.Namespace) -> None:
 
     outcome = pipeline(args.recipe, args.out, force=args.force)
     written = "\n".join(f"  {key:<7} {path}" for key, path in outcome.files.items())
-    print(f"{outcome.report}\n\nwrote\n{written}")
+    say(args, f"{outcome.report}\n\nwrote\n{written}", summary=str(outcome.report), files=outcome.files)

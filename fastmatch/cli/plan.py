@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from typing import get_args
 
 from fastmatch._internal.states import check_same_architecture
 from fastmatch.cli.options import Commands, add_command
+from fastmatch.cli.outputs import say
 
 __all__ = ["add_commands"]
 
@@ -20,6 +22,7 @@ def add_commands(commands: Commands) -> None:
         "plan",
         plan_command,
         "predict time, memory and traffic of an alignment of directories on several ranks",
+        examples=("plan llama-a llama-b --ranks 8 --device h100",),
     )
     command.add_argument("a", help="the reference: a Hugging Face directory; no tensor is read")
     command.add_argument("b", help="the checkpoint to align")
@@ -55,7 +58,7 @@ def plan_command(args: argparse.Namespace) -> None:
     files = [float(sum(b.headers[name].nbytes for name in b.names_in(file))) for file in b.files]
     found = predict(work_of(state, spec, files), DEVICES[args.device], args.ranks, args.sweeps)
     parts = ", ".join(f"{part} {_time(seconds)}" for part, seconds in found.seconds.items())
-    print(
+    text = (
         f"predicted, not measured: {_time(found.total)} on {args.ranks} x {args.device}, {args.sweeps} solves of each of "
         f"{len(spec.top_level())} groups in {found.levels} levels\n"
         f"time    {parts}\n"
@@ -63,6 +66,15 @@ def plan_command(args: argparse.Namespace) -> None:
         f"memory  {_bytes(found.memory)} a rank\n"
         f"read    {_bytes(found.read)} by all ranks\n"
         f"moved   {_bytes(found.moved)} to each rank"
+    )
+    say(
+        args,
+        text,
+        ranks=args.ranks,
+        device=args.device,
+        predicted=found.total,
+        **asdict(found),
+        bound=found.bound,
     )
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import get_args
 
-from fastmatch._internal.files import STATE_SUFFIXES, save_state, shared_metadata
-from fastmatch.cli.loading import build_model, check_outputs, load_into, loader_from
+from fastmatch._internal.batches import default_forward
+from fastmatch._internal.callables import loader_from
+from fastmatch._internal.files import STATE_SUFFIXES, shared_metadata
+from fastmatch.cli.loading import build_model, function_from, load_into
 from fastmatch.cli.options import Commands, add, add_command
+from fastmatch.cli.outputs import check_outputs, say, write_weights
 from fastmatch.cli.reports import PAGES, report_data, write_report
 from fastmatch.renorm import Renormalization, applied_plan, renormalize
 from fastmatch.renorm.options import Method
@@ -21,6 +24,11 @@ def add_commands(commands: Commands) -> None:
     command = add_command(
         commands, "renormalize", renormalize_command,
         "give a merged or pruned checkpoint the activation statistics of its endpoints",
+        examples=(
+            "renormalize merged.pt --endpoints a.pt b_aligned.pt --weights 0.5 0.5 --model net.py:build "
+            "--data net.py:loader --method repair --out renormalized.pt",
+            "renormalize merged.pt --model net.py:build --data net.py:loader --method reset --out renormalized.pt",
+        ),
     )  # fmt: skip
     command.add_argument("checkpoint", help="the merged or pruned checkpoint")
     command.add_argument(
@@ -29,6 +37,7 @@ def add_commands(commands: Commands) -> None:
     )  # fmt: skip
     add(command, "--model", required=True)
     add(command, "--data", required=True, help="callable that returns the loader to calibrate on")
+    add(command, "--forward")
     command.add_argument("--method", default="auto", choices=get_args(Method), help="how to renormalize")
     add(
         command,
@@ -62,18 +71,30 @@ def renormalize_command(args: argparse.Namespace) -> None:
     endpoints = [load_into(model, path) for path in args.endpoints]
     if not endpoints and options.method != "reset" and "reset" not in candidates(merged, options):
         raise ValueError(f"--endpoints: needed for method {options.method!r}")
+    forward = function_from(args.forward, "--forward", default_forward)
     if options.method == "reset":
-        new = renormalize(merged, None, data, options)
+        new = renormalize(merged, None, data, options, forward=forward)
     else:
-        new = renormalize(merged, endpoints or None, data, options, weights=args.weights)
-    metadata = shared_metadata([args.checkpoint])
-    save_state(new.state_dict(), args.out, force=args.force, metadata=metadata)
-    print(f"{applied_plan(new)}\nwrote {args.out}")
+        new = renormalize(merged, endpoints or None, data, options, weights=args.weights, forward=forward)
+    write_weights(new.state_dict(), args.out, force=args.force, metadata=shared_metadata([args.checkpoint]))
+    plan = applied_plan(new)
+    assert plan is not None
+    say(
+        args,
+        f"{plan}\nwrote {args.out}",
+        method=plan.method,
+        why=plan.why,
+        layers=list(plan.layers),
+        left_alone=dict(plan.left_alone),
+        kept=dict(plan.kept),
+        out=args.out,
+        report=args.report,
+    )
     if args.report is not None:
         from fastmatch.report.merge import merge_report
 
         report = merge_report(
             merged, endpoints, data if measured is None else measured, renormalized=new, weights=args.weights,
-            names=args.endpoints,
+            names=args.endpoints, forward=forward,
         )  # fmt: skip
         write_report(report, args)

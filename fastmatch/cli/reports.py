@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from fastmatch._internal.callables import loader_from
 from fastmatch._internal.states import State
-from fastmatch.cli.loading import loader_from
 from fastmatch.spec import PermutationSpec
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ def open_states(path_a: str, path_b: str, spec: PermutationSpec) -> tuple[State,
 
 
 def write_report(report: Report, args: argparse.Namespace) -> None:
-    """Write the page with the command that repeats the run, and print the summary."""
+    """Write the page with the command that repeats the run, and print the summary, except with --json or --quiet."""
     command = shlex.join(["fastmatch", *args.arguments])
     replace(report, command=command).save(args.report, force=args.force)
-    print(f"\n{report}\n\nthe report is {args.report}")
+    if not (args.json or args.quiet):
+        print(f"\n{report}\n\nthe report is {args.report}")

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from fastmatch.cli.options import Commands, add_command
+from fastmatch.cli.outputs import say
 
 __all__ = ["add_commands", "run_script"]
 
@@ -19,6 +20,7 @@ def add_commands(commands: Commands) -> None:
     command = add_command(
         commands, "run", run_command,
         "run a Python script with the assignment solvers of other libraries replaced by fastmatch's",
+        examples=("run their_script.py --their-option 3", "run -m their_package.main"), outcome=False,
         usage="%(prog)s script.py [arguments]  |  -m module [arguments]",
     )  # fmt: skip
     command.add_argument(
@@ -28,6 +30,7 @@ def add_commands(commands: Commands) -> None:
     add_command(
         commands, "libraries", libraries_command,
         "list the libraries whose solvers `fastmatch run` replaces, and whether they are installed",
+        examples=("libraries",),
     )  # fmt: skip
 
 
@@ -69,8 +72,9 @@ def libraries_command(args: argparse.Namespace) -> None:
     """Print one line per library; for rebasin, which of the two packages of that name is installed."""
     from fastmatch.backends import LIBRARIES, which_rebasin
 
+    states = {}
     for name in LIBRARIES:
-        found = "found" if find_spec(name) else "not installed"
+        states[name] = "found" if find_spec(name) else "not installed"
         if name == "rebasin" and which_rebasin():
-            found = f"found: the package {which_rebasin()}"
-        print(f"{name:8} {found}")
+            states[name] = f"found: the package {which_rebasin()}"
+    say(args, "\n".join(f"{name:8} {state}" for name, state in states.items()), libraries=states)

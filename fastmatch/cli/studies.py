@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import io
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
 
-from fastmatch.cli.loading import callable_from
+from fastmatch._internal.callables import called
 from fastmatch.cli.options import Commands, add, add_command
+from fastmatch.cli.outputs import say
 
 __all__ = ["add_commands", "claims_table"]
 
@@ -17,8 +21,9 @@ __all__ = ["add_commands", "claims_table"]
 def add_commands(commands: Commands) -> None:
     """Add the commands to the grammar."""
     command = add_command(
-        commands, "demo", demo_command, "train, align, merge and renormalize small networks on digits"
-    )
+        commands, "demo", demo_command, "train, align, merge and renormalize small networks on digits",
+        examples=("demo --width 512 --out out",),
+    )  # fmt: skip
     command.add_argument("--width", type=int, default=1024, help="width of the MLPs, 128 to 8192")
     command.add_argument(
         "--out", default="out", metavar="FOLDER", help="folder for the picture and the numbers"
@@ -30,6 +35,7 @@ def add_commands(commands: Commands) -> None:
         "study",
         study_command,
         "measure the paper's claims on small networks and write an HTML report",
+        examples=("study --widths 1 2 --seeds 0 1 --out study",),
     )
     command.add_argument(
         "--out", default="study", metavar="FOLDER", help="folder for study.html, study.json and study.png"
@@ -45,10 +51,13 @@ def add_commands(commands: Commands) -> None:
         help="some of the study's networks, such as 'VGG, BN'; all by default",
     )
     command.add_argument(
-        "--widths", nargs="+", type=int, default=[1, 2, 4, 8], help="factors on the networks' widths"
+        "--widths", nargs="+", type=int, default=[1, 4], help="factors on the networks' widths"
     )
-    command.add_argument("--seeds", nargs="+", type=int, default=[0], help="one run per seed")
-    add(command, "--points", default=7, help="number of points on each curve, odd")
+    command.add_argument(
+        "--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4],
+        help="each trains one pair of every network and width; verdicts need at least 3",
+    )  # fmt: skip
+    add(command, "--points", default=5, help="number of points on each curve, odd")
     command.add_argument(
         "--epochs", type=int, help="epochs of training; by default each network's own number"
     )
@@ -58,7 +67,11 @@ def demo_command(args: argparse.Namespace) -> None:
     """Train, align, merge and renormalize small networks on digits."""
     from fastmatch.studies.demo import run
 
-    run(args.width, args.out, seed=args.seed)
+    silent = args.quiet or args.json
+    with redirect_stdout(io.StringIO()) if silent else nullcontext():
+        rows = run(args.width, args.out, seed=args.seed)
+    if args.json:
+        say(args, "", rows=[asdict(row) for row in rows], out=args.out)
 
 
 def study_command(args: argparse.Namespace) -> None:
@@ -71,12 +84,13 @@ def study_command(args: argparse.Namespace) -> None:
         epochs=args.epochs,
     )  # fmt: skip
     report = Path(args.out) / "study.html"
-    print(f"{claims_table(record)}\n\n{record['seconds']['wall']} s; the report is {report}")
+    text = f"{claims_table(record)}\n\n{record['seconds']['wall']} s; the report is {report}"
+    say(args, text, claims=record["claims"], seconds=record["seconds"], report=str(report))
 
 
 def _datasets_from(argument: str) -> tuple[Dataset[Any], Dataset[Any]]:
     """Call ``module:callable`` and return the (train, test) datasets that it returns."""
-    built = callable_from(argument, "--data")()
+    built = called(argument, "--data")
     is_pair = isinstance(built, (tuple, list)) and len(built) == 2
     if not is_pair or not all(hasattr(dataset, "__getitem__") for dataset in built):
         raise ValueError(
@@ -86,9 +100,12 @@ def _datasets_from(argument: str) -> tuple[Dataset[Any], Dataset[Any]]:
 
 
 def claims_table(record: dict[str, Any]) -> str:
-    """Return the claims of a study's record as lines of text: verdict, number of cases, claim."""
+    """Return the claims of a study's record as lines of text: verdict, cases that hold of those that count, claim."""
     from fastmatch.studies.paper.claims import Claim
 
-    claims = [Claim(**entry) for entry in record["claims"]]
-    width = max(len(claim.verdict) for claim in claims)
-    return "\n".join(f"{c.verdict:<{width}}  {c.true:>2} of {c.cases:<2}  {c.claim}" for c in claims)
+    lines = []
+    for claim in (Claim(**entry) for entry in record["claims"]):
+        counts = claim.counts
+        decided = sum(counts[verdict] for verdict in ("holds", "does not hold", "undecided"))
+        lines.append(f"{claim.verdict:<13}  {counts['holds']:>2} of {decided:<2}  {claim.claim}")
+    return "\n".join(lines)

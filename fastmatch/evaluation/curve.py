@@ -1,22 +1,22 @@
-"""Loss and accuracy along the straight line between two models, and the barrier on it."""
+"""Loss and scores along the straight line between two models, and the barrier on it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.nn.functional as F
 from torch import nn
 
 from fastmatch._internal.batches import Forward, check_module, default_forward
 from fastmatch._internal.checks import check_integer
 from fastmatch.evaluation.between import Between, check_between, merges_between
 from fastmatch.evaluation.plots import TITLES, Metric, check_metric, drawing, framed, legend_beside
-from fastmatch.evaluation.scores import score
+from fastmatch.evaluation.scores import Measure, score
 from fastmatch.evaluation.table import Table
 
 if TYPE_CHECKING:
@@ -38,13 +38,17 @@ class Curve:
         positions: lambda, from 0 (model A) to 1 (model B).
         loss: mean loss at each position.
         accuracy: fraction of samples classified correctly at each position, 0 to 1.
-        top5: fraction of samples whose class is among the five most likely; empty if not measured.
+        top5: fraction of samples whose class is among the five most likely.
+        metric: the given metric at each position.
+
+    Accuracy and top5 are empty where targets are not classes, and metric is empty if none was given.
     """
 
     positions: tuple[float, ...]
     loss: tuple[float, ...]
-    accuracy: tuple[float, ...]
+    accuracy: tuple[float, ...] = ()
     top5: tuple[float, ...] = ()
+    metric: tuple[float, ...] = ()
 
     @property
     def barrier(self) -> float:
@@ -55,20 +59,25 @@ class Curve:
 
     @property
     def accuracy_barrier(self) -> float:
-        """Largest drop of the accuracy below the mean of the ends, 0 to 1."""
+        """Largest drop of the accuracy below the mean of the ends, 0 to 1; NaN without accuracy."""
+        if not self.accuracy:
+            return math.nan
         return max(0.0, (self.accuracy[0] + self.accuracy[-1]) / 2 - min(self.accuracy))
 
     @property
     def midpoint(self) -> tuple[float, float]:
-        """(loss, accuracy) at the position nearest to one half."""
+        """(loss, accuracy) at the position nearest to one half; the accuracy is NaN if it was not measured."""
         k = min(range(len(self.positions)), key=lambda i: abs(self.positions[i] - 0.5))
-        return self.loss[k], self.accuracy[k]
+        return self.loss[k], self.accuracy[k] if self.accuracy else math.nan
 
     def table(self) -> Table:
-        """Return a row per position: ``position``, ``loss``, ``top-1``, ``top-5``."""
-        top5 = self.top5 or (float("nan"),) * len(self.positions)
-        columns = zip(self.positions, self.loss, self.accuracy, top5, strict=True)
-        return Table(tuple({"position": p, "loss": v, "top-1": a, "top-5": t} for p, v, a, t in columns))
+        """Return a row per position: ``position``, ``loss``, ``top-1``, ``top-5``, and ``metric`` if one was given."""
+        unknown = (math.nan,) * len(self.positions)
+        columns = {"position": self.positions, "loss": self.loss}
+        columns |= {"top-1": self.accuracy or unknown, "top-5": self.top5 or unknown}
+        columns |= {"metric": self.metric} if self.metric else {}
+        rows = zip(*columns.values(), strict=True)
+        return Table(tuple(dict(zip(columns, row, strict=True)) for row in rows))
 
     def plot(
         self,
@@ -86,7 +95,7 @@ class Curve:
 
         Args:
             path: a .png, .svg or .pdf file to write; an existing one is replaced.
-            metric: ``"loss"``, ``"accuracy"`` or ``"top5"``.
+            metric: ``"loss"``, ``"accuracy"``, ``"top5"`` or ``"metric"``.
             label: the line's name in the legend, which stands beside the axes with the barriers of all lines.
             ax: matplotlib axes to draw on; None makes new ones.
 
@@ -106,20 +115,24 @@ class Curve:
             k = values.index(worst(values))
             ends = (values[0] + values[-1]) / 2
             barrier = abs(values[k] - ends) if worst(values[k], ends) == values[k] else 0.0
-            said = f"barrier {barrier:.3g}" if metric == "loss" else f"drop {100 * barrier:.1f} points"
+            said = f": barrier {barrier:.3g}" if metric == "loss" else f": drop {100 * barrier:.1f} points"
+            said = "" if metric == "metric" else said  # which of its values are bad is not known
             (line,) = axes.plot(
-                self.positions, values, marker=".", label=None if label is None else f"{label}: {said}"
+                self.positions, values, marker=".", label=None if label is None else label + said
             )
-            axes.vlines(
-                self.positions[k], *sorted((ends, values[k])), color=line.get_color(), linestyle=":", lw=1
-            )
+            if said:
+                axes.vlines(
+                    self.positions[k], *sorted((ends, values[k])), color=line.get_color(), linestyle=":", lw=1
+                )
             axes.set_xlabel("λ  (0 = A, 1 = B)")
             axes.set_ylabel(TITLES[metric].lower())
-            framed(axes, TITLES[metric] + " on the line from A to B" + (f", {said}" if label is None else ""))
+            title = TITLES[metric] + " on the line from A to B"
+            framed(axes, title + said.replace(":", ",") if label is None else title)
             legend_beside(axes)
         return axes
 
 
+# parameters: two models, what is measured on what, and progress
 def interpolate(
     model_a: nn.Module,
     model_b: nn.Module,
@@ -127,7 +140,8 @@ def interpolate(
     points: int = 11,
     *,
     between: Between | None = None,
-    loss: Callable[[Any, Any], torch.Tensor] = F.cross_entropy,
+    loss: Measure | None = None,
+    metric: Measure | None = None,
     forward: Forward = default_forward,
     progress: bool | None = None,
 ) -> Curve:
@@ -139,14 +153,13 @@ def interpolate(
         >>> barriers = curve.barrier, repaired.barrier
 
     Args:
-        model_a, model_b: classifiers of one architecture, aligned; evaluated as they are at the ends.
-        data: a loader of (inputs, targets), read once per point.
+        model_a, model_b: models of one architecture, aligned; evaluated as they are at the ends.
+        data: a loader of (inputs, targets) or of mappings with ``"labels"``, read once per point.
         points: number of positions, both ends included; at least 3.
         between: how the merges between the ends are corrected. None leaves them as they are; a
             :class:`fastmatch.Renormalized` renormalizes them; a callable ``between(merged, weights)`` returns the model
             to evaluate.
-        loss: ``loss(output, targets)``, a mean over the batch.
-        forward: ``forward(model, batch)`` runs a model on a batch.
+        loss, metric, forward: see :func:`fastmatch.score`.
         progress: show a progress bar; None shows it on a terminal.
 
     Returns:
@@ -166,12 +179,17 @@ def interpolate(
     positions = tuple(k / (points - 1) for k in range(points))
     pairs = [(1 - t, t) for t in positions[1:-1]]
     inner = merges_between([model_a, model_b], pairs, between, forward, progress)
-    scores = [score(model_a, data, loss=loss, forward=forward, progress=progress)]
-    scores += [score(model, data, loss=loss, forward=forward, progress=progress) for model in inner]
-    scores.append(score(model_b, data, loss=loss, forward=forward, progress=progress))
+    measured = partial(score, data=data, loss=loss, metric=metric, forward=forward, progress=progress)
+    scores = [measured(model) for model in chain([model_a], inner, [model_b])]
+
+    def column(name: str) -> tuple[float, ...]:
+        values = tuple(getattr(s, name) for s in scores)
+        return () if all(map(math.isnan, values)) else values
+
     return Curve(
         positions,
         tuple(s.loss for s in scores),
-        tuple(s.accuracy for s in scores),
-        tuple(s.top5 for s in scores),
+        column("accuracy"),
+        column("top5"),
+        tuple(s.metric for s in scores) if metric is not None else (),
     )

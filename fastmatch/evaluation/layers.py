@@ -8,8 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastmatch._internal.batches import Forward, batches_of, check_module, default_forward, evaluating
+from fastmatch._internal.batches import (
+    Forward,
+    batches_of,
+    check_module,
+    collated,
+    default_forward,
+    evaluating,
+)
 from fastmatch._internal.coefficients import check_weights
+from fastmatch._internal.padding import is_rows
 from fastmatch.evaluation.table import Table
 from fastmatch.renorm.layers import channel_dim, survey
 from fastmatch.renorm.norms import batch_norms
@@ -136,8 +144,10 @@ def _zeros(value: Any) -> Any:
     """Return a batch of one sample of zeros, shaped like those of ``value``, including targets and tokens."""
     if isinstance(value, torch.Tensor):
         return torch.zeros_like(value[:1]) if value.ndim else value
+    value = collated(value)
     if isinstance(value, Mapping):
-        return {k: _zeros(v) for k, v in value.items()}
+        lists = {k: torch.as_tensor(v[0])[None] for k, v in value.items() if is_rows(v)}
+        return {k: _zeros(v) for k, v in {**value, **lists}.items()}
     if isinstance(value, (tuple, list)):
         return [_zeros(v) for v in value]
     return value

@@ -18,10 +18,15 @@ __all__ = ["PICTURES", "TITLES", "Metric", "check_metric", "drawing", "framed", 
 PICTURES = frozenset({".pdf", ".png", ".svg"})
 """Suffixes of the picture formats that are written."""
 
-Metric: TypeAlias = Literal["loss", "accuracy", "top5"]
+Metric: TypeAlias = Literal["loss", "accuracy", "top5", "metric"]
 
 
-TITLES: dict[str, str] = {"loss": "Loss", "accuracy": "Accuracy", "top5": "Top-5 accuracy"}
+TITLES: dict[str, str] = {
+    "loss": "Loss",
+    "accuracy": "Accuracy",
+    "top5": "Top-5 accuracy",
+    "metric": "Metric",
+}
 """What a metric is called in a picture."""
 
 
@@ -41,7 +46,7 @@ def legend_beside(axes: Axes) -> None:
 
 
 def check_metric(metric: str) -> None:
-    """Raise ValueError unless ``metric`` is one that classifiers are scored by."""
+    """Raise ValueError unless ``metric`` is one of the scores."""
     check_choice("metric", metric, Metric)
 
 

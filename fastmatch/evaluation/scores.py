@@ -1,9 +1,10 @@
-"""Loss and accuracy of a classifier on data."""
+"""Loss, accuracy and other scores of a model on data."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -11,18 +12,29 @@ from torch import nn
 
 from fastmatch._internal.batches import (
     Forward,
+    arguments_for,
     batches_of,
+    check_forward,
     check_module,
     default_forward,
     evaluating,
+    prediction_of,
+    samples_in,
     split_batch,
 )
+from fastmatch._internal.padding import is_rows, padded, takes
 
-__all__ = ["Scores", "evaluate", "score"]
+__all__ = ["Measure", "Scores", "evaluate", "score"]
+
+Measure: TypeAlias = Callable[[Any, Any], Any]
+"""``measure(output, targets)`` of a batch: a number or a tensor of one."""
+
+IGNORED = -100
+"""The target that torch's and transformers' losses leave out."""
 
 
 class Scores(NamedTuple):
-    """Mean loss, top-1 and top-5 accuracy of a classifier.
+    """Mean loss of a model, and what else was measured; NaN is what was not.
 
     Example:
         >>> scores = fm.score(model_a, test_loader)
@@ -31,70 +43,168 @@ class Scores(NamedTuple):
 
     Attributes:
         loss: mean over samples.
-        accuracy: fraction of samples whose class is the most likely one, 0 to 1.
-        top5: fraction of samples whose class is among the five most likely, 0 to 1.
+        accuracy: fraction of samples whose class is the most likely one, 0 to 1; NaN if targets are not classes.
+        top5: fraction of samples whose class is among the five most likely, 0 to 1; NaN if targets are not classes.
+        metric: mean of the given metric; NaN if none was given.
     """
 
     loss: float
     accuracy: float
     top5: float
+    metric: float = math.nan
 
 
 def score(
     model: nn.Module,
     data: Iterable[Any],
     *,
-    loss: Callable[[Any, Any], torch.Tensor] = F.cross_entropy,
+    loss: Measure | None = None,
+    metric: Measure | None = None,
     forward: Forward = default_forward,
     progress: bool | None = None,
 ) -> Scores:
-    """Measure loss, top-1 and top-5 accuracy of a classifier in eval mode, in one read of ``data``.
+    """Measure the loss of a model in eval mode, its accuracy if it classifies, and a metric, in one read of ``data``.
 
     Example:
-        >>> loss, accuracy, top5 = fm.score(model_a, test_loader)
+        >>> scores = fm.score(model_a, test_loader)
+        >>> errors = fm.score(model_a, test_loader, metric=lambda out, y: (out.argmax(1) != y).float().mean())
+        >>> abs(scores.accuracy + errors.metric - 1) < 1e-6
+        True
 
     Args:
         model: it is not changed.
-        data: a loader of (inputs, targets); targets are (batch,) class indices.
-        loss: ``loss(output, targets)``, a mean over the batch.
-        forward: ``forward(model, batch)`` runs the model on a batch and returns (batch, classes).
+        data: a loader of (inputs, targets), or of mappings with ``"labels"``.
+        loss: ``loss(output, targets)``, a mean over the batch. None takes the loss that the model returns if its
+            forward pass takes ``labels``, as in transformers, else the cross entropy.
+        metric: ``metric(output, targets)``, a mean over the batch.
+        forward: ``forward(model, batch)`` runs the model on a batch. Of an output object or a mapping, loss and metric
+            are given the ``logits``.
         progress: show a progress bar; None shows it on a terminal.
 
     Returns:
-        :class:`Scores`, means over all samples.
+        :class:`Scores`, means over all samples; over all targets that are not -100 where a sample has several. Accuracy
+        is measured where the targets are (batch,) integers and the outputs (batch, classes).
 
     Raises:
-        TypeError: ``model`` is not a torch module.
-        ValueError: no data, or data without targets.
+        TypeError: ``model`` is not a torch module, or ``loss`` or ``metric`` is not callable.
+        ValueError: no data, data without targets, or cross entropy of other targets than classes.
     """
     check_module(model, "model")
-    total_loss, right, among, count = 0.0, 0, 0, 0
+    check_forward(forward)
+    for name, measure in (("loss", loss), ("metric", metric)):
+        if measure is not None and not callable(measure):
+            raise TypeError(
+                f"{name}: expected a function of outputs and targets, got {type(measure).__name__}"
+            )
+    totals = _Totals()
     with evaluating(model):
         for batch in batches_of(data, "evaluation", progress=progress):
-            targets = split_batch(batch)[1]
+            inputs, targets = split_batch(batch)
+            if is_rows(targets) and not isinstance(targets, torch.Tensor):
+                targets = padded({"labels": targets}, model)["labels"]
             if not isinstance(targets, torch.Tensor):
                 raise ValueError("data: expected (inputs, targets) pairs to evaluate on, got only inputs")
-            output = forward(model, batch)
-            targets = targets.to(output.device)
-            total_loss += float(loss(output, targets)) * len(targets)
-            right += int((output.argmax(dim=1) == targets).sum())
+            if loss is None and forward is default_forward and takes(model, "labels"):
+                args, kwargs = arguments_for(model, inputs)
+                returned = model(*args, **kwargs, labels=_moved_to_model(model, targets))
+            else:
+                returned = forward(model, batch)
+            output = prediction_of(returned)
+            if isinstance(output, torch.Tensor):
+                targets = targets.to(output.device)
+            value = _loss_of(returned, output, targets) if loss is None else loss(output, targets)
+            totals.add(
+                value, None if metric is None else metric(output, targets), output, targets, samples_in(batch)
+            )
+    return totals.scores()
+
+
+def _moved_to_model(model: nn.Module, targets: torch.Tensor) -> torch.Tensor:
+    (moved,), _ = arguments_for(model, targets)
+    return moved
+
+
+def _loss_of(returned: Any, output: Any, targets: torch.Tensor) -> Any:
+    """Return the loss in an output object, or the cross entropy of the output."""
+    own = getattr(returned, "loss", None)
+    if isinstance(own, torch.Tensor):
+        return own
+    if isinstance(output, (tuple, list)) and output:
+        output = output[0]
+    if not isinstance(output, torch.Tensor):
+        raise ValueError(f"loss: needed, because the model returned {type(output).__name__}; give loss=")
+    try:
+        return F.cross_entropy(output, targets)
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise ValueError(
+            f"loss: needed, because cross entropy does not fit outputs {tuple(output.shape)} and targets "
+            f"{tuple(targets.shape)} of {targets.dtype} ({error})"
+        ) from error
+
+
+def _is_classes(output: Any, targets: torch.Tensor) -> bool:
+    """Whether the targets are one class per sample and the outputs one score per class."""
+    whole = not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
+    return (
+        isinstance(output, torch.Tensor)
+        and output.is_floating_point()
+        and whole
+        and targets.ndim == 1
+        and output.ndim == 2
+        and output.shape[1] > 1
+        and len(output) == len(targets)
+    )
+
+
+class _Totals:
+    """Sums over batches."""
+
+    def __init__(self) -> None:
+        self.loss = self.metric = self.weight = 0.0
+        self.right = self.among = self.count = 0
+        self.has_classes, self.has_metric = True, False
+
+    def add(self, loss: Any, metric: Any, output: Any, targets: torch.Tensor, size: int) -> None:
+        """Add one batch. A batch counts by its samples, or by its targets if a sample has several."""
+        several = targets.ndim > 1 and not (targets.is_floating_point() or targets.is_complex())
+        weight = int((targets != IGNORED).sum()) if several else size
+        if weight:
+            self.loss += float(loss) * weight
+            self.metric += 0.0 if metric is None else float(metric) * weight
+        self.weight, self.has_metric = self.weight + weight, metric is not None
+        self.has_classes &= _is_classes(output, targets)
+        if self.has_classes:
+            valid = targets != IGNORED
+            self.right += int((output.argmax(dim=1) == targets).sum())
             best = output.topk(min(5, output.shape[1]), dim=1).indices
-            among += int((best == targets[:, None]).sum())
-            count += len(targets)
-    if count == 0:
-        raise ValueError("data: yielded no samples")
-    return Scores(total_loss / count, right / count, among / count)
+            self.among += int((best == targets[:, None]).sum())
+            self.count += int(valid.sum())
+
+    def scores(self) -> Scores:
+        """Return the means."""
+        if self.weight == 0:
+            raise ValueError("data: yielded no samples")
+        is_class = self.has_classes and self.count > 0
+        return Scores(
+            self.loss / self.weight,
+            self.right / self.count if is_class else math.nan,
+            self.among / self.count if is_class else math.nan,
+            self.metric / self.weight if self.has_metric else math.nan,
+        )
 
 
 def evaluate(
     model: nn.Module,
     data: Iterable[Any],
     *,
-    loss: Callable[[Any, Any], torch.Tensor] = F.cross_entropy,
+    loss: Measure | None = None,
+    metric: Measure | None = None,
     forward: Forward = default_forward,
     progress: bool | None = None,
 ) -> tuple[float, float]:
-    """Return (mean loss, accuracy) of a classifier: the first two of :func:`score`, with the same arguments.
+    """Return (mean loss, accuracy) of a model, or (mean loss, metric) if one is given; arguments as for :func:`score`.
+
+    The accuracy is NaN if the targets are not classes.
 
     Example:
         >>> loss, accuracy = fm.evaluate(model_a, test_loader)
@@ -102,5 +212,5 @@ def evaluate(
     Raises:
         TypeError, ValueError: see :func:`score`.
     """
-    found = score(model, data, loss=loss, forward=forward, progress=progress)
-    return found.loss, found.accuracy
+    found = score(model, data, loss=loss, metric=metric, forward=forward, progress=progress)
+    return found.loss, found.accuracy if metric is None else found.metric

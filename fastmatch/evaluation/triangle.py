@@ -1,22 +1,21 @@
-"""Loss and accuracy over the triangle that three models span."""
+"""Loss and scores over the triangle that three models span."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from fastmatch._internal.batches import Forward, check_module, default_forward
 from fastmatch._internal.checks import check_integer
 from fastmatch.evaluation.between import Between, check_between, merges_between
 from fastmatch.evaluation.plots import TITLES, Metric, check_metric, drawing
-from fastmatch.evaluation.scores import Scores, score
+from fastmatch.evaluation.scores import Measure, Scores, score
 from fastmatch.evaluation.table import Table
 
 if TYPE_CHECKING:
@@ -55,13 +54,13 @@ class Triangle:
         return max(0.0, *rises)
 
     def table(self) -> Table:
-        """Return a row per merge: ``a``, ``b``, ``c`` (weights), ``loss``, ``top-1``, ``top-5``."""
-        return Table(
-            tuple(
-                {"a": a, "b": b, "c": c, "loss": s.loss, "top-1": s.accuracy, "top-5": s.top5}
-                for (a, b, c), s in zip(self.weights, self.scores, strict=True)
-            )
-        )
+        """Return a row per merge: ``a``, ``b``, ``c`` (weights), ``loss``, ``top-1``, ``top-5``, ``metric`` if given."""
+        has_metric = not all(math.isnan(s.metric) for s in self.scores)
+        rows = []
+        for (a, b, c), s in zip(self.weights, self.scores, strict=True):
+            row = {"a": a, "b": b, "c": c, "loss": s.loss, "top-1": s.accuracy, "top-5": s.top5}
+            rows.append({**row, "metric": s.metric} if has_metric else row)
+        return Table(tuple(rows))
 
     def plot(
         self,
@@ -79,7 +78,7 @@ class Triangle:
 
         Args:
             path: a .png, .svg or .pdf file to write; an existing one is replaced.
-            metric: ``"loss"``, ``"accuracy"`` or ``"top5"``.
+            metric: ``"loss"``, ``"accuracy"``, ``"top5"`` or ``"metric"``.
             names: what to call the three models, at the corners.
             ax: matplotlib axes to draw on; None makes new ones.
 
@@ -88,15 +87,18 @@ class Triangle:
 
         Raises:
             ImportError: matplotlib is not installed (``pip install fastmatch[plot]``).
-            ValueError: an unknown metric, not three names, or a file of another format.
+            ValueError: an unknown metric, one that was not measured, not three names, or a file of another format.
         """
         check_metric(metric)
         if len(names) != 3:
             raise ValueError(f"names: expected three, got {len(names)}")
+        values = [getattr(s, metric) for s in self.scores]
+        if any(map(math.isnan, values)):
+            found = "was not measured" if all(map(math.isnan, values)) else "has merges where it is no number"
+            raise ValueError(f"metric: {metric!r} {found} on this triangle")
         x = [b + c / 2 for _, b, c in self.weights]
         y = [c * 3**0.5 / 2 for _, _, c in self.weights]
         with drawing(path, ax, (5, 4)) as axes:
-            values = [getattr(s, metric) for s in self.scores]
             low, high = min(values), max(values)
             room = 1e-3 * (
                 (high - low) or abs(high) or 1.0
@@ -128,7 +130,8 @@ def triangle(
     points: int = 5,
     *,
     between: Between | None = None,
-    loss: Callable[[Any, Any], torch.Tensor] = F.cross_entropy,
+    loss: Measure | None = None,
+    metric: Measure | None = None,
     forward: Forward = default_forward,
     progress: bool | None = None,
 ) -> Triangle:
@@ -139,10 +142,10 @@ def triangle(
         >>> rows = found.table()
 
     Args:
-        models: three classifiers of one architecture, aligned; evaluated as they are at the corners.
+        models: three models of one architecture, aligned; evaluated as they are at the corners.
         data: a loader of (inputs, targets), read once per merge.
         points: positions on each side, corners included; at least 2. The triangle has ``points (points + 1) / 2``.
-        between, loss, forward, progress: see :func:`fastmatch.interpolate`; ``between`` corrects every merge that is
+        between, loss, metric, forward, progress: see :func:`fastmatch.interpolate`; ``between`` corrects every merge that is
             not a corner.
 
     Returns:
@@ -166,7 +169,7 @@ def triangle(
     inner = [row for row in rows if row not in _CORNERS]
     merges = merges_between(models, inner, between, forward, progress)
     found = {
-        row: score(model, data, loss=loss, forward=forward, progress=progress)
+        row: score(model, data, loss=loss, metric=metric, forward=forward, progress=progress)
         for row, model in (*zip(_CORNERS, models, strict=True), *zip(inner, merges, strict=True))
     }
     return Triangle(tuple(rows), tuple(found[row] for row in rows))

@@ -18,6 +18,7 @@ import torch
 from fastmatch._internal.progress import progress_bar
 from fastmatch._internal.ranks import Ranks, current
 from fastmatch.assignment import Assignment, solve
+from fastmatch.assignment.bounded_gain import BoundedGain
 from fastmatch.matching.device_gain import gain_solver
 from fastmatch.matching.gains import Gains
 from fastmatch.matching.greedy import greedy_order
@@ -58,6 +59,7 @@ class Hooks:
         orders: yields the order of groups of each sweep, in place of the seed; the ascent ends with it. There is no
             greedy initialization then: groups without an initial permutation begin at the identity.
         out_of_core: keep no gain between solves, for states that are on disk and do not fit into memory.
+        stale: the groups to solve first, if all others are known to be at their best; all of them for None.
         remembered: called for every costly step with its name and the function that computes it. It returns the step:
             computed now, or by an interrupted run whose steps are repeated. A run whose steps are all given back as they
             were takes the same way, so it ends in the same permutations. On several ranks, all of them remember the
@@ -68,6 +70,7 @@ class Hooks:
     bonus: Mapping[str, torch.Tensor] = field(default_factory=dict)
     orders: Iterator[Sequence[int]] | None = None
     out_of_core: bool = False
+    stale: Collection[str] | None = None
     remembered: Callable[[str, Callable[[], Step]], Step] = lambda name, compute: compute()
     ranks: Ranks = field(default_factory=current)
 
@@ -99,7 +102,7 @@ class Ascent:
         self.hooks, self.progress = hooks, progress
         self.names = problem.spec.top_level()
         self.costs = {name: problem.cost(name) for name in self.names}
-        self.stale = set(self.names)
+        self.stale = set(self.names if hooks.stale is None else hooks.stale)
         self.sharing = Sharing(hooks.ranks, self.costs, is_bound=not hooks.out_of_core)
         budget = 0 if hooks.out_of_core else KEPT * problem.size()
         self.gains = Gains(problem.a, problem.b, problem.spec, budget)
@@ -218,10 +221,15 @@ class Ascent:
         if len(problem.grouping[name]) > 1:
             return Step(match_nested(problem.a, problem.b, problem.spec, name, axes, self.permutations))
         gains = self.gains if self.kept is None or name in self.kept else self.unkept
-        gain = gains.of(group, axes, self.permutations)
         if name in problem.bonus:
+            gain = gains.of(group, axes, self.permutations)
             gain = gain + problem.bonus[name].to(gain)
-        solution = solve(gain, maximize=True, warm_start=self.solutions.get(name), solver=gain_solver(gain))
+        else:
+            gain = gains.cost_of(group, axes, self.permutations)
+        solver = gain_solver(gain) if isinstance(gain, torch.Tensor) else None
+        solution = solve(gain, maximize=True, warm_start=self.solutions.get(name), solver=solver)
+        if isinstance(gain, BoundedGain):
+            gains.spend(name, gain.share)
         return Step({name: torch.from_numpy(solution.col_ind)}, solution)
 
     def _end_sweep(self, value: float) -> None:

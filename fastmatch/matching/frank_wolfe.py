@@ -14,6 +14,8 @@ from fastmatch._internal.states import State, state_of
 from fastmatch.assignment import linear_sum_assignment
 from fastmatch.matching.matcher import Models, Strategy, check_matcher
 from fastmatch.matching.merge_many import MergeMany, check_init, match_mean
+from fastmatch.matching.mixtures import Mixtures, can_mix
+from fastmatch.matching.objective import Include
 from fastmatch.matching.pair_objective import anchored, moving, pair_objective, sum_over_pairs
 from fastmatch.matching.weights import WeightMatching
 from fastmatch.permutations.alignment import Alignment, Matching
@@ -53,7 +55,8 @@ class FrankWolfe(Strategy):
         ValueError: ``max_steps`` or ``max_rounds`` is out of range, or ``matcher.init`` is not ``"identity"``.
         TypeError: ``matcher`` is not a :class:`WeightMatching`.
 
-    Memory: two n x n float64 matrices per model and group, and every model in float64.
+    Cost: per step, a gain and an assignment problem for every model and group. Memory: one n x n float64 matrix per model
+    and group, and every model six times in float64.
     """
 
     matcher: WeightMatching = WeightMatching(init="identity")
@@ -105,32 +108,99 @@ def match_frank_wolfe(
     return found, outcome
 
 
+class _Relaxation:
+    """The pairwise objective under doubly stochastic maps, which begin at the identity.
+
+    Args:
+        states: state dicts of the same architecture.
+        spec: the groups whose units are mixed.
+        include: which tensors enter.
+    """
+
+    def __init__(self, states: Sequence[State], spec: PermutationSpec, include: Include) -> None:
+        names = moving(states[0], spec, include)
+        self.spec, self.count = spec, len(states)
+        self.device = states[0][names[0]].device if names else torch.device("cpu")
+        self.sizes = [group.size for group in spec.groups.values()]
+        wide = any(s[n].dtype == torch.float64 for s in states for n in names)
+        self.dtype = torch.float64 if wide else torch.float32
+        self.maps: Maps = [
+            [torch.eye(n, dtype=torch.float64, device=self.device) for n in self.sizes] for _ in states
+        ]
+        numbers = {name: k for k, name in enumerate(spec.groups)}
+        self.mixtures: list[Mixtures] = []
+        others = []
+        for name in names:
+            axes = [(axis, numbers[group]) for axis, group in spec.axes_of(name)]
+            if can_mix([axis for axis, _ in axes], [self.sizes[k] for _, k in axes]):
+                self.mixtures.append(Mixtures([s[name].to(self.device) for s in states], axes))
+            else:
+                others.append(name)
+        self.others = [{n: s[n].to(self.device, torch.float64) for n in others} for s in states]
+        """The tensors whose maps act on slices."""
+
+    def gradients(self) -> Maps:
+        """Return the gradient by the maps, in float32 unless a state is in float64."""
+        found = [
+            [torch.zeros(n, n, dtype=self.dtype, device=self.device) for n in self.sizes]
+            for _ in range(self.count)
+        ]
+        for mixtures in self.mixtures:
+            mixtures.add_gradients(found)
+        if self.others[0]:
+            for total, part in zip(found, _gradient(self.others, self.spec, self.maps), strict=True):
+                for x, y in zip(total, part, strict=True):
+                    x += y
+        return found
+
+    def look(self, permutations: Sequence[Sequence[torch.Tensor]], points: Sequence[float]) -> list[float]:
+        """Return the objective at fractions of the way to permutations, per model and group."""
+        values = np.zeros(len(points))
+        for mixtures in self.mixtures:
+            gram = mixtures.look(permutations).numpy()
+            degree = len(gram) - 1
+            weights = np.array(
+                [[(1 - t) ** k * t ** (degree - k) for k in range(degree + 1)] for t in points]
+            )
+            values += np.einsum("tk,kl,tl->t", weights, gram, weights)
+        if self.others[0]:
+            with torch.no_grad():
+                values += [float(_relaxed(self.others, self.spec, self._at(permutations, t))) for t in points]
+        return values.tolist()
+
+    def go(self, permutations: Sequence[Sequence[torch.Tensor]], t: float) -> None:
+        """Move by a fraction of the way to the permutations last looked at."""
+        self.maps = self._at(permutations, t)
+        for mixtures in self.mixtures:
+            mixtures.go(t)
+
+    def _at(self, permutations: Sequence[Sequence[torch.Tensor]], t: float) -> Maps:
+        """The maps at a fraction of the way to permutations."""
+        return [
+            [_towards(m, p, t) for m, p in zip(maps, model, strict=True)]
+            for maps, model in zip(self.maps, permutations, strict=True)
+        ]
+
+
 def _climb(
     states: Sequence[State], spec: PermutationSpec, options: FrankWolfe, progress: bool | None
 ) -> tuple[Maps, int]:
     """The relaxed maps at which no step raises the objective, and the number of assignment problems solved."""
-    names = moving(states[0], spec, options.matcher.include)
-    device = states[0][names[0]].device if names else torch.device("cpu")
-    tensors = [{n: s[n].to(device, torch.float64) for n in names} for s in states]
-    maps = [
-        [torch.eye(g.size, dtype=torch.float64, device=device) for g in spec.groups.values()] for _ in states
-    ]
+    relaxation = _Relaxation(states, spec, options.matcher.include)
+    points = np.linspace(0, 1, STEPS).tolist()
     solves = 0
     for _ in progress_bar(range(options.max_steps), "Frank-Wolfe", show=progress):
-        value, gradients = _gradient(tensors, spec, maps)
-        vertices = [[_vertex(g) for g in model] for model in gradients]
-        solves += sum(map(len, vertices))
-        points = [
-            [_towards(m, v, t) for m, v in zip(maps, vertices, strict=True)]
-            for t in torch.linspace(0, 1, STEPS, dtype=torch.float64, device="cpu")[1:].tolist()
+        vertices = [
+            [linear_sum_assignment(g, maximize=True)[1].cpu() for g in model]
+            for model in relaxation.gradients()
         ]
-        with torch.no_grad():
-            values = [float(_relaxed(tensors, spec, point)) for point in points]
+        solves += sum(map(len, vertices))
+        values = relaxation.look(vertices, points)
         best = int(np.argmax(values))
-        if not values[best] > value + options.matcher.tolerance * abs(value):
+        if not values[best] > values[0] + options.matcher.tolerance * abs(values[0]):
             break
-        maps = points[best]
-    return maps, solves
+        relaxation.go(vertices, points[best])
+    return relaxation.maps, solves
 
 
 def _rounded(maps: list[torch.Tensor], spec: PermutationSpec) -> Permutations:
@@ -142,28 +212,21 @@ def _rounded(maps: list[torch.Tensor], spec: PermutationSpec) -> Permutations:
     return {**spec.identity(), **nearest}
 
 
-def _towards(maps: list[torch.Tensor], vertices: list[torch.Tensor], t: float) -> list[torch.Tensor]:
-    """The points at fraction ``t`` of the segments from maps to vertices."""
-    return [torch.lerp(m, v, t) for m, v in zip(maps, vertices, strict=True)]
+def _towards(matrix: torch.Tensor, permutation: torch.Tensor, t: float) -> torch.Tensor:
+    """The point at fraction ``t`` of the way from a map to a permutation."""
+    moved = matrix * (1 - t)
+    moved[torch.arange(len(moved), device=moved.device), permutation.to(moved.device)] += t
+    return moved
 
 
-def _vertex(gradient: torch.Tensor) -> torch.Tensor:
-    """The permutation matrix of largest inner product with ``gradient``."""
-    rows, cols = linear_sum_assignment(gradient, maximize=True)
-    vertex = torch.zeros_like(gradient)
-    vertex[rows, cols] = 1.0
-    return vertex
-
-
-def _gradient(tensors: Sequence[State], spec: PermutationSpec, maps: Maps) -> tuple[float, Maps]:
-    """The relaxed objective and its gradient by the maps."""
+def _gradient(tensors: Sequence[State], spec: PermutationSpec, maps: Maps) -> Maps:
+    """The gradient of the relaxed objective by the maps."""
     with torch.enable_grad():
         leaves = [[m.detach().requires_grad_() for m in model] for model in maps]
         value = _relaxed(tensors, spec, leaves)
         flat = torch.autograd.grad(value, [m for model in leaves for m in model], allow_unused=True)
     grads = iter(flat)
-    filled = [[torch.zeros_like(m) if (g := next(grads)) is None else g for m in model] for model in leaves]
-    return float(value.detach()), filled
+    return [[torch.zeros_like(m) if (g := next(grads)) is None else g for m in model] for model in leaves]
 
 
 def _relaxed(tensors: Sequence[State], spec: PermutationSpec, maps: Maps) -> torch.Tensor:

@@ -8,12 +8,13 @@ groups on the tensor's other axes. If m of these units have moved since, the sum
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from fastmatch._internal.states import State, headers_of
+from fastmatch.assignment.bounded_gain import BoundedGain, multiply
 from fastmatch.matching.device_gain import FactorViews, factor_views
 from fastmatch.permutations.apply import dimension_indices, permute_tensor
 from fastmatch.spec import Axis, Group, Permutations, PermutationSpec
@@ -32,6 +33,12 @@ number and is twice that of a rebuilt gain after about 16 updates (measured on a
 CHUNK = 1 << 23
 """Elements of a tensor that enter a gain at a time, so that copies in the gain's dtype stay small compared with it."""
 
+
+BOUNDED_UNITS, BOUNDED_PRODUCTS = 512, 1 << 30
+"""Units and products from which bounds are tried: below that, a proof takes as long as the gain."""
+
+HELD = 1 << 29
+"""Bytes of factors in the order of B's other axes up to which they are held while a gain with bounds is solved."""
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes that the GPU kernel multiplies."""
@@ -113,6 +120,17 @@ class _Kept:
     updates: int = 0
 
 
+class _Factors:
+    """The factors of a group's gain, read again whenever they are iterated over."""
+
+    def __init__(self, gains: Gains, group: Group, axes: Sequence[Axis], permutations: Permutations) -> None:
+        self.gains, self.arguments = gains, (group, axes, permutations)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for views in self.gains._pairs(*self.arguments):
+            yield from views.pairs
+
+
 class Gains:
     """The gains of a weight matching; those that fit into ``budget`` bytes are kept between solves.
 
@@ -125,15 +143,50 @@ class Gains:
     def __init__(self, a: State, b: State, spec: PermutationSpec, budget: int) -> None:
         self.a, self.b, self.spec, self.budget = a, b, spec, budget
         self.kept: dict[str, _Kept] = {}
+        self.on_disk = budget == 0
+        self.spent: dict[str, float] = {}
+        """Group -> the products that its gains with bounds have taken, in those of one whole gain."""
+
+    def cost_of(
+        self, group: Group, axes: Sequence[Axis], permutations: Permutations
+    ) -> torch.Tensor | BoundedGain:
+        """Return the gain as :meth:`of` does, or with bounds if it is new and these are expected to take fewer products.
+
+        A gain with bounds is not kept. So once those of a group have taken as many products as a whole gain, which could
+        be kept, it is built.
+        """
+        could_keep = 4 * group.size**2 <= self.budget
+        is_paid = could_keep and self.spent.get(group.name, 0.0) >= 1.0
+        if group.name in self.kept or is_paid or not self._suits_bounds(group, axes):
+            return self.of(group, axes, permutations)
+        factors: Iterable[tuple[torch.Tensor, torch.Tensor]] = _Factors(self, group, axes, permutations)
+        if not self.on_disk and 8 * self._elements(axes) <= HELD:
+            factors = list(factors)
+        gain = multiply(factors)
+        if isinstance(gain, torch.Tensor):
+            self._keep(group.name, gain, self._orders(axes, permutations))
+        return gain
+
+    def spend(self, name: str, share: float) -> None:
+        """Note the share of a gain's products that a solve with bounds has taken."""
+        self.spent[name] = self.spent.get(name, 0.0) + share
+
+    def _suits_bounds(self, group: Group, axes: Sequence[Axis]) -> bool:
+        """Whether a group is large, and its tensors are on the CPU and multiplied in float32."""
+        if group.size < BOUNDED_UNITS or group.size * self._elements(axes) < BOUNDED_PRODUCTS:
+            return False
+        pairs = [(headers_of(self.a)[x.parameter], headers_of(self.b)[x.parameter]) for x in axes]
+        wide = any(a.dtype == b.dtype == torch.float64 for a, b in pairs)
+        return not wide and all(a.device.type == b.device.type == "cpu" for a, b in pairs)
+
+    def _elements(self, axes: Sequence[Axis]) -> int:
+        return sum(math.prod(self.spec.shapes[axis.parameter]) for axis in axes)
 
     def of(self, group: Group, axes: Sequence[Axis], permutations: Permutations) -> torch.Tensor:
         """Return the (n, n) gain of a group over ``axes``, all other groups permuted; it must not be written to."""
-        if any(self.spec.has_slices(axis.parameter) for axis in axes):
-            # Units that move only in slices have no single order of columns, so no update can follow them.
+        orders = self._orders(axes, permutations)
+        if orders is None:
             return self._build(group, axes, permutations, None)
-        orders = {
-            axis: dimension_indices(axis.parameter, self.spec, permutations, skip=axis) for axis in axes
-        }
         kept = self.kept.get(group.name)
         if kept is not None and kept.updates < MAX_UPDATES and kept.orders.keys() <= orders.keys():
             moves = [
@@ -146,13 +199,24 @@ class Gains:
                 kept.orders = orders
                 return kept.gain
         gain = self._build(group, axes, permutations, None if kept is None else kept.gain)
-        size = gain.numel() * gain.element_size()
-        if kept is not None:
-            self.kept[group.name] = _Kept(gain, orders)
-        elif size <= self.budget:
-            self.budget -= size
-            self.kept[group.name] = _Kept(gain, orders)
+        self._keep(group.name, gain, orders)
         return gain
+
+    def _orders(self, axes: Sequence[Axis], permutations: Permutations) -> dict[Axis, Order] | None:
+        """The order of B's columns per axis; None if units move only in slices, which have no single order.
+
+        No update can follow such units.
+        """
+        if any(self.spec.has_slices(axis.parameter) for axis in axes):
+            return None
+        return {axis: dimension_indices(axis.parameter, self.spec, permutations, skip=axis) for axis in axes}
+
+    def _keep(self, name: str, gain: torch.Tensor, orders: Mapping[Axis, Order] | None) -> None:
+        """Keep a gain that was built, if there is memory for it and updates can follow its units."""
+        size = 0 if name in self.kept else gain.numel() * gain.element_size()
+        if orders is not None and size <= self.budget:
+            self.budget -= size
+            self.kept[name] = _Kept(gain, orders)
 
     def _is_worthwhile(self, moves: Sequence[_Move]) -> bool:
         """Whether an update takes clearly fewer operations than a rebuild."""

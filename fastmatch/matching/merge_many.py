@@ -11,11 +11,12 @@ import torch
 from fastmatch._internal.checks import check_integer
 from fastmatch._internal.progress import progress_bar
 from fastmatch._internal.states import State, state_of
+from fastmatch.matching.ascent import Hooks
 from fastmatch.matching.matcher import Models, Strategy, check_matcher
 from fastmatch.matching.pair_objective import anchored, moving, pair_objective
 from fastmatch.matching.weights import WeightMatching, match_weights
 from fastmatch.permutations.alignment import Alignment, Matching
-from fastmatch.permutations.apply import apply_permutations
+from fastmatch.permutations.apply import permute_tensor
 from fastmatch.spec import Permutations, PermutationSpec
 
 __all__ = ["MergeMany", "check_init", "match_mean"]
@@ -35,7 +36,8 @@ def check_init(matcher: WeightMatching) -> None:
 class MergeMany(Strategy):
     """Match each model to the mean of the others, in random order, until a whole round moves nothing.
 
-    Maximizes ``sum_{p<q} <P_p theta_p, P_q theta_q>`` over the permutations P_k of each model's units. A match to the
+    Maximizes ``sum_{p<q} <P_p theta_p, P_q theta_q>`` over the permutations P_k of each model's units. A model is matched
+    again in the groups whose tensors have changed in another model since its last match. A match to the
     mean of the others raises this sum by as much as it raises its own objective. So the sum never falls and the rounds
     end by themselves.
 
@@ -96,18 +98,27 @@ def match_mean(
     generator = np.random.default_rng(matcher.seed)
     trace = [pair_objective(states, spec, current, matcher.include)]
     solves = skipped = rounds = 0
-    names = set(moving(states[0], spec, matcher.include))
+    totals = _Totals(states, spec, current, moving(states[0], spec, matcher.include))
+    stale = [set(spec.top_level()) for _ in states]
     moved = True
     while moved and rounds < options.max_rounds:
         moved = False
         order = [int(k) for k in generator.permutation(len(states))]
         for k in progress_bar(order, f"matching to the mean, round {rounds + 1}", show=progress):
-            others = [j for j in range(len(states)) if j != k]
-            mean = _mean_of([states[j] for j in others], spec, [current[j] for j in others], names)
             single = replace(matcher, init=current[k], seed=int(generator.integers(2**31)))
-            found = match_weights(mean, states[k], spec, single, progress=False)
-            moved |= any(not torch.equal(p, current[k][g]) for g, p in found.permutations.items())
+            if not stale[k]:
+                continue
+            hooks = Hooks(stale=stale[k])
+            found = match_weights(totals.mean_of_others(k), states[k], spec, single, hooks, progress=False)
+            changed = {g for g, p in found.permutations.items() if not torch.equal(p, current[k][g])}
+            moved |= bool(changed)
+            stale[k] = set() if found.converged else set(spec.top_level())
+            neighbours = _with_neighbours(changed, spec)
+            for other in range(len(states)):
+                if other != k:
+                    stale[other] |= neighbours
             current[k] = found.permutations
+            totals.move(k, current[k])
             solves, skipped = solves + found.solves, skipped + found.skipped
         rounds += 1
         trace.append(pair_objective(states, spec, current, matcher.include))
@@ -115,12 +126,44 @@ def match_mean(
     return current, outcome
 
 
-def _mean_of(
-    states: Sequence[State], spec: PermutationSpec, permutations: Sequence[Permutations], names: set[str]
-) -> dict[str, torch.Tensor]:
-    """The mean in float64 of the tensors in ``names``; the first model's own for the others."""
-    moved = [apply_permutations(s, spec, p) for s, p in zip(states, permutations, strict=True)]
-    mean = dict(moved[0])
-    for name in names:
-        mean[name] = torch.stack([m[name].double() for m in moved]).mean(dim=0)
-    return mean
+def _with_neighbours(groups: set[str], spec: PermutationSpec) -> set[str]:
+    """The top-level groups of ``groups`` and of all groups that share a tensor with them."""
+    reached = groups.union(*(spec.neighbours(g) for g in groups))
+    return {spec.groups[g].within or g for g in reached}
+
+
+class _Totals:
+    """The sum over models of the permuted tensors in ``names``, in float64; it follows the models that move."""
+
+    def __init__(
+        self,
+        states: Sequence[State],
+        spec: PermutationSpec,
+        permutations: Sequence[Permutations],
+        names: Sequence[str],
+    ) -> None:
+        self.states, self.spec, self.names = states, spec, names
+        self.permutations = list(permutations)
+        self.totals = {name: self._tensor(0, name).to(torch.float64, copy=True) for name in names}
+        for k in range(1, len(states)):
+            for name in names:
+                self.totals[name] = self.totals[name] + self._tensor(k, name)
+
+    def _tensor(self, k: int, name: str) -> torch.Tensor:
+        return permute_tensor(self.states[k][name], name, self.spec, self.permutations[k])
+
+    def move(self, k: int, permutations: Permutations) -> None:
+        """Give a model other permutations."""
+        before = self.permutations[k]
+        groups = {g for g, p in permutations.items() if not torch.equal(p, before[g])}
+        names = {axis.parameter for g in groups for axis in self.spec.groups[g].axes}
+        then = {name: self._tensor(k, name).double() for name in self.names if name in names}
+        self.permutations[k] = permutations
+        for name, tensor in then.items():
+            self.totals[name] += self._tensor(k, name).double() - tensor
+
+    def mean_of_others(self, k: int) -> dict[str, torch.Tensor]:
+        """Return the mean of the other models; tensors that do not enter are model k's own."""
+        count = len(self.states) - 1
+        means = {name: (total - self._tensor(k, name)) / count for name, total in self.totals.items()}
+        return {**self.states[k], **means}

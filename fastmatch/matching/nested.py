@@ -1,16 +1,18 @@
 """Matching of groups with subgroups: heads with their channels, experts with their hidden units.
 
 How well unit ``i`` of A (a head) fits unit ``j`` of B depends on the order of the units inside. So the inner problems of
-all pairs (i, j) are solved first, many small assignments at once. Their optima are the gains of one assignment over the
-outer units.
+all pairs (i, j) are solved first: one product has the gains of all of them, and they are solved as one stack. Their optima
+are the gains of one assignment over the outer units.
 
 A group may have several *kinds* of subgroups, with one subgroup of each kind per outer unit: the query heads that share
 a key head, and the channels of their values. If two kinds share a tensor (the output projection), they are solved in
-turn until neither changes.
+turn until neither changes. That is done only for pairs that matter: the norms bound what the shared tensors can add to a
+pair, and pairs that no best outer assignment uses under these bounds are left out.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,6 +30,9 @@ MAX_TURNS = 4
 
 MAX_ENTRIES = 1 << 25
 """Gain entries of inner problems that are in memory at once."""
+
+TRIES = 4
+"""Outer assignments by bounds, of which only the pairs are solved, before all pairs are."""
 
 STACKED_SIZE = 512
 """Inner problems up to this size are solved as one stack, larger ones one by one."""
@@ -70,9 +75,9 @@ class _Blocks:
                 if along == dim:
                     moved = positions[:, orders[kind]].movedim(1, 0)  # (blocks, outer, size, inner)
                     index[:, positions.flatten()] = index.gather(1, moved.flatten(1))
-            shape = [len(blocks), *([1] * (blocks.ndim - 1))]
-            shape[1 + dim] = -1
-            blocks = blocks.gather(1 + dim, index.view(shape).expand_as(blocks).to(blocks.device))
+            index = index.to(blocks.device)
+            pairs = zip(blocks, index, strict=True)
+            blocks = torch.stack([block.index_select(dim, order) for block, order in pairs])
         return blocks
 
 
@@ -92,7 +97,8 @@ def match_nested(
         Group -> permutation, for the group and its subgroups. It is optimal if no two kinds of subgroups share a
         tensor; otherwise each kind is optimal given the others.
 
-    Cost: the gains of all units of the subgroups, and p^2 assignments of n x n for p subgroups of n units each.
+    Cost: one product of all units of the subgroups, and p^2 assignments of n x n for p subgroups of n units each. If
+    subgroups share a tensor, products of that tensor for the pairs that the bounds leave.
     """
     kinds = [names for (outer, _), names in spec.subgroups().items() if outer == name]
     still = {
@@ -108,21 +114,125 @@ def match_nested(
         if not block.kinds:
             value += (block.a.flatten(1) @ block.b.flatten(1).T).double().cpu()
     inner = [block for block in blocks if block.kinds]
+    own = [
+        _OwnGains([x for x in inner if x.is_covered and kind in x.kinds], kind) for kind in range(len(kinds))
+    ]
     orders = [torch.arange(n, device="cpu").expand(p, p, n).clone() for n in sizes]
-    step = max(1, MAX_ENTRIES // max((n * n for n in sizes), default=1))
-    for i in range(p):
-        for lo in range(0, p, step):
-            part = slice(lo, min(lo + step, p))
-            found, optimum = _solve_inner(inner, sizes, i, part)
-            value[i, part] += optimum
-            for kind, order in found.items():
-                orders[kind][i, part] = order
-    _, outer = linear_sum_assignment(value, maximize=True)
-    result = {name: torch.as_tensor(outer, device="cpu")}
+    best = value.clone()
+    for gains, order in zip(own, orders, strict=True):
+        if gains.factors:
+            best += _solve_all(gains, order)
+    if all(block.is_covered for block in inner):
+        outer = _assign(best)
+    else:
+        outer = _solve_shared(inner, own, value, best, orders)
+    result = {name: outer}
     for names, order in zip(kinds, orders, strict=True):
         for i, subgroup in enumerate(names):
             result[subgroup] = order[i, result[name][i]]
     return result
+
+
+class _OwnGains:
+    """The gains of all pairs of one kind's units, from the blocks that no other kind is in.
+
+    Attributes:
+        factors: (units, size, features) of A and B, for each block.
+    """
+
+    def __init__(self, blocks: Sequence[_Blocks], kind: int) -> None:
+        wide = any(block.a.dtype == torch.float64 for block in blocks)
+        dtype = torch.float64 if wide else torch.float32
+        self.factors = [
+            (block.rows(block.a, kind).to(dtype), block.rows(block.b, kind).to(dtype)) for block in blocks
+        ]
+        self._whole: torch.Tensor | None = None
+        if self.factors and math.prod(self.factors[0][0].shape[:2]) ** 2 <= MAX_ENTRIES:
+            every = slice(0, len(self.factors[0][0]))
+            self._whole = self.of(every, every)
+
+    def of(self, rows: slice, columns: slice) -> torch.Tensor:
+        """Return the (rows, columns, size, size) gains of A's units in ``rows`` and B's in ``columns``."""
+        if self._whole is not None:
+            return self._whole[rows, columns]
+        total = None
+        for a, b in self.factors:
+            left, right = a[rows].flatten(0, 1), b[columns].flatten(0, 1)
+            total = left @ right.T if total is None else total.addmm_(left, right.T)
+        assert total is not None
+        size = self.factors[0][0].shape[1]
+        return total.view(-1, size, len(total.T) // size, size).transpose(1, 2)
+
+
+def _solve_all(own: _OwnGains, orders: torch.Tensor) -> torch.Tensor:
+    """Write the best (units, units, size) orders of every pair; return their (units, units) float64 optima."""
+    p, _, n = orders.shape
+    optima = torch.empty(p, p, dtype=torch.float64, device="cpu")
+    wide = max(1, min(p, MAX_ENTRIES // n**2))
+    high = max(1, MAX_ENTRIES // (wide * n**2))
+    for top in range(0, p, high):
+        for lo in range(0, p, wide):
+            place = slice(top, min(top + high, p)), slice(lo, min(lo + wide, p))
+            gains = own.of(*place)
+            stack = gains.reshape(-1, n, n)
+            order = _solve(stack)
+            orders[place] = order.view(*gains.shape[:3])
+            best = stack.gather(2, order[:, :, None].to(stack.device)).double().sum((1, 2))
+            optima[place] = best.view(gains.shape[:2]).cpu()
+    return optima
+
+
+def _solve_shared(
+    inner: Sequence[_Blocks],
+    own: Sequence[_OwnGains],
+    value: torch.Tensor,
+    best: torch.Tensor,
+    orders: list[torch.Tensor],
+) -> torch.Tensor:
+    """Return the best outer permutation where kinds share blocks; write the orders of its pairs.
+
+    Args:
+        inner: the blocks with subgroups.
+        own: per kind, the gains from the blocks that it alone fills.
+        value: (units, units), what the blocks without subgroups earn.
+        best: the same with what kinds earn at most in the blocks that they alone fill.
+        orders: per kind, (units, units, size).
+    """
+    p, sizes = len(value), [order.shape[2] for order in orders]
+    shared = [block for block in inner if not block.is_covered]
+    bound, known = best.clone(), torch.zeros(p, p, dtype=torch.bool, device="cpu")
+    for block in inner:
+        left, right = (
+            torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=torch.float64) for x in (block.a, block.b)
+        )
+        rounding = math.prod(block.a.shape[1:]) * torch.finfo(block.a.dtype).eps
+        bound += (rounding if block.is_covered else 1 + rounding) * torch.outer(left, right).cpu()
+
+    def settle(i: int, part: slice) -> None:
+        found, optimum = _solve_inner(shared, own, sizes, i, part)
+        bound[i, part] = value[i, part] + optimum
+        known[i, part] = True
+        for kind, order in found.items():
+            orders[kind][i, part] = order
+
+    for turn in range(TRIES):
+        outer = _assign(bound)
+        unknown = [i for i in range(p) if not known[i, outer[i]]]
+        if not unknown:
+            return outer
+        if turn and len(unknown) > p / 4:  # the bounds tell too little
+            break
+        for i in unknown:
+            settle(i, slice(int(outer[i]), int(outer[i]) + 1))
+    step = max(1, MAX_ENTRIES // max((n * n for n in sizes), default=1))
+    for i in range(p):
+        for lo in range(0, p, step):
+            settle(i, slice(lo, min(lo + step, p)))
+    return _assign(bound)
+
+
+def _assign(value: torch.Tensor) -> torch.Tensor:
+    return torch.as_tensor(linear_sum_assignment(value, maximize=True)[1], device="cpu")
 
 
 def best_orders(gain: torch.Tensor, units: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -144,15 +254,11 @@ def best_orders(gain: torch.Tensor, units: int) -> tuple[torch.Tensor, torch.Ten
 
 
 def _solve_inner(
-    blocks: Sequence[_Blocks], sizes: Sequence[int], i: int, part: slice
+    mixed: Sequence[_Blocks], owned: Sequence[_OwnGains], sizes: Sequence[int], i: int, part: slice
 ) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
     """(kind -> orders (blocks, size), optima (blocks,)) of A's block ``i`` against B's in ``part``."""
-    mixed = [x for x in blocks if not x.is_covered]
     orders: dict[int, torch.Tensor] = {}
-    own = [
-        _gain([x for x in blocks if x.is_covered and kind in x.kinds], kind, i, part, orders)
-        for kind in range(len(sizes))
-    ]
+    own = [gains.of(slice(i, i + 1), part)[0] if gains.factors else None for gains in owned]
     coupled = any(len(x.kinds) > 1 for x in mixed)
     for turn in range(MAX_TURNS if coupled else 1):
         before = dict(orders)
@@ -211,7 +317,7 @@ def _cut(
         front = axis.slice_of(tensor).movedim(axis.dim, 0)
         whole = torch.equal(positions.flatten(), torch.arange(front.shape[0], device="cpu"))
         picked = front if whole else front[positions.flatten().to(front.device)]
-        blocks.append(picked.reshape(size, -1, *front.shape[1:]).to(dtype))
+        blocks.append(picked.reshape(size, -1, *front.shape[1:]).to(dtype).contiguous())
     inside = torch.full((spec.shapes[parameter][axis.dim],), -1, device="cpu")
     inside[positions[0]] = torch.arange(positions.shape[1], device="cpu")
     kinds: dict[int, tuple[int, torch.Tensor]] = {}

@@ -66,24 +66,28 @@ def measure_similarities(
             the number of its block, and the moments of the blocks are merged in a fixed tree.
 
     Raises:
-        ValueError: activations hold NaN or infinity; the group is named.
+        ValueError: activations hold NaN or infinity, or no batch reaches where a group is read; the group is named.
     """
     kind = ACCUMULATORS.get(similarity, CrossMoments)
     sites = [reading for found in readings.values() for reading in found]
+    reached: list[set[ActivationSite]] = [set(), set()]
 
     def measure(part: Iterable[Any]) -> Measured:
         moments = {reading: kind() for reading in sites}
         reader = _PairReader(spec, moments)
         for batch in part:
-            for model, receive in zip(models, (reader.keep, reader.compare), strict=True):
-                with SiteReader(reader.sites, receive, site=site, model=model):
-                    forward(model, batch)
+            reader.kept.clear()
+            for k, receive in enumerate((reader.keep, reader.compare)):
+                with SiteReader(reader.sites, receive, models[k], site=site) as found:
+                    forward(models[k], batch)
+                reached[k] |= found.reached
         return moments
 
     with evaluating(*models):
-        moments = measure(batches) if shared is None else _merged(shared, batches, sites, measure)
+        moments = measure(batches) if shared is None else _merged(shared, batches, sites, measure, reached)
     gains = {}
     for names, found in readings.items():
+        _check_reached(names[0], found, reached)
         gain = torch.stack([_similarity(moments[r], similarity) for r in found]).sum(dim=0)
         if not bool(torch.isfinite(gain).all()):
             raise ValueError(
@@ -95,9 +99,13 @@ def measure_similarities(
 
 
 def _merged(
-    shared: Shared, batches: Iterable[tuple[int, Any]], sites: list[Reading], measure: Callable[..., Measured]
+    shared: Shared,
+    batches: Iterable[tuple[int, Any]],
+    sites: list[Reading],
+    measure: Callable[..., Measured],
+    reached: list[set[ActivationSite]],
 ) -> Measured:
-    """The moments of all blocks, in the host's memory, on all ranks."""
+    """The moments of all blocks, in the host's memory, on all ranks; ``reached`` takes in what other ranks reached."""
     ranks, blocks = shared
 
     def merge(first: list[Any], second: list[Any]) -> list[Any]:
@@ -107,10 +115,23 @@ def _merged(
     for block, numbered in groupby(batches, key=itemgetter(0)):
         found = measure(batch for _, batch in numbered)
         tree.add(block, [found[reading].on_host() for reading in sites])
-    ranks.exchange(
-        None, "the end of the activations"
-    )  # an error of a rank is told before any waits for its moments
+    # An error of a rank is told here, before any waits for its moments.
+    for theirs in ranks.exchange(reached, "the end of the activations"):
+        for mine, found_there in zip(reached, theirs, strict=True):
+            mine |= found_there
     return dict(zip(sites, tree.root(), strict=True))
+
+
+def _check_reached(group: str, readings: Iterable[Reading], reached: list[set[ActivationSite]]) -> None:
+    """Raise ValueError if no batch reached the place where a group is read."""
+    for reading in readings:
+        for side, found in zip("AB", reached, strict=True):
+            if reading[0] not in found:
+                where = " after ".join(filter(None, [reading[0].op_name, reading[0].weight]))
+                raise ValueError(
+                    f"data: no batch reaches {where} of model {side}, where group {group!r} was read on the example; "
+                    "trace the model on inputs like the data"
+                )
 
 
 def _similarity(moments: Moments, kind: Similarity) -> torch.Tensor:
@@ -135,7 +156,9 @@ class _PairReader:
 
     def compare(self, site: ActivationSite, tensor: torch.Tensor) -> None:
         """Take B's activations of the same batch."""
-        a = self.kept.pop(site)
+        a = self.kept.pop(site, None)
+        if a is None:  # on this batch A took another path
+            return
         b, dim = self._values(site, tensor, copy=False)
         moments = self.moments[self.readings[site]]
         if isinstance(moments, CrossMoments):

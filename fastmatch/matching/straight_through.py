@@ -15,7 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastmatch._internal.batches import batches_of, check_data, device_of, evaluating, split_batch
+from fastmatch._internal.batches import (
+    arguments_for,
+    batches_of,
+    check_data,
+    device_of,
+    evaluating,
+    prediction_of,
+    samples_in,
+    split_batch,
+)
 from fastmatch._internal.checks import check_integer, check_number
 from fastmatch._internal.states import State, state_of
 from fastmatch.matching.matcher import Matcher, Model, check_matcher, modules_of
@@ -45,11 +54,11 @@ class StraightThrough(Matcher):
         True
 
     Args:
-        data: batches of (inputs, targets), read ``2 * epochs + 1`` times; not an iterator, which can be read only
-            once.
+        data: batches of (inputs, targets), or mappings with ``"labels"``, read ``2 * epochs + 1`` times; not an
+            iterator, which can be read only once.
         epochs: passes over the data that train the free copy.
         learning_rate: Adam's step size on the free copy.
-        loss: ``loss(outputs, targets)`` of a batch; the mean over the batch.
+        loss: ``loss(outputs, targets)`` of a batch, the mean over it; of output objects, the ``logits`` are given.
         projection: the options of weight matching, by which the free copy is projected onto permutations. Its
             ``init`` and ``seed`` are those of the first projection; the later ones begin at the one before, with
             the next seed.
@@ -90,7 +99,7 @@ class StraightThrough(Matcher):
 
         Raises:
             TypeError: a model is a state dict, which cannot be run.
-            ValueError: ``data`` does not yield pairs of tensors.
+            ValueError: ``data`` does not yield targets.
         """
         model, _ = modules_of(model_a, model_b)
         descent = _Descent(self, model, state_of(model_b, "model_b"), spec)
@@ -140,7 +149,7 @@ class _Descent:
         with evaluating(self.model), torch.no_grad():
             for batch in batches_of(self.options.data, "loss of the midpoint", progress=progress):
                 value = float(_loss_of(self.model, state, batch, self.options.loss))
-                size = len(split_batch(batch)[0])
+                size = samples_in(batch)
                 total += size * value
                 count += size
         return total / count
@@ -159,10 +168,13 @@ def _midpoint(
 
 def _loss_of(model: nn.Module, state: State, batch: Any, loss: Loss) -> torch.Tensor:
     inputs, targets = split_batch(batch)
-    if not isinstance(inputs, torch.Tensor) or not isinstance(targets, torch.Tensor):
-        raise ValueError("data: expected (inputs, targets) pairs of tensors")
-    device = device_of(model)
+    if not isinstance(targets, torch.Tensor):
+        raise ValueError(
+            "data: expected (inputs, targets) pairs, or mappings with labels, whose targets are tensors"
+        )
+    args, kwargs = arguments_for(model, inputs)
     # One name for each parameter and buffer: tied ones have several in a state dict.
     names = {name for named in (model.named_parameters(), model.named_buffers()) for name, _ in named}
     named = {name: state[name] for name in names if name in state}
-    return loss(torch.func.functional_call(model, named, (inputs.to(device),)), targets.to(device))
+    output = prediction_of(torch.func.functional_call(model, named, args, kwargs))
+    return loss(output, targets.to(device_of(model)))

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fastmatch._internal.batches import batches_of, check_module, device_of, evaluating
+from fastmatch._internal.batches import (
+    Forward,
+    batches_of,
+    check_module,
+    default_forward,
+    device_of,
+    evaluating,
+)
 from fastmatch._internal.coefficients import check_weights, remember_weights
 from fastmatch._internal.modules import copy_module
 from fastmatch._internal.states import State, check_finite, check_models, check_same_architecture, state_of
@@ -69,7 +76,12 @@ class PartialMerge:
         )
 
     def endpoint_statistics(
-        self, models: Sequence[nn.Module], data: Iterable[Any], *, samples: int | None = None
+        self,
+        models: Sequence[nn.Module],
+        data: Iterable[Any],
+        *,
+        samples: int | None = None,
+        forward: Forward = default_forward,
     ) -> EndpointStatistics:
         """Measure the models' statistics, under the names and in the units of the merge.
 
@@ -85,6 +97,7 @@ class PartialMerge:
             models: those that were merged, in the same order.
             data: a loader of inputs or (inputs, targets); read once.
             samples: stop after this many samples; None reads all of them.
+            forward: ``forward(model, batch)`` runs a model on a batch.
 
         Raises:
             ValueError: another number of models; or the rule is ``"cca"``, which mixes units: the standard deviation
@@ -97,7 +110,7 @@ class PartialMerge:
             )
         if len(models) != len(self.weights):
             raise ValueError(f"models: expected the {len(self.weights)} that were merged, got {len(models)}")
-        measured = endpoint_statistics(models, data, samples=samples).calls
+        measured = endpoint_statistics(models, data, samples=samples, forward=forward).calls
         known = {name for name, _ in self.model.named_modules()}
         tables: list[dict[str, Calls]] = []
         for k in range(len(measured)):
@@ -146,7 +159,8 @@ def merge_partial(
         >>> logits = found.model(x)
 
     Args:
-        models: two or more modules of one architecture that ``torch.fx`` can follow; they are not changed.
+        models: two or more modules of one architecture that ``torch.fx`` or ``torch.export`` can follow; they are
+            not changed.
         example_inputs: a tensor, a tuple of positional inputs, or a mapping of inputs by name; a batch of 2 is
             enough.
         rule: which units become one: :class:`fastmatch.Identity`, :class:`fastmatch.Permute`,
@@ -165,7 +179,7 @@ def merge_partial(
     Raises:
         TypeError: a model is not a torch module, or ``rule`` is not a rule.
         ValueError: architectures differ, an argument is out of range, a group is unknown, the data yields nothing, or
-            ``torch.fx`` cannot follow the model.
+            neither ``torch.fx`` nor ``torch.export`` can follow the model.
 
     Memory: for each merged group one (N n, N n) float64 matrix, or N - 1 of (n, n) to permute; :class:`fastmatch.CCA`
     also keeps n x n maps at the boundary.
@@ -189,10 +203,9 @@ def merge_partial(
     plan = Rewiring(structure, start_at, apart)
     if verify:
         _verify(plan, example_inputs, alphas)
-    graph = structure.module.graph
     device = device_of(structure.module)
     others = (copy_module(m).eval().to(device) for m in models[1:])
-    copies = [structure.module, *(fx.GraphModule(model, graph) for model in others)]
+    copies = [structure.module, *map(structure.on, others)]
     if isinstance(rule, Identity):
         maps = _identity(plan, alphas)
     elif not plan.joined:
@@ -249,7 +262,7 @@ def _read_moments(
     with evaluating(*copies):
         for batch in batches_of(rule.data, "partial merge", progress=progress):
             for copy in copies:
-                with SiteReader(chosen, keep, site=rule.site, model=copy):
+                with SiteReader(chosen, keep, copy, site=rule.site):
                     rule.forward(copy, batch)
             for name, parts in rows.items():
                 if rule.pairwise:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastmatch._internal.callables import loader_from, network_from
 from fastmatch._internal.files import (
     STATE_SUFFIXES,
     check_format,
@@ -33,7 +31,7 @@ from fastmatch.matching.weights import WeightMatching
 from fastmatch.merging.average import merge
 from fastmatch.permutations.alignment import Alignment
 from fastmatch.recipes.card import model_card
-from fastmatch.recipes.recipe import MATCHERS, Recipe, as_text, read_recipe
+from fastmatch.recipes.recipe import MATCHERS, Recipe, Step, as_text, read_recipe
 from fastmatch.renorm.options import Renormalization
 from fastmatch.renorm.renormalize import renormalize
 from fastmatch.report.merge import merge_report
@@ -132,10 +130,8 @@ def _in_memory(recipe: Recipe, files: dict[str, Path], force: bool, progress: bo
     with watch("read"):
         network, example = _network_of(recipe)
         matcher = _matcher_of(recipe)
-        calibration = (
-            None if recipe.renormalize is None else _loader_of(recipe.renormalize.data, "renormalize.data")
-        )
-        data = None if recipe.evaluate is None else _loader_of(recipe.evaluate.data, "evaluate.data")
+        calibration = _loader_of(recipe.renormalize, "renormalize")
+        data = _loader_of(recipe.evaluate, "evaluate")
         states = [_state_at(path) for path in recipe.models]
         models = [_loaded(network, state, path) for state, path in zip(states, recipe.models, strict=True)]
     first = models[recipe.reference]
@@ -171,10 +167,12 @@ def _in_memory(recipe: Recipe, files: dict[str, Path], force: bool, progress: bo
         other = models[1 - recipe.reference]
         report = _joined(alignments[0].report(first, other, data, names=names, points=points), report)
     result = state_of(merged if final is None else final, "merge")
-    check_finite(result, "out")
     result = {
         name: _cast(tensor, states[recipe.reference][name], recipe.dtype) for name, tensor in result.items()
     }
+    check_finite(
+        result, f"{recipe.out} is not written: the result"
+    )  # as it is in the file: types differ in range
     report = replace(
         report, seconds={**watch.seconds, **report.seconds}, command=as_text(recipe.given).strip()
     )
@@ -262,29 +260,9 @@ def _loaded(network: nn.Module, state: dict[str, torch.Tensor], path: str) -> nn
     return model.eval()
 
 
-def _named(text: str, key: str) -> Callable[[], Any]:
-    """Import what ``module:callable`` names; the current folder is searched first."""
-    place, _, name = text.rpartition(":")
-    sys.path.insert(0, os.getcwd())
-    try:
-        found = getattr(importlib.import_module(place), name, None)
-    except ImportError as error:
-        raise ValueError(f"{key}: {place!r} cannot be imported ({error})") from error
-    finally:
-        sys.path.remove(os.getcwd())
-    if not callable(found):
-        raise ValueError(f"{key}: {place!r} has no callable {name!r}")
-    return found
-
-
 def _network_of(recipe: Recipe) -> tuple[nn.Module, Any]:
     assert recipe.network is not None
-    built = _named(recipe.network, "network")()
-    network, example = built if isinstance(built, tuple) and len(built) == 2 else (built, None)
-    if not isinstance(network, nn.Module):
-        raise ValueError(
-            f"network: {recipe.network} returned {type(network).__name__}, expected a torch module"
-        )
+    network, example = network_from(recipe.network, "network")
     if recipe.input_shape is not None:
         generator = torch.Generator().manual_seed(0)
         example = torch.randn(*recipe.input_shape, generator=generator, device="cpu")
@@ -293,14 +271,9 @@ def _network_of(recipe: Recipe) -> tuple[nn.Module, Any]:
     return network, example
 
 
-def _loader_of(text: str | None, key: str) -> Iterable[Any]:
-    assert text is not None
-    data = _named(text, key)()
-    if not isinstance(data, Iterable) or iter(data) is data:
-        raise ValueError(
-            f"{key}: expected a callable that returns a loader or a list of batches, got {data!r}"
-        )
-    return data
+def _loader_of(step: Step | None, key: str) -> Iterable[Any] | None:
+    """Return the loader that a step names; None for a step without data, or no step."""
+    return None if step is None or step.data is None else loader_from(step.data, f"{key}.data")
 
 
 def _matcher_of(recipe: Recipe) -> Matcher | None:
@@ -308,5 +281,5 @@ def _matcher_of(recipe: Recipe) -> Matcher | None:
     step = recipe.align
     if step is None:
         return None
-    data = {} if step.data is None else {"data": _loader_of(step.data, "align.data")}
-    return MATCHERS[step.word](**data, **step.options)
+    data = _loader_of(step, "align")
+    return MATCHERS[step.word](**({} if data is None else {"data": data}), **step.options)

@@ -6,7 +6,6 @@ The keys are mergekit's where they mean the same (``models``, ``parameters``, ``
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -16,6 +15,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from fastmatch._internal.checks import check_choice, check_integer, check_number
+from fastmatch._internal.states import nearest
 from fastmatch.matching.activations import ActivationMatching
 from fastmatch.matching.fisher import FisherMatching
 from fastmatch.matching.matcher import Matcher
@@ -190,15 +190,13 @@ def _check_keys(
             continue
         if others is not None and key in others:
             raise ValueError(f"{place}{key}: {others[key]}")
-        near = difflib.get_close_matches(str(key), known, 1)
-        listed = f"expected one of {', '.join(known)}" if known else "expected none"
-        hint = f"did you mean {near[0]!r}?" if near else listed
-        raise ValueError(f"{place}{key}: unknown key; {hint}")
+        listed = f"; expected one of {', '.join(known)}" if known else "; expected none"
+        raise ValueError(f"{place}{key}: unknown key{nearest(str(key), known) or listed}")
 
 
 def _text(key: str, value: Any) -> str | None:
     if value is not None and (not isinstance(value, str) or ":" not in value):
-        raise ValueError(f"{key}: expected module:callable; got {value!r}")
+        raise ValueError(f"{key}: expected module:callable or file.py:callable; got {value!r}")
     return value
 
 

@@ -16,6 +16,7 @@ from fastmatch.renorm.endpoints import CallCounter
 from fastmatch.renorm.hooks import CalibrationHook
 from fastmatch.renorm.lockstep import Lockstep
 from fastmatch.renorm.options import Mode
+from fastmatch.statistics.finite import FiniteNotes
 
 __all__ = ["Calibration", "calibrate"]
 
@@ -26,22 +27,41 @@ class Calibration:
     def __init__(self, model: nn.Module, hooks: Sequence[CalibrationHook], forward: Forward) -> None:
         self.model, self._forward = model, forward
         self._hooks = {hook.name: hook for hook in hooks}
+        self._notes = FiniteNotes()
 
     def joint(self, batch: Any) -> None:
         """Run one batch; every module is treated by the statistics of the batch."""
         counter = CallCounter()
-        with self._treating(lambda name, tensor: self._hooks[name].treat([tensor], counter.next(name))[0]):
+        self._notes.next_batch()
+        with self._treating(lambda name, tensor: self._treated(name, [tensor], counter.next(name))[0]):
             self._forward(self.model, batch)
 
     def sequential(self, batches: list[Any], progress: bool | None) -> None:
         """Run all batches side by side; every module is treated by the statistics of all of them."""
         counter = CallCounter()
-        lockstep = Lockstep(lambda name, tensors: self._hooks[name].treat(tensors, counter.next(name)))
+        lockstep = Lockstep(lambda name, tensors: self._treated(name, tensors, counter.next(name)))
         passes = [partial(self._forward, self.model, batch) for batch in batches]
         with self._treating(lockstep.meet):
             meetings = lockstep.run(passes, device_of(self.model))
             for _ in progress_bar(meetings, "layer by layer", show=progress, total=len(self._hooks)):
                 pass
+
+    def _treated(self, name: str, tensors: list[torch.Tensor], call: int) -> list[torch.Tensor]:
+        """Return the tensors of one call, corrected; refuse statistics of a single value, or that are not finite."""
+        hook = self._hooks[name]
+        before = hook.moments.count
+        news = hook.treat(tensors, call)
+        if hook.needs_variance and hook.moments.count - before == 1:
+            where = f"batch {self._notes.batch} (counted from 0)" if self._notes.batch >= 0 else "the whole"
+            raise ValueError(
+                f"data: {where} has one sample, which gives one value for each channel at {name!r}, so no variance; "
+                'use larger batches (drop_last=True for a short last one), or mode="sequential" with several samples'
+            )
+        if len(tensors) == 1:
+            self._notes.see(name, hook.moments)
+        else:
+            self._notes.see_all(name, tensors)
+        return news
 
     @contextmanager
     def _treating(self, treat: Callable[[str, torch.Tensor], torch.Tensor]) -> Iterator[None]:
@@ -56,15 +76,20 @@ class Calibration:
                 handle.remove()
 
     def write(self) -> None:
-        """Write what was measured into the model."""
+        """Write what was measured into the model.
+
+        Raises:
+            ValueError: it is not finite; the batch and the layer are named, and nothing is written.
+        """
+        self._notes.check("the merge")
         with torch.no_grad():
             for hook in self._hooks.values():
                 hook.write()
 
     @property
-    def kept(self) -> dict[str, tuple[int, ...]]:
-        """Layer name -> the channels that keep gain one, for the layers that have some; known after :meth:`write`."""
-        return {name: hook.kept for name, hook in self._hooks.items() if hook.kept}
+    def kept(self) -> dict[str, torch.Tensor]:
+        """Layer name -> (C,) True for the channels that keep gain one; known after :meth:`write`."""
+        return {name: hook.kept for name, hook in self._hooks.items() if hook.kept is not None}
 
 
 def calibrate(

@@ -18,6 +18,7 @@ from fastmatch.renorm.layers import channel_dim, survey
 from fastmatch.renorm.options import TargetMix
 from fastmatch.renorm.outputs import Probe, ProbeRecorder, joined
 from fastmatch.renorm.targets import Target, layer_average, mixed_target
+from fastmatch.statistics.finite import FiniteNotes
 from fastmatch.statistics.moments import ChannelMoments
 
 __all__ = ["CallCounter", "Calls", "EndpointStatistics", "endpoint_statistics"]
@@ -140,7 +141,10 @@ def _permuted(table: dict[str, Calls], alignment: Alignment) -> dict[str, Calls]
         parameter = f"{name}.weight" if name else "weight"
         if parameter not in alignment.spec.shapes:
             raise ValueError(f"alignments: the spec has no tensor {parameter!r}, which was measured")
-        index = dimension_indices(parameter, alignment.spec, alignment.permutations).get(0)
+        bias = parameter.removesuffix("weight") + "bias"
+        # Along a bias are the outputs, wherever a weight has them.
+        along = bias if bias in alignment.spec.shapes else parameter
+        index = dimension_indices(along, alignment.spec, alignment.permutations).get(0)
         result[name] = calls if index is None else tuple(m.permuted(index) for m in calls)
     return result
 
@@ -191,7 +195,8 @@ def endpoint_statistics(
 
     Raises:
         TypeError: a model is not a torch module.
-        ValueError: no model, no data, or a named layer that does not exist or was never run.
+        ValueError: no model, no data, a named layer that does not exist or was never run, or activations that are
+            not finite; the batch and the layer are named.
     """
     if not models:
         raise ValueError("models: expected at least one")
@@ -200,22 +205,28 @@ def endpoint_statistics(
     distinct = {id(model): model for model in models}  # a model given twice is run once
     tables: dict[int, dict[str, list[ChannelMoments]]] = {key: {} for key in distinct}
     counters = {key: CallCounter() for key in distinct}
+    notes = {key: FiniteNotes() for key in distinct}
     recorder = ProbeRecorder()
     handles = []
     try:
         for key, model in distinct.items():
             for name, layer in survey(model, layers)[0].items():
-                handles.append(layer.register_forward_hook(_measure(name, tables[key], counters[key])))
+                handles.append(
+                    layer.register_forward_hook(_measure(name, tables[key], counters[key], notes[key]))
+                )
         with evaluating(*distinct.values()):
             for batch in batches_of(data, "endpoint statistics", samples=samples, progress=progress):
                 outputs = {}
                 for key, model in distinct.items():
                     counters[key].start()
+                    notes[key].next_batch()
                     outputs[key] = forward(model, batch)
                 recorder.add(batch, [outputs[id(model)] for model in models])
     finally:
         for handle in handles:
             handle.remove()
+    for k, key in enumerate(distinct):
+        notes[key].check(f"models[{k}]")
     frozen = {key: {n: tuple(calls) for n, calls in table.items()} for key, table in tables.items()}
     measured = tuple(frozen[id(model)] for model in models)
     for name in layers or ():
@@ -224,12 +235,15 @@ def endpoint_statistics(
     return EndpointStatistics(measured, tuple(recorder.probes))
 
 
-def _measure(name: str, table: dict[str, list[ChannelMoments]], counter: CallCounter) -> Callable[..., None]:
+def _measure(
+    name: str, table: dict[str, list[ChannelMoments]], counter: CallCounter, notes: FiniteNotes
+) -> Callable[..., None]:
     def hook(layer: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
         call = counter.next(name)
         calls = table.setdefault(name, [])
         if call == len(calls):
             calls.append(ChannelMoments())
         calls[call].update(output, channel_dim(layer, output))
+        notes.see(name, calls[call])
 
     return hook

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fastmatch.renorm.harm import harmed
-from fastmatch.renorm.layers import Layer, bias_mask, channel_dim, raw_weight
+from fastmatch.renorm.layers import Layer, bias_mask, by_outputs, channel_dim, raw_weight
 from fastmatch.renorm.targets import EPS, Target
 from fastmatch.statistics.moments import ChannelMoments
 from fastmatch_kernels.channel_affine.reference import Method, affine_of
@@ -54,8 +54,14 @@ def bring_to_target(
         The new outputs, and the statistics that the outputs had before.
     """
     moments = ChannelMoments()
-    if len(outputs) == 1 and outputs[0].numel() and bias_mask(layer) is None and _has_kernel(outputs[0]):
-        # The kernel reads the output once for statistics and map; the plain form below reads it three times.
+    if (
+        len(outputs) == 1
+        and outputs[0].numel()
+        and bias_mask(layer) is None
+        and outputs[0].device.type == "cpu"
+    ):
+        # The kernel reads the output once for statistics and map; the plain form below reads it twice. On a GPU it would
+        # have to wait for ``kept``, which takes longer than to read an output of 50 MB again.
         output = outputs[0]
         dim = channel_dim(layer, output)
         goal_mean, goal_std = (t.to(output.device) for t in target)
@@ -84,13 +90,7 @@ def bring_to_target(
     return news, moments
 
 
-def _has_kernel(output: torch.Tensor) -> bool:
-    if output.device.type == "cpu":
-        return True
-    return output.device.type == "cuda" and output.dtype != torch.float64
-
-
-def fold(layer: Layer, moments: ChannelMoments, target: Target, method: Method) -> tuple[int, ...]:
+def fold(layer: Layer, moments: ChannelMoments, target: Target, method: Method) -> torch.Tensor:
     """Change a layer's weight and bias in place so that its output has the target statistics; masks stay.
 
     Args:
@@ -100,7 +100,7 @@ def fold(layer: Layer, moments: ChannelMoments, target: Target, method: Method) 
         method: ``"repair"``, ``"rescale"`` or ``"reshift"``.
 
     Returns:
-        The channels that keep gain one, because theirs would do harm (:mod:`fastmatch.renorm.harm`).
+        (C,) True for the channels that keep gain one, because theirs would do harm (:mod:`fastmatch.renorm.harm`).
     """
     weight = raw_weight(layer)
     assert weight is not None
@@ -108,9 +108,10 @@ def fold(layer: Layer, moments: ChannelMoments, target: Target, method: Method) 
     own = dict(layer.named_parameters(recurse=False))
     bias = own.get("bias", own.get("bias_orig"))
     with torch.no_grad():
-        new_weight, new_bias = folded(weight.detach(), None if bias is None else bias.detach(), scale, shift)
+        rows = by_outputs(layer, weight.detach())
+        new_weight, new_bias = folded(rows, None if bias is None else bias.detach(), scale, shift)
         if method != "reshift":
-            weight.copy_(new_weight)
+            weight.copy_(by_outputs(layer, new_weight))
         if bias is not None:
             bias.copy_(new_bias)
         elif method != "rescale":
@@ -119,4 +120,4 @@ def fold(layer: Layer, moments: ChannelMoments, target: Target, method: Method) 
         for name in ("weight", "bias"):
             if f"{name}_orig" in own:
                 setattr(layer, name, own[f"{name}_orig"].detach() * getattr(layer, f"{name}_mask"))
-    return tuple(kept.nonzero()[:, 0].tolist())
+    return kept

@@ -25,13 +25,19 @@ Targets: TypeAlias = Callable[[int | None], dict[str, Target]]
 
 
 class CalibrationHook(ABC):
-    """One module under calibration: measured and corrected in every call, then written once after the last batch."""
+    """One module under calibration: measured and corrected in every call, then written once after the last batch.
+
+    Attributes:
+        needs_variance: whether the variance itself is written, so that a single value is not enough.
+    """
+
+    needs_variance = False
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name, self.module = name, module
         self.moments = ChannelMoments()
-        self.kept: tuple[int, ...] = ()
-        """The channels that keep gain one; known after :meth:`write`."""
+        self.kept: torch.Tensor | None = None
+        """(C,) True for the channels that keep gain one; known after :meth:`write`."""
 
     @abstractmethod
     def treat(self, tensors: list[torch.Tensor], call: int) -> list[torch.Tensor]:
@@ -77,6 +83,8 @@ class _AffineHook(CalibrationHook):
 
 class _ResetHook(CalibrationHook):
     """A batch norm that normalizes by the statistics of its inputs."""
+
+    needs_variance = True
 
     def __init__(self, name: str, module: nn.Module) -> None:
         super().__init__(name, module)

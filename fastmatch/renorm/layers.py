@@ -12,16 +12,29 @@ from torch.nn.utils import parametrize
 
 from fastmatch.renorm.norms import is_norm
 
-__all__ = ["Layer", "bias_mask", "channel_dim", "raw_weight", "survey"]
+__all__ = ["Layer", "bias_mask", "by_outputs", "channel_dim", "raw_weight", "survey"]
 
 Layer: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
+def is_transposed_linear(module: nn.Module) -> bool:
+    """Whether a module is GPT-2's Conv1D: a linear layer whose weight is (inputs, outputs)."""
+    weight, outputs = getattr(module, "weight", None), getattr(module, "nf", None)
+    if type(module).__name__ != "Conv1D" or not isinstance(weight, torch.Tensor):
+        return False
+    return weight.ndim == 2 and outputs == weight.shape[1]
+
+
+def by_outputs(layer: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    """Return a view of a layer's weight whose rows are the output channels; its own inverse."""
+    return weight.T if is_transposed_linear(layer) else weight
+
+
 def survey(model: nn.Module, layers: Sequence[str] | None = None) -> tuple[dict[str, Layer], dict[str, str]]:
     """Return (layers to renormalize, modules left alone with the reason), both by name.
 
-    Linear and convolution layers are renormalized, including pruned ones (torch.nn.utils.prune, or a mask as a
+    Linear (GPT-2's Conv1D too) and convolution layers are renormalized, including pruned ones (torch.nn.utils.prune, or a mask as a
     parametrization). Left alone are other modules with parameters of their own (except norms), weights
     that several modules share, and parametrized weights that do not scale with their rows.
 
@@ -35,7 +48,7 @@ def survey(model: nn.Module, layers: Sequence[str] | None = None) -> tuple[dict[
     found: dict[str, Layer] = {}
     left: dict[str, str] = {}
     for name, module in model.named_modules():
-        if isinstance(module, _LAYERS):
+        if isinstance(module, _LAYERS) or is_transposed_linear(module):
             weight = raw_weight(module)
             if weight is None:
                 left[name] = "its parametrized weight does not scale with its rows"
@@ -43,7 +56,7 @@ def survey(model: nn.Module, layers: Sequence[str] | None = None) -> tuple[dict[
                 others = [n for n in owners[id(weight)] if n != name]
                 left[name] = f"shares its weight with {', '.join(others)}"
             else:
-                found[name] = module
+                found[name] = module  # type: ignore[assignment] - GPT-2's is taken as a linear layer
         elif not (is_norm(module) or isinstance(module, parametrize.ParametrizationList)):
             own = [n for n, _ in module.named_parameters(recurse=False)]
             if own:

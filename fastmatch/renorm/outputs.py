@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from fastmatch._internal.batches import Forward, evaluating
+from fastmatch._internal.batches import Forward, collated, evaluating, prediction_of, split_batch
 
 __all__ = ["PREFERENCE", "Disagreement", "Probe", "ProbeRecorder", "disagreement", "joined"]
 
@@ -29,7 +29,7 @@ class Probe:
 
     Attributes:
         batch: the item of the loader; tensors are copies.
-        outputs: per endpoint, (samples, features) float32 on the CPU. None if its output is not a tensor of samples.
+        outputs: per endpoint, (samples, features) float32 on its device. None if its output is not a tensor of samples.
     """
 
     batch: Any
@@ -88,7 +88,9 @@ def disagreement(
             ours = _features(forward(model, probe.batch))
             if ours is None or any(k is None or k.shape != ours.shape for k in probe.outputs):
                 return None
-            theirs = sum(w * k for w, k in zip(weights, probe.outputs, strict=True) if k is not None)
+            theirs = sum(
+                w * k.to(ours.device) for w, k in zip(weights, probe.outputs, strict=True) if k is not None
+            )
             assert isinstance(theirs, torch.Tensor)
             count += len(ours)
             if _is_classification(probe.batch, ours):
@@ -99,8 +101,9 @@ def disagreement(
 
 def _features(output: Any) -> torch.Tensor | None:
     """Return (samples, features) float32 of an output, or of the logits or the first tensor in it."""
+    output = prediction_of(output)
     if isinstance(output, Mapping):
-        output = output.get("logits", next(iter(output.values()), None))
+        output = next(iter(output.values()), None)
     elif isinstance(output, (tuple, list)):
         output = output[0] if output else None
     if not isinstance(output, torch.Tensor) or not output.is_floating_point() or output.ndim == 0:
@@ -108,7 +111,7 @@ def _features(output: Any) -> torch.Tensor | None:
     rows = output.detach().reshape(len(output), -1)
     if rows.shape[1] > FEATURES:
         rows = rows[:, :: -(-rows.shape[1] // FEATURES)]
-    return rows.to(device="cpu", dtype=torch.float32, copy=True)
+    return rows.to(dtype=torch.float32, copy=True)
 
 
 def _angle(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -120,10 +123,13 @@ def _angle(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def _is_classification(batch: Any, outputs: torch.Tensor) -> bool:
-    """Return whether a batch is (inputs, targets) with one class per sample, and outputs have a number per class."""
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], torch.Tensor):
+    """Return whether a batch has one class per sample as its targets, and outputs have a number per class."""
+    batch = collated(batch)
+    if isinstance(batch, (tuple, list)) and len(batch) != 2:
         return False
-    targets = batch[1]
+    targets = split_batch(batch)[1]
+    if not isinstance(targets, torch.Tensor):
+        return False
     integers = not (targets.is_floating_point() or targets.is_complex())
     fits = targets.ndim == 1 and len(targets) == len(outputs) and outputs.shape[1] > 1
     return integers and fits and (len(targets) == 0 or int(targets.max()) < outputs.shape[1])

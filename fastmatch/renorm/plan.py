@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
+import torch
 from torch import nn
 
 from fastmatch.renorm.layers import survey
@@ -107,9 +109,13 @@ def plan_renormalization(model: nn.Module, method: Method | Renormalization = "a
     return Plan(options.method, why, tuple(found), left)
 
 
-def remember_plan(model: nn.Module, plan: Plan) -> None:
-    """Note on a renormalized module what was done to it; copies keep the note."""
-    model.__dict__[_NOTE] = plan
+def remember_plan(model: nn.Module, plan: Plan, kept: Mapping[str, torch.Tensor]) -> None:
+    """Note on a renormalized module what was done to it; copies keep the note.
+
+    Args:
+        kept: layer -> (C,) True for the channels that kept gain one. They come to the host when somebody asks for them.
+    """
+    model.__dict__[_NOTE] = (plan, dict(kept))
 
 
 def applied_plan(model: nn.Module) -> Plan | None:
@@ -123,4 +129,8 @@ def applied_plan(model: nn.Module) -> Plan | None:
     Args:
         model: a module. Copies and pickles keep the plan; the state dict does not hold it.
     """
-    return model.__dict__.get(_NOTE)
+    if _NOTE not in model.__dict__:
+        return None
+    plan, kept = model.__dict__[_NOTE]
+    channels = {name: tuple(mask.cpu().nonzero()[:, 0].tolist()) for name, mask in kept.items()}
+    return replace(plan, kept={name: found for name, found in channels.items() if found})

@@ -26,7 +26,7 @@ from fastmatch.renorm.hooks import Targets, affine_hooks, reset_hooks
 from fastmatch.renorm.norms import batch_norms
 from fastmatch.renorm.options import Method, Renormalization, renormalization_of
 from fastmatch.renorm.outputs import PREFERENCE, disagreement
-from fastmatch.renorm.plan import Plan, candidates, plan_renormalization, remember_plan
+from fastmatch.renorm.plan import Plan, applied_plan, candidates, plan_renormalization, remember_plan
 from fastmatch.renorm.targets import Target
 
 __all__ = ["renormalize", "renormalize_many"]
@@ -74,7 +74,8 @@ def renormalize(
     Raises:
         TypeError: a model is not a torch module, or ``method`` is neither a word nor a Renormalization.
         ValueError: an unknown method, an option that the method does not use, no batch norm for ``"reset"``, weights
-            that are not known, no data, an endpoint of another architecture, or a named layer that is never run.
+            that are not known, no data, an endpoint of another architecture, a named layer that is never run, a batch
+            of one value for each channel, or activations that are not finite: batch and layer are named.
 
     Source:
         Jordan et al. 2022 (REPAIR); Qu and Horvath 2024 (RESCALE, RESHIFT).
@@ -125,7 +126,8 @@ def renormalize_many(
         raise ValueError(f"weights: expected {len(models)} rows, one per merge, got {len(weights)}")
     plan = _without_endpoints(models[0], options) if endpoints is None else None
     plan = plan or plan_renormalization(models[0], options)
-    alphas = _weights_of_merges(models, endpoints, weights, plan)
+    notes = [remembered_weights(model) for model in models]
+    alphas = _weights_of_merges(models, notes, endpoints, weights, plan)
     read = partial(batches_of, data, samples=options.samples, progress=progress)
     statistics = None
     if plan.method != "reset":
@@ -143,17 +145,18 @@ def renormalize_many(
     calibrations = [a.calibration for attempts in tried for a in attempts if a.plan.method != "none"]
     calibrate(calibrations, read(f"{plan.method} of the merge"), options.mode, progress)
     news = []
-    for k, (model, attempts) in enumerate(zip(models, tried, strict=True)):
-        chosen = attempts[0].finished()
+    for k, attempts in enumerate(tried):
+        chosen = attempts[0]
         if plan.method == "auto":
             assert statistics is not None
             chosen = _best(attempts, statistics, alphas[k], forward)
-        remember_plan(*chosen)
-        known = remembered_weights(model)
+        new, known = chosen.model, notes[k]
+        remember_plan(new, chosen.plan, chosen.calibration.kept)
         if known is not None:  # the new tensors are those of the same merge
-            remember_weights(chosen[0], known)
-        log.info("%s", chosen[1])
-        news.append(chosen[0])
+            remember_weights(new, known)
+        if log.isEnabledFor(logging.INFO):
+            log.info("%s", applied_plan(new))
+        news.append(new)
     return news
 
 
@@ -173,32 +176,31 @@ class _Attempt:
             hooks = affine_hooks(self.model, plan, targets)
         self.calibration = Calibration(self.model, hooks, forward)
 
-    def finished(self) -> tuple[nn.Module, Plan]:
-        """Return the calibrated model, and the plan with the channels that kept gain one."""
-        return self.model, replace(self.plan, kept=self.calibration.kept)
+    def because(self, why: str, scores: dict[str, Any] | None = None) -> _Attempt:
+        """Note why this method is chosen; return the attempt."""
+        self.plan = replace(self.plan, why=why, scores=scores or {})
+        return self
 
 
 def _best(
     attempts: Sequence[_Attempt], statistics: EndpointStatistics, weights: Sequence[float], forward: Forward
-) -> tuple[nn.Module, Plan]:
-    """Return the calibrated model whose outputs are nearest to the endpoints'; the first one in doubt."""
+) -> _Attempt:
+    """Return the attempt whose outputs are nearest to the endpoints'; the first one in doubt."""
     scores = {}
     for attempt in attempts:
         found = disagreement(attempt.model, statistics.probes, weights, forward)
         if found is not None:
             scores[attempt.plan.method] = found
     if len(scores) < len(attempts):
-        model, plan = attempts[0].finished()
-        return model, replace(plan, why="the endpoints' outputs are not known or cannot be compared")
+        return attempts[0].because("the endpoints' outputs are not known or cannot be compared")
 
     def distance(attempt: _Attempt) -> tuple[float, float]:
         choices, angle = scores[attempt.plan.method]
         return choices, angle * (PREFERENCE if attempt is attempts[0] else 1.0)
 
     best = min(attempts, key=distance)
-    model, plan = best.finished()
     why = f"nearest to the endpoints' outputs ({', '.join(f'{m} {s}' for m, s in scores.items())})"
-    return model, replace(plan, why=why, scores=scores)
+    return best.because(why, scores)
 
 
 def _without_endpoints(model: nn.Module, options: Renormalization) -> Plan | None:
@@ -212,11 +214,12 @@ def _without_endpoints(model: nn.Module, options: Renormalization) -> Plan | Non
 
 def _weights_of_merges(
     models: Sequence[nn.Module],
+    notes: Sequence[tuple[float, ...] | None],
     endpoints: Sequence[nn.Module] | EndpointStatistics | None,
     weights: Sequence[Sequence[float]] | None,
     plan: Plan,
 ) -> list[list[float]]:
-    """Return the weights of every merge; for ``"reset"``, which does not use them, only check those that are given."""
+    """Return the weights of every merge, given or noted on it; for ``"reset"``, which does not use them, only check those that are given."""
     if endpoints is None:
         if plan.method != "reset":
             raise ValueError(
@@ -230,12 +233,13 @@ def _weights_of_merges(
         raise ValueError("endpoints: expected at least one model")
     if weights is not None:
         return [check_weights(row, count) for row in weights]
-    return [] if plan.method == "reset" else [_noted_weights(model, count) for model in models]
+    if plan.method == "reset":
+        return []
+    return [_noted_weights(model, known, count) for model, known in zip(models, notes, strict=True)]
 
 
-def _noted_weights(model: nn.Module, count: int) -> list[float]:
+def _noted_weights(model: nn.Module, known: tuple[float, ...] | None, count: int) -> list[float]:
     """Return the weights noted on a merge. They are never guessed for more than one endpoint."""
-    known = remembered_weights(model)
     if known is not None and len(known) == count:
         return list(known)
     if known is not None:

@@ -130,12 +130,12 @@ class Group:
 class ActivationSite:
     """A place in the forward pass where a group's activations can be read.
 
-    A site is identified by the running number of its ATen operation in the traced forward pass, so it does not
-    depend on how the model is divided into modules.
+    A site is found again by what its operation belongs to: the module that runs it, and the parameter that it reads or
+    that was the last on the way of its operand. So another pass may run other operations elsewhere.
 
     Attributes:
-        op: running number of the ATen operation in one forward pass.
-        op_name: name of the operation (``aten.relu``), checked when data is read.
+        op: running number of the ATen operation in the traced forward pass; sites are ordered by it.
+        op_name: name of the operation (``aten.relu``).
         role: ``"produced"`` (output of the product or convolution whose weight carries the units),
             ``"activation"`` (an elementwise nonlinearity: its input is "pre", its output "post"), or
             ``"consumed"`` (input of the product or convolution that contracts the units).
@@ -143,6 +143,8 @@ class ActivationSite:
             (``activation``, ``consumed``); -1 for ``produced``, which reads the output.
         group: name of the group.
         axis: where the units are in that tensor (``axis.parameter`` is empty).
+        module, weight, call: see :class:`fastmatch.spec.spots.Spot`.
+        rank: number of dimensions of that tensor in the traced pass.
     """
 
     op: int
@@ -151,6 +153,10 @@ class ActivationSite:
     operand: int
     group: str
     axis: Axis
+    module: str = ""
+    weight: str = ""
+    call: int = 0
+    rank: int = 0
 
     def __post_init__(self) -> None:
         check_choice("role", self.role, Role)

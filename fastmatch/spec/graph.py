@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from fastmatch.spec.axes import Axis
+from fastmatch.spec.exported import export_graph
 from fastmatch.spec.operations import tensors_in
 from fastmatch.spec.running import arguments_of
 from fastmatch.spec.spec import PermutationSpec
@@ -29,6 +30,7 @@ class Structure:
         values: node name -> the (axis, group) pairs of the tensor it computes.
         containers: names of nodes that compute a tuple, list or dict of tensors.
         inputs: the (parameter, dimension) pairs at which units enter; at other axes they leave.
+        constants: attributes that the graph reads and the model has not.
     """
 
     module: fx.GraphModule
@@ -36,6 +38,11 @@ class Structure:
     values: dict[str, tuple[tuple[Axis, str], ...]]
     containers: frozenset[str]
     inputs: frozenset[tuple[str, int]]
+    constants: Mapping[str, Any] = field(default_factory=dict)
+
+    def on(self, model: nn.Module) -> fx.GraphModule:
+        """Return the graph on the parameters of another model of the architecture."""
+        return module_on(model, self.module.graph, self.constants)
 
 
 class _Watching(fx.Interpreter):
@@ -56,16 +63,16 @@ class _Watching(fx.Interpreter):
 
 
 def trace_graph(model: nn.Module, example_inputs: Any) -> Structure:
-    """Trace ``model`` in eval mode with ``torch.fx``, and the units on the graph's values in one run.
+    """Trace ``model`` in eval mode with ``torch.fx``, else with ``torch.export``, and the units on the graph's values in one run.
 
     Raises:
         TypeError: ``model`` is not a torch module.
-        ValueError: ``torch.fx`` cannot follow the forward pass (control flow on values), or it does not run.
+        ValueError: neither can follow the forward pass (control flow on values), or it does not run.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"models: expected torch modules, got {type(model).__name__}")
     args, kwargs = arguments_of(example_inputs, None)
-    module = _symbolic(model, args, kwargs)
+    module, constants = _followed(model, args, kwargs)
     names = [node.target for node in module.graph.nodes if node.op == "placeholder"]
     inputs = [*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs)]
     watching: list[_Watching] = []
@@ -85,11 +92,42 @@ def trace_graph(model: nn.Module, example_inputs: Any) -> Structure:
             values[site.op_name].append((site.axis, site.group))
     spec = replace(spec, sites=tuple(s for s in spec.sites if s.role != "value"))
     placed = {name: tuple(found) for name, found in values.items()}
-    return Structure(module, spec, placed, frozenset(watching[0].containers), found.entries)
+    containers = frozenset(watching[0].containers)
+    return Structure(module, spec, placed, containers, found.entries, constants)
+
+
+def _followed(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[fx.GraphModule, dict[str, Any]]:
+    """Return the graph for the given inputs, of torch.fx or else of torch.export, and constants that it reads."""
+    try:
+        return _symbolic(model, args, kwargs), {}
+    except Exception as error:  # whatever the model's own code does with a proxy
+        reason = error
+    try:
+        graph, constants = export_graph(model, args, kwargs)
+    except Exception as error:  # whatever it does that cannot be exported
+        raise ValueError(
+            f"models: neither torch.fx ({_line(reason)}) nor torch.export ({_line(error)}) can follow the forward pass of "
+            f"{type(model).__name__}; a partial merge rewires the graph and needs a forward pass without control flow on "
+            "values"
+        ) from error
+    return module_on(model, graph, constants), constants
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def module_on(model: nn.Module, graph: fx.Graph, constants: Mapping[str, Any]) -> fx.GraphModule:
+    """Return a graph on the parameters of ``model``, which takes the constants as attributes."""
+    for name, value in constants.items():
+        setattr(model, name, value)
+    return fx.GraphModule(model, graph)
 
 
 def _symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> fx.GraphModule:
-    """Return the graph for the given inputs; other arguments keep their defaults."""
+    """Return the graph that torch.fx makes for the given inputs; other arguments keep their defaults."""
     parameters = inspect.signature(model.forward).parameters
     given = {*list(parameters)[: len(args)], *kwargs}
     constants = {
@@ -97,10 +135,4 @@ def _symbolic(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
         for name, p in parameters.items()
         if name not in given and p.default is not inspect.Parameter.empty
     }
-    try:
-        return fx.symbolic_trace(model, concrete_args=constants or None)
-    except Exception as error:  # whatever the model's own code does with a proxy
-        raise ValueError(
-            f"models: torch.fx cannot follow the forward pass of {type(model).__name__} ({error}); a partial "
-            "merge rewires the graph and needs a forward pass without control flow on values"
-        ) from error
+    return fx.symbolic_trace(model, concrete_args=constants or None)

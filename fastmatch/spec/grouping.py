@@ -119,7 +119,10 @@ def _sites(record: Record, nesting: Nesting, names: Mapping[Key, str]) -> tuple[
             for leaf, block, axis in located:
                 name = names.get((id(leaf), block))
                 if name is not None:
-                    sites[ActivationSite(raw.op, raw.op_name, raw.role, raw.operand, name, axis)] = None
+                    plain = ActivationSite(raw.op, raw.op_name, raw.role, raw.operand, name, axis)
+                    _, module, weight, call = raw.spot
+                    found = replace(plain, module=module, weight=weight, call=call, rank=len(raw.labels))
+                    sites[found] = None
     return tuple(sites)
 
 

@@ -70,12 +70,14 @@ class Call:
         name: ``aten.relu_``.
         arguments: by schema name, defaults included.
         out: the result.
+        spot: what the operation belongs to in the pass.
     """
 
     number: int
     name: str
     arguments: dict[str, Any]
     out: Any
+    spot: tuple[str, str, str, int] = ("", "", "", 0)
 
     @property
     def base(self) -> str:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from fastmatch.spec.axes import Role
-from fastmatch.spec.labels import Label, find, is_pinned, pin, product, segments, split_sum, sum_of
+from fastmatch.spec.labels import Label, find, is_pinned, pin, product, segments, split_sum, sum_of, unify
 from fastmatch.spec.operations import Call
 from fastmatch.spec.places import occurrences
 
-__all__ = ["RawSite", "Record", "Slice", "fresh", "storage_id"]
+__all__ = ["Joined", "RawSite", "Record", "Slice", "fresh", "storage_id"]
 
 
 def storage_id(tensor: torch.Tensor) -> int:
@@ -43,6 +43,7 @@ class RawSite:
     operand: int
     labels: tuple[Label, ...]
     dim: int
+    spot: tuple[str, str, str, int] = ("", "", "", 0)
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,23 @@ class Slice:
     along: Label
     position: int
     inside: Label
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The labels of tensors that were put together along ``dim``; ``reason`` is the operation."""
+
+    dim: int
+    parts: tuple[tuple[Label, ...], ...]
+    reason: str
+
+    def unify(self) -> None:
+        """Unite the parts' labels along all other dimensions."""
+        first, *others = self.parts
+        for part in others:
+            for d, (mine, label) in enumerate(zip(first, part, strict=True)):
+                if d != self.dim:
+                    unify(mine, label, self.reason)
 
 
 class Record:
@@ -76,6 +94,7 @@ class Record:
         self._contracted: set[int] = set()
         self._sliced: set[int] = set()
         self._unread: dict[int, tuple[list[Label], str]] = {}
+        self._joined: dict[int, Joined] = {}
         self._positions: dict[int, tuple[torch.Tensor, Label, bool]] = {}
         self._state: set[int] = set()
         self._level: set[int] = set()
@@ -97,6 +116,8 @@ class Record:
             along, reason = self._unread.pop(id(tensor))
             for label in along:
                 pin(label, reason)
+        if id(tensor) in self._joined:
+            self._joined.pop(id(tensor)).unify()
         return list(self._labels[id(tensor)][1])
 
     def set(self, tensor: torch.Tensor, labels: Sequence[Label]) -> None:
@@ -155,6 +176,26 @@ class Record:
     def pin_if_read(self, tensor: torch.Tensor, labels: Sequence[Label], reason: str) -> None:
         """Pin labels once an operation reads ``tensor``, which depends on their order in a way that is not followed."""
         self._unread[id(tensor)] = (list(labels), reason)
+
+    def join(self, out: torch.Tensor, labels: Sequence[Label], joined: Joined) -> None:
+        """Give a tensor that puts several together its labels; the parts' labels are united once it is read.
+
+        A recurrent network stacks the last states of its layers, which most models throw away.
+        """
+        self.set(out, labels)
+        self._joined[id(out)] = joined
+
+    def slice_of_joined(self, tensor: torch.Tensor, dim: int, position: int) -> list[Label] | None:
+        """Return the labels of one slice of a tensor that was joined along ``dim`` and not read yet, if one part has it."""
+        joined = self._joined.get(id(tensor))
+        if joined is None or joined.dim != dim:
+            return None
+        for part in joined.parts:
+            size = part[dim].size
+            if position < size:
+                return [*part[:dim], *part[dim + 1 :]] if size == 1 else None
+            position -= size
+        return None
 
     def has_pins(self, tensor: torch.Tensor) -> bool:
         """Whether reading the tensor would pin something."""
@@ -289,7 +330,7 @@ class Record:
 
     def mark_produced(self, call: Call, labels: Sequence[Label], dim: int) -> None:
         """Note that units leave an operation along dimension ``dim`` of its output."""
-        self.sites.append(RawSite(call.number, call.name, "produced", -1, tuple(labels), dim))
+        self.sites.append(RawSite(call.number, call.name, "produced", -1, tuple(labels), dim, call.spot))
 
     def mark_consumed(self, call: Call, argument: str, dim: int) -> None:
         """Note that units enter an operation along dimension ``dim`` of an argument, if that is data."""
@@ -304,4 +345,6 @@ class Record:
     ) -> None:
         if self.is_data(call[argument]):
             at = call.position(argument)
-            self.sites += [RawSite(call.number, call.name, role, at, tuple(labels), dim) for dim in dims]
+            self.sites += [
+                RawSite(call.number, call.name, role, at, tuple(labels), dim, call.spot) for dim in dims
+            ]

@@ -40,20 +40,23 @@ PLAIN_SETTINGS = {"use_cache": False}
 def plain_operations(model: nn.Module | None = None, experts: Experts = "batched_mm") -> Iterator[None]:
     """Make models use ordinary operations instead of fused ones, and return no caches.
 
-    Torch's attention modules leave their fast path. Transformers' mixtures of experts run as ``experts`` says:
+    Torch's attention modules leave their fast path, and its recurrent layers cuDNN. Transformers' mixtures of experts run as ``experts`` says:
     ``"batched_mm"`` computes the experts of every token in one product, which a trace can follow; ``"eager"``
     loops over the experts in use, which gives the same outputs and copies no weights.
     """
     check_choice("experts", experts, Experts)
-    enabled = torch.backends.mha.get_fastpath_enabled()
+    enabled, cudnn = torch.backends.mha.get_fastpath_enabled(), torch.backends.cudnn.enabled
     before = _settings(model)
     torch.backends.mha.set_fastpath_enabled(False)
+    if model is not None and any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        torch.backends.cudnn.enabled = False  # it packs all weights of a recurrent network into one operand
     for config, name, _ in before:
         setattr(config, name, PLAIN_SETTINGS.get(name, experts))
     try:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
+        torch.backends.cudnn.enabled = cudnn
         for config, name, value in before:
             setattr(config, name, value)
 

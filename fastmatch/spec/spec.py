@@ -239,9 +239,7 @@ class PermutationSpec:
                 "groups": [_group_to_dict(g) for g in self.groups.values()],
                 "shapes": {k: list(v) for k, v in self.shapes.items()},
                 "pins": [[p.parameter, p.dim, p.reason] for p in self.pins],
-                "sites": [
-                    [s.op, s.op_name, s.role, s.operand, s.group, _axis_to_list(s.axis)] for s in self.sites
-                ],
+                "sites": [_site_to_list(s) for s in self.sites],
             },
             separators=(",", ":"),
         )
@@ -322,11 +320,17 @@ def _pin_from_list(values: list[Any], shapes: Mapping[str, tuple[int, ...]]) -> 
     return Pin(parameter, dim, _text(reason))
 
 
+def _site_to_list(s: ActivationSite) -> list[Any]:
+    what = [s.op, s.op_name, s.role, s.operand, s.group, _axis_to_list(s.axis)]
+    return [*what, s.module, s.weight, s.call, s.rank]
+
+
 def _site_from_list(values: list[Any]) -> ActivationSite:
-    op, op_name, role, operand, group, axis = values
+    op, op_name, role, operand, group, axis, module, weight, call, rank = values
     if operand != -1:
         _size(operand)
-    return ActivationSite(_size(op), _text(op_name), role, operand, _text(group), _axis_from_list(axis))
+    what = _size(op), _text(op_name), role, operand, _text(group), _axis_from_list(axis)
+    return ActivationSite(*what, _text(module), _text(weight), _size(call), _size(rank))
 
 
 def _axis_to_list(a: Axis) -> list[Any]:

@@ -18,6 +18,7 @@ from fastmatch._internal.states import check_module
 from fastmatch.spec.branches import Siblings, training
 from fastmatch.spec.escapes import Escapes
 from fastmatch.spec.grouping import Found, find_groups
+from fastmatch.spec.hollow import filled
 from fastmatch.spec.labels import Label, pin, unify
 from fastmatch.spec.operations import Call, bind, counts, is_composite, op_name, tensors_in
 from fastmatch.spec.origins import COPIES, follow_origins, follow_ties
@@ -27,6 +28,7 @@ from fastmatch.spec.rules.elementwise import FACTORIES, exchangeable
 from fastmatch.spec.rules.indexing import follow_positions
 from fastmatch.spec.rules.registry import pin_all
 from fastmatch.spec.running import Outputs, examples_of, outputs_named, untouched
+from fastmatch.spec.spots import Spots
 from fastmatch.spec.unread import pin_unread
 
 __all__ = ["Tracer", "trace"]
@@ -38,12 +40,16 @@ class Tracer(DispatchMode):
     Attributes:
         record: the labels, and what rules have noted.
         hollow: memories (by :func:`storage_id`) of parameters that overlap themselves.
+        spots: what each operation belongs to.
     """
 
-    def __init__(self, hollow: set[int] | None = None, record: Record | None = None) -> None:
+    def __init__(
+        self, hollow: set[int] | None = None, record: Record | None = None, spots: Spots | None = None
+    ) -> None:
         super().__init__()
         self.record = record or Record()
         self.hollow = hollow or set()
+        self.spots = spots or Spots(nn.Module())
         self.number = -1
 
     def __torch_dispatch__(
@@ -55,11 +61,13 @@ class Tracer(DispatchMode):
                 self
             ):  # as torch does before a mode sees an operation, but not for tensors made in inference mode
                 return func.decompose(*args, **kwargs)
+        spot = self.spots.at(op_name(func), args, kwargs)
         out = _hollow_result(op_name(func), args, self.hollow) if self.hollow else None
         if out is None:
             out = func(*args, **kwargs)
         self.number += counts(func)
-        call = Call(self.number, op_name(func), bind(func, args, kwargs), out)
+        self.spots.after(out, is_view=func.is_view)
+        call = Call(self.number, op_name(func), bind(func, args, kwargs), out, spot)
         # The tensors given as out= may have other views, so their old labels are constraints as well.
         written = [kwargs[a.name] for a in func._schema.arguments if a.is_out and a.name in kwargs]
         earlier = [(t, self.record.labels(t)) for t in written if self.record.knows(t)]
@@ -142,15 +150,25 @@ def trace(
 ) -> Found:
     """Find the permutation groups of ``model``; see :meth:`fastmatch.spec.PermutationSpec.trace`.
 
-    ``run(tracer, *args, **kwargs)`` runs the model if a plain call is not enough.
+    ``run(tracer, *args, **kwargs)`` runs the model if a plain call is not enough. A model on the meta device is traced
+    without its weights.
     """
     check_module(model, "model")
+    with filled(model):
+        return _trace(model, examples_of(example_inputs, kwargs), run, outputs)
+
+
+def _trace(
+    model: nn.Module,
+    examples: list[tuple[tuple[Any, ...], dict[str, Any]]],
+    run: Callable[..., Any] | None,
+    outputs: Outputs,
+) -> Found:
     state: dict[str, torch.Tensor] = {
         name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)
     }
     if not state:
         raise ValueError("model: has no parameters or buffers to permute")
-    examples = examples_of(example_inputs, kwargs)
     for args, keywords in examples:
         if not tensors_in((args, keywords)):
             raise ValueError(
@@ -162,15 +180,16 @@ def trace(
     sites: list[RawSite] = []
 
     def passed(args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        tracer, siblings = Tracer(hollow, record), Siblings(model)
+        spots = Spots(model)
+        tracer, siblings = Tracer(hollow, record, spots), Siblings(model)
         for tensor in tensors_in((args, keywords)):
             if not record.knows(tensor):
                 record.set(tensor, fresh(tensor.shape, "model input"))
             record.mark_data(tensor)
         with Escapes(record), tracer:
-            with siblings.watched():
+            with siblings.watched(), spots.watched():
                 output = run(tracer, *args, **keywords) if run else model(*args, **keywords)
-            # Sites are numbered by the operations of one pass: those of the first example are kept.
+            # Sites are ordered by the operations of one pass: those of the first example are kept.
             sites.extend(record.sites if not sites else ())
             siblings.call_others(record)
         returned = outputs_named(output, outputs(output) if callable(outputs) else outputs)

@@ -8,8 +8,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
 
-from fastmatch._internal.batches import batches_of, device_of, evaluating, split_batch
+from fastmatch._internal.batches import (
+    arguments_for,
+    batches_of,
+    device_of,
+    evaluating,
+    prediction_of,
+    split_batch,
+)
 
 __all__ = ["diagonal_fisher"]
 
@@ -24,7 +32,7 @@ def diagonal_fisher(
 
     Args:
         model: a classifier; it is run in eval mode and not changed.
-        data: batches of (inputs, targets), read once.
+        data: batches of (inputs, targets) or of mappings with ``"labels"``, read once.
         progress: show a progress bar; None shows it on a terminal.
 
     Raises:
@@ -36,9 +44,10 @@ def diagonal_fisher(
     parameters = {n: p.detach() for n, p in model.named_parameters()}
     buffers = {n: b.detach() for n, b in model.named_buffers()}
 
-    def loss(values: dict[str, torch.Tensor], x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        output = torch.func.functional_call(model, (values, buffers), (x[None],))
-        return F.cross_entropy(output, y[None])
+    def loss(values: dict[str, torch.Tensor], inputs: Any, y: torch.Tensor) -> torch.Tensor:
+        args, kwargs = tree_map(lambda x: x[None], inputs)
+        output = torch.func.functional_call(model, (values, buffers), args, kwargs)
+        return F.cross_entropy(prediction_of(output), y[None])
 
     gradient = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0), randomness="different")
     totals = {
@@ -48,11 +57,13 @@ def diagonal_fisher(
     count = 0
     with evaluating(model):
         for batch in batches_of(data, "diagonal Fisher", progress=progress):
-            x, y = split_batch(batch)
-            if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
-                raise ValueError("data: expected (inputs, targets) pairs of tensors")
-            device = device_of(model)
-            for name, g in gradient(parameters, x.to(device), y.to(device)).items():
+            inputs, y = split_batch(batch)
+            inputs = arguments_for(model, inputs)
+            if not isinstance(y, torch.Tensor) or not all(
+                isinstance(x, torch.Tensor) for x in tree_leaves(inputs)
+            ):
+                raise ValueError("data: expected (inputs, targets) pairs of tensors, or mappings with labels")
+            for name, g in gradient(parameters, inputs, y.to(device_of(model))).items():
                 totals[name] += g.to(totals[name].dtype).square().sum(0)
-            count += len(x)
+            count += len(y)
     return {name: total / count for name, total in totals.items()}

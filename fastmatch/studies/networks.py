@@ -1,9 +1,10 @@
-"""Toy networks of the demo, the study, the tests and the benchmarks: MLPs, VGG-like nets and ResNets by width."""
+"""Toy networks of the demo, the study, the tests and the benchmarks: deep linear, MLPs, VGG-like nets, ResNets."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, TypeAlias
 
 import torch
@@ -12,7 +13,18 @@ from torch import nn
 
 from fastmatch._internal.checks import check_choice, check_integer
 
-__all__ = ["NETWORKS", "Block", "ChannelLayerNorm", "Network", "Norm", "StudyMethod", "mlp", "resnet", "vgg"]
+__all__ = [
+    "NETWORKS",
+    "Block",
+    "ChannelLayerNorm",
+    "Network",
+    "Norm",
+    "StudyMethod",
+    "deep_linear",
+    "mlp",
+    "resnet",
+    "vgg",
+]
 
 Norm: TypeAlias = Literal["BN", "LN"]
 """Which norm follows a layer: batch norm or layer norm; None means no norm."""
@@ -47,20 +59,21 @@ class Block(nn.Module):
         inputs: channels in.
         outputs: channels out.
         stride: of the first convolution.
-        norm: builds a norm from its channels.
+        norm: builds a norm from its channels; None builds none, and convolutions with biases.
     """
 
     def __init__(
-        self, inputs: int, outputs: int, stride: int, norm: Callable[[int], nn.Module] = nn.BatchNorm2d
+        self, inputs: int, outputs: int, stride: int, norm: Callable[[int], nn.Module] | None = nn.BatchNorm2d
     ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.norm1 = norm(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.norm2 = norm(outputs)
+        build, bias = norm or (lambda _: nn.Identity()), norm is None
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=bias)
+        self.norm1 = build(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=bias)
+        self.norm2 = build(outputs)
         self.shortcut = nn.Sequential()
         if stride > 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), norm(outputs))
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=bias), build(outputs))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the block's output, after the last ReLU."""
@@ -95,6 +108,20 @@ def mlp(width: int, *, norm: Norm | None = None, shape: Shape = DIGIT, classes: 
     return nn.Sequential(*layers, nn.Linear(width, classes))
 
 
+def deep_linear(width: int, *, hidden: int = 5, shape: Shape = DIGIT, classes: int = 10) -> nn.Module:
+    """Build a network of linear layers alone: ``hidden`` of ``width`` units, and the classifier.
+
+    Example:
+        >>> from fastmatch.studies.networks import deep_linear
+        >>> deep_linear(16)(torch.randn(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+    """
+    check_integer("width", width, 1)
+    check_integer("hidden", hidden, 1)
+    sizes = [torch.Size(shape).numel(), *[width] * hidden, classes]
+    return nn.Sequential(nn.Flatten(), *(nn.Linear(a, b) for a, b in pairwise(sizes)))
+
+
 def vgg(channels: int, *, norm: Norm | None = None, shape: Shape = DIGIT, classes: int = 10) -> nn.Module:
     """Build a small VGG: four 3 x 3 convolutions, two poolings, a hidden layer over 2 x 2 blocks, a classifier.
 
@@ -122,11 +149,18 @@ def vgg(channels: int, *, norm: Norm | None = None, shape: Shape = DIGIT, classe
 
 
 def resnet(
-    channels: int, *, blocks: Sequence[int] = (1, 1), shape: Shape = DIGIT, classes: int = 10
+    channels: int,
+    *,
+    blocks: Sequence[int] = (1, 1),
+    norm: Literal["BN"] | None = "BN",
+    shortcuts: bool = True,
+    shape: Shape = DIGIT,
+    classes: int = 10,
 ) -> nn.Module:
-    """Build a ResNet with batch norm; stage ``s`` has ``blocks[s]`` blocks of ``channels * 2**s`` channels.
+    """Build a ResNet; stage ``s`` has ``blocks[s]`` blocks of ``channels * 2**s`` channels.
 
-    ``blocks=(2, 2, 2, 2)`` with 64 channels is ResNet18 for small images.
+    ``blocks=(2, 2, 2, 2)`` with 64 channels is ResNet18 for small images. Without ``shortcuts`` it has the same
+    convolutions in a chain, except for those on shortcuts.
 
     Example:
         >>> from fastmatch.studies.networks import resnet
@@ -134,13 +168,22 @@ def resnet(
         torch.Size([2, 10])
     """
     check_integer("channels", channels, 1)
-    stem = nn.Conv2d(shape[0], channels, 3, padding=1, bias=False)
-    layers: list[nn.Module] = [stem, nn.BatchNorm2d(channels), nn.ReLU()]
+    _check_norm(norm)
+    build = nn.BatchNorm2d if norm else None
+
+    def normed(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
+        conv = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=build is None)
+        return [conv, *([build(outputs)] if build else []), nn.ReLU()]
+
+    layers = normed(shape[0], channels, 1)
     inputs = channels
     for stage, count in enumerate(blocks):
         for k in range(count):
-            outputs = channels * 2**stage
-            layers.append(Block(inputs, outputs, 2 if stage > 0 and k == 0 else 1))
+            outputs, stride = channels * 2**stage, 2 if stage > 0 and k == 0 else 1
+            if shortcuts:
+                layers.append(Block(inputs, outputs, stride, build))
+            else:
+                layers += normed(inputs, outputs, stride) + normed(outputs, outputs, 1)
             inputs = outputs
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
 
@@ -150,18 +193,23 @@ class Network:
     """One architecture of the study.
 
     Attributes:
-        kind: the family.
+        kind: the family; "Chain" is the ResNet without shortcuts.
         norm: the norm after each layer, if any.
         epochs: of training.
     """
 
-    kind: Literal["MLP", "VGG", "ResNet"]
+    kind: Literal["Linear", "MLP", "VGG", "ResNet", "Chain"]
     norm: Norm | None
     epochs: int
 
     def __post_init__(self) -> None:
-        if self.kind == "ResNet" and self.norm != "BN":
-            raise ValueError(f"norm: expected 'BN' for a ResNet; got {self.norm!r}")
+        allowed: dict[str, tuple[Norm | None, ...]] = {
+            "Linear": (None,), "ResNet": (None, "BN"), "Chain": (None, "BN"),
+        }  # fmt: skip
+        if self.norm not in allowed.get(self.kind, (None, "BN", "LN")):
+            raise ValueError(
+                f"norm: expected one of {allowed[self.kind]} for kind {self.kind!r}; got {self.norm!r}"
+            )
 
     @property
     def methods(self) -> tuple[StudyMethod, ...]:
@@ -175,20 +223,27 @@ class Network:
 
     def make(self, width: int, shape: Shape, classes: int) -> nn.Module:
         """Build a new network of ``width`` times the base width."""
+        units, channels = BASE_UNITS * width, BASE_CHANNELS * width
+        if self.kind == "Linear":
+            return deep_linear(units, shape=shape, classes=classes)
         if self.kind == "MLP":
-            return mlp(BASE_UNITS * width, norm=self.norm, shape=shape, classes=classes)
+            return mlp(units, norm=self.norm, shape=shape, classes=classes)
         if self.kind == "VGG":
-            return vgg(BASE_CHANNELS * width, norm=self.norm, shape=shape, classes=classes)
-        return resnet(BASE_CHANNELS * width, shape=shape, classes=classes)
+            return vgg(channels, norm=self.norm, shape=shape, classes=classes)
+        norm, shortcuts = "BN" if self.norm else None, self.kind == "ResNet"
+        return resnet(channels, norm=norm, shortcuts=shortcuts, shape=shape, classes=classes)
 
 
 NETWORKS: dict[str, Network] = {
+    "Deep linear": Network("Linear", None, 12),
     "MLP": Network("MLP", None, 12),
     "MLP, BN": Network("MLP", "BN", 12),
     "MLP, LN": Network("MLP", "LN", 12),
     "VGG": Network("VGG", None, 10),
     "VGG, BN": Network("VGG", "BN", 10),
     "VGG, LN": Network("VGG", "LN", 10),
+    "ResNet": Network("ResNet", None, 10),
+    "ResNet, no shortcuts": Network("Chain", None, 10),
     "ResNet, BN": Network("ResNet", "BN", 10),
 }
 """The architectures of the study, by name."""

@@ -101,9 +101,11 @@ def test_a_flatten_after_a_convolution_moves_whole_channels():
     model = torch.nn.Sequential(
         torch.nn.Conv2d(1, 6, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(6 * 4, 3)
     )
-    ps = SimpleNamespace(perm_to_axes={"P0": [("0.weight", 0), ("0.bias", 0), ("3.weight", 1)]})
-    spec = git_rebasin.spec_of(ps, model.state_dict())
-    assert fm.verify(model, spec, torch.randn(2, 1, 4, 4)).error < 1e-12
+    axes = [("0.weight", 0), ("0.bias", 0), ("3.weight", 1)]
+    for listed in (axes, axes[::-1], [axes[1], axes[2], axes[0]]):  # in whatever order a spec lists them
+        spec = git_rebasin.spec_of(SimpleNamespace(perm_to_axes={"P0": listed}), model.state_dict())
+        assert spec.groups["P0"].size == 6
+        assert fm.verify(model, spec, torch.randn(2, 1, 4, 4)).error < 1e-12
     with pytest.raises(ValueError, match=r"'P0' has 6 units, axis 0 of '3\.weight' has 3"):
         git_rebasin.spec_of(
             SimpleNamespace(perm_to_axes={"P0": [("0.weight", 0), ("3.weight", 0)]}), model.state_dict()

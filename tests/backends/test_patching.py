@@ -8,7 +8,6 @@ import textwrap
 import types
 
 import lap
-import lapjv
 import numpy as np
 import ot
 import pytest
@@ -20,6 +19,8 @@ import fastmatch.backends
 from fastmatch.assignment import solve
 from fastmatch.backends import LIBRARIES, installed, patch_target
 from helpers.networks import fresh_seed
+
+lapjv = pytest.importorskip("lapjv", reason="it has no wheel for this version of Python")
 
 ORIGINALS = {
     "scipy": scipy.optimize.linear_sum_assignment,
@@ -273,3 +274,8 @@ def test_what_is_no_assignment_stays_with_pot(generator, monkeypatch):
         assert ot.emd([], [], rectangle).shape == (n, 4)
         plan, log = ot.emd(uniform, uniform, cost, log=True)
         assert log["cost"] == pytest.approx((plan * cost).sum())
+
+
+def test_the_package_of_backends_is_an_attribute_of_fastmatch():
+    code = "import fastmatch\nwith fastmatch.backends.installed('scipy'):\n    pass"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,10 @@ def test_the_command_reads_no_tensor(tmp_path, capsys, monkeypatch):
     assert printed.startswith("predicted, not measured")
     assert "64 x h100" in printed
     assert "5 groups" in printed
+    assert main([*command, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["predicted"] == pytest.approx(sum(record["seconds"].values()))
+    assert (record["ranks"], record["device"]) == (64, "h100")
     assert main([*command, "--no-residual"]) == 0
     assert "4 groups in 1 levels" in capsys.readouterr().out
     assert main([*command[:3], "--ranks", "0"]) == 2

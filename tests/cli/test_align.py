@@ -198,7 +198,7 @@ def test_checkpoints_of_another_architecture_are_named(planted, refused):
     ([*ALIGN, "o.pt", "--init", "none.safetensors"], "none.safetensors: no such file"),
     ([*ALIGN, "o.pt", "--init", "a.safetensors"], "holds no permutations"),
     ([*ALIGN, "o.pt", *DATA, "--matcher", "mixture", "--activation-weight", "1"], "activation_weight: expected"),
-    ([*ALIGN, "o.pt", "--groups", "nothing"], "groups: ['nothing'] not in the spec"),
+    ([*ALIGN, "o.pt", "--groups", "nothing"], "--groups: 'nothing' is not in the spec"),
     # Out of core, and what is only out of core.
     ([*ALIGN, "o.pt", "--dtype", "bfloat16"], "--dtype: is an option of --out-of-core"),
     ([*ALIGN, "o.pt", "--device", "cpu"], "--device: is an option of --out-of-core"),

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import shlex
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
+import fastmatch
+from fastmatch._internal.files import load_state, save_state
+from fastmatch.cli.loading import build_model
 from fastmatch.cli.main import main, parser
+from fastmatch.cli.signals import Ended, ended_by_signals
+
+PAIR = ["a.safetensors", "b.safetensors"]
+DATA = ["--data", "cli_module:loader"]
 
 COMMANDS = {
-    "align", "align-many", "apply", "merge", "partial", "pipeline", "plan", "renormalize", "curve", "triangle", "layers",
-    "distances", "inspect", "verify", "demo", "study", "bench", "run", "libraries",
+    "align", "align-many", "apply", "merge", "partial", "plan", "renormalize", "pipeline", "curve", "triangle", "layers",
+    "distances", "inspect", "verify", "demo", "study", "bench", "run", "libraries", "completion",
 }  # fmt: skip
 
 
@@ -72,3 +85,219 @@ def test_importing_loads_neither_triton_nor_numba(code):
     code = f"import sys; {code}; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_version_is_the_package_s(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"fastmatch {fastmatch.__version__}\n"
+
+
+def test_every_command_shows_examples_that_can_be_parsed():
+    for name, command in subcommands(parser()).items():
+        lines = (command.epilog or "").splitlines()[1:]
+        assert lines, name
+        for line in lines:
+            program, used, *rest = shlex.split(line)
+            assert (program, used) == ("fastmatch", name)
+            own = {"run": 0, "completion": 1}.get(used)  # what follows belongs to the script, or to the shell
+            parser().parse_args([used, *rest[:own]])
+
+
+INSPECT = ["inspect", "--model", "cli_module:build_with_inputs"]
+
+
+@pytest.mark.parametrize(("line", "keys"), [
+    (["align", *PAIR, "--out", "o.pt"], {"moved", "objective", "converged", "out"}),
+    (["align-many", *PAIR, "--out", "o.pt"], {"alignments"}),
+    (["merge", *PAIR, "--out", "o.pt"], {"checkpoints", "biases", "out"}),
+    (["partial", *PAIR, "--rule", "identity", "--out", "o.pt2"], {"merged", "parameters", "out"}),
+    (["renormalize", PAIR[0], "--endpoints", PAIR[1], *DATA, "--out", "o.pt"], {"method", "layers", "out"}),
+    (["curve", *PAIR, *DATA, "--points", "3", "--out", "o.csv"], {"rows", "loss barrier", "out"}),
+    (["layers", *PAIR, *DATA, "--out", "o.csv"], {"rows", "out"}),
+    (["verify", *PAIR], {"outputs", "error"}),
+    (["inspect"], {"groups", "pins"}),
+    (["libraries"], {"libraries"}),
+    (["apply", "permutations.safetensors", PAIR[1], "--out", "o.pt"], {"kind", "moved", "out"}),
+    (["pipeline", "recipe.json", "--out", "o.pt"], {"summary", "files"}),
+    (["align", *PAIR, "--out", "o.pt", "--report", "o.html"], {"moved", "out", "report"}),
+    (["merge", *PAIR, "--out", "o.pt", "--report", "o.html"], {"checkpoints", "out", "report"}),
+    (["renormalize", PAIR[0], "--endpoints", PAIR[1], *DATA, "--out", "o.pt", "--report", "o.html"], {"why", "report"}),
+])  # fmt: skip
+def test_json_is_one_object_and_quiet_is_silent(planted, capsys, line, keys):
+    model = ["--model", "cli_module:build_with_inputs"]
+    assert (
+        main(["align", *PAIR, *model, "--out", "m.pt", "--permutations", "permutations.safetensors", "-q"])
+        == 0
+    )
+    Path("recipe.json").write_text(json.dumps({"models": PAIR, "network": model[1]}))
+    model = [] if line[0] in ("libraries", "apply", "pipeline") else model
+    line = [*line, *model]
+    assert main([*line, "--json"]) == 0
+    assert keys <= json.loads(capsys.readouterr().out).keys()
+    assert main([*line, "--quiet", *(["--force"] if "--out" in line else [])]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
+
+
+def test_quiet_hides_bars_on_a_terminal(monkeypatch):
+    from fastmatch._internal import progress
+
+    shown = []
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(
+        progress, "tqdm", lambda items, **options: shown.append(not options["disable"]) or items
+    )
+    for quiet in (False, True):
+        with progress.no_progress(quiet):
+            list(progress.progress_bar([1], "title"))
+            list(progress.progress_bar([1], "title", show=True))
+    assert shown == [True, True, False, True]
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    (["algin"], "did you mean 'align'?"),
+    ([*INSPECT, "--input-shap", "2,6", "--jsn"], "did you mean '--json'?"),
+    (["inspect"], "the following arguments are required: --model"),
+    (["renormalize", "a", "--model", "m:f", "--data", "m:f", "--out", "o.pt", "--method", "repiar"], "did you mean 'repair'?"),
+])  # fmt: skip
+def test_words_that_are_not_known_are_one_line_with_the_nearest(line, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(line)
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"--model": "./net.py:build"}, "--model: no file ./net.py"),
+    ({"--model": "./cli_module.py:biuld"}, "has no callable 'biuld'; did you mean 'build'?"),
+    ({"--model": "cli_module:torch"}, "'torch' of 'cli_module' is module, expected a callable"),
+    ({"--model": "broken_module:build"}, "--model: importing broken_module failed with SyntaxError"),
+    ({"--model": "needy_module:build"}, "needy_module imports 'not_there', which is not installed"),
+    ({"--model": "cli_module:fails"}, "--model: cli_module:fails failed with KeyError: 'width' (cli_module.py, line"),
+    ({"--input-shape": "0,6"}, "--input-shape: expected numbers of at least 1"),
+    ({"a": "empty.safetensors"}, "empty.safetensors: not a readable safetensors file"),
+    ({"a": "empty.pt"}, "empty.pt: not a torch file"),
+    ({"a": "cli_module.py"}, "cli_module.py: not a torch file"),
+    ({"a": "nowhere.pt"}, "nowhere.pt: no such file"),
+    ({"a": "renamed.pt"}, "renamed.pt: has no tensor '0.weight', which --model has (also '2.weight', '4.weight'; 3 in all)"),
+    ({"a": "renamed.pt"}, "the nearest that it has is '0.weigth'"),
+    ({"a": "wrapped.pt"}, "every name starts with '_orig_mod.', and the other's names do not"),
+    ({"--seed": "-1"}, "seed: expected a whole number of at least 0; got -1"),
+])  # fmt: skip
+def test_wrong_input_is_one_line_that_says_what_to_do(planted, refused, change, message):
+    with Path("cli_module.py").open("a") as file:
+        file.write("\ndef fails():\n    return {}['width']\n")
+    Path("broken_module.py").write_text("def build(:\n")
+    Path("needy_module.py").write_text("import not_there\n")
+    for name in ("empty.safetensors", "empty.pt"):
+        Path(name).write_bytes(b"")
+    state = load_state("a.safetensors")
+    save_state({name.replace("weight", "weigth"): t for name, t in state.items()}, "renamed.pt")
+    save_state({f"_orig_mod.{name}": t for name, t in state.items()}, "wrapped.pt")
+    given = {"a": "a.safetensors", "--model": "./cli_module.py:build_with_inputs", "--out": "o.pt", **change}
+    sys.modules.pop("cli_module", None)
+    refused(
+        ["align", given.pop("a"), "b.safetensors", *(word for pair in given.items() for word in pair)],
+        message,
+    )
+
+
+def test_other_errors_are_one_line_too_and_verbose_shows_where(planted, monkeypatch, capsys):
+    def broken(args):
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr("fastmatch.cli.inspect.build_network", broken)
+    assert main(INSPECT) == 1
+    assert capsys.readouterr().err == "fastmatch inspect: RuntimeError: two lines (--verbose shows where)\n"
+    assert main([*INSPECT, "--verbose"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_file_beside_a_module_of_the_same_name_is_the_one_that_runs(planted):
+    other = planted / "other"
+    other.mkdir()
+    (other / "cli_module.py").write_text("import beside\nbuild = beside.build\n")
+    (other / "beside.py").write_text("import torch\ndef build():\n    return torch.nn.Linear(2, 3)\n")
+    assert build_model("cli_module:build")[0].__class__.__name__ == "Sequential"
+    assert build_model("other/cli_module.py:build")[0].__class__.__name__ == "Linear"
+    sys.modules.pop("beside", None)
+
+
+WAITING = """
+import sys, time
+from cli_module import *
+
+def slow():
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_ends_a_command_as_ctrl_c_does(planted, number):
+    (planted / "waiting.py").write_text(WAITING)
+    (planted / ".o.pt.journal").write_text("")
+    line = ["align", *PAIR, "--model", "waiting.py:slow", "--out", "o.pt"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastmatch", *line], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert error.startswith("fastmatch align: interrupted; nothing is half-written")
+    assert "the same command with --resume" in error
+    assert error.count("\n") == 1
+    assert not list(planted.glob("*.part"))
+    assert not (planted / "o.pt").exists()
+
+
+def _end_this_process():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(5)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
+def test_signals_that_are_ignored_stay_ignored_and_handlers_come_back():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ended_by_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+            with pytest.raises(Ended) as caught:
+                _end_this_process()
+        assert caught.value.number == signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_reader_that_goes_away_is_no_error(planted):
+    command = [sys.executable, "-m", "fastmatch", *INSPECT]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(60) == 141
+    process.stderr.close()
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion_knows_commands_and_options(shell, capsys):
+    pytest.importorskip("shtab")
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert "align-many" in script
+    assert "--max-sweeps" in script or "max-sweeps" in script
+
+
+def test_completion_without_shtab_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert main(["completion", "bash"]) == 2
+    assert "pip install 'fastmatch[shell]'" in capsys.readouterr().err

@@ -192,7 +192,7 @@ def test_top5_and_the_curves_table():
     assert curve.top5[0] == pytest.approx(among)
     assert curve.table().column("top-5") == list(curve.top5)
     assert curve.table().column("top-1") == list(curve.accuracy)
-    assert fm.score(a, data) == (curve.loss[0], curve.accuracy[0], curve.top5[0])
+    assert fm.score(a, data)[:3] == (curve.loss[0], curve.accuracy[0], curve.top5[0])
 
 
 @pytest.mark.parametrize("mode", ["joint", "sequential"])
@@ -261,3 +261,92 @@ def test_the_triangle_of_three_models(tmp_path):
         fm.triangle(models, data, points=1)
     with pytest.raises(ValueError, match="metric: expected"):
         found.plot(metric="f1")
+
+
+def images() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Images with a class for each pixel, some of them to be ignored."""
+    targets = torch.randint(5, (6, 8, 8))
+    targets[0, :4] = -100
+    return [(torch.randn(4, 1, 8, 8), targets[:4]), (torch.randn(2, 1, 8, 8), targets[4:])]
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "loss"),
+    [
+        (torch.nn.Conv2d(1, 5, 1), images(), None),
+        (torch.nn.Linear(4, 1), [(torch.randn(6, 4), torch.randn(6, 1))], F.mse_loss),
+        (torch.nn.Linear(4, 3), [(torch.randn(6, 4), torch.rand(6, 3))], F.binary_cross_entropy_with_logits),
+        (
+            torch.nn.Linear(4, 4),
+            [(torch.randn(6, 4), torch.randint(2, (6,)))],
+            lambda out, y: out.abs().mean(),
+        ),
+    ],
+    ids=["segmentation", "regression", "several labels", "classes under another loss"],
+)
+def test_accuracy_is_measured_for_class_targets_alone(model, data, loss):
+    found = fm.score(model, data, loss=loss)
+    assert np.isfinite(found.loss)
+    is_classes = data[0][1].ndim == 1
+    assert np.isnan(found.accuracy) != is_classes
+    assert np.isnan(found.top5) != is_classes
+    curve = fm.interpolate(model, model, data, points=3, loss=loss, metric=lambda out, y: len(out))
+    assert (curve.accuracy == ()) != is_classes
+    assert curve.table().column("metric") == list(curve.metric)
+    if not is_classes:
+        with pytest.raises(ValueError, match="metric: 'accuracy' was not measured"):
+            curve.plot(metric="accuracy")
+        found = fm.triangle([model] * 3, data, points=2, loss=loss)
+        with pytest.raises(ValueError, match="metric: 'accuracy' was not measured"):
+            found.plot(metric="accuracy")
+    else:
+        assert curve.accuracy == (found.accuracy,) * 3
+
+
+def test_positions_that_a_loss_ignores_do_not_weigh():
+    model, data = torch.nn.Conv2d(1, 5, 1), images()
+    with torch.no_grad():
+        outputs = torch.cat([model(x) for x, _ in data])
+        expected = F.cross_entropy(outputs, torch.cat([y for _, y in data])).item()
+    assert fm.score(model, data).loss == pytest.approx(expected)
+
+
+def test_a_metric_is_a_mean_over_samples():
+    model, data = torch.nn.Linear(12, 5), classify()
+    errors = fm.score(model, data, metric=lambda out, y: (out.argmax(1) != y).float().mean())
+    assert errors.metric == pytest.approx(1 - errors.accuracy)
+    assert (
+        fm.evaluate(model, data, metric=lambda out, y: (out.argmax(1) != y).float().mean())[1]
+        == errors.metric
+    )
+
+
+def test_a_picture_of_a_metric_says_no_barrier(tmp_path):
+    """Whether more of a metric is better is not known, and what was not measured cannot be drawn."""
+    measured = fm.Curve((0.0, 0.5, 1.0), (1.0, 2.0, 1.0), metric=(3.0, 9.0, 4.0))
+    axes = measured.plot(tmp_path / "curve.png", metric="metric")
+    assert axes.get_title(loc="left") == "Metric on the line from A to B"
+    assert len(axes.collections) == 0
+    assert measured.plot(metric="metric", label="mine").get_legend_handles_labels()[1] == ["mine"]
+    with pytest.raises(ValueError, match="'accuracy' was not measured on this curve"):
+        measured.plot(metric="accuracy")
+    corners = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
+    nan = float("nan")
+    found = fm.Triangle(corners, tuple(fm.Scores(v, nan, nan, 2 * v) for v in (1.0, 2.0, 3.0)))
+    assert found.plot(metric="metric").get_title(loc="left") == "Metric over the triangle"
+    with pytest.raises(ValueError, match="'top5' was not measured on this triangle"):
+        found.plot(metric="top5")
+    diverged = fm.Triangle(corners, (*found.scores[:2], fm.Scores(nan, nan, nan)))
+    with pytest.raises(ValueError, match="'loss' has merges where it is no number"):
+        diverged.plot()
+
+
+def test_a_loss_or_metric_that_does_not_fit_is_named():
+    model = torch.nn.Linear(12, 1)
+    with pytest.raises(
+        ValueError, match=r"loss: needed, because cross entropy does not fit outputs \(3, 1\)"
+    ):
+        fm.score(model, [(torch.randn(3, 12), torch.ones(3, 2))])
+    for name in ("loss", "metric"):
+        with pytest.raises(TypeError, match=f"{name}: expected a function"):
+            fm.score(model, classify(), **{name: "mse"})

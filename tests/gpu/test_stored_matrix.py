@@ -20,7 +20,8 @@ def test_lists_and_minima_are_valid(gpu, dtype, transposed, sign):
     seed = fresh_seed()
     torch.manual_seed(seed)
     g = np.random.default_rng(seed)
-    matrix = torch.randn(30, 1100).to(dtype)  # more than one tile of columns
+    # More than one tile of columns; the transposed matrix has more than one of rows.
+    matrix = torch.randn(30, 200 if transposed else 1100).to(dtype)
     cost = DeviceCost(gpu.tensor(matrix))
     cost, matrix = (cost.T, matrix.T) if transposed else (cost, matrix)
     n, m = matrix.shape
@@ -54,7 +55,7 @@ def test_the_bound_is_exact_at_zero_duals_so_that_ties_are_seen(gpu):
 @pytest.mark.parametrize("maximize", [False, True])
 def test_solves_reach_the_optimum(gpu, maximize):
     torch.manual_seed(fresh_seed())
-    matrix = torch.randn(150, 150)
+    matrix = torch.randn(70, 70)
     found = solve(gpu.tensor(matrix), maximize=maximize, solver=CandidateLists())
     values = matrix.double().numpy()
     assert found.objective == pytest.approx(values[scipy_lsa(values, maximize)].sum(), rel=1e-12)

@@ -47,7 +47,9 @@ def check(rows):
         assert 0 < row["occupancy"] <= 1
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "target", [pytest.param(t, marks=[pytest.mark.slow] if t in ("sm_80", "sm_100") else []) for t in TARGETS]
+)
 def test_one_variant_of_every_kernel(tmp_path, target):
     rows = compiled(tmp_path, target, "--quick")
     assert {r["op"] for r in rows} >= OPS

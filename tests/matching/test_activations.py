@@ -48,7 +48,7 @@ def dead_units(model, spec, data, place="post", reduce="last"):
         dead[site.group] = silent & dead.get(site.group, silent)
 
     sites = [t for g in spec.groups for t in choose_sites(spec, g, place, reduce)]
-    with torch.no_grad(), SiteReader(sites, look, site=place):
+    with torch.no_grad(), SiteReader(sites, look, model, site=place):
         model(data.inputs)
     return dead
 

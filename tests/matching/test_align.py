@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import fastmatch as fm
+from fastmatch._internal.states import check_same_architecture
 from fastmatch.matching.matcher import Matcher
 from helpers.networks import build, fresh_seed
 
@@ -175,3 +176,11 @@ def test_names_that_a_wrapper_prefixed():
     prefixed = {f"module.{k}": v for k, v in a.state_dict().items()}
     with pytest.raises(ValueError, match=r"model_b: every name starts with 'module.'"):
         fm.align(a.state_dict(), prefixed, spec=fm.PermutationSpec.trace(a, x))
+
+
+def test_a_part_named_like_a_wrapper_is_none():
+    """Base models of transformers name all of their tensors "model.", and those with a head most of them."""
+    states = [{f"model.{k}": v for k, v in build("mlp", 0)[0].state_dict().items()} for _ in range(2)]
+    states[1]["head.weight"] = torch.zeros(2, 2)
+    with pytest.raises(ValueError, match=r"B: has tensor 'head.weight', which A has not; architectures"):
+        check_same_architecture(*states, "A", "B")

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 import fastmatch as fm
+from fastmatch.assignment import bounded_gain
+from fastmatch.assignment.bounded_gain import BoundedGain
 from fastmatch.matching import gains as gains_module
 from fastmatch.matching.ascent import Hooks
 from fastmatch.matching.gains import Gains, unit_rows
 from fastmatch.matching.weights import WeightMatching, match_weights
-from fastmatch.permutations.apply import permute_tensor
+from fastmatch.permutations.apply import apply_permutations, permute_tensor
 from helpers.networks import NETWORKS, build, fresh_seed
 
 
@@ -99,3 +101,54 @@ def test_the_order_of_groups_can_be_given():
     ended = match_weights(a, b, spec, hooks=Hooks(orders=iter([[0, 1]])))
     assert ended.objective == forward.objective[:2]
     assert not ended.converged
+
+
+def near_copy(state, cosine, generator):
+    """The state, with noise of the same size added to every tensor."""
+    noise = {
+        n: torch.randn(t.shape, generator=generator) * t.std() for n, t in state.items() if t.numel() > 1
+    }
+    return {n: cosine * t + (1 - cosine**2) ** 0.5 * noise[n] if n in noise else t for n, t in state.items()}
+
+
+@pytest.fixture
+def bounds(monkeypatch):
+    """Bounds for every group, however small; the list of gains that had them."""
+    monkeypatch.setattr(gains_module, "BOUNDED_UNITS", 2)
+    monkeypatch.setattr(gains_module, "BOUNDED_PRODUCTS", 0)
+    monkeypatch.setattr(bounded_gain, "JUDGED", 8)
+    used: list[BoundedGain] = []
+    init = BoundedGain.__init__
+    monkeypatch.setattr(BoundedGain, "__init__", lambda self, *args: init(self, *args) or used.append(self))
+    return used
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("cosine", [1.0, 0.99, 0.0])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_gains_with_bounds_give_the_matching_of_whole_gains(name, cosine, on_disk, bounds, monkeypatch):
+    seed = fresh_seed()
+    model, x = build(name, seed)
+    spec = fm.PermutationSpec.trace(model, x)
+    generator = torch.Generator().manual_seed(seed)
+    a = {n: t.detach() for n, t in model.state_dict().items()}
+    b = apply_permutations(near_copy(a, cosine, generator), spec, spec.random(generator))
+    hooks = Hooks(out_of_core=on_disk)
+    found = match_weights(a, b, spec, WeightMatching(seed=seed), hooks)
+    assert bounds or cosine < 0.9 or name == "grouped"  # all of its groups are nested
+    monkeypatch.setattr(gains_module, "BOUNDED_UNITS", 1 << 40)
+    whole = match_weights(a, b, spec, WeightMatching(seed=seed), hooks)
+    assert all(torch.equal(p, whole.permutations[n]) for n, p in found.permutations.items())
+    assert found.objective == pytest.approx(whole.objective, rel=1e-9)
+
+
+def test_a_group_whose_bounds_have_cost_a_whole_gain_is_built_and_kept(bounds):
+    model, x = build("mlp", 1)
+    spec, state = fm.PermutationSpec.trace(model, x), model.state_dict()
+    gains = Gains(state, state, spec, budget=2**30)
+    group = list(spec.groups.values())[1]
+    for share in (0.5, 0.5):
+        assert isinstance(gains.cost_of(group, group.axes, spec.identity()), BoundedGain)
+        gains.spend(group.name, share)
+    assert isinstance(gains.cost_of(group, group.axes, spec.identity()), torch.Tensor)
+    assert group.name in gains.kept

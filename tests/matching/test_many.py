@@ -10,11 +10,12 @@ import pytest
 import torch
 
 import fastmatch as fm
-from fastmatch.matching.frank_wolfe import match_frank_wolfe
+from fastmatch.matching.frank_wolfe import _gradient, _Relaxation, _relaxed, match_frank_wolfe
 from fastmatch.matching.merge_many import match_mean
-from fastmatch.matching.pair_objective import pair_objective
+from fastmatch.matching.pair_objective import moving, pair_objective
+from fastmatch.matching.weights import match_weights
 from fastmatch.studies.digits import Batches
-from helpers.networks import build, fresh_seed
+from helpers.networks import NETWORKS, build, fresh_seed
 from helpers.trained import trained
 
 STRATEGIES = {
@@ -90,6 +91,53 @@ def test_the_objective_never_falls_and_is_the_sum_over_pairs(match, strategy, na
     )
     assert matching.objective[-1] == pytest.approx(slow, rel=1e-9, abs=1e-9)
     assert matching.objective[-1] == pytest.approx(pair_objective(states, spec, found, "affine"), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_steps_of_mixtures_are_the_relaxed_objective(name):
+    """Value on the way, and gradient after it, against mixtures formed by products of matrices."""
+    seed = fresh_seed()
+    pairs = [build(name, seed + k) for k in range(3)]
+    spec = fm.PermutationSpec.trace(*pairs[0]).flat()
+    states = [{n: t.double() for n, t in m.state_dict().items() if t.is_floating_point()} for m, _ in pairs]
+    names = moving(states[0], spec, "affine")
+    direct = [{n: s[n] for n in names} for s in states]
+    relaxation = _Relaxation(states, spec, "affine")
+    generator = torch.Generator().manual_seed(seed)
+    for t in (0.25, 1.0, 0.5, 0.125):
+        goals = [list(spec.random(generator).values()) for _ in states]
+        ahead = relaxation.look(goals, [0.0, 0.3, 1.0])
+        for point, value in zip((0.0, 0.3, 1.0), ahead, strict=True):
+            maps = relaxation._at(goals, point)
+            assert value == pytest.approx(float(_relaxed(direct, spec, maps)), rel=1e-9, abs=1e-9)
+        relaxation.go(goals, t)
+        for found, expected in zip(
+            relaxation.gradients(), _gradient(direct, spec, relaxation.maps), strict=True
+        ):
+            for x, y in zip(found, expected, strict=True):
+                torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("name", ["mlp", "vgg", "resnet"])
+def test_models_are_matched_again_only_where_others_moved_and_nothing_is_missed(name, monkeypatch):
+    seed = fresh_seed()
+    pairs = [build(name, seed + k) for k in range(4)]
+    states = [m.state_dict() for m, _ in pairs]
+    spec = fm.PermutationSpec.trace(*pairs[0])
+    asked = []
+
+    def match(a, b, spec, matcher, hooks, **options):
+        asked.append(set(hooks.stale))
+        return match_weights(a, b, spec, matcher, hooks, **options)
+
+    monkeypatch.setattr("fastmatch.matching.merge_many.match_weights", match)
+    found, matching = match_mean(states, spec, fm.MergeMany())
+    assert matching.converged
+    assert all(asked)
+    assert sum(map(len, asked)) < matching.sweeps * len(states) * len(spec.top_level())
+    again, repeated = match_mean(states, spec, fm.MergeMany(replace(IDENTITY, seed=seed)), start=found)
+    assert repeated.sweeps == 1
+    assert all(torch.equal(p[g], q[g]) for p, q in zip(found, again, strict=True) for g in spec.groups)
 
 
 def test_the_cap_on_rounds_is_said():

@@ -9,6 +9,7 @@ import torch
 
 from fastmatch._internal.modules import with_state
 from fastmatch._internal.states import state_of
+from fastmatch.matching import nested
 from fastmatch.matching.activations import ActivationMatching
 from fastmatch.matching.nested import best_orders, match_nested
 from fastmatch.matching.objective import objective
@@ -71,6 +72,41 @@ def test_what_was_planted_is_found(shared):
     back = apply_permutations(b, spec, found.permutations)
     assert all(torch.equal(back[name], a[name]) for name in a)
     assert all(torch.equal(p, invert(planted, spec)[name]) for name, p in found.permutations.items())
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("entries", [1, 30, 100])
+def test_little_memory_gives_the_same(shared, entries, monkeypatch):
+    spec, generator = heads_of(shared), torch.Generator().manual_seed(fresh_seed())
+    a, b = random_state(spec, generator), random_state(spec, generator)
+    args = a, b, spec, "heads", spec.groups["heads"].axes, spec.identity()
+    found = match_nested(*args)
+    monkeypatch.setattr(nested, "MAX_ENTRIES", entries)
+    assert all(torch.equal(p, found[name]) for name, p in match_nested(*args).items())
+
+
+@pytest.mark.parametrize("cosine", [1.0, 0.9, 0.0])
+def test_pairs_that_the_bounds_leave_out_would_not_have_been_taken(cosine, monkeypatch):
+    spec, generator = heads_of(shared=True), torch.Generator().manual_seed(fresh_seed())
+    a, noise = random_state(spec, generator), random_state(spec, generator)
+    b = {n: cosine * t + (1 - cosine**2) ** 0.5 * noise[n] for n, t in a.items()}
+    b = apply_permutations(b, spec, spec.random(generator))
+    solved = []
+    inner = nested._solve_inner
+    monkeypatch.setattr(
+        nested,
+        "_solve_inner",
+        lambda *args: solved.append(args[4].stop - args[4].start) or inner(*args),
+    )
+    args = a, b, spec, "heads", spec.groups["heads"].axes, spec.identity()
+    found, few = match_nested(*args), sum(solved)
+    solved.clear()
+    monkeypatch.setattr(nested, "TRIES", 0)
+    every = match_nested(*args)
+    assert all(torch.equal(p, found[name]) for name, p in every.items())
+    assert sum(solved) == HEADS**2
+    if cosine == 1.0:
+        assert few == HEADS
 
 
 def test_inverse_and_composition_of_what_lies_within():

@@ -115,7 +115,8 @@ def test_directories_are_merged_tensor_by_tensor(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(("change", "message"), [
     ({"network": None}, "network: needed unless all models are directories"),
     ({"network": "recipe_module:nothing"}, "network: 'recipe_module' has no callable 'nothing'"),
-    ({"network": "no_such_module:build"}, "network: 'no_such_module' cannot be imported"),
+    ({"network": "no_such_module:build"}, "network: no module 'no_such_module' in this folder or installed"),
+    ({"network": "./no_such_file.py:build"}, "network: no file ./no_such_file.py"),
     ({"network": "recipe_module:loader"}, "network: recipe_module:loader returned list"),
     ({"network": "recipe_module:build_alone"}, "input_shape: needed"),
     ({"evaluate": {"data": "recipe_module:stream"}}, "evaluate.data: expected a callable that returns a loader"),
@@ -136,6 +137,44 @@ def test_outputs_are_not_replaced_without_force(names):
     with pytest.raises(FileExistsError, match="--force"):
         fm.pipeline(RECIPE)
     fm.pipeline(RECIPE, force=True)
+
+
+def test_functions_may_be_in_a_file_of_any_folder(names):
+    Path("parts").mkdir()
+    Path("parts/sizes_of_mine.py").write_text("WIDTH = 3\n")
+    Path("parts/net_of_mine.py").write_text(
+        "import torch\nfrom sizes_of_mine import WIDTH\n"
+        "def build():\n    return torch.nn.Sequential(torch.nn.Linear(2, WIDTH), torch.nn.ReLU(), torch.nn.Linear(WIDTH, 2)),"
+        " torch.zeros(1, 2)\n"
+    )
+    net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+    for path in ("small.pt", "same.pt"):
+        save_state(net.state_dict(), path)
+    recipe = {"models": ["small.pt", "same.pt"], "network": "parts/net_of_mine.py:build", "out": "out.pt"}
+    fm.pipeline(recipe)
+    torch.testing.assert_close(load_state("out.pt"), dict(net.state_dict()))
+    for module in ("sizes_of_mine", "net_of_mine"):
+        sys.modules.pop(module, None)
+
+
+def test_weights_that_the_type_of_the_output_cannot_hold_are_not_written(names):
+    state = load_state("a.safetensors")
+    name = next(name for name, tensor in state.items() if tensor.ndim > 1)
+    state[name].view(-1)[0] = 2e5
+    save_state(state, "large.safetensors")
+    recipe = {
+        "models": ["large.safetensors", "a.safetensors"],
+        "network": "recipe_module:build",
+        "align": False,
+        "out": "out.pt",
+    }
+    before = sorted(Path.cwd().iterdir())
+    with pytest.raises(
+        ValueError, match=f"out.pt is not written: the result: tensor '{name}' holds 1 NaN or infinite"
+    ):
+        fm.pipeline({**recipe, "dtype": "float16"})
+    assert sorted(Path.cwd().iterdir()) == before
+    assert fm.pipeline({**recipe, "dtype": "bfloat16"}).files["model"].is_file()
 
 
 def test_a_name_of_the_package_is_the_function():

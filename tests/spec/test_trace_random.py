@@ -38,7 +38,7 @@ def sites_checked(net: nn.Module, x: torch.Tensor) -> int:
             found: dict = {}
             with (
                 torch.no_grad(),
-                SiteReader(spec.sites, lambda t, v, f=found: f.update({t: v.clone()}), site=position),
+                SiteReader(spec.sites, lambda t, v, f=found: f.update({t: v.clone()}), model, site=position),
             ):
                 model(x)
             seen.append(found)

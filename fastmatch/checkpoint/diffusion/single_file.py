@@ -23,9 +23,9 @@ from fastmatch.checkpoint.diffusion.components import (
     parameters_of,
 )
 from fastmatch.checkpoint.diffusion.layout import Shapes, assemble
-from fastmatch.checkpoint.structure import hollow_tensor
 from fastmatch.permutations.verify import Verification, verify
 from fastmatch.spec import PermutationSpec
+from fastmatch.spec.hollow import hollow_tensor
 
 __all__ = ["FileModel", "prove_components", "prove_file", "reduced_model", "trace_file"]
 

@@ -57,9 +57,14 @@ def follow_positions(record: Record, call: Call) -> None:
 
 @rule("select")
 def _select(record: Record, call: Call) -> None:
-    labels = record.labels(call["self"])
-    dim = call.dim(len(labels))
-    position = call["index"] % labels[dim].size
+    tensor = call["self"]
+    dim = call.dim(tensor.ndim)
+    position = call["index"] % tensor.shape[dim]
+    part = record.slice_of_joined(tensor, dim, position)
+    if part is not None:
+        record.set(call.out, part)
+        return
+    labels = record.labels(tensor)
     record.set(call.out, record.select(labels, dim, position, call.name, call.out))
 
 

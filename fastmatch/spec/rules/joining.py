@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastmatch.spec.labels import Label, pin, sum_of, unify
 from fastmatch.spec.operations import Call
-from fastmatch.spec.record import Record
+from fastmatch.spec.record import Joined, Record
 from fastmatch.spec.rules.registry import cut, rule
 
 __all__: list[str] = []
@@ -38,25 +38,20 @@ def _split(record: Record, call: Call) -> None:
 def _cat(record: Record, call: Call) -> None:
     parts = [t for t in call["tensors"] if t.ndim == call.out.ndim]  # an empty 1-d tensor may be among others
     dim = call.dim(call.out.ndim)
-    labels = record.labels(parts[0])
-    for part in parts[1:]:
-        for d, label in enumerate(record.labels(part)):
-            if d != dim:
-                unify(labels[d], label, call.name)
-    labels[dim] = sum_of([record.labels(part)[dim] for part in parts])
-    record.set(call.out, labels)
+    found = tuple(tuple(record.labels(part)) for part in parts)
+    labels = list(found[0])
+    labels[dim] = sum_of([part[dim] for part in found])
+    record.join(call.out, labels, Joined(dim, found, call.name))
 
 
 @rule("stack")
 def _stack(record: Record, call: Call) -> None:
-    first, *others = call["tensors"]
     dim = call.dim(call.out.ndim)
-    labels = record.labels(first)
-    for part in others:
-        for mine, label in zip(labels, record.labels(part), strict=True):
-            unify(mine, label, call.name)
-    labels.insert(dim, Label(call.out.shape[dim], pinned=call.name))
-    record.set(call.out, labels)
+    parts = [record.labels(part) for part in call["tensors"]]
+    found = tuple((*part[:dim], Label(1), *part[dim:]) for part in parts)
+    labels = list(found[0])
+    labels[dim] = Label(call.out.shape[dim], pinned=call.name)
+    record.join(call.out, labels, Joined(dim, found, call.name))
 
 
 @rule("constant_pad_nd")

@@ -34,6 +34,8 @@ def _layer(record: Record, call: Call) -> None:
         record.contract(label)
     outputs, *states = call.outputs
     record.set(outputs, [*inputs[:-1], units])
+    record.mark_consumed(call, "input", len(inputs) - 1)
+    record.mark_produced(call, [*inputs[:-1], units], len(inputs) - 1)
     for tensor in states[:2]:
         record.set(tensor, state)
     set_saved(record, call, states[2:], [*inputs, *state])

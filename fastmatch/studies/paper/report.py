@@ -6,15 +6,16 @@ import base64
 import html
 import io
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from fastmatch.studies.paper.claims import Claim
+from fastmatch.studies.paper.verdict import Verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["picture", "report"]
+__all__ = ["counts", "picture", "report"]
 
 Record = dict[str, Any]
 
@@ -131,15 +132,26 @@ def _image(figure: Figure) -> str:
     return f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
+def counts(claim: Claim) -> str:
+    """Return the number of cases with each verdict in words."""
+    found = claim.counts
+    return (
+        ", ".join(f"{verdict}: {found[verdict]}" for verdict in get_args(Verdict) if found[verdict])
+        or "no case"
+    )
+
+
 def _claims(record: Record) -> str:
     lines = ["<table><tr><th>claim</th><th>here</th><th>cases</th><th>rule and numbers</th></tr>"]
     for entry in record["claims"]:
         claim = Claim(**entry)
-        style = {True: "holds", False: "not", None: ""}[claim.holds]
-        numbers = "<br>".join(html.escape(text) for text in claim.numbers)
+        style = {"holds": "holds", "does not hold": "not"}.get(claim.verdict, "")
+        numbers = "<br>".join(
+            html.escape(f"{case['where']}: {case['verdict']}. {case['numbers']}") for case in claim.cases
+        )
         lines.append(
             f'<tr><td>{html.escape(claim.claim)}</td><td class="{style}">{claim.verdict}</td>'
-            f"<td>{claim.true} of {claim.cases}</td><td>{html.escape(claim.rule)}"
+            f"<td>{counts(claim)}</td><td>{html.escape(claim.rule)}"
             f"<details><summary>numbers</summary><small>{numbers}</small></details></td></tr>"
         )
     return "\n".join([*lines, "</table>"])
@@ -179,7 +191,10 @@ def report(record: Record) -> str:
 {record["mode"]} mode; {record["points"]} points per curve.
 {seconds["wall"]} s ({seconds["processor"]} s of processor time) on {machine["cores"]} cores of
 {html.escape(machine["processor"])}, torch {html.escape(machine["torch"])}, Python {machine["python"]}.
-Claims are judged by code from the numbers below; they hold for these small networks and data only.</p>
+Claims are judged by code from the numbers below, for these small networks and data only. A case is one network; its
+differences are paired by seed. In brackets: 95% confidence intervals over seeds, of one case at a time. A case
+"holds" if the interval lies above the least difference that counts, "does not hold" if it lies below, and is "undecided"
+otherwise. A claim holds if it holds in every case with something to mend.</p>
 {_claims(record)}
 {"".join(_image(figure) for figure in figures)}
 {_all_curves(record)}

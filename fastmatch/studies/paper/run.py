@@ -1,4 +1,8 @@
-"""The study's measurements: pairs are trained, matched, merged and renormalized; pruning; planted permutations."""
+"""The study's measurements: pairs are trained, matched, merged and renormalized; pruning; planted permutations.
+
+Renormalization and activation matching read the first :data:`SAMPLES` training samples; every accuracy, variance and
+feature is measured on test samples, which no training sample is among.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -21,9 +26,13 @@ from fastmatch._internal.progress import progress_bar
 from fastmatch.evaluation.between import Renormalized
 from fastmatch.evaluation.curve import Curve, interpolate
 from fastmatch.evaluation.layers import layer_table
+from fastmatch.evaluation.scores import evaluate
 from fastmatch.matching.activations import ActivationMatching
 from fastmatch.matching.align import align
 from fastmatch.merging.average import merge
+from fastmatch.merging.ensemble import model_cost
+from fastmatch.merging.partial import merge_partial
+from fastmatch.merging.unit_rules import Permute
 from fastmatch.permutations.alignment import Alignment
 from fastmatch.renorm import (
     EndpointStatistics,
@@ -34,13 +43,19 @@ from fastmatch.renorm import (
 from fastmatch.studies.digits import Batches, digits, train, train_new
 from fastmatch.studies.networks import NETWORKS, Network, StudyMethod
 from fastmatch.studies.paper.claims import judge
+from fastmatch.studies.paper.page import page
 from fastmatch.studies.paper.report import picture, report
 from fastmatch.studies.pruning import accuracy_by_sparsity
 
 __all__ = ["run"]
 
 SAMPLES = 512
-SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+"""Calibration samples, from the front of the training set."""
+WIDTHS, SEEDS = (1, 4), (0, 1, 2, 3, 4)
+SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95)
+STARTS = (0, 1, 2)
+"""Groups before which layers are kept apart, in the partial merges of plain networks."""
+TABLES = ("curves", "layers", "pruning", "planted", "partial", "modes")
 Data = tuple[Batches, Batches]
 
 
@@ -49,21 +64,21 @@ def run(
     *,
     data: tuple[Dataset[Any], Dataset[Any]] | None = None,
     networks: Sequence[str] | None = None,
-    widths: Sequence[int] = (1, 2, 4, 8),
-    seeds: Sequence[int] = (0,),
-    points: int = 7,
+    widths: Sequence[int] = WIDTHS,
+    seeds: Sequence[int] = SEEDS,
+    points: int = 5,
     epochs: int | None = None,
     progress: bool | None = None,
 ) -> dict[str, Any]:
-    """Measure everything, judge the claims and write ``study.json``, ``study.png`` and ``study.html``.
+    """Measure everything, judge the claims and write ``study.json``, ``.md``, ``.png`` and ``.html``.
 
     Args:
         out: a folder, which is created if missing. Files of an earlier run are replaced.
-        data: (train, test) datasets of (image, label) samples, images (C, H, W) of at least 8 x 8. They are
-            read into memory. Default: scikit-learn's digits.
+        data: (train, test) datasets of (image, label) samples, images (C, H, W) of at least 8 x 8, without a
+            common image. They are read into memory. Default: scikit-learn's digits.
         networks: names of :data:`fastmatch.studies.networks.NETWORKS`. Default: all.
         widths: multiples of the base width.
-        seeds: each seed trains one pair of every network and width.
+        seeds: each seed trains one pair of every network and width. Verdicts need at least 3.
         points: positions on a curve; an odd number, so that one is the midpoint.
         epochs: of training; None takes each network's own number.
         progress: show bars; None shows them on a terminal.
@@ -79,12 +94,14 @@ def run(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     loaders = digits() if data is None else (_batches(data[0], "train"), _batches(data[1], "test"))
+    _check_apart(*loaders)
     began, cpu = time.perf_counter(), time.process_time()
     record: dict[str, Any] = {
         "data": "scikit-learn digits" if data is None else f"{type(data[0]).__name__} given by the user",
         "samples": {"train": len(loaders[0].inputs), "test": len(loaders[1].inputs), "calibration": SAMPLES},
+        "chance": float(loaders[1].targets.bincount().max()) / len(loaders[1].targets),
         "widths": sorted(widths), "seeds": list(seeds), "points": points, "mode": "sequential",
-        "machine": _machine(), "curves": [], "layers": [], "pruning": [], "planted": [],
+        "machine": _machine(), **{table: [] for table in TABLES},
     }  # fmt: skip
     jobs = [(name, width, seed) for name in names for width in sorted(widths) for seed in seeds]
     for name, width, seed in progress_bar(jobs, "networks", show=progress):
@@ -101,6 +118,8 @@ def run(
     record["claims"] = _rounded([asdict(claim) for claim in judge(record)])
     with writing(out / "study.json", force=True) as path:
         path.write_text(as_text(record))
+    with writing(out / "study.md", force=True) as path:
+        path.write_text(page(record))
     with writing(out / "study.png", force=True) as path:
         picture(record).savefig(path, dpi=110, format="png")
     with writing(out / "study.html", force=True) as path:
@@ -120,6 +139,16 @@ def _check_options(names: list[str], widths: Sequence[int], seeds: Sequence[int]
         )
 
 
+def _check_apart(training: Batches, test: Batches) -> None:
+    """Refuse test samples that are training samples: verdicts would be about what was seen."""
+    seen = {image.numpy().tobytes() for image in training.inputs}
+    common = sum(image.numpy().tobytes() in seen for image in test.inputs)
+    if common:
+        raise ValueError(
+            f"data: expected test images apart from the training images; {common} of {len(test.inputs)} are the same"
+        )
+
+
 def _machine() -> dict[str, Any]:
     return {
         "processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
@@ -135,15 +164,16 @@ def _measure(
     width: int,
     seed: int,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Return the rows of one pair for each table; layers at the largest width, pruning at the middle one."""
-    widths = record["widths"]
+    """Return the rows of one pair for each table; all but the curves at the largest width."""
     alignments = _alignments(pair, loaders[0])
     rows = {"curves": list(_curves(network, pair, alignments, loaders, record["points"]))}
-    if width == max(widths):
-        rows["layers"] = _layers(pair, alignments, loaders[0])
-    if width == widths[len(widths) // 2]:
+    if width == max(record["widths"]):
+        rows["layers"] = _layers(network, pair, alignments, loaders)
         rows["pruning"] = _pruning(pair[0], loaders)
         rows["planted"] = [_planted(pair[0], loaders[0], seed)]
+        rows["modes"] = list(_modes(pair, alignments["weights"], loaders))
+        if network.norm is None:
+            rows["partial"] = list(_partial(pair, loaders))
     return rows
 
 
@@ -252,25 +282,62 @@ def _curve(
 
 
 def _layers(
-    pair: tuple[nn.Module, nn.Module], alignments: dict[str, Alignment | None], data: Batches
+    network: Network,
+    pair: tuple[nn.Module, nn.Module],
+    alignments: dict[str, Alignment | None],
+    loaders: Data,
 ) -> list[dict[str, Any]]:
-    """Compare every layer of the midpoint merges with the endpoints."""
+    """Compare every layer of the midpoint merges with the endpoints, on test samples."""
     a, b = pair
     models = {"a": a, "b": b}
+    method = "reset" if network.norm == "BN" else "repair"
     for matched, alignment in alignments.items():
         aligned = b if alignment is None else alignment.apply(b)
         models[matched] = merge([a, aligned])
-        options = Renormalization(mode="sequential", samples=SAMPLES)
-        renormalized = renormalize(models[matched], [a, aligned], data, options, progress=False)
-        models[f"{matched}, renormalized"] = renormalized
-    return list(layer_table(models, data, endpoints=["a", "b"], samples=SAMPLES, progress=False).rows)
+        if matched == "weights":
+            options = Renormalization(method, "sequential", SAMPLES)
+            ends = None if method == "reset" else [a, aligned]
+            models[f"{matched}, renormalized"] = renormalize(
+                models[matched], ends, loaders[0], options, progress=False
+            )
+    return list(layer_table(models, loaders[1], endpoints=["a", "b"], progress=False).rows)
 
 
 def _pruning(dense: nn.Module, loaders: Data) -> list[dict[str, Any]]:
     table = accuracy_by_sparsity(
         dense, *loaders, sparsities=SPARSITIES, samples=SAMPLES, method="auto", progress=False
     )
-    return list(table.rows)
+    accuracy = evaluate(dense, loaders[1], progress=False)[1]
+    return [{**row, "dense accuracy": accuracy} for row in table.rows]
+
+
+def _modes(
+    pair: tuple[nn.Module, nn.Module], alignment: Alignment | None, loaders: Data
+) -> Iterator[dict[str, Any]]:
+    """Yield the accuracy of the weight-matched midpoint after REPAIR in each mode."""
+    a, b = pair
+    aligned = b if alignment is None else alignment.apply(b)
+    merged = merge([a, aligned])
+    statistics = endpoint_statistics([a, aligned], loaders[0], samples=SAMPLES, progress=False)
+    for mode in ("joint", "sequential"):
+        options = Renormalization("repair", mode, SAMPLES)
+        new = renormalize(merged, statistics, loaders[0], options, progress=False)
+        yield {"mode": mode, "accuracy": evaluate(new, loaders[1], progress=False)[1]}
+
+
+def _partial(pair: tuple[nn.Module, nn.Module], loaders: Data) -> Iterator[dict[str, Any]]:
+    """Yield the accuracy of merges by activations that keep the first layers apart."""
+    training, test = loaders
+    calibration = Batches(training.inputs[:SAMPLES], training.targets[:SAMPLES], training.size)
+    ends = fmean(evaluate(model, test, progress=False)[1] for model in pair)
+    example = training.inputs[:2]
+    one = model_cost(pair[0], example).parameters
+    for start_at in STARTS:
+        found = merge_partial(list(pair), example, Permute(calibration), start_at=start_at)
+        yield {
+            "start_at": start_at, "accuracy": evaluate(found.model, test, progress=False)[1], "ends accuracy": ends,
+            "parameters": model_cost(found.model, example).parameters / one,
+        }  # fmt: skip
 
 
 def _planted(model: nn.Module, data: Batches, seed: int) -> dict[str, int]:
@@ -279,5 +346,10 @@ def _planted(model: nn.Module, data: Batches, seed: int) -> dict[str, int]:
     found = align(model, copied, data.inputs[:2], progress=False)
     planted = Alignment(found.spec.random(torch.Generator().manual_seed(seed)), found.spec)
     back = planted.compose(align(model, planted.apply(copied), spec=found.spec, progress=False))
-    wrong = sum(int((p != torch.arange(len(p))).sum()) for p in back.permutations.values())
-    return {"units": sum(len(p) for p in back.permutations.values()), "wrong": wrong}
+    return {
+        "units": sum(map(len, back.permutations.values())), "moved": _moved(planted), "wrong": _moved(back)
+    }  # fmt: skip
+
+
+def _moved(alignment: Alignment) -> int:
+    return sum(int((p != torch.arange(len(p))).sum()) for p in alignment.permutations.values())

@@ -1,0 +1,385 @@
+"""Gains of which a prefix of the features is multiplied, and the rest is bounded until the proof holds.
+
+A gain is ``g_ij = <a_i, b_j>`` over d features. If S are the features that were multiplied, then by Cauchy and Schwarz
+``g_ij <= <a_i, b_j>_S + r_i s_j``, with the norms r_i and s_j of the other features. Where ``g_ij`` is known, it takes the
+bound's place. An assignment that is optimal for these bounds and whose pairs are all known is optimal for the gain,
+because no other assignment has a larger bound.
+
+Near copies of cosine c need about ``(1 - c) / (1 - noise)`` of the features, where ``noise`` is the cosine of a row and the
+most similar wrong column. A few rows tell that before the rest is multiplied.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+
+from fastmatch.assignment.gap import duality_gap
+from fastmatch.assignment.solution import Assignment
+
+__all__ = ["BoundedGain", "multiply", "solve_bounded"]
+
+JUDGED = 128
+"""Features by which the share that a proof needs is predicted, and which are multiplied in any case."""
+
+SAMPLE = 48
+"""Rows of A that predict it."""
+
+QUANTILE = 0.9
+"""Fraction of these rows whose share is enough; rows that need more are multiplied by themselves."""
+
+MARGIN = 1.1
+"""The predicted share is multiplied by this."""
+
+LARGEST_SHARE = 0.6
+"""Share of the features above which all of them are multiplied: norms, proofs and known entries take the rest of the time."""
+
+TURNS = 8
+"""Solves after which all features are multiplied."""
+
+MANY = 1 / 16
+"""Fraction of the rows: if the bounds of more of them are too loose, the prefix grows; otherwise these rows are completed."""
+
+IN_CACHE = 1 << 16
+"""Entries that are copied to float64 at a time."""
+
+EPS = float(torch.finfo(torch.float32).eps)
+
+SCALES = (1e-15, 1e30)
+"""Least and largest size of a gain whose bounds are used: float32 does not overflow there, nor does underflow matter."""
+
+Factors = Iterable[tuple[torch.Tensor, torch.Tensor]]
+"""Pairs (n, d_k) and (n, d_k) of float32 on the CPU; every iteration yields the same ones."""
+
+
+class BoundedGain:
+    """An (n, n) gain to be maximized, known by upper bounds that tighten on demand.
+
+    It is a :class:`fastmatch.assignment.Cost` in that sense only. :func:`fastmatch.assignment.solve` alternates between an
+    assignment of the bounds and better bounds where that assignment uses them.
+
+    Attributes:
+        bound: (n, n) float32; no entry is below the gain's. The rounding of its products is part of it.
+        prefixes: the number of features of each factor that were multiplied for all rows.
+        features: the number of features of each factor.
+        is_whole: whether all of them were, so that ``bound`` is the gain as float32 products give it.
+    """
+
+    def __init__(
+        self,
+        factors: Factors,
+        bound: torch.Tensor,
+        prefixes: list[int],
+        features: list[int],
+        squares: torch.Tensor,
+    ) -> None:
+        """Turn the products of prefixes into bounds.
+
+        Args:
+            factors: the whole factors.
+            bound: the products of the prefixes; written to.
+            prefixes, features: see above.
+            squares: (2, 2, n) float64: squared norms of the rows of A and B, over all features and over the rest.
+        """
+        self.factors, self.bound, self.prefixes, self.features = factors, bound, prefixes, features
+        self.total, self.rest = squares
+        self.shape: tuple[int, int] = (len(bound), len(bound))
+        self.known = np.zeros(0, np.int64)  # sorted; row * n + column
+        self.values = np.zeros(0)
+        self.is_whole = False
+        self._completed = torch.zeros(len(bound), dtype=torch.bool, device="cpu")
+        self._outer = torch.zeros(2, len(bound), device="cpu")
+        self._bound_rest()
+
+    @property
+    def share(self) -> float:
+        """The fraction of the features that was multiplied for all rows."""
+        return sum(self.prefixes) / sum(self.features)
+
+    def __repr__(self) -> str:
+        return f"BoundedGain({self.shape[0]} x {self.shape[1]}, share={self.share:.3g})"
+
+    @property
+    def T(self) -> BoundedGain:
+        """The transposed gain. Its prefixes are multiplied anew, and none of its entries is known."""
+        factors = [(b, a) for a, b in self.factors]
+        bound = torch.zeros(self.shape, device="cpu")
+        for prefix, (a, b) in zip(self.prefixes, factors, strict=True):
+            bound.addmm_(a[:, :prefix], b[:, :prefix].T)
+        squares = torch.stack([self.total.flip(0), self.rest.flip(0)])
+        return BoundedGain(factors, bound, list(self.prefixes), self.features, squares)
+
+    def _bound_rest(self) -> None:
+        """Replace the bounds of the rest by those that the present norms give, and write the known entries again.
+
+        ``sqrt(r^2 + e |a|^2) sqrt(s^2 + e |b|^2) >= r s + e |a| |b|``, so e adds the rounding of float32 products, of the
+        sums and of the bounds themselves.
+        """
+        outer = (self.rest.clamp(min=0) + self._rounding() * self.total).sqrt().float()
+        outer[0, self._completed] = 0.0
+        self.bound.addr_(self._outer[0], self._outer[1], alpha=-1).addr_(*outer)
+        self._outer = outer
+        self._write(self.known, self.values)
+
+    def _rounding(self) -> float:
+        """A bound on all rounding in float32, in units of the product of two rows' norms.
+
+        A sum of d products is off by at most d / 2 times EPS; so are d squares. A matrix product adds sums of at least 64
+        terms to the bound, and the steps from one bound to the next add less than 64 numbers.
+        """
+        return (2 * max(self.features) + sum(self.features) / 64 + len(self.features) + 64) * EPS
+
+    def _write(self, places: np.ndarray, values: np.ndarray) -> None:
+        """Write known entries, rounded up."""
+        stored = values.astype(np.float32)
+        stored = np.where(stored < values, np.nextafter(stored, np.float32(np.inf)), stored)
+        self.bound.view(-1)[torch.from_numpy(places)] = torch.from_numpy(stored)
+
+    def unknown(self, cols: np.ndarray) -> np.ndarray:
+        """Return the rows whose entry at ``cols`` is only bounded."""
+        places = np.arange(len(cols)) * self.shape[1] + cols
+        return np.flatnonzero(~np.isin(places, self.known, assume_unique=True))
+
+    def learn(self, rows: np.ndarray, cols: np.ndarray) -> None:
+        """Compute entries whose bounds were used."""
+        places, values = rows * self.shape[1] + cols, self.entries(rows, cols)
+        self._write(places, values)
+        known, values = np.concatenate([self.known, places]), np.concatenate([self.values, values])
+        order = np.argsort(known)
+        self.known, self.values = known[order], values[order]
+
+    def matched(self, cols: np.ndarray) -> np.ndarray:
+        """Return (n,) float64, the known entries at ``cols``."""
+        places = np.arange(len(cols)) * self.shape[1] + cols
+        return self.values[np.searchsorted(self.known, places)]
+
+    def complete(self, rows: np.ndarray) -> None:
+        """Multiply all features of some rows."""
+        picked = torch.from_numpy(rows)
+        picked = picked[~self._completed[picked]]
+        if not len(picked):
+            return
+        part = torch.zeros(len(picked), self.shape[1], device="cpu")
+        for a, b in self.factors:
+            part.addmm_(a[picked], b.T)
+        sizes = self.total.sqrt()
+        self.bound[picked] = part + (self._rounding() * sizes[0, picked] * sizes[1].max()).float()[:, None]
+        self._completed[picked], self._outer[0, picked] = True, 0.0
+        self._write(self.known, self.values)
+
+    def grow(self, share: float) -> None:
+        """Multiply longer prefixes for all rows. Rows that are complete stay so."""
+        kept = self.bound[self._completed]
+        for k, (a, b) in enumerate(self.factors):
+            lo, hi = self.prefixes[k], math.ceil(share * self.features[k])
+            if hi > lo:
+                a, b = a[:, lo:hi], b[:, lo:hi]
+                self.bound.addmm_(a, b.T)
+                for rest, x in zip(self.rest, (a, b), strict=True):
+                    rest -= squared_norms(x)
+                self.prefixes[k] = hi
+        self.bound[self._completed] = kept
+        self._bound_rest()
+
+    def full(self) -> torch.Tensor:
+        """Return the whole gain; it takes the place of its bounds."""
+        for k, (a, b) in enumerate(self.factors):
+            self.bound.addmm_(a, b.T, beta=int(k > 0))
+        self.prefixes, self.rest, self.is_whole = list(self.features), torch.zeros_like(self.rest), True
+        self.known, self.values = self.known[:0], self.values[:0]
+        return self.bound
+
+    def row_topk(
+        self, v: np.ndarray, k: int, rows: np.ndarray | None = None, sign: float = -1.0
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the k columns of least bound of each row with their entries, and the next bound: see :meth:`Cost.row_topk`."""
+        _check_sign(sign)
+        rows = np.arange(self.shape[0]) if rows is None else np.asarray(rows, np.int64)
+        k = min(k, self.shape[1])
+        least = -self.bound[torch.from_numpy(rows)].double() - torch.from_numpy(v)
+        values, items = least.topk(min(k + 1, self.shape[1]), largest=False)
+        items = items[:, :k].numpy().astype(np.int32)
+        costs = -self.entries(np.repeat(rows, k), items.ravel().astype(np.int64)).reshape(items.shape)
+        outside = values[:, k].numpy() if k < self.shape[1] else np.full(len(rows), np.inf)
+        return items, costs, outside
+
+    def row_min(self, v: np.ndarray, sign: float = -1.0) -> np.ndarray:
+        """Return (n,) float64, the least ``-gain - v`` of each row. Entries that decide it become known."""
+        _check_sign(sign)
+        duals = torch.from_numpy(np.ascontiguousarray(v, np.float64))
+        while True:
+            out, cols = self._least(duals)
+            rows = self.unknown(cols)
+            if self.is_whole or not len(rows):
+                return out
+            self.learn(rows, cols[rows])
+
+    def _least(self, duals: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """The least ``-bound - v`` of each row, and its column."""
+        out, cols = np.empty(self.shape[0]), np.empty(self.shape[0], np.int64)
+        step = max(1, IN_CACHE // max(self.shape[1], 1))
+        for lo in range(0, self.shape[0], step):
+            part = slice(lo, lo + step)
+            values, items = (-self.bound[part].double() - duals).min(1)
+            out[part], cols[part] = values.numpy(), items.numpy()
+        return out, cols
+
+    def entries(self, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
+        """Return (len(rows),) float64, the gain at (rows, cols). It reads the factors once."""
+        picked = torch.from_numpy(np.asarray(rows, np.int64)), torch.from_numpy(np.asarray(cols, np.int64))
+        total = torch.zeros(len(picked[0]), dtype=torch.float64, device="cpu")
+        for a, b in self.factors:
+            total += products(a, b, *picked)
+        return total.numpy()
+
+    def entry_error(self) -> np.ndarray:
+        """Return (n,) float64, a bound by row on the rounding of entries and of their stored bounds."""
+        sizes = self.total.sqrt()
+        unit = self._rounding() * (1.0 if self.is_whole else float(np.finfo(np.float64).eps) / EPS)
+        error = unit * float(sizes[1].max()) * sizes[0].numpy()
+        np.maximum.at(error, self.known // self.shape[1], EPS * np.abs(self.values))
+        return error
+
+
+def multiply(factors: Factors) -> BoundedGain | torch.Tensor:
+    """Return a gain with bounds if these are expected to pay, else the whole gain.
+
+    Args:
+        factors: see :data:`Factors`.
+
+    Cost: one read of the factors, and the products. If the whole gain is returned, the prediction has cost the products of
+    48 rows with 128 features.
+    """
+    out, forecast, share = torch.empty(0, device="cpu"), None, 1.0
+    squares, prefixes, features = out, [], []
+    for a, b in factors:
+        if forecast is None:
+            out, forecast = torch.empty(len(a), len(b), device="cpu"), _Forecast(len(a))
+            squares = torch.zeros(2, 2, len(a), dtype=torch.float64, device="cpu")
+        at_least = forecast.add(a, b)
+        if at_least:
+            share = forecast.share()
+        features.append(a.shape[1])
+        prefixes.append(max(at_least, math.ceil(share * a.shape[1])))
+        rest = slice(prefixes[-1], None)
+        out.addmm_(a[:, : rest.start], b[:, : rest.start].T, beta=int(len(features) > 1))
+        if share < 1.0 or forecast.features < JUDGED:
+            for side, x in enumerate((a, b)):
+                others = squared_norms(x[:, rest])
+                squares[1, side] += others
+                squares[0, side] += others + squared_norms(x[:, : rest.start])
+    if share == 1.0:
+        return out
+    gain = BoundedGain(factors, out, prefixes, features, squares)
+    scale = float(squares[0].amax(1).prod().sqrt())
+    return gain if SCALES[0] < scale < SCALES[1] else gain.full()
+
+
+def solve_bounded(
+    gain: BoundedGain, warm_start: Assignment | None, solve: Callable[..., Assignment]
+) -> Assignment:
+    """Return the assignment of largest total gain.
+
+    Args:
+        gain: its bounds become tighter.
+        warm_start: a solution of a problem of the same shape and sense.
+        solve: maximizes over a matrix; takes ``warm_start``.
+    """
+    n, found = gain.shape[0], warm_start
+    if gain.is_whole:
+        return solve(gain.bound, warm_start=found)
+    for turn in range(TURNS):
+        found = solve(gain.bound, warm_start=found)
+        rows = gain.unknown(found.col_ind)
+        if not len(rows):
+            return _proved(gain, found)
+        if turn and len(rows) > MANY * n:
+            share = 2 * gain.share
+            if share > LARGEST_SHARE:
+                break
+            gain.grow(share)
+        elif turn > 1:
+            gain.complete(rows)
+        gain.learn(rows, found.col_ind[rows])
+    found = solve(gain.full(), warm_start=found)
+    found.stats["share"] = 1.0
+    return found
+
+
+def _proved(gain: BoundedGain, found: Assignment) -> Assignment:
+    """Return the solution of the bounds as one of the gain: its duals are feasible there."""
+    matched = gain.matched(found.col_ind)
+    gap, gap_bound = duality_gap(-matched, -found.u, -found.v, found.col_ind)
+    gap_bound += found.gap_bound + 3 * float(gain.entry_error().sum())
+    stats = {**found.stats, "share": gain.share}
+    objective = math.fsum(matched.tolist())
+    return Assignment(found.row_ind, found.col_ind, found.u, found.v, objective, gap, gap_bound, stats)
+
+
+class _Forecast:
+    """The share of the features that a proof will need, from a few rows and the first features."""
+
+    def __init__(self, n: int) -> None:
+        self.rows = torch.linspace(0, n - 1, min(n, SAMPLE), device="cpu").long()
+        self.products = torch.zeros(len(self.rows), n, device="cpu")
+        self.squares = torch.zeros(len(self.rows), device="cpu"), torch.zeros(n, device="cpu")
+        self.features = 0
+
+    def add(self, a: torch.Tensor, b: torch.Tensor) -> int:
+        """Count more features, up to those that are judged by; return how many."""
+        count = min(JUDGED - self.features, a.shape[1])
+        if count:
+            a, b = a[self.rows, :count], b[:, :count]
+            self.products.addmm_(a, b.T)
+            for total, x in zip(self.squares, (a, b), strict=True):
+                total += x.square().sum(1)
+            self.features += count
+        return count
+
+    def share(self) -> float:
+        """Return the share, 1 if bounds would not pay or too few features have been seen."""
+        if self.features < JUDGED or self.products.shape[1] < 2:
+            return 1.0
+        sizes = (self.squares[0][:, None] * self.squares[1]).sqrt()
+        cosines = torch.where(sizes > 0, self.products / sizes, 0.0)
+        best, second = cosines.topk(2, dim=1).values.double().T
+        needed = (1 - best).clamp(min=0) / (1 - second).clamp(min=1e-9)
+        share = (
+            MARGIN * float(needed[self.squares[0] > 0].quantile(QUANTILE)) if self.squares[0].any() else 1.0
+        )
+        return max(share, 1e-9) if share <= LARGEST_SHARE else 1.0  # NaN: 1
+
+
+def squared_norms(x: torch.Tensor) -> torch.Tensor:
+    """Return float64 ``|x_i|^2`` of each row, summed in float32."""
+    return x.square().sum(1).double()
+
+
+def products(
+    a: torch.Tensor, b: torch.Tensor, rows: torch.Tensor | None = None, cols: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return float64 ``<a[rows], b[cols]>`` by row, all rows for None, from copies that stay in the caches."""
+    count = len(a) if rows is None else len(rows)
+    total = torch.zeros(count, dtype=torch.float64, device="cpu")
+    if a.stride(0) == b.stride(0) == 1 and a.shape[1] > 1:  # the units are columns of what is stored
+        step = max(1, IN_CACHE // max(count, 1))
+        for x, y in zip(a.T.split(step), b.T.split(step), strict=True):
+            x = x if rows is None else x.index_select(1, rows)
+            y = y if cols is None else y.index_select(1, cols)
+            total += (x.double() * y.double()).sum(0)
+        return total
+    step = max(1, IN_CACHE // max(a.shape[1], 1))
+    for lo in range(0, count, step):
+        part = slice(lo, lo + step)
+        x = a[part if rows is None else rows[part]].double()
+        y = b[part if cols is None else cols[part]].double()
+        total[part] = (x * y).sum(1)
+    return total
+
+
+def _check_sign(sign: float) -> None:
+    if sign > 0:
+        raise ValueError("cost: a BoundedGain has upper bounds only; pass maximize=True")

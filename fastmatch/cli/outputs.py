@@ -1,0 +1,89 @@
+"""What a command writes and says: checks of paths, weights that are finite, and a summary as text or JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from fastmatch._internal.files import check_format, check_target, save_state
+from fastmatch._internal.locks import locked
+from fastmatch._internal.ranks import is_first
+from fastmatch._internal.states import State, check_finite
+from fastmatch.evaluation.table import Table
+
+__all__ = ["CSV_SUFFIXES", "check_outputs", "say", "write_table", "write_weights"]
+
+CSV_SUFFIXES = frozenset({".csv"})
+
+
+def check_outputs(args: argparse.Namespace, **suffixes: Collection[str] | None) -> None:
+    """Check outputs before any work: each has its own file, a suffix that says the format, and may be written.
+
+    Args:
+        args: the parsed arguments, with ``force``, and ``outputs``, which releases the locks of the outputs.
+        suffixes: name of an option -> the suffixes allowed, None for any. The option holds a path, several or None.
+
+    Raises:
+        ValueError: two outputs are the same file, or a suffix is not allowed.
+        FileExistsError, FileNotFoundError: an output exists and ``--force`` is not given, or its folder is missing.
+    """
+    owners: dict[Path, str] = {}
+    folders: set[Path] = set()
+    for name, allowed in suffixes.items():
+        option = f"--{name.replace('_', '-')}"
+        value = getattr(args, name)
+        for path in [] if value is None else [value] if isinstance(value, str) else value:
+            if Path(path).resolve() in owners:
+                other = owners[Path(path).resolve()]
+                raise ValueError(
+                    f"{option}: {path} is the same file as {other}; each output needs a file of its own"
+                )
+            owners[Path(path).resolve()] = option
+            if allowed is None:
+                folders.add(Path(path).resolve())
+            else:
+                check_format(path, option, allowed)
+    for path in owners:
+        check_target(path, force=args.force, folder=path in folders)
+        if is_first():
+            args.outputs.enter_context(locked(path))
+
+
+def write_weights(state: State, out: str, *, force: bool, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a state dict whose numbers are all finite; ``metadata`` is for the header of a safetensors file.
+
+    Raises:
+        ValueError: a tensor holds NaN or infinity; it is named, and nothing is written.
+    """
+    check_finite(state, f"{out} is not written: the result")
+    save_state(state, out, force=force, metadata=metadata)
+
+
+def write_table(table: Table, args: argparse.Namespace, text: str = "", **record: Any) -> None:
+    """Write a table to ``--out`` as CSV, and say it with a last line of text."""
+    table.to_csv(args.out, force=args.force)
+    lines = [str(table), f"{text}; wrote {args.out}" if text else f"wrote {args.out}"]
+    say(args, "\n".join(lines), **record, rows=list(table.rows), out=args.out)
+
+
+def say(args: argparse.Namespace, text: str, **record: Any) -> None:
+    """Print the outcome of a command: as text, with ``--json`` as one JSON object, with ``--quiet`` not at all."""
+    if args.json:
+        print(json.dumps(_plain(record)))
+    elif not args.quiet:
+        print(text)
+
+
+def _plain(value: Any) -> Any:
+    """Return a value that JSON can hold: numbers that are not finite become null."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (str, int, bool)) else str(value)

@@ -1,0 +1,249 @@
+"""Every option of every command is used or refused by its name: one generated case for each option in each way to run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastmatch as fm
+from fastmatch._internal.files import save_state
+from fastmatch.cli.loading import build_model
+from fastmatch.cli.main import parser
+from fastmatch.cli.options import MATCHER_OPTIONS, PARTS, matcher_from
+
+MODEL = ["--model", "cli_module:build_with_inputs"]
+DATA = ["--data", "cli_module:loader"]
+PAIR = ["a.safetensors", "b.safetensors"]
+TRIPLE = [*PAIR, "c.pt"]
+
+WAYS: dict[str, list[str]] = {
+    "align by weights": ["align", *PAIR, *MODEL, "--out", "out.pt"],
+    "align by activations": ["align", *PAIR, *MODEL, *DATA, "--matcher", "activations", "--out", "out.pt"],
+    "align by Fisher": ["align", *PAIR, *MODEL, *DATA, "--matcher", "fisher", "--out", "out.pt"],
+    "align straight through": [
+        "align", *PAIR, *MODEL, *DATA, "--matcher", "straight-through", "--epochs", "1", "--out", "out.pt",
+    ],
+    "align by a mixture": ["align", *PAIR, *MODEL, *DATA, "--matcher", "mixture", "--out", "out.pt"],
+    "align out of core": ["align", *PAIR, *MODEL, "--out-of-core", "--out", "out.pt"],
+    **{
+        f"align-many, {strategy}": ["align-many", *TRIPLE, *MODEL, "--strategy", strategy, "--out", "out.pt", "out2.pt"]
+        for strategy in ("to-reference", "frank-wolfe")
+    },
+    "plan": ["plan", "folder", "folder"],
+    "apply": ["apply", "found.safetensors", "b.safetensors", "--out", "out.pt"],
+    "merge": ["merge", *PAIR, *MODEL, "--out", "out.pt"],
+    "partial, identity": ["partial", *PAIR, *MODEL, "--rule", "identity", "--out", "out.pt2"],
+    "partial, zip": ["partial", *PAIR, *MODEL, *DATA, "--rule", "zip", "--out", "out.pt2"],
+    "renormalize": [
+        "renormalize", "merged.pt", "--endpoints", "a.safetensors", *MODEL, *DATA, "--method", "rescale", "--out", "out.pt",
+    ],
+    "renormalize by reset": [
+        "renormalize", "normed.pt", "--model", "cli_module:build_normed", *DATA, "--method", "reset", "--out", "out.pt",
+    ],
+    "pipeline": ["pipeline", "recipe.json", "--out", "out.pt"],
+    "curve": ["curve", *PAIR, *MODEL, *DATA, "--points", "3", "--out", "out.csv"],
+    "curve, renormalized": [
+        "curve", *PAIR, *MODEL, *DATA, "--renormalize", "rescale", "--calibration", "cli_module:loader", "--out", "out.csv",
+    ],
+    "triangle": ["triangle", *TRIPLE, *MODEL, *DATA, "--out", "out.csv"],
+    "layers": ["layers", *PAIR, *MODEL, *DATA, "--out", "out.csv"],
+    "distances": ["distances", *PAIR, "--out", "out.csv"],
+    "inspect": ["inspect", *MODEL],
+    "verify": ["verify", *PAIR, *MODEL],
+    "libraries": ["libraries"],
+}  # fmt: skip
+"""Command lines that work. demo, study, bench, run and completion have tests of their own."""
+
+VALUES = {
+    "--model": ["cli_module:build_with_inputs"], "--data": ["cli_module:loader"], "--input-shape": ["3,6"],
+    "--calibration": ["cli_module:loader"], "--forward": ["cli_module:run"], "--loss": ["cli_module:loss"],
+    "--metric": ["cli_module:loss"], "--plot": ["out.png"], "--permutations": ["permutations.safetensors"],
+    "--groups": ["0"], "--init": ["identity"], "--dtype": ["bfloat16"], "--device": ["cpu"], "--start-at": ["2"],
+    "--apart": ["2"], "--endpoints": ["a.safetensors"], "--weights": ["0.5", "0.5"], "--merge": ["0.5"],
+    "--report": ["out.html"], "--report-data": ["cli_module:loader"], "--tolerance": ["0.1"], "--learning-rate": ["0.03"], "--activation-weight": ["0.4"],
+}  # fmt: skip
+"""A value for each option that is neither a number nor one of several words."""
+
+ALREADY_SAID = {
+    "--model",
+    "--data",
+    "--out",
+    "--rule",
+    "--strategy",
+    "--matcher",
+    "--method",
+    "--renormalize",
+}
+"""What a way to run gives already, or what makes another way of it."""
+
+MAIN_ONLY = {"--verbose", "--quiet", "--help"}
+"""Used before the command runs, or after it failed; tests/cli/test_main.py has them."""
+
+
+class Watched(argparse.Namespace):
+    """Arguments that note which of them are read."""
+
+    def __getattribute__(self, name: str) -> object:
+        if not name.startswith("_"):
+            object.__getattribute__(self, "__dict__").setdefault("_read", set()).add(name)
+        return object.__getattribute__(self, name)
+
+
+def commands() -> dict[str, argparse.ArgumentParser]:
+    (action,) = (a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return dict(action.choices)
+
+
+def cases():
+    for way, line in WAYS.items():
+        for action in commands()[line[0]]._actions:
+            flag = next((o for o in action.option_strings if o.startswith("--")), None)
+            if flag and flag not in ALREADY_SAID | MAIN_ONLY and flag not in line:
+                yield pytest.param(line, action, flag, id=f"{way}: {flag}")
+
+
+def words(action: argparse.Action, flag: str) -> list[str]:
+    """The option with a value that is not its default."""
+    if action.nargs == 0:
+        return [flag]
+    if flag in VALUES:
+        return [flag, *VALUES[flag]]
+    if action.choices:
+        return [flag, str(next(c for c in reversed(list(action.choices)) if c != action.default))]
+    assert action.type is int, f"add a value of {flag} to VALUES"
+    return [flag, "2"]
+
+
+def write_folder(path: str) -> None:
+    """Write a language model as Hugging Face does."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained(path)
+
+
+@pytest.fixture
+def ready(folder):
+    found = [build_model("cli_module:build")[0].eval() for _ in range(3)]
+    for path, model in zip(TRIPLE, found, strict=True):
+        save_state(model.state_dict(), path)
+    save_state(found[0].state_dict(), "merged.pt")
+    save_state(build_model("cli_module:build_normed")[0].state_dict(), "normed.pt")
+    spec = fm.PermutationSpec.trace(*build_model(MODEL[1]))
+    fm.Alignment(spec.random(), spec).save("found.safetensors")
+    Path("recipe.json").write_text(json.dumps({"models": PAIR, "network": MODEL[1]}))
+    save_state(found[0].state_dict(), "b.safetensors", force=True)  # the same function, for verify
+    return folder
+
+
+@pytest.mark.parametrize(("line", "action", "flag"), list(cases()))
+def test_an_option_is_read_or_refused_by_name(ready, line, action, flag, capsys):
+    if line[0] == "plan":
+        write_folder("folder")
+    given = [*line, *words(action, flag)]
+    args = parser().parse_args(given, Watched())
+    args.arguments = given
+    vars(args).pop("_read", None)
+    refusal = None
+    try:
+        with ExitStack() as args.outputs:
+            args.run(args)
+    except (ValueError, TypeError) as error:
+        refusal = str(error)
+    if refusal is not None:
+        assert flag.strip("-").replace("-", " ") in refusal.replace("-", " "), f"{flag}: {refusal}"
+        return
+    assert action.dest in vars(args)["_read"], f"{flag} is taken and not read"
+
+
+def test_every_command_is_run_with_all_its_options():
+    apart = {"demo", "study", "bench", "run", "completion"}
+    assert commands().keys() - apart == {line[0] for line in WAYS.values()}
+
+
+@pytest.mark.parametrize("word", list(PARTS))
+@pytest.mark.parametrize("option", MATCHER_OPTIONS, ids=lambda option: option.flag)
+def test_an_option_of_a_matcher_arrives_in_the_matcher_or_is_refused(ready, word, option):
+    """Whoever reads all options of matchers, and drops one, is found here."""
+    line = [
+        "align",
+        *PAIR,
+        *MODEL,
+        "--out",
+        "out.pt",
+        "--matcher",
+        word,
+        *(DATA if word != "weights" else []),
+    ]
+    action = next(a for a in commands()["align"]._actions if option.flag in a.option_strings)
+    args = parser().parse_args([*line, *words(action, option.flag)])
+    if option.owner not in PARTS[word]:
+        with pytest.raises(ValueError, match=f"{option.flag}: is an option of --matcher"):
+            matcher_from(args)
+        return
+    matcher = matcher_from(args)
+    parts = [matcher, *(value for value in vars(matcher).values() if isinstance(value, option.owner))]
+    owner = next(part for part in parts if isinstance(part, option.owner))
+    value, default = getattr(owner, option.field), getattr(option.owner, option.field)
+    assert value != default
+    expected = vars(args)[option.field]
+    if option.field == "forward":
+        expected = sys.modules["cli_module"].run
+    assert value == expected
+
+
+def test_out_of_core_uses_every_option_of_weight_matching(ready, monkeypatch):
+    seen = []
+
+    def align_checkpoints(a, b, out, matcher, **options):
+        seen.append(matcher)
+        raise ValueError("seen")
+
+    monkeypatch.setattr("fastmatch.checkpoint.align_checkpoints", align_checkpoints)
+    line = ["align", *PAIR, *MODEL, "--out-of-core", "--out", "out.pt"]
+    options = [
+        "--init",
+        "identity",
+        "--max-sweeps",
+        "3",
+        "--tolerance",
+        "0.5",
+        "--include",
+        "weights",
+        "--seed",
+        "4",
+    ]
+    args = parser().parse_args([*line, *options])
+    with ExitStack() as args.outputs, pytest.raises(ValueError, match="seen"):
+        args.run(args)
+    assert [vars(matcher) for matcher in seen] == [vars(fm.WeightMatching("identity", 3, 0.5, "weights", 4))]
+
+
+def test_functions_of_the_user_are_called(ready):
+    from fastmatch.cli.main import main
+
+    line = [
+        *WAYS["curve"],
+        "--forward",
+        "cli_module:run",
+        "--loss",
+        "cli_module:loss",
+        "--metric",
+        "cli_module:loss",
+    ]
+    assert main(line) == 0
+    rows = [row.split(",") for row in (ready / "out.csv").read_text().splitlines()]
+    assert rows[0] == ["position", "loss", "top-1", "top-5", "metric"]
+    assert float(rows[1][1]) == pytest.approx(7 * torch.pi, rel=1e-3)
+    assert rows[1][4] == rows[1][1]

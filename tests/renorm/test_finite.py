@@ -1,0 +1,124 @@
+"""Data from which no statistics can be had is refused, with the batch and the layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import fastmatch as fm
+from fastmatch._internal.files import save_state
+from fastmatch.cli.main import main
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)).eval()
+
+
+def batches(bad: float | None = None) -> list[torch.Tensor]:
+    found = [torch.randn(6, 4) for _ in range(3)]
+    if bad is not None:
+        found[1][3, 2] = bad
+    return found
+
+
+@pytest.mark.parametrize("mode", ["joint", "sequential"])
+@pytest.mark.parametrize("method", ["repair", "rescale", "reshift", "reset"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_sample_that_is_not_finite_is_refused_with_its_batch(mode, method, bad):
+    model = network()
+    options = fm.Renormalization(method, mode)
+    where = "1" if method == "reset" else "0"
+    message = rf"data: batch 1 \(counted from 0\) gives NaN or infinite activations at '{where}' of (the merge|models\[0\])"
+    with pytest.raises(ValueError, match=message):
+        fm.renormalize(model, None if method == "reset" else [model], batches(bad), options)
+    if method != "reset":
+        statistics = fm.endpoint_statistics([model], batches())
+        with pytest.raises(ValueError, match=message):
+            fm.renormalize(model, statistics, batches(bad), options)
+
+
+@pytest.mark.parametrize("mode", ["joint", "sequential"])
+def test_the_automatic_choice_refuses_them_too(mode):
+    model, options = network(), fm.Renormalization("auto", mode)
+    message = r"data: batch 1 \(counted from 0\) gives NaN or infinite activations at '\d' of "
+    with pytest.raises(ValueError, match=message):
+        fm.renormalize(model, [model], batches(float("nan")), options)
+    statistics = fm.endpoint_statistics([model], batches())
+    with pytest.raises(ValueError, match=message + "the merge"):
+        fm.renormalize(model, statistics, batches(float("nan")), options)
+
+
+@pytest.mark.parametrize("mode", ["joint", "sequential"])
+def test_one_sample_has_no_running_variance(mode):
+    model, endpoints = network(), None
+    options = fm.Renormalization("reset", mode)
+    for data in ([torch.randn(1, 4)], [torch.randn(6, 4), torch.randn(1, 4)]):
+        if mode == "sequential" and len(data) > 1:  # the variance is that of all batches
+            new = fm.renormalize(model, endpoints, data, options)
+            assert all(bool(torch.isfinite(t).all()) for t in new.state_dict().values())
+            continue
+        with pytest.raises(ValueError, match="has one sample, which gives one value for each channel at"):
+            fm.renormalize(model, endpoints, data, options)
+
+
+def test_one_image_has_many_positions():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)).eval()
+    new = fm.renormalize(model, None, [torch.randn(1, 1, 8, 8)], "reset")
+    assert bool((new.state_dict()["1.running_var"] > 0).all())
+
+
+def test_no_command_writes_weights_that_are_not_finite(tmp_path, monkeypatch, capsys):
+    """Finite halves whose mixture overflows: nothing in the inputs is wrong, only the result."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "half_module.py").write_text(
+        "import torch\nfrom torch import nn\ndef build():\n"
+        "    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).half(), torch.zeros(2, 4).half()\n"
+    )
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).half()
+    with torch.no_grad():
+        model[0].weight.fill_(6e4)
+    torch.save(model.state_dict(), "a.pt")
+    with torch.no_grad():
+        model[0].weight.neg_()
+    torch.save(model.state_dict(), "b.pt")
+    common = ["--model", "half_module.py:build", "--out", "o.pt"]
+    for line in (
+        ["merge", "a.pt", "b.pt", *common, "--weights", "10", "-9"],
+        ["align", "a.pt", "b.pt", *common, "--merge=-9", "--no-verify", "--include", "affine"],
+        ["align", "a.pt", "b.pt", *common, "--merge=-9", "--out-of-core"],
+    ):
+        assert main(line) == 2, line
+        assert "tensor '0.weight' holds 32 NaN or infinite" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.glob("*.pt")) == ["a.pt", "b.pt"]
+
+
+def test_permutations_are_not_applied_to_weights_that_are_not_finite(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    spec = fm.PermutationSpec.trace(model, torch.zeros(2, 4))
+    fm.Alignment(spec.random(), spec).save("found.safetensors")
+    with torch.no_grad():
+        model[2].weight[1, 1] = float("inf")
+    for name in ("b.pt", "b.safetensors"):
+        save_state(model.state_dict(), name)
+        assert main(["apply", "found.safetensors", name, "--out", f"out_{name}"]) == 2
+        error = capsys.readouterr().err
+        assert f"out_{name} is not written: the result: tensor '2.weight' holds 1 NaN or infinite" in error
+    assert not list(tmp_path.glob("*out_*"))
+
+
+def test_a_type_that_cannot_hold_the_weights_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plain_module.py").write_text(
+        "import torch\nfrom torch import nn\ndef build():\n"
+        "    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.zeros(2, 4)\n"
+    )
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    with torch.no_grad():
+        model[2].weight[0, 0] = 7e4
+    torch.save(model.state_dict(), "a.pt")
+    line = ["align", "a.pt", "a.pt", "--model", "plain_module.py:build", "--out", "o.pt", "--out-of-core"]
+    assert main([*line, "--dtype", "float16"]) == 2
+    assert "tensor '2.weight' holds 1 NaN or infinite" in capsys.readouterr().err
+    assert main([*line, "--dtype", "bfloat16"]) == 0
