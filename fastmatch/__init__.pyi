@@ -7,6 +7,7 @@ from .matching.align import align as align
 from .matching.align_many import align_many as align_many
 from .matching.balance import balance as balance, Balanced as Balanced
 from .permutations.alignment import Alignment as Alignment, Matching as Matching
+from ._internal.ranks import alone as alone
 
 # Matchers of two models
 from .matching.weights import WeightMatching as WeightMatching

@@ -13,6 +13,7 @@ from fastmatch._internal.checks import check_integer
 from fastmatch._internal.modules import to_eval_mode
 from fastmatch._internal.padding import is_rows, is_text, padded
 from fastmatch._internal.progress import progress_bar
+from fastmatch._internal.ranks import in_group
 
 __all__ = [
     "Forward",
@@ -199,7 +200,7 @@ def check_data(data: object, *, reads: int = 1) -> None:
 def batches_of(
     data: Iterable[Any], title: str, *, samples: int | None = None, progress: bool | None = None
 ) -> Iterator[Any]:
-    """Yield the items of ``data`` once, under a progress bar.
+    """Yield the items of ``data`` once, under a progress bar; all of them where a DistributedSampler has a rank's only.
 
     Args:
         data: a loader or any iterable of batches.
@@ -214,6 +215,10 @@ def batches_of(
     if samples is not None:
         check_integer("samples", samples, least=1)
     check_data(data)
+    if in_group():  # a rank's own samples would give every rank another result
+        from fastmatch._internal.shared_data import whole_data
+
+        data = whole_data(data)
     empty = True
     for batch in first_samples(progress_bar(data, title, show=progress), samples):
         empty = False

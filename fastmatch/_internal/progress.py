@@ -10,6 +10,8 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from fastmatch._internal.ranks import is_first
+
 __all__ = ["no_progress", "progress_bar"]
 
 T = TypeVar("T")
@@ -35,9 +37,10 @@ def progress_bar(
     Args:
         items: the items to iterate over.
         title: the text in front of the bar.
-        show: True shows the bar, False hides it, None shows it only on a terminal. It appears after one second.
+        show: True shows the bar, False hides it, None shows it only on a terminal. It appears after one second,
+            and only on the first of several ranks.
         total: number of items, for ``items`` without a length.
     """
     if show is None:
         show = sys.stderr.isatty() and not _hidden.get()
-    yield from tqdm(items, desc=title, total=total, disable=not show, delay=1.0, leave=False)
+    yield from tqdm(items, desc=title, total=total, disable=not (show and is_first()), delay=1.0, leave=False)

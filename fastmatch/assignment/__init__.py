@@ -11,6 +11,7 @@ from fastmatch.assignment.factor_cost import FactorCost
 from fastmatch.assignment.lapjv import LapJV
 from fastmatch.assignment.problem import Infeasible, LapProblem, LapSolution, Solver
 from fastmatch.assignment.schedule import DenseSchedule, ListSchedule
+from fastmatch.assignment.sharded_cost import ShardedCost
 from fastmatch.assignment.small_dense import SmallDense
 from fastmatch.assignment.solution import Assignment
 from fastmatch.assignment.solve import linear_sum_assignment, select_solver, solve
@@ -30,6 +31,7 @@ __all__ = [
     "LapProblem",
     "LapSolution",
     "ListSchedule",
+    "ShardedCost",
     "SmallDense",
     "SmallSchedule",
     "SoftCost",

@@ -11,10 +11,12 @@ from pathlib import Path
 import torch
 
 from fastmatch._internal.checks import check_type
-from fastmatch._internal.outputs import Claim, check_target, claimed
+from fastmatch._internal.outputs import Claim, check_target
+from fastmatch._internal.ranks import Ranks, current
 from fastmatch._internal.stopwatch import Stopwatch
-from fastmatch.checkpoint.journal import journal_path, journaling
+from fastmatch.checkpoint.journal import journal_path
 from fastmatch.checkpoint.names import Layout, RenamedCheckpoint
+from fastmatch.checkpoint.on_ranks import claimed_on_ranks, journaling_on_ranks
 from fastmatch.checkpoint.pairs import Pair
 from fastmatch.checkpoint.reader import Checkpoint
 from fastmatch.checkpoint.tracing import check_no_adapter, prove_checkpoint, trace_checkpoint
@@ -138,15 +140,38 @@ def align_checkpoints(
         The :class:`fastmatch.Alignment`. Its ``proof`` is of a small model of the architecture that the config names; None
         if ``spec`` was given, or no small model runs.
 
+    In a torch.distributed process group all ranks make the call with the same arguments, see the same files, and share the
+    reading, the solves and the writing. Output and journal do not depend on the number of ranks: a run that is killed may go
+    on with another number.
+
     Raises:
         TypeError: ``matcher`` is not a WeightMatching.
         ValueError: a file is damaged, A and B differ, a tensor or the result holds NaN or infinity, nothing can be
             permuted, or the journal is of another run. File and tensor are named.
         OSError: a file is missing or cannot be written, or another run writes ``out``. Nothing is left half-written.
+        RuntimeError: another rank failed or does not answer; the message names it.
 
     Cost: each solve reads the group's tensors once for the gain matrix and, if units move, again to verify the progress
     in float64. Memory holds one tensor of A and one of B with copies, the gain matrix, and the solver's workspace.
     """
+    ranks = current()
+    with ranks.together():
+        return _claim_and_align(path_a, path_b, out, matcher, spec, write, device, resume, progress, ranks)
+
+
+# parameters: those of align_checkpoints, and the ranks
+def _claim_and_align(
+    path_a: str | Path,
+    path_b: str | Path,
+    out: str | Path,
+    matcher: WeightMatching,
+    spec: PermutationSpec | None,
+    write: WriteOptions,
+    device: str | torch.device,
+    resume: bool,
+    progress: bool | None,
+    ranks: Ranks,
+) -> Alignment:
     if not isinstance(matcher, WeightMatching):
         raise TypeError(
             f"matcher: expected a WeightMatching, because the networks are not run; got {type(matcher).__name__}"
@@ -162,10 +187,11 @@ def align_checkpoints(
         if Path(path).resolve().is_relative_to(Path(out).resolve()):
             what = "is" if Path(path).resolve() == Path(out).resolve() else "holds"
             raise ValueError(f"out: {out} {what} one of the inputs; choose another path")
-    with claimed(out, force=write.force, folder=Path(path_b).is_dir()) as claim:
-        return _align(a, b, claim, matcher, spec, write, resume=resume, progress=progress)
+    with claimed_on_ranks(ranks, out, force=write.force, folder=Path(path_b).is_dir()) as claim:
+        return _align(a, b, claim, matcher, spec, write, resume=resume, progress=progress, ranks=ranks)
 
 
+# parameters: those of align_checkpoints, and the ranks
 def _align(
     a: Checkpoint,
     b: Checkpoint,
@@ -176,19 +202,20 @@ def _align(
     *,
     resume: bool,
     progress: bool | None,
+    ranks: Ranks,
 ) -> Alignment:
     traced = trace_checkpoint(b.path, b) if spec is None else spec
     pair = Pair.of(a, b, traced)
     proof = prove_checkpoint(b.path, b, traced) if spec is None else None
     watch = Stopwatch()
-    run = pair.run(matcher)
-    with journaling(journal_path(claim.path), run, pair.common, resume=resume) as journal:
+    run = pair.run(matcher, ranks)
+    with journaling_on_ranks(ranks, journal_path(claim.path), run, pair.common, resume=resume) as remembered:
         with watch("match"):
-            alignment = replace(pair.match(matcher, journal, progress=progress), proof=proof)
+            alignment = replace(pair.match(matcher, remembered, ranks=ranks, progress=progress), proof=proof)
         output = _merged(a, AlignedTensors(b, pair.layout, alignment), write.merge)
         metadata = None if write.merge is None else shared_by([a, b])
         with watch("write"):
-            write_like(b, claim, output, dtype=write.dtype, metadata=metadata)
+            write_like(b, claim, output, dtype=write.dtype, metadata=metadata, ranks=ranks)
     return replace(alignment, seconds=watch.seconds)
 
 

@@ -173,6 +173,10 @@ class Journal:
         self.add(name, step)
         return step
 
+    def waiting(self) -> list[Step]:
+        """Return the steps in the file that are still to be repeated."""
+        return [self._step_of(record) for record in self._waiting]
+
     def add(self, name: str, step: Step) -> None:
         """Append a step and sync the file to the disk."""
         record: dict[str, Any] = {"group": name, "value": step.value}

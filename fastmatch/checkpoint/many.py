@@ -211,7 +211,7 @@ class _Run:
             with journaling(
                 self.kept / f"{_hash(json.dumps(run))}.journal", run, pair.common, resume=True
             ) as journal:
-                alignment = pair.match(self.matcher, journal, progress=self.progress)
+                alignment = pair.match(self.matcher, journal.step, progress=self.progress)
                 alignment.save(file)
         # Seventy equal structures are kept once.
         self.whole = self.whole if self.whole == pair.whole else pair.whole

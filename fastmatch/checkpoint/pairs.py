@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from fastmatch._internal.ranks import ALONE, Ranks
 from fastmatch._internal.ties import tied_names
 from fastmatch.checkpoint.diffusion.pipeline import pipeline_layout
-from fastmatch.checkpoint.journal import Journal
 from fastmatch.checkpoint.modules import leave_what_does_not_fit
 from fastmatch.checkpoint.names import Chunk, Layout, RenamedCheckpoint, layout_of
 from fastmatch.checkpoint.reader import CONFIG, Checkpoint
 from fastmatch.checkpoint.structure import bind, build_empty
 from fastmatch.checkpoint.tracing import common_spec, is_diffusion
-from fastmatch.matching.ascent import Hooks
+from fastmatch.matching.ascent import Hooks, Step
 from fastmatch.matching.matcher import as_code
 from fastmatch.matching.weights import WeightMatching, match_weights
 from fastmatch.permutations.alignment import Alignment
@@ -66,22 +67,34 @@ class Pair:
             checkpoint, {k: chunk for k, chunk in self.layout.items() if k in checkpoint}
         )
 
-    def run(self, matcher: WeightMatching) -> dict[str, str]:
-        """Return what the result of a match depends on, by name. Every tensor is read.
+    def run(self, matcher: WeightMatching, ranks: Ranks = ALONE) -> dict[str, str]:
+        """Return what the result of a match depends on, by name. Every tensor is read, by one of the ranks.
 
         ``max_sweeps`` is not in it: a run that goes on may take more of them.
         """
         settings = {"seed": matcher.seed, "include": matcher.include, "tolerance": matcher.tolerance}
         found = {
-            "the tensors of A": self.a.digest(),
-            "the tensors of B": self.b.digest(),
+            "the tensors of A": self.a.digest(ranks),
+            "the tensors of B": self.b.digest(ranks),
             "the groups": _hash(self.common.to_json()),
         }
         return found | {name: repr(value) for name, value in settings.items()} | {"init": _init_of(matcher)}
 
-    def match(self, matcher: WeightMatching, journal: Journal, *, progress: bool | None) -> Alignment:
-        """Match what both have. The alignment moves what only B has as well."""
-        hooks = Hooks(out_of_core=True, remembered=journal.step)
+    def match(
+        self,
+        matcher: WeightMatching,
+        remembered: Callable[[str, Callable[[], Step]], Step],
+        *,
+        ranks: Ranks = ALONE,
+        progress: bool | None,
+    ) -> Alignment:
+        """Match what both have. The alignment moves what only B has as well.
+
+        Args:
+            remembered: makes a step or repeats it from a journal.
+            ranks: the processes that share the work.
+        """
+        hooks = Hooks(out_of_core=True, remembered=remembered, ranks=ranks)
         models = self._model(self.a), self._model(self.b)
         matching = match_weights(*models, self.common, matcher, hooks, progress=progress)
         return Alignment(matching.permutations, self.whole, matching, method=as_code(matcher))

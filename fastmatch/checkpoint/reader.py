@@ -12,13 +12,14 @@ import re
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 
 from fastmatch._internal.files import TORCH_SUFFIXES, load_state
 from fastmatch._internal.json_files import parse_json, read_json
+from fastmatch._internal.ranks import ALONE, Ranks, deal
 from fastmatch._internal.safetensors_file import Entry, read_entry, read_header
 from fastmatch._internal.states import check_finite
 
@@ -141,19 +142,29 @@ class Checkpoint(Mapping[str, torch.Tensor]):
             raise ValueError(f"{entry.file}: tensor {name!r}: the file has changed since it was opened")
         return tensor
 
-    def digest(self) -> str:
+    def digest(self, ranks: Ranks = ALONE) -> str:
         """Return a hash of every name, shape, type and value; all tensors are read, and must be finite.
+
+        Args:
+            ranks: the processes that share the reading.
 
         Raises:
             ValueError: a tensor holds NaN or infinity, or cannot be read.
         """
-        total = hashlib.blake2b(digest_size=32)
-        for name in sorted(self):
-            tensor = self._read(name)
-            check_finite({name: tensor}, str(self.path))
-            total.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
-            if tensor.numel():
-                total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        names = sorted(self)
+        owners = deal([self.headers[name].numel() for name in names], ranks.size)
+        tasks = [partial(self._digest_of, name) for name in names]
+        found = ranks.share(tasks, owners, f"the tensors of {self.path.name}")
+        return hashlib.blake2b(
+            repr(list(zip(names, found, strict=True))).encode(), digest_size=32
+        ).hexdigest()
+
+    def _digest_of(self, name: str) -> str:
+        tensor = self._read(name)
+        check_finite({name: tensor}, str(self.path))
+        total = hashlib.blake2b(repr((tuple(tensor.shape), str(tensor.dtype))).encode(), digest_size=32)
+        if tensor.numel():
+            total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return total.hexdigest()
 
     def take_names(self, other: Checkpoint, tied: Iterable[Collection[str]]) -> None:

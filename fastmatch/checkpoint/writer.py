@@ -14,6 +14,7 @@ import torch
 from fastmatch._internal.files import TORCH_SUFFIXES
 from fastmatch._internal.json_files import read_json
 from fastmatch._internal.outputs import Claim, claimed
+from fastmatch._internal.ranks import ALONE, Ranks, deal
 from fastmatch._internal.safetensors_file import write_safetensors
 from fastmatch._internal.states import check_finite
 from fastmatch._internal.torch_file import save_torch
@@ -33,6 +34,7 @@ def write_like(
     dtype: torch.dtype | None = None,
     force: bool = False,
     metadata: Mapping[str, str] | None = None,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Write ``transform(name)`` for every tensor of ``source``, in the same files and under the same names.
 
@@ -46,6 +48,7 @@ def write_like(
         dtype: element type for floating point tensors; by default each keeps its own.
         force: replace an output that exists.
         metadata: for the headers of safetensors files; by default each keeps its own.
+        ranks: the processes that share the files of a directory; ``out`` is a claim then. Rank 0 writes all else.
 
     Raises:
         ValueError: a tensor to write holds NaN or infinity; it is named, and nothing is kept.
@@ -55,14 +58,17 @@ def write_like(
     claim = nullcontext(out) if isinstance(out, Claim) else claimed(out, force=force, folder=is_folder)
     with claim as held:
         if source.parts:
-            _write_pipeline(source, held, transform, dtype, metadata)
+            _write_pipeline(source, held, transform, dtype, metadata, ranks)
         elif is_folder:
-            _write_folder(source, held.part, held.path, transform, dtype, metadata)
+            _write_folder(source, held.part, held.path, transform, dtype, metadata, ranks)
+        elif ranks.rank > 0:
+            return
         elif held.path.suffix in TORCH_SUFFIXES:
             _save_torch(source, list(source), held.part, held.path, transform, dtype)
         else:
             _write_file(source, source.path, held.part, held.path, transform, dtype, metadata)
-        held.publish()
+        if ranks.rank == 0:
+            held.publish()
 
 
 def _write_pipeline(
@@ -71,15 +77,23 @@ def _write_pipeline(
     transform: Callable[[str], torch.Tensor],
     dtype: torch.dtype | None,
     metadata: Mapping[str, str] | None,
+    ranks: Ranks,
 ) -> None:
+    if ranks.rank == 0:
+        _begin_pipeline(source, claim)
+    for name, part in source.parts.items():
+        made = _under(name, transform)
+        _write_folder(part, claim.part / name, claim.path / name, made, dtype, metadata, ranks)
+
+
+def _begin_pipeline(source: Checkpoint, claim: Claim) -> None:
+    """Make the folder of a pipeline, with what it has beside the networks that are read."""
     claim.part.mkdir()
     copy_side_files(source.path, claim.part, set(source.parts))
     for folder in source.path.iterdir():
         # What belongs to no network that is read, such as a safety checker in another format.
         if folder.is_dir() and not (claim.part / folder.name).exists() and folder.name not in source.parts:
             shutil.copytree(folder, claim.part / folder.name, ignore=shutil.ignore_patterns(".*"))
-    for name, part in source.parts.items():
-        _write_folder(part, claim.part / name, claim.path / name, _under(name, transform), dtype, metadata)
 
 
 def _under(folder: str, transform: Callable[[str], torch.Tensor]) -> Callable[[str], torch.Tensor]:
@@ -95,17 +109,17 @@ def _write_folder(
     transform: Callable[[str], torch.Tensor],
     dtype: torch.dtype | None,
     metadata: Mapping[str, str] | None,
+    ranks: Ranks,
 ) -> None:
-    folder.mkdir()
-    weights = {file.name for file in source.files} | {file.name for file in [source.index] if file}
-    left = copy_side_files(source.path, folder, weights | set(source.modules))
-    if left:
-        log.warning("%s: not copied from %s: %s", final, source.path, ", ".join(left))
-    if dtype is not None and (folder / CONFIG).is_file():
-        _set_dtype(folder / CONFIG, dtype)
-    for file in source.files:
-        _write_file(source, file, folder / file.name, final / file.name, transform, dtype, metadata)
-    if source.index is not None:
+    if ranks.rank == 0:
+        _begin_folder(source, folder, final, dtype)
+    ranks.exchange(None, "the folder of the output")
+    sizes = [sum(source.headers[name].nbytes for name in source.names_in(file)) for file in source.files]
+    for file, owner in zip(source.files, deal(sizes, ranks.size), strict=True):
+        if owner == ranks.rank:
+            _write_file(source, file, folder / file.name, final / file.name, transform, dtype, metadata)
+    ranks.exchange(None, "the files of the output")
+    if ranks.rank == 0 and source.index is not None:
         index = read_json(source.index)
         own = [source.headers[name] for file in source.files for name in source.names_in(file)]
         total = sum(t.numel() * _target(t, dtype).itemsize for t in own)
@@ -113,7 +127,18 @@ def _write_folder(
         index["metadata"] = {**(known if isinstance(known, dict) else {}), "total_size": total}
         (folder / source.index.name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for name, part in source.modules.items():
-        _write_folder(part, folder / name, final / name, _under(name, transform), dtype, metadata)
+        _write_folder(part, folder / name, final / name, _under(name, transform), dtype, metadata, ranks)
+
+
+def _begin_folder(source: Checkpoint, folder: Path, final: Path, dtype: torch.dtype | None) -> None:
+    """Make the folder, with what the source has beside its weights."""
+    folder.mkdir()
+    weights = {file.name for file in source.files} | {file.name for file in [source.index] if file}
+    left = copy_side_files(source.path, folder, weights | set(source.modules))
+    if left:
+        log.warning("%s: not copied from %s: %s", final, source.path, ", ".join(left))
+    if dtype is not None and (folder / CONFIG).is_file():
+        _set_dtype(folder / CONFIG, dtype)
 
 
 def _target(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:

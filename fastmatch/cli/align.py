@@ -12,6 +12,7 @@ from torch import nn
 
 from fastmatch._internal.batches import default_forward
 from fastmatch._internal.files import STATE_SUFFIXES, shared_metadata
+from fastmatch._internal.ranks import is_first, joined
 from fastmatch._internal.states import check_finite, check_same_architecture, state_of
 from fastmatch._internal.stopwatch import Stopwatch
 from fastmatch._internal.ties import load_state_for, with_names_of
@@ -29,6 +30,7 @@ from fastmatch.cli.options import (
 )
 from fastmatch.cli.outputs import check_outputs, say, write_weights
 from fastmatch.cli.reports import PAGES, open_states, report_data, write_report
+from fastmatch.cli.speaking import speaking
 from fastmatch.matching.align import align
 from fastmatch.matching.align_many import align_many
 from fastmatch.matching.frank_wolfe import FrankWolfe
@@ -160,7 +162,12 @@ def add_commands(commands: Commands) -> None:
 
 
 def align_command(args: argparse.Namespace) -> None:
-    """Align two checkpoints and write the second one aligned, or the merge of both."""
+    """Align two checkpoints and write the second one aligned, or the merge of both; torchrun's ranks share the work."""
+    with joined() as ranks, ranks.together(), speaking(ranks):
+        _align_pair(args)
+
+
+def _align_pair(args: argparse.Namespace) -> None:
     data = report_data(args)
     if args.out_of_core or args.model is None or any(Path(path).is_dir() for path in (args.a, args.b)):
         if data is not None:
@@ -169,6 +176,8 @@ def align_command(args: argparse.Namespace) -> None:
         models = None
     else:
         alignment, models = _align_in_memory(args)
+    if not is_first():
+        return
     if args.permutations is not None:
         alignment.save(args.permutations, force=args.force)
     text = f"{_summary(alignment)}; wrote {args.out}"
@@ -220,8 +229,9 @@ def _align_in_memory(args: argparse.Namespace) -> tuple[Alignment, tuple[nn.Modu
     if args.merge is not None:
         result = merge_states([states[0], result], [1 - args.merge, args.merge])
     described = [args.b] if args.merge is None else [args.a, args.b]
-    result = with_names_of(result, args.b, model)
-    write_weights(result, args.out, force=args.force, metadata=shared_metadata(described))
+    if is_first():
+        result = with_names_of(result, args.b, model)
+        write_weights(result, args.out, force=args.force, metadata=shared_metadata(described))
     return alignment, (model, model_b)
 
 

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 from fastmatch._internal.progress import no_progress
+from fastmatch._internal.ranks import RanksError, is_launched
 from fastmatch._internal.states import nearest
 from fastmatch.cli import (
     align,
@@ -26,6 +27,7 @@ from fastmatch.cli import (
     inspect,
     merge,
     pipeline,
+    plan,
     renormalize,
     run,
     studies,
@@ -34,10 +36,13 @@ from fastmatch.cli.signals import Ended, ended_by_signals
 
 __all__ = ["main", "parser"]
 
-GROUPS = (align, apply, merge, renormalize, pipeline, evaluate, inspect, studies, bench, run, complete)
+GROUPS = (align, plan, apply, merge, renormalize, pipeline, evaluate, inspect, studies, bench, run, complete)
 """The modules that add commands, in the order of the help."""
 
-EXPECTED = (ValueError, TypeError, OSError, ImportError)
+SHARED = ("align", "run")
+"""The commands that several processes of a launcher may run together."""
+
+EXPECTED = (ValueError, TypeError, OSError, ImportError, RanksError)
 """Errors whose message says what is wrong with the input; others are told with their type."""
 
 
@@ -95,6 +100,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parse(sys.argv[1:] if arguments is None else arguments)
     verbose, quiet = getattr(args, "verbose", False), getattr(args, "quiet", False)
     try:
+        if is_launched() and args.command not in SHARED:
+            raise ValueError(
+                f"runs in one process; start it without torchrun ({', '.join(SHARED)} share work)"
+            )
         with (
             ended_by_signals(),
             no_progress(quiet),
@@ -123,12 +132,12 @@ def _told(error: Exception, command: str, *, verbose: bool) -> int:
     """Print an error on one line, after its traceback if ``verbose``, and return the exit status."""
     if verbose:
         traceback.print_exception(error)
-    text = " ".join(str(error).split())
-    if isinstance(error, EXPECTED):
+    text, is_expected = " ".join(str(error).split()), isinstance(error, EXPECTED)
+    if not is_expected:
+        text = f"{type(error).__name__}: {text} (--verbose shows where)"
+    if not getattr(error, "said_by_first", False):  # of several ranks, the first has said it
         print(f"fastmatch {command}: {text}", file=sys.stderr)
-        return 2
-    print(f"fastmatch {command}: {type(error).__name__}: {text} (--verbose shows where)", file=sys.stderr)
-    return 1
+    return 2 if is_expected else 1
 
 
 def _warned(command: str, message: Warning | str, *_: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from fastmatch._internal.files import check_format, check_target, save_state
 from fastmatch._internal.locks import locked
+from fastmatch._internal.ranks import is_first
 from fastmatch._internal.states import State, check_finite
 from fastmatch.evaluation.table import Table
 
@@ -48,7 +49,8 @@ def check_outputs(args: argparse.Namespace, **suffixes: Collection[str] | None) 
                 check_format(path, option, allowed)
     for path in owners:
         check_target(path, force=args.force, folder=path in folders)
-        args.outputs.enter_context(locked(path))
+        if is_first():
+            args.outputs.enter_context(locked(path))
 
 
 def write_weights(state: State, out: str, *, force: bool, metadata: Mapping[str, str] | None = None) -> None:

@@ -14,10 +14,13 @@ import torch
 from fastmatch._internal.batches import Forward, batches_of, check_data, check_forward, default_forward
 from fastmatch._internal.checks import check_choice
 from fastmatch._internal.progress import progress_bar
+from fastmatch._internal.ranks import Ranks, current
+from fastmatch._internal.shared_data import batches_of_rank
 from fastmatch.assignment import solve
 from fastmatch.matching.device_gain import gain_solver
 from fastmatch.matching.matcher import Matcher, Model, modules_of
 from fastmatch.matching.nested import best_orders
+from fastmatch.matching.sharing import Sharing
 from fastmatch.matching.similarity import Similarity, measure_similarities
 from fastmatch.matching.sites import Reduce, choose_readings
 from fastmatch.permutations.alignment import Matching
@@ -56,7 +59,11 @@ class ActivationMatching(Matcher):
         ValueError: an option is none of the words above; the message names it.
         TypeError: ``data`` is not an iterable of batches, or ``forward`` is not callable.
 
-    Memory: per site one n x n float64 matrix, and one batch of activations.
+    In a torch.distributed process group the ranks share the data by batches, of which all ranks give the same: a
+    DataLoader (rank 0 draws its order; a DistributedSampler's seed and epoch are kept, its padding is not) or a list. The
+    moments of up to 64 blocks of batches are merged in a fixed tree, so the result does not depend on the number of ranks.
+
+    Memory: per site one n x n float64 matrix, and one batch of activations; in a process group up to seven matrices.
     """
 
     data: Iterable[Any] = field(repr=False)
@@ -90,6 +97,13 @@ class ActivationMatching(Matcher):
             TypeError: a model is a state dict, which cannot be run.
             ValueError: the spec has no site for a group, the data yields nothing, or activations are not finite.
         """
+        ranks = current()
+        with ranks.together():
+            return self._match(model_a, model_b, spec, ranks, progress)
+
+    def _match(
+        self, model_a: Model, model_b: Model, spec: PermutationSpec, ranks: Ranks, progress: bool | None
+    ) -> Matching:
         gains = self._measure(model_a, model_b, spec, progress)
         permutations: Permutations = spec.identity()
         subgroups: dict[str, list[tuple[str, ...]]] = {}
@@ -99,15 +113,25 @@ class ActivationMatching(Matcher):
         before: list[float] = []
         after = 0.0
         gaps: dict[str, tuple[float, float]] = {}
-        for name in progress_bar(spec.top_level(), "assignment", show=progress):
+
+        def solve_group(name: str) -> _Found:
             inner = {names: gains[names] for names in subgroups.get(name, ())}
-            found = _match_nested(spec, name, inner) if inner else _match_group(name, gains[name,])
+            return _match_nested(spec, name, inner) if inner else _match_group(name, gains[name,])
+
+        names = spec.top_level()
+        sharing = Sharing(ranks, {name: spec.groups[name].size ** 3 for name in names}, is_bound=True)
+        parts = sharing.of(names, solve_group)
+        for name, part in progress_bar(parts, "assignment", show=progress, total=len(names)):
+            found = part()
             permutations |= found.permutations
             before += found.before
             after += found.after
             gaps |= {} if found.gap is None else {name: found.gap}
         objective = sum(before), after
-        return Matching(permutations, "ActivationMatching", objective, solves=len(gains), gaps=gaps)
+        order = tuple(names)
+        return Matching(
+            permutations, "ActivationMatching", objective, solves=len(gains), gaps=gaps, order=order
+        )
 
     def similarities(
         self, model_a: Model, model_b: Model, spec: PermutationSpec, *, progress: bool | None = None
@@ -116,7 +140,8 @@ class ActivationMatching(Matcher):
 
         Groups with subgroups are omitted: how similar their units are depends on the order of the units within.
         """
-        gains = self._measure(model_a, model_b, spec.flat(), progress)
+        with current().together():
+            gains = self._measure(model_a, model_b, spec.flat(), progress)
         return {name: gain for (name,), gain in gains.items()}
 
     def _measure(
@@ -125,8 +150,17 @@ class ActivationMatching(Matcher):
         """(group,), or the subgroups of one kind, -> the similarity of their units."""
         models = modules_of(model_a, model_b)
         readings = choose_readings(spec, self.site, self.reduce)
-        batches = batches_of(self.data, "activation matching", progress=progress)
-        return measure_similarities(models, spec, readings, self.similarity, self.site, batches, self.forward)
+        ranks, title = current(), "activation matching"
+        if not ranks.is_group:
+            batches = batches_of(self.data, title, progress=progress)
+            return measure_similarities(
+                models, spec, readings, self.similarity, self.site, batches, self.forward
+            )
+        blocks, mine = batches_of_rank(self.data, ranks)
+        batches = progress_bar(mine, title, show=progress)
+        return measure_similarities(
+            models, spec, readings, self.similarity, self.site, batches, self.forward, (ranks, blocks)
+        )
 
 
 class _Found(NamedTuple):

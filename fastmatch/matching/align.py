@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from fastmatch._internal.ranks import current
 from fastmatch._internal.states import check_finite, check_same_architecture, state_of
 from fastmatch._internal.stopwatch import Stopwatch
 from fastmatch.matching.matcher import Matcher, Model, as_code, check_matcher
+from fastmatch.matching.same_on_ranks import check_same_on_ranks, check_whole
 from fastmatch.matching.weights import WeightMatching
 from fastmatch.permutations.alignment import Alignment
 from fastmatch.permutations.verify import verify as verify_spec
@@ -41,6 +43,9 @@ def align(
 
         >>> alignment = fm.align(model_a, model_b, x, fm.ActivationMatching(loader))
 
+    In a torch.distributed process group all ranks make the call with the same arguments, share the work, and get the same
+    alignment. :func:`fastmatch.alone` keeps a call to one rank.
+
     Args:
         model_a, model_b: modules of the same architecture, or state dicts (which need ``spec``). A is the reference.
             Neither is changed.
@@ -61,27 +66,32 @@ def align(
         ValueError: the architectures differ (the first difference is named), weights are NaN or infinite (the
             tensor is named), the spec changes the function (the group is named), or the data yields nothing.
         TypeError: a model is neither a module nor a state dict, or ``matcher`` is not a matcher.
+        RuntimeError: another rank failed or does not answer; the message names it.
 
     Cost: see the matcher's class.
     """
     matcher = WeightMatching() if matcher is None else matcher
     check_matcher("matcher", matcher)
-    a, b = state_of(model_a, "model_a"), state_of(model_b, "model_b")
-    check_same_architecture(a, b)
-    check_finite(a, "model_a")
-    check_finite(b, "model_b")
-    watch = Stopwatch()
-    if spec is None:
-        with watch("trace"):
-            spec = traced_spec(model_a, example_inputs, "model_a")
-    check_spec(spec, a, "model_a")
-    warn_if_nothing_moves(spec, "align")
-    proof = None
-    if verify and example_inputs is not None and isinstance(model_b, nn.Module):
-        with watch("verify"):
-            proof = verify_spec(model_b, spec, example_inputs)
-    with watch("match"):
-        matching = matcher.match(model_a, model_b, spec, progress=progress)
+    ranks, watch = current(), Stopwatch()
+    with ranks.together():
+        a, b = state_of(model_a, "model_a"), state_of(model_b, "model_b")
+        check_whole(a, "model_a")
+        check_whole(b, "model_b")
+        check_same_architecture(a, b)
+        check_finite(a, "model_a")
+        check_finite(b, "model_b")
+        check_same_on_ranks(ranks, matcher, model_a=a, model_b=b)
+        if spec is None:
+            with watch("trace"):
+                spec = traced_spec(model_a, example_inputs, "model_a")
+        check_spec(spec, a, "model_a")
+        warn_if_nothing_moves(spec, "align")
+        proof = None
+        if verify and example_inputs is not None and isinstance(model_b, nn.Module):
+            with watch("verify"):
+                proof = verify_spec(model_b, spec, example_inputs)
+        with watch("match"):
+            matching = matcher.match(model_a, model_b, spec, progress=progress)
     return Alignment(matching.permutations, spec, matching, proof, as_code(matcher), watch.seconds)
 
 

@@ -2,23 +2,30 @@
 
 For one group the objective is linear in the permutation. Its gain is the sum over the group's (tensor, axis) pairs of
 ``A_rows @ B_rows.T``, and the best permutation is the solution of a linear assignment problem.
+
+The groups of a sweep are visited by the levels of its order (:mod:`fastmatch.matching.levels`), which changes no result.
+If there are several ranks, they share each level.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from fastmatch._internal.progress import progress_bar
+from fastmatch._internal.ranks import Ranks, current
 from fastmatch.assignment import Assignment, solve
 from fastmatch.assignment.bounded_gain import BoundedGain
 from fastmatch.matching.device_gain import gain_solver
 from fastmatch.matching.gains import Gains
 from fastmatch.matching.greedy import greedy_order
+from fastmatch.matching.levels import levels_of
 from fastmatch.matching.nested import match_nested
 from fastmatch.matching.objective import WeightObjective
+from fastmatch.matching.sharing import Sharing
 from fastmatch.permutations.alignment import Matching
 from fastmatch.spec import Axis, Group, Permutations
 
@@ -55,7 +62,9 @@ class Hooks:
         stale: the groups to solve first, if all others are known to be at their best; all of them for None.
         remembered: called for every costly step with its name and the function that computes it. It returns the step:
             computed now, or by an interrupted run whose steps are repeated. A run whose steps are all given back as they
-            were takes the same way, so it ends in the same permutations.
+            were takes the same way, so it ends in the same permutations. On several ranks, all of them remember the
+            same steps.
+        ranks: the processes that share the work.
     """
 
     bonus: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -63,6 +72,7 @@ class Hooks:
     out_of_core: bool = False
     stale: Collection[str] | None = None
     remembered: Callable[[str, Callable[[], Step]], Step] = lambda name, compute: compute()
+    ranks: Ranks = field(default_factory=current)
 
 
 class Ascent:
@@ -91,22 +101,35 @@ class Ascent:
         self.problem, self.permutations, self.threshold = problem, start, threshold
         self.hooks, self.progress = hooks, progress
         self.names = problem.spec.top_level()
+        self.costs = {name: problem.cost(name) for name in self.names}
         self.stale = set(self.names if hooks.stale is None else hooks.stale)
+        self.sharing = Sharing(hooks.ranks, self.costs, is_bound=not hooks.out_of_core)
         budget = 0 if hooks.out_of_core else KEPT * problem.size()
         self.gains = Gains(problem.a, problem.b, problem.spec, budget)
+        self.unkept = Gains(problem.a, problem.b, problem.spec, 0)
+        self.kept: set[str] | None = None
+        if hooks.ranks.is_group:  # which gains are kept must not depend on which groups this rank solves
+            self.kept = problem.within(budget)
+            self.gains.budget = sys.maxsize
         self.solutions: dict[str, Assignment] = {}
+        self.order: list[str] = []
         self.objective = [self._objective()]
         self.sweeps = self.solves = self.skipped = 0
 
     def initialize_greedily(self, names: Collection[str]) -> None:
         """Match ``names`` one after the other as the first sweep; undo it if the objective falls."""
         before = self.permutations
-        steps = greedy_order(self.problem, names)
-        for step in progress_bar(steps, "weight matching, sweep 1", show=self.progress):
-            if step.is_complete:
-                self.stale.discard(step.group.name)
-            if step.axes:
-                found = self._step(step.group, step.axes, is_measured=False)
+        first = {step.group.name: step for step in greedy_order(self.problem, names)}
+        levels = levels_of(first, self.problem.coupled, self.costs.__getitem__)
+        for name, found in progress_bar(
+            self._visits(levels, {name: step.axes for name, step in first.items()}),
+            "weight matching, sweep 1",
+            show=self.progress,
+            total=len(first),
+        ):
+            if first[name].is_complete:
+                self.stale.discard(name)
+            if found is not None:
                 self.permutations = {**self.permutations, **found.permutations}
         self.skipped += len(self.names) - self.solves
         value = self._objective()
@@ -115,24 +138,20 @@ class Ascent:
         self._end_sweep(value)
 
     def sweep(self, order: Sequence[str]) -> None:
-        """Visit the groups in ``order`` and solve those that are stale."""
-        value = self.objective[-1]
-        for name in progress_bar(order, f"weight matching, sweep {self.sweeps + 1}", show=self.progress):
-            if name not in self.stale:
-                self.skipped += 1
-                continue
-            self.stale.discard(name)
-            group = self.problem.spec.groups[name]
-            axes = self.problem.axes(group)
-            if not axes:  # none of the group's tensors enters the gain
-                continue
-            found = self._step(group, axes, is_measured=True)
-            if found.value > self.threshold:
+        """Visit the groups in ``order``, by its levels, and solve those that are stale."""
+        rises: dict[str, float] = {}
+        steps = self._visits(levels_of(order, self.problem.coupled, self.costs.__getitem__), None)
+        title = f"weight matching, sweep {self.sweeps + 1}"
+        for name, found in progress_bar(steps, title, show=self.progress, total=len(order)):
+            if found is not None and found.value > self.threshold:
                 self.permutations = {**self.permutations, **found.permutations}
-                value += found.value
+                rises[name] = found.value
                 self.stale |= self.problem.coupled(name)
                 if name in self.problem.self_coupled:
                     self.stale.add(name)
+        value = self.objective[-1]
+        for name in order:  # a sum in another order has other last bits
+            value += rises.get(name, 0.0)
         self._end_sweep(value)
 
     def outcome(self, matcher: str) -> Matching:
@@ -146,38 +165,71 @@ class Ascent:
             skipped=self.skipped,
             converged=not self.stale,
             gaps={name: (found.gap, found.gap_bound) for name, found in self.solutions.items()},
+            order=tuple(self.order),
         )
 
     def _objective(self) -> float:
         return self.hooks.remembered("", lambda: Step(value=self.problem.value(self.permutations))).value
 
-    def _step(self, group: Group, axes: Sequence[Axis], *, is_measured: bool) -> Step:
-        """The best permutations of a group and its subgroups, all others held; with the rise if ``is_measured``."""
+    def _visits(
+        self, levels: Sequence[Sequence[str]], first: Mapping[str, Sequence[Axis]] | None
+    ) -> Iterator[tuple[str, Step | None]]:
+        """Yield every group with its step; None for groups that need none.
 
-        def compute() -> Step:
-            found = self._solve(group, axes)
+        The caller takes in a step before it asks for the next, so a level sees those before it.
+
+        Args:
+            levels: the groups to visit.
+            first: group -> the axes of its first match, which is not measured; None to solve those that are stale.
+        """
+        for level in levels:
+            due: dict[str, Sequence[Axis]] = {}
+            for name in level:
+                if first is not None:
+                    axes = first[name]
+                elif name in self.stale:
+                    self.stale.discard(name)
+                    axes = self.problem.axes(self.problem.spec.groups[name])
+                else:
+                    self.skipped += 1
+                    axes = []
+                if axes:
+                    due[name] = axes
+                else:  # it has not moved, or none of its tensors enters the gain
+                    yield name, None
+            yield from zip(due, self._steps(due, is_measured=first is None), strict=True)
+
+    def _steps(self, due: Mapping[str, Sequence[Axis]], *, is_measured: bool) -> Iterator[Step]:
+        """Yield the step of each of these groups, which share no tensor, with its rise if ``is_measured``."""
+
+        def compute(name: str) -> Step:
+            group = self.problem.spec.groups[name]
+            found = self._solve(group, due[name])
             rise = self.problem.change(found.permutations, self.permutations) if is_measured else 0.0
             return replace(found, value=rise)
 
-        self.solves += 1
-        found = self.hooks.remembered(group.name, compute)
-        if found.solution is not None:
-            self.solutions[group.name] = found.solution
-        return found
+        for name, shared in self.sharing.of(list(due), compute):
+            found = self.hooks.remembered(name, shared)
+            self.solves += 1
+            self.order.append(name)
+            if found.solution is not None:
+                self.solutions[name] = found.solution
+            yield found
 
     def _solve(self, group: Group, axes: Sequence[Axis]) -> Step:
         name, problem = group.name, self.problem
         if len(problem.grouping[name]) > 1:
             return Step(match_nested(problem.a, problem.b, problem.spec, name, axes, self.permutations))
+        gains = self.gains if self.kept is None or name in self.kept else self.unkept
         if name in problem.bonus:
-            gain = self.gains.of(group, axes, self.permutations)
+            gain = gains.of(group, axes, self.permutations)
             gain = gain + problem.bonus[name].to(gain)
         else:
-            gain = self.gains.cost_of(group, axes, self.permutations)
+            gain = gains.cost_of(group, axes, self.permutations)
         solver = gain_solver(gain) if isinstance(gain, torch.Tensor) else None
         solution = solve(gain, maximize=True, warm_start=self.solutions.get(name), solver=solver)
         if isinstance(gain, BoundedGain):
-            self.gains.spend(name, gain.share)
+            gains.spend(name, gain.share)
         return Step({name: torch.from_numpy(solution.col_ind)}, solution)
 
     def _end_sweep(self, value: float) -> None:

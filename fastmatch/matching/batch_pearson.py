@@ -44,6 +44,22 @@ class BatchPearson:
         self._std = tuple(torch.lerp(old, new, share) for old, new in zip(self._std, stds, strict=True))
         self._cross.lerp_(cross, share)
 
+    def merge(self, other: BatchPearson) -> BatchPearson:
+        """Add the batches that another one has seen, and return this one."""
+        if self._cross is None or other._cross is None:
+            return self if other._cross is None else other
+        self.batches += other.batches
+        share = other.batches / self.batches
+        self._mean = tuple(torch.lerp(x, y, share) for x, y in zip(self._mean, other._mean, strict=True))
+        self._std = tuple(torch.lerp(x, y, share) for x, y in zip(self._std, other._std, strict=True))
+        self._cross.lerp_(other._cross, share)
+        return self
+
+    def on_host(self) -> BatchPearson:
+        """Return the averages in the host's memory."""
+        mean, std = (tuple(x.cpu() for x in pair) for pair in (self._mean, self._std))
+        return BatchPearson(self.batches, mean, std, None if self._cross is None else self._cross.cpu())
+
     def similarity(self) -> torch.Tensor:
         """Return the (n, m) float64 correlation of A's units (rows) to B's."""
         if self._cross is None:

@@ -44,6 +44,17 @@ class WhitenedCovariance:
         both = torch.cat([a, b.to(a)], dim=1)
         self.joint.update(both, both)
 
+    def merge(self, other: WhitenedCovariance) -> WhitenedCovariance:
+        """Add the samples that another one has seen, and return this one."""
+        self.joint, self.size = self.joint.merge(other.joint), self.size or other.size
+        return self
+
+    def on_host(self) -> WhitenedCovariance:
+        """Return the moments in the host's memory."""
+        found = WhitenedCovariance(self.ridge)
+        found.joint, found.size = self.joint.on_host(), self.size
+        return found
+
     def similarity(self) -> torch.Tensor:
         """Return the (n, n) float64 similarity of A's units (rows) to B's."""
         covariance, n = self.joint.similarity("covariance"), self.size

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Literal, TypeAlias, TypeVar
 
 import torch
 
+from fastmatch._internal.ranks import ALONE, Ranks, deal
 from fastmatch._internal.states import State, headers_of
 from fastmatch.permutations.apply import dimension_indices, permute_tensor
 from fastmatch.spec import Axis, Group, Permutations, PermutationSpec
@@ -18,6 +20,11 @@ Include: TypeAlias = Literal["weights", "affine", "statistics"]
 """The tensors that enter the objective. Each word adds to the one before: ``"weights"`` takes matrices and kernels;
 ``"affine"`` adds biases, norm scales and shifts (as Git Re-Basin does); ``"statistics"`` adds the running statistics
 of batch norm (as some published ports do)."""
+
+T = TypeVar("T")
+
+ASSIGNMENT = 100.0
+"""Operations of an assignment by entry of its matrix, as far as costs of groups are compared."""
 
 RUNNING_STATISTICS = ("running_mean", "running_var")
 
@@ -39,6 +46,7 @@ class WeightObjective:
         spec: which axes move together.
         include: which tensors enter.
         bonus: group name -> (size, size) matrix, for groups that earn more than their weights do.
+        ranks: the processes that share sums over all tensors.
 
     Attributes:
         grouping: top-level group -> itself and its subgroups, which are solved together.
@@ -53,9 +61,11 @@ class WeightObjective:
         spec: PermutationSpec,
         include: Include,
         bonus: Mapping[str, torch.Tensor] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.a, self.b, self.spec, self.bonus = a, b, spec, dict(bonus or {})
         self.include: Include = include
+        self.ranks = ranks
         self.headers = headers_of(a)
         self.grouping: dict[str, list[str]] = {}
         self.self_coupled: set[str] = set()
@@ -86,11 +96,32 @@ class WeightObjective:
         """Return the bytes of A's tensors that enter, in float32."""
         return 4 * sum(self.headers[name].numel() for name in self.names())
 
+    def cost(self, name: str) -> float:
+        """Return the predicted operations of one solve of a top-level group: its products and its assignment."""
+        members = [self.spec.groups[member] for member in self.grouping[name]]
+        size = max(group.size for group in members)
+        elements = sum(self.headers[p].numel() for p in {x.parameter for g in members for x in self.axes(g)})
+        return 2.0 * size * elements + ASSIGNMENT * size * size
+
+    def within(self, budget: int) -> set[str]:
+        """Return the groups, the first ones of the spec, whose float32 gains take at most ``budget`` bytes."""
+        kept = set()
+        for name in self.spec.top_level():
+            size = 4 * self.spec.groups[name].size ** 2
+            if len(self.grouping[name]) == 1 and size <= budget:
+                budget -= size
+                kept.add(name)
+        return kept
+
     def value(self, permutations: Permutations) -> float:
-        """Return the objective, in float64."""
+        """Return the objective, in float64; ranks share the tensors, and all add up in the order of the tensors."""
         total = InnerSum()
-        for name in self.names():
-            self._add_inner(total, name, permutations)
+        if self.ranks.is_group:
+            for number in self._shared(lambda name: self._inner(name, permutations)):
+                total.add_number(number)
+        else:
+            for name in self.names():
+                self._add_inner(total, name, permutations)
         return total.value() + sum(self._bonus(name, p) for name, p in permutations.items())
 
     def change(self, new: Permutations, old: Permutations) -> float:
@@ -116,11 +147,31 @@ class WeightObjective:
     def scale(self) -> float:
         """Return the norm of A's times the norm of B's parameters: no inner product is larger."""
         squares = InnerSum(), InnerSum()
-        for name in self.names():
-            for total, state in zip(squares, (self.a, self.b), strict=True):
-                tensor = state[name]
-                total.add(tensor, tensor, {})
+        if self.ranks.is_group:
+            for pair in self._shared(self._squares):
+                for total, number in zip(squares, pair, strict=True):
+                    total.add_number(number)
+        else:
+            for name in self.names():
+                for total, state in zip(squares, (self.a, self.b), strict=True):
+                    tensor = state[name]
+                    total.add(tensor, tensor, {})
         return (squares[0].value() * squares[1].value()) ** 0.5
+
+    def _shared(self, compute: Callable[[str], T]) -> list[T]:
+        """A number of every tensor, computed by the ranks that they are dealt to."""
+        names = self.names()
+        owners = deal([self.headers[name].numel() for name in names], self.ranks.size)
+        return self.ranks.share([partial(compute, name) for name in names], owners, "sums over tensors")
+
+    def _inner(self, name: str, permutations: Permutations) -> float:
+        total = InnerSum()
+        self._add_inner(total, name, permutations)
+        return total.value()
+
+    def _squares(self, name: str) -> tuple[float, float]:
+        a, b = (inner(x, x, {}) for x in (self.a[name], self.b[name]))
+        return a, b
 
     def _add_inner(self, total: InnerSum, name: str, permutations: Permutations) -> None:
         if self.spec.has_slices(name):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import nn
 
 from fastmatch._internal.batches import Forward, evaluating
+from fastmatch._internal.ranks import Ranks
+from fastmatch._internal.tree import MergeTree
 from fastmatch.matching.batch_pearson import BatchPearson
 from fastmatch.matching.cca import WhitenedCovariance
 from fastmatch.matching.sites import Reading, unit_columns
@@ -25,6 +29,11 @@ Similarity: TypeAlias = Literal["correlation", "covariance", "inner", "batch-cor
 
 Moments: TypeAlias = CrossMoments | BatchPearson | WhitenedCovariance
 
+Measured: TypeAlias = dict[Reading, Moments]
+
+Shared: TypeAlias = tuple[Ranks, int]
+"""The ranks that share data, and the number of the data's blocks."""
+
 ACCUMULATORS: dict[str, Callable[[], Moments]] = {
     "batch-correlation": BatchPearson,
     "cca": WhitenedCovariance,
@@ -32,6 +41,7 @@ ACCUMULATORS: dict[str, Callable[[], Moments]] = {
 """What adds up the batches for the similarities that are not of pooled moments."""
 
 
+# parameters: those of activation matching, the models and the ranks
 def measure_similarities(
     models: tuple[nn.Module, nn.Module],
     spec: PermutationSpec,
@@ -40,6 +50,7 @@ def measure_similarities(
     site: Site,
     batches: Iterable[Any],
     forward: Forward,
+    shared: Shared | None = None,
 ) -> dict[tuple[str, ...], torch.Tensor]:
     """Return, for the keys of ``readings``, the (size, size) float64 similarity of A's units (rows) to B's.
 
@@ -51,20 +62,29 @@ def measure_similarities(
         site: read before or after the nonlinearity.
         batches: what the models are run on, read once.
         forward: how to run a model on a batch.
+        shared: the ranks that share the batches, and the number of blocks. ``batches`` are then this rank's, each with
+            the number of its block, and the moments of the blocks are merged in a fixed tree.
 
     Raises:
         ValueError: activations hold NaN or infinity, or no batch reaches where a group is read; the group is named.
     """
-    moments = {r: ACCUMULATORS.get(similarity, CrossMoments)() for found in readings.values() for r in found}
-    reader = _PairReader(spec, moments)
+    kind = ACCUMULATORS.get(similarity, CrossMoments)
+    sites = [reading for found in readings.values() for reading in found]
     reached: list[set[ActivationSite]] = [set(), set()]
-    with evaluating(*models):
-        for batch in batches:
+
+    def measure(part: Iterable[Any]) -> Measured:
+        moments = {reading: kind() for reading in sites}
+        reader = _PairReader(spec, moments)
+        for batch in part:
             reader.kept.clear()
             for k, receive in enumerate((reader.keep, reader.compare)):
-                with SiteReader(reader.sites, receive, models[k], site=site) as sites:
+                with SiteReader(reader.sites, receive, models[k], site=site) as found:
                     forward(models[k], batch)
-                reached[k] |= sites.reached
+                reached[k] |= found.reached
+        return moments
+
+    with evaluating(*models):
+        moments = measure(batches) if shared is None else _merged(shared, batches, sites, measure, reached)
     gains = {}
     for names, found in readings.items():
         _check_reached(names[0], found, reached)
@@ -76,6 +96,30 @@ def measure_similarities(
             )
         gains[names] = gain
     return gains
+
+
+def _merged(
+    shared: Shared,
+    batches: Iterable[tuple[int, Any]],
+    sites: list[Reading],
+    measure: Callable[..., Measured],
+    reached: list[set[ActivationSite]],
+) -> Measured:
+    """The moments of all blocks, in the host's memory, on all ranks; ``reached`` takes in what other ranks reached."""
+    ranks, blocks = shared
+
+    def merge(first: list[Any], second: list[Any]) -> list[Any]:
+        return [x.merge(y) for x, y in zip(first, second, strict=True)]
+
+    tree: MergeTree[list[Any]] = MergeTree(ranks, blocks, merge)
+    for block, numbered in groupby(batches, key=itemgetter(0)):
+        found = measure(batch for _, batch in numbered)
+        tree.add(block, [found[reading].on_host() for reading in sites])
+    # An error of a rank is told here, before any waits for its moments.
+    for theirs in ranks.exchange(reached, "the end of the activations"):
+        for mine, found_there in zip(reached, theirs, strict=True):
+            mine |= found_there
+    return dict(zip(sites, tree.root(), strict=True))
 
 
 def _check_reached(group: str, readings: Iterable[Reading], reached: list[set[ActivationSite]]) -> None:

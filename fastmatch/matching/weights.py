@@ -141,18 +141,26 @@ def match_weights(
         a, b: state dicts of the same architecture; A is the reference.
         spec: which axes move together.
         matcher: the options; ``WeightMatching()`` for None.
-        hooks: what other algorithms add, and what a run that may be interrupted needs.
+        hooks: what other algorithms add, what a run that may be interrupted needs, and the ranks that share the work;
+            those of torch's process group for None.
         progress: show progress bars; None shows them on a terminal.
 
     Raises:
         ValueError: a tensor of the spec is missing or has another shape, or ``init`` does not fit the spec.
     """
+    matcher, hooks = matcher or WeightMatching(), hooks or Hooks()
+    with hooks.ranks.together():
+        return _match(a, b, spec, matcher, hooks, progress)
+
+
+def _match(
+    a: State, b: State, spec: PermutationSpec, matcher: WeightMatching, hooks: Hooks, progress: bool | None
+) -> Matching:
     import numpy as np
 
-    matcher, hooks = matcher or WeightMatching(), hooks or Hooks()
     check_spec(spec, headers_of(a), "model_a")
     check_spec(spec, headers_of(b), "model_b")
-    problem = WeightObjective(a, b, spec, matcher.include, hooks.bonus)
+    problem = WeightObjective(a, b, spec, matcher.include, hooks.bonus, hooks.ranks)
     start = _start(matcher.init, spec)
     complete = check_permutations(start, spec, "init")
     threshold = matcher.tolerance * problem.scale()

@@ -44,6 +44,8 @@ class Matching:
         converged: no group can improve any more by itself.
         gaps: group -> (gap, gap_bound) of its last assignment problem, as :class:`fastmatch.assignment.Assignment` has
             them. Groups of heads or experts are not in it: they are many small problems.
+        order: the groups in the order of their solves, for matchers that solve one after the other. Ranks that share the
+            solves find what one process finds that takes this order, which does not depend on their number.
     """
 
     permutations: Permutations
@@ -54,6 +56,7 @@ class Matching:
     skipped: int = 0
     converged: bool = True
     gaps: dict[str, tuple[float, float]] = field(default_factory=dict)
+    order: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, repr=False, eq=False)

@@ -7,7 +7,7 @@ turns them into the statistics that matching and renormalization use.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 import torch
@@ -95,6 +95,29 @@ class CrossMoments:
         a, b = (x if x.is_floating_point() else x.float() for x in (a, b.to(a.device)))
         self.state = kernels.moments(
             a, b, dim=dim, state=self.state, precision=PRECISION, backend=_backend(a, b)
+        )
+
+    def merge(self, other: CrossMoments) -> CrossMoments:
+        """Add the samples that another one has seen, and return this one."""
+        if self.state is None or other.state is None:
+            self.state = self.state or other.state
+        else:
+            self.state = self.state.merge(other.state)
+        return self
+
+    def on_host(self) -> CrossMoments:
+        """Return the moments with nothing pending, in the host's memory."""
+        if self.state is None:
+            return self
+        state = self.state.settle()
+        return CrossMoments(
+            replace(
+                state,
+                shifts=tuple(x.cpu() for x in state.shifts),
+                stats=tuple(x.cpu() for x in state.stats),
+                cross={name: x.cpu() for name, x in state.cross.items()},
+                add=None,
+            )
         )
 
     @property

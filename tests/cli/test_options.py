@@ -35,6 +35,7 @@ WAYS: dict[str, list[str]] = {
         f"align-many, {strategy}": ["align-many", *TRIPLE, *MODEL, "--strategy", strategy, "--out", "out.pt", "out2.pt"]
         for strategy in ("to-reference", "frank-wolfe")
     },
+    "plan": ["plan", "folder", "folder"],
     "apply": ["apply", "found.safetensors", "b.safetensors", "--out", "out.pt"],
     "merge": ["merge", *PAIR, *MODEL, "--out", "out.pt"],
     "merge on disk": ["merge", *PAIR, "--out", "out.pt"],
@@ -121,6 +122,19 @@ def words(action: argparse.Action, flag: str) -> list[str]:
     return [flag, "2"]
 
 
+def write_folder(path: str) -> None:
+    """Write a language model as Hugging Face does."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained(path)
+
+
 @pytest.fixture
 def ready(folder):
     found = [build_model("cli_module:build")[0].eval() for _ in range(3)]
@@ -137,6 +151,8 @@ def ready(folder):
 
 @pytest.mark.parametrize(("line", "action", "flag"), list(cases()))
 def test_an_option_is_read_or_refused_by_name(ready, line, action, flag, capsys):
+    if line[0] == "plan":
+        write_folder("folder")
     given = [*line, *words(action, flag)]
     args = parser().parse_args(given, Watched())
     args.arguments = given

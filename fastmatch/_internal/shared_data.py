@@ -1,0 +1,134 @@
+"""Data that ranks read together: the batches do not depend on the number of ranks, and each rank reads some of them.
+
+A :class:`torch.utils.data.DistributedSampler` deals out single samples, so its batches are others for every number of
+ranks, and sums over them have other last bits. Here the order of its samples is kept, whole batches are made of it, and
+consecutive batches are blocks. Blocks are dealt to ranks.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
+
+from fastmatch._internal.ranks import Ranks
+
+__all__ = ["BLOCKS", "batches_of_rank", "checksum", "owner_of", "whole_data"]
+
+BLOCKS = 64
+"""The number of blocks, or of batches if there are fewer. No more ranks than blocks have data to read."""
+
+COPIED = (
+    "num_workers",
+    "collate_fn",
+    "pin_memory",
+    "timeout",
+    "worker_init_fn",
+    "multiprocessing_context",
+    "generator",
+)
+"""What a loader of some of the batches takes from the loader of all."""
+
+
+def owner_of(block: int, blocks: int, ranks: int) -> int:
+    """Return the rank that reads a block: each rank reads consecutive ones."""
+    return block * ranks // blocks
+
+
+def whole_data(data: Iterable[Any]) -> Iterable[Any]:
+    """Return a loader of all samples for one of a rank's samples; other data as they are."""
+    if not isinstance(data, DataLoader) or not isinstance(data.sampler, DistributedSampler):
+        return data
+    return _loader(data, _batches(data))
+
+
+def batches_of_rank(data: Iterable[Any], ranks: Ranks) -> tuple[int, Iterator[tuple[int, Any]]]:
+    """Return the number of blocks, and an iterator over this rank's batches, each with the number of its block.
+
+    Args:
+        data: a loader with a sampler, of which each rank loads its batches only, in the order that rank 0 draws; or
+            a list, a tuple or another collection of batches that is the same on all ranks.
+        ranks: the processes.
+
+    Raises:
+        TypeError: the number of batches of ``data`` is not known.
+        ValueError: the batches are not the same on all ranks, or there are none.
+    """
+    if isinstance(data, DataLoader) and data.batch_sampler is not None and _has_length(data):
+        size = len(data.dataset)  # type: ignore[arg-type]
+        batches = ranks.broadcast(lambda: _batches(data), f"a loader of {size} samples")
+        numbers = _numbers(len(batches))
+        mine = [
+            k for k, block in enumerate(numbers) if owner_of(block, numbers[-1] + 1, ranks.size) == ranks.rank
+        ]
+        loader = _loader(data, [batches[k] for k in mine]) if mine else ()
+        return numbers[-1] + 1, zip([numbers[k] for k in mine], loader, strict=True)
+    if not isinstance(data, Collection):
+        raise TypeError(
+            f"data: ranks share batches whose number is known; got {type(data).__name__}: give a list, or a DataLoader "
+            "of a data set with a length"
+        )
+    numbers = _numbers(len(data))
+    return numbers[-1] + 1, _checked(data, numbers, ranks)
+
+
+def _numbers(batches: int) -> list[int]:
+    """The block of each batch."""
+    if not batches:
+        raise ValueError("data: yielded no batch")
+    blocks = min(batches, BLOCKS)
+    return [k * blocks // batches for k in range(batches)]
+
+
+def _has_length(data: DataLoader[Any]) -> bool:
+    return not isinstance(data.dataset, IterableDataset) and hasattr(data.dataset, "__len__")
+
+
+def _batches(data: DataLoader[Any]) -> list[Any]:
+    """The indices of all batches; those of all ranks if the sampler draws those of one."""
+    sampler = data.sampler
+    if not isinstance(sampler, DistributedSampler):
+        return list(data.batch_sampler or ())
+    every = DistributedSampler(
+        sampler.dataset, num_replicas=1, rank=0, shuffle=sampler.shuffle, seed=sampler.seed, drop_last=False
+    )
+    every.set_epoch(sampler.epoch)
+    return list(BatchSampler(every, data.batch_size or 1, data.drop_last))
+
+
+def _loader(data: DataLoader[Any], batches: Sequence[Any]) -> DataLoader[Any]:
+    return DataLoader(data.dataset, batch_sampler=batches, **{name: getattr(data, name) for name in COPIED})  # type: ignore[arg-type]
+
+
+def _checked(data: Collection[Any], numbers: list[int], ranks: Ranks) -> Iterator[tuple[int, Any]]:
+    """Yield this rank's batches of a collection, and check that all ranks have the same collection."""
+    mark, blocks = 0, numbers[-1] + 1
+    for block, batch in zip(numbers, data, strict=True):
+        mark = checksum(batch, mark)
+        if owner_of(block, blocks, ranks.size) == ranks.rank:
+            yield block, batch
+    marks = ranks.exchange((len(numbers), mark), "the end of the data")
+    other = next((rank for rank, found in enumerate(marks) if found != marks[0]), None)
+    if other is not None:
+        raise ValueError(
+            f"data: ranks 0 and {other} do not read the same batches; give every rank the same ones, or a DataLoader, "
+            "whose order rank 0 draws for all"
+        )
+
+
+def checksum(batch: Any, mark: int = 0) -> int:
+    """Return a checksum of the tensors of a batch, which goes on from ``mark``."""
+    if isinstance(batch, torch.Tensor):
+        mark = zlib.crc32(repr((batch.dtype, tuple(batch.shape))).encode(), mark)
+        if not batch.numel():
+            return mark
+        return zlib.crc32(batch.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, mark)
+    parts = (
+        batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
+    )
+    for part in parts:
+        mark = checksum(part, mark)
+    return mark

@@ -1,0 +1,201 @@
+"""What an alignment of checkpoints will cost on a number of ranks: the schedule is played through, without a tensor.
+
+The model has five rates of a device. A rank reads tensors, multiplies them into gains, solves assignments, and exchanges
+permutations with the others; nothing overlaps. Reading and writing are by rank, as from local disks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+import torch
+
+from fastmatch._internal.checks import check_integer
+from fastmatch._internal.ranks import deal
+from fastmatch._internal.states import State
+from fastmatch.matching.levels import levels_of
+from fastmatch.matching.objective import WeightObjective
+from fastmatch.spec import PermutationSpec
+
+__all__ = ["DEVICES", "Device", "DeviceName", "Prediction", "Work", "predict", "work_of"]
+
+DeviceName: TypeAlias = Literal["cpu", "h100"]
+"""The devices whose rates are known."""
+
+PARTS = ("read", "products", "assignment", "exchange", "write")
+
+SOLVER = 3.0
+"""Memory of an assignment, gain included, in float32 gains."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """The rates of one rank.
+
+    Attributes:
+        products: operations per second of float32 matrix products.
+        assignment: entries per second of an assignment problem.
+        read, write: bytes per second from and to the disk.
+        link: bytes per second that a rank takes in from the others.
+        latency: seconds of an exchange.
+    """
+
+    products: float
+    assignment: float
+    read: float
+    write: float
+    link: float
+    latency: float
+
+
+DEVICES: dict[DeviceName, Device] = {
+    "cpu": Device(products=5e10, assignment=4e7, read=1e9, write=5e8, link=1e9, latency=2e-3),
+    "h100": Device(products=1e14, assignment=4e7, read=3e9, write=1e9, link=5e9, latency=2e-3),
+}
+"""Rough estimates, of one core and of one GPU with a share of its host. None of them was measured, and no run has checked
+them. They stand for an H100 that multiplies float32 in three TF32 products, NVMe drives shared by ranks, and assignments
+on a core."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What there is to do.
+
+    Attributes:
+        groups: group -> (units, elements and bytes of its tensors in one model). A group of heads or experts counts the
+            units inside: all pairs of them are compared.
+        coupled: group -> the groups that share a tensor with it.
+        files: bytes of each output file.
+        tensors: bytes of each tensor of one model.
+    """
+
+    groups: Mapping[str, tuple[int, float, float]]
+    coupled: Mapping[str, set[str]]
+    files: Sequence[float]
+    tensors: Sequence[float]
+
+
+@dataclass
+class Prediction:
+    """The predicted cost of a run.
+
+    Attributes:
+        seconds: of the whole run, by part: those of the rank that the others wait for.
+        memory: bytes of the largest gain with its solver, and of the largest tensor of both models.
+        read: bytes that all ranks read together.
+        moved: bytes that a rank takes in from the others.
+        levels: the levels of each sweep.
+    """
+
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+    memory: float = 0.0
+    read: float = 0.0
+    moved: float = 0.0
+    levels: int = 0
+
+    @property
+    def total(self) -> float:
+        """Seconds of the whole run."""
+        return sum(self.seconds.values())
+
+    @property
+    def bound(self) -> str:
+        """The part that takes the most time."""
+        return max(self.seconds, key=self.seconds.__getitem__)
+
+
+def work_of(state: State, spec: PermutationSpec, files: Sequence[float]) -> Work:
+    """Return the work of aligning a checkpoint of these tensors, of which only shapes and types are read."""
+    problem = WeightObjective(state, state, spec, "affine")
+    names = spec.top_level()
+    groups = {}
+    for name in names:
+        members = [spec.groups[member] for member in problem.grouping[name]]
+        parameters = {axis.parameter for group in members for axis in problem.axes(group)}
+        inner = max((group.size for group in members if group.name != name), default=1)
+        tensors = [problem.headers[p] for p in parameters]
+        elements, size = (float(sum(f(t) for t in tensors)) for f in (torch.Tensor.numel, _nbytes))
+        groups[name] = spec.groups[name].size * inner, elements, size
+    sizes = [float(_nbytes(tensor)) for tensor in problem.headers.values()]
+    return Work(groups, {name: problem.coupled(name) for name in names}, files, sizes)
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def predict(work: Work, device: Device, ranks: int, sweeps: int = 2) -> Prediction:
+    """Play the schedule through: hashes, objectives, ``sweeps`` in which every group is solved, and the output.
+
+    The order of groups is that of the work; a run draws others, which have about as many levels.
+
+    Args:
+        work: what there is to do.
+        device: the rates of a rank.
+        ranks: the number of ranks.
+        sweeps: how many times each group is solved, the first match included. It is known only after a run.
+
+    Raises:
+        ValueError: ``ranks`` or ``sweeps`` is not a whole number of at least 1.
+    """
+    check_integer("ranks", ranks, least=1)
+    check_integer("sweeps", sweeps, least=1)
+    found = Prediction()
+    whole = sum(work.tensors)
+    passes = 3  # the hash, the norms, and the objective at the start
+    found.seconds["read"] += passes * 2 * _longest(work.tensors, ranks) / device.read
+    found.read += passes * 2 * whole
+    seconds = {name: _seconds(*numbers, device) for name, numbers in work.groups.items()}
+    levels = levels_of(work.groups, work.coupled.__getitem__, lambda name: sum(seconds[name].values()))
+    found.levels = len(levels)
+    for level in levels:
+        for begin in range(0, len(level), ranks):
+            _add_round(found, level[begin : begin + ranks], seconds, work, device, ranks, sweeps)
+    found.seconds["read"] += _longest(work.files, ranks) / device.read
+    found.seconds["write"] += _longest(work.files, ranks) / device.write
+    found.read += sum(work.files)
+    units = max((n for n, _, _ in work.groups.values()), default=0)
+    found.memory = SOLVER * 4 * units * units + 2 * max(work.tensors, default=0.0)
+    return found
+
+
+# parameters: the prediction that is added to, and those of a run
+def _add_round(
+    found: Prediction,
+    names: Sequence[str],
+    seconds: Mapping[str, Mapping[str, float]],
+    work: Work,
+    device: Device,
+    ranks: int,
+    sweeps: int,
+) -> None:
+    """Add groups that are solved side by side: the ranks wait for the slowest."""
+    slowest = max(names, key=lambda name: sum(seconds[name].values()))
+    for part, value in seconds[slowest].items():
+        found.seconds[part] += sweeps * value
+    found.read += sweeps * sum(4 * work.groups[name][2] for name in names)
+    if ranks > 1:
+        # A permutation and both duals of each group; every rank's message is as long as the longest.
+        size = ranks * max(24.0 * work.groups[name][0] for name in names)
+        found.moved += sweeps * size
+        found.seconds["exchange"] += sweeps * (device.latency * math.log2(ranks) + size / device.link)
+
+
+def _seconds(units: int, elements: float, size: float, device: Device) -> dict[str, float]:
+    """The parts of one solve: both models' tensors are read for the gain, and again to measure the progress."""
+    return {
+        "read": 4 * size / device.read,
+        "products": 2.0 * units * elements / device.products,
+        "assignment": units * units / device.assignment,
+    }
+
+
+def _longest(sizes: Sequence[float], ranks: int) -> float:
+    """The bytes of the rank that has most of them."""
+    loads = [0.0] * ranks
+    for size, owner in zip(sizes, deal(sizes, ranks), strict=True):
+        loads[owner] += size
+    return max(loads)

@@ -1,0 +1,215 @@
+"""Alignments shared by 1, 2, 3 and 4 ranks: the same bits."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+import fastmatch as fm
+from fastmatch._internal.ranks import ALONE, RanksError, current, deal
+from fastmatch.matching.levels import levels_of
+from fastmatch.matching.similarity import Similarity
+from helpers.networks import VGG, ResNet, mlp
+from helpers.ranked import on_ranks
+
+SIZES = (1, 2, 3, 4)
+
+
+def pair(build, seed):
+    torch.manual_seed(seed)
+    first, second = build(), build()
+    second.load_state_dict(
+        {
+            k: v if v.is_floating_point() is False else v + torch.rand_like(v)
+            for k, v in second.state_dict().items()
+        }
+    )
+    return first.eval(), second.eval()
+
+
+def cases():
+    """Name -> the two models, an example, and data of 30 samples."""
+    found = {}
+    for name, build, shape in (("mlp", mlp, (12,)), ("vgg", VGG, (3, 28, 28)), ("resnet", ResNet, (3, 8, 8))):
+        models = pair(build, 3)
+        data = torch.randn(30, *shape, generator=torch.Generator().manual_seed(1))
+        found[name] = (*models, data[:2], data)
+    return found
+
+
+def align_all():
+    """Everything that the ranks align, as tensors and numbers."""
+    found = {}
+    for name, (a, b, x, data) in cases().items():
+        matched = fm.align(a, b, x, fm.WeightMatching(seed=2), verify=False)
+        found[name, "weights"] = described(matched)
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        torch.manual_seed(rank)  # the loaders of the ranks shuffle differently, as they would in a script
+        dataset = TensorDataset(data)
+        shuffled = DataLoader(
+            dataset, batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(rank)
+        )
+        choices: tuple[tuple[str, Similarity, Any], ...] = (
+            ("list", "correlation", list(data.split(4))),
+            ("shuffled", "batch-correlation", shuffled),
+            ("cca", "cca", list(data.split(4))),
+        )
+        for kind, similarity, loader in choices:
+            matcher = fm.ActivationMatching(loader, similarity=similarity)
+            matched = fm.align(a, b, x, matcher, verify=False)
+            found[name, kind] = described(matched)
+        if torch.distributed.is_initialized():
+            sampler = DistributedSampler(dataset, seed=5)
+            sampler.set_epoch(2)
+            matcher = fm.ActivationMatching(DataLoader(dataset, batch_size=4, sampler=sampler))
+            matched = fm.align(a, b, x, matcher, verify=False)
+            found[name, "sampler"] = described(matched)
+        merged = fm.merge([a, matched.apply(b)])
+        found[name, "merged"] = {k: v.clone() for k, v in merged.state_dict().items()}
+    return found
+
+
+def described(alignment):
+    matching = alignment.matching
+    assert all(p.dtype == torch.int64 for p in matching.permutations.values())
+    return {
+        **matching.permutations,
+        "objective": matching.objective,
+        "order": matching.order,
+        "counts": (matching.sweeps, matching.solves, matching.skipped, matching.converged),
+    }
+
+
+def same(one, two):
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        equal = torch.equal(value, two[key]) if isinstance(value, torch.Tensor) else value == two[key]
+        assert equal, f"{key}: {value} and {two[key]}"
+
+
+def repaired(loader):
+    """What renormalization and a curve give on a loader."""
+    a, b, _, _ = cases()["vgg"]
+    merged = fm.renormalize(fm.merge([a, b]), [a, b], loader, "rescale")
+    curve = fm.interpolate(a, b, loader, points=3)
+    return {**merged.state_dict(), "curve": (curve.loss, curve.accuracy)}
+
+
+def work():
+    """All that these tests look at, in one start of the processes."""
+    ranks = current()
+    found = {"aligned": align_all(), "errors": []}
+
+    def fails(call):
+        try:
+            with ranks.together():
+                call()
+        except (RanksError, ValueError, OSError, TypeError) as error:
+            found["errors"].append(f"{type(error).__name__}: {error}")
+        else:
+            found["errors"].append("none")
+
+    def full_disk():
+        if ranks.rank == ranks.size - 1:
+            raise OSError("no space left")
+        ranks.exchange(None, "here")
+
+    a, b, x, data = cases()["mlp"]
+    dataset = TensorDataset(cases()["vgg"][3], torch.arange(30) % 5)
+    sampler = DistributedSampler(dataset, shuffle=False)
+    found["after data"] = repaired(DataLoader(dataset, batch_size=4, sampler=sampler))
+    fails(full_disk)
+    fails(lambda: ranks.exchange(None, "here" if ranks.rank == 0 else "there"))
+    fails(lambda: fm.align(a, b, x, fm.WeightMatching(seed=ranks.rank), verify=False))
+    batches = [data[ranks.rank :]]
+    fails(lambda: fm.align(a, b, x, fm.ActivationMatching(batches), verify=False))
+    fails(lambda: fm.align(a, b, x, fm.ActivationMatching(iter(batches)), verify=False))
+    other = copy.deepcopy(b)
+    with torch.no_grad():
+        next(other.parameters())[0] += ranks.rank
+    fails(lambda: fm.align(a, other, x, verify=False))
+    parts = dict(b.state_dict())
+    parts["0.weight"] = distribute_tensor(
+        parts["0.weight"], init_device_mesh("cpu", (ranks.size,)), [Shard(0)]
+    )
+    spec = fm.PermutationSpec.trace(a, x)
+    fails(lambda: fm.align(a.state_dict(), parts, spec=spec))
+    with fm.alone():
+        assert current() is ALONE
+        found["alone"] = described(fm.align(a, b, x, fm.WeightMatching(seed=2), verify=False))
+    found["after"] = ranks.exchange(ranks.rank, "after errors")
+    return found
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return on_ranks(tmp_path_factory.mktemp("ranks"), SIZES, [work])[0]
+
+
+def test_alignments_and_merges_have_the_same_bits_on_every_number_of_ranks(results):
+    expected = results[1][0]["aligned"]
+    for size in SIZES:
+        for value in results[size]:
+            assert value["aligned"].keys() == expected.keys()
+            for key, one in expected.items():
+                same(one, value["aligned"][key])
+
+
+def test_ranks_find_by_weights_what_one_process_finds_without_a_process_group(results):
+    expected = align_all()
+    for name in ("mlp", "vgg", "resnet"):
+        same(expected[name, "weights"], results[4][3]["aligned"][name, "weights"])
+    same(expected["mlp", "weights"], results[3][1]["alone"])
+
+
+def test_a_distributed_sampler_gives_every_rank_the_results_on_all_samples(results):
+    dataset = TensorDataset(cases()["vgg"][3], torch.arange(30) % 5)
+    expected = repaired(DataLoader(dataset, batch_size=4))
+    for values in results.values():
+        for value in values:
+            same(expected, value["after data"])
+
+
+def test_an_error_on_one_rank_ends_the_others_with_rank_and_cause(results):
+    for size in (2, 3, 4):
+        last = size - 1
+        assert results[size][last]["errors"][0] == "OSError: no space left"
+        for value in results[size][:last]:
+            assert value["errors"][0] == f"RanksError: rank {last} failed: OSError: no space left"
+        for value in results[size]:
+            assert "all ranks must make the same calls" in value["errors"][1]
+            assert value["after"] == list(range(size))  # the ranks are in step again
+
+
+def test_ranks_that_are_given_different_things_are_told(results):
+    for size in (2, 3, 4):
+        for value in results[size]:
+            _, _, seeds, batches, iterators, models, parts = value["errors"]
+            assert "matcher" in seeds
+            assert "do not read the same batches" in batches
+            assert "whose number is known" in iterators
+            assert "model_b" in models
+            assert "'0.weight'" in models
+            assert "TypeError: model_b: tensor '0.weight' is a DTensor" in parts
+
+
+def test_levels_keep_the_order_of_groups_that_share_a_tensor():
+    edges = {"a": "bc", "b": "a", "c": "ad", "d": "c", "e": ""}
+    levels = levels_of("badce", edges.__getitem__, {"a": 1, "b": 2, "c": 3, "d": 4, "e": 9}.__getitem__)
+    assert levels == [["e", "d", "b"], ["a"], ["c"]]
+
+
+def test_the_largest_tasks_are_dealt_first():
+    assert deal([1.0, 5.0, 2.0, 2.0], 2) == [1, 0, 1, 1]
+    assert deal([], 3) == []
+
+
+def test_one_process_is_alone_and_calls_what_it_shares_itself():
+    assert current() is ALONE
+    assert ALONE.share([lambda: 1, lambda: 2], [0, 0], "") == [1, 2]
