@@ -90,7 +90,7 @@ class BoundedGain:
         self.known = np.zeros(0, np.int64)  # sorted; row * n + column
         self.values = np.zeros(0)
         self.is_whole = False
-        self._completed = torch.zeros(len(bound), dtype=torch.bool, device="cpu")
+        self._completed = torch.zeros(2, len(bound), dtype=torch.bool, device="cpu")
         self._outer = torch.zeros(2, len(bound), device="cpu")
         self._bound_rest()
 
@@ -119,7 +119,6 @@ class BoundedGain:
         sums and of the bounds themselves.
         """
         outer = (self.rest.clamp(min=0) + self._rounding() * self.total).sqrt().float()
-        outer[0, self._completed] = 0.0
         self.bound.addr_(self._outer[0], self._outer[1], alpha=-1).addr_(*outer)
         self._outer = outer
         self._write(self.known, self.values)
@@ -156,23 +155,26 @@ class BoundedGain:
         places = np.arange(len(cols)) * self.shape[1] + cols
         return self.values[np.searchsorted(self.known, places)]
 
-    def complete(self, rows: np.ndarray) -> None:
-        """Multiply all features of some rows."""
-        picked = torch.from_numpy(rows)
-        picked = picked[~self._completed[picked]]
-        if not len(picked):
-            return
-        part = torch.zeros(len(picked), self.shape[1], device="cpu")
-        for a, b in self.factors:
-            part.addmm_(a[picked], b.T)
-        sizes = self.total.sqrt()
-        self.bound[picked] = part + (self._rounding() * sizes[0, picked] * sizes[1].max()).float()[:, None]
-        self._completed[picked], self._outer[0, picked] = True, 0.0
+    def complete(self, rows: np.ndarray, cols: np.ndarray) -> None:
+        """Multiply all features of some rows and of some columns."""
+        for side, units in enumerate((rows, cols)):
+            picked = torch.from_numpy(units)
+            picked = picked[~self._completed[side, picked]]
+            if not len(picked):
+                continue
+            part = torch.zeros(len(picked), self.shape[1], device="cpu")
+            for pair in self.factors:
+                part.addmm_(pair[side][picked], pair[1 - side].T)
+            sizes = self.total.sqrt()
+            part += (self._rounding() * sizes[side, picked] * sizes[1 - side].max()).float()[:, None]
+            (self.bound if side == 0 else self.bound.T)[picked] = part
+            self._completed[side, picked] = True
         self._write(self.known, self.values)
 
     def grow(self, share: float) -> None:
-        """Multiply longer prefixes for all rows. Rows that are complete stay so."""
-        kept = self.bound[self._completed]
+        """Multiply longer prefixes. Rows and columns that are complete stay so."""
+        rows, cols = self._completed
+        kept = self.bound[rows], self.bound[:, cols]
         for k, (a, b) in enumerate(self.factors):
             lo, hi = self.prefixes[k], math.ceil(share * self.features[k])
             if hi > lo:
@@ -181,8 +183,9 @@ class BoundedGain:
                 for rest, x in zip(self.rest, (a, b), strict=True):
                     rest -= squared_norms(x)
                 self.prefixes[k] = hi
-        self.bound[self._completed] = kept
         self._bound_rest()
+        self.bound[rows], self.bound[:, cols] = kept
+        self._write(self.known, self.values)
 
     def full(self) -> torch.Tensor:
         """Return the whole gain; it takes the place of its bounds."""
@@ -244,11 +247,12 @@ class BoundedGain:
         return error
 
 
-def multiply(factors: Factors) -> BoundedGain | torch.Tensor:
+def multiply(factors: Factors, largest_share: float = LARGEST_SHARE) -> BoundedGain | torch.Tensor:
     """Return a gain with bounds if these are expected to pay, else the whole gain.
 
     Args:
         factors: see :data:`Factors`.
+        largest_share: the share of the features up to which bounds pay.
 
     Cost: one read of the factors, and the products. If the whole gain is returned, the prediction has cost the products of
     48 rows with 128 features.
@@ -261,7 +265,7 @@ def multiply(factors: Factors) -> BoundedGain | torch.Tensor:
             squares = torch.zeros(2, 2, len(a), dtype=torch.float64, device="cpu")
         at_least = forecast.add(a, b)
         if at_least:
-            share = forecast.share()
+            share = forecast.share(largest_share)
         features.append(a.shape[1])
         prefixes.append(max(at_least, math.ceil(share * a.shape[1])))
         rest = slice(prefixes[-1], None)
@@ -302,7 +306,7 @@ def solve_bounded(
                 break
             gain.grow(share)
         elif turn > 1:
-            gain.complete(rows)
+            gain.complete(rows, found.col_ind[rows])
         gain.learn(rows, found.col_ind[rows])
     found = solve(gain.full(), warm_start=found)
     found.stats["share"] = 1.0
@@ -339,8 +343,8 @@ class _Forecast:
             self.features += count
         return count
 
-    def share(self) -> float:
-        """Return the share, 1 if bounds would not pay or too few features have been seen."""
+    def share(self, largest: float) -> float:
+        """Return the share, 1 if it is above ``largest`` or too few features have been seen."""
         if self.features < JUDGED or self.products.shape[1] < 2:
             return 1.0
         sizes = (self.squares[0][:, None] * self.squares[1]).sqrt()
@@ -350,7 +354,7 @@ class _Forecast:
         share = (
             MARGIN * float(needed[self.squares[0] > 0].quantile(QUANTILE)) if self.squares[0].any() else 1.0
         )
-        return max(share, 1e-9) if share <= LARGEST_SHARE else 1.0  # NaN: 1
+        return max(share, 1e-9) if share <= largest else 1.0  # NaN: 1
 
 
 def squared_norms(x: torch.Tensor) -> torch.Tensor:

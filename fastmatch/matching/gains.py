@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fastmatch._internal.states import State, headers_of
-from fastmatch.assignment.bounded_gain import BoundedGain, multiply
+from fastmatch.assignment.bounded_gain import LARGEST_SHARE, BoundedGain, multiply
 from fastmatch.matching.device_gain import FactorViews, factor_views
 from fastmatch.permutations.apply import dimension_indices, permute_tensor
 from fastmatch.spec import Axis, Group, Permutations, PermutationSpec
@@ -36,6 +36,9 @@ CHUNK = 1 << 23
 
 BOUNDED_UNITS, BOUNDED_PRODUCTS = 512, 1 << 30
 """Units and products from which bounds are tried: below that, a proof takes as long as the gain."""
+
+PAYING_SHARE = 0.25
+"""Predicted share of the products up to which bounds are used in memory, where a whole gain would serve later solves too."""
 
 HELD = 1 << 29
 """Bytes of factors in the order of B's other axes up to which they are held while a gain with bounds is solved."""
@@ -162,7 +165,7 @@ class Gains:
         factors: Iterable[tuple[torch.Tensor, torch.Tensor]] = _Factors(self, group, axes, permutations)
         if not self.on_disk and 8 * self._elements(axes) <= HELD:
             factors = list(factors)
-        gain = multiply(factors)
+        gain = multiply(factors, LARGEST_SHARE if self.on_disk else PAYING_SHARE)
         if isinstance(gain, torch.Tensor):
             self._keep(group.name, gain, self._orders(axes, permutations))
         return gain

@@ -105,10 +105,11 @@ def test_bounds_hold_after_every_step_and_what_is_known_is_exact(small):
     assert gain.matched(np.roll(rows, 3)) == pytest.approx(table[rows, np.roll(rows, 3)], rel=1e-12)
     assert len(gain.unknown(np.roll(rows, 3))) == 0
     assert gain.unknown(rows).tolist() == rows.tolist()
-    gain.complete(np.array([5, 9]))
+    gain.complete(np.array([5, 9]), np.array([2]))
     check()
     slack = gain.bound.double().numpy() - table
     assert slack[[5, 9]].max() < 1e-2 * slack[6].max()
+    assert slack[:, 2].max() < 1e-2 * slack[6].max()
     gain.grow(2 * gain.share)
     check()
     assert float((gain.bound.double() - torch.from_numpy(table)).mean()) < 0.8 * loose
@@ -133,12 +134,12 @@ def test_the_work_falls_with_the_similarity_and_nothing_is_tried_without_it(smal
 
 def test_rows_without_a_copy_are_completed(small, monkeypatch):
     g = torch.Generator().manual_seed(fresh_seed())
-    a, b = pair("0.999", 100, 400, g)
-    b[:5] = torch.randn(5, 400, generator=g)
+    a, b = pair("0.999", 200, 1000, g)
+    b[:8] = torch.randn(8, 1000, generator=g)
     completed = []
     complete = BoundedGain.complete
     monkeypatch.setattr(
-        BoundedGain, "complete", lambda self, rows: completed.append(len(rows)) or complete(self, rows)
+        BoundedGain, "complete", lambda self, *units: completed.append(units) or complete(self, *units)
     )
     gain = multiply([(a, b)])
     assert isinstance(gain, BoundedGain)

@@ -116,6 +116,7 @@ def bounds(monkeypatch):
     """Bounds for every group, however small; the list of gains that had them."""
     monkeypatch.setattr(gains_module, "BOUNDED_UNITS", 2)
     monkeypatch.setattr(gains_module, "BOUNDED_PRODUCTS", 0)
+    monkeypatch.setattr(gains_module, "PAYING_SHARE", 0.6)
     monkeypatch.setattr(bounded_gain, "JUDGED", 8)
     used: list[BoundedGain] = []
     init = BoundedGain.__init__
