@@ -20,6 +20,9 @@ from fastmatch_kernels.lap.state import BIDS, HUGE, POPS, READS, SEARCHES, VECTO
 
 __all__ = ["DenseShortlists"]
 
+HASHED = 1 << 15
+"""Entries whose hashes are computed at a time: they stay in a core's cache."""
+
 PROBED = (8, 64, 512)
 """Entries by which lines are compared before all of them."""
 
@@ -509,15 +512,35 @@ def find_copies(
     lines, entries = matrix.shape[::-1] if columns else matrix.shape
     for count in (*PROBED, entries):
         few = np.unique(np.linspace(0, entries - 1, count).astype(np.int64))
-        sample = np.ascontiguousarray(matrix[few].T if columns else matrix[:, few])
-        keys = sample.view(np.dtype((np.void, sample.itemsize * sample.shape[1]))).ravel()
+        whole = len(few) == entries
+        sample = matrix if whole else matrix[few] if columns else matrix[:, few]
+        keys = _hashes(np.ascontiguousarray(sample), columns=columns)
         _, first, group, room = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
         if len(first) > below * lines:
             return None
         equal = columns_equal if columns else rows_equal
         if equal(matrix.reshape(-1), matrix.shape[1], first[group].astype(np.int64)):
             return first, group, room
+        if whole:  # two kinds with one hash
+            return None
     return None
+
+
+def _hashes(matrix: np.ndarray, *, columns: bool) -> np.ndarray:
+    """Return a number per column (or row), the same for lines with the same bits, and nearly always only for them."""
+    bits = matrix.view(f"u{matrix.itemsize}")
+    axis = 0 if columns else 1
+    odd = np.random.default_rng(0).integers(2**63, size=bits.shape[axis], dtype=np.uint64) * 2 + 1
+    total = np.zeros(bits.shape[1 - axis], np.uint64)
+    step = max(1, HASHED // max(1, bits.shape[1]))
+    for lo in range(0, len(bits), step):
+        part = bits[lo : lo + step].astype(np.uint64, copy=False)
+        part = part ^ (part >> np.uint64(29))  # small whole numbers differ in their high bits only
+        if columns:
+            total += (part * odd[lo : lo + step, None]).sum(0, dtype=np.uint64)
+        else:
+            total[lo : lo + step] = (part * odd).sum(1, dtype=np.uint64)
+    return total
 
 
 def compile_kernels(dtype: np.dtype) -> None:
