@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -56,34 +57,51 @@ def write_like(
     """
     is_folder = source.path.is_dir()
     claim = nullcontext(out) if isinstance(out, Claim) else claimed(out, force=force, folder=is_folder)
+    made = _Made(transform, dtype, metadata)
     with claim as held:
         if source.parts:
-            _write_pipeline(source, held, transform, dtype, metadata, ranks)
+            _write_pipeline(source, held, made, ranks)
         elif is_folder:
-            _write_folder(source, held.part, held.path, transform, dtype, metadata, ranks)
+            _write_folder(source, held.part, held.path, made, ranks)
         elif ranks.rank > 0:
             return
         elif held.path.suffix in TORCH_SUFFIXES:
-            _save_torch(source, list(source), held.part, held.path, transform, dtype)
+            _save_torch(source, list(source), held.part, held.path, made)
         else:
-            _write_file(source, source.path, held.part, held.path, transform, dtype, metadata)
+            _write_file(source, source.path, held.part, held.path, made)
         if ranks.rank == 0:
             held.publish()
 
 
-def _write_pipeline(
-    source: Checkpoint,
-    claim: Claim,
-    transform: Callable[[str], torch.Tensor],
-    dtype: torch.dtype | None,
-    metadata: Mapping[str, str] | None,
-    ranks: Ranks,
-) -> None:
+@dataclass(frozen=True)
+class _Made:
+    """What is written in the place of the source's tensors; the attributes are arguments of :func:`write_like`."""
+
+    transform: Callable[[str], torch.Tensor]
+    dtype: torch.dtype | None
+    metadata: Mapping[str, str] | None
+
+    def under(self, folder: str) -> _Made:
+        """Return the same for a sub-folder, whose names are without the folder's."""
+        return replace(self, transform=lambda name: self.transform(f"{folder}.{name}"))
+
+    def dtype_of(self, tensor: torch.Tensor) -> torch.dtype:
+        """Return the type in which a tensor is written."""
+        return self.dtype if self.dtype is not None and tensor.is_floating_point() else tensor.dtype
+
+    def tensor(self, name: str, final: Path) -> torch.Tensor:
+        """Return a tensor as it is written to ``final``; another type, or a merge, may overflow."""
+        tensor = self.transform(name)
+        tensor = tensor.to(self.dtype_of(tensor))
+        check_finite({name: tensor}, f"{final} is not written: the result")
+        return tensor
+
+
+def _write_pipeline(source: Checkpoint, claim: Claim, made: _Made, ranks: Ranks) -> None:
     if ranks.rank == 0:
         _begin_pipeline(source, claim)
     for name, part in source.parts.items():
-        made = _under(name, transform)
-        _write_folder(part, claim.part / name, claim.path / name, made, dtype, metadata, ranks)
+        _write_folder(part, claim.part / name, claim.path / name, made.under(name), ranks)
 
 
 def _begin_pipeline(source: Checkpoint, claim: Claim) -> None:
@@ -96,38 +114,25 @@ def _begin_pipeline(source: Checkpoint, claim: Claim) -> None:
             shutil.copytree(folder, claim.part / folder.name, ignore=shutil.ignore_patterns(".*"))
 
 
-def _under(folder: str, transform: Callable[[str], torch.Tensor]) -> Callable[[str], torch.Tensor]:
-    """Return what makes the tensors of a sub-folder, by their names in it."""
-    return lambda name: transform(f"{folder}.{name}")
-
-
-# parameters: where to write, and what errors call it
-def _write_folder(
-    source: Checkpoint,
-    folder: Path,
-    final: Path,
-    transform: Callable[[str], torch.Tensor],
-    dtype: torch.dtype | None,
-    metadata: Mapping[str, str] | None,
-    ranks: Ranks,
-) -> None:
+def _write_folder(source: Checkpoint, folder: Path, final: Path, made: _Made, ranks: Ranks) -> None:
+    """Write a folder to ``folder``, which errors call ``final``."""
     if ranks.rank == 0:
-        _begin_folder(source, folder, final, dtype)
+        _begin_folder(source, folder, final, made.dtype)
     ranks.exchange(None, "the folder of the output")
     sizes = [sum(source.headers[name].nbytes for name in source.names_in(file)) for file in source.files]
     for file, owner in zip(source.files, deal(sizes, ranks.size), strict=True):
         if owner == ranks.rank:
-            _write_file(source, file, folder / file.name, final / file.name, transform, dtype, metadata)
+            _write_file(source, file, folder / file.name, final / file.name, made)
     ranks.exchange(None, "the files of the output")
     if ranks.rank == 0 and source.index is not None:
         index = read_json(source.index)
         own = [source.headers[name] for file in source.files for name in source.names_in(file)]
-        total = sum(t.numel() * _target(t, dtype).itemsize for t in own)
+        total = sum(t.numel() * made.dtype_of(t).itemsize for t in own)
         known = index.get("metadata")
         index["metadata"] = {**(known if isinstance(known, dict) else {}), "total_size": total}
         (folder / source.index.name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for name, part in source.modules.items():
-        _write_folder(part, folder / name, final / name, _under(name, transform), dtype, metadata, ranks)
+        _write_folder(part, folder / name, final / name, made.under(name), ranks)
 
 
 def _begin_folder(source: Checkpoint, folder: Path, final: Path, dtype: torch.dtype | None) -> None:
@@ -141,20 +146,6 @@ def _begin_folder(source: Checkpoint, folder: Path, final: Path, dtype: torch.dt
         _set_dtype(folder / CONFIG, dtype)
 
 
-def _target(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-
-
-def _made(
-    name: str, transform: Callable[[str], torch.Tensor], dtype: torch.dtype | None, final: Path
-) -> torch.Tensor:
-    """Return a tensor as it is written; another type, or a merge, may overflow."""
-    tensor = transform(name)
-    tensor = tensor.to(_target(tensor, dtype))
-    check_finite({name: tensor}, f"{final} is not written: the result")
-    return tensor
-
-
 def _set_dtype(path: Path, dtype: torch.dtype) -> None:
     config = read_json(path)
     name = str(dtype).removeprefix("torch.")
@@ -162,41 +153,25 @@ def _set_dtype(path: Path, dtype: torch.dtype) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_file(
-    source: Checkpoint,
-    file: Path,
-    path: Path,
-    final: Path,
-    transform: Callable[[str], torch.Tensor],
-    dtype: torch.dtype | None,
-    metadata: Mapping[str, str] | None,
-) -> None:
+def _write_file(source: Checkpoint, file: Path, path: Path, final: Path, made: _Made) -> None:
+    """Write the tensors of one of the source's files to ``path``, which errors call ``final``."""
+    names = source.names_in(file)
     if file.suffix in TORCH_SUFFIXES and final.suffix in TORCH_SUFFIXES:
-        _save_torch(source, source.names_in(file), path, final, transform, dtype)
+        _save_torch(source, names, path, final, made)
         return
-    made = {
-        name: source.headers[name].to(_target(source.headers[name], dtype)) for name in source.names_in(file)
-    }
+    headers = {name: source.headers[name].to(made.dtype_of(source.headers[name])) for name in names}
     # Large elements first, as the library orders them: it reads no tensor that is not aligned in the file.
-    headers = dict(sorted(made.items(), key=lambda item: -item[1].itemsize))
-    kept = source.metadata.get(file, {}) if metadata is None else metadata
-    write_safetensors(path, final, headers, lambda name: _made(name, transform, dtype, final), kept)
+    headers = dict(sorted(headers.items(), key=lambda item: -item[1].itemsize))
+    kept = source.metadata.get(file, {}) if made.metadata is None else made.metadata
+    write_safetensors(path, final, headers, lambda name: made.tensor(name, final), kept)
 
 
-# parameters: where to write, and what errors call it
-def _save_torch(
-    source: Checkpoint,
-    names: list[str],
-    path: Path,
-    final: Path,
-    transform: Callable[[str], torch.Tensor],
-    dtype: torch.dtype | None,
-) -> None:
+def _save_torch(source: Checkpoint, names: list[str], path: Path, final: Path, made: _Made) -> None:
     """Write a torch file. Names that share a tensor in the source share one here, if both are equal still."""
-    made: dict[str, torch.Tensor] = {}
+    state: dict[str, torch.Tensor] = {}
     first: dict[object, str] = {}
     for name in names:
-        tensor = _made(name, transform, dtype, final)
-        twin = made.get(first.setdefault(source.place_of(name), name))
-        made[name] = twin if twin is not None and torch.equal(twin, tensor) else tensor
-    save_torch(made, path, final)
+        tensor = made.tensor(name, final)
+        twin = state.get(first.setdefault(source.place_of(name), name))
+        state[name] = twin if twin is not None and torch.equal(twin, tensor) else tensor
+    save_torch(state, path, final)

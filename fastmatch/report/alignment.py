@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastmatch._internal.batches import Forward, check_data, check_module, default_forward
+from fastmatch._internal.batches import Forward, check_data, check_module
 from fastmatch._internal.checks import check_integer
 from fastmatch._internal.states import State, check_same_architecture, state_of
 from fastmatch._internal.stopwatch import Stopwatch
@@ -40,14 +40,14 @@ def alignment_report(
     alignment: Alignment,
     model_a: nn.Module | State,
     model_b: nn.Module | State,
-    data: Iterable[Any] | None = None,
+    data: Iterable[Any] | None,
     *,
-    names: Sequence[str] = ("A", "B"),
-    points: int = 7,
-    loss: Callable[[Any, Any], torch.Tensor] | None = None,
-    forward: Forward = default_forward,
+    names: Sequence[str],
+    points: int,
+    loss: Callable[[Any, Any], torch.Tensor] | None,
+    forward: Forward,
 ) -> Report:
-    """Return the report of an alignment; see :meth:`fastmatch.Alignment.report`."""
+    """Return the report of an alignment; see :meth:`fastmatch.Alignment.report`, which has the defaults."""
     check_integer("points", points, least=3)
     if len(names) != 2:
         raise ValueError(f"names: expected two, of A and of B; got {len(names)}")
