@@ -209,7 +209,7 @@ def paths(c, m, sign, v, row_of, col_of, order, at, limit, counts):  # pragma: n
     """Augment from the rows ``order[at:]`` until ``limit`` rows are scanned; return where to go on, -1 - i without a path."""
     search = new_search(m, v, row_of)
     end = counts[POPS] + counts[SEARCHES] + limit
-    tied = False
+    tied = at < 0  # numba would compile all callees once more for the literal False
     while at < order.shape[0] and counts[POPS] + counts[SEARCHES] < end:
         found, tied = path(c, 0, m, sign, v, row_of, col_of, order[at], search, tied, counts)
         if not found:
