@@ -20,10 +20,7 @@ from fastmatch_kernels.lap.state import BIDS, HUGE, POPS, READS, SEARCHES, VECTO
 
 __all__ = ["DenseShortlists"]
 
-HASHED = 1 << 15
-"""Entries whose hashes are computed at a time: they stay in a core's cache."""
-
-PROBED = (8, 64, 512)
+PROBED = (8, 64)
 """Entries by which lines are compared before all of them."""
 
 FEW_PATHS = 16
@@ -528,18 +525,14 @@ def find_copies(
 
 def _hashes(matrix: np.ndarray, *, columns: bool) -> np.ndarray:
     """Return a number per column (or row), the same for lines with the same bits, and nearly always only for them."""
-    bits = matrix.view(f"u{matrix.itemsize}")
-    axis = 0 if columns else 1
-    odd = np.random.default_rng(0).integers(2**63, size=bits.shape[axis], dtype=np.uint64) * 2 + 1
-    total = np.zeros(bits.shape[1 - axis], np.uint64)
-    step = max(1, HASHED // max(1, bits.shape[1]))
-    for lo in range(0, len(bits), step):
-        part = bits[lo : lo + step].astype(np.uint64, copy=False)
-        part = part ^ (part >> np.uint64(29))  # small whole numbers differ in their high bits only
-        if columns:
-            total += (part * odd[lo : lo + step, None]).sum(0, dtype=np.uint64)
-        else:
-            total[lo : lo + step] = (part * odd).sum(1, dtype=np.uint64)
+    from fastmatch_kernels.lap.copies import hash_columns, hash_rows
+
+    n, m = matrix.shape
+    lines, entries = (m, n) if columns else (n, m)
+    odd = np.random.default_rng(0).integers(2**63, size=entries, dtype=np.uint64) * 2 + 1
+    total = np.zeros(lines, np.uint64)
+    bits = matrix.view(f"u{matrix.itemsize}").reshape(-1)
+    (hash_columns if columns else hash_rows)(bits, m, odd, total)
     return total
 
 

@@ -26,7 +26,31 @@ from fastmatch_kernels._numba.simd import (
 from fastmatch_kernels.lap.paths import row_vector
 from fastmatch_kernels.lap.state import POPS, SEARCHES
 
-__all__ = ["columns_equal", "fill_columns", "rows_equal"]
+__all__ = ["columns_equal", "fill_columns", "hash_columns", "hash_rows", "rows_equal"]
+
+HIGH_BITS = np.uint64(29)
+"""Shift that brings high bits down: small whole numbers, as floats, differ in these only."""
+
+
+@njit(nogil=True, cache=True)
+def hash_columns(bits, m, odd, total):  # pragma: no cover - compiled
+    """Add to ``total`` a number per column of a flat matrix of m columns, from its unsigned bits and a number per row."""
+    for i in range(odd.shape[0]):
+        at, factor = i * m, odd[i]
+        for j in range(m):
+            x = np.uint64(bits[at + j])
+            total[j] += (x ^ (x >> HIGH_BITS)) * factor
+
+
+@njit(nogil=True, cache=True)
+def hash_rows(bits, m, odd, total):  # pragma: no cover - compiled
+    """Add to ``total`` a number per row of a flat matrix of m columns, from its unsigned bits and a number per column."""
+    for i in range(total.shape[0]):
+        at, found = i * m, total[i]
+        for j in range(m):
+            x = np.uint64(bits[at + j])
+            found += (x ^ (x >> HIGH_BITS)) * odd[j]
+        total[i] = found
 
 
 @njit(nogil=True, cache=True)

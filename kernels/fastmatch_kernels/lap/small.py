@@ -50,7 +50,7 @@ from fastmatch_kernels.lap.state import (
     SmallSchedule,
 )
 
-__all__ = ["bid_rows", "crowded_duals", "largest", "solve_matrix", "solve_one", "solve_stack"]
+__all__ = ["bid_rows", "crowded_duals", "forbid_huge", "largest", "solve_matrix", "solve_one", "solve_stack"]
 
 LARGE_DUALS = 2.0**26
 """Largest dual, in typical costs, beyond which small costs may have been lost in its rounding."""
@@ -66,12 +66,13 @@ SCHEDULE = tuple(SmallSchedule())
 
 
 @njit(nogil=True, cache=True, inner=True)
-def _bid(c, start, sign, m, v, row_of, col_of, stack, top, eps, limit, counts):  # pragma: no cover - compiled
+def _bid(c, start, sign, m, v, row_of, col_of, stack, top, eps, most, limit, counts):  # pragma: no cover - compiled
     """Let the rows on ``stack[:top]`` bid until the stack is empty or ``limit`` bids are spent; return what is left.
 
     A row takes its best column and lowers its dual until the column is ``eps`` worse than the row's second best. With
-    eps = 0 this is augmenting row reduction: a row whose two best tie is left free. Two rows bid at once; the second
-    one's bid is postponed if the first has changed a dual that it depends on.
+    eps = 0 this is augmenting row reduction: a row whose two best tie is left free. No dual falls by more than ``most``
+    and eps: the pair stays its row's best. Two rows bid at once; the second one's bid is postponed if the first has changed
+    a dual that it depends on.
     """
     bids = 0
     while top > 0 and bids < limit:
@@ -94,7 +95,7 @@ def _bid(c, start, sign, m, v, row_of, col_of, stack, top, eps, limit, counts): 
                 j = tied
             old = row_of[j]
             if second < np.inf and (old < 0 or eps > 0.0 or second > first):
-                v[j] -= (second - first) + eps
+                v[j] -= min(second - first, most) + eps
                 row_of[j] = i
                 col_of[i] = j
                 if old >= 0:
@@ -114,7 +115,7 @@ def _bid(c, start, sign, m, v, row_of, col_of, stack, top, eps, limit, counts): 
 def bid_rows(c, sign, m, v, row_of, col_of, stack, top, eps, limit, counts):  # pragma: no cover - compiled
     """Let rows bid as in :func:`_bid`, for the solver of larger matrices where candidate lists do not pay."""
     before = counts[BIDS]
-    top = _bid(c, 0, sign, m, v, row_of, col_of, stack, top, eps, limit, counts)
+    top = _bid(c, 0, sign, m, v, row_of, col_of, stack, top, eps, np.inf, limit, counts)
     counts[READS] += counts[BIDS] - before
     return top
 
@@ -170,9 +171,21 @@ def largest(c, begin, end, sign):  # pragma: no cover - compiled
     return rest if right else -1.0
 
 
+@njit(nogil=True, cache=True)
+def forbid_huge(c, sign, small, huge, kept):  # pragma: no cover - compiled
+    """Write ``c`` with entries above ``huge`` forbidden; return whether the size of each other one is at most ``small``."""
+    between = False
+    for k in range(c.shape[0]):
+        x = sign * np.float64(c[k])
+        above = x > huge
+        kept[k] = sign * np.inf if above else c[k]
+        between |= not above and not abs(x) <= small
+    return not between
+
+
 @njit(nogil=True, cache=True, inner=True)
 def _phase(
-    c, start, sign, m, v, row_of, col_of, stack, top, eps, rounds, war_above, few, counts
+    c, start, sign, m, v, row_of, col_of, stack, top, eps, most, rounds, war_above, few, counts
 ):  # pragma: no cover
     """Run a phase of the auction; return whether it was a price war.
 
@@ -183,16 +196,16 @@ def _phase(
         if top == 0:
             return False
         before = top
-        top = _bid(c, start, sign, m, v, row_of, col_of, stack, top, eps, n, counts)
+        top = _bid(c, start, sign, m, v, row_of, col_of, stack, top, eps, most, n, counts)
         if top > war_above * before and top > few * n:
             return True
     return top > 0
 
 
 @njit(nogil=True, cache=True, inner=True)
-def _reduce(c, start, sign, m, v, row_of, col_of, stack, top, extra, counts):  # pragma: no cover - compiled
+def _reduce(c, start, sign, m, v, row_of, col_of, stack, top, most, extra, counts):  # pragma: no cover - compiled
     """Run a round of augmenting row reduction; return how many rows are free, on ``stack``."""
-    _bid(c, start, sign, m, v, row_of, col_of, stack, top, 0.0, top + extra, counts)
+    _bid(c, start, sign, m, v, row_of, col_of, stack, top, 0.0, most, top + extra, counts)
     return _free_rows(col_of, stack)
 
 
@@ -204,9 +217,23 @@ def _copy(v, row_of, col_of, from_v, from_row_of, from_col_of):  # pragma: no co
     copy_to(col_of, from_col_of)
 
 
+@njit(nogil=True, cache=True, inner=True)
+def _largest_fall(least, gap):  # pragma: no cover - compiled
+    """Return how far a bid may lower a dual: more than good assignments need, and less than a sentinel for "never".
+
+    A dual as large as such an entry would hide small costs in its rounding, and the problem would be solved again.
+    """
+    n = least.shape[0]
+    low, high = np.inf, -np.inf
+    for x in least:
+        low, high = min(low, x), max(high, x)
+    most = 4.0 * n * ((high - low) + gap)
+    return most if most > 0.0 else np.inf
+
+
 @njit(nogil=True, cache=True, inner=True, inline="always")
 def _bids(
-    c, start, sign, m, v, row_of, col_of, gaps, stack, top, schedule, counts
+    c, start, sign, m, v, least, row_of, col_of, gaps, stack, top, schedule, counts
 ):  # pragma: no cover - compiled
     """Match free rows by row reduction and a short auction; return how many are left, on ``stack``, and whether it paid.
 
@@ -218,11 +245,13 @@ def _bids(
     ) = schedule[:12]  # fmt: skip
     n = col_of.shape[0]
     extra = int(extra_steps * n)
+    gap = typical_gap(gaps)
+    most = _largest_fall(least, gap)
     for turn in range(reductions):
         if n >= reduce_from and (turn == 0 or top <= auction_above * n):
-            top = _reduce(c, start, sign, m, v, row_of, col_of, stack, top, extra, counts)
+            top = _reduce(c, start, sign, m, v, row_of, col_of, stack, top, most, extra, counts)
     calm = top <= auction_above * n
-    eps = first_eps * typical_gap(gaps) if n == m and n >= auction_from and not calm else 0.0
+    eps = first_eps * gap if n == m and n >= auction_from and not calm else 0.0
     if 0.0 < eps < np.inf:
         v_before, row_before, col_before = np.empty(v.shape[0]), np.empty(m, np.int64), np.empty(n, np.int64)
         _copy(v_before, row_before, col_before, v, row_of, col_of)
@@ -230,13 +259,13 @@ def _bids(
         calm = True
         for phase in range(phases):
             war = _phase(
-                c, start, sign, m, v, row_of, col_of, stack, top, eps, bids, war_above, war_few, counts
+                c, start, sign, m, v, row_of, col_of, stack, top, eps, most, bids, war_above, war_few, counts
             )
             row_of[:] = -1
             col_of[:] = -1
             top = _free_rows(col_of, stack)
             for _ in range(2):
-                top = _reduce(c, start, sign, m, v, row_of, col_of, stack, top, extra, counts)
+                top = _reduce(c, start, sign, m, v, row_of, col_of, stack, top, most, extra, counts)
             if top >= before and (war or phase == 0 or phase == phases - 1):
                 _copy(v, row_of, col_of, v_before, row_before, col_before)
                 top = _free_rows(col_of, stack)
@@ -249,10 +278,10 @@ def _bids(
                 break
             eps *= eps_factor
         for _ in range(1 if n >= reduce_from else reductions):
-            top = _reduce(c, start, sign, m, v, row_of, col_of, stack, top, extra, counts)
+            top = _reduce(c, start, sign, m, v, row_of, col_of, stack, top, most, extra, counts)
     elif n < reduce_from:
         for _ in range(reductions):
-            top = _reduce(c, start, sign, m, v, row_of, col_of, stack, top, extra, counts)
+            top = _reduce(c, start, sign, m, v, row_of, col_of, stack, top, most, extra, counts)
     return top, calm
 
 
@@ -385,7 +414,7 @@ def _finish(
             break
         if top == 0:
             break
-        top, calm = _bids(c, start, sign, m, v, row_of, col_of, gaps, stack, top, schedule, counts)
+        top, calm = _bids(c, start, sign, m, v, least, row_of, col_of, gaps, stack, top, schedule, counts)
         if calm:
             break
     if top > 0:
