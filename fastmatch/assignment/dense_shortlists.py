@@ -12,16 +12,37 @@ import numpy as np
 from fastmatch._internal.checks import check_type
 from fastmatch.assignment._compile import prepared
 from fastmatch.assignment.phases import SLICE, Phases
-from fastmatch.assignment.problem import Infeasible, LapProblem, LapSolution, TooLarge, check_entries
+from fastmatch.assignment.problem import (
+    Infeasible,
+    LapProblem,
+    LapSolution,
+    TooLarge,
+    as_square,
+    check_entries,
+)
 from fastmatch.assignment.reading import for_kernels
 from fastmatch.assignment.schedule import DenseSchedule
 from fastmatch_kernels._numba.parallel import over_rows
-from fastmatch_kernels.lap.state import BIDS, HUGE, POPS, READS, SEARCHES, VECTOR, matrix_lists, new_paths
+from fastmatch_kernels.lap.state import (
+    BIDS,
+    HUGE,
+    NEARLY,
+    POPS,
+    READS,
+    SEARCHES,
+    SQUARE_SCANS,
+    VECTOR,
+    matrix_lists,
+    new_paths,
+)
 
 __all__ = ["DenseShortlists"]
 
 PROBED = (8, 64)
 """Entries by which lines are compared before all of them."""
+
+COPIED = 1 << 28
+"""Entries up to which a nearly square matrix is copied to be made square."""
 
 FEW_PATHS = 16
 """Paths from whose lengths those of the others are estimated."""
@@ -58,7 +79,14 @@ class DenseShortlists:
         """Solve the problem: see :meth:`Solver.solve`."""
         matrix = for_kernels(problem.matrix(self, computed=True))
         compile_kernels(matrix.dtype)
-        return _DensePhases(matrix, problem.sign, self.schedule, problem.finite_start).run()
+        phases = _DensePhases(matrix, problem.sign, self.schedule, problem.finite_start)
+        if phases.run():
+            return phases.solution()
+        n = len(matrix)
+        square = _DensePhases(as_square(matrix), problem.sign, self.schedule, None)
+        square.run()
+        col_of, u, v, counts = square.solution()
+        return LapSolution(col_of[:n], u[:n], v, counts)
 
 
 class _DensePhases(Phases):
@@ -91,10 +119,13 @@ class _DensePhases(Phases):
         self.made = self.read_again = 0  # bids over lists, and the lists that were read for them
         self.distinct = False  # whether most rows have a single best column
 
-    def run(self) -> LapSolution:
+    def run(self) -> bool:
+        """Solve the problem; return False if that is quicker :func:`as_square`."""
         self.survey()
-        if self.free():
-            self.solve_free()
+        return not self.free() or self.solve_free()
+
+    def solution(self) -> LapSolution:
+        """Return what was found."""
         return LapSolution(self.col_of, self.row_duals(), self.v, self.counts)
 
     def survey(self) -> None:
@@ -215,14 +246,18 @@ class _DensePhases(Phases):
         self.lists.costs.fill(np.inf)
         return duals
 
-    def solve_free(self) -> None:
-        """Match the free rows: by bids if these settle most of them, then by shortest paths."""
+    def solve_free(self) -> bool:
+        """Match the free rows: by bids if these settle most of them, then by shortest paths.
+
+        Returns:
+            False if paths would be long, and the problem is nearly square.
+        """
         plan = self.schedule
         others: tuple[np.ndarray, ...] | None = None
         crowded = plan.crowded_above * self.n
         if self.is_square and not self.warm and self.free() > crowded:
             if self.augment_by_rows(plan.short_scans * self.n, 1 / 16) == 0.0:
-                return
+                return True
             if self.free() > crowded:
                 free, found = self.better_duals()
                 if free <= plan.accepted_below * self.n:
@@ -230,12 +265,12 @@ class _DensePhases(Phases):
                 elif free <= self.n:
                     others = found
         if not self.free() or self.solve_copies():
-            return
+            return True
         calm = self.bids(plan.slow_above if others is None else plan.slow_above_others)
         if not calm and others is not None:
             self.begin_at(others)
             calm = self.bids(plan.slow_above)
-        self.finish(calm)
+        return self.finish(calm)
 
     def bids(self, slow_above: float) -> bool:
         """Match free rows by row reduction and a short auction; return whether that paid: see :meth:`short_auctions`."""
@@ -260,20 +295,27 @@ class _DensePhases(Phases):
         self.reduce()
         return not self.is_square
 
-    def finish(self, calm: bool) -> None:
-        """Match the free rows by shortest paths; if these would be long and costs are distinct, by eps-scaling first."""
+    def finish(self, calm: bool) -> bool:
+        """Match the free rows by shortest paths; if these would be long and costs are distinct, by eps-scaling first.
+
+        Returns:
+            False if paths would be long, and the problem is nearly square.
+        """
         plan = self.schedule
         if self.by_rows and self.distinct and self.augment_by_rows(plan.few_scans * self.n) == 0.0:
-            return
+            return True
         if self.distinct and self.augment_by_lists(calm):
-            return
+            return True
+        nearly = self.n < self.m <= self.n + self.n // NEARLY and self.matrix.size <= COPIED
         limit = plan.scans_before_scaling * self.n if self.is_square and self.distinct else np.inf
-        scans = self.augment_by_rows(limit)
+        scans = self.augment_by_rows(SQUARE_SCANS * self.n if nearly else limit)
         if scans == 0.0:
-            return
-        if self.scaled_auction_within(scans) and self.augment_by_lists(True):
-            return
-        self.augment_by_rows(np.inf)
+            return True
+        if nearly:
+            return False
+        if not (self.scaled_auction_within(scans) and self.augment_by_lists(True)):
+            self.augment_by_rows(np.inf)
+        return True
 
     def reduce(self) -> None:
         """Run a pass of augmenting row reduction (Jonker and Volgenant 1987)."""

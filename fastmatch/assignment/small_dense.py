@@ -9,13 +9,21 @@ import numpy as np
 
 from fastmatch._internal.checks import check_type
 from fastmatch.assignment._compile import prepared
-from fastmatch.assignment.problem import Infeasible, LapProblem, LapSolution, TooLarge, check_entries
+from fastmatch.assignment.problem import (
+    Infeasible,
+    LapProblem,
+    LapSolution,
+    TooLarge,
+    as_square,
+    check_entries,
+)
 from fastmatch.assignment.reading import for_kernels
 from fastmatch.assignment.schedule import check_fields
 from fastmatch_kernels.lap.state import (
     CROWDED,
     DOUBTFUL,
     INFEASIBLE,
+    NEARLY_SQUARE,
     SOLVED,
     TOO_LARGE,
     SmallSchedule,
@@ -65,9 +73,27 @@ def solve_small(matrix: np.ndarray, maximize: bool, *, proof: bool) -> tuple[int
     if state == CROWDED:
         _crowded_kernel(matrix.dtype)(given, sign, room)
         state = kernel(given, sign, transposed, pairs, found, room, True)
+    elif state == NEARLY_SQUARE:
+        return _solve_as_square(given, maximize, transposed, proof)
     if not proof:
         return state, (pairs,)
     return state, (pairs, found[:rows], found[rows:-7], found[-7:])
+
+
+def _solve_as_square(
+    given: np.ndarray, maximize: bool, transposed: bool, proof: bool
+) -> tuple[int, tuple[np.ndarray, ...]]:
+    """Return what :func:`solve_small` does, from a square problem: ``given`` is the matrix or its transpose, n < m."""
+    n = len(given)
+    state, (pairs, *found) = solve_small(as_square(given), maximize, proof=proof)
+    pairs = pairs[:, :n]
+    if transposed:
+        pairs = pairs[::-1, np.argsort(pairs[1])]
+    if not proof:
+        return state, (pairs,)
+    u, v, numbers = found
+    sides = (v, u[:n]) if transposed else (u[:n], v)
+    return state, (pairs, *sides, numbers)
 
 
 def _kernel(dtype: np.dtype) -> Callable[..., int]:

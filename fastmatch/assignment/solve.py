@@ -256,17 +256,19 @@ def _solve_scaled(matrix: np.ndarray, transposed: bool, maximize: bool, solver: 
     Tiny entries vanish then. If the solution shows that no best assignment holds a large entry, these are made smaller
     instead, and the problem is solved as it is.
     """
-    given = (matrix.T if transposed else matrix).astype(np.float64)
+    given = (matrix.T if transposed else matrix).astype(np.float64, copy=False)
+    sign = -1.0 if maximize else 1.0
     with np.errstate(over="ignore"):
-        found = solve(np.ldexp(given, -SCALE), maximize=maximize, solver=solver)
-        sign = -1.0 if maximize else 1.0
+        found = solve(given * 2.0**-SCALE, maximize=maximize, solver=solver)
         matched = sign * given[found.row_ind, found.col_ind]
-        least = float((sign * given).min())
+        least = float(-given.max() if maximize else given.min())
         # An assignment with an entry above this costs more than the one found, whatever its other entries are.
         limit = len(matched) * (max(float(matched.max()), 0.0) + max(-least, 0.0)) * 2.0 or 1.0
-        kept = np.where((sign * given > limit) & np.isfinite(given), sign * limit, given)
-        if np.abs(kept, where=np.isfinite(kept), out=np.zeros_like(kept)).sum() < HUGE:
-            return solve(kept, maximize=maximize, solver=solver)
+        above = given < -limit if maximize else given > limit
+        if above.any():
+            kept = np.where(above & np.isfinite(given), sign * limit, given)
+            if np.abs(kept, where=np.isfinite(kept), out=np.zeros_like(kept)).sum() < HUGE:
+                return solve(kept, maximize=maximize, solver=solver)
         u, v = np.ldexp(found.u, SCALE), np.ldexp(found.v, SCALE)
         objective, gap, gap_bound = np.ldexp(
             np.array([found.objective, found.gap, found.gap_bound]), SCALE

@@ -40,11 +40,14 @@ from fastmatch_kernels.lap.state import (
     DOUBTFUL,
     HUGE,
     INFEASIBLE,
+    NEARLY,
+    NEARLY_SQUARE,
     OPEN,
     POPS,
     READS,
     SEARCHES,
     SOLVED,
+    SQUARE_SCANS,
     TOO_LARGE,
     WRONG,
     SmallSchedule,
@@ -64,9 +67,13 @@ FEW_PATHS = 16
 SCHEDULE = tuple(SmallSchedule())
 """The default schedule, a constant of the compiled code."""
 
+AUCTION_FROM = SmallSchedule().auction_from
+
 
 @njit(nogil=True, cache=True, inner=True)
-def _bid(c, start, sign, m, v, row_of, col_of, stack, top, eps, most, limit, counts):  # pragma: no cover - compiled
+def _bid(
+    c, start, sign, m, v, row_of, col_of, stack, top, eps, most, limit, counts
+):  # pragma: no cover - compiled
     """Let the rows on ``stack[:top]`` bid until the stack is empty or ``limit`` bids are spent; return what is left.
 
     A row takes its best column and lowers its dual until the column is ``eps`` worse than the row's second best. With
@@ -203,7 +210,9 @@ def _phase(
 
 
 @njit(nogil=True, cache=True, inner=True)
-def _reduce(c, start, sign, m, v, row_of, col_of, stack, top, most, extra, counts):  # pragma: no cover - compiled
+def _reduce(
+    c, start, sign, m, v, row_of, col_of, stack, top, most, extra, counts
+):  # pragma: no cover - compiled
     """Run a round of augmenting row reduction; return how many rows are free, on ``stack``."""
     _bid(c, start, sign, m, v, row_of, col_of, stack, top, 0.0, most, top + extra, counts)
     return _free_rows(col_of, stack)
@@ -391,11 +400,12 @@ def _start(
 
 @njit(nogil=True, cache=True, inner=True, inline="always")
 def _finish(
-    c, start, n, m, sign, schedule, v, least, row_of, col_of, gaps, other, room, at, counts
+    c, start, n, m, sign, schedule, v, least, row_of, col_of, gaps, limit, other, room, at, counts
 ):  # pragma: no cover - compiled
-    """Match the rows that :func:`_start` has left; return SOLVED, INFEASIBLE or DOUBTFUL.
+    """Match the rows that :func:`_start` has left; return SOLVED, INFEASIBLE, DOUBTFUL or NEARLY_SQUARE.
 
     Args:
+        limit: scans that paths may be expected to take; NEARLY_SQUARE if they take more.
         other: how many rows other first duals leave free; n + 1 without any.
         room: those duals and all that belongs to them, from ``room[at]`` on, as :func:`_keep` writes it.
     """
@@ -418,13 +428,11 @@ def _finish(
         if calm:
             break
     if top > 0:
-        search = new_search(m, v, row_of)
-        shuffle(stack, top)
-        tied = top < 0
-        for e in range(top):
-            found, tied = path(c, start, m, sign, v, row_of, col_of, stack[e], search, tied, counts)
-            if not found:
-                return INFEASIBLE
+        begun, top = _try_paths(c, start, n, m, sign, v, row_of, col_of, stack, top, limit, counts)
+        if begun < 0:
+            return INFEASIBLE
+        if top > 0:
+            return NEARLY_SQUARE
     for i in range(n):
         least[i] = least_of_row(c, start + i * m, m, sign, v)
     counts[READS] += n
@@ -466,7 +474,22 @@ def solve_one(
         room = np.empty(v.shape[0] + 4 * n)
         other = _other_duals(c, start, n, sign, schedule, col_of, room, np.int64(0), counts)
     return _finish(
-        c, start, n, m, sign, schedule, v, least, row_of, col_of, gaps, other, room, np.int64(0), counts
+        c,
+        start,
+        n,
+        m,
+        sign,
+        schedule,
+        v,
+        least,
+        row_of,
+        col_of,
+        gaps,
+        np.inf,
+        other,
+        room,
+        np.int64(0),
+        counts,
     )
 
 
@@ -502,7 +525,7 @@ def solve_matrix(C, sign, transposed, pairs, proof, room, resumed):  # pragma: n
         resumed: whether the problem was left CROWDED and :func:`crowded_duals` has looked for other first duals.
 
     Returns:
-        The state, as :func:`solve_one`, or CROWDED.
+        The state, as :func:`solve_one`, CROWDED or NEARLY_SQUARE.
     """
     n, m = C.shape
     c = flat(C)
@@ -522,7 +545,11 @@ def solve_matrix(C, sign, transposed, pairs, proof, room, resumed):  # pragma: n
             for k in range(4):
                 room[2 * half + k] = counts[k]
     if state == OPEN:
-        state = _finish(c, 0, n, m, sign, SCHEDULE, v, u, row_of, col_of, gaps, other, room, half, counts)
+        nearly = n < m and m <= n + n // NEARLY and n >= AUCTION_FROM
+        limit = np.float64(SQUARE_SCANS * n) if nearly else np.inf
+        state = _finish(
+            c, 0, n, m, sign, SCHEDULE, v, u, row_of, col_of, gaps, limit, other, room, half, counts
+        )
     if state != SOLVED and state != DOUBTFUL:
         return state
     if proof.shape[0] > 0:

@@ -29,11 +29,14 @@ __all__ = [
     "FREE",
     "HUGE",
     "INFEASIBLE",
+    "NEARLY",
+    "NEARLY_SQUARE",
     "OPEN",
     "POPS",
     "READS",
     "SEARCHES",
     "SOLVED",
+    "SQUARE_SCANS",
     "TOO_LARGE",
     "WRONG",
     "Lists",
@@ -54,9 +57,16 @@ FREE, ASIDE = -1, -3
 READS, BIDS, POPS, SEARCHES = range(4)
 """Places in ``counts`` (4,) int64: rows read again, bids, columns popped from the heap, path searches."""
 
-SOLVED, WRONG, INFEASIBLE, TOO_LARGE, DOUBTFUL, CROWDED, OPEN = range(7)
-"""What became of a small problem. DOUBTFUL: solved, but rounding may have hidden a better solution. CROWDED and OPEN: not yet; many
-rows want the same columns, and other first duals are to be tried; or some rows are left."""
+SOLVED, WRONG, INFEASIBLE, TOO_LARGE, DOUBTFUL, CROWDED, NEARLY_SQUARE, OPEN = range(8)
+"""What became of a small problem. DOUBTFUL: solved, but rounding may have hidden a better solution. CROWDED, NEARLY_SQUARE
+and OPEN: not yet. Many rows want the same columns, and other first duals are to be tried; paths are long, and rows of zeros would
+make the problem square; or some rows are left."""
+
+NEARLY = 8
+"""A problem with up to 1/8 more columns than rows may be solved with rows of zeros that make it square."""
+
+SQUARE_SCANS = 4
+"""Scans per row: if paths are expected to take more, a nearly square problem is made square, where an auction can shorten them."""
 
 HUGE = 2.0**940
 """Sums of absolute values up to which no sum of duals leaves float64. Larger costs are solved times 2^-128."""
