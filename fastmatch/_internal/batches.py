@@ -107,9 +107,28 @@ def default_forward(model: nn.Module, batch: Any) -> Any:
     """Run ``model`` on the inputs of ``batch``: a tensor, a list of inputs, or a mapping of keyword inputs.
 
     The keys ``"label"`` and ``"labels"`` of a mapping are not passed to the model; see :func:`arguments_for`.
+
+    Raises:
+        ValueError: the model does not run on this batch.
     """
     args, kwargs = arguments_for(model, split_batch(batch)[0])
-    return model(*args, **kwargs)
+    try:
+        return model(*args, **kwargs)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, IndexError) as error:
+        given = ", ".join([_described(x) for x in args] + [f"{k}={_described(x)}" for k, x in kwargs.items()])
+        raise ValueError(
+            f"data: {type(model).__name__} does not run on a batch ({given}): {error}; expected what the model takes, "
+            "or give forward="
+        ) from error
+
+
+def _described(value: Any) -> str:
+    """Return the shape and type of a tensor, the type of anything else."""
+    if isinstance(value, torch.Tensor):
+        return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    return type(value).__name__
 
 
 def prediction_of(output: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any, get_args
 
@@ -46,6 +47,12 @@ def check_type(name: str, value: object, expected: type) -> None:
         got = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
         article = "an" if expected.__name__[0] in "AEIOU" else "a"
         raise TypeError(f"{name}: expected {article} {expected.__name__}, got {got}")
+
+
+def check_named(name: str, values: object) -> None:
+    """Raise TypeError unless ``values`` is a mapping from names."""
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{name}: expected a mapping such as {{'a': model_a}}, got {type(values).__name__}")
 
 
 def check_fraction(name: str, value: object) -> None:

@@ -18,7 +18,14 @@ from fastmatch.checkpoint.structure import build_empty, compared, config_inputs
 from fastmatch.permutations.precise import Wide
 from fastmatch.spec.running import arguments_of, outputs_named, plain_operations
 
-__all__ = ["CheckpointVerification", "verify_checkpoints"]
+__all__ = ["CheckpointVerification", "DifferentFunction", "verify_checkpoints"]
+
+
+class DifferentFunction(ValueError):
+    """Two checkpoints are not the same function."""
+
+    exit_status = 3
+    """Of the command, so that a script can tell this answer from a wrong call."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,7 @@ def verify_checkpoints(
     old, new = (_run(model, c, args, keywords, dtype) for c in states)
     error = max((_difference(x, y) for x, y in zip(old, new, strict=True)), default=float("inf"))
     if not error <= tolerance:
-        raise ValueError(
+        raise DifferentFunction(
             f"{path_b}: is not the same function as {path_a}: outputs differ by {error:.2g} relative, "
             f"at most {tolerance:.2g} is allowed"
         )

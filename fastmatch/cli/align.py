@@ -11,6 +11,7 @@ from typing import Any, get_args
 from torch import nn
 
 from fastmatch._internal.batches import default_forward
+from fastmatch._internal.checks import check_fraction
 from fastmatch._internal.files import STATE_SUFFIXES, shared_metadata
 from fastmatch._internal.ranks import is_first, joined
 from fastmatch._internal.states import check_finite, check_same_architecture, state_of
@@ -28,7 +29,7 @@ from fastmatch.cli.options import (
     dtype_from,
     matcher_from,
 )
-from fastmatch.cli.outputs import check_outputs, say, write_weights
+from fastmatch.cli.outputs import check_inputs, check_outputs, say, write_weights
 from fastmatch.cli.reports import PAGES, open_states, report_data, write_report
 from fastmatch.cli.speaking import speaking
 from fastmatch.matching.align import align
@@ -168,6 +169,8 @@ def align_command(args: argparse.Namespace) -> None:
 
 
 def _align_pair(args: argparse.Namespace) -> None:
+    if args.merge is not None:
+        check_fraction("--merge", args.merge)
     data = report_data(args)
     if args.out_of_core or args.model is None or any(Path(path).is_dir() for path in (args.a, args.b)):
         if data is not None:
@@ -180,7 +183,7 @@ def _align_pair(args: argparse.Namespace) -> None:
         return
     if args.permutations is not None:
         alignment.save(args.permutations, force=args.force)
-    text = f"{_summary(alignment)}; wrote {args.out}"
+    text = f"{_summary(alignment)}; wrote {_written(args)}"
     say(args, text, **_record(alignment), out=args.out, report=args.report)
     if args.report is not None:
         a, b = models or open_states(args.a, args.b, alignment.spec)
@@ -242,6 +245,7 @@ def _align_out_of_core(args: argparse.Namespace, *, is_folder: bool) -> Alignmen
     from fastmatch.checkpoint.tracing import is_diffusion, prove_checkpoint, trace_checkpoint
 
     if args.model is None and not is_folder:
+        check_inputs(args)
         mixed = Path(args.a).is_dir() or Path(args.b).is_dir()
         if mixed or not is_diffusion(args.b, Checkpoint(args.b)):
             raise ValueError(
@@ -344,6 +348,14 @@ def _summary(alignment: Alignment) -> str:
         f"{matching.objective[0]:.6g} -> {matching.objective[-1]:.6g} in {matching.sweeps} sweeps, "
         f"{matching.solves} assignments ({state}); {_proof_of(alignment)}"
     )
+
+
+def _written(args: argparse.Namespace) -> str:
+    """Return what was written where, as text."""
+    what = (
+        args.out if args.merge is None else f"the merge {1 - args.merge:g} A + {args.merge:g} B to {args.out}"
+    )
+    return what if args.dtype is None else f"{what} in {args.dtype}"
 
 
 def _record(alignment: Alignment) -> dict[str, Any]:

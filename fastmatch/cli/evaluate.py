@@ -11,7 +11,7 @@ from fastmatch._internal.callables import loader_from
 from fastmatch._internal.files import load_state
 from fastmatch.cli.loading import build_model, function_from, load_into, load_models
 from fastmatch.cli.options import Commands, add, add_command
-from fastmatch.cli.outputs import CSV_SUFFIXES, check_outputs, write_table
+from fastmatch.cli.outputs import CSV_SUFFIXES, check_inputs, check_outputs, write_table
 from fastmatch.evaluation.between import Renormalized
 from fastmatch.evaluation.curve import interpolate
 from fastmatch.evaluation.distances import distances
@@ -81,7 +81,7 @@ def add_commands(commands: Commands) -> None:
         examples=("distances a.pt b.pt b_aligned.pt --out distances.csv",),
     )  # fmt: skip
     command.add_argument("checkpoints", nargs="+", help="two or more checkpoints")
-    _add_outputs(command)
+    _add_outputs(command, required=False)
 
 
 def _add_measures(command: argparse.ArgumentParser) -> None:
@@ -104,8 +104,8 @@ def _measures(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _add_outputs(command: argparse.ArgumentParser, *, plot: bool = False) -> None:
-    add(command, "--out", help="CSV file to write")
+def _add_outputs(command: argparse.ArgumentParser, *, plot: bool = False, required: bool = True) -> None:
+    add(command, "--out", help="CSV file to write", required=required)
     if plot:
         add(command, "--plot")
     add(command, "--force")
@@ -159,4 +159,5 @@ def layers_command(args: argparse.Namespace) -> None:
 def distances_command(args: argparse.Namespace) -> None:
     """Write the distance of every two checkpoints."""
     check_outputs(args, out=CSV_SUFFIXES)
+    check_inputs(args)
     write_table(distances({path: load_state(path) for path in args.checkpoints}), args)

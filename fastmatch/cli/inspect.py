@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from fastmatch.cli.groups import described
 from fastmatch.cli.loading import build_network
 from fastmatch.cli.options import Commands, add, add_command, dtype_from
-from fastmatch.cli.outputs import say
+from fastmatch.cli.outputs import check_inputs, say
 from fastmatch.spec import PermutationSpec
 
 __all__ = ["add_commands"]
@@ -21,9 +22,12 @@ def add_commands(commands: Commands) -> None:
     """Add the commands to the grammar."""
     command = add_command(
         commands, "inspect", inspect_command, "print a network's permutation groups and its pinned axes",
-        examples=("inspect --model net.py:build --input-shape 2,3,32,32",),
+        examples=("inspect --model net.py:build --input-shape 2,3,32,32", "inspect llama-b"),
     )  # fmt: skip
-    add(command, "--model", required=True)
+    command.add_argument(
+        "checkpoint", nargs="?", help="a Hugging Face directory, or a diffusion model; instead of --model"
+    )
+    add(command, "--model")
     add(command, "--input-shape")
 
     command = add_command(
@@ -55,11 +59,32 @@ def add_commands(commands: Commands) -> None:
 
 def inspect_command(args: argparse.Namespace) -> None:
     """Print the traced groups of a model, and which operation pins which axis."""
-    spec = PermutationSpec.trace(*build_network(args))
+    if (args.checkpoint is None) == (args.model is None):
+        raise ValueError(
+            "--model: give a network, or a directory with a config.json in its place"
+            + ("" if args.model is None else "; got both")
+        )
+    spec = (
+        _spec_of(args.checkpoint, args) if args.model is None else PermutationSpec.trace(*build_network(args))
+    )
     if args.json:
         print(spec.to_json())
     elif not args.quiet:
         print(described(spec))
+
+
+def _spec_of(path: str, args: argparse.Namespace) -> PermutationSpec:
+    """Return the groups of a checkpoint whose structure its folder or its names tell."""
+    from fastmatch.checkpoint import Checkpoint
+    from fastmatch.checkpoint.tracing import is_diffusion, trace_checkpoint
+
+    if args.input_shape is not None:
+        raise ValueError("--input-shape: needs --model; without it the inputs follow the config.json")
+    check_inputs(args)
+    checkpoint = Checkpoint(path)
+    if not Path(path).is_dir() and not is_diffusion(path, checkpoint):
+        raise ValueError(f"--model: needed, because {path} is not a directory with a config.json")
+    return trace_checkpoint(path, checkpoint)
 
 
 def verify_command(args: argparse.Namespace) -> None:
@@ -76,5 +101,6 @@ def verify_command(args: argparse.Namespace) -> None:
         args.a, args.b, model=model, example_inputs=example,
         dtype=dtype_from(args.dtype) or torch.float64, tolerance=args.tolerance,
     )  # fmt: skip
-    text = f"the same function: {found.outputs} outputs agree within {found.error:.2g} relative"
+    outputs = "1 output agrees" if found.outputs == 1 else f"{found.outputs} outputs agree"
+    text = f"the same function: {outputs} within {found.error:.2g} relative"
     say(args, text, outputs=found.outputs, error=found.error)

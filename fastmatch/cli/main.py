@@ -133,11 +133,13 @@ def _told(error: Exception, command: str, *, verbose: bool) -> int:
     if verbose:
         traceback.print_exception(error)
     text, is_expected = " ".join(str(error).split()), isinstance(error, EXPECTED)
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        text = f"{error.filename}: {error.strerror[0].lower()}{error.strerror[1:]}"
     if not is_expected:
         text = f"{type(error).__name__}: {text} (--verbose shows where)"
     if not getattr(error, "said_by_first", False):  # of several ranks, the first has said it
         print(f"fastmatch {command}: {text}", file=sys.stderr)
-    return 2 if is_expected else 1
+    return getattr(error, "exit_status", 2) if is_expected else 1
 
 
 def _warned(command: str, message: Warning | str, *_: Any) -> None:

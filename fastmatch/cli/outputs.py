@@ -19,6 +19,22 @@ __all__ = ["CSV_SUFFIXES", "check_outputs", "say", "write_table", "write_weights
 
 CSV_SUFFIXES = frozenset({".csv"})
 
+INPUTS = ("a", "b", "checkpoint", "checkpoints", "endpoints", "recipe")
+"""Names of the arguments that hold paths of inputs, one or several."""
+
+
+def _inputs(args: argparse.Namespace) -> list[str]:
+    """Return the paths that the command reads."""
+    given = [getattr(args, name, None) or [] for name in INPUTS]
+    return [path for value in given for path in ([value] if isinstance(value, str) else value)]
+
+
+def check_inputs(args: argparse.Namespace) -> None:
+    """Raise FileNotFoundError for the first input that does not exist."""
+    for path in _inputs(args):
+        if not Path(path).exists():
+            raise FileNotFoundError(f"{path}: no such file or folder")
+
 
 def check_outputs(args: argparse.Namespace, **suffixes: Collection[str] | None) -> None:
     """Check outputs before any work: each has its own file, a suffix that says the format, and may be written.
@@ -28,11 +44,12 @@ def check_outputs(args: argparse.Namespace, **suffixes: Collection[str] | None) 
         suffixes: name of an option -> the suffixes allowed, None for any. The option holds a path, several or None.
 
     Raises:
-        ValueError: two outputs are the same file, or a suffix is not allowed.
+        ValueError: two outputs are the same file, an output is an input, or a suffix is not allowed.
         FileExistsError, FileNotFoundError: an output exists and ``--force`` is not given, or its folder is missing.
     """
     owners: dict[Path, str] = {}
     folders: set[Path] = set()
+    inputs = {Path(path).resolve() for path in _inputs(args)}
     for name, allowed in suffixes.items():
         option = f"--{name.replace('_', '-')}"
         value = getattr(args, name)
@@ -42,6 +59,8 @@ def check_outputs(args: argparse.Namespace, **suffixes: Collection[str] | None) 
                 raise ValueError(
                     f"{option}: {path} is the same file as {other}; each output needs a file of its own"
                 )
+            if Path(path).resolve() in inputs:
+                raise ValueError(f"{option}: {path} is an input of this command; choose another path")
             owners[Path(path).resolve()] = option
             if allowed is None:
                 folders.add(Path(path).resolve())
@@ -64,10 +83,18 @@ def write_weights(state: State, out: str, *, force: bool, metadata: Mapping[str,
 
 
 def write_table(table: Table, args: argparse.Namespace, text: str = "", **record: Any) -> None:
-    """Write a table to ``--out`` as CSV, and say it with a last line of text."""
-    table.to_csv(args.out, force=args.force)
-    lines = [str(table), f"{text}; wrote {args.out}" if text else f"wrote {args.out}"]
-    say(args, "\n".join(lines), **record, rows=list(table.rows), out=args.out)
+    """Write a table to ``--out`` as CSV, if that is given, and say it with a last line of text."""
+    last = [text] if text else []
+    if args.out is not None:
+        table.to_csv(args.out, force=args.force)
+        last.append(f"wrote {args.out}")
+    say(
+        args,
+        "\n".join([str(table), *(["; ".join(last)] if last else [])]),
+        **record,
+        rows=list(table.rows),
+        out=args.out,
+    )
 
 
 def say(args: argparse.Namespace, text: str, **record: Any) -> None:

@@ -72,6 +72,11 @@ def renormalize_command(args: argparse.Namespace) -> None:
     endpoints = [load_into(model, path) for path in args.endpoints]
     if not endpoints and options.method != "reset" and "reset" not in candidates(merged, options):
         raise ValueError(f"--endpoints: needed for method {options.method!r}")
+    if len(endpoints) > 1 and options.method != "reset" and args.weights is None:
+        equal = " ".join([f"{1 / len(endpoints):.3g}"] * len(endpoints))
+        raise ValueError(
+            f"--weights: needed for {len(endpoints)} endpoints, the coefficients of the merge, such as {equal}"
+        )
     forward = function_from(args.forward, "--forward", default_forward)
     if options.method == "reset":
         new = renormalize(merged, None, data, options, forward=forward)

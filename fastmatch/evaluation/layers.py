@@ -16,6 +16,7 @@ from fastmatch._internal.batches import (
     default_forward,
     evaluating,
 )
+from fastmatch._internal.checks import check_named
 from fastmatch._internal.coefficients import check_weights
 from fastmatch._internal.padding import is_rows
 from fastmatch.evaluation.table import Table
@@ -93,9 +94,10 @@ def layer_table(
         vanishing feature measure, divided by the endpoints' average.
 
     Raises:
-        TypeError: a model is not a torch module.
+        TypeError: ``models`` is not a mapping, or a model is not a torch module.
         ValueError: no model, an endpoint that is not among them, weights that do not fit the endpoints, or no data.
     """
+    check_named("models", models)
     if not models:
         raise ValueError("models: expected at least one")
     unknown = [name for name in endpoints if name not in models]
@@ -181,9 +183,10 @@ def running_statistics(models: Mapping[str, nn.Module]) -> Table:
         ``mean |running mean|`` and ``mean running variance``.
 
     Raises:
-        TypeError: a model is not a torch module.
+        TypeError: ``models`` is not a mapping, or a model is not a torch module.
         ValueError: no model has batch norm with running statistics.
     """
+    check_named("models", models)
     rows = []
     for key, model in models.items():
         check_module(model, f"models[{key!r}]")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -87,7 +87,8 @@ def score(
 
     Raises:
         TypeError: ``model`` is not a torch module, or ``loss`` or ``metric`` is not callable.
-        ValueError: no data, data without targets, or cross entropy of other targets than classes.
+        ValueError: no data, data without targets, inputs that are not finite, classes that the model does not have, or cross
+            entropy of other targets than classes.
     """
     check_module(model, "model")
     check_forward(forward)
@@ -98,7 +99,7 @@ def score(
             )
     totals = _Totals()
     with evaluating(model):
-        for batch in batches_of(data, "evaluation", progress=progress):
+        for number, batch in enumerate(batches_of(data, "evaluation", progress=progress)):
             inputs, targets = split_batch(batch)
             if is_rows(targets) and not isinstance(targets, torch.Tensor):
                 targets = padded({"labels": targets}, model)["labels"]
@@ -113,10 +114,22 @@ def score(
             if isinstance(output, torch.Tensor):
                 targets = targets.to(output.device)
             value = _loss_of(returned, output, targets) if loss is None else loss(output, targets)
+            if not math.isfinite(float(value)):
+                _check_inputs(inputs, number)
             totals.add(
                 value, None if metric is None else metric(output, targets), output, targets, samples_in(batch)
             )
     return totals.scores()
+
+
+def _check_inputs(inputs: Any, number: int) -> None:
+    """Raise ValueError if inputs are not finite. A loss that is not finite on finite inputs is the model's."""
+    if isinstance(inputs, torch.Tensor):
+        if inputs.is_floating_point() and not bool(torch.isfinite(inputs).all()):
+            raise ValueError(f"data: batch {number} (counted from 0) has inputs that are NaN or infinite")
+    elif isinstance(inputs, (Mapping, tuple, list)):
+        for part in inputs.values() if isinstance(inputs, Mapping) else inputs:
+            _check_inputs(part, number)
 
 
 def _moved_to_model(model: nn.Module, targets: torch.Tensor) -> torch.Tensor:
@@ -133,6 +146,15 @@ def _loss_of(returned: Any, output: Any, targets: torch.Tensor) -> Any:
         output = output[0]
     if not isinstance(output, torch.Tensor):
         raise ValueError(f"loss: needed, because the model returned {type(output).__name__}; give loss=")
+    if _is_classes(output, targets):
+        known = targets[targets != IGNORED]
+        if len(known) and not 0 <= int(known.min()) <= int(known.max()) < output.shape[1]:
+            raise ValueError(
+                f"data: targets are classes from {int(known.min())} to {int(known.max())}, and the model has {output.shape[1]} "
+                "outputs"
+            )
+    elif targets.ndim == 1 and output.ndim == 2 and len(output) != len(targets):
+        raise ValueError(f"data: a batch has {len(output)} samples and {len(targets)} targets")
     try:
         return F.cross_entropy(output, targets)
     except (RuntimeError, ValueError, IndexError) as error:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fastmatch._internal.batches import Forward, default_forward
+from fastmatch._internal.checks import check_type
 from fastmatch._internal.modules import with_state
 from fastmatch._internal.states import State, state_of
 from fastmatch.permutations.apply import apply_permutations, check_permutations, compose, invert
@@ -171,8 +172,10 @@ class Alignment:
         """Return one alignment equal to applying this one and then ``then``.
 
         Raises:
+            TypeError: ``then`` is not an alignment.
             ValueError: the two do not have the same groups.
         """
+        check_type("then", then, Alignment)
         proof = self.proof if then.proof else None
         return Alignment(compose(self.permutations, then.permutations, self.spec), self.spec, proof=proof)
 

@@ -183,7 +183,8 @@ class _Proof:
             raise ValueError(
                 f"spec: permuting changes the network's function; group {named or 'several of them together'}. "
                 f"The outputs differ by {error:.2g} relative to the largest; "
-                f"at most {judge.limit:.2g} is allowed"
+                f"at most {judge.limit:.2g} is allowed. The trace did not see that the order of units matters, as it does for "
+                "a branch on one unit's value or an index that is computed in Python; spec.select([...]) matches the other groups"
             )
         return error
 

@@ -60,7 +60,10 @@ def survey(model: nn.Module, layers: Sequence[str] | None = None) -> tuple[dict[
         elif not (is_norm(module) or isinstance(module, parametrize.ParametrizationList)):
             own = [n for n, _ in module.named_parameters(recurse=False)]
             if own:
-                left[name or "(model)"] = f"{type(module).__name__} is not a linear or convolution layer"
+                kept = "parameter " + ", ".join(own) if len(own) < 4 else f"{len(own)} parameters"
+                left[name or "(model)"] = (
+                    f"{kept} of {type(module).__name__}, which is not a linear or convolution layer"
+                )
     if layers is not None:
         for name in layers:
             if name not in found:

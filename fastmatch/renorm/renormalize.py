@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from fastmatch._internal.batches import Forward, batches_of, check_module, default_forward
+from fastmatch._internal.callers import warn_user
 from fastmatch._internal.coefficients import (
     check_weights,
     has_stale_note,
@@ -228,6 +228,10 @@ def _weights_of_merges(
         if weights is not None:
             raise ValueError('weights: method "reset" without endpoints has no use for weights')
         return []
+    if isinstance(endpoints, nn.Module):
+        raise TypeError(
+            f"endpoints: expected a list of models, got one {type(endpoints).__name__}; give [model]"
+        )
     count = len(endpoints.calls) if isinstance(endpoints, EndpointStatistics) else len(endpoints)
     if count == 0:
         raise ValueError("endpoints: expected at least one model")
@@ -311,7 +315,7 @@ def _without_unmeasured(plan: Plan, statistics: EndpointStatistics, *, explicit:
 def _warn_of_modules_left_alone(plan: Plan) -> None:
     if plan.left_alone:
         listed = "; ".join(f"{name}: {reason}" for name, reason in plan.left_alone.items())
-        warnings.warn(f"renormalize leaves these alone: {listed}", UserWarning, stacklevel=4)
+        warn_user(f"renormalize leaves these alone: {listed}")
 
 
 def _targets_of_merges(

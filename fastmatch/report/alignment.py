@@ -134,7 +134,7 @@ def _sentences(alignment: Alignment, tables: list[LayerTable], curves: dict[str,
     groups = count_of(len(alignment.permutations), "group")
     texts.append(f"{moved:,} of {count_of(total, 'unit')} in {groups} change their place.")
     if alignment.proof is not None:
-        texts.append("The function of the reordered network is the same: a run on examples proved it.")
+        texts.append("The function of the reordered network is the same: runs on examples agreed.")
     else:
         texts.append("That its function stays the same was not proved.")
     matching = alignment.matching

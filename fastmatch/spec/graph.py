@@ -107,16 +107,21 @@ def _followed(
     try:
         graph, constants = export_graph(model, args, kwargs)
     except Exception as error:  # whatever it does that cannot be exported
+        cache = getattr(getattr(model, "config", None), "use_cache", False)
+        advice = (
+            "; model.config.use_cache = False leaves out the cache, which cannot be traced" if cache else ""
+        )
         raise ValueError(
             f"models: neither torch.fx ({_line(reason)}) nor torch.export ({_line(error)}) can follow the forward pass of "
             f"{type(model).__name__}; a partial merge rewires the graph and needs a forward pass without control flow on "
-            "values"
+            f"values{advice}"
         ) from error
     return module_on(model, graph, constants), constants
 
 
 def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return text if len(text) <= 160 else f"{text[:160]}..."
 
 
 def module_on(model: nn.Module, graph: fx.Graph, constants: Mapping[str, Any]) -> fx.GraphModule:

@@ -124,11 +124,33 @@ class Examples:
 def examples_of(
     example_inputs: Any, kwargs: Mapping[str, Any] | None
 ) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Return the positional and keyword arguments of every example; ``kwargs`` are given to all."""
+    """Return the positional and keyword arguments of every example; ``kwargs`` are given to all.
+
+    Raises:
+        TypeError: they are the batches of a loader.
+    """
+    is_loader = isinstance(example_inputs, torch.utils.data.DataLoader)
+    if is_loader or (
+        isinstance(example_inputs, list) and example_inputs and all(map(_is_batch, example_inputs))
+    ):
+        kind = "a DataLoader" if is_loader else "a list of batches"
+        raise TypeError(
+            f"example_inputs: expected the inputs of one batch, got {kind}; give the inputs of its first batch here, "
+            "and the loader to a matcher, such as fm.ActivationMatching(loader)"
+        )
     if not isinstance(example_inputs, Examples):
         return [arguments_of(example_inputs, kwargs)]
     found = [arguments_of(inputs, None) for inputs in example_inputs.inputs]
     return [(args, {**keywords, **(kwargs or {})}) for args, keywords in found]
+
+
+def _is_batch(value: Any) -> bool:
+    """Whether this is (inputs, classes), not an input."""
+    if not (isinstance(value, (tuple, list)) and len(value) == 2):
+        return False
+    x, y = value
+    tensors = isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)
+    return tensors and y.ndim == 1 and not y.is_floating_point() and x.ndim > 1 and len(x) == len(y)
 
 
 def arguments_of(

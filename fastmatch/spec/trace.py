@@ -158,6 +158,16 @@ def trace(
         return _trace(model, examples_of(example_inputs, kwargs), run, outputs)
 
 
+def _instead_of_tensors(args: tuple[Any, ...], keywords: dict[str, Any]) -> str:
+    """Return what was given where tensors are wanted, and how an array becomes one."""
+    given = [*args, *keywords.values()]
+    if not given:
+        return ""
+    told = f" but {', '.join(type(value).__name__ for value in given)}"
+    is_array = any(type(value).__module__ == "numpy" for value in given)
+    return told + ("; torch.from_numpy(x) makes one of an array" if is_array else "")
+
+
 def _trace(
     model: nn.Module,
     examples: list[tuple[tuple[Any, ...], dict[str, Any]]],
@@ -173,6 +183,7 @@ def _trace(
         if not tensors_in((args, keywords)):
             raise ValueError(
                 "example_inputs: expected what the model takes, a batch of 2 is enough; got no tensor"
+                f"{_instead_of_tensors(args, keywords)}"
             )
     hollow = {storage_id(t) for t in state.values() if t.untyped_storage().nbytes() < t.nbytes}
     record = Record(real_values=not hollow)

@@ -1,0 +1,73 @@
+"""What a command answers: inputs that are missing or would be lost, the words of a summary, the exit status."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastmatch._internal.files import load_state
+from fastmatch.cli.main import main
+
+MODEL = ["--model", "cli_module:build_with_inputs"]
+PAIR = ["a.safetensors", "b.safetensors"]
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]])
+@pytest.mark.parametrize("lost", PAIR)
+def test_no_output_replaces_an_input(planted, refused, lost, force):
+    before = (planted / lost).read_bytes()
+    refused(["align", *PAIR, *MODEL, "--out", lost, *force], f"--out: {lost} is an input of this command")
+    refused(["merge", *PAIR, *MODEL, "--out", lost, *force], f"--out: {lost} is an input of this command")
+    assert (planted / lost).read_bytes() == before
+
+
+def test_a_path_that_does_not_exist_is_named(planted, refused):
+    refused(["align", "a.safetensors", "nowhere", "--out", "o"], "nowhere: no such file or folder")
+    refused(["inspect", "nowhere"], "nowhere: no such file or folder")
+    refused(["distances", "a.safetensors", "nowhere"], "nowhere: no such file or folder")
+
+
+@pytest.mark.parametrize("weight", ["-0.1", "1.5", "nan"])
+def test_a_merge_lies_between_its_ends(planted, refused, weight):
+    refused(["align", *PAIR, *MODEL, f"--merge={weight}", "--out", "o.safetensors"], "--merge: expected")
+
+
+def test_a_summary_says_what_was_written(planted, capsys):
+    assert main(["align", *PAIR, *MODEL, "--merge", "0.25", "--out", "m.safetensors"]) == 0
+    assert "wrote the merge 0.75 A + 0.25 B to m.safetensors" in capsys.readouterr().out
+    command = ["align", *PAIR, *MODEL, "--out-of-core", "--dtype", "bfloat16", "--out", "h.safetensors"]
+    assert main(command) == 0
+    assert "wrote h.safetensors in bfloat16" in capsys.readouterr().out
+
+
+def test_distances_are_printed_without_a_file(planted, capsys):
+    assert main(["distances", *PAIR]) == 0
+    printed = capsys.readouterr().out
+    assert "a.safetensors" in printed
+    assert "wrote" not in printed
+
+
+def test_verify_has_a_status_of_its_own_for_another_function(planted, capsys):
+    from safetensors.torch import save_file
+
+    state = load_state("b.safetensors")
+    name = next(iter(state))
+    save_file({**state, name: state[name] * 1.5}, "other.safetensors")
+    assert main(["verify", "b.safetensors", "other.safetensors", *MODEL]) == 3
+    assert "is not the same function" in capsys.readouterr().err
+    assert main(["verify", "b.safetensors", "nowhere.safetensors", *MODEL]) == 2
+    assert main(["verify", "b.safetensors", "b.safetensors", *MODEL]) == 0
+    assert "1 output agrees" in capsys.readouterr().out
+
+
+def test_renormalize_asks_for_the_weights_of_the_merge(planted, refused):
+    data = ["--data", "cli_module:loader", "--out", "r.safetensors"]
+    refused(
+        ["renormalize", "a.safetensors", "--endpoints", *PAIR, *MODEL, *data],
+        "--weights: needed for 2 endpoints, the coefficients of the merge, such as 0.5 0.5",
+    )
+
+
+def test_inspect_takes_a_network_or_a_directory(planted, refused):
+    refused(["inspect"], "--model: give a network, or a directory")
+    refused(["inspect", "a.safetensors", *MODEL], "got both")
+    refused(["inspect", "a.safetensors"], "--model: needed, because a.safetensors")
