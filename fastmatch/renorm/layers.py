@@ -38,6 +38,8 @@ def survey(model: nn.Module, layers: Sequence[str] | None = None) -> tuple[dict[
     parametrization). Left alone are other modules with parameters of their own (except norms), weights
     that several modules share, and parametrized weights that do not scale with their rows.
 
+    Of a module that holds others, the loose parameters are listed.
+
     Raises:
         ValueError: ``layers`` names something that cannot be renormalized, or no layer can be.
     """
@@ -59,11 +61,12 @@ def survey(model: nn.Module, layers: Sequence[str] | None = None) -> tuple[dict[
                 found[name] = module  # type: ignore[assignment] - GPT-2's is taken as a linear layer
         elif not (is_norm(module) or isinstance(module, parametrize.ParametrizationList)):
             own = [n for n, _ in module.named_parameters(recurse=False)]
-            if own:
-                kept = "parameter " + ", ".join(own) if len(own) < 4 else f"{len(own)} parameters"
-                left[name or "(model)"] = (
-                    f"{kept} of {type(module).__name__}, which is not a linear or convolution layer"
-                )
+            kind = type(module).__name__
+            if own and not any(True for _ in module.children()):
+                left[name or "(model)"] = f"{kind} is not a linear or convolution layer"
+            elif own:  # what the module holds is renormalized, only these are not
+                path = f"{name}." if name else ""
+                left |= {path + n: f"is a parameter of {kind}, no linear or convolution layer" for n in own}
     if layers is not None:
         for name in layers:
             if name not in found:

@@ -106,4 +106,4 @@ def test_a_warning_points_at_the_caller_and_names_the_parameter():
         fm.renormalize_many([fm.merge(models)], models, [(X, CLASSES)], "repair")
     told = [w for w in seen if "leaves these alone" in str(w.message)]
     assert [w.filename for w in told] == [__file__] * 2
-    assert "parameter place of Placed" in str(told[0].message)
+    assert "place: is a parameter of Placed" in str(told[0].message)

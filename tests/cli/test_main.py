@@ -159,7 +159,7 @@ def test_quiet_hides_bars_on_a_terminal(monkeypatch):
 @pytest.mark.parametrize(("line", "message"), [
     (["algin"], "did you mean 'align'?"),
     ([*INSPECT, "--input-shap", "2,6", "--jsn"], "did you mean '--json'?"),
-    (["inspect"], "the following arguments are required: --model"),
+    (["verify", "a"], "the following arguments are required: b"),
     (["renormalize", "a", "--model", "m:f", "--data", "m:f", "--out", "o.pt", "--method", "repiar"], "did you mean 'repair'?"),
 ])  # fmt: skip
 def test_words_that_are_not_known_are_one_line_with_the_nearest(line, message, capsys):

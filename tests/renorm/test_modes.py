@@ -309,7 +309,7 @@ def test_the_plan_lists_what_is_left_alone_and_renormalize_warns_of_it():
     assert plan.method == "auto"
     assert plan.layers == ("first",)
     assert plan.left_alone == {
-        "(model)": "Mixed is not a linear or convolution layer",
+        "token": "is a parameter of Mixed, no linear or convolution layer",
         "up": "ConvTranspose1d is not a linear or convolution layer",
         "tied": "shares its weight with again",
         "again": "shares its weight with tied",
