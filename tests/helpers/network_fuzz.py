@@ -24,7 +24,7 @@ from torch import nn
 import fastmatch as fm
 from fastmatch._internal.modules import copy_module
 from fastmatch.permutations.disturb import RoundedSums
-from fastmatch.permutations.precise import double_copy, largest_difference
+from fastmatch.permutations.precise import largest_difference
 from helpers.random_networks import RandomNetwork
 
 __all__ = ["Findings", "fuzz", "random_network"]
@@ -50,15 +50,13 @@ class Findings:
 
 
 def random_network(seed: int, batch: int) -> tuple[RandomNetwork, tuple[torch.Tensor, ...]]:
-    """Return a network in float64 whose layers are made, and inputs: one tensor or two."""
+    """Return a network whose layers are made, and inputs: one tensor or two."""
     torch.manual_seed(seed)
-    count = 1 + seed % 2
-    x = tuple(torch.randn(batch, 12 - 4 * k) for k in range(count))
+    x = tuple(torch.randn(batch, 12 - 4 * k, dtype=torch.float64) for k in range(1 + seed % 2))
     net = RandomNetwork(seed).eval()
     with torch.no_grad():
-        net(*x)
-    net = double_copy(net).requires_grad_(False)
-    return net, tuple(t.double() for t in x)
+        net(*x)  # makes its layers
+    return net, x
 
 
 def change(net: nn.Module, spec: fm.PermutationSpec, x: tuple[torch.Tensor, ...], seed: int) -> float:

@@ -18,7 +18,7 @@ STEPS = [*FLAT, *STRUCTURES, *OPERATORS]
 
 
 class RandomNetwork(nn.Module):
-    """A random program over a few (batch, n) tensors; the same program whenever it is run.
+    """A random program in float64 over a few (batch, n) tensors; the same program whenever it is run.
 
     Layers are made while the program is first run, when it is known how wide their inputs are.
     """
@@ -29,7 +29,7 @@ class RandomNetwork(nn.Module):
         self.layers = nn.ParameterDict()
         self.log: list[str] = []
 
-    def weight(self, name: str, *shape: int, kind: torch.dtype | None = None) -> torch.Tensor:
+    def weight(self, name: str, *shape: int, kind: torch.dtype = torch.float64) -> torch.Tensor:
         if name not in self.layers:
             self.layers[name] = nn.Parameter(
                 torch.randn(*shape, dtype=kind) / shape[-1] ** 0.5, requires_grad=False
@@ -39,8 +39,8 @@ class RandomNetwork(nn.Module):
     def running(self, name: str, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a mean and a variance that are buffers."""
         if not hasattr(self, f"mean{name}"):
-            self.register_buffer(f"mean{name}", torch.randn(size))
-            self.register_buffer(f"variance{name}", torch.rand(size) + 0.5)
+            self.register_buffer(f"mean{name}", torch.randn(size, dtype=torch.float64))
+            self.register_buffer(f"variance{name}", torch.rand(size, dtype=torch.float64) + 0.5)
         return getattr(self, f"mean{name}"), getattr(self, f"variance{name}")
 
     def forward(self, x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:

@@ -103,9 +103,9 @@ def complexes(net, rng, name, h, live):
     n = h.shape[1]
     way = rng.randrange(5)
     if way == 0:
-        return (torch.complex(h, h.cos()) * net.weight(name, n, kind=torch.complex64)).abs()
+        return (torch.complex(h, h.cos()) * net.weight(name, n, kind=torch.complex128)).abs()
     if way == 1:
-        weight = net.weight(name, 6, n, kind=torch.complex64)
+        weight = net.weight(name, 6, n, kind=torch.complex128)
         return torch.view_as_real(torch.complex(h, -h) @ weight.t()).flatten(1).tanh()
     if way == 2:
         return (
