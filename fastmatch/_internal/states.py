@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 __all__ = [
     "State", "check_finite", "check_models", "check_module", "check_same_architecture", "headers_of", "nearest",
@@ -42,7 +42,7 @@ def check_module(model: object, argument: str) -> None:
                 "give the module that it was compiled from"
             )
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if isinstance(tensor, UninitializedTensorMixin):
+        if is_lazy(tensor):
             raise ValueError(
                 f"{argument}: {name!r} has no shape yet, because its module is lazy; run the model once"
             )

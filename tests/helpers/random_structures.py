@@ -116,7 +116,7 @@ def complexes(net, rng, name, h, live):
     if way == 3:
         return torch.polar(h.abs() + 0.1, net.weight(name, n).expand_as(h)).imag
     return (
-        torch.view_as_complex(h.reshape(len(h), -1, 2)).conj().angle()
+        torch.view_as_complex(h.reshape(len(h), -1, 2).clone()).conj().angle()
         if n % 2 == 0 and n > 2
         else h.cosh().tanh()
     )

@@ -52,10 +52,11 @@ def sites_of(spec: fm.PermutationSpec, net: nn.Module, x: tuple[torch.Tensor, ..
                 positions = site.axis.positions(spec.groups[site.group].size)
                 index[positions] = positions[:, permutations[site.group], :]
                 part.copy_(part.index_select(dim, index))
-            width = values.shape[dim]
+            rows = [t.reshape(-1, values.shape[dim]) for t in (others, values.movedim(dim, -1))]
+            seen_rows, expected = (t.real + 2 * t.imag if t.is_complex() else t for t in rows)
             torch.testing.assert_close(
-                others.reshape(-1, width).sort(0).values,
-                values.movedim(dim, -1).reshape(-1, width).sort(0).values,
+                seen_rows.sort(0).values,
+                expected.sort(0).values,
                 rtol=1e-8,
                 atol=1e-8,
                 msg=f"{role} at operation {op}",
