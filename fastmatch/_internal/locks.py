@@ -7,14 +7,22 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
-
-try:
-    import fcntl
-except ImportError:  # Windows has no flock: outputs are not locked there
-    fcntl = None
+from typing import Any
 
 __all__ = ["hidden", "locked"]
+
+
+def _module(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError:
+        return None
+
+
+fcntl, msvcrt = _module("fcntl"), _module("msvcrt")
+"""The locks of the system: flock, or those of Windows."""
 
 _held = threading.local()
 """``counts``: path -> how many nested blocks of this thread hold its lock."""
@@ -53,16 +61,15 @@ def locked(path: str | Path) -> Iterator[None]:
         yield
     finally:
         del counts[key]
-        # Removed while it is held: whoever opened it meanwhile sees that its name has gone, and tries again.
-        with suppress(OSError):  # as where the disk has gone
-            file.unlink(missing_ok=True)
-        os.close(descriptor)
+        _release(file, descriptor)
 
 
 def _acquire(file: Path, path: Path) -> int:
     while True:
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
         try:
+            if not hasattr(os, "O_NOFOLLOW") and file.is_symlink():
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
             descriptor = os.open(file, flags, 0o666)
         except OSError as error:
             reason = "is a symbolic link" if error.errno == errno.ELOOP else error.strerror
@@ -79,11 +86,24 @@ def _acquire(file: Path, path: Path) -> int:
         os.close(descriptor)
 
 
+def _release(file: Path, descriptor: int) -> None:
+    if (
+        fcntl is None
+    ):  # Windows removes no file that is open, neither here nor in another run that waits for it
+        os.close(descriptor)
+    # Removed while it is held: whoever opened it meanwhile sees that its name has gone, and tries again.
+    with suppress(OSError):  # as where the disk has gone
+        file.unlink(missing_ok=True)
+    if fcntl is not None:
+        os.close(descriptor)
+
+
 def _lock(descriptor: int, path: Path) -> None:
-    if fcntl is None:
-        return
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        elif msvcrt is not None:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):
             message = "another run is writing this output; wait for it, or choose another path"

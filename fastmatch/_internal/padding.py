@@ -56,9 +56,9 @@ def padded(inputs: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
         if isinstance(value, torch.Tensor) or not is_rows(value):
             found[name] = value
         elif isinstance(value, np.ndarray) or not _is_sequence(value[0]):
-            found[name] = torch.as_tensor(value)
+            found[name] = torch.as_tensor(value, device="cpu")
         else:
-            rows = [torch.as_tensor(row) for row in value]
+            rows = [torch.as_tensor(row, device="cpu") for row in value]
             fill = FILL.get(name, 0)
             if name == "input_ids":
                 fill = getattr(getattr(model, "config", None), "pad_token_id", None) or 0

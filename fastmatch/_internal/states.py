@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 __all__ = [
     "State", "check_finite", "check_models", "check_module", "check_same_architecture", "headers_of", "nearest",
@@ -26,7 +27,11 @@ def check_models(argument: str, models: object, least: int = 1) -> None:
 
 
 def check_module(model: object, argument: str) -> None:
-    """Raise TypeError unless ``model`` is a torch module that runs in Python."""
+    """Raise TypeError unless ``model`` is a torch module that runs in Python.
+
+    Raises:
+        ValueError: it is lazy, and its first run has not given its parameters their shapes yet.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{argument}: expected a torch module, got {type(model).__name__}")
     for name, module in model.named_modules():
@@ -35,6 +40,11 @@ def check_module(model: object, argument: str) -> None:
             raise TypeError(
                 f"{argument}: {where} is a TorchScript module, of which no copy with other weights can be made; "
                 "give the module that it was compiled from"
+            )
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(tensor):
+            raise ValueError(
+                f"{argument}: {name!r} has no shape yet, because its module is lazy; run the model once"
             )
 
 

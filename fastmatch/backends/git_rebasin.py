@@ -92,7 +92,7 @@ def weight_matching(
     a = {name: _tensor(value) for name, value in params_a.items()}
     b = {name: _tensor(value) for name, value in params_b.items()}
     if seed is None:
-        seed = int(torch.randint(0, 2**31 - 1, size=(1,)))
+        seed = int(torch.randint(0, 2**31 - 1, size=(1,), device="cpu"))
     spec = spec_of(ps, a)
     start = {str(k): _tensor(v).long() for k, v in (init_perm or {}).items()}
     matcher = WeightMatching(start, max_sweeps=max_iter, include="statistics", seed=seed)

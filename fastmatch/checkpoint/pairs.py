@@ -118,5 +118,5 @@ def _init_of(matcher: WeightMatching) -> str:
     """Return the matcher's initialization as text: the word, or a hash of the permutations."""
     if isinstance(matcher.init, str):
         return matcher.init
-    text = repr(sorted((name, torch.as_tensor(p).tolist()) for name, p in matcher.init.items()))
+    text = repr(sorted((name, torch.as_tensor(p, device="cpu").tolist()) for name, p in matcher.init.items()))
     return _hash(text)

@@ -137,10 +137,15 @@ class Checkpoint(Mapping[str, torch.Tensor]):
 
     def _read(self, name: str) -> torch.Tensor:
         entry = self._entries[name]
-        tensor = entry.tensor if isinstance(entry, Mapped) else read_entry(name, entry)
-        if _version(entry.file) != self._versions[entry.file]:
-            raise ValueError(f"{entry.file}: tensor {name!r}: the file has changed since it was opened")
+        self._check_unchanged(name, entry.file)
+        # A map of a file that another program cuts ends this process where it is read, so nobody gets the map itself.
+        tensor = entry.tensor.clone() if isinstance(entry, Mapped) else read_entry(name, entry)
+        self._check_unchanged(name, entry.file)
         return tensor
+
+    def _check_unchanged(self, name: str, file: Path) -> None:
+        if _version(file) != self._versions[file]:
+            raise ValueError(f"{file}: tensor {name!r}: the file has changed since it was opened")
 
     def digest(self, ranks: Ranks = ALONE) -> str:
         """Return a hash of every name, shape, type and value; all tensors are read, and must be finite.

@@ -148,7 +148,7 @@ def _zeros(value: Any) -> Any:
         return torch.zeros_like(value[:1]) if value.ndim else value
     value = collated(value)
     if isinstance(value, Mapping):
-        lists = {k: torch.as_tensor(v[0])[None] for k, v in value.items() if is_rows(v)}
+        lists = {k: torch.as_tensor(v[0], device="cpu")[None] for k, v in value.items() if is_rows(v)}
         return {k: _zeros(v) for k, v in {**value, **lists}.items()}
     if isinstance(value, (tuple, list)):
         return [_zeros(v) for v in value]

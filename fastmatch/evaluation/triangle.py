@@ -103,7 +103,9 @@ class Triangle:
             room = 1e-3 * (
                 (high - low) or abs(high) or 1.0
             )  # a plateau at the highest level would stay white
-            filled = axes.tricontourf(x, y, values, levels=torch.linspace(low, high + room, 13).tolist())
+            filled = axes.tricontourf(
+                x, y, values, levels=torch.linspace(low, high + room, 13, device="cpu").tolist()
+            )
             axes.scatter(
                 x, y, s=6, color="white", edgecolors="black", linewidths=0.4
             )  # where merges were evaluated

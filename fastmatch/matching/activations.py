@@ -178,7 +178,7 @@ class _Found(NamedTuple):
 def _match_group(name: str, gain: torch.Tensor) -> _Found:
     solution = solve(gain, maximize=True, solver=gain_solver(gain))
     permutation = _settled(gain, torch.from_numpy(solution.col_ind))
-    after = float(_entries(gain, torch.arange(len(gain)), permutation).sum())
+    after = float(_entries(gain, torch.arange(len(gain), device="cpu"), permutation).sum())
     gap = solution.gap, solution.gap_bound
     return _Found({name: permutation}, [float(gain.diagonal().sum())], after, gap)
 

@@ -66,9 +66,9 @@ def factor_views(
         return None
     index = None
     if any(d in orders for d in run):
-        index = torch.zeros(1, dtype=torch.long)
+        index = torch.zeros(1, dtype=torch.long, device="cpu")
         for d in run:
-            part = orders[d] if d in orders else torch.arange(a.shape[d])
+            part = orders[d] if d in orders else torch.arange(a.shape[d], device="cpu")
             index = (index[:, None] * a.shape[d] + part).flatten()
     pairs = []
     for position in itertools.product(*(range(a.shape[d]) for d in singles)):

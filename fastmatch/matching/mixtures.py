@@ -98,7 +98,9 @@ class Mixtures:
             for dims, part in mixed.items():
                 if len(dims) == 1 and count > 1:
                     mixed[dims] = torch.lerp(part, _reordered(mixed[()], order, dims).double(), t)
-            mixed[self.dims] = torch.einsum("k,k...->...", torch.tensor(weights).to(terms), terms)
+            mixed[self.dims] = torch.einsum(
+                "k,k...->...", torch.tensor(weights, device="cpu").to(terms), terms
+            )
         self._terms = []
 
     def _order(self, permutations: Sequence[torch.Tensor]) -> Order:

@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["disturb_weights", "disturbed", "round_weights"]
+from fastmatch._internal.dispatch_mode import DispatchMode
+from fastmatch.spec.operations import op_name, tensors_in
+
+__all__ = ["RoundedSums", "disturb_weights", "disturbed", "round_weights"]
 
 SPREAD = 0.1
 """How far weights are disturbed, relative to themselves and to the tensor's root mean square."""
@@ -33,6 +36,35 @@ def round_weights(model: nn.Module, epsilon: float, generator: torch.Generator) 
     """Change every weight in place by a few rounding errors."""
     for tensor in _floating(model):
         tensor.mul_(1 + 4 * epsilon * _uniform(tensor, generator))
+
+
+SUMS = frozenset(
+    "aten." + name
+    for name in (
+        "_euclidean_dist", "_fft_c2c", "_fft_c2r", "_fft_r2c", "_log_softmax", "_scaled_dot_product_flash_attention_for_cpu",
+        "_softmax", "addbmm", "addmm", "addmv", "baddbmm", "bmm", "convolution", "cumsum", "dot", "linalg_vector_norm",
+        "logsumexp", "mean", "mm", "mv", "native_batch_norm", "native_group_norm", "native_layer_norm", "std", "sum", "var",
+        "var_mean", "vdot",
+    )
+)  # fmt: skip
+"""Operations whose rounding depends on the order of what they add."""
+
+
+class RoundedSums(DispatchMode):
+    """Change the results of sums by a rounding error, as another order of their terms does."""
+
+    def __init__(self, epsilon: float, generator: torch.Generator) -> None:
+        super().__init__()
+        self._epsilon, self._generator = epsilon, generator
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tensors_in(out) if op_name(func) in SUMS else ():
+            if tensor.is_floating_point() or tensor.is_complex():
+                tensor.mul_(1 + self._epsilon * _uniform(tensor, self._generator))
+        return out
 
 
 def disturbed(value: Any, generator: torch.Generator) -> Any:

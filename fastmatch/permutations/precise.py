@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastmatch._internal.modules import copy_module, to_eval_mode
 from fastmatch._internal.randomness import random_numbers_kept
-from fastmatch.spec.running import outputs_named, plain_operations
+from fastmatch.spec.running import buffers_kept, copies_of, outputs_named, plain_operations
 
 __all__ = ["Wide", "double_copy", "in_double", "largest_difference", "outputs_of"]
 
@@ -67,18 +68,21 @@ def outputs_of(
 ) -> list[torch.Tensor]:
     """Return every output in float64, integers and booleans included; the random numbers in it come from ``seed``.
 
+    Neither the inputs nor the model's buffers change, even if the model writes to them.
+
     With ``wide``, the model's casts to float32 become casts to float64.
     """
+    args, kwargs = copies_of(args), copies_of(kwargs)
     with (
         torch.inference_mode(False), torch.no_grad(), random_numbers_kept(seed), plain_operations(model, "eager"),
+        buffers_kept(model),
     ):  # fmt: skip
-        if wide:
-            with Wide():
-                returned = model(*args, **kwargs)
-        else:
+        with Wide() if wide else nullcontext():
             returned = model(*args, **kwargs)
-    outputs = [t.detach().resolve_conj() for t in outputs_named(returned, names)]
-    return [(torch.view_as_real(t) if t.is_complex() else t).to(torch.float64, copy=True) for t in outputs]
+        outputs = [t.detach().resolve_conj() for t in outputs_named(returned, names)]
+        return [
+            (torch.view_as_real(t) if t.is_complex() else t).to(torch.float64, copy=True) for t in outputs
+        ]
 
 
 def largest_difference(expected: list[torch.Tensor], outputs: list[torch.Tensor]) -> float:

@@ -12,7 +12,7 @@ from torch import nn
 from fastmatch._internal.modules import copy_module, to_eval_mode, with_state
 from fastmatch._internal.states import check_module, state_of
 from fastmatch.permutations.apply import apply_permutations
-from fastmatch.permutations.disturb import disturb_weights, disturbed, round_weights
+from fastmatch.permutations.disturb import RoundedSums, disturb_weights, disturbed, round_weights
 from fastmatch.permutations.precise import (
     absolute_difference,
     double_copy,
@@ -37,7 +37,7 @@ CANCELLING = 64
 
 NOISE_DRAWS = 3
 NOISE_FACTOR = 1000
-"""How many times the change that rounding errors of the weights cause may be the error."""
+"""How many times the change that rounding errors of weights and sums cause may be the error."""
 
 MOST = {torch.float64: 1e-4, torch.float32: 1e-2}
 """The largest error that rounding is accepted as the cause of, relative to the largest output. Beyond, it is a jump."""
@@ -235,7 +235,8 @@ class _Judge:
                 model = copy_module(self._model)
                 generator = torch.Generator("cpu").manual_seed(self._proof.seed + draw)
                 round_weights(model, self._epsilon, generator)
-                outputs = self._proof.run(model, self._example)
+                with RoundedSums(self._epsilon, generator):
+                    outputs = self._proof.run(model, self._example)
                 found = [absolute_difference(x, y) for x, y in zip(self._expected, outputs, strict=True)]
                 worst = [max(a, b) for a, b in zip(worst, found, strict=True)]
             inside = _largest_inside(self._proof, self._model, self._example)

@@ -108,7 +108,7 @@ def chart(title: str, x_label: str, lines: Sequence[Line], *, include: Sequence[
 def matrix_image(matrix: torch.Tensor) -> str:
     """Return a matrix of values from -1 to 1 as a PNG in a data URL: blue above zero, orange below, clear at zero."""
     values = matrix.nan_to_num(0.0).clamp(-1, 1).to(torch.float32)
-    pixels = torch.empty(*values.shape, 4, dtype=torch.uint8)
+    pixels = torch.empty(*values.shape, 4, dtype=torch.uint8, device="cpu")
     for channel in range(3):
         pixels[..., channel] = torch.where(values >= 0, POSITIVE[channel], NEGATIVE[channel]).to(torch.uint8)
     pixels[..., 3] = (values.abs() * 255).round().to(torch.uint8)

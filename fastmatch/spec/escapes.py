@@ -8,13 +8,20 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from fastmatch.spec.operations import tensors_in
-from fastmatch.spec.record import Record
+from fastmatch.spec.record import Record, fresh
 
 __all__ = ["Escapes"]
 
 NAMES = frozenset(
-    ["numpy", "tolist", "__array__", "__dlpack__", "data_ptr", "storage", "untyped_storage", "__reduce_ex__"]
-)
+    [
+        "numpy", "tolist", "__array__", "__dlpack__", "data_ptr", "storage", "untyped_storage", "__reduce_ex__",
+        "__deepcopy__", "apply_", "map_", "map2_",
+    ]
+)  # fmt: skip
+"""Methods that read or write values without an operation of torch."""
+
+SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+"""``h.data = other``: from now on ``h`` has other values."""
 
 SPLIT = "tensor_split"
 """Reads the places to split at, if they are a tensor, from its memory."""
@@ -33,8 +40,17 @@ class Escapes(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in NAMES or name == SPLIT:
             with torch._C.DisableTorchFunction():
-                for tensor in tensors_in(list(args[name == SPLIT :][:1])):
-                    self.record.labels(tensor)
-                    self.record.mark_read(tensor)
-                    self.record.pin_memory(tensor, f"Tensor.{name}")
-        return func(*args, **(kwargs or {}))
+                self._pin(list(args[name == SPLIT :][:1] if name == SPLIT else args), f"Tensor.{name}")
+        if func != SET_DATA:
+            return func(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunction():
+            self._pin(list(args), "Tensor.data")
+        result = func(*args)
+        self.record.set(args[0], fresh(args[0].shape, "Tensor.data"))
+        return result
+
+    def _pin(self, values: list[Any], reason: str) -> None:
+        for tensor in tensors_in(values):
+            self.record.labels(tensor)
+            self.record.mark_read(tensor)
+            self.record.pin_memory(tensor, reason)

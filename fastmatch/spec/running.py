@@ -19,6 +19,8 @@ __all__ = [
     "Experts",
     "Outputs",
     "arguments_of",
+    "buffers_kept",
+    "copies_of",
     "examples_of",
     "outputs_named",
     "plain_operations",
@@ -74,19 +76,14 @@ def _settings(model: nn.Module | None) -> list[tuple[Any, str, Any]]:
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Run in eval mode without gradients; restore training flags, buffers and random states, also after an error."""
-    modes = [(module, module.training) for module in model.modules()]
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Restore the model's buffers at the end: some models count calls or average activations in every pass."""
     # A buffer made in inference mode cannot be written to outside of it.
     buffers = [(b, b._version, b.detach().clone()) for b in model.buffers() if not b.is_inference()]
     names = [(module, dict(module._buffers)) for module in model.modules()]
     try:
-        to_eval_mode(model)
-        with torch.inference_mode(False), torch.no_grad(), random_numbers_kept(), plain_operations(model):
-            yield
+        yield
     finally:
-        for module, mode in modes:
-            module.training = mode
         for module, own in names:
             for name, buffer in own.items():
                 if module._buffers.get(name) is not buffer:
@@ -95,6 +92,34 @@ def untouched(model: nn.Module) -> Iterator[None]:
             for buffer, version, value in buffers:
                 if buffer._version != version and buffer.shape == value.shape:
                     buffer.copy_(value)
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Run in eval mode without gradients; restore training flags, buffers and random states, also after an error."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        to_eval_mode(model)
+        with (
+            torch.inference_mode(False), torch.no_grad(), random_numbers_kept(), plain_operations(model), buffers_kept(model),
+        ):  # fmt: skip
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def copies_of(value: Any) -> Any:
+    """Return nested inputs with copies of the tensors, for a model that may write to its inputs."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone().requires_grad_(value.requires_grad)
+    if isinstance(value, dict):
+        return {k: copies_of(v) for k, v in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(copies_of, value))
+    if type(value) in (list, tuple):
+        return type(value)(map(copies_of, value))
+    return value
 
 
 class Examples:

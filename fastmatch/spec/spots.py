@@ -61,6 +61,8 @@ class Spots:
         """Memory that depends on data -> the last parameter on its way."""
         self._modules: list[str] = []
         self._counts: Counter[tuple[str, str, str]] = Counter()
+        self.elsewhere: list[str] = []
+        """Paths of modules that another thread ran."""
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -68,8 +70,9 @@ class Spots:
         thread = threading.get_ident()
 
         def enter(module: nn.Module, _inputs: Any) -> None:
-            if id(module) in self._paths and threading.get_ident() == thread:
-                self._modules.append(self._paths[id(module)])
+            if id(module) in self._paths:
+                here = threading.get_ident() == thread
+                (self._modules if here else self.elsewhere).append(self._paths[id(module)])
 
         def leave(module: nn.Module, _inputs: Any, _output: Any) -> None:
             if id(module) in self._paths and threading.get_ident() == thread and self._modules:

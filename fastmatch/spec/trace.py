@@ -27,7 +27,7 @@ from fastmatch.spec.rules import rule_of
 from fastmatch.spec.rules.elementwise import FACTORIES, exchangeable
 from fastmatch.spec.rules.indexing import follow_positions
 from fastmatch.spec.rules.registry import pin_all
-from fastmatch.spec.running import Outputs, examples_of, outputs_named, untouched
+from fastmatch.spec.running import Outputs, copies_of, examples_of, outputs_named, untouched
 from fastmatch.spec.spots import Spots
 from fastmatch.spec.unread import pin_unread
 
@@ -193,6 +193,7 @@ def _trace(
     def passed(args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         spots = Spots(model)
         tracer, siblings = Tracer(hollow, record, spots), Siblings(model)
+        args, keywords = copies_of(args), copies_of(keywords)
         for tensor in tensors_in((args, keywords)):
             if not record.knows(tensor):
                 record.set(tensor, fresh(tensor.shape, "model input"))
@@ -200,6 +201,10 @@ def _trace(
         with Escapes(record), tracer:
             with siblings.watched(), spots.watched():
                 output = run(tracer, *args, **keywords) if run else model(*args, **keywords)
+            if spots.elsewhere:
+                raise ValueError(
+                    f"model: runs {spots.elsewhere[0]!r} on another thread, where its operations cannot be traced"
+                )
             # Sites are ordered by the operations of one pass: those of the first example are kept.
             sites.extend(record.sites if not sites else ())
             siblings.call_others(record)

@@ -16,6 +16,20 @@ from fastmatch._internal.files import save_state
 from fastmatch._internal.locks import hidden, locked
 from fastmatch._internal.outputs import claimed, writing
 
+AS_ON_WINDOWS = """
+import fcntl, sys, types
+
+def locking(descriptor, mode, count):
+    assert (mode, count) == (2, 1)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise PermissionError(13, "Permission denied") from None
+
+sys.modules["msvcrt"] = types.SimpleNamespace(LK_NBLCK=2, locking=locking)
+sys.modules["fcntl"] = None
+"""
+
 HOLDER = """
 import sys
 from fastmatch._internal.locks import locked
@@ -51,6 +65,40 @@ def test_a_second_run_into_one_output_is_refused_while_the_first_is_at_work(tmp_
     assert names(tmp_path) == [".out.pt.lock"]  # left by the kill; nobody holds it
     save_state({"a": torch.zeros(1)}, out)
     assert names(tmp_path) == ["out.pt"]
+
+
+@pytest.mark.parametrize("system", ["", AS_ON_WINDOWS], ids=["flock", "msvcrt"])
+def test_outputs_are_locked_with_whatever_the_system_has(tmp_path, system):
+    out = tmp_path / "out.pt"
+    code = system + HOLDER
+    second = (
+        system
+        + "import fastmatch, sys\nfrom fastmatch._internal.locks import locked\nwith locked(sys.argv[1]): pass"
+    )
+    run = [sys.executable, "-c", second, str(out)]
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        refused = subprocess.run(run, capture_output=True, text=True, check=False)
+        assert "another run is writing this output" in refused.stderr
+        holder.communicate("")
+    assert names(tmp_path) == []
+    subprocess.run(run, check=True)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "O_NOFOLLOW"), reason="the flag that is left out")
+def test_a_link_is_refused_where_the_system_always_follows_links(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "O_NOFOLLOW")
+    (tmp_path / ".out.pt.lock").symlink_to(tmp_path / "mine")
+    with (
+        pytest.raises(OSError, match=r"lock \.out\.pt\.lock: is a symbolic link"),
+        locked(tmp_path / "out.pt"),
+    ):
+        pass
+    assert not (tmp_path / "mine").exists()
 
 
 def test_a_lock_is_one_for_every_spelling_of_a_path_and_nests_in_a_thread(tmp_path):

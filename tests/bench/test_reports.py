@@ -35,6 +35,7 @@ PAGES = (
     "kernels_cpu",
     "renormalization_choice",
     "spliceai_merging",
+    "transformers_families",
     "weight_matching",
 )
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -134,3 +136,27 @@ def test_a_changed_journal_is_followed_or_refused_by_name(journal, tmp_path, cou
         else:
             assert isinstance(error, ValueError)
             assert path.name in str(error), f"change {number} of seed {seed}"
+
+
+CUT = """
+import sys, torch
+from fastmatch.checkpoint import Checkpoint
+checkpoint = Checkpoint(sys.argv[1])
+tensor = checkpoint["a"]
+open(sys.argv[1], "r+b").truncate(100)
+print(float(tensor.sum()))
+try:
+    checkpoint["a"]
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_torch_file_that_is_cut_while_it_is_mapped_does_not_end_the_process(tmp_path):
+    path = tmp_path / "m.pt"
+    save_state({"a": torch.ones(300, 300)}, path)
+    done = subprocess.run([sys.executable, "-c", CUT, str(path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert float(first) == 90000
+    assert second == f"{path}: tensor 'a': the file has changed since it was opened"

@@ -25,7 +25,8 @@ What tracing finds in the model families that people merge. Each row is a small 
 [transformers](https://github.com/huggingface/transformers) with random weights in float64; `tests/helpers/families.py` has
 their sizes. `tests/spec/test_architectures.py` permutes every group of each model at random and compares the outputs on new
 inputs (they differ by at most 1e-9 of the largest). `PYTHONPATH=tests python -m helpers.architectures` writes this page
-from the same traces.
+from the same traces. [Another table](../bench/results/transformers_families.md) has every family of transformers that a small
+config builds.
 
 ## Groups
 

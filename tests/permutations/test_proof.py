@@ -225,11 +225,18 @@ def test_inference_mode_leaves_models_that_can_be_trained():
 @pytest.mark.parametrize("device", ["meta", "cpu"])
 def test_the_default_device_of_the_caller_does_not_matter(device):
     a, b, x = mlp(), mlp(), torch.randn(4, 6)
-    expected = fm.align(a, b, x).permutations["0"]
-    with torch.device(device):
-        alignment = fm.align(a, b, x)
-        moved = alignment.apply(b)
-    assert torch.equal(alignment.permutations["0"], expected)
+    data = [(torch.randn(16, 6), torch.randint(0, 3, (16,))) for _ in range(2)]
+    for matcher in (
+        None,
+        fm.ActivationMatching(data),
+        fm.FisherMatching(data),
+        fm.Mixture(fm.WeightMatching(), fm.ActivationMatching(data)),
+    ):
+        expected = fm.align(a, b, x, matcher).permutations["0"]
+        with torch.device(device):
+            alignment = fm.align(a, b, x, matcher)
+            moved = alignment.apply(b)
+        assert torch.equal(alignment.permutations["0"], expected), matcher
     assert moved[0].weight.device.type == "cpu"
 
 

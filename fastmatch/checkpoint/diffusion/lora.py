@@ -353,11 +353,11 @@ class _Targets:
                 )
             found = dimension_indices(name, spec, permutations)
             width = shape[1] if len(shape) > 1 else 1
-            row = found.get(0, torch.arange(part.rows))[part.start : part.stop] - part.start
+            row = found.get(0, torch.arange(part.rows, device="cpu"))[part.start : part.stop] - part.start
             if int(row.min()) < 0 or int(row.max()) >= part.stop - part.start:
                 raise ValueError(f"{self.argument}: weight {name!r} mixes rows of several weights")
             rows.append(row + begin)
-            columns.append(found.get(1, torch.arange(width)))
+            columns.append(found.get(1, torch.arange(width, device="cpu")))
             begin += part.stop - part.start
         if not all(torch.equal(column, columns[0]) for column in columns):
             raise ValueError(f"{self.argument}: parts of one weight have columns in different orders")
