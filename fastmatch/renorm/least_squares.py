@@ -162,6 +162,24 @@ class LayerFit:
             biases.append(found.mean(1) - weight @ found.mean(0))
         self._store(torch.cat(weights).reshape(old.shape).to(old), torch.cat(biases).to(old))
 
+    @torch.no_grad()
+    def saliency(self, ridge: float) -> torch.Tensor:
+        """Return how much worse the outputs get without each weight, the others of its output corrected: of its shape.
+
+        This is ``w^2 / (2 [H^-1]_jj)`` with ``H = Cov(X, X) + lambda I`` (optimal brain surgeon, Hassibi and Stork 1993).
+        """
+        old = by_outputs(self.layer, self.layer.weight.detach())
+        parts = old.double().reshape(len(self._moments), self._outputs, -1)
+        scores = []
+        for found, weight in zip(self._moments, parts, strict=True):
+            if found is None:
+                raise ValueError(f"layers: {self.name!r} was never run on the data")
+            system = found.covariance("aa")
+            system.diagonal().add_(max(ridge * float(system.diagonal().mean()), 1e-300))
+            own = torch.linalg.inv(system).diagonal()
+            scores.append(weight.to(own.device).square() / (2 * own))
+        return by_outputs(self.layer, torch.cat(scores).reshape(old.shape).to(old))
+
     def _store(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
         layer: Any = self.layer
         raw, mask = raw_weight(layer), bias_mask(layer)

@@ -9,13 +9,14 @@ from typing import Literal, TypeAlias
 from fastmatch._internal.checks import check_choice, check_integer, check_number
 from fastmatch.renorm.published import Published
 
-__all__ = ["Method", "Mode", "Renormalization", "TargetMix", "renormalization_of"]
+__all__ = ["RIDGE", "Method", "Mode", "Renormalization", "TargetMix", "renormalization_of"]
 
 Method: TypeAlias = Literal["auto", "repair", "rescale", "reshift", "reset", "least-squares"]
 Mode: TypeAlias = Literal["joint", "sequential"]
 TargetMix: TypeAlias = Literal["weighted", "equal", "average"]
 
 RIDGE = 1e-2
+"""Of the mean variance of a layer's inputs."""
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,9 @@ def test_a_network_equals_a_plain_reference_layer_by_layer(mode):
         torch.testing.assert_close(found.state_dict()[name], tensor, rtol=1e-8, atol=1e-10)
     assert all(torch.equal(before[n], t) for n, t in merged.state_dict().items())
     plan = fm.applied_plan(found)
-    assert plan is not None and plan.method == "least-squares" and plan.layers == ("0", "2", "4")
+    assert plan is not None
+    assert plan.method == "least-squares"
+    assert plan.layers == ("0", "2", "4")
 
 
 @pytest.mark.parametrize("name", ["mlp", "resnet"])
