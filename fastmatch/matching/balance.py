@@ -102,7 +102,8 @@ def balance(model: nn.Module, example_inputs: Any, *, seed: int = 0) -> Balanced
     sides = {name: _Sides.of(spec, name, found.entries) for name in spec.groups}
     bent = {s.group for s in spec.sites if s.role == "activation" and _base(s.op_name) not in HOMOGENEOUS}
     usable = [name for name, side in sides.items() if side.leave and side.enter and name not in bent]
-    proved = _homogeneous(model, usable, sides, examples_of(example_inputs, None), seed)
+    examples = examples_of(example_inputs, None)
+    proved = _homogeneous(model, usable, sides, examples, seed) if usable else []
     scales = _balancing_scales(state, [sides[name] for name in proved])
     new = _scaled(state, [(sides[name], scales[name]) for name in proved])
     left = tuple(name for name in spec.groups if name not in scales)
