@@ -327,8 +327,9 @@ def test_accuracy_by_sparsity_takes_any_pruner_and_least_squares():
     data = Batches(x, dense(x).argmax(1), 100)
     for pruner in (global_magnitude, Reconstruction(data)):
         table = accuracy_by_sparsity(
-            dense, data, data, sparsities=[0.7], pruner=pruner, method="least-squares"
+            dense, data, data, sparsities=[0.0, 0.7], pruner=pruner, method="least-squares"
         )
-        assert table.column("method") == ["least-squares"]
-        (row,) = table.rows
-        assert row["renormalized accuracy"] >= row["accuracy"] - 0.02
+        assert table.column("method") == ["least-squares"] * 2
+        first, second = table.rows
+        assert first["renormalized accuracy"] == first["accuracy"] == 1.0
+        assert second["accuracy"] < 1.0
