@@ -37,15 +37,15 @@ def task_vector(tuned: nn.Module | State, base: nn.Module | State) -> dict[str, 
         TypeError: one is neither a module nor a state dict.
         ValueError: the architectures differ, or a model holds NaN or infinity.
     """
-    states = {name: state_of(m, name) for name, m in (("tuned", tuned), ("base", base))}
-    check_same_architecture(*states.values(), *states)
-    for name, state in states.items():
-        check_finite(state, name)
+    one, two = state_of(tuned, "tuned"), state_of(base, "base")
+    check_same_architecture(two, one, "base", "tuned")
+    check_finite(one, "tuned")
+    check_finite(two, "base")
     found = {}
-    for name, tensor in states["tuned"].items():
+    for name, tensor in one.items():
         if tensor.is_floating_point() and not name.endswith(RUNNING):
             work = torch.promote_types(tensor.dtype, torch.float32)
-            found[name] = tensor.to(work) - states["base"][name].to(device=tensor.device, dtype=work)
+            found[name] = tensor.to(work) - two[name].to(device=tensor.device, dtype=work)
     return found
 
 

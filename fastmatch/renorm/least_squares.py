@@ -123,7 +123,11 @@ class LayerFit:
             for k, known in enumerate(self._moments):
                 if len(part):
                     self._moments[k] = kernels.moments(
-                        part[:, k], goals[:, k], cross=("ab", "aa"), state=known, backend=_backend(part)
+                        part[:, k].to(goals),
+                        goals[:, k],
+                        cross=("ab", "aa"),
+                        state=known,
+                        backend=_backend(part),
                     )
         for found in self._moments:
             if found is not None and not all(bool(torch.isfinite(s).all()) for s in found.settle().stats):

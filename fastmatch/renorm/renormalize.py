@@ -132,9 +132,10 @@ def renormalize_many(
     alphas = _weights_of_merges(models, notes, endpoints, weights, plan)
     read = partial(batches_of, data, samples=options.samples, progress=progress)
     if plan.method == "least-squares":
-        return _fitted(
-            models, notes, endpoints, alphas, read("least squares"), (plan, options, forward, progress)
-        )
+        how = plan, options, forward, progress
+        news, plan = _fitted(models, notes, endpoints, alphas, read("least squares"), how)
+        _warn_of_modules_left_alone(plan)
+        return news
     statistics = None
     if plan.method != "reset":
         assert endpoints is not None
@@ -174,8 +175,8 @@ def _fitted(
     alphas: Sequence[Sequence[float]],
     batches: Iterable[Any],
     how: tuple[Plan, Renormalization, Forward, bool | None],
-) -> list[nn.Module]:
-    """Return the merges with every layer fitted to the endpoints' outputs."""
+) -> tuple[list[nn.Module], Plan]:
+    """Return the merges with every layer fitted to the endpoints' outputs, and what was done."""
     plan, options, forward, progress = how
     if endpoints is None or isinstance(endpoints, EndpointStatistics):
         raise ValueError(
@@ -186,7 +187,8 @@ def _fitted(
         _check_endpoint(models[0], plan, endpoint, f"endpoints[{k}]")
     if options.mode == "sequential" or len(models) > 1:
         batches = list(batches)
-    news = []
+    news: list[nn.Module] = []
+    done = plan
     for model, alpha, known in zip(models, alphas, notes, strict=True):
         new = copy_module(model)
         fits = [LayerFit(name, layer) for name, layer in survey(new, plan.layers)[0].items()]
@@ -200,9 +202,9 @@ def _fitted(
         remember_plan(new, done, {})
         if known is not None:
             remember_weights(new, known)
+        log.info("%s", done)
         news.append(new)
-    _warn_of_modules_left_alone(done)
-    return news
+    return news, done
 
 
 class _Attempt:

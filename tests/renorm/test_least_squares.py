@@ -229,3 +229,37 @@ def test_inputs_that_never_vary_leave_the_weight_and_set_the_bias():
     found = fm.renormalize(fm.merge(ends), ends, [x], "least-squares")
     torch.testing.assert_close(found(x), (ends[0](x) + ends[1](x)) / 2)
     assert torch.equal(by_outputs(found[0], found[0].weight), fm.merge(ends)[0].weight)  # pyright: ignore
+
+
+def test_half_precision_is_fitted_in_float32_and_kept():
+    torch.manual_seed(fresh_seed())
+    ends = [Plain().to(torch.bfloat16) for _ in range(2)]
+    x = torch.randn(200, 6).to(torch.bfloat16)
+    options = fm.Renormalization("least-squares", mode="sequential", ridge=1e-4)
+    merged = fm.merge(ends)
+    found = fm.renormalize(merged, ends, [x], options)
+    assert {p.dtype for p in found.parameters()} == {torch.bfloat16}
+    goal = (ends[0](x) + ends[1](x)).float() / 2
+    errors = [float((m(x).float() - goal).square().mean()) for m in (merged, found)]
+    assert errors[1] < errors[0]
+
+
+def test_layers_that_never_run_are_left_alone_with_a_warning_or_refused_if_they_were_named():
+    class Idle(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.idle = nn.Linear(3, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.Sequential(*list(self)[:5])(x)
+
+    ends, data = [Idle(), Idle()], [torch.randn(40, 6)]
+    merged = fm.merge(ends)
+    for mode in ("joint", "sequential"):
+        with pytest.warns(UserWarning, match="leaves these alone: idle: is never run") as told:
+            new = fm.renormalize(merged, ends, data, fm.Renormalization("least-squares", mode=mode))
+        assert told[0].filename == __file__
+        assert torch.equal(new.idle.weight, merged.idle.weight)  # pyright: ignore
+        options = fm.Renormalization("least-squares", mode=mode, layers=["idle"])
+        with pytest.raises(ValueError, match="no statistics for layer 'idle'"):
+            fm.renormalize(merged, ends, data, options)
