@@ -6,7 +6,8 @@ the merge::
     W = argmin ||X W^T - Z||^2 / rows + lambda ||W - W0||^2,   b = mean(Z) - W mean(X)
       = W0 + (Cov(Z, X) - W0 Cov(X, X)) (Cov(X, X) + lambda I)^-1
 
-lambda is ``ridge`` times the mean variance of the inputs. The covariances are summed over the data batch by batch, so rows are never
+lambda is ``ridge`` times the mean variance of the inputs. What inputs cannot explain is lost, so the fit has less variance than Z,
+layer after layer. ``restore_variance`` therefore scales each output's weights until its variance is that of Z. The covariances are summed over the data batch by batch, so rows are never
 kept. The rows of a convolution are the patches that its kernel sees. Weights that are zero stay zero: each output then has
 a system of its own, over the weights that it has, as in SparseGPT.
 
@@ -36,6 +37,8 @@ __all__ = ["LayerFit", "fit_jointly", "fit_sequentially", "input_rows"]
 
 ENTRIES = 1 << 24
 """Of patches that are made at once."""
+LARGEST_GAIN = 3.0
+"""Of an output whose variance is restored. Where the inputs explain less than a ninth, scaling would mostly add what is wrong."""
 SYSTEMS = 1 << 25
 """Entries of the systems of pruned outputs that are solved at once."""
 
@@ -148,10 +151,13 @@ class LayerFit:
         return len(by_outputs(self.layer, self.layer.weight)) // len(self._moments)
 
     @torch.no_grad()
-    def write(self, ridge: float) -> None:
+    def write(self, ridge: float, *, restore_variance: bool) -> None:
         """Solve, and write weight and bias into the layer; a missing bias is created.
 
         A layer that was given no rows stays as it is.
+
+        Args:
+            ridge, restore_variance: see this module.
         """
         if not self.has_run:
             return
@@ -161,7 +167,10 @@ class LayerFit:
         for found, weight in zip(self._moments, parts, strict=True):
             assert found is not None
             weight = weight.to(found.stats[0].device)
-            weight = _nearest(found.covariance("aa"), found.covariance("ab").T, weight, ridge)
+            inputs = found.covariance("aa")
+            weight = _nearest(inputs, found.covariance("ab").T, weight, ridge)
+            if restore_variance:
+                weight = weight * _gain(weight, inputs, found.variance(1))[:, None]
             weights.append(weight)
             biases.append(found.mean(1) - weight @ found.mean(0))
         self._store(torch.cat(weights).reshape(old.shape).to(old), torch.cat(biases).to(old))
@@ -234,6 +243,12 @@ def _nearest(inputs: torch.Tensor, crossed: torch.Tensor, weight: torch.Tensor, 
     return weight + torch.cat(steps)
 
 
+def _gain(weight: torch.Tensor, inputs: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
+    """Return (outputs,): what gives each output its target variance, from 1 to :data:`LARGEST_GAIN`."""
+    fitted = ((weight @ inputs) * weight).sum(1)
+    return (variance / fitted.clamp(min=1e-300)).sqrt().clamp(1.0, LARGEST_GAIN)
+
+
 class _Ends:
     """The endpoints, each once, with the weights of a merge, and hooks on them."""
 
@@ -263,6 +278,7 @@ def fit_jointly(
     batches: Iterable[Any],
     forward: Forward,
     ridge: float,
+    restore_variance: bool,
 ) -> None:
     """Fit every layer to the mean of the endpoints' inputs and outputs, one batch at a time; then write all layers.
 
@@ -271,7 +287,7 @@ def fit_jointly(
         ends: the endpoints and their weights.
         batches: read once.
         forward: runs a model on a batch.
-        ridge: see this module.
+        ridge, restore_variance: see this module.
     """
     known = _Ends(*ends)
     by_name = {fit.name: fit for fit in fits}
@@ -296,7 +312,7 @@ def fit_jointly(
             ):
                 pass
     for fit in fits:
-        fit.write(ridge)
+        fit.write(ridge, restore_variance=restore_variance)
 
 
 def fit_sequentially(
@@ -306,6 +322,7 @@ def fit_sequentially(
     batches: Sequence[Any],
     forward: Forward,
     ridge: float,
+    restore_variance: bool,
     progress: bool | None,
 ) -> None:
     """Fit layer after layer of ``model``: each to the inputs that the layers before it give now.
@@ -318,7 +335,7 @@ def fit_sequentially(
         ends: the endpoints and their weights.
         batches: all of them.
         forward: runs a model on a batch.
-        ridge: see this module.
+        ridge, restore_variance: see this module.
         progress: show a bar; None shows it on a terminal.
     """
     known = _Ends(*ends)
@@ -333,7 +350,7 @@ def fit_sequentially(
         once.see(name)
         for k, inputs in enumerate(own):
             by_name[name].add(inputs, known.mean(values[k * each + 1 : (k + 1) * each]))
-        by_name[name].write(ridge)
+        by_name[name].write(ridge, restore_variance=restore_variance)
         return values
 
     lockstep = Lockstep(answer)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from fastmatch._internal.checks import check_choice, check_integer, check_number
+from fastmatch._internal.checks import check_choice, check_integer, check_number, check_type
 from fastmatch.renorm.published import Published
 
 __all__ = ["RIDGE", "Method", "Mode", "Renormalization", "TargetMix", "renormalization_of"]
@@ -15,7 +15,7 @@ Method: TypeAlias = Literal["auto", "repair", "rescale", "reshift", "reset", "le
 Mode: TypeAlias = Literal["joint", "sequential"]
 TargetMix: TypeAlias = Literal["weighted", "equal", "average"]
 
-RIDGE = 1e-2
+RIDGE = 1e-3
 """Of the mean variance of a layer's inputs."""
 
 
@@ -50,11 +50,13 @@ class Renormalization:
             those of the endpoints. (The factor of the paper's code multiplies the mean too.)
         ridge: of ``"least-squares"``: how much weights that stay near the merge's count, as a fraction of the mean variance of a
             layer's inputs. Take more if there are few samples.
+        restore_variance: of ``"least-squares"``: scale each output of a layer until its variance is that of its target. A fit alone
+            has less, since it loses what the layer's inputs do not tell.
 
     Raises:
         ValueError: a value is out of range, or the method does not use the option: ``"reset"`` has no
-            layers, target or factor, ``"reshift"`` has no factor, ``"least-squares"`` has no target or factor, and the
-            ridge is its own.
+            layers, target or factor, ``"reshift"`` has no factor, ``"least-squares"`` has no target or factor, and
+            ``ridge`` and ``restore_variance`` are its own.
     """
 
     method: Method = "auto"
@@ -64,6 +66,7 @@ class Renormalization:
     target: TargetMix = "weighted"
     std_factor: float = 1.0
     ridge: float = RIDGE
+    restore_variance: bool = True
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, Method)
@@ -89,6 +92,11 @@ class Renormalization:
         check_number("ridge", self.ridge, exclusive=True)
         if self.method != "least-squares" and self.ridge != RIDGE:
             raise ValueError(f'ridge: is for method "least-squares"; got {self.ridge!r} for "{self.method}"')
+        check_type("restore_variance", self.restore_variance, bool)
+        if self.method != "least-squares" and not self.restore_variance:
+            raise ValueError(
+                f'restore_variance: is for method "least-squares"; got False for "{self.method}"'
+            )
         if self.method in ("reset", "reshift", "least-squares") and self.std_factor != 1.0:
             raise ValueError(
                 f'std_factor: method "{self.method}" has no target standard deviation; got {self.std_factor!r}'

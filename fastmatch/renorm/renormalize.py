@@ -194,9 +194,11 @@ def _fitted(
         fits = [LayerFit(name, layer) for name, layer in survey(new, plan.layers)[0].items()]
         if options.mode == "sequential":
             ends = endpoints, alpha
-            fit_sequentially(new, fits, ends, list(batches), forward, options.ridge, progress)
+            fit_sequentially(
+                new, fits, ends, list(batches), forward, options.ridge, options.restore_variance, progress
+            )
         else:
-            fit_jointly(fits, (endpoints, alpha), batches, forward, options.ridge)
+            fit_jointly(fits, (endpoints, alpha), batches, forward, options.ridge, options.restore_variance)
         idle = [fit.name for fit in fits if not fit.has_run]
         done = _without_unmeasured(plan, idle, explicit=options.layers is not None)
         remember_plan(new, done, {})

@@ -159,7 +159,9 @@ class Reconstruction:
 
     def __call__(self, dense: nn.Module, amount: float) -> nn.Module:
         """Return a pruned copy of ``dense`` in which about the fraction ``amount`` of the weights is zero."""
-        options = Renormalization("least-squares", "sequential", self.samples, ridge=self.ridge)
+        options = Renormalization(
+            "least-squares", "sequential", self.samples, ridge=self.ridge, restore_variance=False
+        )
         fits = [LayerFit(name, layer) for name, layer in survey(dense)[0].items()]
         with evaluating(dense), ExitStack() as hooks:
             for fit in fits:

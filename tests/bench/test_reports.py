@@ -28,6 +28,7 @@ TINY = Namespace(tiny=True)
 PAGES = (
     "assignment_families",
     "assignment_solvers",
+    "balanced_matching",
     "bfloat16_screening",
     "device_cost",
     "first_calls",
