@@ -28,6 +28,7 @@ from .permutations.verify import verify as verify, Verification as Verification
 # Merge
 from .merging.average import merge as merge
 from .merging.biases import remove_biases as remove_biases
+from .merging.task_vectors import move_task as move_task, task_vector as task_vector
 from .merging.partial import merge_partial as merge_partial, PartialMerge as PartialMerge
 from .merging.unit_rules import Identity as Identity, Permute as Permute, Zip as Zip, CCA as CCA
 from .merging.ensemble import Ensemble as Ensemble, model_cost as model_cost, ModelCost as ModelCost

@@ -28,7 +28,12 @@ OUTPUTS = 4000
 """Bases with an output in each sequence."""
 CALIBRATION, TEST = 4, 4
 """Sequences; they are drawn with different seeds, so none is in both."""
-RENORMALIZATIONS = ("none", "reset", "repair")
+RENORMALIZATIONS = {
+    "none": None,
+    "reset": fm.Renormalization("reset"),
+    "repair": fm.Renormalization("repair"),
+    "least squares": fm.Renormalization("least-squares", mode="sequential"),
+}
 MATCHERS = ("naive", "weights", "activations")
 TRACED_CONTEXT = 20
 
@@ -95,13 +100,13 @@ def rows(
             models = aligned(chosen, matched, spec, calibration)
             merged = fm.merge(models)
             seconds = time.perf_counter() - began
-            for method in RENORMALIZATIONS:
+            for name, method in RENORMALIZATIONS.items():
                 model = merged
-                if method != "none":
-                    ends = None if method == "reset" else models
+                if method is not None:
+                    ends = None if method.method == "reset" else models
                     model = fm.renormalize(merged, ends, calibration, method, progress=False)
                 yield {
-                    **row(what, names, matched, method, correlations(answers([model], test), whole)),
+                    **row(what, names, matched, name, correlations(answers([model], test), whole)),
                     "match seconds": seconds,
                 }
 
@@ -141,6 +146,8 @@ def page(found: record.Record) -> str:
         f"read. {settings['pairs']} of the 10 pairs. `weights` is `MergeMany()`, which for two networks is weight matching; "
         '`activations` is `ToReference(ActivationMatching(data, reduce="sum"))`.'
     )
+    if any(r["renormalized"] == "least squares" for r in found["rows"]):
+        intro += " `least squares` is sequential."
     return record.page(
         "Five networks that others trained", NAME, found, intro, table(found), every_pair(found)
     )
@@ -149,15 +156,16 @@ def page(found: record.Record) -> str:
 def every_pair(found: record.Record) -> str:
     """Return a table of every pair's best merges."""
     pairs = [r for r in found["rows"] if r["what"] == "pair" and r["matched"] == "activations"]
+    methods = list(dict.fromkeys(r["renormalized"] for r in pairs))
     lines = [
         "## Every pair, matched by activations",
         "",
-        "| networks | none | reset | repair |",
-        "|---|---|---|---|",
+        f"| networks | {' | '.join(methods)} |",
+        "|---" * (1 + len(methods)) + "|",
     ]
     for names in dict.fromkeys(r["networks"] for r in pairs):
         own = {r["renormalized"]: r["correlation"] for r in pairs if r["networks"] == names}
-        lines.append(f"| {names} | " + " | ".join(f"{own[m]:.3f}" for m in RENORMALIZATIONS) + " |")
+        lines.append(f"| {names} | " + " | ".join(f"{own[m]:.3f}" for m in methods) + " |")
     return "\n".join(lines)
 
 

@@ -88,7 +88,11 @@ def add_commands(commands: Commands) -> None:
         "--weights",
         help="merge coefficients, one per checkpoint, positive and of sum one; equal by default",
     )
-    add(command, "--renormalize", choices=[word for word in get_args(Method) if word != "auto"])
+    add(
+        command,
+        "--renormalize",
+        choices=[word for word in get_args(Method) if word not in ("auto", "least-squares")],
+    )
     add(command, "--out", help="file to write: .pt2, for torch.export.load")
     add(command, "--force")
 

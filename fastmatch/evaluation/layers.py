@@ -21,19 +21,21 @@ from fastmatch._internal.coefficients import check_weights
 from fastmatch._internal.padding import is_rows
 from fastmatch.evaluation.table import Table
 from fastmatch.renorm.layers import channel_dim, survey
-from fastmatch.renorm.norms import batch_norms
+from fastmatch.renorm.norms import batch_norms, is_norm
 from fastmatch.statistics.moments import ChannelMoments
 
 __all__ = ["layer_table", "running_statistics"]
 
 
 class _LayerMeter:
-    """Measures one layer of one model: output statistics, |z|, |z(x) - z(0)|, and inputs that are always zero."""
+    """Measures one layer or norm of one model: output statistics, |z|, |z(x) - z(0)|, and inputs that are always zero."""
 
-    def __init__(self) -> None:
+    def __init__(self, layer: nn.Module, kind: str) -> None:
         self.moments = ChannelMoments()
         self.at_zero: torch.Tensor | None = None
-        self._absolute = self._vanishing = 0.0
+        self.kind = kind
+        self.weight, self.bias = (_mean_absolute(getattr(layer, name, None)) for name in ("weight", "bias"))
+        self._absolute = self._vanishing = self._of_weight = 0.0
         self._numbers = 0
         self._alive: torch.Tensor | None = None
 
@@ -42,11 +44,19 @@ class _LayerMeter:
         if self.at_zero is None:
             self.at_zero = output.detach()[:1].double()
             return
-        self.moments.update(output, channel_dim(layer, output))
+        dim = _channels(layer, output) if self.kind == "norm" else channel_dim(layer, output)
+        self.moments.update(output, dim)
         self._absolute += float(output.abs().sum(dtype=torch.float64))
+        bias = getattr(layer, "bias", None)
+        if isinstance(bias, torch.Tensor):
+            output_of_weight = output - bias.to(output).view(-1, *[1] * (output.ndim - 1 - dim % output.ndim))
+            self._of_weight += float(output_of_weight.abs().sum(dtype=torch.float64))
+        else:
+            self._of_weight += float(output.abs().sum(dtype=torch.float64))
         self._vanishing += float((output.double() - self.at_zero).abs().sum())
         self._numbers += output.numel()
-        alive = (inputs != 0).movedim(channel_dim(layer, inputs), -1).flatten(0, -2).any(0)
+        along = dim if self.kind == "norm" else channel_dim(layer, inputs)
+        alive = (inputs != 0).movedim(along, -1).flatten(0, -2).any(0)
         self._alive = alive if self._alive is None else self._alive | alive
 
     def row(self) -> dict[str, float]:
@@ -55,16 +65,34 @@ class _LayerMeter:
         return {
             "variance": float(self.moments.variance.mean()),
             "mean |z|": self._absolute / self._numbers,
+            "mean |z - b|": self._of_weight / self._numbers,
+            "mean |W|": self.weight,
+            "mean |b|": self.bias,
             "|z(x) - z(0)|": self._vanishing / self._numbers,
             "dead inputs": 1 - float(self._alive.double().mean()),
         }
 
 
+def _mean_absolute(values: object) -> float:
+    return float(values.detach().double().abs().mean()) if isinstance(values, torch.Tensor) else 0.0
+
+
+def _channels(norm: nn.Module, output: torch.Tensor) -> int:
+    """Return the dimension of a norm's channels: the last one of layer norms, else the second."""
+    is_last = isinstance(norm, (nn.LayerNorm, nn.RMSNorm)) or output.ndim < 3
+    own = getattr(norm, "weight", None)
+    if not is_last and isinstance(own, torch.Tensor) and len(own) != output.shape[1]:
+        is_last = True  # a norm of another class
+    return output.ndim - 1 if is_last else 1
+
+
+# parameters: what is measured, on what, and how; each is used alone
 def layer_table(
     models: Mapping[str, nn.Module],
     data: Iterable[Any],
     *,
     endpoints: Sequence[str] = (),
+    norms: bool = False,
     samples: int | None = None,
     weights: Sequence[float] | None = None,
     forward: Forward = default_forward,
@@ -81,6 +109,7 @@ def layer_table(
         models: name -> module, of one architecture; they are not changed.
         data: a loader of inputs or (inputs, targets); inputs are tensors. Read once for all models.
         endpoints: names of the models that ratios are taken to.
+        norms: measure the outputs of norms too.
         samples: stop after this many samples; None reads all of them.
         weights: one per endpoint; None takes equal ones.
         forward: ``forward(model, batch)`` runs a model on a batch.
@@ -88,7 +117,8 @@ def layer_table(
 
     Returns:
         A :class:`fastmatch.Table` with a row per model and layer and the columns ``model``, ``layer``, ``depth`` (order
-        of the first call), ``variance`` (of each channel, averaged), ``mean |z|``, ``|z(x) - z(0)|`` (the vanishing
+        of the first call), ``kind`` (``"layer"`` or ``"norm"``), ``variance`` (of each channel, averaged), ``mean |z|``,
+        ``mean |z - b|`` (what the weight gives, without the bias), ``mean |W|``, ``mean |b|``, ``|z(x) - z(0)|`` (the vanishing
         feature measure: how much the input still changes the output), and ``dead inputs`` (fraction of input channels
         that are zero on every sample). With ``endpoints`` also ``variance ratio`` and ``feature ratio``: variance and
         vanishing feature measure, divided by the endpoints' average.
@@ -113,7 +143,9 @@ def layer_table(
             check_module(model, f"models[{key!r}]")
             meters[key] = {}
             for name, layer in survey(model)[0].items():
-                handles.append(layer.register_forward_hook(_hook(name, meters[key])))
+                handles.append(layer.register_forward_hook(_hook(name, "layer", meters[key])))
+            for name, norm in ((n, m) for n, m in model.named_modules() if norms and is_norm(m)):
+                handles.append(norm.register_forward_hook(_hook(name, "norm", meters[key])))
         with evaluating(*models.values()):
             started = False
             for batch in batches_of(data, "layers", samples=samples, progress=progress):
@@ -126,7 +158,7 @@ def layer_table(
         for handle in handles:
             handle.remove()
     rows = [
-        {"model": key, "layer": name, "depth": depth, **meter.row()}
+        {"model": key, "layer": name, "depth": depth, "kind": meter.kind, **meter.row()}
         for key, table in meters.items()
         for depth, (name, meter) in enumerate(table.items(), start=1)
     ]
@@ -135,9 +167,11 @@ def layer_table(
     return Table(tuple(rows))
 
 
-def _hook(name: str, table: dict[str, _LayerMeter]) -> Callable[..., None]:
+def _hook(name: str, kind: str, table: dict[str, _LayerMeter]) -> Callable[..., None]:
     def hook(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        table.setdefault(name, _LayerMeter()).see(layer, inputs[0], output)
+        if name not in table:
+            table[name] = _LayerMeter(layer, kind)
+        table[name].see(layer, inputs[0], output)
 
     return hook
 
@@ -167,7 +201,7 @@ def _add_ratios(rows: list[dict[str, Any]], endpoints: Sequence[str], weights: l
             row[ratio] = row[column] / average if average else float("nan")
 
 
-def running_statistics(models: Mapping[str, nn.Module]) -> Table:
+def running_statistics(models: Mapping[str, nn.Module], *, by_channel: bool = False) -> Table:
     """Return the running statistics of batch norms, for example before and after a reset.
 
     Example:
@@ -177,10 +211,12 @@ def running_statistics(models: Mapping[str, nn.Module]) -> Table:
 
     Args:
         models: name -> module.
+        by_channel: give every channel a row.
 
     Returns:
         A :class:`fastmatch.Table` with a row per model and norm and the columns ``model``, ``norm``, ``depth``,
-        ``mean |running mean|`` and ``mean running variance``.
+        ``mean |running mean|`` and ``mean running variance``; or with a row per channel and ``channel``,
+        ``running mean`` and ``running variance`` instead of the last two.
 
     Raises:
         TypeError: ``models`` is not a mapping, or a model is not a torch module.
@@ -191,14 +227,17 @@ def running_statistics(models: Mapping[str, nn.Module]) -> Table:
     for key, model in models.items():
         check_module(model, f"models[{key!r}]")
         for depth, (name, norm) in enumerate(batch_norms(model).items(), start=1):
-            state = norm.state_dict()
+            mean, variance = (norm.state_dict()[f"running_{what}"].double() for what in ("mean", "var"))
+            place = {"model": key, "norm": name, "depth": depth}
+            if by_channel:
+                for channel, (m, v) in enumerate(zip(mean.tolist(), variance.tolist(), strict=True)):
+                    rows.append({**place, "channel": channel, "running mean": m, "running variance": v})
+                continue
             rows.append(
                 {
-                    "model": key,
-                    "norm": name,
-                    "depth": depth,
-                    "mean |running mean|": float(state["running_mean"].double().abs().mean()),
-                    "mean running variance": float(state["running_var"].double().mean()),
+                    **place,
+                    "mean |running mean|": float(mean.abs().mean()),
+                    "mean running variance": float(variance.mean()),
                 }
             )
     if not rows:

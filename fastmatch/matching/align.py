@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -10,6 +11,7 @@ from torch import nn
 from fastmatch._internal.ranks import current
 from fastmatch._internal.states import check_finite, check_same_architecture, state_of
 from fastmatch._internal.stopwatch import Stopwatch
+from fastmatch.matching.balance import balance
 from fastmatch.matching.matcher import Matcher, Model, as_code, check_matcher
 from fastmatch.matching.same_on_ranks import check_same_on_ranks, check_whole
 from fastmatch.matching.weights import WeightMatching
@@ -90,9 +92,23 @@ def align(
         if verify and example_inputs is not None and isinstance(model_b, nn.Module):
             with watch("verify"):
                 proof = verify_spec(model_b, spec, example_inputs)
+        compared, how = (model_a, model_b), matcher
+        if isinstance(matcher, WeightMatching) and matcher.balance:
+            with watch("balance"):
+                compared = _balanced(model_a, model_b, example_inputs)
+            how = replace(matcher, balance=False)
         with watch("match"):
-            matching = matcher.match(model_a, model_b, spec, progress=progress)
+            matching = how.match(*compared, spec, progress=progress)
     return Alignment(matching.permutations, spec, matching, proof, as_code(matcher), watch.seconds)
+
+
+def _balanced(model_a: Model, model_b: Model, example_inputs: Any) -> tuple[nn.Module, nn.Module]:
+    if example_inputs is None or not (isinstance(model_a, nn.Module) and isinstance(model_b, nn.Module)):
+        raise ValueError(
+            "balance: needs two modules and example inputs, on which it proves which units may be scaled; "
+            "state dicts cannot be run"
+        )
+    return balance(model_a, example_inputs).model, balance(model_b, example_inputs).model
 
 
 def warn_if_nothing_moves(spec: PermutationSpec, function: str) -> None:

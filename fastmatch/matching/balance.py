@@ -24,7 +24,7 @@ from fastmatch.spec import Axis, PermutationSpec
 from fastmatch.spec.running import examples_of
 from fastmatch.spec.trace import trace
 
-__all__ = ["Balanced", "balance"]
+__all__ = ["Balanced", "balance", "scaled_at_random"]
 
 TOLERANCE = 1e-9
 """Largest relative difference of outputs, in float64, between a network and the same one with other scales."""
@@ -102,11 +102,25 @@ def balance(model: nn.Module, example_inputs: Any, *, seed: int = 0) -> Balanced
     sides = {name: _Sides.of(spec, name, found.entries) for name in spec.groups}
     bent = {s.group for s in spec.sites if s.role == "activation" and _base(s.op_name) not in HOMOGENEOUS}
     usable = [name for name, side in sides.items() if side.leave and side.enter and name not in bent]
-    proved = _homogeneous(model, usable, sides, examples_of(example_inputs, None), seed)
+    examples = examples_of(example_inputs, None)
+    proved = _homogeneous(model, usable, sides, examples, seed) if usable else []
     scales = _balancing_scales(state, [sides[name] for name in proved])
     new = _scaled(state, [(sides[name], scales[name]) for name in proved])
     left = tuple(name for name in spec.groups if name not in scales)
     return Balanced(with_state(model, new), scales, left)
+
+
+def scaled_at_random(model: nn.Module, example_inputs: Any, *, seed: int) -> nn.Module:
+    """Return a copy of the same function whose units, where they may be scaled, are: by 2 to the power of a normal number."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    found = trace(model, example_inputs)
+    spec = PermutationSpec(found.groups, found.shapes, found.pins, found.sites).flat()
+    scales = []
+    for name in balance(model, example_inputs).scales:
+        sides = _Sides.of(spec, name, found.entries)
+        values = torch.exp2(torch.randn(sides.size, generator=generator, dtype=torch.float64, device="cpu"))
+        scales.append((sides, values))
+    return with_state(model, _scaled(state_of(model, "model"), scales))
 
 
 def _base(op_name: str) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from fastmatch._internal.batches import check_data
+from fastmatch._internal.checks import check_choice, check_integer
 from fastmatch._internal.states import State, state_of
 from fastmatch.matching.matcher import Matcher, Model, check_matcher, modules_of
 from fastmatch.matching.objective import included
@@ -25,7 +26,7 @@ from fastmatch.matching.weights import WeightMatching, match_weights
 from fastmatch.permutations.alignment import Matching
 from fastmatch.spec import PermutationSpec
 from fastmatch.spec.checks import check_spec
-from fastmatch.statistics.fisher import diagonal_fisher
+from fastmatch.statistics.fisher import Labels, diagonal_fisher
 
 __all__ = ["FisherMatching", "match_fisher"]
 
@@ -40,7 +41,7 @@ class FisherMatching(Matcher):
     """Match units by their weights, each squared difference weighted by Fisher information.
 
     Maximizes ``- sum_k (F_a + P F_b)_k (a - P b)_k^2`` over the permutations P of B's units, where F is the diagonal
-    of the empirical Fisher information of each network.
+    of the Fisher information of each network.
 
     Example:
         >>> alignment = fm.align(model_a, model_b, x, fm.FisherMatching(loader))
@@ -48,7 +49,12 @@ class FisherMatching(Matcher):
         True
 
     Args:
-        data: batches of (inputs, targets), read once for each network; not an iterator, which can be read only once.
+        data: batches of (inputs, targets), read once for each network; not an iterator, which can be read only once. For
+            ``labels="sampled"`` inputs are enough.
+        labels: ``"data"`` takes the targets: the empirical Fisher information. ``"sampled"`` draws labels from each
+            network's own predictions.
+        samples: stop after this many samples; None reads all of them.
+        seed: of the drawn labels.
         ascent: the options of the coordinate ascent on the objective.
 
     Raises:
@@ -60,10 +66,19 @@ class FisherMatching(Matcher):
 
     data: Iterable[Any] = field(repr=False)
     ascent: WeightMatching = WeightMatching()
+    labels: Labels = "data"
+    samples: int | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
         check_data(self.data, reads=2)
         check_matcher("ascent", self.ascent, WeightMatching)
+        check_choice("labels", self.labels, Labels)
+        check_integer("seed", self.seed)
+        if self.labels == "data" and self.seed:
+            raise ValueError(f'seed: is for labels="sampled"; got {self.seed}')
+        if self.samples is not None:
+            check_integer("samples", self.samples, least=1)
 
     def match(
         self, model_a: Model, model_b: Model, spec: PermutationSpec, *, progress: bool | None = None
@@ -84,7 +99,12 @@ class FisherMatching(Matcher):
             ValueError: ``data`` does not yield pairs of tensors.
         """
         models = modules_of(model_a, model_b)
-        fisher_a, fisher_b = (diagonal_fisher(model, self.data, progress=progress) for model in models)
+        fisher_a, fisher_b = (
+            diagonal_fisher(
+                model, self.data, labels=self.labels, samples=self.samples, seed=self.seed, progress=progress
+            )
+            for model in models
+        )
         a, b = state_of(model_a, "model_a"), state_of(model_b, "model_b")
         return match_fisher(a, b, spec, fisher_a, fisher_b, self.ascent, progress=progress)
 

@@ -11,9 +11,11 @@ import torch
 from fastmatch._internal.checks import check_integer
 from fastmatch._internal.progress import progress_bar
 from fastmatch._internal.states import State, state_of
+from fastmatch.matching.activations import ActivationMatching
 from fastmatch.matching.ascent import Hooks
-from fastmatch.matching.matcher import Models, Strategy, check_matcher
+from fastmatch.matching.matcher import Models, Strategy, check_matcher, check_rereadable
 from fastmatch.matching.pair_objective import anchored, moving, pair_objective
+from fastmatch.matching.similar_many import match_similar
 from fastmatch.matching.weights import WeightMatching, match_weights
 from fastmatch.permutations.alignment import Alignment, Matching
 from fastmatch.permutations.apply import permute_tensor
@@ -36,32 +38,39 @@ def check_init(matcher: WeightMatching) -> None:
 class MergeMany(Strategy):
     """Match each model to the mean of the others, in random order, until a whole round moves nothing.
 
-    Maximizes ``sum_{p<q} <P_p theta_p, P_q theta_q>`` over the permutations P_k of each model's units. A model is matched
+    By weights (the default), it maximizes ``sum_{p<q} <P_p theta_p, P_q theta_q>`` over the permutations P_k of each model's units. A model is matched
     again in the groups whose tensors have changed in another model since its last match. A match to the
     mean of the others raises this sum by as much as it raises its own objective. So the sum never falls and the rounds
     end by themselves.
+
+    With :class:`ActivationMatching`, it maximizes the similarity of matched units, summed over all pairs of models, in the
+    same way, from the matches to the reference on. Each group is then one problem by itself.
 
     Example:
         >>> models = [model_a, model_b]
         >>> alignments = fm.align_many(models, x, fm.MergeMany())
         >>> merged = fm.merge([f.apply(m) for f, m in zip(alignments, models)])
+        >>> alignments = fm.align_many(models, x, fm.MergeMany(fm.ActivationMatching(loader)))
 
     Args:
-        matcher: the options of each match. ``init`` must be ``"identity"``: the first matches begin there, later ones
-            where the model is.
+        matcher: the options of each match. :class:`WeightMatching` must have ``init="identity"``: the first matches begin
+            there, later ones where the model is. :class:`ActivationMatching` reads its data once for each pair of models.
         max_rounds: the largest number of rounds; ``matching.converged`` says whether it was enough.
 
     Raises:
         ValueError: ``max_rounds`` is out of range, or ``matcher.init`` is not ``"identity"``.
-        TypeError: ``matcher`` is not a :class:`WeightMatching`.
+        TypeError: ``matcher`` is neither of the two, or its data is an iterator, which can be read only once.
     """
 
-    matcher: WeightMatching = WeightMatching(init="identity")
+    matcher: WeightMatching | ActivationMatching = WeightMatching(init="identity")
     max_rounds: int = 100
 
     def __post_init__(self) -> None:
-        check_matcher("matcher", self.matcher, WeightMatching)
-        check_init(self.matcher)
+        if isinstance(self.matcher, ActivationMatching):
+            check_rereadable("matcher", self.matcher)
+        else:
+            check_matcher("matcher", self.matcher, WeightMatching)
+            check_init(self.matcher)
         check_integer("max_rounds", self.max_rounds, least=1)
 
     def match(
@@ -69,8 +78,14 @@ class MergeMany(Strategy):
     ) -> list[Alignment]:
         """Return one alignment per model; see :meth:`Strategy.match`.
 
-        Each ``matching.objective`` is the sum over pairs before the first round and after each.
+        Each ``matching.objective`` is the sum over pairs before the first round and after each; by activations first
+        that of the models as they are.
         """
+        if isinstance(self.matcher, ActivationMatching):
+            permutations, matching = match_similar(
+                models, spec, self.matcher, reference, self.max_rounds, progress=progress
+            )
+            return anchored(permutations, reference, spec, matching)
         states = [state_of(model, f"models[{k}]") for k, model in enumerate(models)]
         permutations, matching = match_mean(states, spec, self, progress=progress)
         return anchored(permutations, reference, spec, matching)
@@ -94,6 +109,7 @@ def match_mean(
         progress: show progress bars; None shows them on a terminal.
     """
     matcher = options.matcher
+    assert isinstance(matcher, WeightMatching)
     current = list(start) if start is not None else [spec.identity() for _ in states]
     generator = np.random.default_rng(matcher.seed)
     trace = [pair_objective(states, spec, current, matcher.include)]

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from fastmatch._internal.checks import check_choice, check_integer, check_number
+from fastmatch._internal.checks import check_choice, check_integer, check_number, check_type
 from fastmatch._internal.states import State, headers_of, state_of
 from fastmatch.matching.ascent import Ascent, Hooks
 from fastmatch.matching.matcher import Matcher, Model
@@ -50,6 +50,10 @@ class WeightMatching(Matcher):
             parameters.
         include: which tensors enter: ``"weights"`` only matrices and kernels, ``"affine"`` also biases, norm scales
             and shifts, ``"statistics"`` also the running statistics of batch norm.
+        balance: compare balanced copies of the networks (:func:`fastmatch.balance`), where units have incoming and
+            outgoing weights of equal norms. The match then does not depend on scales that a ReLU network leaves open. Only
+            :func:`fastmatch.align` of two modules with example inputs can do so, because it has to prove on them which
+            units may be scaled. The networks themselves are not balanced: merge the balanced ones if their scales differ.
         seed: of the random order of groups.
 
     Raises:
@@ -64,8 +68,10 @@ class WeightMatching(Matcher):
     tolerance: float = 1e-12
     include: Include = "affine"
     seed: int = 0
+    balance: bool = False
 
     def __post_init__(self) -> None:
+        check_type("balance", self.balance, bool)
         if isinstance(self.init, Mapping):
             for name in self.init:
                 if not isinstance(name, str):
@@ -158,6 +164,11 @@ def _match(
 ) -> Matching:
     import numpy as np
 
+    if matcher.balance:
+        raise ValueError(
+            "balance: needs example inputs, which only fm.align(model_a, model_b, x, fm.WeightMatching(balance=True)) has; "
+            "else call fm.balance before"
+        )
     check_spec(spec, headers_of(a), "model_a")
     check_spec(spec, headers_of(b), "model_b")
     problem = WeightObjective(a, b, spec, matcher.include, hooks.bonus, hooks.ranks)

@@ -17,6 +17,7 @@ from fastmatch._internal.batches import (
     device_of,
     evaluating,
 )
+from fastmatch._internal.checks import check_integer
 from fastmatch._internal.coefficients import check_weights, remember_weights
 from fastmatch._internal.modules import copy_module
 from fastmatch._internal.states import State, check_finite, check_models, check_same_architecture, state_of
@@ -80,6 +81,7 @@ class PartialMerge:
         models: Sequence[nn.Module],
         data: Iterable[Any],
         *,
+        only: int | None = None,
         samples: int | None = None,
         forward: Forward = default_forward,
     ) -> EndpointStatistics:
@@ -96,17 +98,25 @@ class PartialMerge:
         Args:
             models: those that were merged, in the same order.
             data: a loader of inputs or (inputs, targets); read once.
+            only: the position of a model whose statistics alone are the target of merged layers. Then there is one
+                endpoint: ``fm.renormalize(found.model, statistics, loader, weights=[1.0])``.
             samples: stop after this many samples; None reads all of them.
             forward: ``forward(model, batch)`` runs a model on a batch.
 
         Raises:
             ValueError: another number of models; or the rule is ``"cca"``, which mixes units: the standard deviation
-                of a mixture needs covariances that are not kept. ``method="reset"`` needs no endpoints and works.
+                of a mixture needs covariances that are not kept. ``only=0`` works, because the merged units are those of the
+                first model. So does ``method="reset"``, which needs no endpoints.
         """
-        if any(maps.spread is None for maps in self.maps.values()):
+        if only is not None:
+            check_integer("only", only)
+            if only >= len(self.weights):
+                raise ValueError(f"only: expected a position below {len(self.weights)}, got {only}")
+        if only != 0 and any(maps.spread is None for maps in self.maps.values()):
             raise ValueError(
                 f"rule {self.rule!r} mixes units, whose spread takes covariances of layers that are not kept; "
-                'renormalize with method="reset", which needs no endpoints, or merge by another rule'
+                'take the first model\'s statistics (only=0), renormalize with method="reset", which needs no endpoints, or '
+                "merge by another rule"
             )
         if len(models) != len(self.weights):
             raise ValueError(f"models: expected the {len(self.weights)} that were merged, got {len(models)}")
@@ -116,13 +126,13 @@ class PartialMerge:
         for k in range(len(measured)):
             table: dict[str, Calls] = {}
             for name in measured[k]:
-                if f"merged.{name}" in known:
+                if f"merged.{name}" in known and only in (None, k):
                     table[f"merged.{name}"] = tuple(self._mapped(name, k, m) for m in measured[k][name])
                 for j, own in enumerate(measured):
                     if f"apart.{j}.{name}" in known:
                         table[f"apart.{j}.{name}"] = own[name]
             tables.append(table)
-        return EndpointStatistics(tuple(tables))
+        return EndpointStatistics(tuple(tables) if only is None else (tables[only],))
 
     def _mapped(self, layer: str, k: int, moments: ChannelMoments) -> ChannelMoments:
         """Return the moments of model k's layer in merged units."""
@@ -137,12 +147,14 @@ class PartialMerge:
         return ChannelMoments(moments.count, mean, std.square() * moments.count)
 
 
+# parameters: the two boundaries, what stays apart between them, and how the rest is merged
 def merge_partial(
     models: Sequence[nn.Module],
     example_inputs: Any,
     rule: Identity | MatchedUnits,
     *,
     start_at: str | int = 0,
+    stop_at: str | int | None = None,
     apart: Sequence[str] = (),
     weights: Sequence[float] | None = None,
     verify: bool = True,
@@ -154,19 +166,27 @@ def merge_partial(
     :class:`fastmatch.Permute` that equals :func:`fastmatch.align` by activations and :func:`fastmatch.merge`.
     ``start_at=len(spec.flat().groups)`` keeps everything apart and averages the outputs: the ensemble.
 
+    With ``stop_at`` the models are apart again at the end: networks of different tasks share what lies between, and each
+    keeps its own head (ZipIt).
+
     Example:
         >>> found = fm.merge_partial([model_a, model_b], x, fm.Zip(loader), start_at=1)
         >>> logits = found.model(x)
+        >>> found = fm.merge_partial([model_a, model_b], x, fm.Zip(loader), stop_at=1)
+        >>> logits_a, logits_b = found.model(x)
 
     Args:
         models: two or more modules of one architecture that ``torch.fx`` or ``torch.export`` can follow; they are
-            not changed.
+            not changed. With ``stop_at``, tensors of the layers after it may have other shapes in each, such as heads for
+            other classes.
         example_inputs: a tensor, a tuple of positional inputs, or a mapping of inputs by name; a batch of 2 is
             enough.
         rule: which units become one: :class:`fastmatch.Identity`, :class:`fastmatch.Permute`,
             :class:`fastmatch.Zip` or :class:`fastmatch.CCA`. The last three hold the data they match on.
         start_at: a group's name, or its position in ``PermutationSpec.trace(model, x).flat().groups``. All that
             runs before the layer that first produces the group stays apart.
+        stop_at: the last group to be merged, by name or position. All that runs after the last layer that produces it
+            stays apart, and the merge returns a tuple with the output of every model. None merges to the end.
         apart: names of further groups whose layers stay apart, wherever they are.
         weights: one per model, positive, of sum one; None takes equal ones.
         verify: check in float64 that the rewired graph with one model's weights everywhere computes that model.
@@ -197,10 +217,19 @@ def merge_partial(
         check_module(model, f"models[{k}]")
     states = [state_of(m, f"models[{k}]") for k, m in enumerate(models)]
     for k, state in enumerate(states):
-        check_same_architecture(states[0], state, "models[0]", f"models[{k}]")
+        if stop_at is None:
+            check_same_architecture(states[0], state, "models[0]", f"models[{k}]")
         check_finite(state, f"models[{k}]")
     structure = trace_graph(copy_module(models[0]).eval(), example_inputs)
-    plan = Rewiring(structure, start_at, apart)
+    plan = Rewiring(structure, start_at, apart, stop_at)
+    for k, state in enumerate(states):
+        # Heads have the same names, but may have any shape.
+        alike = {
+            name: states[0][name] if name in plan.after else t
+            for name, t in state.items()
+            if name in states[0]
+        }
+        check_same_architecture(states[0], {**state, **alike}, "models[0]", f"models[{k}]")
     if verify:
         _verify(plan, example_inputs, alphas)
     device = device_of(structure.module)
@@ -235,7 +264,7 @@ def _verify(plan: Rewiring, example_inputs: Any, weights: Sequence[float]) -> No
     """Raise ValueError unless the rewired graph, with one model's weights everywhere, computes that model."""
     args, kwargs = (in_double(part) for part in arguments_of(example_inputs, None))
     double = double_copy(plan.structure.module)
-    expected = outputs_of(double, args, kwargs)
+    expected = outputs_of(double, args, kwargs) * (len(weights) if plan.stops else 1)
     same = rewire(plan, [double] * len(weights), _identity(plan, weights), weights)
     error = largest_difference(expected, outputs_of(same, args, kwargs))
     if not error <= TOLERANCE:

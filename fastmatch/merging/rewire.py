@@ -32,9 +32,18 @@ class Rewiring:
         structure: the traced graph.
         many: names of the nodes that exist once per model.
         joined: the groups whose units are merged somewhere, in the spec's order.
+        stops: whether the models are apart again at the end, so that each has an output.
+        after: names of the parameters and buffers that only nodes after the merged ones hold.
+        merged: names of those that merged nodes hold.
     """
 
-    def __init__(self, structure: Structure, start_at: str | int, apart: Sequence[str]) -> None:
+    def __init__(
+        self,
+        structure: Structure,
+        start_at: str | int,
+        apart: Sequence[str],
+        stop_at: str | int | None = None,
+    ) -> None:
         self.structure = structure
         self.nodes = list(structure.module.graph.nodes)
         groups = list(structure.spec.groups)
@@ -43,10 +52,31 @@ class Rewiring:
             raise ValueError(f"apart: unknown group {unknown[0]!r}; there are {groups}")
         self._state = structure.module.state_dict()
         cut = self._cut(start_at, groups)
+        end = len(self.nodes) if stop_at is None else self._end(stop_at, groups)
+        if end <= cut:
+            raise ValueError(
+                f"stop_at: {stop_at!r} is not after start_at {start_at!r}, so nothing would be merged"
+            )
+        self.stops = stop_at is not None
         self.many: set[str] = set()
         for k, node in enumerate(self.nodes):
-            if self._is_many(node, k < cut, set(apart)):
+            if self._is_many(node, k < cut, set(apart)) or (k >= end and self._may_be_many(node)):
                 self.many.add(node.name)
+        users = {"before": self.nodes[:end], "after": self.nodes[end:]}
+        held = {
+            where: {
+                name for node in nodes for n in [node, *node.all_input_nodes] for name in self.parameters(n)
+            }
+            for where, nodes in users.items()
+        }
+        self.after = held["after"] - held["before"] if self.stops else set()
+        self.merged = {
+            name
+            for node in self.nodes
+            if node.name not in self.many and node.op != "get_attr"
+            for n in [node, *(m for m in node.all_input_nodes if m.op == "get_attr")]
+            for name in self.parameters(n)
+        }
         touched = {group for node in self.nodes for group in self._merged_at(node)}
         self.joined = tuple(name for name in groups if name in touched)
 
@@ -75,6 +105,31 @@ class Rewiring:
             return len(self.nodes) - 1  # the output
         group = groups[position]
         return next(k for k, node in enumerate(self.nodes) if group in self._produced(node))
+
+    def _end(self, stop_at: str | int, groups: list[str]) -> int:
+        """Return the position after the last layer or norm that produces the group."""
+        if isinstance(stop_at, str) and stop_at not in groups:
+            raise ValueError(f"stop_at: unknown group {stop_at!r}; there are {groups}")
+        position = groups.index(stop_at) if isinstance(stop_at, str) else int(stop_at)
+        if not 0 <= position < len(groups):
+            raise ValueError(f"stop_at: expected a position of 0 to {len(groups) - 1}, got {stop_at}")
+        group = groups[position]
+        found = [k for k, node in enumerate(self.nodes) if group in self._made(node)]
+        return max(found) + 1
+
+    def _may_be_many(self, node: fx.Node) -> bool:
+        return node.op not in ("placeholder", "output")
+
+    def _made(self, node: fx.Node) -> set[str]:
+        """Return the groups that leave a parameter of this node, or one that it takes."""
+        spec, inputs = self.structure.spec, self.structure.inputs
+        held = [
+            *self.parameters(node),
+            *(p for n in node.all_input_nodes if n.op == "get_attr" for p in self.parameters(n)),
+        ]
+        if node.op == "get_attr":
+            return set()
+        return {group for p in held for axis, group in spec.axes_of(p) if (p, axis.dim) not in inputs}
 
     def _produced(self, node: fx.Node) -> set[str]:
         """Return the groups on the node's value, and those on the output of a layer inside it."""
@@ -164,7 +219,7 @@ class _Builder:
         self, plan: Rewiring, copies: Sequence[nn.Module], maps: dict[str, UnitMaps], weights: Sequence[float]
     ) -> None:
         self.plan, self.copies, self.maps, self.weights = plan, copies, maps, weights
-        self.merged = _merged(plan.structure, copies, maps, weights)
+        self.merged = _merged(plan, copies, maps, weights)
         self.sizes = {name: group.size for name, group in plan.structure.spec.groups.items()}
         self.graph = fx.Graph()
         self.root: dict[str, Any] = {}
@@ -184,6 +239,11 @@ class _Builder:
 
     def _copy(self, node: fx.Node, k: int | None) -> fx.Node:
         """Copy the node with model k's weights, or with merged weights for None."""
+        if node.op == "output" and self.plan.stops:
+            count = range(len(self.copies))
+            return self.graph.output(
+                tuple(fx.map_arg(node.args[0], lambda n, j=j: self._as_many(n)[j]) for j in count)
+            )
         new = self.graph.node_copy(node, lambda n: self._as_one(n) if k is None else self._as_many(n)[k])
         new.type = None  # annotations may be strings, which do not pickle
         if node.op in ("call_module", "get_attr"):
@@ -229,14 +289,14 @@ class _Builder:
 
 
 def _merged(
-    structure: Structure, copies: Sequence[nn.Module], maps: dict[str, UnitMaps], weights: Sequence[float]
+    plan: Rewiring, copies: Sequence[nn.Module], maps: dict[str, UnitMaps], weights: Sequence[float]
 ) -> nn.Module:
-    """Return the traced module with every parameter merged; groups without maps are averaged as they are."""
+    """Return the traced module with the parameters of merged nodes merged; groups without maps are averaged as they are."""
     states = []
     for k, copy in enumerate(copies):
-        state = copy.state_dict()
-        states.append({name: _mapped(name, tensor, structure, maps, k) for name, tensor in state.items()})
-    return with_state(copies[0], merge_states(states, weights))
+        state = {name: t for name, t in copy.state_dict().items() if name in plan.merged}
+        states.append({name: _mapped(name, t, plan.structure, maps, k) for name, t in state.items()})
+    return with_state(copies[0], {**copies[0].state_dict(), **merge_states(states, weights)})
 
 
 def _mapped(

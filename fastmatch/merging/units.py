@@ -54,6 +54,8 @@ class _Gathered(nn.Module):
 class _Matrix(nn.Module):
     """A linear map of units. The matrix is a parameter, because the map is one more layer of the network."""
 
+    is_unit_map = True
+
     def __init__(self, matrix: torch.Tensor) -> None:
         super().__init__()
         self.matrix = nn.Parameter(matrix, requires_grad=False)

@@ -15,6 +15,8 @@ reshift    z - mu + mu*            b' = b - mu + mu*
 reset      batch norm's running statistics, measured again
 =========  ======================  ===============================
 
+A fifth method, least-squares, changes whole weights instead of channels (:mod:`fastmatch.renorm.least_squares`).
+
 A channel whose gain would take it away from its target keeps gain one (:mod:`fastmatch.renorm.harm`).
 """
 

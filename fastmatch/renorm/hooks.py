@@ -125,7 +125,7 @@ def affine_hooks(model: nn.Module, plan: Plan, targets: Targets) -> list[Calibra
     """Return the hooks of REPAIR, RESCALE or RESHIFT."""
     layers = survey(model, plan.layers)[0]
     method = plan.method
-    assert method not in ("auto", "reset", "none")
+    assert method not in ("auto", "reset", "least-squares", "none")
     return [_AffineHook(name, layer, targets, method) for name, layer in layers.items()]
 
 

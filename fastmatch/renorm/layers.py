@@ -59,7 +59,13 @@ def survey(model: nn.Module, layers: Sequence[str] | None = None) -> tuple[dict[
                 left[name] = f"shares its weight with {', '.join(others)}"
             else:
                 found[name] = module  # type: ignore[assignment] - GPT-2's is taken as a linear layer
-        elif not (is_norm(module) or isinstance(module, parametrize.ParametrizationList)):
+        elif not (
+            getattr(
+                module, "is_unit_map", False
+            )  # joins the models of a partial merge; its output is no layer's
+            or is_norm(module)
+            or isinstance(module, parametrize.ParametrizationList)
+        ):
             own = [n for n, _ in module.named_parameters(recurse=False)]
             kind = type(module).__name__
             if own and not any(True for _ in module.children()):

@@ -33,7 +33,7 @@ class Plan:
         'repair'
 
     Attributes:
-        method: ``"repair"``, ``"rescale"``, ``"reshift"`` or ``"reset"``; ``"none"`` if the automatic choice left the
+        method: ``"repair"``, ``"rescale"``, ``"reshift"``, ``"reset"`` or ``"least-squares"``; ``"none"`` if the automatic choice left the
             merge as it is; ``"auto"`` if the choice is still to be made, because it is measured on the data.
         why: the reason for the method.
         layers: names of the layers to renormalize (of the batch norms for ``"reset"``).

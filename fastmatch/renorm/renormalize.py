@@ -23,6 +23,8 @@ from fastmatch._internal.modules import copy_module
 from fastmatch.renorm.calibrate import Calibration, calibrate
 from fastmatch.renorm.endpoints import EndpointStatistics, endpoint_statistics
 from fastmatch.renorm.hooks import Targets, affine_hooks, reset_hooks
+from fastmatch.renorm.layers import survey
+from fastmatch.renorm.least_squares import LayerFit, fit_jointly, fit_sequentially
 from fastmatch.renorm.norms import batch_norms
 from fastmatch.renorm.options import Method, Renormalization, renormalization_of
 from fastmatch.renorm.outputs import PREFERENCE, disagreement
@@ -62,8 +64,8 @@ def renormalize(
             statistics. ``"reset"`` does not look at them, so they may be None.
         data: a loader of inputs or (inputs, targets). It is read once for the endpoints (not if their statistics
             are given, nor for ``"reset"``) and once for the model.
-        method: ``"repair"``, ``"rescale"``, ``"reshift"`` or ``"reset"``, or a :class:`fastmatch.Renormalization` with
-            further options. ``"auto"`` tries REPAIR, RESCALE, RESET (with batch norm) and nothing at all, and keeps the
+        method: ``"repair"``, ``"rescale"``, ``"reshift"``, ``"reset"`` or ``"least-squares"``, or a
+            :class:`fastmatch.Renormalization` with further options. ``"auto"`` tries REPAIR, RESCALE, RESET (with batch norm) and nothing at all, and keeps the
             copy whose outputs are nearest to the weighted mean of the endpoints' outputs on the first 1024 samples: the
             least often another class, if the data has classes, and then the smallest angle.
         weights: the weights of the merge, one per endpoint. None takes those that :func:`fastmatch.merge` noted on
@@ -78,7 +80,7 @@ def renormalize(
             of one value for each channel, or activations that are not finite: batch and layer are named.
 
     Source:
-        Jordan et al. 2022 (REPAIR); Qu and Horvath 2024 (RESCALE, RESHIFT).
+        Jordan et al. 2022 (REPAIR); Qu and Horvath 2024 (RESCALE, RESHIFT); Nasery et al. 2024 (least squares).
     """
     check_module(model, "model")
     rows = None if weights is None else [weights]
@@ -129,11 +131,17 @@ def renormalize_many(
     notes = [remembered_weights(model) for model in models]
     alphas = _weights_of_merges(models, notes, endpoints, weights, plan)
     read = partial(batches_of, data, samples=options.samples, progress=progress)
+    if plan.method == "least-squares":
+        how = plan, options, forward, progress
+        news, plan = _fitted(models, notes, endpoints, alphas, read("least squares"), how)
+        _warn_of_modules_left_alone(plan)
+        return news
     statistics = None
     if plan.method != "reset":
         assert endpoints is not None
         statistics = _measured(endpoints, models[0], data, plan, options, forward, progress)
-        plan = _without_unmeasured(plan, statistics, explicit=options.layers is not None)
+        missing = [name for name in plan.layers if name not in statistics.calls[0]]
+        plan = _without_unmeasured(plan, missing, explicit=options.layers is not None)
         _warn_of_modules_left_alone(plan)
     methods = candidates(models[0], options) if plan.method == "auto" else (plan.method,)
     tried = [
@@ -158,6 +166,47 @@ def renormalize_many(
             log.info("%s", applied_plan(new))
         news.append(new)
     return news
+
+
+def _fitted(
+    models: Sequence[nn.Module],
+    notes: Sequence[tuple[float, ...] | None],
+    endpoints: Sequence[nn.Module] | EndpointStatistics | None,
+    alphas: Sequence[Sequence[float]],
+    batches: Iterable[Any],
+    how: tuple[Plan, Renormalization, Forward, bool | None],
+) -> tuple[list[nn.Module], Plan]:
+    """Return the merges with every layer fitted to the endpoints' outputs, and what was done."""
+    plan, options, forward, progress = how
+    if endpoints is None or isinstance(endpoints, EndpointStatistics):
+        raise ValueError(
+            'endpoints: method "least-squares" compares outputs sample by sample, so it needs the models; got '
+            f"{type(endpoints).__name__}"
+        )
+    for k, endpoint in enumerate(endpoints):
+        _check_endpoint(models[0], plan, endpoint, f"endpoints[{k}]")
+    if options.mode == "sequential" or len(models) > 1:
+        batches = list(batches)
+    news: list[nn.Module] = []
+    done = plan
+    for model, alpha, known in zip(models, alphas, notes, strict=True):
+        new = copy_module(model)
+        fits = [LayerFit(name, layer) for name, layer in survey(new, plan.layers)[0].items()]
+        if options.mode == "sequential":
+            ends = endpoints, alpha
+            fit_sequentially(
+                new, fits, ends, list(batches), forward, options.ridge, options.restore_variance, progress
+            )
+        else:
+            fit_jointly(fits, (endpoints, alpha), batches, forward, options.ridge, options.restore_variance)
+        idle = [fit.name for fit in fits if not fit.has_run]
+        done = _without_unmeasured(plan, idle, explicit=options.layers is not None)
+        remember_plan(new, done, {})
+        if known is not None:
+            remember_weights(new, known)
+        log.info("%s", done)
+        news.append(new)
+    return news, done
 
 
 class _Attempt:
@@ -299,13 +348,12 @@ def _check_endpoint(model: nn.Module, plan: Plan, endpoint: object, argument: st
             )
 
 
-def _without_unmeasured(plan: Plan, statistics: EndpointStatistics, *, explicit: bool) -> Plan:
-    """Return the plan without layers that the endpoints never ran.
+def _without_unmeasured(plan: Plan, missing: Sequence[str], *, explicit: bool) -> Plan:
+    """Return the plan without layers that were never run.
 
     Raises:
         ValueError: such a layer was asked for, or no layer remains.
     """
-    missing = [name for name in plan.layers if name not in statistics.calls[0]]
     if missing and (explicit or len(missing) == len(plan.layers)):
         raise ValueError(f"endpoints: have no statistics for layer {missing[0]!r}; was it run on the data?")
     left = {**plan.left_alone, **dict.fromkeys(missing, "is never run as a module on the data")}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -18,29 +18,49 @@ from fastmatch._internal.batches import (
     prediction_of,
     split_batch,
 )
+from fastmatch._internal.checks import check_choice, check_integer
 
-__all__ = ["diagonal_fisher"]
+__all__ = ["Labels", "diagonal_fisher"]
+
+
+Labels: TypeAlias = Literal["data", "sampled"]
+"""Whose labels the likelihood is of: the data's (the empirical Fisher information), or drawn from the model's own
+prediction (the Fisher information itself, in expectation)."""
 
 
 def diagonal_fisher(
-    model: nn.Module, data: Iterable[Any], *, progress: bool | None = None
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    labels: Labels = "data",
+    samples: int | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Return the diagonal of the empirical Fisher information: parameter name -> a tensor of its shape.
+    """Return the diagonal of the Fisher information: parameter name -> a tensor of its shape.
 
     Each entry is the mean over samples of the squared gradient of the sample's log-likelihood (cross entropy).
     ``weight ** 2 * fisher`` is the score of diagonal-Fisher (optimal brain damage) pruning.
 
     Args:
         model: a classifier; it is run in eval mode and not changed.
-        data: batches of (inputs, targets) or of mappings with ``"labels"``, read once.
+        data: batches of (inputs, targets) or of mappings with ``"labels"``, read once. For ``labels="sampled"`` inputs are
+            enough.
+        labels: ``"data"`` takes the targets: the empirical Fisher information. ``"sampled"`` draws one label per sample
+            from the model's own prediction: its expectation is the Fisher information itself.
+        samples: stop after this many samples; None reads all of them.
+        seed: of the drawn labels.
         progress: show a progress bar; None shows it on a terminal.
 
     Raises:
-        ValueError: ``data`` does not yield pairs of tensors.
+        ValueError: ``data`` does not yield pairs of tensors, or an option is out of range.
 
     Cost: a per-sample gradient (``torch.func``), so the memory of one model per sample of a batch. Squares and sums
     are in float32 or wider; gradients that underflow in a half-precision backward pass are lost.
     """
+    check_choice("labels", labels, Labels)
+    check_integer("seed", seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     parameters = {n: p.detach() for n, p in model.named_parameters()}
     buffers = {n: b.detach() for n, b in model.named_buffers()}
 
@@ -56,13 +76,18 @@ def diagonal_fisher(
     }
     count = 0
     with evaluating(model):
-        for batch in batches_of(data, "diagonal Fisher", progress=progress):
+        for batch in batches_of(data, "diagonal Fisher", samples=samples, progress=progress):
             inputs, y = split_batch(batch)
             inputs = arguments_for(model, inputs)
-            if not isinstance(y, torch.Tensor) or not all(
-                isinstance(x, torch.Tensor) for x in tree_leaves(inputs)
-            ):
-                raise ValueError("data: expected (inputs, targets) pairs of tensors, or mappings with labels")
+            if not all(isinstance(x, torch.Tensor) for x in tree_leaves(inputs)):
+                raise ValueError("data: expected inputs that are tensors")
+            if labels == "sampled":
+                logits = prediction_of(model(*inputs[0], **inputs[1])).float()
+                y = torch.multinomial(logits.softmax(1).cpu(), 1, generator=generator)[:, 0]
+            if not isinstance(y, torch.Tensor):
+                raise ValueError(
+                    'data: expected (inputs, targets) pairs of tensors, or mappings with labels; labels="sampled" needs none'
+                )
             for name, g in gradient(parameters, inputs, y.to(device_of(model))).items():
                 totals[name] += g.to(totals[name].dtype).square().sum(0)
             count += len(y)

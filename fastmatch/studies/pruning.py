@@ -1,4 +1,4 @@
-"""Masks that show the renormalization of pruned networks: magnitude, N:M, Wanda and diagonal-Fisher scores.
+"""Masks that show the renormalization of pruned networks: magnitude, N:M, Wanda, diagonal-Fisher and reconstruction scores.
 
 :func:`fastmatch.renormalize` works on the output of any pruning library. The functions here only score weights
 and set them to zero.
@@ -7,6 +7,9 @@ and set them to zero.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -19,11 +22,13 @@ from fastmatch.evaluation.scores import evaluate
 from fastmatch.evaluation.table import Table
 from fastmatch.renorm import Renormalization, applied_plan, endpoint_statistics, renormalize
 from fastmatch.renorm.layers import survey
-from fastmatch.renorm.options import Method
+from fastmatch.renorm.least_squares import LayerFit
+from fastmatch.renorm.options import RIDGE, Method
 from fastmatch.statistics.fisher import diagonal_fisher
 
 __all__ = [
     "Pruner",
+    "Reconstruction",
     "accuracy_by_sparsity",
     "diagonal_fisher",
     "global_magnitude",
@@ -128,6 +133,52 @@ def global_magnitude(dense: nn.Module, amount: float) -> nn.Module:
     return pruned_copy(dense, masks)
 
 
+@dataclass(frozen=True, eq=False)
+class Reconstruction:
+    """A pruner by reconstruction: the weights that remain make up for those that go (as in SparseGPT).
+
+    The weights with the least :meth:`saliency <fastmatch.renorm.least_squares.LayerFit.saliency>` become zero, the same
+    fraction in each layer. The others are then fitted to the dense network's outputs, layer after layer
+    (``fm.renormalize(pruned, [dense], data, "least-squares")``).
+
+    Example:
+        >>> from fastmatch.studies.pruning import Reconstruction, sparsity
+        >>> pruned = Reconstruction(loader)(model_a, 0.5)
+        >>> round(sparsity(pruned), 2)
+        0.5
+
+    Args:
+        data: calibration data, read twice for each network.
+        samples: use this many from the front of the data; None takes all.
+        ridge: see :class:`fastmatch.Renormalization`.
+    """
+
+    data: Iterable[Any] = field(repr=False)
+    samples: int | None = None
+    ridge: float = RIDGE
+
+    def __call__(self, dense: nn.Module, amount: float) -> nn.Module:
+        """Return a pruned copy of ``dense`` in which about the fraction ``amount`` of the weights is zero."""
+        options = Renormalization(
+            "least-squares", "sequential", self.samples, ridge=self.ridge, restore_variance=False
+        )
+        fits = [LayerFit(name, layer) for name, layer in survey(dense)[0].items()]
+        with evaluating(dense), ExitStack() as hooks:
+            for fit in fits:
+                hook = partial(_add_to_fit, fit)
+                hooks.callback(fit.layer.register_forward_hook(hook).remove)
+            for batch in batches_of(self.data, "reconstruction", samples=self.samples, progress=False):
+                default_forward(dense, batch)
+        masks = {fit.name: mask_of(fit.saliency(self.ridge), amount) for fit in fits}
+        return renormalize(
+            pruned_copy(dense, masks), [dense], self.data, options, weights=[1.0], progress=False
+        )
+
+
+def _add_to_fit(fit: LayerFit, _layer: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    fit.add(inputs[0], output)
+
+
 def sparsity(model: nn.Module) -> float:
     """Return the fraction of zeros in the weights of linear and convolution layers."""
     layers = survey(model)[0].values()
@@ -199,17 +250,22 @@ def accuracy_by_sparsity(
         data: calibration data.
         test: (inputs, targets) to evaluate on.
         sparsities: fractions of the weights to prune.
-        pruner: ``pruner(dense, amount)`` returns the pruned copy: :func:`layer_magnitude`, :func:`global_magnitude`, or
-            a function that calls any pruning library.
+        pruner: ``pruner(dense, amount)`` returns the pruned copy: :func:`layer_magnitude`, :func:`global_magnitude`,
+            :class:`Reconstruction` of some data, or a function that calls any pruning library or applies given masks.
         method, samples: see :func:`fastmatch.renormalize`.
         progress: show a bar; None shows it on a terminal.
     """
-    statistics = endpoint_statistics([dense], data, samples=samples, progress=False)
     options = Renormalization(method, samples=samples)
+    # Least squares compares outputs sample by sample.
+    known = (
+        [dense]
+        if method == "least-squares"
+        else endpoint_statistics([dense], data, samples=samples, progress=False)
+    )
     rows = []
     for amount in progress_bar(sparsities, "pruning", show=progress):
         pruned = pruner(dense, amount)
-        new = renormalize(pruned, statistics, data, options, weights=[1.0], progress=False)
+        new = renormalize(pruned, known, data, options, weights=[1.0], progress=False)
         (loss, accuracy), (new_loss, new_accuracy) = (
             evaluate(model, test, progress=False) for model in (pruned, new)
         )

@@ -14,6 +14,7 @@ import torch
 from bench.lib import record
 from bench.lib.findings import Findings, read_findings
 from bench.reports import (
+    balanced_matching,
     device_cost,
     first_calls,
     initial_duals,
@@ -27,6 +28,7 @@ TINY = Namespace(tiny=True)
 PAGES = (
     "assignment_families",
     "assignment_solvers",
+    "balanced_matching",
     "bfloat16_screening",
     "device_cost",
     "first_calls",
@@ -122,6 +124,13 @@ def test_the_kernels_are_compared_with_torch():
 def test_weight_matching_is_compared_with_the_published_algorithm():
     published, ours = weight_matching.measure(TINY)["rows"]
     assert ours["objective"] >= published["objective"] * (1 - 1e-9)
+
+
+def test_matches_of_balanced_copies_do_not_depend_on_scales():
+    found = balanced_matching.measure(Namespace(tiny=True, pairs=1))
+    plain, scaled = found["rows"]
+    assert scaled["balanced match and merge"] == pytest.approx(plain["balanced match and merge"], abs=0.005)
+    assert balanced_matching.page(found)
 
 
 def test_the_automatic_choice_is_compared_with_every_method():

@@ -149,3 +149,44 @@ def test_a_layer_table_of_unknown_endpoints_is_refused():
         fm.layer_table({}, [torch.randn(2, 6).double()])
     with pytest.raises(TypeError, match="expected a torch module"):
         fm.layer_table({"a": net().state_dict()}, [torch.randn(2, 6).double()])
+
+
+def test_the_layer_table_splits_weight_and_bias_and_measures_norms():
+    torch.manual_seed(fresh_seed())
+    net = nn.Sequential(
+        nn.Conv2d(2, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten(), nn.Linear(80, 3), nn.LayerNorm(3)
+    )
+    net = net.double().eval()
+    with torch.no_grad():
+        net[5].weight.uniform_(0.5, 2)
+        net[5].bias.uniform_(-1, 1)
+    x = torch.randn(12, 2, 6, 6).double()
+    table = fm.layer_table({"m": net}, [x[:5], x[5:]], norms=True)
+    assert table.column("kind") == ["layer", "norm", "layer", "norm"]
+    for row in table.rows:
+        k = int(row["layer"])
+        layer: nn.Module = net[k]
+        with torch.no_grad():
+            z, zero = net[: k + 1](x), net[: k + 1](torch.zeros(1, 2, 6, 6).double())
+            bias = layer.bias.view(1, -1, *[1] * (z.ndim - 2))  # pyright: ignore
+            dims = [d for d in range(z.ndim) if d != 1]
+            assert row["variance"] == pytest.approx(float(z.var(dims, correction=0).mean()))
+            assert row["mean |z - b|"] == pytest.approx(float((z - bias).abs().mean()))
+            assert row["|z(x) - z(0)|"] == pytest.approx(float((z - zero).abs().mean()))
+            assert row["mean |W|"] == pytest.approx(float(layer.weight.abs().mean()))  # pyright: ignore
+            assert row["mean |b|"] == pytest.approx(float(layer.bias.abs().mean()))  # pyright: ignore
+    assert fm.layer_table({"m": net}, [x]).column("layer") == ["0", "4"]
+
+
+def test_running_statistics_by_channel():
+    model = build("resnet", fresh_seed())[0]
+    table = fm.running_statistics({"m": model}, by_channel=True)
+    norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    assert len(table) == sum(m.num_features for m in norms.values())
+    for name, norm in norms.items():
+        own = table.where(norm=name)
+        assert own.column("channel") == list(range(norm.num_features))
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        torch.testing.assert_close(torch.tensor(own.column("running mean")), norm.running_mean)
+        torch.testing.assert_close(torch.tensor(own.column("running variance")), norm.running_var)

@@ -175,3 +175,35 @@ def test_bad_input_is_named():
         model.weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"model.*weight"):
         fm.balance(model, torch.randn(2, 5))
+
+
+@pytest.mark.parametrize("name", ["chain", "residual"])
+def test_matching_of_balanced_copies_does_not_depend_on_the_scales_of_units(name):
+    (a, x), (b, _) = network(name), network(name)
+    matcher = fm.WeightMatching(balance=True)
+    found, other = (fm.align(a, model, x, matcher) for model in (b, rescaled(b, x)))
+    assert found.permutations.keys() == other.permutations.keys()
+    for group, permutation in found.permutations.items():
+        assert torch.equal(permutation, other.permutations[group])
+    expected = fm.align(fm.balance(a, x).model, fm.balance(b, x).model, x)
+    assert all(torch.equal(p, expected.permutations[g]) for g, p in found.permutations.items())
+    torch.testing.assert_close(found.apply(b)(x), b(x))  # the networks themselves are not scaled
+    assert torch.equal(
+        found.apply(b).state_dict()[_last(b)].sort().values, b.state_dict()[_last(b)].sort().values
+    )
+
+
+def _last(model: nn.Module) -> str:
+    return list(model.state_dict())[-1]
+
+
+def test_balance_is_refused_where_it_cannot_be_proved():
+    a, x = network("chain")
+    matcher = fm.WeightMatching(balance=True)
+    spec = fm.PermutationSpec.trace(a, x)
+    with pytest.raises(ValueError, match="balance: needs two modules and example inputs"):
+        fm.align(a, a, None, matcher, spec=spec)
+    with pytest.raises(ValueError, match="balance: needs example inputs"):
+        fm.align_many([a, a], x, fm.ToReference(matcher))
+    with pytest.raises(TypeError, match="balance: expected a bool"):
+        fm.WeightMatching(balance=1)  # type: ignore[arg-type]

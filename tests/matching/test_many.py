@@ -185,14 +185,13 @@ def test_bad_input():
 
 
 def test_strategies_check_their_options():
-    activations = fm.ActivationMatching([torch.zeros(2, 12)])
+    with pytest.raises(
+        TypeError, match=r"matcher: expected fm.WeightMatching\(...\), got ActivationMatching"
+    ):
+        fm.FrankWolfe(fm.ActivationMatching([torch.zeros(2, 12)]))  # type: ignore[arg-type]
     for strategy in (fm.MergeMany, fm.FrankWolfe):
         with pytest.raises(ValueError, match="max_rounds: expected a whole number of at least 1; got 0"):
             strategy(max_rounds=0)
-        with pytest.raises(
-            TypeError, match=r"matcher: expected fm.WeightMatching\(...\), got ActivationMatching"
-        ):
-            strategy(activations)
         with pytest.raises(ValueError, match=r"matcher: .* got init='greedy'"):
             strategy(fm.WeightMatching())
         with pytest.raises(ValueError, match=r"matcher: .* got init=permutations"):
@@ -217,3 +216,70 @@ def test_every_model_that_moves_is_verified(how, monkeypatch):
     assert verified == [models[0], models[2]]
     fm.align_many(models, x, STRATEGIES[how], verify=False)
     assert len(verified) == 2
+
+
+def _orders_by_activations(models, x, matcher, **options):
+    found = fm.align_many(models, x, fm.MergeMany(matcher, **options))
+    return [a.permutations for a in found], found[0].matching
+
+
+def test_activations_of_all_pairs_find_the_best_order_of_three_small_networks():
+    # Every order of the three units of two networks is tried.
+    torch.manual_seed(fresh_seed())
+    models = [
+        torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2)) for _ in range(3)
+    ]
+    x = torch.randn(40, 5)
+    matcher = fm.ActivationMatching([x])
+    permutations, matching = _orders_by_activations(models, x, matcher)
+    spec = fm.PermutationSpec.trace(models[0], x)
+    (group,) = spec.groups
+    pairs = {
+        (p, q): matcher.similarities(models[p], models[q], spec)[group]
+        for p, q in itertools.combinations(range(3), 2)
+    }
+
+    def value(orders):
+        return sum(float(s[orders[p], orders[q]].sum()) for (p, q), s in pairs.items())
+
+    every = [torch.tensor(p) for p in itertools.permutations(range(3))]
+    values = [value([every[0], one, two]) for one in every for two in every]
+    found = value([p[group] for p in permutations])
+    assert matching is not None
+    assert matching.objective[-1] == pytest.approx(found)
+    # No single model can be moved to a better place; such a place is among the best few of the 36.
+    assert found >= max(value([permutations[0][group], one, permutations[2][group]]) for one in every) - 1e-9
+    assert sorted(values, reverse=True).index(pytest.approx(found)) < 12
+    assert torch.equal(permutations[0][group], torch.arange(3))
+
+
+@pytest.mark.parametrize("name", ["mlp", "resnet"])
+def test_the_similarity_of_all_pairs_never_falls_and_is_at_least_that_of_the_matches_to_the_reference(name):
+    seed = fresh_seed()
+    built = [build(name, seed + k) for k in range(4)]
+    models, x = [m for m, _ in built], built[0][1]
+    data = [torch.randn(24, *x.shape[1:]) for _ in range(2)]
+    _permutations, matching = _orders_by_activations(models, x, fm.ActivationMatching(data))
+    assert matching is not None
+    assert all(b >= a - 1e-9 * abs(a) for a, b in itertools.pairwise(matching.objective[1:]))
+    assert matching.converged
+    # The order of the models' units to begin with changes nothing but the orders.
+    spec = fm.PermutationSpec.trace(models[0], x)
+    moved = fm.Alignment(spec.random(torch.Generator().manual_seed(seed)), spec)
+    _again, other = _orders_by_activations(
+        [models[0], moved.apply(models[1]), *models[2:]], x, fm.ActivationMatching(data)
+    )
+    assert other is not None
+    assert other.objective[-1] == pytest.approx(matching.objective[-1], rel=1e-4)
+
+
+def test_activations_for_many_are_refused_where_they_cannot_be_compared():
+    model, x = build("mlp", 0)
+    with pytest.raises(TypeError, match=r"matcher: its data is read again"):
+        fm.MergeMany(fm.ActivationMatching(iter([x])))
+    with pytest.raises(TypeError, match=r"matcher: expected fm.WeightMatching"):
+        fm.MergeMany(fm.FisherMatching([(x, torch.zeros(len(x)))]))  # type: ignore[arg-type]
+    states, spec = [model.state_dict(), model.state_dict()], fm.PermutationSpec.trace(model, x)
+    strategy = fm.MergeMany(fm.ActivationMatching([x]))
+    with pytest.raises(TypeError, match="model_a"):
+        fm.align_many(states, spec=spec, strategy=strategy)

@@ -270,3 +270,41 @@ def test_a_fisher_that_does_not_fit_is_named():
         match_fisher(state, state, spec, fisher, {n: v for n, v in fisher.items() if n != name})
     with pytest.raises(ValueError, match=f"fisher_a: '{name}' holds negative numbers or NaN"):
         match_fisher(state, state, spec, {**fisher, name: -fisher[name]}, fisher)
+
+
+def test_sampled_labels_give_the_fisher_information_itself():
+    # Of a softmax regression it is known: F_c = mean over x of p_c (1 - p_c) x^2.
+    torch.manual_seed(fresh_seed())
+    model = torch.nn.Linear(4, 3).double()
+    x = torch.randn(30, 4).double()
+    p = model(x).softmax(1)[:, :, None].detach()
+    expected = (p * (1 - p) * x[:, None].square()).mean(0)
+    many = [x] * 400  # inputs alone
+    found = diagonal_fisher(model, many, labels="sampled", seed=1)["weight"]
+    torch.testing.assert_close(found, expected, rtol=0.1, atol=1e-3)
+    again = diagonal_fisher(model, many, labels="sampled", seed=1)["weight"]
+    assert torch.equal(found, again)
+    wrong = torch.zeros(30, dtype=torch.long)  # of the data's labels it is another matrix
+    assert not torch.allclose(diagonal_fisher(model, [(x, wrong)])["weight"], expected, rtol=0.2)
+
+
+def test_a_sample_count_stops_the_fisher_there():
+    torch.manual_seed(fresh_seed())
+    model, x, y = torch.nn.Linear(4, 3), torch.randn(30, 4), torch.randint(0, 3, (30,))
+    one = diagonal_fisher(model, [(x[:16], y[:16]), (x[16:], y[16:])], samples=20)
+    other = diagonal_fisher(model, [(x[:20], y[:20])])
+    torch.testing.assert_close(one["weight"], other["weight"])
+
+
+def test_fisher_matching_takes_labels_and_samples_and_refuses_what_it_does_not_use():
+    one, x = build("mlp", fresh_seed())
+    data = [torch.randn(20, *x.shape[1:]) for _ in range(2)]
+    plant = fm.PermutationSpec.trace(one, x)
+    moved = fm.Alignment(plant.random(torch.Generator().manual_seed(0)), plant).apply(one)
+    matcher = fm.FisherMatching(data, labels="sampled", samples=30, seed=3)
+    found = fm.align(one, moved, x, matcher).apply(moved)
+    for name, tensor in found.state_dict().items():
+        torch.testing.assert_close(tensor, one.state_dict()[name])
+    for option, value in {"labels": "theirs", "samples": 0, "seed": 1}.items():
+        with pytest.raises(ValueError, match=option):
+            fm.FisherMatching(data, **{option: value})  # type: ignore[arg-type]

@@ -508,3 +508,104 @@ def test_a_partial_merge_is_shown_in_a_line():
         assert text.startswith("PartialMerge(rule='identity', weights=(0.5, 0.5), ")
         assert len(text) < 250
         assert ("apart: nothing" in text) == (start_at == 0)
+
+
+class Tasks(nn.Module):
+    """A trunk, and a head for some number of classes."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(
+            nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 8), nn.BatchNorm1d(8), nn.ReLU()
+        )
+        self.head = nn.Sequential(nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, classes))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.trunk(x))
+
+
+def tasks(*classes: int) -> list[nn.Module]:
+    torch.manual_seed(fresh_seed())
+    return [Tasks(count).double().eval() for count in classes]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_networks_of_different_tasks_share_a_trunk_and_keep_their_heads(rule):
+    a, b = tasks(3, 5)
+    x = torch.randn(4, 6, dtype=DOUBLE)
+    data = inputs_like(x)
+    found = fm.merge_partial([a, b], x, rule_of(rule, data), stop_at="trunk.2")
+    of_a, of_b = run(found.model, x)
+    assert (of_a.shape, of_b.shape) == ((4, 3), (4, 5))
+    assert not any("trunk" in name for name in found.apart)
+    for k, model in enumerate((a, b)):
+        for name, tensor in model.head.state_dict().items():
+            assert torch.equal(found.model.state_dict()[f"apart.{k}.head.{name}"], tensor)
+    assert "merged.head.0.weight" not in found.model.state_dict()
+    reset = fm.renormalize(found.model, None, data, "reset")
+    assert not torch.equal(reset(x)[0], of_a)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_trunk_that_both_tasks_have_keeps_both_functions(rule):
+    a, b = tasks(3, 5)
+    b.trunk.load_state_dict(a.trunk.state_dict())
+    x = torch.randn(4, 6, dtype=DOUBLE)
+    if rule != "identity":  # in another order
+        spec = fm.PermutationSpec.trace(b, x).select(["trunk.0", "trunk.2"])
+        b = fm.Alignment(spec.random(torch.Generator().manual_seed(1)), spec).apply(b)
+    found = fm.merge_partial([a, b], x, rule_of(rule, inputs_like(x)), stop_at="trunk.2")
+    for model, output in zip((a, b), run(found.model, x), strict=True):
+        torch.testing.assert_close(output, run(model, x), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["mlp", "vgg", "resnet"])
+def test_between_two_boundaries_a_model_merged_with_itself_is_itself(name):
+    model, x = build(name, fresh_seed())
+    model, x = model.double(), x.double()
+    groups = list(fm.PermutationSpec.trace(model, x).flat().groups)
+    for stop_at in (groups[-1], len(groups) // 2):
+        found = fm.merge_partial([model, model], x, fm.Permute(inputs_like(x)), start_at=1, stop_at=stop_at)
+        for output in run(found.model, x):
+            torch.testing.assert_close(output, run(model, x), rtol=1e-9, atol=1e-9)
+
+
+def test_boundaries_and_heads_that_do_not_fit_are_named():
+    a, b = tasks(3, 5)
+    x = torch.randn(4, 6, dtype=DOUBLE)
+    for stop_at, message in {
+        "nothing": "stop_at: unknown group 'nothing'", 9: "stop_at: expected a position of 0 to 2",
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            fm.merge_partial([a, b], x, fm.Identity(), stop_at=stop_at)
+    with pytest.raises(ValueError, match="stop_at: 0 is not after start_at 2"):
+        fm.merge_partial([a, b], x, fm.Identity(), start_at=2, stop_at=0)
+    with pytest.raises(ValueError, match=r"models\[1\]: tensor 'head.2.weight' has shape"):
+        fm.merge_partial([a, b], x, fm.Identity())
+    b.trunk[2] = nn.Linear(10, 9)
+    with pytest.raises(ValueError, match=r"models\[1\]: tensor 'trunk.2.weight' has shape"):
+        fm.merge_partial([a, b], x, fm.Identity(), stop_at="trunk.2")
+
+
+def test_the_first_models_statistics_alone_are_a_target_for_every_rule():
+    (a, b), x = two("vgg", fresh_seed())
+    data = inputs_like(x)
+    expected = endpoint_statistics([a], data).targets([1.0])
+    for rule in RULES:
+        found = fm.merge_partial([a, b], x, rule_of(rule, data), start_at=1)
+        statistics = found.endpoint_statistics([a, b], data, only=0)
+        targets = statistics.targets([1.0])
+        own = {n.removeprefix("merged."): t for n, t in targets.items() if n.startswith("merged.")}
+        if rule != "zip":
+            for name, target in own.items():
+                torch.testing.assert_close(target.mean, expected[name].mean)
+                torch.testing.assert_close(target.std, expected[name].std)
+        options = fm.Renormalization("repair", mode="sequential")
+        new = fm.renormalize(found.model, statistics, data, options, weights=[1.0])
+        measured = endpoint_statistics([new], data).targets([1.0])
+        for name, target in targets.items():
+            torch.testing.assert_close(measured[name].mean, target.mean, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="take the first model's statistics"):
+        found.endpoint_statistics([a, b], data)
+    with pytest.raises(ValueError, match="only: expected a position below 2"):
+        found.endpoint_statistics([a, b], data, only=2)

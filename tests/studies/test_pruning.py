@@ -12,8 +12,10 @@ from torch.nn.utils import parametrize, prune
 
 import fastmatch as fm
 from fastmatch.renorm.layers import survey
+from fastmatch.renorm.least_squares import LayerFit
 from fastmatch.studies.digits import Batches
 from fastmatch.studies.pruning import (
+    Reconstruction,
     accuracy_by_sparsity,
     diagonal_fisher,
     global_magnitude,
@@ -277,3 +279,57 @@ def test_sparsities_are_measured_with_any_pruner_and_name_the_method():
     largest = max((m.weight * (g.weight == 0)).abs().max() for m, g in zip(
         survey(dense)[0].values(), survey(global_magnitude(dense, 0.9))[0].values(), strict=True))  # fmt: skip
     assert smallest >= largest
+
+
+def correlated(count: int, features: int) -> torch.Tensor:
+    return (
+        torch.randn(count, 3).double() @ torch.randn(3, features).double()
+        + 0.3 * torch.randn(count, features).double()
+    )
+
+
+def test_saliency_is_what_the_loss_rises_by_if_the_other_weights_make_up_for_one():
+    torch.manual_seed(fresh_seed())
+    layer, x = nn.Linear(6, 2).double(), correlated(80, 6)
+    fit = LayerFit("layer", layer)
+    fit.add(x, layer(x).detach())
+    found = fit.saliency(1e-12)
+    rows = x - x.mean(0)
+    for i in range(2):
+        for j in range(6):
+            others = [k for k in range(6) if k != j]
+            target = rows[:, j] * layer.weight[i, j].detach()
+            best = torch.linalg.lstsq(rows[:, others], target).solution
+            rise = (target - rows[:, others] @ best).square().mean() / 2
+            assert float(found[i, j]) == pytest.approx(float(rise), rel=1e-6)
+
+
+def test_reconstruction_keeps_the_outputs_better_than_magnitude_at_the_same_sparsity():
+    torch.manual_seed(fresh_seed())
+    dense = nn.Sequential(
+        nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 4)
+    ).double()
+    data = Batches(correlated(300, 12), torch.zeros(300), 100)
+    with torch.no_grad():
+        errors = []
+        for prune_to in (layer_magnitude, Reconstruction(data)):
+            pruned = prune_to(dense, 0.6)
+            assert sparsity(pruned) == pytest.approx(0.6, abs=0.01)
+            errors.append(float((pruned(data.inputs) - dense(data.inputs)).square().mean()))
+    assert errors[1] < 0.5 * errors[0]
+    assert data.reads == 2
+
+
+def test_accuracy_by_sparsity_takes_any_pruner_and_least_squares():
+    torch.manual_seed(fresh_seed())
+    dense = nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 4))
+    x = correlated(200, 12).float()
+    data = Batches(x, dense(x).argmax(1), 100)
+    for pruner in (global_magnitude, Reconstruction(data)):
+        table = accuracy_by_sparsity(
+            dense, data, data, sparsities=[0.0, 0.7], pruner=pruner, method="least-squares"
+        )
+        assert table.column("method") == ["least-squares"] * 2
+        first, second = table.rows
+        assert first["renormalized accuracy"] == first["accuracy"] == 1.0
+        assert second["accuracy"] < 1.0
