@@ -12,11 +12,14 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
+from fastmatch._internal.divided import divided_name
 from fastmatch._internal.ranks import Ranks
 
-__all__ = ["BLOCKS", "batches_of_rank", "checksum", "owner_of", "whole_data"]
+__all__ = ["BLOCKS", "batches_of_rank", "can_share", "checksum", "owner_of", "runs_alone", "whole_data"]
 
 BLOCKS = 64
 """The number of blocks, or of batches if there are fewer. No more ranks than blocks have data to read."""
@@ -38,6 +41,19 @@ def owner_of(block: int, blocks: int, ranks: int) -> int:
     return block * ranks // blocks
 
 
+def can_share(data: Iterable[Any]) -> bool:
+    """Return whether the number of batches is known, so that ranks can share them."""
+    if isinstance(data, DataLoader):
+        return data.batch_sampler is not None and _has_length(data)
+    return isinstance(data, Collection)
+
+
+def runs_alone(model: nn.Module) -> bool:
+    """Return whether a rank can run a model without the others: nothing is gathered or broadcast in a forward pass."""
+    wraps = any(isinstance(module, DistributedDataParallel) for module in model.modules())
+    return not wraps and divided_name(model) is None
+
+
 def whole_data(data: Iterable[Any]) -> Iterable[Any]:
     """Return a loader of all samples for one of a rank's samples; other data as they are."""
     if not isinstance(data, DataLoader) or not isinstance(data.sampler, DistributedSampler):
@@ -57,7 +73,7 @@ def batches_of_rank(data: Iterable[Any], ranks: Ranks) -> tuple[int, Iterator[tu
         TypeError: the number of batches of ``data`` is not known.
         ValueError: the batches are not the same on all ranks, or there are none.
     """
-    if isinstance(data, DataLoader) and data.batch_sampler is not None and _has_length(data):
+    if isinstance(data, DataLoader) and can_share(data):
         size = len(data.dataset)  # type: ignore[arg-type]
         batches = ranks.broadcast(lambda: _batches(data), f"a loader of {size} samples")
         numbers = _numbers(len(batches))

@@ -19,6 +19,7 @@ from fastmatch._internal.coefficients import (
     remember_weights,
     remembered_weights,
 )
+from fastmatch._internal.divided import check_undivided
 from fastmatch._internal.modules import copy_module
 from fastmatch.renorm.calibrate import Calibration, calibrate
 from fastmatch.renorm.endpoints import EndpointStatistics, endpoint_statistics
@@ -122,6 +123,7 @@ def renormalize_many(
         raise ValueError("models: expected at least one")
     for k, model in enumerate(models):
         check_module(model, f"models[{k}]")
+        check_undivided(model, f"models[{k}]")
     if weights is not None and len(weights) != len(models):
         raise ValueError(f"weights: expected {len(models)} rows, one per merge, got {len(weights)}")
     plan = _without_endpoints(models[0], options) if endpoints is None else None

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import fastmatch as fm
@@ -101,6 +99,24 @@ def repaired(loader):
     return {**merged.state_dict(), "curve": (curve.loss, curve.accuracy)}
 
 
+def scored():
+    """The scores of a model on 100 batches, and how many of them this process ran."""
+    model = cases()["mlp"][0]
+    ran = []
+
+    def forward(net, batch):
+        ran.append(batch)
+        return net(batch[0])
+
+    generator = torch.Generator().manual_seed(6)
+    sizes = [1 + k % 4 for k in range(100)]
+    data = [
+        (torch.randn(n, 12, generator=generator), torch.randint(3, (n,), generator=generator)) for n in sizes
+    ]
+    found = fm.score(model, data, metric=lambda out, _: out.square().mean(), forward=forward)
+    return found, len(ran)
+
+
 def work():
     """All that these tests look at, in one start of the processes."""
     ranks = current()
@@ -123,6 +139,8 @@ def work():
     a, b, x, data = cases()["mlp"]
     dataset = TensorDataset(cases()["vgg"][3], torch.arange(30) % 5)
     sampler = DistributedSampler(dataset, shuffle=False)
+    found["scores"] = scored()
+    fails(lambda: fm.score(a, [(data[ranks.rank :], torch.zeros(len(data) - ranks.rank).long())]))
     found["after data"] = repaired(DataLoader(dataset, batch_size=4, sampler=sampler))
     fails(full_disk)
     fails(lambda: ranks.exchange(None, "here" if ranks.rank == 0 else "there"))
@@ -134,12 +152,6 @@ def work():
     with torch.no_grad():
         next(other.parameters())[0] += ranks.rank
     fails(lambda: fm.align(a, other, x, verify=False))
-    parts = dict(b.state_dict())
-    parts["0.weight"] = distribute_tensor(
-        parts["0.weight"], init_device_mesh("cpu", (ranks.size,)), [Shard(0)]
-    )
-    spec = fm.PermutationSpec.trace(a, x)
-    fails(lambda: fm.align(a.state_dict(), parts, spec=spec))
     with fm.alone():
         assert current() is ALONE
         found["alone"] = described(fm.align(a, b, x, fm.WeightMatching(seed=2), verify=False))
@@ -176,27 +188,37 @@ def test_a_distributed_sampler_gives_every_rank_the_results_on_all_samples(resul
             same(expected, value["after data"])
 
 
+def test_ranks_share_an_evaluation_and_get_the_same_scores_on_every_number_of_ranks(results):
+    alone, _ = scored()
+    for size, values in results.items():
+        assert {value["scores"][0] for value in values} == {results[1][0]["scores"][0]}
+        ran = [value["scores"][1] for value in values]
+        assert sum(ran) == 100
+        assert max(ran) <= 100 // size + 2
+    assert results[4][0]["scores"][0] == pytest.approx(alone, rel=1e-12)
+
+
 def test_an_error_on_one_rank_ends_the_others_with_rank_and_cause(results):
     for size in (2, 3, 4):
         last = size - 1
-        assert results[size][last]["errors"][0] == "OSError: no space left"
+        assert results[size][last]["errors"][1] == "OSError: no space left"
         for value in results[size][:last]:
-            assert value["errors"][0] == f"RanksError: rank {last} failed: OSError: no space left"
+            assert value["errors"][1] == f"RanksError: rank {last} failed: OSError: no space left"
         for value in results[size]:
-            assert "all ranks must make the same calls" in value["errors"][1]
+            assert "all ranks must make the same calls" in value["errors"][2]
             assert value["after"] == list(range(size))  # the ranks are in step again
 
 
 def test_ranks_that_are_given_different_things_are_told(results):
     for size in (2, 3, 4):
         for value in results[size]:
-            _, _, seeds, batches, iterators, models, parts = value["errors"]
+            scores, _, _, seeds, batches, iterators, models = value["errors"]
+            assert "do not read the same batches" in scores
             assert "matcher" in seeds
             assert "do not read the same batches" in batches
             assert "whose number is known" in iterators
             assert "model_b" in models
             assert "'0.weight'" in models
-            assert "TypeError: model_b: tensor '0.weight' is a DTensor" in parts
 
 
 def test_levels_keep_the_order_of_groups_that_share_a_tensor():
