@@ -24,9 +24,8 @@ from fastmatch._internal.batches import (
     split_batch,
 )
 from fastmatch._internal.padding import is_rows, padded, takes
-from fastmatch._internal.progress import progress_bar
-from fastmatch._internal.ranks import Ranks, current
-from fastmatch._internal.shared_data import batches_of_rank, can_share, runs_alone
+from fastmatch._internal.ranks import current
+from fastmatch._internal.shared_data import Share, share_of_rank
 
 __all__ = ["Measure", "Scores", "evaluate", "score"]
 
@@ -125,10 +124,11 @@ def score(
         measured = None if metric is None else metric(output, targets)
         totals.add(value, measured, output, targets, samples_in(batch))
 
-    totals, ranks = _Totals(), current()
-    with ranks.together(), evaluating(model):
-        if ranks.is_group and can_share(data) and runs_alone(model):
-            for part in _shared(data, ranks, add, progress):
+    totals = _Totals()
+    with current().together(), evaluating(model):
+        share = share_of_rank(data, model)
+        if share is not None:
+            for part in _shared(share, add, progress):
                 totals.take(part)
         else:
             for batch in batches_of(data, "evaluation", progress=progress):
@@ -136,18 +136,15 @@ def score(
     return totals.scores()
 
 
-def _shared(
-    data: Iterable[Any], ranks: Ranks, add: Callable[[_Totals, Any], None], progress: bool | None
-) -> list[_Totals]:
+def _shared(share: Share, add: Callable[[_Totals, Any], None], progress: bool | None) -> list[_Totals]:
     """Return the sums of all blocks of batches, in their order, of which each rank computes some."""
     mine: dict[int, _Totals] = {}
-    for block, batch in progress_bar(batches_of_rank(data, ranks)[1], "evaluation", show=progress):
-        add(mine.setdefault(block, _Totals()), batch)
-    found = {
-        block: totals
-        for table in ranks.exchange(mine, "the end of the evaluation")
-        for block, totals in table.items()
-    }
+    for block, batches in share.by_block("evaluation", progress):
+        mine[block] = _Totals()
+        for batch in batches:
+            add(mine[block], batch)
+    tables = share.ranks.exchange(mine, "the end of the evaluation")
+    found = {block: totals for table in tables for block, totals in table.items()}
     return [found[block] for block in sorted(found)]
 
 

@@ -92,11 +92,22 @@ def same(one, two):
 
 
 def repaired(loader):
-    """What renormalization and a curve give on a loader."""
+    """What renormalization and a curve give on a loader, and how many samples this process ran."""
     a, b, _, _ = cases()["vgg"]
-    merged = fm.renormalize(fm.merge([a, b]), [a, b], loader, "rescale")
-    curve = fm.interpolate(a, b, loader, points=3)
-    return {**merged.state_dict(), "curve": (curve.loss, curve.accuracy)}
+    found, ran = {}, [0]
+
+    def forward(model, batch):
+        ran[0] += len(batch[0])
+        return model(batch[0])
+
+    for method in ("rescale", "reset", "auto"):
+        merged = fm.renormalize(fm.merge([a, b]), [a, b], loader, method, forward=forward)
+        found |= {f"{method} {name}": tensor for name, tensor in merged.state_dict().items()}
+        plan = fm.applied_plan(merged)
+        assert plan is not None
+        found[f"{method} plan"] = (plan.method, plan.scores)
+    curve = fm.interpolate(a, b, loader, points=3, forward=forward)
+    return {**found, "curve": torch.tensor([*curve.loss, *curve.accuracy])}, ran[0]
 
 
 def scored():
@@ -180,12 +191,19 @@ def test_ranks_find_by_weights_what_one_process_finds_without_a_process_group(re
     same(expected["mlp", "weights"], results[3][1]["alone"])
 
 
-def test_a_distributed_sampler_gives_every_rank_the_results_on_all_samples(results):
+def test_ranks_share_the_data_of_a_renormalization_and_find_the_same_bits_on_every_number_of_ranks(results):
     dataset = TensorDataset(cases()["vgg"][3], torch.arange(30) % 5)
-    expected = repaired(DataLoader(dataset, batch_size=4))
-    for values in results.values():
+    expected, all_samples = repaired(DataLoader(dataset, batch_size=4))
+    one, _ = results[1][0]["after data"]
+    assert one.keys() == expected.keys()
+    for name, value in expected.items():  # without a process group the batches are added one after the other
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(one[name], value, msg=name)
+    for size, values in results.items():
         for value in values:
-            same(expected, value["after data"])
+            same(one, value["after data"][0])
+        # Outputs on the first samples are compared on every rank, for 3 methods and nothing.
+        assert sum(value["after data"][1] for value in values) == all_samples + (size - 1) * 4 * 30
 
 
 def test_ranks_share_an_evaluation_and_get_the_same_scores_on_every_number_of_ranks(results):
