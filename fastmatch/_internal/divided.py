@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, TypeAlias, TypeVar
 
@@ -194,8 +194,10 @@ class GatheringRanks(Ranks):
             pass
         return self.ranks.broadcast(compute, what, source)
 
-    def together(self) -> AbstractContextManager[None]:
-        return self.ranks.together()
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        with self.ranks.together():
+            yield
 
     def _ask(self, tensor: torch.Tensor) -> torch.Tensor:
         found = self._gather(self.numbers[id(tensor)])[0]

@@ -427,14 +427,15 @@ def _met(rank: int, size: int, timeout: float) -> Any:
     Raises:
         RanksError: a rank does not come in time.
     """
-    from torch.distributed import PrefixStore, TCPStore
+    import torch.distributed
 
+    dist: Any = torch.distributed  # its stores are documented, but not in the types of the package
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     is_holder = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     until = time.monotonic() + timeout
     try:
-        held = TCPStore(host, port, size, is_holder, timedelta(seconds=timeout), wait_for_workers=False)
-        store = PrefixStore(f"fastmatch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", held)
+        held = dist.TCPStore(host, port, size, is_holder, timedelta(seconds=timeout), wait_for_workers=False)
+        store = dist.PrefixStore(f"fastmatch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", held)
         store.set(f"here/{rank}", "")
         absent = set(range(size))
         while absent:

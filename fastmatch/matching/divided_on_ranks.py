@@ -34,4 +34,5 @@ def match_divided(
     assert isinstance(matcher, WeightMatching)
     gathering = GatheringRanks(ranks, [a, b])
     hooks = Hooks(out_of_core=True, ranks=gathering)
-    return match_weights(*gathering.states, spec, matcher, hooks, progress=progress)
+    a, b = gathering.states
+    return match_weights(a, b, spec, matcher, hooks, progress=progress)

@@ -16,6 +16,8 @@ pytest.importorskip("transformers")
 
 HOSTS = (("10.201.77.1", "fmv0"), ("10.201.77.2", "fmv1"))
 """Address and device of each host."""
+PATIENT = "--rdzv-conf=timeout=600,read_timeout=600,join_timeout=600"
+"""Seconds that a launcher waits for the other, which may start much later on a busy machine."""
 
 
 def ip(*words):
@@ -64,7 +66,12 @@ def test_two_hosts_write_the_files_of_one_process(hosts, tmp_path):
     arguments = [str(tmp_path / "a"), str(tmp_path / "b"), "--merge", "0.25", "--out"]
     runs = []
     for name, (address, device) in zip(hosts, HOSTS, strict=True):
-        rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint={HOSTS[0][0]}:29417", "--rdzv-id=pair"]
+        rendezvous = [
+            "--rdzv-backend=c10d",
+            f"--rdzv-endpoint={HOSTS[0][0]}:29417",
+            "--rdzv-id=pair",
+            PATIENT,
+        ]
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
         command = [*launcher, *rendezvous, f"--local-addr={address}", "-m", "fastmatch", "align"]
         environment = {**os.environ, "GLOO_SOCKET_IFNAME": device, "FASTMATCH_TIMEOUT": "300"}
@@ -75,7 +82,7 @@ def test_two_hosts_write_the_files_of_one_process(hosts, tmp_path):
             )
         )  # fmt: skip
     said = [run.communicate(timeout=600) for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], said
+    assert [run.returncode for run in runs] == [0, 0], "\n\n".join(errors for _, errors in said)
     assert sorted(out.count("wrote") for out, _ in said) == [0, 1]  # rank 0 speaks
     assert main(["align", *arguments, str(tmp_path / "alone")]) == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "alone")
