@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 
 HOSTS = (("10.201.77.1", "fmv0"), ("10.201.77.2", "fmv1"))
 """Address and device of each host."""
-PATIENT = "--rdzv-conf=timeout=600,read_timeout=600,join_timeout=600"
+PATIENT = "timeout=600,read_timeout=600,join_timeout=600"
 """Seconds that a launcher waits for the other, which may start much later on a busy machine."""
 
 
@@ -66,11 +66,13 @@ def test_two_hosts_write_the_files_of_one_process(hosts, tmp_path):
     arguments = [str(tmp_path / "a"), str(tmp_path / "b"), "--merge", "0.25", "--out"]
     runs = []
     for name, (address, device) in zip(hosts, HOSTS, strict=True):
+        # A namespace has the machine's host name, so that a launcher cannot tell whether the address is its own.
+        settings = f"--rdzv-conf=is_host={int(address == HOSTS[0][0])},{PATIENT}"
         rendezvous = [
             "--rdzv-backend=c10d",
             f"--rdzv-endpoint={HOSTS[0][0]}:29417",
             "--rdzv-id=pair",
-            PATIENT,
+            settings,
         ]
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
         command = [*launcher, *rendezvous, f"--local-addr={address}", "-m", "fastmatch", "align"]
