@@ -277,17 +277,21 @@ def _missing(store: Any, broken: str, rank: int, size: int) -> str:
         while silent and time.monotonic() < until:
             time.sleep(0.05)
             silent = {r for r in silent if not store.check([f"{broken}/{r}"])}
-        store.set(f"{broken}/{rank}/left", "")
-        if rank == 0:  # its process may hold the store, which the others still ask
-            until = time.monotonic() + PATIENCE
-            awaited = [f"{broken}/{r}/left" for r in others - silent]
-            while awaited and not store.check(awaited) and time.monotonic() < until:
-                time.sleep(0.05)
+        _leave(store, broken, rank, others - silent)
     except RuntimeError:
         return HOLDER_GONE
     if not silent:
         return "the connection between the ranks broke"
     return f"{_named(silent)} does not answer: it was killed, hangs, or is much slower than the others"
+
+
+def _leave(store: Any, mark: str, rank: int, others: Collection[int]) -> None:
+    """Say that this rank has read a mark. Rank 0 waits for the others, because its process may hold the store."""
+    store.set(f"{mark}/{rank}/left", "")
+    until = time.monotonic() + PATIENCE
+    awaited = [f"{mark}/{r}/left" for r in others if r != rank]
+    while rank == 0 and awaited and not store.check(awaited) and time.monotonic() < until:
+        time.sleep(0.05)
 
 
 def _named(ranks: Collection[int]) -> str:
@@ -427,20 +431,17 @@ def _met(rank: int, size: int, timeout: float) -> Any:
     Raises:
         RanksError: a rank does not come in time.
     """
-    import torch.distributed
-
-    dist: Any = torch.distributed  # its stores are documented, but not in the types of the package
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     is_holder = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     until = time.monotonic() + timeout
     try:
-        held = dist.TCPStore(host, port, size, is_holder, timedelta(seconds=timeout), wait_for_workers=False)
-        store = dist.PrefixStore(f"fastmatch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", held)
+        store = _store(size, timeout, is_holder=is_holder)
         store.set(f"here/{rank}", "")
         absent = set(range(size))
         while absent:
             absent = {r for r in absent if not store.check([f"here/{r}"])}
-            if absent and time.monotonic() > until:
+            if absent and (time.monotonic() > until or store.check(["late"])):
+                store.set("late", "")  # the others have later deadlines, and would find the store gone
+                _leave(store, "late", rank, set(range(size)) - absent)
                 raise RanksError(
                     f"{_named(absent)} did not come to the start of the run in {timeout:g} seconds"
                 )
@@ -449,7 +450,28 @@ def _met(rank: int, size: int, timeout: float) -> Any:
     except RuntimeError as error:
         if isinstance(error, RanksError):
             raise
-        raise RanksError(f"{HOLDER_GONE} at {host}:{port} ({_line(error)})") from error
+        gone = "rank 0 cannot hold the store of the run" if is_holder else HOLDER_GONE
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise RanksError(f"{gone} at {where} ({_line(error)})") from error
+
+
+def _store(size: int, timeout: float, *, is_holder: bool) -> Any:
+    """Return the store of the run, held by this process or by another. One attempt to reach it may take twice its timeout."""
+    import torch.distributed
+
+    dist: Any = torch.distributed  # its stores are documented, but not in the types of the package
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    until = time.monotonic() + timeout
+    while True:
+        attempt = timedelta(seconds=min(PATIENCE, timeout))
+        try:
+            held = dist.TCPStore(host, port, size, is_holder, attempt, wait_for_workers=False)
+            break
+        except RuntimeError:
+            if is_holder or time.monotonic() > until:
+                raise
+    held.set_timeout(timedelta(seconds=timeout))
+    return dist.PrefixStore(f"fastmatch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", held)
 
 
 def deal(costs: Sequence[float], ranks: int) -> list[int]:
