@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from fastmatch._internal.divided import local_part
+
 __all__ = ["check_weights", "has_stale_note", "remember_weights", "remembered_weights"]
 
 _NOTE = "fastmatch_merge_weights"
@@ -87,8 +89,8 @@ def _has_changed(model: nn.Module, note: _Note) -> bool:
 
 
 def _floating(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the parameters; running statistics are buffers, which change while a model is calibrated or trained."""
-    found = {name: p.detach() for name, p in model.named_parameters() if not p.is_meta}
+    """Return the parameters, of divided ones this rank's part; running statistics are buffers, which change while a model is calibrated or trained."""
+    found = {name: local_part(p).detach() for name, p in model.named_parameters() if not p.is_meta}
     return {name: t for name, t in found.items() if t.is_floating_point() or t.is_complex()}
 
 

@@ -10,6 +10,7 @@ import copy
 import torch
 from torch import fx, nn
 
+from fastmatch._internal.divided import is_fsdp
 from fastmatch._internal.states import State
 
 __all__ = ["copy_module", "to_eval_mode", "with_state"]
@@ -27,9 +28,15 @@ def to_eval_mode(model: nn.Module) -> nn.Module:
 def copy_module(model: nn.Module, memo: dict[int, torch.Tensor] | None = None) -> nn.Module:
     """Return a deep copy, also of modules that hold computed tensors, as torch.nn.utils.prune leaves them.
 
+    Of a module that FSDP2 divides all ranks make the copy, which is divided too.
+
     ``memo`` maps ids of tensors to what replaces them, as for :func:`copy.deepcopy`.
     """
     memo = dict(memo or {})
+    if is_fsdp(model):
+        from fastmatch._internal.fsdp_copies import copy_fsdp
+
+        return copy_fsdp(model, memo)
     for module in model.modules():
         for tensor in _tensors_in(list(vars(module).values())):
             if not tensor.is_leaf:

@@ -1,4 +1,4 @@
-"""Ranks: the processes of one run. No other module calls torch.distributed.
+"""Ranks: the processes of one run. No other module exchanges anything with other processes.
 
 Work is shared in three ways: every rank gives a value and gets those of all (:meth:`Ranks.exchange`), tasks are dealt out
 and every rank gets all results (:meth:`Ranks.share`), one rank sends to another (:meth:`Ranks.send`). The results do not
@@ -15,7 +15,7 @@ import os
 import pickle
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from datetime import timedelta
@@ -33,6 +33,7 @@ __all__ = [
     "current",
     "deal",
     "in_group",
+    "is_divided",
     "is_first",
     "is_launched",
     "joined",
@@ -48,6 +49,8 @@ DEFAULT_TIMEOUT = 1800.0
 
 PATIENCE = 5.0
 """Seconds in which a rank that lives answers, once a connection is broken."""
+
+HOLDER_GONE = "rank 0, which holds the store of the run, does not answer"
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun and other launchers set for every process."""
@@ -93,6 +96,10 @@ class Ranks:
     def receive(self, source: int) -> Any:
         """Return the value that the rank ``source`` sends."""
         raise NotImplementedError("one process has nobody to receive from")
+
+    def whole(self, tensor: torch.Tensor, what: str) -> torch.Tensor:
+        """Return the whole of a tensor that is divided among ranks, all of which must make the call."""
+        raise NotImplementedError("one process has whole tensors")
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -173,6 +180,14 @@ class _Group(Ranks):
         self._wait(lambda: self._dist.irecv(data, group=self._group, group_src=source), what, polled=False)
         return _unpacked(data)
 
+    def whole(self, tensor: torch.Tensor, what: str) -> torch.Tensor:
+        divided: Any = tensor
+        self._count += 1
+        try:
+            return divided.full_tensor()
+        except RuntimeError as error:
+            raise self._failed(what, error) from error
+
     @contextmanager
     def together(self) -> Iterator[None]:
         self._depth += 1
@@ -222,7 +237,6 @@ class _Group(Ranks):
             RanksError: a connection broke, here or on another rank, or the time is over.
         """
         self._count += polled  # equal on all ranks: messages between two of them do not count
-        broken = f"broken/{self._count}"
         begun = time.monotonic()
         pause, asked = 1e-5, begun
         try:
@@ -238,34 +252,50 @@ class _Group(Ranks):
                     raise RuntimeError(f"no answer in {self.timeout:g} seconds")
                 if now - asked > 1.0:
                     asked = now
-                    if self._store.check([broken]):
+                    if self._store.check([self._broken()]):
                         raise RuntimeError("another rank found a connection broken")
             work.wait()
         except RuntimeError as error:
-            raise RanksError(f"{self._missing(broken)}, at {what} ({_line(error)})") from error
+            raise self._failed(what, error) from error
 
-    def _missing(self, broken: str) -> str:
-        """Say which ranks do not answer: those that live see the mark in the store, and set one of their own."""
-        others = set(range(self.size)) - {self.rank}
-        try:
-            self._store.set(broken, "")
-            self._store.set(f"{broken}/{self.rank}", "")
-            silent, until = others, time.monotonic() + PATIENCE
-            while silent and time.monotonic() < until:
-                time.sleep(0.05)
-                silent = {r for r in silent if not self._store.check([f"{broken}/{r}"])}
-            self._store.set(f"{broken}/{self.rank}/left", "")
-            if self.rank == 0:  # its process may hold the store, which the others still ask
-                until = time.monotonic() + PATIENCE
-                awaited = [f"{broken}/{r}/left" for r in others - silent]
-                while awaited and not self._store.check(awaited) and time.monotonic() < until:
-                    time.sleep(0.05)
-        except RuntimeError:
-            return "rank 0, which holds the store of the run, does not answer"
-        if not silent:
-            return "the connection between the ranks broke"
-        names = ", ".join(map(str, sorted(silent)))
-        return f"rank {names} does not answer: it was killed, hangs, or is much slower than the others"
+    def _failed(self, what: str, error: Exception) -> RanksError:
+        missing = _missing(self._store, self._broken(), self.rank, self.size)
+        return RanksError(f"{missing}, at {what} ({_line(error)})")
+
+    def _broken(self) -> str:
+        """The key in the store of what is going on now."""
+        return f"broken/{self._count}"
+
+
+def _missing(store: Any, broken: str, rank: int, size: int) -> str:
+    """Say which ranks do not answer: those that live see the mark ``broken`` in the store, and set one of their own."""
+    others = set(range(size)) - {rank}
+    try:
+        store.set(broken, "")
+        store.set(f"{broken}/{rank}", "")
+        silent, until = others, time.monotonic() + PATIENCE
+        while silent and time.monotonic() < until:
+            time.sleep(0.05)
+            silent = {r for r in silent if not store.check([f"{broken}/{r}"])}
+        _leave(store, broken, rank, others - silent)
+    except RuntimeError:
+        return HOLDER_GONE
+    if not silent:
+        return "the connection between the ranks broke"
+    return f"{_named(silent)} does not answer: it was killed, hangs, or is much slower than the others"
+
+
+def _leave(store: Any, mark: str, rank: int, others: Collection[int]) -> None:
+    """Say that this rank has read a mark. Rank 0 waits for the others, because its process may hold the store."""
+    store.set(f"{mark}/{rank}/left", "")
+    until = time.monotonic() + PATIENCE
+    awaited = [f"{mark}/{r}/left" for r in others if r != rank]
+    while rank == 0 and awaited and not store.check(awaited) and time.monotonic() < until:
+        time.sleep(0.05)
+
+
+def _named(ranks: Collection[int]) -> str:
+    return f"rank {', '.join(map(str, sorted(ranks)))}"
 
 
 def _packed(value: object) -> torch.Tensor:
@@ -321,6 +351,12 @@ def current() -> Ranks:
     return _known["ranks"]
 
 
+def is_divided(tensor: object) -> bool:
+    """Return whether a tensor is a DTensor, of which each rank has a part."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def in_group() -> bool:
     """Return whether this process shares its work with a process group; unlike :func:`current` it asks nobody."""
     return _initialized() is not None and not _apart.get()
@@ -334,7 +370,9 @@ def is_launched() -> bool:
 def is_first() -> bool:
     """Return whether this process speaks for the run: it is rank 0, or alone."""
     dist = _initialized()
-    return dist is None or dist.get_rank() == 0
+    if dist is not None:
+        return dist.get_rank() == 0
+    return not is_launched() or os.environ["RANK"] == "0"
 
 
 def _initialized() -> Any:
@@ -368,12 +406,72 @@ def joined() -> Iterator[Ranks]:
         return
     import torch.distributed as dist
 
-    dist.init_process_group("gloo", timeout=timedelta(seconds=_timeout()))
+    timeout, rank, size = _timeout(), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = _met(rank, size, timeout)
     try:
-        yield current()
+        dist.init_process_group(
+            "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
+        )
+        ranks = current()
+    except RuntimeError as error:
+        _known.clear()
+        raise RanksError(
+            f"{_missing(store, 'broken/start', rank, size)}, at the start ({_line(error)})"
+        ) from error
+    try:
+        yield ranks
     finally:
         _known.clear()
         dist.destroy_process_group()
+
+
+def _met(rank: int, size: int, timeout: float) -> Any:
+    """Return the store of the run once all ranks have come to it. A launcher's own process may hold it, else rank 0 does.
+
+    Raises:
+        RanksError: a rank does not come in time.
+    """
+    is_holder = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    until = time.monotonic() + timeout
+    try:
+        store = _store(size, timeout, is_holder=is_holder)
+        store.set(f"here/{rank}", "")
+        absent = set(range(size))
+        while absent:
+            absent = {r for r in absent if not store.check([f"here/{r}"])}
+            if absent and (time.monotonic() > until or store.check(["late"])):
+                store.set("late", "")  # the others have later deadlines, and would find the store gone
+                _leave(store, "late", rank, set(range(size)) - absent)
+                raise RanksError(
+                    f"{_named(absent)} did not come to the start of the run in {timeout:g} seconds"
+                )
+            time.sleep(0.02 if absent else 0.0)
+        return store
+    except RuntimeError as error:
+        if isinstance(error, RanksError):
+            raise
+        gone = "rank 0 cannot hold the store of the run" if is_holder else HOLDER_GONE
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise RanksError(f"{gone} at {where} ({_line(error)})") from error
+
+
+def _store(size: int, timeout: float, *, is_holder: bool) -> Any:
+    """Return the store of the run, held by this process or by another. One attempt to reach it may take twice its timeout."""
+    import torch.distributed
+
+    dist: Any = torch.distributed  # its stores are documented, but not in the types of the package
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    until = time.monotonic() + timeout
+    while True:
+        attempt = timedelta(seconds=min(PATIENCE, timeout))
+        try:
+            held = dist.TCPStore(host, port, size, is_holder, attempt, wait_for_workers=False)
+            break
+        except RuntimeError:
+            if is_holder or time.monotonic() > until:
+                raise
+    held.set_timeout(timedelta(seconds=timeout))
+    return dist.PrefixStore(f"fastmatch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", held)
 
 
 def deal(costs: Sequence[float], ranks: int) -> list[int]:

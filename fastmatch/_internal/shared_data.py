@@ -9,14 +9,20 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from itertools import groupby
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
-from fastmatch._internal.ranks import Ranks
+from fastmatch._internal.divided import divided_name
+from fastmatch._internal.progress import progress_bar
+from fastmatch._internal.ranks import Ranks, current
 
-__all__ = ["BLOCKS", "batches_of_rank", "checksum", "owner_of", "whole_data"]
+__all__ = ["BLOCKS", "Share", "batches_of_rank", "checksum", "owner_of", "share_of_rank", "whole_data"]
 
 BLOCKS = 64
 """The number of blocks, or of batches if there are fewer. No more ranks than blocks have data to read."""
@@ -38,6 +44,19 @@ def owner_of(block: int, blocks: int, ranks: int) -> int:
     return block * ranks // blocks
 
 
+def can_share(data: Iterable[Any]) -> bool:
+    """Return whether the number of batches is known, so that ranks can share them."""
+    if isinstance(data, DataLoader):
+        return data.batch_sampler is not None and _has_length(data)
+    return isinstance(data, Collection)
+
+
+def runs_alone(model: nn.Module) -> bool:
+    """Return whether a rank can run a model without the others: nothing is gathered or broadcast in a forward pass."""
+    wraps = any(isinstance(module, DistributedDataParallel) for module in model.modules())
+    return not wraps and divided_name(model) is None
+
+
 def whole_data(data: Iterable[Any]) -> Iterable[Any]:
     """Return a loader of all samples for one of a rank's samples; other data as they are."""
     if not isinstance(data, DataLoader) or not isinstance(data.sampler, DistributedSampler):
@@ -45,8 +64,38 @@ def whole_data(data: Iterable[Any]) -> Iterable[Any]:
     return _loader(data, _batches(data))
 
 
-def batches_of_rank(data: Iterable[Any], ranks: Ranks) -> tuple[int, Iterator[tuple[int, Any]]]:
-    """Return the number of blocks, and an iterator over this rank's batches, each with the number of its block.
+class Share(NamedTuple):
+    """The batches that one of several ranks reads.
+
+    Attributes:
+        ranks: the processes.
+        blocks: the number of blocks of all ranks.
+        batches: this rank's batches, each with the number of its block.
+        first: the number of this rank's first batch among those of all ranks.
+    """
+
+    ranks: Ranks
+    blocks: int
+    batches: Iterator[tuple[int, Any]]
+    first: int
+
+    def by_block(self, title: str, progress: bool | None) -> Iterator[tuple[int, Iterator[Any]]]:
+        """Yield each block of this rank with its batches, under a progress bar."""
+        shown = progress_bar(self.batches, title, show=progress)
+        for block, numbered in groupby(shown, key=itemgetter(0)):
+            yield block, (batch for _, batch in numbered)
+
+
+def share_of_rank(data: Iterable[Any], *models: nn.Module) -> Share | None:
+    """Return the share of this process; None if it reads all: there are no ranks, or they cannot share these data or models."""
+    ranks = current()
+    if ranks.is_group and can_share(data) and all(map(runs_alone, models)):
+        return batches_of_rank(data, ranks)
+    return None
+
+
+def batches_of_rank(data: Iterable[Any], ranks: Ranks) -> Share:
+    """Return this rank's share of the batches.
 
     Args:
         data: a loader with a sampler, of which each rank loads its batches only, in the order that rank 0 draws; or
@@ -57,7 +106,7 @@ def batches_of_rank(data: Iterable[Any], ranks: Ranks) -> tuple[int, Iterator[tu
         TypeError: the number of batches of ``data`` is not known.
         ValueError: the batches are not the same on all ranks, or there are none.
     """
-    if isinstance(data, DataLoader) and data.batch_sampler is not None and _has_length(data):
+    if isinstance(data, DataLoader) and can_share(data):
         size = len(data.dataset)  # type: ignore[arg-type]
         batches = ranks.broadcast(lambda: _batches(data), f"a loader of {size} samples")
         numbers = _numbers(len(batches))
@@ -65,14 +114,19 @@ def batches_of_rank(data: Iterable[Any], ranks: Ranks) -> tuple[int, Iterator[tu
             k for k, block in enumerate(numbers) if owner_of(block, numbers[-1] + 1, ranks.size) == ranks.rank
         ]
         loader = _loader(data, [batches[k] for k in mine]) if mine else ()
-        return numbers[-1] + 1, zip([numbers[k] for k in mine], loader, strict=True)
+        found = zip([numbers[k] for k in mine], loader, strict=True)
+        return Share(ranks, numbers[-1] + 1, found, mine[0] if mine else 0)
     if not isinstance(data, Collection):
         raise TypeError(
             f"data: ranks share batches whose number is known; got {type(data).__name__}: give a list, or a DataLoader "
             "of a data set with a length"
         )
     numbers = _numbers(len(data))
-    return numbers[-1] + 1, _checked(data, numbers, ranks)
+    blocks = numbers[-1] + 1
+    first = next(
+        (k for k, block in enumerate(numbers) if owner_of(block, blocks, ranks.size) == ranks.rank), 0
+    )
+    return Share(ranks, blocks, _checked(data, numbers, ranks), first)
 
 
 def _numbers(batches: int) -> list[int]:

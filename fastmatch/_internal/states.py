@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from fastmatch._internal.divided import check_undivided, local_part
+
 __all__ = [
     "State", "check_finite", "check_models", "check_module", "check_same_architecture", "headers_of", "nearest",
     "state_of",
@@ -48,11 +50,13 @@ def check_module(model: object, argument: str) -> None:
             )
 
 
-def state_of(model: nn.Module | State, argument: str) -> dict[str, torch.Tensor]:
+def state_of(
+    model: nn.Module | State, argument: str, *, may_be_divided: bool = False
+) -> dict[str, torch.Tensor]:
     """Return the named tensors of a model or state dict, detached; they share its memory.
 
     Raises:
-        TypeError: ``model`` is neither, or an entry is not a tensor.
+        TypeError: ``model`` is neither, an entry is not a tensor, or one is divided among ranks and may not be.
         ValueError: there are no tensors.
     """
     if isinstance(model, nn.Module):
@@ -70,6 +74,8 @@ def state_of(model: nn.Module | State, argument: str) -> dict[str, torch.Tensor]
             raise TypeError(f"{argument}: entry {name!r} is {type(tensor).__name__}, expected a tensor")
     if not state:
         raise ValueError(f"{argument}: has no parameters or buffers")
+    if not may_be_divided:
+        check_undivided(state, argument)
     return state
 
 
@@ -128,9 +134,9 @@ def check_same_architecture(a: State, b: State, name_a: str = "model_a", name_b:
 
 
 def check_finite(state: State, argument: str) -> None:
-    """Raise ValueError naming the first tensor that holds NaN or infinity."""
+    """Raise ValueError naming the first tensor that holds NaN or infinity; of a divided one this rank's part is looked at."""
     # A sum needs one read and no mask. It is finite if every term is, except on overflow; only then count.
-    floating = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+    floating = {name: local_part(tensor) for name, tensor in state.items() if tensor.is_floating_point()}
     for name, tensor in floating.items():
         if tensor.is_meta:
             raise ValueError(

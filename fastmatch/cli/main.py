@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 from fastmatch._internal.progress import no_progress
-from fastmatch._internal.ranks import RanksError, is_launched
+from fastmatch._internal.ranks import RanksError, is_first, is_launched
 from fastmatch._internal.states import nearest
 from fastmatch.cli import (
     align,
@@ -53,7 +53,8 @@ class _Parser(argparse.ArgumentParser):
         choice = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
         if choice:
             message += nearest(choice[1], re.findall(r"[\w-]+", choice[2]))
-        self.exit(2, f"{self.prog}: {message} (see `{self.prog} --help`)\n")
+        said = f"{self.prog}: {message} (see `{self.prog} --help`)\n"
+        self.exit(2, said if is_first() else None)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -101,9 +102,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verbose, quiet = getattr(args, "verbose", False), getattr(args, "quiet", False)
     try:
         if is_launched() and args.command not in SHARED:
-            raise ValueError(
+            alone = ValueError(
                 f"runs in one process; start it without torchrun ({', '.join(SHARED)} share work)"
             )
+            alone.said_by_first = not is_first()  # type: ignore[attr-defined]
+            raise alone
         with (
             ended_by_signals(),
             no_progress(quiet),
@@ -119,7 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt as interrupt:
-        print(f"fastmatch {args.command}: {_interrupted(args)}", file=sys.stderr)
+        if is_first():
+            print(f"fastmatch {args.command}: {_interrupted(args)}", file=sys.stderr)
         return 128 + interrupt.number if isinstance(interrupt, Ended) else 130
     except Exception as error:
         return _told(error, args.command, verbose=verbose)

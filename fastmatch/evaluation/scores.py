@@ -14,6 +14,7 @@ from fastmatch._internal.batches import (
     Forward,
     arguments_for,
     batches_of,
+    check_data,
     check_forward,
     check_module,
     default_forward,
@@ -23,6 +24,8 @@ from fastmatch._internal.batches import (
     split_batch,
 )
 from fastmatch._internal.padding import is_rows, padded, takes
+from fastmatch._internal.ranks import current
+from fastmatch._internal.shared_data import Share, share_of_rank
 
 __all__ = ["Measure", "Scores", "evaluate", "score"]
 
@@ -81,6 +84,10 @@ def score(
             are given the ``logits``.
         progress: show a progress bar; None shows it on a terminal.
 
+    In a torch.distributed process group all ranks make the call. They share the batches of a list, or of a DataLoader whose
+    length is known, and get the same scores on any number of ranks. A model whose ranks have to run together (FSDP2,
+    tensor parallel, DistributedDataParallel) runs on all batches on every rank.
+
     Returns:
         :class:`Scores`, means over all samples; over all targets that are not -100 where a sample has several. Accuracy
         is measured where the targets are (batch,) integers and the outputs (batch, classes).
@@ -97,36 +104,59 @@ def score(
             raise TypeError(
                 f"{name}: expected a function of outputs and targets, got {type(measure).__name__}"
             )
+
+    check_data(data)
+
+    def add(totals: _Totals, batch: Any, number: int | None = None) -> None:
+        inputs, targets = split_batch(batch)
+        if is_rows(targets) and not isinstance(targets, torch.Tensor):
+            targets = padded({"labels": targets}, model)["labels"]
+        if not isinstance(targets, torch.Tensor):
+            raise ValueError("data: expected (inputs, targets) pairs to evaluate on, got only inputs")
+        if loss is None and forward is default_forward and takes(model, "labels"):
+            args, kwargs = arguments_for(model, inputs)
+            returned = model(*args, **kwargs, labels=_moved_to_model(model, targets))
+        else:
+            returned = forward(model, batch)
+        output = prediction_of(returned)
+        if isinstance(output, torch.Tensor):
+            targets = targets.to(output.device)
+        value = _loss_of(returned, output, targets) if loss is None else loss(output, targets)
+        if not math.isfinite(float(value)):
+            _check_inputs(inputs, number)
+        measured = None if metric is None else metric(output, targets)
+        totals.add(value, measured, output, targets, samples_in(batch))
+
     totals = _Totals()
-    with evaluating(model):
-        for number, batch in enumerate(batches_of(data, "evaluation", progress=progress)):
-            inputs, targets = split_batch(batch)
-            if is_rows(targets) and not isinstance(targets, torch.Tensor):
-                targets = padded({"labels": targets}, model)["labels"]
-            if not isinstance(targets, torch.Tensor):
-                raise ValueError("data: expected (inputs, targets) pairs to evaluate on, got only inputs")
-            if loss is None and forward is default_forward and takes(model, "labels"):
-                args, kwargs = arguments_for(model, inputs)
-                returned = model(*args, **kwargs, labels=_moved_to_model(model, targets))
-            else:
-                returned = forward(model, batch)
-            output = prediction_of(returned)
-            if isinstance(output, torch.Tensor):
-                targets = targets.to(output.device)
-            value = _loss_of(returned, output, targets) if loss is None else loss(output, targets)
-            if not math.isfinite(float(value)):
-                _check_inputs(inputs, number)
-            totals.add(
-                value, None if metric is None else metric(output, targets), output, targets, samples_in(batch)
-            )
+    with current().together(), evaluating(model):
+        share = share_of_rank(data, model)
+        if share is not None:
+            for part in _shared(share, add, progress):
+                totals.take(part)
+        else:
+            for number, batch in enumerate(batches_of(data, "evaluation", progress=progress)):
+                add(totals, batch, number)
     return totals.scores()
 
 
-def _check_inputs(inputs: Any, number: int) -> None:
+def _shared(share: Share, add: Callable[[_Totals, Any], None], progress: bool | None) -> list[_Totals]:
+    """Return the sums of all blocks of batches, in their order, of which each rank computes some."""
+    mine: dict[int, _Totals] = {}
+    for block, batches in share.by_block("evaluation", progress):
+        mine[block] = _Totals()
+        for batch in batches:
+            add(mine[block], batch)
+    tables = share.ranks.exchange(mine, "the end of the evaluation")
+    found = {block: totals for table in tables for block, totals in table.items()}
+    return [found[block] for block in sorted(found)]
+
+
+def _check_inputs(inputs: Any, number: int | None) -> None:
     """Raise ValueError if inputs are not finite. A loss that is not finite on finite inputs is the model's."""
     if isinstance(inputs, torch.Tensor):
         if inputs.is_floating_point() and not bool(torch.isfinite(inputs).all()):
-            raise ValueError(f"data: batch {number} (counted from 0) has inputs that are NaN or infinite")
+            which = "a batch" if number is None else f"batch {number} (counted from 0)"
+            raise ValueError(f"data: {which} has inputs that are NaN or infinite")
     elif isinstance(inputs, (Mapping, tuple, list)):
         for part in inputs.values() if isinstance(inputs, Mapping) else inputs:
             _check_inputs(part, number)
@@ -201,6 +231,13 @@ class _Totals:
             best = output.topk(min(5, output.shape[1]), dim=1).indices
             self.among += int((best == targets[:, None]).sum())
             self.count += int(valid.sum())
+
+    def take(self, other: _Totals) -> None:
+        """Add the sums of other batches."""
+        for name in ("loss", "metric", "weight", "right", "among", "count"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.has_classes &= other.has_classes
+        self.has_metric |= other.has_metric
 
     def scores(self) -> Scores:
         """Return the means."""

@@ -156,10 +156,10 @@ class ActivationMatching(Matcher):
             return measure_similarities(
                 models, spec, readings, self.similarity, self.site, batches, self.forward
             )
-        blocks, mine = batches_of_rank(self.data, ranks)
-        batches = progress_bar(mine, title, show=progress)
+        share = batches_of_rank(self.data, ranks)
+        batches = progress_bar(share.batches, title, show=progress)
         return measure_similarities(
-            models, spec, readings, self.similarity, self.site, batches, self.forward, (ranks, blocks)
+            models, spec, readings, self.similarity, self.site, batches, self.forward, (ranks, share.blocks)
         )
 
 

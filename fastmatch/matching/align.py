@@ -8,12 +8,14 @@ from typing import Any
 
 from torch import nn
 
+from fastmatch._internal.divided import divided_name
 from fastmatch._internal.ranks import current
 from fastmatch._internal.states import check_finite, check_same_architecture, state_of
 from fastmatch._internal.stopwatch import Stopwatch
 from fastmatch.matching.balance import balance
+from fastmatch.matching.divided_on_ranks import check_divided, match_divided
 from fastmatch.matching.matcher import Matcher, Model, as_code, check_matcher
-from fastmatch.matching.same_on_ranks import check_same_on_ranks, check_whole
+from fastmatch.matching.same_on_ranks import check_same_on_ranks
 from fastmatch.matching.weights import WeightMatching
 from fastmatch.permutations.alignment import Alignment
 from fastmatch.permutations.verify import verify as verify_spec
@@ -46,7 +48,8 @@ def align(
         >>> alignment = fm.align(model_a, model_b, x, fm.ActivationMatching(loader))
 
     In a torch.distributed process group all ranks make the call with the same arguments, share the work, and get the same
-    alignment. :func:`fastmatch.alone` keeps a call to one rank.
+    alignment. :func:`fastmatch.alone` keeps a call to one rank. Models that are divided among ranks (DTensor, as FSDP2 and
+    tensor parallelism make them) are matched by weights; a tensor is gathered when it is needed. There is no proof for them.
 
     Args:
         model_a, model_b: modules of the same architecture, or state dicts (which need ``spec``). A is the reference.
@@ -67,7 +70,8 @@ def align(
     Raises:
         ValueError: the architectures differ (the first difference is named), weights are NaN or infinite (the
             tensor is named), the spec changes the function (the group is named), or the data yields nothing.
-        TypeError: a model is neither a module nor a state dict, or ``matcher`` is not a matcher.
+        TypeError: a model is neither a module nor a state dict, ``matcher`` is not a matcher, or it does not match
+            models that are divided among ranks.
         RuntimeError: another rank failed or does not answer; the message names it.
 
     Cost: see the matcher's class.
@@ -76,9 +80,13 @@ def align(
     check_matcher("matcher", matcher)
     ranks, watch = current(), Stopwatch()
     with ranks.together():
-        a, b = state_of(model_a, "model_a"), state_of(model_b, "model_b")
-        check_whole(a, "model_a")
-        check_whole(b, "model_b")
+        a, b = (
+            state_of(model, name, may_be_divided=True)
+            for model, name in ((model_a, "model_a"), (model_b, "model_b"))
+        )
+        is_divided = divided_name(a) is not None or divided_name(b) is not None
+        if is_divided:
+            check_divided(matcher, ranks)
         check_same_architecture(a, b)
         check_finite(a, "model_a")
         check_finite(b, "model_b")
@@ -89,7 +97,7 @@ def align(
         check_spec(spec, a, "model_a")
         warn_if_nothing_moves(spec, "align")
         proof = None
-        if verify and example_inputs is not None and isinstance(model_b, nn.Module):
+        if verify and example_inputs is not None and isinstance(model_b, nn.Module) and not is_divided:
             with watch("verify"):
                 proof = verify_spec(model_b, spec, example_inputs)
         compared, how = (model_a, model_b), matcher
@@ -98,7 +106,10 @@ def align(
                 compared = _balanced(model_a, model_b, example_inputs)
             how = replace(matcher, balance=False)
         with watch("match"):
-            matching = how.match(*compared, spec, progress=progress)
+            if is_divided:
+                matching = match_divided(a, b, spec, how, ranks, progress)
+            else:
+                matching = how.match(*compared, spec, progress=progress)
     return Alignment(matching.permutations, spec, matching, proof, as_code(matcher), watch.seconds)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from fastmatch._internal.checks import check_choice
 from fastmatch._internal.coefficients import check_weights, remember_weights
 from fastmatch._internal.modules import with_state
+from fastmatch._internal.ranks import is_divided
 from fastmatch._internal.states import State, check_finite, check_models, check_same_architecture, state_of
 from fastmatch.merging.biases import bias_depths, norms_in, zeroed_biases
 from fastmatch.permutations.apply import LARGE
@@ -40,6 +41,10 @@ def merge_states(states: Sequence[State], weights: Sequence[float] | None = None
             merged[name] = first.clone()
             continue
         tensors = [state[name] for state in states]
+        if len({is_divided(tensor) for tensor in tensors}) > 1:
+            raise TypeError(
+                f"models: tensor {name!r} is divided among ranks (DTensor) in some models and whole in others; expected one kind"
+            )
         if _has_kernel(tensors):
             from fastmatch_kernels import ops as kernels
 
@@ -60,7 +65,7 @@ def _has_kernel(tensors: Sequence[torch.Tensor]) -> bool:
     fast while the sum is in cache.
     """
     first = tensors[0]
-    if not first.is_floating_point() or first.itemsize < 2:
+    if not first.is_floating_point() or first.itemsize < 2 or is_divided(first):
         return False
     if any(t.dtype != first.dtype or t.device != first.device for t in tensors):
         return False
@@ -98,7 +103,8 @@ def merge(
         >>> without_data = fm.merge(plain, biases="normalize")
 
     Args:
-        models: modules or state dicts of one architecture.
+        models: modules or state dicts of one architecture. Of models that are divided among ranks (DTensor, as
+            FSDP2 and tensor parallelism make them) all ranks make the call; the result is divided too.
         weights: one per model; None takes equal ones.
         biases: of linear and convolution layers. ``"average"`` treats them like every tensor. ``"normalize"`` makes
             the bias of a layer at depth h ``sum_k weights[k] ** h * b_k``, for networks without norms. The depth is the
@@ -119,7 +125,7 @@ def merge(
     """
     check_choice("biases", biases, Biases)
     check_models("models", models)
-    states = [state_of(m, f"models[{k}]") for k, m in enumerate(models)]
+    states = [state_of(m, f"models[{k}]", may_be_divided=True) for k, m in enumerate(models)]
     for k, state in enumerate(states):
         check_finite(state, f"models[{k}]")
     alphas = check_weights(weights, len(models))

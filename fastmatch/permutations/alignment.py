@@ -106,11 +106,15 @@ class Alignment:
     def apply(self, model: nn.Module | State) -> nn.Module | dict[str, torch.Tensor]:
         """Return a new model, or state dict, with the units reordered; ``model`` is not changed.
 
+        Of a model that is divided among ranks (DTensor) all ranks make the call. It is gathered tensor by tensor and stays
+        divided.
+
         Raises:
             ValueError: a tensor that the spec moves is missing or has another shape.
             TypeError: ``model`` is neither a module nor a state dict.
         """
-        moved = apply_permutations(state_of(model, "model"), self.spec, self.permutations)
+        state = state_of(model, "model", may_be_divided=True)
+        moved = apply_permutations(state, self.spec, self.permutations)
         return with_state(model, moved) if isinstance(model, nn.Module) else moved
 
     def __repr__(self) -> str:

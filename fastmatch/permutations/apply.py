@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 
+from fastmatch._internal.divided import on_whole
 from fastmatch._internal.states import State
 from fastmatch.spec import Axis, Permutations, PermutationSpec
 from fastmatch.spec.checks import check_spec
@@ -123,7 +125,7 @@ def apply_permutations(
     """Return a new state dict with the units of every group reordered; no tensor of ``state`` is changed or shared.
 
     Args:
-        state: name -> tensor, any dtype and device.
+        state: name -> tensor, any dtype and device. DTensors are gathered one by one, by all ranks, and divided as before.
         spec: which axes move together.
         permutations: group name -> permutation of shape (size,); groups that are omitted stay in place.
 
@@ -137,9 +139,19 @@ def apply_permutations(
     result: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
         indices = dimension_indices(name, spec, checked)
-        moved = _reordered(tensor, indices) if indices else tensor.clone()
-        result[name] = _reorder_slices(moved, slice_indices(name, spec, checked))
+        slices = slice_indices(name, spec, checked)
+        if indices or slices:
+            result[name] = on_whole(tensor, partial(_moved, indices=indices, slices=slices))
+        else:
+            result[name] = tensor.clone()
     return result
+
+
+def _moved(
+    tensor: torch.Tensor, indices: dict[int, torch.Tensor], slices: Sequence[tuple[Axis, torch.Tensor]]
+) -> torch.Tensor:
+    """A new tensor, selected by every index, with every slice reordered."""
+    return _reorder_slices(_reordered(tensor, indices) if indices else tensor.clone(), slices)
 
 
 def _reordered(tensor: torch.Tensor, indices: dict[int, torch.Tensor]) -> torch.Tensor:

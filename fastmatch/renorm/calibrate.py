@@ -5,20 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
 from fastmatch._internal.batches import Forward, device_of, evaluating
 from fastmatch._internal.progress import progress_bar
+from fastmatch._internal.shared_data import Share
+from fastmatch._internal.tree import MergeTree
 from fastmatch.renorm.endpoints import CallCounter
 from fastmatch.renorm.hooks import CalibrationHook
 from fastmatch.renorm.lockstep import Lockstep
 from fastmatch.renorm.options import Mode
 from fastmatch.statistics.finite import FiniteNotes
+from fastmatch.statistics.moments import ChannelMoments
 
 __all__ = ["Calibration", "calibrate"]
+
+Measured: TypeAlias = dict[str, tuple[ChannelMoments, int]]
+"""Name of a hook -> its moments, and how many batches it counted."""
 
 
 class Calibration:
@@ -75,13 +81,34 @@ class Calibration:
             for handle in handles:
                 handle.remove()
 
+    def start_at(self, batch: int) -> None:
+        """Count batches from this one on, as errors name them."""
+        self._notes.batch = batch - 1
+
+    def take(self) -> Measured:
+        """Return what the hooks have measured, on the host, and begin anew."""
+        found = {name: (hook.moments.to("cpu"), hook.batches) for name, hook in self._hooks.items()}
+        for hook in self._hooks.values():
+            hook.moments, hook.batches = ChannelMoments(), 0
+        return found
+
+    def put(self, measured: Measured) -> None:
+        """Take over what all ranks have measured."""
+        device = device_of(self.model)
+        for name, (moments, batches) in measured.items():
+            self._hooks[name].moments, self._hooks[name].batches = moments.to(device), batches
+
+    def check(self) -> None:
+        """Raise ValueError if what was measured is not finite; the batch and the layer are named."""
+        self._notes.check("the merge")
+
     def write(self) -> None:
         """Write what was measured into the model.
 
         Raises:
             ValueError: it is not finite; the batch and the layer are named, and nothing is written.
         """
-        self._notes.check("the merge")
+        self.check()
         with torch.no_grad():
             for hook in self._hooks.values():
                 hook.write()
@@ -93,11 +120,13 @@ class Calibration:
 
 
 def calibrate(
-    calibrations: Sequence[Calibration], data: Iterable[Any], mode: Mode, progress: bool | None
+    calibrations: Sequence[Calibration], data: Iterable[Any] | Share, mode: Mode, progress: bool | None
 ) -> None:
-    """Read ``data`` once for all models, then write the results into them."""
+    """Read ``data`` once for all models, then write the results into them. Ranks share it in joint mode only."""
     with evaluating(*(calibration.model for calibration in calibrations)):
-        if mode == "joint":
+        if isinstance(data, Share):
+            _joint_on_ranks(calibrations, data, progress)
+        elif mode == "joint":
             for batch in data:
                 for calibration in calibrations:
                     calibration.joint(batch)
@@ -107,3 +136,31 @@ def calibrate(
                 calibration.sequential(batches, progress)
     for calibration in calibrations:
         calibration.write()
+
+
+def _joint_on_ranks(calibrations: Sequence[Calibration], share: Share, progress: bool | None) -> None:
+    """Run this rank's batches in joint mode; the moments of blocks are merged in a fixed tree."""
+    tree: MergeTree[list[Measured]] = MergeTree(share.ranks, share.blocks, _merged)
+    for calibration in calibrations:
+        calibration.start_at(share.first)
+    for block, batches in share.by_block("renormalization", progress):
+        for batch in batches:
+            for calibration in calibrations:
+                calibration.joint(batch)
+        tree.add(block, [calibration.take() for calibration in calibrations])
+    for calibration in calibrations:
+        calibration.check()
+    share.ranks.exchange(
+        None, "the end of the calibration"
+    )  # an error of a rank is told before any waits for its moments
+    for calibration, measured in zip(calibrations, tree.root(), strict=True):
+        calibration.put(measured)
+
+
+def _merged(first: list[Measured], second: list[Measured]) -> list[Measured]:
+    for one, two in zip(first, second, strict=True):
+        for name, (moments, batches) in two.items():
+            kept, count = one[name]
+            kept.merge(moments)
+            one[name] = kept, count + batches
+    return first

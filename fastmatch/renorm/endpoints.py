@@ -9,12 +9,23 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from fastmatch._internal.batches import Forward, batches_of, check_module, default_forward, evaluating
+from fastmatch._internal.batches import (
+    Forward,
+    batches_of,
+    check_data,
+    check_module,
+    default_forward,
+    device_of,
+    evaluating,
+)
 from fastmatch._internal.checks import check_choice, check_number
 from fastmatch._internal.coefficients import check_weights
+from fastmatch._internal.ranks import current
+from fastmatch._internal.shared_data import share_of_rank
 from fastmatch.permutations.alignment import Alignment
 from fastmatch.permutations.apply import dimension_indices
 from fastmatch.renorm.layers import channel_dim, survey
+from fastmatch.renorm.on_ranks import measured_on_ranks
 from fastmatch.renorm.options import TargetMix
 from fastmatch.renorm.outputs import Probe, ProbeRecorder, joined
 from fastmatch.renorm.targets import Target, layer_average, mixed_target
@@ -189,6 +200,9 @@ def endpoint_statistics(
         forward: ``forward(model, batch)`` runs a model on a batch.
         progress: show a progress bar; None shows it on a terminal.
 
+    In a torch.distributed process group the ranks share the batches, and all of them get the same statistics on any number of
+    ranks.
+
     Returns:
         An :class:`EndpointStatistics` with float64 moments, pooled over all samples and positions, and the outputs on the
         first 1024 samples.
@@ -200,6 +214,7 @@ def endpoint_statistics(
     """
     if not models:
         raise ValueError("models: expected at least one")
+    check_data(data)
     for k, model in enumerate(models):
         check_module(model, f"models[{k}]")
     distinct = {id(model): model for model in models}  # a model given twice is run once
@@ -214,19 +229,33 @@ def endpoint_statistics(
                 handles.append(
                     layer.register_forward_hook(_measure(name, tables[key], counters[key], notes[key]))
                 )
-        with evaluating(*distinct.values()):
-            for batch in batches_of(data, "endpoint statistics", samples=samples, progress=progress):
-                outputs = {}
-                for key, model in distinct.items():
-                    counters[key].start()
-                    notes[key].next_batch()
-                    outputs[key] = forward(model, batch)
-                recorder.add(batch, [outputs[id(model)] for model in models])
+
+        def run(batch: Any) -> None:
+            outputs = {}
+            for key, model in distinct.items():
+                counters[key].start()
+                notes[key].next_batch()
+                outputs[key] = forward(model, batch)
+            recorder.add(batch, [outputs[id(model)] for model in models])
+
+        def check() -> None:
+            for k, key in enumerate(distinct):
+                notes[key].check(f"models[{k}]")
+
+        with current().together(), evaluating(*distinct.values()):
+            share = None if samples is not None else share_of_rank(data, *distinct.values())
+            if share is None:
+                for batch in batches_of(data, "endpoint statistics", samples=samples, progress=progress):
+                    run(batch)
+                check()
+            else:
+                for note in notes.values():
+                    note.batch = share.first - 1
+                device = device_of(models[0])
+                measured_on_ranks(share, list(tables.values()), recorder, run, check, device, progress)
     finally:
         for handle in handles:
             handle.remove()
-    for k, key in enumerate(distinct):
-        notes[key].check(f"models[{k}]")
     frozen = {key: {n: tuple(calls) for n, calls in table.items()} for key, table in tables.items()}
     measured = tuple(frozen[id(model)] for model in models)
     for name in layers or ():

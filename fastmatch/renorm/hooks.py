@@ -28,6 +28,8 @@ class CalibrationHook(ABC):
     """One module under calibration: measured and corrected in every call, then written once after the last batch.
 
     Attributes:
+        moments: of all calls so far.
+        batches: how many batches were counted; for the counter of a batch norm.
         needs_variance: whether the variance itself is written, so that a single value is not enough.
     """
 
@@ -36,6 +38,7 @@ class CalibrationHook(ABC):
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name, self.module = name, module
         self.moments = ChannelMoments()
+        self.batches = 0
         self.kept: torch.Tensor | None = None
         """(C,) True for the channels that keep gain one; known after :meth:`write`."""
 
@@ -86,10 +89,6 @@ class _ResetHook(CalibrationHook):
 
     needs_variance = True
 
-    def __init__(self, name: str, module: nn.Module) -> None:
-        super().__init__(name, module)
-        self._batches = 0
-
     def treat(self, tensors: list[torch.Tensor], call: int) -> list[torch.Tensor]:
         """Set the norm to the pooled statistics of its inputs before it runs on them; inputs do not change."""
         moments = ChannelMoments()
@@ -98,7 +97,7 @@ class _ResetHook(CalibrationHook):
         if moments.count:
             self.moments.merge(moments)
             self._set(moments)
-        self._batches += len(tensors)
+        self.batches += len(tensors)
         return tensors
 
     def register(self, treat: Callable[[torch.Tensor], torch.Tensor]) -> RemovableHandle:
@@ -112,7 +111,7 @@ class _ResetHook(CalibrationHook):
             self._set(self.moments)
             counter: Any = getattr(self.module, "num_batches_tracked", None)
             if counter is not None:
-                counter.fill_(self._batches)
+                counter.fill_(self.batches)
 
     def _set(self, moments: ChannelMoments) -> None:
         module: Any = self.module

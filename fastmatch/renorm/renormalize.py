@@ -19,7 +19,10 @@ from fastmatch._internal.coefficients import (
     remember_weights,
     remembered_weights,
 )
+from fastmatch._internal.divided import check_undivided
 from fastmatch._internal.modules import copy_module
+from fastmatch._internal.ranks import current
+from fastmatch._internal.shared_data import share_of_rank
 from fastmatch.renorm.calibrate import Calibration, calibrate
 from fastmatch.renorm.endpoints import EndpointStatistics, endpoint_statistics
 from fastmatch.renorm.hooks import Targets, affine_hooks, reset_hooks
@@ -73,8 +76,12 @@ def renormalize(
         forward: ``forward(model, batch)`` runs a model on a batch.
         progress: show a progress bar; None shows it on a terminal.
 
+    In a torch.distributed process group all ranks make the call. In joint mode, without ``samples``, they share the batches and
+    get the same model on any number of ranks; otherwise each reads all.
+
     Raises:
-        TypeError: a model is not a torch module, or ``method`` is neither a word nor a Renormalization.
+        TypeError: a model is not a torch module, or is divided among ranks, or ``method`` is neither a word nor a
+            Renormalization.
         ValueError: an unknown method, an option that the method does not use, no batch norm for ``"reset"``, weights
             that are not known, no data, an endpoint of another architecture, a named layer that is never run, a batch
             of one value for each channel, or activations that are not finite: batch and layer are named.
@@ -124,6 +131,7 @@ def renormalize_many(
         raise ValueError("models: expected at least one")
     for k, model in enumerate(models):
         check_module(model, f"models[{k}]")
+        check_undivided(model, f"models[{k}]")
     if weights is not None and len(weights) != len(models):
         raise ValueError(f"weights: expected {len(models)} rows, one per merge, got {len(weights)}")
     plan = _without_endpoints(models[0], options) if endpoints is None else None
@@ -151,7 +159,10 @@ def renormalize_many(
         )
     ]
     calibrations = [a.calibration for attempts in tried for a in attempts if a.plan.method != "none"]
-    calibrate(calibrations, read(f"{plan.method} of the merge"), options.mode, progress)
+    with current().together():
+        is_shared = options.mode == "joint" and options.samples is None
+        share = share_of_rank(data, *models) if is_shared else None
+        calibrate(calibrations, share or read(f"{plan.method} of the merge"), options.mode, progress)
     news = []
     for k, attempts in enumerate(tried):
         chosen = attempts[0]

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fastmatch._internal.dispatch_mode import DispatchMode
+from fastmatch._internal.divided import undivided
 from fastmatch._internal.states import check_module
 from fastmatch.spec.branches import Siblings, training
 from fastmatch.spec.escapes import Escapes
@@ -154,6 +155,7 @@ def trace(
     without its weights.
     """
     check_module(model, "model")
+    model = undivided(model)
     with filled(model):
         return _trace(model, examples_of(example_inputs, kwargs), run, outputs)
 

@@ -61,6 +61,10 @@ class ChannelMoments:
         self.m2 = self.m2 + other.m2 + delta.square() * (self.count * other.count / total)
         self.count = total
 
+    def to(self, device: torch.device | str) -> ChannelMoments:
+        """Return the moments on a device."""
+        return ChannelMoments(self.count, self.mean.to(device), self.m2.to(device))
+
     @property
     def variance(self) -> torch.Tensor:
         """(C,) float64, population variance (divided by the count)."""

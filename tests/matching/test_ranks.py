@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import fastmatch as fm
@@ -94,11 +92,40 @@ def same(one, two):
 
 
 def repaired(loader):
-    """What renormalization and a curve give on a loader."""
+    """What renormalization and a curve give on a loader, and how many samples this process ran."""
     a, b, _, _ = cases()["vgg"]
-    merged = fm.renormalize(fm.merge([a, b]), [a, b], loader, "rescale")
-    curve = fm.interpolate(a, b, loader, points=3)
-    return {**merged.state_dict(), "curve": (curve.loss, curve.accuracy)}
+    found, ran = {}, [0]
+
+    def forward(model, batch):
+        ran[0] += len(batch[0])
+        return model(batch[0])
+
+    for method in ("rescale", "reset", "auto"):
+        merged = fm.renormalize(fm.merge([a, b]), [a, b], loader, method, forward=forward)
+        found |= {f"{method} {name}": tensor for name, tensor in merged.state_dict().items()}
+        plan = fm.applied_plan(merged)
+        assert plan is not None
+        found[f"{method} plan"] = (plan.method, plan.scores)
+    curve = fm.interpolate(a, b, loader, points=3, forward=forward)
+    return {**found, "curve": torch.tensor([*curve.loss, *curve.accuracy])}, ran[0]
+
+
+def scored():
+    """The scores of a model on 100 batches, and how many of them this process ran."""
+    model = cases()["mlp"][0]
+    ran = []
+
+    def forward(net, batch):
+        ran.append(batch)
+        return net(batch[0])
+
+    generator = torch.Generator().manual_seed(6)
+    sizes = [1 + k % 4 for k in range(100)]
+    data = [
+        (torch.randn(n, 12, generator=generator), torch.randint(3, (n,), generator=generator)) for n in sizes
+    ]
+    found = fm.score(model, data, metric=lambda out, _: out.square().mean(), forward=forward)
+    return found, len(ran)
 
 
 def work():
@@ -123,6 +150,8 @@ def work():
     a, b, x, data = cases()["mlp"]
     dataset = TensorDataset(cases()["vgg"][3], torch.arange(30) % 5)
     sampler = DistributedSampler(dataset, shuffle=False)
+    found["scores"] = scored()
+    fails(lambda: fm.score(a, [(data[ranks.rank :], torch.zeros(len(data) - ranks.rank).long())]))
     found["after data"] = repaired(DataLoader(dataset, batch_size=4, sampler=sampler))
     fails(full_disk)
     fails(lambda: ranks.exchange(None, "here" if ranks.rank == 0 else "there"))
@@ -134,12 +163,6 @@ def work():
     with torch.no_grad():
         next(other.parameters())[0] += ranks.rank
     fails(lambda: fm.align(a, other, x, verify=False))
-    parts = dict(b.state_dict())
-    parts["0.weight"] = distribute_tensor(
-        parts["0.weight"], init_device_mesh("cpu", (ranks.size,)), [Shard(0)]
-    )
-    spec = fm.PermutationSpec.trace(a, x)
-    fails(lambda: fm.align(a.state_dict(), parts, spec=spec))
     with fm.alone():
         assert current() is ALONE
         found["alone"] = described(fm.align(a, b, x, fm.WeightMatching(seed=2), verify=False))
@@ -168,35 +191,52 @@ def test_ranks_find_by_weights_what_one_process_finds_without_a_process_group(re
     same(expected["mlp", "weights"], results[3][1]["alone"])
 
 
-def test_a_distributed_sampler_gives_every_rank_the_results_on_all_samples(results):
+def test_ranks_share_the_data_of_a_renormalization_and_find_the_same_bits_on_every_number_of_ranks(results):
     dataset = TensorDataset(cases()["vgg"][3], torch.arange(30) % 5)
-    expected = repaired(DataLoader(dataset, batch_size=4))
-    for values in results.values():
+    expected, all_samples = repaired(DataLoader(dataset, batch_size=4))
+    one, _ = results[1][0]["after data"]
+    assert one.keys() == expected.keys()
+    for name, value in expected.items():  # without a process group the batches are added one after the other
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(one[name], value, msg=name)
+    for size, values in results.items():
         for value in values:
-            same(expected, value["after data"])
+            same(one, value["after data"][0])
+        # Outputs on the first samples are compared on every rank, for 3 methods and nothing.
+        assert sum(value["after data"][1] for value in values) == all_samples + (size - 1) * 4 * 30
+
+
+def test_ranks_share_an_evaluation_and_get_the_same_scores_on_every_number_of_ranks(results):
+    alone, _ = scored()
+    for size, values in results.items():
+        assert {value["scores"][0] for value in values} == {results[1][0]["scores"][0]}
+        ran = [value["scores"][1] for value in values]
+        assert sum(ran) == 100
+        assert max(ran) <= 100 // size + 2
+    assert results[4][0]["scores"][0] == pytest.approx(alone, rel=1e-12)
 
 
 def test_an_error_on_one_rank_ends_the_others_with_rank_and_cause(results):
     for size in (2, 3, 4):
         last = size - 1
-        assert results[size][last]["errors"][0] == "OSError: no space left"
+        assert results[size][last]["errors"][1] == "OSError: no space left"
         for value in results[size][:last]:
-            assert value["errors"][0] == f"RanksError: rank {last} failed: OSError: no space left"
+            assert value["errors"][1] == f"RanksError: rank {last} failed: OSError: no space left"
         for value in results[size]:
-            assert "all ranks must make the same calls" in value["errors"][1]
+            assert "all ranks must make the same calls" in value["errors"][2]
             assert value["after"] == list(range(size))  # the ranks are in step again
 
 
 def test_ranks_that_are_given_different_things_are_told(results):
     for size in (2, 3, 4):
         for value in results[size]:
-            _, _, seeds, batches, iterators, models, parts = value["errors"]
+            scores, _, _, seeds, batches, iterators, models = value["errors"]
+            assert "do not read the same batches" in scores
             assert "matcher" in seeds
             assert "do not read the same batches" in batches
             assert "whose number is known" in iterators
             assert "model_b" in models
             assert "'0.weight'" in models
-            assert "TypeError: model_b: tensor '0.weight' is a DTensor" in parts
 
 
 def test_levels_keep_the_order_of_groups_that_share_a_tensor():

@@ -1,0 +1,249 @@
+"""Models that are divided among two ranks, by FSDP2 and by tensor parallelism: aligned, applied and merged as they are."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import fastmatch as fm
+from fastmatch._internal.divided import local_part
+from fastmatch._internal.ranks import ALONE, RanksError, current, is_divided
+from fastmatch.matching.ascent import Hooks
+from fastmatch.matching.weights import match_weights
+from helpers.ranked import on_ranks
+
+WIDTHS = (12, 34, 40, 5)
+"""Of the layers; 5 outputs are not divided evenly."""
+
+
+class Network(nn.Sequential):
+    """Linear layers with a ReLU between them, and a buffer."""
+
+    def __init__(self, widths=WIDTHS):
+        layers = [nn.Linear(n, m) for n, m in pairwise(widths)]
+        super().__init__(*[part for layer in layers for part in (layer, nn.ReLU())][:-1])
+        self.register_buffer("steps", torch.tensor(3))
+
+
+def pair(widths=WIDTHS):
+    """A, B (A with other units' order, and noise), an example and A's spec."""
+    torch.manual_seed(1)
+    a, x = Network(widths), torch.randn(4, widths[0])
+    spec = fm.PermutationSpec.trace(a, x)
+    moved = fm.Alignment(spec.random(torch.Generator().manual_seed(2)), spec).apply(a)
+    with torch.no_grad():
+        for parameter in moved.parameters():
+            parameter += 0.1 * parameter.std() * torch.randn_like(parameter)
+    return a, moved, x, spec
+
+
+def by_fsdp(model, mesh):
+    model = copy.deepcopy(model)
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def by_tensor_parallelism(model, mesh):
+    return parallelize_module(copy.deepcopy(model), mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+
+
+def whole(state):
+    return {name: t.full_tensor() if is_divided(t) else t for name, t in state.items()}
+
+
+def layout(state):
+    return {name: str(t.placements) if is_divided(t) else "whole" for name, t in state.items()}
+
+
+def same(one, two):
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def found_with(divide, mesh):
+    """What holds of models divided in one way."""
+    a, b, x, spec = pair()
+    first, second = divide(a, mesh), divide(b, mesh)
+    before = whole(second.state_dict())
+    alignment = fm.align(first, second, x)
+    expected = match_weights(a.state_dict(), b.state_dict(), spec, hooks=Hooks(out_of_core=True, ranks=ALONE))
+    moved = alignment.apply(second.state_dict())
+    merged = fm.merge([first.state_dict(), moved], [0.25, 0.75])
+    aligned = fm.Alignment(expected.permutations, spec).apply(b.state_dict())
+    held = {
+        "the groups are those of the whole model": alignment.spec.groups == spec.groups,
+        "the permutations are those of the whole model": same(alignment.permutations, expected.permutations),
+        "the objective is that of the whole model": alignment.matching.objective == expected.objective,
+        "units were moved back": alignment.moved > 0,
+        "aligned weights are those of the whole model": same(whole(moved), aligned),
+        "the aligned model is divided as before": layout(moved) == layout(second.state_dict()),
+        "the merge is that of whole models": same(
+            whole(merged), fm.merge([a.state_dict(), aligned], [0.25, 0.75])
+        ),
+        "the merge is divided": layout(merged) == layout(first.state_dict()),
+        "the models are not changed": same(whole(second.state_dict()), before),
+        "a part is no view of a whole": all(
+            local_part(t).untyped_storage().nbytes() == local_part(t).nbytes for t in moved.values()
+        ),
+    }
+    outputs = second(x)
+    copied = alignment.apply(second)  # after a forward pass, which leaves FSDP2's parameters whole
+    held["an aligned module has the aligned weights"] = same(whole(copied.state_dict()), aligned)
+    held["an aligned module is divided as before"] = layout(copied.state_dict()) == layout(moved)
+    held["it is of the same class"] = type(copied) is type(second)
+    held["it computes what the model does"] = torch.allclose(copied(x), outputs, atol=1e-5)
+    held["the model still computes it"] = torch.equal(second(x), outputs)
+    data = [(x, torch.tensor([0, 1, 2, 3]))]
+    curve, expected_curve = (
+        fm.interpolate(*m, data, points=3) for m in ((first, copied), (a, load(b, aligned)))
+    )
+    held["a curve is that of whole models"] = torch.allclose(
+        torch.tensor(curve.loss), torch.tensor(expected_curve.loss), atol=1e-5
+    )
+    second.load_state_dict(moved)
+    held["aligned weights can be loaded"] = torch.allclose(second(x), outputs, atol=1e-5)
+    return held
+
+
+def load(model, state):
+    copied = copy.deepcopy(model)
+    copied.load_state_dict(state)
+    return copied
+
+
+class Allocated(TorchDispatchMode):
+    """Counts the bytes of the tensors that live at the same time, beside those that it is given."""
+
+    def __init__(self, held):
+        super().__init__()
+        self.sizes, self.now, self.peak = {}, 0, 0
+        for tensor in held:
+            self.note(tensor)
+
+    def note(self, tensor):
+
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.sizes:
+            self.sizes[storage._cdata] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.forget, storage._cdata)
+
+    def forget(self, key):
+        self.now -= self.sizes.pop(key)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and not (tensor.is_meta or is_divided(tensor)):
+                self.note(tensor)
+        return out
+
+
+def peak_bytes(mesh):
+    """The peak of whole models in one process, and of divided ones."""
+    a, b, _, spec = pair((12, *[96] * 16, 5))
+    states = a.state_dict(), b.state_dict()
+    with Allocated([t for state in states for t in state.values()]) as one:
+        match_weights(*states, spec, hooks=Hooks(out_of_core=True, ranks=ALONE))
+    states = by_fsdp(a, mesh).state_dict(), by_fsdp(b, mesh).state_dict()
+    with Allocated([local_part(t) for state in states for t in state.values()]) as divided:
+        fm.align(*states, spec=spec)
+    return one.peak, divided.peak
+
+
+def refusals(mesh):
+    """The messages of calls that divided models do not have."""
+    a, b, x, spec = pair()
+    first, second = by_fsdp(a, mesh), by_fsdp(b, mesh)
+    tensor = by_tensor_parallelism(a, mesh)
+    data = [(x, torch.tensor([0, 1, 2, 3]))]
+    states = first.state_dict(), second.state_dict()
+    damaged = dict(second.state_dict())
+    damaged["0.weight"] = damaged["0.weight"].clone()
+    if current().rank == 1:
+        local_part(damaged["0.weight"])[0, 0] = torch.nan
+
+    def alone():
+        with fm.alone():
+            fm.align(*states, spec=spec)
+
+    calls = {
+        "mixed": lambda: fm.merge([states[0], b.state_dict()]),
+        "renormalize": lambda: fm.renormalize(first, [first], data, "repair"),
+        "renormalize tensor parallel": lambda: fm.renormalize(tensor, [tensor], data, "repair"),
+        "activations": lambda: fm.align(first, second, x, fm.ActivationMatching(data)),
+        "many": lambda: fm.align_many(states, spec=spec),
+        "matcher": lambda: fm.WeightMatching().match(*states, spec),
+        "balance": lambda: fm.balance(first, x),
+        "alone": alone,
+        "not finite": lambda: fm.align(states[0], damaged, spec=spec),
+    }
+    found = {}
+    for name, call in calls.items():
+        try:
+            call()
+            found[name] = "no error"
+        except (TypeError, ValueError, RanksError) as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    found["in step"] = current().exchange(current().rank, "the end")
+    return found
+
+
+def work():
+    mesh = init_device_mesh("cpu", (current().size,))
+    return {
+        "FSDP2": found_with(by_fsdp, mesh),
+        "tensor parallel": found_with(by_tensor_parallelism, mesh),
+        "bytes": peak_bytes(mesh),
+        "refused": refusals(mesh),
+    }
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return on_ranks(tmp_path_factory.mktemp("ranks"), (2,), [work])[0][2]
+
+
+@pytest.mark.parametrize("kind", ["FSDP2", "tensor parallel"])
+def test_divided_models_are_aligned_applied_and_merged_as_whole_ones(results, kind):
+    for value in results:
+        assert [what for what, holds in value[kind].items() if not holds] == []
+
+
+def test_a_rank_holds_less_than_seven_tenths_of_what_one_process_holds(results):
+    for value in results:
+        one, divided = value["bytes"]
+        assert divided < 0.7 * one, (one, divided)
+
+
+def test_calls_without_divided_models_name_the_argument(results):
+    for rank, value in enumerate(results):
+        refused = value["refused"]
+        assert "divided among ranks (DTensor) in some models" in refused["mixed"]
+        for name, argument in (
+            ("renormalize", "models[0]"),
+            ("renormalize tensor parallel", "models[0]"),
+            ("many", "models[0]"),
+            ("matcher", "model_a"),
+            ("balance", "model"),
+        ):
+            assert refused[name].startswith(f"TypeError: {argument}: tensor '0.weight' is a DTensor"), (
+                refused[name]
+            )
+        assert "matched by WeightMatching; got ActivationMatching" in refused["activations"]
+        assert "outside of fm.alone()" in refused["alone"]
+        assert "model_b: tensor '0.weight' holds 1 NaN" in refused["not finite"]
+        assert refused["not finite"].startswith("ValueError" if rank == 1 else "RanksError: rank 1 failed")
+        assert refused["in step"] == [0, 1]
