@@ -34,6 +34,7 @@ class Escapes(TorchFunctionMode):
         if name in NAMES or name == SPLIT:
             with torch._C.DisableTorchFunction():
                 for tensor in tensors_in(list(args[name == SPLIT :][:1])):
+                    self.record.need_values(tensor, f"Tensor.{name}")
                     self.record.labels(tensor)
                     self.record.mark_read(tensor)
                     self.record.pin_memory(tensor, f"Tensor.{name}")
