@@ -31,7 +31,7 @@ from fastmatch.spec.rules.indexing import follow_positions
 from fastmatch.spec.rules.registry import pin_all
 from fastmatch.spec.running import Outputs, examples_of, outputs_named, untouched
 from fastmatch.spec.spots import Spots
-from fastmatch.spec.uncomputed import Uncomputed, is_large, structure_of
+from fastmatch.spec.uncomputed import Uncomputed, can_omit, structure_of
 from fastmatch.spec.unread import pin_unread
 
 __all__ = ["Tracer", "trace"]
@@ -166,7 +166,7 @@ def trace(
     check_module(model, "model")
     examples = examples_of(example_inputs, kwargs)
     with filled(model):
-        if run is None and is_large([*model.parameters(), *model.buffers()], tensors_in(examples)):
+        if run is None and can_omit(model, tensors_in(examples)):
             # A trace without values is that with them, or none: then the error is that of a usual pass, if it has one.
             with suppress(Exception, ValuesNeeded):
                 return _trace(structure_of(model), examples, run, outputs, computes=False)

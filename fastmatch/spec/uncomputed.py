@@ -21,7 +21,7 @@ from fastmatch.spec.operations import op_name, tensors_in
 from fastmatch.spec.record import Record, ValuesNeeded, storage_id
 from fastmatch.spec.rules.elementwise import FACTORIES
 
-__all__ = ["Uncomputed", "is_large", "structure_of"]
+__all__ = ["Uncomputed", "can_omit", "structure_of"]
 
 LEAST = 1 << 20
 """Parameters from which values are left out: below that, a forward pass takes as long as the trace's own work."""
@@ -170,12 +170,16 @@ def _filled(template: Any, operands: list[torch.Tensor]) -> Any:
     return torch.empty_strided(shape, stride, dtype=dtype, device="cpu")
 
 
-def is_large(tensors: Iterable[torch.Tensor], inputs: Iterable[torch.Tensor]) -> bool:
-    """Return whether it pays to leave out values: all tensors are plain ones on the CPU, and there are many parameters."""
-    tensors = list(tensors)
+def can_omit(model: nn.Module, inputs: Iterable[torch.Tensor]) -> bool:
+    """Return whether it pays to leave out values, and nobody else sees them.
+
+    There are many parameters, all tensors are plain ones on the CPU, and no hook is given what modules return.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
     plain = all(type(t) in (torch.Tensor, nn.Parameter) and t.device.type == "cpu" for t in tensors)
     plain = plain and all(type(t) is torch.Tensor and t.device.type == "cpu" for t in inputs)
-    return plain and sum(t.numel() for t in tensors if isinstance(t, nn.Parameter)) >= LEAST
+    is_large = sum(t.numel() for t in tensors if isinstance(t, nn.Parameter)) >= LEAST
+    return plain and is_large and not any(module._forward_hooks for module in model.modules())
 
 
 def structure_of(model: nn.Module) -> nn.Module:

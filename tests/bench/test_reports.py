@@ -31,7 +31,6 @@ PAGES = (
     "bfloat16_screening",
     "device_cost",
     "first_calls",
-    "first_second",
     "greedy_initialization",
     "initial_duals",
     "kernels_cpu",

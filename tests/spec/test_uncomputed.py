@@ -120,6 +120,15 @@ def test_what_a_model_keeps_of_the_pass_is_thrown_away(passes):
     assert torch.allclose(model(x), model.second(torch.relu(model.first(x) + model.table.sum(0))))
 
 
+def test_a_hook_is_given_real_activations(passes):
+    torch.manual_seed(fresh_seed())
+    model, x, seen = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3)), torch.randn(2, 4), []
+    model[0].register_forward_hook(lambda module, args, output: seen.append(output.clone()))
+    fm.PermutationSpec.trace(model, x)
+    assert passes == [True]
+    assert torch.equal(seen[0], nn.functional.linear(x, model[0].weight, model[0].bias))
+
+
 def test_an_error_is_that_of_a_pass_with_values(passes):
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(9, 3))
     with pytest.raises(ValueError, match="the model does not run on them"):
