@@ -42,9 +42,6 @@ COMMANDS: dict[str, dict[str, str]] = {
     "bench": {
         "bench": "run the benchmark suites of a checkout and write a page of the results",
     },
-    "warm_up": {
-        "warm-up": "compile the kernels of alignments and merges ahead of their first use, in an image or for a cluster",
-    },
     "run": {
         "run": "run a Python script with the assignment solvers of other libraries replaced by fastmatch's",
         "libraries": "list the libraries whose solvers `fastmatch run` replaces, and whether they are installed",

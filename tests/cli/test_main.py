@@ -26,7 +26,7 @@ DATA = ["--data", "cli_module:loader"]
 
 COMMANDS = {
     "align", "align-many", "apply", "merge", "partial", "plan", "renormalize", "pipeline", "curve", "triangle", "layers",
-    "distances", "inspect", "verify", "demo", "study", "bench", "run", "libraries", "completion", "warm-up",
+    "distances", "inspect", "verify", "demo", "study", "bench", "run", "libraries", "completion",
 }  # fmt: skip
 
 
@@ -119,25 +119,6 @@ def test_every_command_shows_examples_that_can_be_parsed():
             assert (program, used) == ("fastmatch", name)
             own = {"run": 0, "completion": 1}.get(used)  # what follows belongs to the script, or to the shell
             parser().parse_args([used, *rest[:own]])
-
-
-@pytest.mark.slow
-def test_what_was_warmed_up_is_not_compiled_again(tmp_path):
-    """Neither a first alignment nor a first merge adds a kernel."""
-    kept = tmp_path / "kernels"
-    environment = {**os.environ, "NUMBA_CACHE_DIR": str(kept)}
-    command = [sys.executable, "-m", "fastmatch", "warm-up", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    before = {path.name for path in kept.rglob("*.nbc")}
-    assert json.loads(done.stdout)["folder"] in {str(path) for path in kept.iterdir()}
-    code = (
-        "import torch, fastmatch as fm\nfrom torch import nn\n"
-        "a, b = (nn.Sequential(nn.Linear(700, 700), nn.ReLU(), nn.Linear(700, 9)) for _ in range(2))\n"
-        "found = fm.align(a, b, torch.randn(2, 700))\nfm.merge([a, found.apply(b)])\n"
-        "fm.align(a, b, torch.randn(2, 700), fm.ActivationMatching([torch.randn(2000, 700)]))\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
-    assert {path.name for path in kept.rglob("*.nbc")} == before
 
 
 INSPECT = ["inspect", "--model", "cli_module:build_with_inputs"]
