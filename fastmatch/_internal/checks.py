@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any, get_args
 
-__all__ = ["check_choice", "check_fraction", "check_integer", "check_number", "check_type"]
+__all__ = ["check_choice", "check_fraction", "check_integer", "check_number", "check_type", "nearest"]
+
+
+def nearest(name: str, names: Iterable[str], text: str = "did you mean {}?") -> str:
+    """Return ``"; did you mean 'x'?"`` with the name that is most alike, or nothing if none is."""
+    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    return "; " + text.format(repr(found[0])) if found else ""
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from fastmatch._internal.checks import nearest
 from fastmatch._internal.divided import check_undivided, local_part
 
 __all__ = [
-    "State", "check_finite", "check_models", "check_module", "check_same_architecture", "headers_of", "nearest",
-    "state_of",
+    "State", "check_finite", "check_models", "check_module", "check_same_architecture", "headers_of", "state_of",
 ]  # fmt: skip
 
 State: TypeAlias = Mapping[str, torch.Tensor]
@@ -82,12 +81,6 @@ def state_of(
 def headers_of(state: State) -> State:
     """Return a mapping from which shapes and dtypes can be read; a state on disk has ``headers`` without values."""
     return getattr(state, "headers", state)
-
-
-def nearest(name: str, names: Iterable[str], text: str = "did you mean {}?") -> str:
-    """Return ``"; did you mean 'x'?"`` with the name that is most alike, or nothing if none is."""
-    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
-    return "; " + text.format(repr(found[0])) if found else ""
 
 
 PREFIXES = {

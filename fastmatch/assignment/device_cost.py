@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from fastmatch.assignment.cost import row_index
-from fastmatch_kernels.row_topk import has_matrix_topk, matrix_topk
 
 __all__ = ["DeviceCost"]
 
@@ -67,7 +66,7 @@ class DeviceCost:
         rows = np.arange(self.shape[0]) if rows is None else np.asarray(rows, np.int64)
         m = self.shape[1]
         k = min(k, m)
-        if k and has_matrix_topk(self.matrix, k):
+        if self._has_kernel(k):
             return self._screened(v, k, rows, sign)
         items = np.empty((len(rows), k), np.int32)
         costs = np.empty((len(rows), k))
@@ -85,7 +84,7 @@ class DeviceCost:
         """Return (n,) float64, the least ``sign * c - v`` of each row."""
         out, rows = np.empty(self.shape[0]), np.arange(self.shape[0])
         k = min(SETTLING, self.shape[1])
-        if k and has_matrix_topk(self.matrix, k):
+        if self._has_kernel(k):
             items, costs, bound = self._screened(v, k, rows, sign)
             out = np.where(items >= 0, costs - v[items], np.inf).min(axis=1)
             rows = np.flatnonzero(out > bound)  # which float32 leaves open
@@ -94,10 +93,20 @@ class DeviceCost:
             out[rows[place]] = (values - duals).amin(1).cpu().numpy()
         return out
 
+    def _has_kernel(self, k: int) -> bool:
+        """Return whether a kernel screens the matrix for lists of k entries."""
+        if not k or not self.matrix.is_cuda:
+            return False
+        from fastmatch_kernels.row_topk import has_matrix_topk
+
+        return has_matrix_topk(self.matrix, k)
+
     def _screened(
         self, v: np.ndarray, k: int, rows: np.ndarray, sign: float
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return what :meth:`row_topk` returns, by one read in float32; the bound is lowered by its rounding."""
+        from fastmatch_kernels.row_topk import matrix_topk
+
         at = torch.from_numpy(rows).to(self.matrix.device)
         sizes = self._sizes
         if sizes is None:

@@ -11,8 +11,7 @@ import torch
 from fastmatch._internal.checks import check_choice
 from fastmatch.assignment.cost import row_index
 from fastmatch.assignment.reading import as_array
-from fastmatch_kernels import ops as kernels
-from fastmatch_kernels._dispatch import Backend, RowPrecision
+from fastmatch_kernels._dispatch import Backend, RowPrecision, backend_of
 from fastmatch_kernels._numba.parallel import over_rows
 
 __all__ = ["FactorCost", "Metric", "Precision"]
@@ -92,7 +91,7 @@ class FactorCost:
             raise ValueError(f"tile: expected (rows, columns), both at least 1, got {tile}")
         pairs = [(_factor(a, metric), _factor(b, metric)) for a, b in factors]
         flat = [x for pair in pairs for x in pair]
-        kernels.backend_of(*flat, backend=backend)
+        backend_of(*flat, backend=backend)
         self.device = flat[0].device
         self.backend: Backend | None = backend
         stored = _common_dtype(flat, metric)
@@ -219,7 +218,9 @@ class FactorCost:
             backend = self.backend
             if self._in_float64() or (self.device.type != "cpu" and backend is None and k > LONGEST):
                 backend = "reference"
-            found, _, bound = kernels.row_topk(
+            from fastmatch_kernels.row_topk import row_topk
+
+            found, _, bound = row_topk(
                 factors, duals, k, sizes=sizes, precision=precision, tile=self.tile, backend=backend
             )
         bound = bound.double()
@@ -302,7 +303,9 @@ class FactorCost:
             raise ValueError("metric: Sinkhorn's duals take 'dot' or 'l2', got 'l1'")
         factors, start = self._as_products(torch.from_numpy(v).to(self.device), sign)
         backend = "reference" if self._in_float64() else self.backend
-        duals = kernels.sinkhorn_duals(
+        from fastmatch_kernels.row_softmin import sinkhorn_duals
+
+        duals = sinkhorn_duals(
             factors, temperatures, v=start, relaxation=relaxation, backend=backend
         ).double()
         if self.metric == "l2":

@@ -24,8 +24,11 @@ from fastmatch_kernels.lap.state import (
     DOUBTFUL,
     INFEASIBLE,
     NEARLY_SQUARE,
+    RESUMED,
     SOLVED,
     TOO_LARGE,
+    WARM,
+    ZEROS,
     SmallSchedule,
     room_for,
 )
@@ -38,11 +41,15 @@ _KERNELS: dict[np.dtype, Callable[..., int]] = {}
 
 _NONE = np.empty(0)
 
-AUCTION_FROM = SmallSchedule().auction_from
+DEFAULT = SmallSchedule()
+
+AUCTION_FROM = DEFAULT.auction_from
 """Rows from which a problem may be found crowded."""
 
 
-def solve_small(matrix: np.ndarray, maximize: bool, *, proof: bool) -> tuple[int, tuple[np.ndarray, ...]]:
+def solve_small(
+    matrix: np.ndarray, maximize: bool, *, proof: bool, start: np.ndarray | None = None
+) -> tuple[int, tuple[np.ndarray, ...]]:
     """Solve a matrix in one compiled call, by the default schedule.
 
     It is for problems that take less time than the pipeline of :func:`fastmatch.assignment.solve`.
@@ -51,6 +58,7 @@ def solve_small(matrix: np.ndarray, maximize: bool, *, proof: bool) -> tuple[int
         matrix: (n, m) float32 or float64, not empty.
         maximize: look for the largest total.
         proof: whether more than the indices is wanted.
+        start: column duals of the minimisation to start from, for a square matrix whose rows are contiguous.
 
     Returns:
         The state, SOLVED, DOUBTFUL or another one of ``fastmatch_kernels.lap.state``, and (pairs, u, v, numbers), which count
@@ -68,11 +76,15 @@ def solve_small(matrix: np.ndarray, maximize: bool, *, proof: bool) -> tuple[int
     pairs = np.empty((2, min(rows, columns)), np.int64)
     found = np.empty(rows + columns + 7) if proof else _NONE
     sign = -1.0 if maximize else 1.0
-    room = np.empty(room_for(rows)) if rows == columns >= AUCTION_FROM else _NONE
-    state = kernel(given, sign, transposed, pairs, found, room, False)
+    if start is None:
+        room = np.empty(room_for(rows)) if rows == columns >= AUCTION_FROM else _NONE
+        state = kernel(given, sign, transposed, pairs, found, room, ZEROS)
+    else:
+        room = start
+        state = kernel(given, sign, transposed, pairs, found, room, WARM)
     if state == CROWDED:
         _crowded_kernel(matrix.dtype)(given, sign, room)
-        state = kernel(given, sign, transposed, pairs, found, room, True)
+        state = kernel(given, sign, transposed, pairs, found, room, RESUMED)
     elif state == NEARLY_SQUARE:
         return _solve_as_square(given, maximize, transposed, proof)
     if not proof:
@@ -104,7 +116,7 @@ def _kernel(dtype: np.dtype) -> Callable[..., int]:
         f"the kernel for small matrices of {dtype}",
         ("matrix", dtype.char),
         lambda: solve_matrix(
-            np.ones((2, 2), dtype), 1.0, False, np.empty((2, 2), np.int64), np.empty(11), _NONE, False
+            np.ones((2, 2), dtype), 1.0, False, np.empty((2, 2), np.int64), np.empty(11), _NONE, ZEROS
         ),
     )
     _KERNELS[dtype] = solve_matrix
@@ -122,6 +134,15 @@ def _crowded_kernel(dtype: np.dtype) -> Callable[..., None]:
         lambda: crowded_duals(np.ones((few, few), dtype), 1.0, np.zeros(room_for(few))),
     )
     return crowded_duals
+
+
+def _by_default(problem: LapProblem, matrix: np.ndarray) -> tuple[int, LapSolution]:
+    """Solve by the kernel of :func:`solve_small`, so that warm starts compile no other one."""
+    sign = problem.sign
+    state, found = solve_small(matrix, sign < 0, proof=True, start=problem.finite_start)
+    (_, col_of), u, v, numbers = found
+    counts = numbers[3:] if state in (SOLVED, DOUBTFUL) else np.zeros(4)
+    return state, LapSolution(col_of, sign * u, sign * v, counts.astype(np.int64))
 
 
 @dataclass(frozen=True)
@@ -146,13 +167,24 @@ class SmallDense:
 
     def solve(self, problem: LapProblem) -> LapSolution:
         """Solve the problem: see :meth:`Solver.solve`."""
+        matrix = problem.matrix(self)
+        is_default = self.schedule == DEFAULT and matrix.size
+        state, found = (
+            _by_default(problem, matrix) if is_default else self._scheduled(problem, for_kernels(matrix))
+        )
+        if state == INFEASIBLE:
+            raise Infeasible("cost: no assignment avoids the forbidden entries")
+        if state == TOO_LARGE:
+            raise TooLarge
+        if state not in (SOLVED, DOUBTFUL):
+            check_entries(matrix, problem.sign)
+        return found
+
+    def _scheduled(self, problem: LapProblem, matrix: np.ndarray) -> tuple[int, LapSolution]:
+        """Solve by a schedule that is not a constant of the compiled code."""
         from fastmatch_kernels.lap.small import solve_one
 
-        matrix = for_kernels(problem.matrix(self))
-
-        def run(
-            costs: np.ndarray, duals: np.ndarray | None
-        ) -> tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        def run(costs: np.ndarray, duals: np.ndarray | None) -> tuple[int, LapSolution]:
             n, m = costs.shape
             v, u, counts = np.zeros((m + 7) // 8 * 8), np.empty(n), np.zeros(4, np.int64)
             row_of, col_of = np.empty(m, np.int64), np.empty(n, np.int64)
@@ -172,18 +204,11 @@ class SmallDense:
                 col_of,
                 counts,
             )
-            return state, col_of, u, v[:m], counts
+            return state, LapSolution(col_of, u, v[:m], counts)
 
         prepared(
-            f"the kernels for small matrices of {matrix.dtype}",
+            f"the kernels for small matrices of {matrix.dtype} and another schedule",
             ("small", matrix.dtype.char),
             lambda: run(np.ones((2, 2), matrix.dtype), None),
         )
-        state, col_of, u, v, counts = run(matrix, problem.finite_start)
-        if state == INFEASIBLE:
-            raise Infeasible("cost: no assignment avoids the forbidden entries")
-        if state == TOO_LARGE:
-            raise TooLarge
-        if state not in (SOLVED, DOUBTFUL):
-            check_entries(matrix, problem.sign)
-        return LapSolution(col_of, u, v, counts)
+        return run(matrix, problem.finite_start)

@@ -318,7 +318,8 @@ def _first_duals(
     g = np.random.default_rng(0)
     size = np.abs(cost.entries(g.integers(n, size=SAMPLED), g.integers(m, size=SAMPLED)))
     largest = size.max(initial=0.0, where=np.isfinite(size))
-    start = sign * (duals - np.median(duals))
+    middle = np.partition(duals, m // 2)[m // 2]  # np.median would import masked arrays
+    start = sign * (duals - middle)
     return start if np.abs(start).max() <= LARGE_DUALS * largest else None
 
 

@@ -56,7 +56,7 @@ JOINT = {"merge-many": MergeMany, "frank-wolfe": FrankWolfe}
 def add_commands(commands: Commands) -> None:
     """Add the commands to the grammar."""
     command = add_command(
-        commands, "align", align_command, "align checkpoint B to checkpoint A by their weights or on data",
+        commands, "align", align_command,
         examples=(
             "align a.safetensors b.safetensors --model net.py:build --input-shape 2,3,32,32 --out b_aligned.safetensors",
             "align a.pt b.pt --model net:build --matcher activations --data net:loader --out b_aligned.pt",
@@ -127,7 +127,6 @@ def add_commands(commands: Commands) -> None:
         commands,
         "align-many",
         align_many_command,
-        "bring several checkpoints into the first one's order of units",
         examples=(
             "align-many a.pt b.pt c.pt --model net.py:build --input-shape 2,3,32,32 --out b_aligned.pt c_aligned.pt",
         ),

@@ -17,7 +17,6 @@ def add_commands(commands: Commands) -> None:
     """Add the command to the grammar."""
     command = add_command(
         commands, "apply", apply_command,
-        "permute a checkpoint, or a LoRA that was trained on it, as `align --permutations` has found",
         examples=(
             "apply permutations.safetensors lora_of_b.safetensors --out lora_aligned.safetensors",
             "apply permutations.safetensors b.safetensors --out b_aligned.safetensors",

@@ -25,7 +25,6 @@ def add_commands(commands: Commands) -> None:
         commands,
         "bench",
         bench_command,
-        "run the benchmark suites of a checkout and write a page of the results",
         examples=("bench assignment gains --quick --out out/bench.json",),
         outcome=False,
     )

@@ -14,7 +14,7 @@ SHELLS = ("bash", "zsh", "tcsh")
 def add_commands(commands: Commands) -> None:
     """Add the command to the grammar."""
     command = add_command(
-        commands, "completion", completion_command, "print a script that completes commands and options in a shell",
+        commands, "completion", completion_command,
         examples=("completion bash > ~/.local/share/bash-completion/completions/fastmatch", "completion zsh > ~/.zfunc/_fastmatch"),
         outcome=False,
     )  # fmt: skip

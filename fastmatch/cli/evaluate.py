@@ -28,7 +28,7 @@ LABELLED = "callable that returns a loader of (inputs, targets), or of mappings 
 def add_commands(commands: Commands) -> None:
     """Add the commands to the grammar."""
     command = add_command(
-        commands, "curve", curve_command, "loss, top-1 and top-5 accuracy on the line between two checkpoints",
+        commands, "curve", curve_command,
         examples=(
             "curve a.pt b_aligned.pt --model net.py:build --data net.py:test_loader --plot curve.svg --out curve.csv",
             "curve a.pt b_aligned.pt --model net.py:build --data net.py:test_loader --loss torch.nn.functional:mse_loss "
@@ -50,7 +50,7 @@ def add_commands(commands: Commands) -> None:
     _add_outputs(command, plot=True)
 
     command = add_command(
-        commands, "triangle", triangle_command, "loss and accuracy over the triangle of three checkpoints",
+        commands, "triangle", triangle_command,
         examples=("triangle a.pt b_aligned.pt c_aligned.pt --model net.py:build --data net.py:test_loader --out t.csv",),
     )  # fmt: skip
     command.add_argument("checkpoints", nargs=3, help="three aligned checkpoints")
@@ -61,7 +61,7 @@ def add_commands(commands: Commands) -> None:
     _add_outputs(command, plot=True)
 
     command = add_command(
-        commands, "layers", layers_command, "per layer: variances, dead inputs and vanishing features on data",
+        commands, "layers", layers_command,
         examples=(
             "layers a.pt b_aligned.pt merged.pt --endpoints a.pt b_aligned.pt --model net.py:build --data net.py:loader "
             "--out layers.csv",
@@ -77,7 +77,7 @@ def add_commands(commands: Commands) -> None:
     _add_outputs(command)
 
     command = add_command(
-        commands, "distances", distances_command, "L2 distances between checkpoints",
+        commands, "distances", distances_command,
         examples=("distances a.pt b.pt b_aligned.pt --out distances.csv",),
     )  # fmt: skip
     command.add_argument("checkpoints", nargs="+", help="two or more checkpoints")

@@ -21,7 +21,7 @@ __all__ = ["add_commands"]
 def add_commands(commands: Commands) -> None:
     """Add the commands to the grammar."""
     command = add_command(
-        commands, "inspect", inspect_command, "print a network's permutation groups and its pinned axes",
+        commands, "inspect", inspect_command,
         examples=("inspect --model net.py:build --input-shape 2,3,32,32", "inspect llama-b"),
     )  # fmt: skip
     command.add_argument(
@@ -32,7 +32,6 @@ def add_commands(commands: Commands) -> None:
 
     command = add_command(
         commands, "verify", verify_command,
-        "check that two checkpoints are the same function: run both on random inputs and compare all outputs",
         examples=(
             "verify llama-b llama-b-aligned",
             "verify b.pt b_aligned.pt --model net.py:build --input-shape 2,3,32,32",

@@ -1,4 +1,7 @@
-"""The ``fastmatch`` command: the grammar of all commands, and how errors and signals are reported."""
+"""The ``fastmatch`` command: the grammar of all commands, and how errors and signals are reported.
+
+torch and the modules of the commands are imported once it is known which command runs, so help is shown at once.
+"""
 
 from __future__ import annotations
 
@@ -15,35 +18,17 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any, NoReturn
 
-from fastmatch._internal.progress import no_progress
-from fastmatch._internal.ranks import RanksError, is_first, is_launched
-from fastmatch._internal.states import nearest
-from fastmatch.cli import (
-    align,
-    apply,
-    bench,
-    complete,
-    evaluate,
-    inspect,
-    merge,
-    pipeline,
-    plan,
-    renormalize,
-    run,
-    studies,
-)  # fmt: skip
+from fastmatch._internal.checks import nearest
+from fastmatch.cli.commands import COMMANDS, module_of
 from fastmatch.cli.signals import Ended, ended_by_signals
 
 __all__ = ["main", "parser"]
 
-GROUPS = (align, plan, apply, merge, renormalize, pipeline, evaluate, inspect, studies, bench, run, complete)
-"""The modules that add commands, in the order of the help."""
-
 SHARED = ("align", "run")
 """The commands that several processes of a launcher may run together."""
 
-EXPECTED = (ValueError, TypeError, OSError, ImportError, RanksError)
-"""Errors whose message says what is wrong with the input; others are told with their type."""
+EXPECTED = (ValueError, TypeError, OSError, ImportError)
+"""Errors whose message says what is wrong with the input, as those of ranks do; others are told with their type."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -54,11 +39,15 @@ class _Parser(argparse.ArgumentParser):
         if choice:
             message += nearest(choice[1], re.findall(r"[\w-]+", choice[2]))
         said = f"{self.prog}: {message} (see `{self.prog} --help`)\n"
-        self.exit(2, said if is_first() else None)
+        if "RANK" in os.environ:  # of several ranks, the first says it; one process need not wait for torch
+            from fastmatch._internal.ranks import is_first
+
+            said = said if is_first() else ""
+        self.exit(2, said or None)
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the grammar of the command line."""
+def parser(only: str | None = None) -> argparse.ArgumentParser:
+    """Return the grammar of the command line; with the options of one module's commands only, for its name."""
     root = _Parser(
         prog="fastmatch",
         description="Align, merge and renormalize neural networks of the same architecture.",
@@ -66,8 +55,12 @@ def parser() -> argparse.ArgumentParser:
     )
     root.add_argument("--version", action="version", version=f"fastmatch {_version()}")
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for group in GROUPS:
-        group.add_commands(commands)
+    for module, summaries in COMMANDS.items():
+        if only in (None, module):
+            importlib.import_module(f"fastmatch.cli.{module}").add_commands(commands)
+        else:
+            for name, summary in summaries.items():
+                commands.add_parser(name, help=summary)
     return root
 
 
@@ -80,7 +73,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     given, script = list(arguments), []
     if given[:1] == ["run"] and given[1:] not in (["-h"], ["--help"]):
         given, script = given[:1], given[1:]
-    grammar = parser()
+    module = module_of(given)
+    # A completion is of all commands. Help on all of them needs no module.
+    grammar = parser(None if module == "complete" else module or "")
     args, unknown = grammar.parse_known_args(given)
     if unknown:
         (commands,) = (a.choices for a in grammar._actions if isinstance(a, argparse._SubParsersAction))
@@ -100,6 +95,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     args = _parse(sys.argv[1:] if arguments is None else arguments)
     verbose, quiet = getattr(args, "verbose", False), getattr(args, "quiet", False)
+    from fastmatch._internal.progress import no_progress
+    from fastmatch._internal.ranks import is_first, is_launched
+
     try:
         if is_launched() and args.command not in SHARED:
             alone = ValueError(
@@ -136,7 +134,9 @@ def _told(error: Exception, command: str, *, verbose: bool) -> int:
     """Print an error on one line, after its traceback if ``verbose``, and return the exit status."""
     if verbose:
         traceback.print_exception(error)
-    text, is_expected = " ".join(str(error).split()), isinstance(error, EXPECTED)
+    from fastmatch._internal.ranks import RanksError
+
+    text, is_expected = " ".join(str(error).split()), isinstance(error, (*EXPECTED, RanksError))
     if isinstance(error, OSError) and error.filename and error.strerror:
         text = f"{error.filename}: {error.strerror[0].lower()}{error.strerror[1:]}"
     if not is_expected:
@@ -153,7 +153,11 @@ def _warned(command: str, message: Warning | str, *_: Any) -> None:
 
 def _interrupted(args: argparse.Namespace) -> str:
     """Return what is left of an interrupted command: nothing half-written, and for some a journal."""
-    journal = align.journal_of(args) if args.command == "align" else None
+    journal = None
+    if args.command == "align":
+        from fastmatch.cli.align import journal_of
+
+        journal = journal_of(args)
     if journal is not None and journal.exists():
         return "interrupted; nothing is half-written. Solved groups are kept: the same command with --resume goes on"
     return "interrupted; nothing is half-written"

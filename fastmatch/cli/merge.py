@@ -38,7 +38,7 @@ MATCHED_RULES = {"permute": Permute, "zip": Zip, "cca": CCA}
 def add_commands(commands: Commands) -> None:
     """Add the commands to the grammar."""
     command = add_command(
-        commands, "merge", merge_command, "average aligned checkpoints; no data is read",
+        commands, "merge", merge_command,
         examples=("merge a.pt b_aligned.pt --model net.py:build --weights 0.3 0.7 --out merged.pt",),
     )  # fmt: skip
     command.add_argument("checkpoints", nargs="+", help="one or more aligned checkpoints")
@@ -57,7 +57,6 @@ def add_commands(commands: Commands) -> None:
 
     command = add_command(
         commands, "partial", partial_command,
-        "merge checkpoints from a layer on, keep the layers before it apart, and write an exported program",
         examples=(
             "partial a.pt b.pt --model net.py:build --input-shape 2,3,32,32 --data net.py:loader --rule zip --keep 2 "
             "--out merged.pt2",

@@ -11,6 +11,7 @@ import torch
 
 from fastmatch._internal.batches import default_forward
 from fastmatch._internal.callables import loader_from
+from fastmatch.cli.commands import SUMMARIES
 from fastmatch.cli.loading import function_from
 from fastmatch.matching.activations import ActivationMatching
 from fastmatch.matching.fisher import FisherMatching
@@ -193,7 +194,6 @@ def add_command(
     commands: Commands,
     name: str,
     run: Callable[[argparse.Namespace], Any],
-    summary: str,
     *,
     examples: Sequence[str] = (),
     outcome: bool = True,
@@ -203,13 +203,13 @@ def add_command(
 
     Args:
         commands: the sub-commands of the root parser.
-        name: of the command.
+        name: of the command, whose summary is in :mod:`fastmatch.cli.commands`.
         run: called with the parsed arguments.
-        summary: what it does, in one line.
         examples: command lines after ``fastmatch``, shown under the help.
         outcome: whether the command has an outcome to say: it then takes ``--json``, ``--quiet`` and ``--verbose``.
         settings: of the parser.
     """
+    summary = SUMMARIES[name]
     description = summary[0].upper() + summary[1:] + "."
     shown = "".join(f"\n  fastmatch {example}" for example in examples)
     command = commands.add_parser(

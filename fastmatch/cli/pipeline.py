@@ -14,7 +14,6 @@ def add_commands(commands: Commands) -> None:
     """Add the command to the grammar."""
     command = add_command(
         commands, "pipeline", pipeline_command,
-        "align, merge, renormalize, evaluate and report as a recipe says; recipe, model card and page go beside the output",
         examples=("pipeline recipe.yaml", "pipeline recipe.yaml --out merged.safetensors --force"),
     )  # fmt: skip
     command.add_argument("recipe", help="a .yaml, .yml or .json file; mergekit's linear recipes are read too")

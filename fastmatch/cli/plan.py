@@ -21,7 +21,6 @@ def add_commands(commands: Commands) -> None:
         commands,
         "plan",
         plan_command,
-        "predict time, memory and traffic of an alignment of directories on several ranks",
         examples=("plan llama-a llama-b --ranks 8 --device h100",),
     )
     command.add_argument("a", help="the reference: a Hugging Face directory; no tensor is read")

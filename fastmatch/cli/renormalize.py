@@ -24,7 +24,6 @@ def add_commands(commands: Commands) -> None:
     """Add the command to the grammar."""
     command = add_command(
         commands, "renormalize", renormalize_command,
-        "give a merged or pruned checkpoint the activation statistics of its endpoints",
         examples=(
             "renormalize merged.pt --endpoints a.pt b_aligned.pt --weights 0.5 0.5 --model net.py:build "
             "--data net.py:loader --method repair --out renormalized.pt",

@@ -19,7 +19,6 @@ def add_commands(commands: Commands) -> None:
     """Add the commands to the grammar."""
     command = add_command(
         commands, "run", run_command,
-        "run a Python script with the assignment solvers of other libraries replaced by fastmatch's",
         examples=("run their_script.py --their-option 3", "run -m their_package.main"), outcome=False,
         usage="%(prog)s script.py [arguments]  |  -m module [arguments]",
     )  # fmt: skip
@@ -29,7 +28,6 @@ def add_commands(commands: Commands) -> None:
     )  # fmt: skip
     add_command(
         commands, "libraries", libraries_command,
-        "list the libraries whose solvers `fastmatch run` replaces, and whether they are installed",
         examples=("libraries",),
     )  # fmt: skip
 

@@ -21,7 +21,7 @@ __all__ = ["add_commands", "claims_table"]
 def add_commands(commands: Commands) -> None:
     """Add the commands to the grammar."""
     command = add_command(
-        commands, "demo", demo_command, "train, align, merge and renormalize small networks on digits",
+        commands, "demo", demo_command,
         examples=("demo --width 512 --out out",),
     )  # fmt: skip
     command.add_argument("--width", type=int, default=1024, help="width of the MLPs, 128 to 8192")
@@ -34,7 +34,6 @@ def add_commands(commands: Commands) -> None:
         commands,
         "study",
         study_command,
-        "measure the paper's claims on small networks and write an HTML report",
         examples=("study --widths 1 2 --seeds 0 1 --out study",),
     )
     command.add_argument(

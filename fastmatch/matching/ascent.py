@@ -26,6 +26,7 @@ from fastmatch.matching.levels import levels_of
 from fastmatch.matching.nested import match_nested
 from fastmatch.matching.objective import WeightObjective
 from fastmatch.matching.sharing import Sharing
+from fastmatch.matching.small_network import plain_solver
 from fastmatch.permutations.alignment import Matching
 from fastmatch.spec import Axis, Group, Permutations
 
@@ -108,6 +109,7 @@ class Ascent:
         self.gains = Gains(problem.a, problem.b, problem.spec, budget)
         self.unkept = Gains(problem.a, problem.b, problem.spec, 0)
         self.kept: set[str] | None = None
+        self.solver = plain_solver(problem.spec)
         if hooks.ranks.is_group:  # which gains are kept must not depend on which groups this rank solves
             self.kept = problem.within(budget)
             self.gains.budget = sys.maxsize
@@ -226,7 +228,7 @@ class Ascent:
             gain = gain + problem.bonus[name].to(gain)
         else:
             gain = gains.cost_of(group, axes, self.permutations)
-        solver = gain_solver(gain) if isinstance(gain, torch.Tensor) else None
+        solver = (self.solver or gain_solver(gain)) if isinstance(gain, torch.Tensor) else None
         solution = solve(gain, maximize=True, warm_start=self.solutions.get(name), solver=solver)
         if isinstance(gain, BoundedGain):
             gains.spend(name, gain.share)

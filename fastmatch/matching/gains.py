@@ -18,7 +18,7 @@ from fastmatch.assignment.bounded_gain import LARGEST_SHARE, BoundedGain, multip
 from fastmatch.matching.device_gain import FactorViews, factor_views
 from fastmatch.permutations.apply import dimension_indices, permute_tensor
 from fastmatch.spec import Axis, Group, Permutations, PermutationSpec
-from fastmatch_kernels import ops as kernels
+from fastmatch_kernels._dispatch import backend_of
 from fastmatch_kernels.inner_product import moved_positions
 
 __all__ = ["Gains", "unit_rows"]
@@ -77,12 +77,14 @@ def _chunks(a: torch.Tensor, b: torch.Tensor, axis: Axis) -> Iterator[tuple[torc
 def _has_kernel(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether the kernel multiplies them where they are: on one GPU, of one dtype of at most float32."""
     alike = a.device == b.device and a.dtype == b.dtype
-    return a.is_cuda and alike and a.dtype in KERNEL_DTYPES and kernels.backend_of(a) == "triton"
+    return a.is_cuda and alike and a.dtype in KERNEL_DTYPES and backend_of(a) == "triton"
 
 
 def _multiply(out: torch.Tensor, views: FactorViews, *, accumulate: bool) -> None:
     """Write the sum of products to ``out``, or add it."""
     if _has_kernel(*views.pairs[0]) and out.dtype == torch.float32:
+        from fastmatch_kernels import ops as kernels
+
         options = {"contraction_index": views.order, "accumulate": accumulate, "precision": PRECISION}
         kernels.gain(views.pairs, out=out, **options)
         return

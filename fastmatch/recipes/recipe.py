@@ -14,8 +14,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
-from fastmatch._internal.checks import check_choice, check_integer, check_number
-from fastmatch._internal.states import nearest
+from fastmatch._internal.checks import check_choice, check_integer, check_number, nearest
 from fastmatch.matching.activations import ActivationMatching
 from fastmatch.matching.fisher import FisherMatching
 from fastmatch.matching.matcher import Matcher

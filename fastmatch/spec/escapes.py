@@ -51,6 +51,7 @@ class Escapes(TorchFunctionMode):
 
     def _pin(self, values: list[Any], reason: str) -> None:
         for tensor in tensors_in(values):
+            self.record.need_values(tensor, reason)
             self.record.labels(tensor)
             self.record.mark_read(tensor)
             self.record.pin_memory(tensor, reason)

@@ -12,7 +12,11 @@ from fastmatch.spec.labels import Label, find, is_pinned, pin, product, segments
 from fastmatch.spec.operations import Call
 from fastmatch.spec.places import occurrences
 
-__all__ = ["Joined", "RawSite", "Record", "Slice", "fresh", "storage_id"]
+__all__ = ["Joined", "RawSite", "Record", "Slice", "ValuesNeeded", "fresh", "storage_id"]
+
+
+class ValuesNeeded(BaseException):
+    """A trace needs numbers that it did not compute. No ``Exception``, so that models that catch those do not go on."""
 
 
 def storage_id(tensor: torch.Tensor) -> int:
@@ -80,6 +84,7 @@ class Record:
         exchangeable: whether random numbers are alike at every position, as in training, where only their
             distribution counts. Otherwise each position has its own.
         real_values: whether the tensors hold what the model computes; False where products were left out.
+        uncomputed: memories (by :func:`storage_id`) whose numbers were left out: see :mod:`fastmatch.spec.uncomputed`.
         sites: where activations can be read.
         slices: (leaf, along, position), by ids -> the slice.
         contractions: (label summed over, labels of the axes for which that happens separately).
@@ -88,6 +93,7 @@ class Record:
     def __init__(self, real_values: bool = True) -> None:
         self.real_values = real_values
         self.exchangeable = False
+        self.uncomputed: set[int] = set()
         # Tensors are kept alive while tracing, so that their ids stay unique.
         self._labels: dict[int, tuple[torch.Tensor, list[Label]]] = {}
         self._data: set[int] = set()
@@ -111,6 +117,7 @@ class Record:
     def labels(self, tensor: torch.Tensor) -> list[Label]:
         """Return the labels of a tensor's dimensions; an unknown tensor is a constant, pinned unless uniform."""
         if not self.knows(tensor):
+            self.need_values(tensor, "a constant")
             self.set(tensor, [_constant_label(tensor, d) for d in range(tensor.ndim)])
         if id(tensor) in self._unread:
             along, reason = self._unread.pop(id(tensor))
@@ -119,6 +126,11 @@ class Record:
         if id(tensor) in self._joined:
             self._joined.pop(id(tensor)).unify()
         return list(self._labels[id(tensor)][1])
+
+    def need_values(self, tensor: torch.Tensor, reader: str) -> None:
+        """Raise ValuesNeeded if the numbers of a tensor, which ``reader`` asks for, were not computed."""
+        if self.uncomputed and storage_id(tensor) in self.uncomputed:
+            raise ValuesNeeded(reader)
 
     def set(self, tensor: torch.Tensor, labels: Sequence[Label]) -> None:
         """Give a tensor its labels, one per dimension."""

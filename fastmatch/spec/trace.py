@@ -8,7 +8,9 @@ not pinned and is on a parameter becomes a permutation group.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from contextlib import suppress
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -23,16 +25,20 @@ from fastmatch.spec.hollow import filled
 from fastmatch.spec.labels import Label, pin, unify
 from fastmatch.spec.operations import Call, bind, counts, is_composite, op_name, tensors_in
 from fastmatch.spec.origins import COPIES, follow_origins, follow_ties
-from fastmatch.spec.record import RawSite, Record, fresh, storage_id
+from fastmatch.spec.record import RawSite, Record, ValuesNeeded, fresh, storage_id
 from fastmatch.spec.rules import rule_of
 from fastmatch.spec.rules.elementwise import FACTORIES, exchangeable
 from fastmatch.spec.rules.indexing import follow_positions
 from fastmatch.spec.rules.registry import pin_all
 from fastmatch.spec.running import Outputs, copies_of, examples_of, outputs_named, untouched
 from fastmatch.spec.spots import Spots
+from fastmatch.spec.uncomputed import Uncomputed, can_omit, structure_of
 from fastmatch.spec.unread import pin_unread
 
 __all__ = ["Tracer", "trace"]
+
+Compute: TypeAlias = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+"""Returns what an operation returns for positional and keyword arguments."""
 
 
 class Tracer(DispatchMode):
@@ -40,16 +46,16 @@ class Tracer(DispatchMode):
 
     Attributes:
         record: the labels, and what rules have noted.
-        hollow: memories (by :func:`storage_id`) of parameters that overlap themselves.
+        compute: runs an operation and returns its result.
         spots: what each operation belongs to.
     """
 
     def __init__(
-        self, hollow: set[int] | None = None, record: Record | None = None, spots: Spots | None = None
+        self, compute: Compute | None = None, record: Record | None = None, spots: Spots | None = None
     ) -> None:
         super().__init__()
         self.record = record or Record()
-        self.hollow = hollow or set()
+        self.compute = compute or partial(_computed, set())
         self.spots = spots or Spots(nn.Module())
         self.number = -1
 
@@ -63,9 +69,7 @@ class Tracer(DispatchMode):
             ):  # as torch does before a mode sees an operation, but not for tensors made in inference mode
                 return func.decompose(*args, **kwargs)
         spot = self.spots.at(op_name(func), args, kwargs)
-        out = _hollow_result(op_name(func), args, self.hollow) if self.hollow else None
-        if out is None:
-            out = func(*args, **kwargs)
+        out = self.compute(func, args, kwargs)
         self.number += counts(func)
         self.spots.after(out, is_view=func.is_view)
         call = Call(self.number, op_name(func), bind(func, args, kwargs), out, spot)
@@ -118,6 +122,12 @@ class Tracer(DispatchMode):
                 pin(new, name)
 
 
+def _computed(hollow: set[int], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an operation; those on hollow parameters, by their memories, may only look as if they did."""
+    out = _hollow_result(op_name(func), args, hollow) if hollow else None
+    return func(*args, **kwargs) if out is None else out
+
+
 def _hollow_result(name: str, args: tuple[Any, ...], hollow: set[int]) -> torch.Tensor | None:
     """Return a result of the right shape without computing it, if an operand is hollow; None to compute it.
 
@@ -156,8 +166,13 @@ def trace(
     """
     check_module(model, "model")
     model = undivided(model)
+    examples = examples_of(example_inputs, kwargs)
     with filled(model):
-        return _trace(model, examples_of(example_inputs, kwargs), run, outputs)
+        if run is None and can_omit(model, tensors_in(examples)):
+            # A trace without values is that with them, or none: then the error is that of a usual pass, if it has one.
+            with suppress(Exception, ValuesNeeded):
+                return _trace(structure_of(model), examples, run, outputs, computes=False)
+        return _trace(model, examples, run, outputs)
 
 
 def _instead_of_tensors(args: tuple[Any, ...], keywords: dict[str, Any]) -> str:
@@ -175,6 +190,8 @@ def _trace(
     examples: list[tuple[tuple[Any, ...], dict[str, Any]]],
     run: Callable[..., Any] | None,
     outputs: Outputs,
+    *,
+    computes: bool = True,
 ) -> Found:
     state: dict[str, torch.Tensor] = {
         name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)
@@ -190,11 +207,15 @@ def _trace(
     hollow = {storage_id(t) for t in state.values() if t.untyped_storage().nbytes() < t.nbytes}
     record = Record(real_values=not hollow)
     _label_state(record, state)
+    compute = partial(_computed, hollow)
+    if not computes:
+        record.uncomputed |= {storage_id(p) for p in model.parameters()} | hollow
+        compute = Uncomputed(record).run
     sites: list[RawSite] = []
 
     def passed(args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         spots = Spots(model)
-        tracer, siblings = Tracer(hollow, record, spots), Siblings(model)
+        tracer, siblings = Tracer(compute, record, spots), Siblings(model)
         args, keywords = copies_of(args), copies_of(keywords)
         for tensor in tensors_in((args, keywords)):
             if not record.knows(tensor):

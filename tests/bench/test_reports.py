@@ -17,6 +17,7 @@ from bench.reports import (
     balanced_matching,
     device_cost,
     first_calls,
+    first_second,
     initial_duals,
     kernels_cpu,
     kernels_gpu,
@@ -161,6 +162,13 @@ def test_screening_is_counted():
 def test_first_calls_are_timed():
     (row,) = first_calls.measure(TINY)["rows"]
     assert row["first wall s"] > row["later wall s"] > 0
+
+
+@pytest.mark.slow
+def test_the_first_second_is_timed():
+    rows = first_second.measure(TINY)["rows"]
+    assert len(rows) == 4
+    assert all(row["seconds"] >= 0 for row in rows)
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ import pytest
 
 import fastmatch
 from fastmatch._internal.files import load_state, save_state
+from fastmatch.cli.commands import SUMMARIES
 from fastmatch.cli.loading import build_model
 from fastmatch.cli.main import main, parser
 from fastmatch.cli.signals import Ended, ended_by_signals
@@ -77,6 +78,21 @@ def test_the_installed_command_runs(tmp_path):
         cwd=tmp_path,
     )
     assert "inspect" in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], [], ["algin"]])
+def test_what_is_about_all_commands_loads_no_torch(arguments):
+    code = (
+        f"import sys\nfrom fastmatch.cli.main import main\ntry:\n    main({arguments})\n"
+        "except SystemExit:\n    pass\nprint('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_the_help_lists_the_commands_that_there_are():
+    """Summaries are listed without their modules, which must add the same commands."""
+    assert list(subcommands(parser())) == list(SUMMARIES) == list(subcommands(parser("")))
 
 
 @pytest.mark.parametrize("code", ["import fastmatch", "from fastmatch import *", "import fastmatch.cli.main"])

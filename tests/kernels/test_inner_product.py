@@ -8,6 +8,14 @@ import torch
 from fastmatch_kernels.inner_product import change_of_inner, inner
 from helpers.networks import fresh_seed
 
+
+@pytest.fixture(autouse=True, params=["kernel", "torch"])
+def by(request, monkeypatch):
+    """Small tensors go through torch, so the kernel is asked for by their size."""
+    if request.param == "kernel":
+        monkeypatch.setattr("fastmatch_kernels.inner_product.SMALL", -1)
+
+
 SHAPES = {
     (40,): [(), (0,)],
     (6, 40): [(), (0,), (1,), (0, 1)],

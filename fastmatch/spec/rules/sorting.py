@@ -33,6 +33,7 @@ def _tied(record: Record, call: Call, dim: int) -> bool:
         return True
     if not record.real_values:
         return False
+    record.need_values(values, call.name)
     ordered = values.sort(dim, descending=call.get("largest") is not False and "min" not in call.base).values
     kept = call["k"] + 1 if call.base == "topk" else values.shape[dim]
     if call.base in ("max", "min", "argmax", "argmin"):

@@ -21,6 +21,10 @@ COMPILED = (torch.float32, torch.float64)
 ON_GPU = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """Dtypes that the GPU kernel reads."""
 
+SMALL = 1 << 18
+"""Numbers up to which a tensor on the CPU goes through torch. That takes at most a tenth of a millisecond longer than the
+kernel, which a process takes a tenth of a second to load and more than a second to compile."""
+
 Indices = Mapping[int, Tensor]
 """Dimension -> int64 positions to select."""
 
@@ -165,5 +169,5 @@ def moved_positions(now: Indices, then: Indices, shape: Sequence[int]) -> dict[i
 
 
 def _has_kernel(a: Tensor, b: Tensor, dims: Collection[int]) -> bool:
-    is_compiled = a.dtype in COMPILED and b.dtype in COMPILED
+    is_compiled = a.dtype in COMPILED and b.dtype in COMPILED and a.numel() > SMALL
     return is_compiled and a.device.type == b.device.type == "cpu" and len(dims) <= 2

@@ -45,10 +45,12 @@ from fastmatch_kernels.lap.state import (
     OPEN,
     POPS,
     READS,
+    RESUMED,
     SEARCHES,
     SOLVED,
     SQUARE_SCANS,
     TOO_LARGE,
+    WARM,
     WRONG,
     SmallSchedule,
 )
@@ -511,7 +513,7 @@ def crowded_duals(C, sign, room):  # pragma: no cover - compiled
 
 
 @njit(nogil=True, cache=True)
-def solve_matrix(C, sign, transposed, pairs, proof, room, resumed):  # pragma: no cover - compiled
+def solve_matrix(C, sign, transposed, pairs, proof, room, begin):  # pragma: no cover - compiled
     """Solve one contiguous matrix (n, m), n <= m, and write all of the result: a small problem has no time for more calls.
 
     Results are written and not returned, because numba takes a microsecond to return an array.
@@ -521,8 +523,10 @@ def solve_matrix(C, sign, transposed, pairs, proof, room, resumed):  # pragma: n
         pairs: (2, n) int64, the rows and columns of the matched pairs, rows ascending.
         proof: (n + m + 7,) float64, the row duals, the column duals, the objective, the gap, its bound, and the four counts;
             (0,) if no certificate is wanted.
-        room: (room_for(n),) float64 if n = m and the schedule may find rows crowded; else it may be (0,).
-        resumed: whether the problem was left CROWDED and :func:`crowded_duals` has looked for other first duals.
+        room: float64. (m,) column duals to start from, if WARM. Else (room_for(n),) if n = m and the schedule may find
+            rows crowded, and otherwise it may be (0,).
+        begin: ZEROS, or RESUMED if the problem was left CROWDED and :func:`crowded_duals` has looked for other first
+            duals, or WARM. These are numbers of one compiled kernel: a kernel for warm starts would take as long again.
 
     Returns:
         The state, as :func:`solve_one`, CROWDED or NEARLY_SQUARE.
@@ -533,13 +537,17 @@ def solve_matrix(C, sign, transposed, pairs, proof, room, resumed):  # pragma: n
     row_of, counts = np.empty(m, np.int64), np.zeros(4, np.int64)
     rows, col_of = pairs[0], pairs[1]
     half, other, state = v.shape[0] + 4 * n, n + 1, OPEN
-    if resumed:
+    if begin == RESUMED:
         _take(room, np.int64(0), v, u, row_of, col_of, gaps)
         for k in range(4):
             counts[k] = np.int64(room[2 * half + k])
         other = np.int64(room[2 * half + 4])
     else:
-        state = _start(c, 0, n, m, sign, SCHEDULE, False, v, u, row_of, col_of, gaps, counts)
+        if begin == WARM:
+            v[:] = 0.0
+            for j in range(m):
+                v[j] = room[j]
+        state = _start(c, 0, n, m, sign, SCHEDULE, begin == WARM, v, u, row_of, col_of, gaps, counts)
         if state == CROWDED:
             _keep(room, np.int64(0), v, u, row_of, col_of, gaps)
             for k in range(4):

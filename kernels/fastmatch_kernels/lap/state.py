@@ -34,11 +34,14 @@ __all__ = [
     "OPEN",
     "POPS",
     "READS",
+    "RESUMED",
     "SEARCHES",
     "SOLVED",
     "SQUARE_SCANS",
     "TOO_LARGE",
+    "WARM",
     "WRONG",
+    "ZEROS",
     "Lists",
     "Matching",
     "Paths",
@@ -67,6 +70,9 @@ NEARLY = 8
 
 SQUARE_SCANS = 4
 """Scans per row: if paths are expected to take more, a nearly square problem is made square, where an auction can shorten them."""
+
+ZEROS, RESUMED, WARM = range(3)
+"""What one matrix is solved from: duals of zero, what a crowded problem left, or given duals."""
 
 HUGE = 2.0**940
 """Sums of absolute values up to which no sum of duals leaves float64. Larger costs are solved times 2^-128."""
