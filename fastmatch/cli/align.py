@@ -12,10 +12,11 @@ from torch import nn
 
 from fastmatch._internal.batches import default_forward
 from fastmatch._internal.files import STATE_SUFFIXES, shared_metadata
+from fastmatch._internal.locks import hidden
+from fastmatch._internal.model_files import load_state_for, with_names_of
 from fastmatch._internal.ranks import is_first, joined
 from fastmatch._internal.states import check_finite, check_same_architecture, state_of
 from fastmatch._internal.stopwatch import Stopwatch
-from fastmatch._internal.ties import load_state_for, with_names_of
 from fastmatch.cli.align_many_on_disk import add_many_options, align_many_on_disk, check_many_options
 from fastmatch.cli.groups import selected
 from fastmatch.cli.loading import build_model, build_network, example_from, function_from, load_into
@@ -44,7 +45,7 @@ from fastmatch.permutations.verify import verify
 from fastmatch.spec import PermutationSpec
 from fastmatch.spec.unread import Unread
 
-__all__ = ["add_commands", "journal_of"]
+__all__ = ["add_commands", "kept_by"]
 
 PAIRWISE = {"to-reference": ToReference, "chain": Chain}
 ALIGNED = 0.99
@@ -188,11 +189,13 @@ def _align_pair(args: argparse.Namespace) -> None:
         write_report(alignment.report(a, b, data, names=(args.a, args.b), forward=forward), args)
 
 
-def journal_of(args: argparse.Namespace) -> Path | None:
-    """Return where an alignment out of core would keep its journal; None if there is no output."""
+def kept_by(args: argparse.Namespace) -> Path | None:
+    """Return where ``align`` or ``align-many`` would keep what is solved for ``--resume``; None where nothing is kept."""
     from fastmatch.checkpoint.journal import journal_path
 
-    return journal_path(args.out) if args.out else None
+    if args.command == "align":
+        return journal_path(args.out) if args.out else None
+    return hidden(Path(args.out[0]), "many") if args.out and args.model is None else None
 
 
 def _align_in_memory(args: argparse.Namespace) -> tuple[Alignment, tuple[nn.Module, nn.Module]]:

@@ -32,7 +32,7 @@ from fastmatch.cli import (
     run,
     studies,
 )  # fmt: skip
-from fastmatch.cli.signals import Ended, ended_by_signals
+from fastmatch.cli.signals import ended_by_signals, tell_interrupted
 
 __all__ = ["main", "parser"]
 
@@ -119,8 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt as interrupt:
-        print(f"fastmatch {args.command}: {_interrupted(args)}", file=sys.stderr)
-        return 128 + interrupt.number if isinstance(interrupt, Ended) else 130
+        return tell_interrupted(interrupt, f"fastmatch {args.command}: {{}}; {_left_by(args)}")
     except Exception as error:
         return _told(error, args.command, verbose=verbose)
     if script is not None:
@@ -145,12 +144,12 @@ def _warned(command: str, message: Warning | str, *_: Any) -> None:
     print(f"fastmatch {command}: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
-def _interrupted(args: argparse.Namespace) -> str:
-    """Return what is left of an interrupted command: nothing half-written, and for some a journal."""
-    journal = align.journal_of(args) if args.command == "align" else None
-    if journal is not None and journal.exists():
-        return "interrupted; nothing is half-written. Solved groups are kept: the same command with --resume goes on"
-    return "interrupted; nothing is half-written"
+def _left_by(args: argparse.Namespace) -> str:
+    """Return what is left of an interrupted command: nothing half-written, and for some what ``--resume`` goes on from."""
+    kept = align.kept_by(args) if args.command in ("align", "align-many") else None
+    if kept is not None and kept.exists():
+        return "nothing is half-written. What is solved is kept: the same command with --resume goes on"
+    return "nothing is half-written"
 
 
 class _logging:
