@@ -42,6 +42,7 @@ from fastmatch.matching.weights import WeightMatching
 from fastmatch.merging.average import merge_states
 from fastmatch.permutations.alignment import Alignment
 from fastmatch.permutations.verify import verify
+from fastmatch.report.words import count_of
 from fastmatch.spec import PermutationSpec
 from fastmatch.spec.unread import Unread
 
@@ -181,8 +182,9 @@ def _align_pair(args: argparse.Namespace) -> None:
         return
     if args.permutations is not None:
         alignment.save(args.permutations, force=args.force)
-    text = f"{_summary(alignment)}; wrote {args.out}"
-    say(args, text, **_record(alignment), out=args.out, report=args.report)
+    written = args.out if args.permutations is None else f"{args.out} and {args.permutations}"
+    said = {"out": args.out, "permutations": args.permutations, "report": args.report}
+    say(args, f"{_summary(alignment)}; wrote {written}", **_record(alignment), **said)
     if args.report is not None:
         a, b = models or open_states(args.a, args.b, alignment.spec)
         forward = function_from(args.forward, "--forward", default_forward)
@@ -343,9 +345,9 @@ def _summary(alignment: Alignment) -> str:
     stay = 1 - alignment.moved / max(total, 1)
     already = f" (already aligned: {stay:.1%} of units stay)" if stay >= ALIGNED else ""
     return (
-        f"{len(alignment.permutations)} groups, {alignment.moved} of {total} units moved{already}; objective "
-        f"{matching.objective[0]:.6g} -> {matching.objective[-1]:.6g} in {matching.sweeps} sweeps, "
-        f"{matching.solves} assignments ({state}); {_proof_of(alignment)}"
+        f"{count_of(len(alignment.permutations), 'group')}, {alignment.moved} of {total} units moved{already}; objective "
+        f"{matching.objective[0]:.6g} -> {matching.objective[-1]:.6g} in {count_of(matching.sweeps, 'sweep')}, "
+        f"{count_of(matching.solves, 'assignment')} ({state}); {_proof_of(alignment)}"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import logging
 import os
@@ -52,7 +53,12 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         choice = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
         if choice:
-            message += nearest(choice[1], re.findall(r"[\w-]+", choice[2]))
+            words = re.findall(r"[\w-]+", choice[2])
+            if message.startswith(
+                "argument COMMAND"
+            ):  # the help explains them; twenty names would bury what is wrong
+                message = f"unknown command {choice[1]!r}"
+            message += nearest(choice[1], words)
         self.exit(2, f"{self.prog}: {message} (see `{self.prog} --help`)\n")
 
 
@@ -84,11 +90,18 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     if unknown:
         (commands,) = (a.choices for a in grammar._actions if isinstance(a, argparse._SubParsersAction))
         command = commands[args.command]
-        command.error(
-            f"unknown: {' '.join(unknown)}{nearest(unknown[0].split('=')[0], command._option_string_actions)}"
-        )
+        command.error(f"unknown: {' '.join(unknown)}{_nearest_option(unknown[0].split('=')[0], command)}")
     args.script, args.grammar, args.arguments = script, grammar, list(arguments)
     return args
+
+
+def _nearest_option(given: str, command: argparse.ArgumentParser) -> str:
+    """Return the option that is most alike; the dashes, which all have, do not count."""
+    options = {
+        option.lstrip("-"): option for option in command._option_string_actions if option.startswith("--")
+    }
+    found = difflib.get_close_matches(given.lstrip("-"), options, n=1, cutoff=0.6)
+    return f"; did you mean {options[found[0]]!r}?" if found else ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -20,7 +20,7 @@ def test_inspect_prints_groups_and_pins(folder, capsys):
 def test_verify_compares_files_under_a_model(planted, capsys):
     verify = ["verify", "a.safetensors", "b.safetensors", "--model", "cli_module:build"]
     assert main([*verify, "--input-shape", "5,6"]) == 0
-    assert "the same function: 1 outputs agree" in capsys.readouterr().out
+    assert "the same function: 1 output agrees" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -208,6 +208,18 @@ def test_wrong_input_is_one_line_that_says_what_to_do(planted, refused, change, 
     )
 
 
+@pytest.mark.parametrize(("line", "said"), [
+    ("aling a.pt", "fastmatch: unknown command 'aling'; did you mean 'align'? (see `fastmatch --help`)"),
+    ("plan a b --model x:y", "fastmatch plan: unknown: --model x:y (see `fastmatch plan --help`)"),
+    ("align a b --modle x:y --out o.pt", "fastmatch align: unknown: --modle x:y; did you mean '--model'? (see `fastmatch align --help`)"),
+])  # fmt: skip
+def test_an_unknown_word_is_told_with_the_nearest_if_one_is_near(line, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(line.split())
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == said + "\n"
+
+
 def test_other_errors_are_one_line_too_and_verbose_shows_where(planted, monkeypatch, capsys):
     def broken(args):
         raise RuntimeError("two\nlines")
