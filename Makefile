@@ -13,7 +13,7 @@ GPU    := PYTHONPATH=$(CURDIR):$(CURDIR)/kernels PYTHONUNBUFFERED=1 $(PYTHON)
 GPUOUT ?= out/gpu
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test nightly gpu gpucounters gpusolves lint types docs bench install clean
+.PHONY: help demo test nightly gpu gpucounters gpusolves lint types docs bench dist install clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{ printf "make %-8s %s\n", $$1, $$2 }'
@@ -65,6 +65,12 @@ docs: $(VENV)/.installed  ## the documentation site, into build/site
 bench: $(VENV)/.installed  ## every benchmark suite, into bench/results/; about an hour on two cores
 	@$(PIP) install -q -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m fastmatch bench --out bench/results/bench.json --pictures docs/pictures --force
+
+dist: $(VENV)/.installed  ## what a release has: sdist and wheel, built and checked, into dist/
+	@$(PIP) install -q build twine
+	rm -rf dist
+	$(BIN)/python -m build -o dist
+	$(BIN)/python -m twine check --strict dist/*
 
 clean:  ## remove what was built
 	rm -rf build dist out *.egg-info

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from drawings import assignment, tracing  # beside this file
+
 from bench.reports import partial_merging, suites
 from fastmatch.studies.demo import Row, draw
 
@@ -13,7 +15,9 @@ RESULTS, PICTURES = ROOT / "bench/results", ROOT / "docs/pictures"
 
 
 def main() -> None:
-    """Draw the demo, light and dark, the benchmark suites and partial merging."""
+    """Draw tracing and the assignment; the demo, light and dark, the benchmark suites and partial merging."""
+    for draw_one in (tracing, assignment):
+        (PICTURES / f"{draw_one.__name__}.svg").write_text(draw_one())
     rows = [Row(**row) for row in json.loads((RESULTS / "demo.json").read_text())["rows"]]
     draw(rows, PICTURES / "demo.png")
     draw(rows, PICTURES / "demo_dark.png", dark=True)

@@ -1,5 +1,5 @@
 """``python -m fastmatch``: the same as the ``fastmatch`` command."""
 
-from fastmatch.cli.main import main
+from fastmatch.cli.start import start
 
-raise SystemExit(main())
+raise SystemExit(start())

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from fastmatch._internal.states import nearest
+from fastmatch._internal.checks import nearest
 
 __all__ = ["callable_from", "called", "loader_from", "network_from"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -13,7 +13,8 @@ from fastmatch._internal.checks import nearest
 from fastmatch._internal.divided import check_undivided, local_part
 
 __all__ = [
-    "State", "check_finite", "check_models", "check_module", "check_same_architecture", "headers_of", "state_of",
+    "State", "check_finite", "check_models", "check_module", "check_same_architecture", "check_same_names", "headers_of",
+    "prefix_of", "state_of", "under_prefix",
 ]  # fmt: skip
 
 State: TypeAlias = Mapping[str, torch.Tensor]
@@ -83,12 +84,30 @@ def headers_of(state: State) -> State:
     return getattr(state, "headers", state)
 
 
-PREFIXES = {
-    "module.": "DistributedDataParallel and DataParallel add; give the wrapped model (model.module)",
-    "_orig_mod.": "torch.compile adds; give the module that was compiled (model._orig_mod)",
-    "model.": "Lightning modules and other wrappers add; give the wrapped model, or take it off the names",
+ORIGINS = {
+    "module.": "as DistributedDataParallel and DataParallel add it; give the wrapped model (model.module)",
+    "_orig_mod.": "as torch.compile adds it; give the module that was compiled (model._orig_mod)",
+    "model.": "as Lightning modules and other wrappers add it; give the wrapped model",
 }
-"""Prefixes of every name in a wrapped model, and who adds them."""
+"""Common prefixes of the names in a wrapped model: who adds them, and what to give instead."""
+
+
+def prefix_of(names: Iterable[str], held: Collection[str]) -> str:
+    """Return the prefix under which all of ``names`` are in ``held``, such as ``"model."``; empty if there is none."""
+    wanted = list(names)
+    if not wanted or wanted[0] in held:
+        return ""
+    candidates = [name.removesuffix(wanted[0]) for name in held if name.endswith("." + wanted[0])]
+    return next((p for p in candidates if all(p + name in held for name in wanted)), "")
+
+
+def under_prefix(prefix: str, held: Collection[str]) -> str:
+    """Return what an error says about names that another model has without a prefix."""
+    origin = ORIGINS.get(prefix, "as modules that hold a model add it; give the model that they hold")
+    others = [name for name in held if not name.startswith(prefix)]
+    besides = f" (besides {others[0]!r}{_others(others)})" if others else ""
+    start = f"has the names of the other with the prefix {prefix!r}{besides}, {origin}, or take it off: "
+    return start + f"{{k[{len(prefix)}:]: v for k, v in state.items() if k.startswith({prefix!r})}}"
 
 
 def _others(names: Sequence[str]) -> str:
@@ -99,16 +118,13 @@ def _others(names: Sequence[str]) -> str:
     return f" (also {shown}; {len(names)} in all)"
 
 
-def check_same_architecture(a: State, b: State, name_a: str = "model_a", name_b: str = "model_b") -> None:
-    """Raise ValueError where names or shapes of tensors differ. Names are listed, with the nearest one of the other."""
-    for prefix, origin in PREFIXES.items():
-        kinds = [{name.startswith(prefix) for name in state} for state in (a, b)]
-        if kinds in ([{True}, {False}], [{False}, {True}]):
-            raise ValueError(
-                f"{name_a if kinds[0] == {True} else name_b}: every name starts with {prefix!r}, and the other's names do not; "
-                f"{prefix!r} is what {origin}"
-            )
+def check_same_names(a: State, b: State, name_a: str = "model_a", name_b: str = "model_b") -> None:
+    """Raise ValueError where names of tensors differ. They are listed, with the nearest one of the other."""
     lacking, extra = [n for n in a if n not in b], [n for n in b if n not in a]
+    for names, held, where in ((b, a, name_a), (a, b, name_b)):
+        prefix = prefix_of(names, held) if lacking and extra else ""
+        if prefix:
+            raise ValueError(f"{where}: {under_prefix(prefix, held)}")
     if lacking:
         raise ValueError(
             f"{name_b}: has no tensor {lacking[0]!r}, which {name_a} has{_others(lacking)}; architectures must be equal"
@@ -118,6 +134,11 @@ def check_same_architecture(a: State, b: State, name_a: str = "model_a", name_b:
         raise ValueError(
             f"{name_b}: has tensor {extra[0]!r}, which {name_a} has not{_others(extra)}; architectures must be equal"
         )
+
+
+def check_same_architecture(a: State, b: State, name_a: str = "model_a", name_b: str = "model_b") -> None:
+    """Raise ValueError where names or shapes of tensors differ."""
+    check_same_names(a, b, name_a, name_b)
     for name, tensor in a.items():
         if b[name].shape != tensor.shape:
             raise ValueError(

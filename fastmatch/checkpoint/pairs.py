@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from fastmatch._internal.ranks import ALONE, Ranks
+from fastmatch._internal.states import prefix_of, under_prefix
 from fastmatch._internal.ties import tied_names
 from fastmatch.checkpoint.diffusion.pipeline import pipeline_layout
 from fastmatch.checkpoint.modules import leave_what_does_not_fit
@@ -101,13 +102,23 @@ class Pair:
 
 
 def layout_for(path: str | Path, checkpoint: Checkpoint, spec: PermutationSpec) -> Layout:
-    """Return the layout of a checkpoint in the spec's parameters: every name unchanged if the spec uses the file's."""
+    """Return the layout of a checkpoint in the spec's parameters: the names of the file, or those after a prefix of all of them.
+
+    Raises:
+        ValueError: the spec's parameters have a prefix in the file, and other tensors have none.
+    """
     if checkpoint.parts:
         return pipeline_layout(checkpoint.parts)
     named = {axis.parameter for group in spec.groups.values() for axis in group.axes}
-    if named <= set(checkpoint) or not (Path(path) / CONFIG).is_file():
-        return {name: Chunk(name, tensor.shape) for name, tensor in checkpoint.headers.items()}
-    return layout_of(build_empty(path), checkpoint.headers, str(path))
+    if named <= set(checkpoint):
+        prefix = ""
+    elif (Path(path) / CONFIG).is_file():
+        return layout_of(build_empty(path), checkpoint.headers, str(path))
+    else:
+        prefix = prefix_of(named, checkpoint)
+    if not all(name.startswith(prefix) for name in checkpoint):
+        raise ValueError(f"{path}: {under_prefix(prefix, checkpoint)}")
+    return {name: Chunk(name.removeprefix(prefix), t.shape) for name, t in checkpoint.headers.items()}
 
 
 def _hash(text: str) -> str:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ from fastmatch.checkpoint.reader import ADAPTER, CONFIG, Checkpoint
 from fastmatch.checkpoint.structure import trace_config
 from fastmatch.permutations.verify import Verification
 from fastmatch.spec import PermutationSpec
+from fastmatch.spec.common import other_sizes, restricted
 from fastmatch.spec.unread import Unread
 
 log = logging.getLogger("fastmatch")
@@ -130,7 +130,7 @@ def common_spec(
             raise ValueError(
                 f"{path_b}: has no tensor {name!r}, which {path_a} has; architectures must be equal"
             )
-    return _restricted(spec, kept)
+    return restricted(spec, kept)
 
 
 def _without_other_sizes(
@@ -138,16 +138,7 @@ def _without_other_sizes(
 ) -> PermutationSpec:
     """Return the spec without tensors that differ in the size of an axis that no group moves, such as another task's head."""
     a, b = model_a.checkpoint, model_b.checkpoint
-    moved = {(axis.parameter, axis.dim) for group in spec.groups.values() for axis in group.axes}
-
-    def differs(name: str) -> bool:
-        if name not in model_a.headers or not model_b.is_whole(name):
-            return False
-        sizes, others = model_a.headers[name].shape, model_b.headers[name].shape
-        axes = [d for d, (n, m) in enumerate(zip(sizes, others, strict=False)) if n != m]
-        return len(sizes) == len(others) and bool(axes) and all((name, d) not in moved for d in axes)
-
-    left = [name for name in model_b if differs(name)]
+    left = [name for name in other_sizes(spec, model_a.headers, model_b.headers) if model_b.is_whole(name)]
     files = {model_b.source_of(name) for name in left}
     # Layers that a library runs after the model belong to B alone.
     own = {f"{folder}.{name}" for c in (a, b) for folder, part in c.modules.items() for name in part}
@@ -160,19 +151,4 @@ def _without_other_sizes(
         "%s: not matched, because they have another size in %s: %s",
         b.path, a.path, ", ".join(f"{n} {tuple(b.headers[n].shape)}, not {tuple(a.headers[n].shape)}" for n in sorted(files)),
     )  # fmt: skip
-    return _restricted(spec, set(spec.shapes) - set(left))
-
-
-def _restricted(spec: PermutationSpec, kept: Collection[str]) -> PermutationSpec:
-    """Return a spec of only these tensors, without the groups that have none of them."""
-    groups = {
-        name: replace(group, axes=tuple(x for x in group.axes if x.parameter in kept))
-        for name, group in spec.groups.items()
-    }
-    restricted = replace(
-        spec,
-        groups=groups,
-        shapes={k: v for k, v in spec.shapes.items() if k in kept},
-        pins=tuple(p for p in spec.pins if p.parameter in kept),
-    )
-    return restricted.select([name for name, group in restricted.groups.items() if group.axes])
+    return restricted(spec, set(spec.shapes) - set(left))

@@ -13,10 +13,11 @@ from torch import nn
 from fastmatch._internal.batches import default_forward
 from fastmatch._internal.checks import check_fraction
 from fastmatch._internal.files import STATE_SUFFIXES, shared_metadata
+from fastmatch._internal.locks import hidden
+from fastmatch._internal.model_files import load_state_for, with_names_of
 from fastmatch._internal.ranks import is_first, joined
 from fastmatch._internal.states import check_finite, check_same_architecture, state_of
 from fastmatch._internal.stopwatch import Stopwatch
-from fastmatch._internal.ties import load_state_for, with_names_of
 from fastmatch.cli.align_many_on_disk import add_many_options, align_many_on_disk, check_many_options
 from fastmatch.cli.groups import selected
 from fastmatch.cli.loading import build_model, build_network, example_from, function_from, load_into
@@ -42,10 +43,11 @@ from fastmatch.matching.weights import WeightMatching
 from fastmatch.merging.average import merge_states
 from fastmatch.permutations.alignment import Alignment
 from fastmatch.permutations.verify import verify
+from fastmatch.report.words import count_of
 from fastmatch.spec import PermutationSpec
 from fastmatch.spec.unread import Unread
 
-__all__ = ["add_commands", "journal_of"]
+__all__ = ["add_commands", "kept_by"]
 
 PAIRWISE = {"to-reference": ToReference, "chain": Chain}
 ALIGNED = 0.99
@@ -182,19 +184,21 @@ def _align_pair(args: argparse.Namespace) -> None:
         return
     if args.permutations is not None:
         alignment.save(args.permutations, force=args.force)
-    text = f"{_summary(alignment)}; wrote {_written(args)}"
-    say(args, text, **_record(alignment), out=args.out, report=args.report)
+    said = {"out": args.out, "permutations": args.permutations, "report": args.report}
+    say(args, f"{_summary(alignment)}; wrote {_written(args)}", **_record(alignment), **said)
     if args.report is not None:
         a, b = models or open_states(args.a, args.b, alignment.spec)
         forward = function_from(args.forward, "--forward", default_forward)
         write_report(alignment.report(a, b, data, names=(args.a, args.b), forward=forward), args)
 
 
-def journal_of(args: argparse.Namespace) -> Path | None:
-    """Return where an alignment out of core would keep its journal; None if there is no output."""
+def kept_by(args: argparse.Namespace) -> Path | None:
+    """Return where ``align`` or ``align-many`` would keep what is solved for ``--resume``; None where nothing is kept."""
     from fastmatch.checkpoint.journal import journal_path
 
-    return journal_path(args.out) if args.out else None
+    if args.command == "align":
+        return journal_path(args.out) if args.out else None
+    return hidden(Path(args.out[0]), "many") if args.out and args.model is None else None
 
 
 def _align_in_memory(args: argparse.Namespace) -> tuple[Alignment, tuple[nn.Module, nn.Module]]:
@@ -343,9 +347,9 @@ def _summary(alignment: Alignment) -> str:
     stay = 1 - alignment.moved / max(total, 1)
     already = f" (already aligned: {stay:.1%} of units stay)" if stay >= ALIGNED else ""
     return (
-        f"{len(alignment.permutations)} groups, {alignment.moved} of {total} units moved{already}; objective "
-        f"{matching.objective[0]:.6g} -> {matching.objective[-1]:.6g} in {matching.sweeps} sweeps, "
-        f"{matching.solves} assignments ({state}); {_proof_of(alignment)}"
+        f"{count_of(len(alignment.permutations), 'group')}, {alignment.moved} of {total} units moved{already}; objective "
+        f"{matching.objective[0]:.6g} -> {matching.objective[-1]:.6g} in {count_of(matching.sweeps, 'sweep')}, "
+        f"{count_of(matching.solves, 'assignment')} ({state}); {_proof_of(alignment)}"
     )
 
 
@@ -354,7 +358,9 @@ def _written(args: argparse.Namespace) -> str:
     what = (
         args.out if args.merge is None else f"the merge {1 - args.merge:g} A + {args.merge:g} B to {args.out}"
     )
-    return what if args.dtype is None else f"{what} in {args.dtype}"
+    if args.dtype is not None:
+        what += f" in {args.dtype}"
+    return what if args.permutations is None else f"{what} and {args.permutations}"
 
 
 def _record(alignment: Alignment) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from fnmatch import fnmatchcase
 
-from fastmatch._internal.states import nearest
+from fastmatch._internal.checks import nearest
 from fastmatch.spec import PermutationSpec
 
 __all__ = ["described", "kinds", "selected"]

@@ -100,6 +100,6 @@ def verify_command(args: argparse.Namespace) -> None:
         args.a, args.b, model=model, example_inputs=example,
         dtype=dtype_from(args.dtype) or torch.float64, tolerance=args.tolerance,
     )  # fmt: skip
-    outputs = "1 output agrees" if found.outputs == 1 else f"{found.outputs} outputs agree"
-    text = f"the same function: {outputs} within {found.error:.2g} relative"
+    agree = "1 output agrees" if found.outputs == 1 else f"{found.outputs} outputs agree"
+    text = f"the same function: {agree} within {found.error:.2g} relative"
     say(args, text, outputs=found.outputs, error=found.error)

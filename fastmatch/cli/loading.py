@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from fastmatch._internal.callables import callable_from, network_from
+from fastmatch._internal.model_files import load_state_for
 from fastmatch._internal.modules import copy_module
 from fastmatch._internal.states import check_finite, check_same_architecture, state_of
-from fastmatch._internal.ties import load_state_for
 
 __all__ = ["build_model", "build_network", "example_from", "function_from", "load_into", "load_models"]
 

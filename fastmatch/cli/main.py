@@ -6,6 +6,7 @@ torch and the modules of the commands are imported once it is known which comman
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import logging
 import os
@@ -20,7 +21,7 @@ from typing import Any, NoReturn
 
 from fastmatch._internal.checks import nearest
 from fastmatch.cli.commands import COMMANDS, module_of
-from fastmatch.cli.signals import Ended, ended_by_signals
+from fastmatch.cli.signals import ended_by_signals, tell_interrupted
 
 __all__ = ["main", "parser"]
 
@@ -37,7 +38,10 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         choice = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
         if choice:
-            message += nearest(choice[1], re.findall(r"[\w-]+", choice[2]))
+            words = re.findall(r"[\w-]+", choice[2])
+            if message.startswith("argument COMMAND"):  # twenty names would bury what is wrong
+                message = f"unknown command {choice[1]!r}"
+            message += nearest(choice[1], words)
         said = f"{self.prog}: {message} (see `{self.prog} --help`)\n"
         if "RANK" in os.environ:  # of several ranks, the first says it; one process need not wait for torch
             from fastmatch._internal.ranks import is_first
@@ -80,11 +84,18 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     if unknown:
         (commands,) = (a.choices for a in grammar._actions if isinstance(a, argparse._SubParsersAction))
         command = commands[args.command]
-        command.error(
-            f"unknown: {' '.join(unknown)}{nearest(unknown[0].split('=')[0], command._option_string_actions)}"
-        )
+        command.error(f"unknown: {' '.join(unknown)}{_nearest_option(unknown[0].split('=')[0], command)}")
     args.script, args.grammar, args.arguments = script, grammar, list(arguments)
     return args
+
+
+def _nearest_option(given: str, command: argparse.ArgumentParser) -> str:
+    """Return the option that is most alike; the dashes, which all have, do not count."""
+    options = {
+        option.lstrip("-"): option for option in command._option_string_actions if option.startswith("--")
+    }
+    found = difflib.get_close_matches(given.lstrip("-"), options, n=1, cutoff=0.6)
+    return f"; did you mean {options[found[0]]!r}?" if found else ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -120,9 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt as interrupt:
-        if is_first():
-            print(f"fastmatch {args.command}: {_interrupted(args)}", file=sys.stderr)
-        return 128 + interrupt.number if isinstance(interrupt, Ended) else 130
+        what = f"fastmatch {args.command}: {{}}; {_left_by(args)}"
+        return tell_interrupted(interrupt, what if is_first() else None)
     except Exception as error:
         return _told(error, args.command, verbose=verbose)
     if script is not None:
@@ -151,16 +161,16 @@ def _warned(command: str, message: Warning | str, *_: Any) -> None:
     print(f"fastmatch {command}: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
-def _interrupted(args: argparse.Namespace) -> str:
-    """Return what is left of an interrupted command: nothing half-written, and for some a journal."""
-    journal = None
-    if args.command == "align":
-        from fastmatch.cli.align import journal_of
+def _left_by(args: argparse.Namespace) -> str:
+    """Return what is left of an interrupted command: nothing half-written, and for some what ``--resume`` goes on from."""
+    kept = None
+    if args.command in ("align", "align-many"):
+        from fastmatch.cli.align import kept_by
 
-        journal = journal_of(args)
-    if journal is not None and journal.exists():
-        return "interrupted; nothing is half-written. Solved groups are kept: the same command with --resume goes on"
-    return "interrupted; nothing is half-written"
+        kept = kept_by(args)
+    if kept is not None and kept.exists():
+        return "nothing is half-written. What is solved is kept: the same command with --resume goes on"
+    return "nothing is half-written"
 
 
 class _logging:

@@ -13,8 +13,8 @@ from torch import nn
 from fastmatch._internal.batches import default_forward
 from fastmatch._internal.callables import loader_from
 from fastmatch._internal.files import STATE_SUFFIXES, shared_metadata, writing
+from fastmatch._internal.model_files import with_names_of
 from fastmatch._internal.states import check_finite
-from fastmatch._internal.ties import with_names_of
 from fastmatch._internal.torch_file import torch_sink
 from fastmatch.cli.loading import build_network, function_from, load_into, load_models
 from fastmatch.cli.merge_on_disk import add_merge_options, merge_on_disk

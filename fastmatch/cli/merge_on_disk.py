@@ -76,7 +76,7 @@ def merge_on_disk(args: argparse.Namespace) -> None:
         if getattr(args, option) != default:
             raise ValueError(f"--{option.replace('_', '-')}: needs --model")
     if len(args.checkpoints) < 2:
-        raise ValueError("--model: needed for one checkpoint")
+        raise ValueError("checkpoints: expected two or more to merge, got one")
     dtype = dtype_from(args.dtype)
     is_folder = Path(args.checkpoints[0]).is_dir()
     check_outputs(args, out=None if is_folder else STATE_SUFFIXES)

@@ -8,7 +8,7 @@ from typing import get_args
 from fastmatch._internal.batches import default_forward
 from fastmatch._internal.callables import loader_from
 from fastmatch._internal.files import STATE_SUFFIXES, shared_metadata
-from fastmatch._internal.ties import with_names_of
+from fastmatch._internal.model_files import with_names_of
 from fastmatch.cli.loading import build_model, function_from, load_into
 from fastmatch.cli.options import Commands, add, add_command
 from fastmatch.cli.outputs import check_outputs, say, write_weights

@@ -10,7 +10,13 @@ from torch import nn
 
 from fastmatch._internal.divided import divided_name
 from fastmatch._internal.ranks import current
-from fastmatch._internal.states import check_finite, check_same_architecture, state_of
+from fastmatch._internal.states import (
+    State,
+    check_finite,
+    check_same_architecture,
+    check_same_names,
+    state_of,
+)
 from fastmatch._internal.stopwatch import Stopwatch
 from fastmatch.matching.balance import balance
 from fastmatch.matching.divided_on_ranks import check_divided, match_divided
@@ -21,6 +27,7 @@ from fastmatch.permutations.alignment import Alignment
 from fastmatch.permutations.verify import verify as verify_spec
 from fastmatch.spec import PermutationSpec
 from fastmatch.spec.checks import check_spec
+from fastmatch.spec.common import other_sizes, resized, restricted
 
 __all__ = ["align", "traced_spec", "warn_if_nothing_moves"]
 
@@ -53,7 +60,8 @@ def align(
 
     Args:
         model_a, model_b: modules of the same architecture, or state dicts (which need ``spec``). A is the reference.
-            Neither is changed.
+            Neither is changed. Tensors may differ in the size of an axis that no group moves, such as heads for other
+            classes: they are not matched, and a warning names them.
         example_inputs: a tensor, a tuple of positional inputs, or several of these as :class:`Examples`, on which
             ``model_a`` is traced; a batch of 2 is enough. With ``spec`` they are only used to verify.
         matcher: how units are matched: :class:`WeightMatching` (for None), :class:`ActivationMatching`,
@@ -87,14 +95,20 @@ def align(
         is_divided = divided_name(a) is not None or divided_name(b) is not None
         if is_divided:
             check_divided(matcher, ranks)
-        check_same_architecture(a, b)
+        check_same_names(a, b)
         check_finite(a, "model_a")
         check_finite(b, "model_b")
         check_same_on_ranks(ranks, matcher, model_a=a, model_b=b)
         if spec is None:
             with watch("trace"):
                 spec = traced_spec(model_a, example_inputs, "model_a")
-        check_spec(spec, a, "model_a")
+        own = other_sizes(spec, a, b)
+        check_same_architecture(a, {**b, **{name: a[name] for name in own}})
+        common = restricted(spec, set(spec.shapes) - set(own)) if own else spec
+        check_spec(common, a, "model_a")
+        spec = resized(spec, own, b)
+        if own:
+            warnings.warn(_left_out(own, a, b), stacklevel=2)
         warn_if_nothing_moves(spec, "align")
         proof = None
         if verify and example_inputs is not None and isinstance(model_b, nn.Module) and not is_divided:
@@ -107,9 +121,9 @@ def align(
             how = replace(matcher, balance=False)
         with watch("match"):
             if is_divided:
-                matching = match_divided(a, b, spec, how, ranks, progress)
+                matching = match_divided(a, b, common, how, ranks, progress)
             else:
-                matching = how.match(*compared, spec, progress=progress)
+                matching = how.match(*compared, common, progress=progress)
     return Alignment(matching.permutations, spec, matching, proof, as_code(matcher), watch.seconds)
 
 
@@ -120,6 +134,11 @@ def _balanced(model_a: Model, model_b: Model, example_inputs: Any) -> tuple[nn.M
             "state dicts cannot be run"
         )
     return balance(model_a, example_inputs).model, balance(model_b, example_inputs).model
+
+
+def _left_out(names: list[str], a: State, b: State) -> str:
+    sizes = ", ".join(f"{n} {tuple(b[n].shape)}, not {tuple(a[n].shape)}" for n in names)
+    return f"align: model_b has tensors of another size than model_a, which are not matched: {sizes}"
 
 
 def warn_if_nothing_moves(spec: PermutationSpec, function: str) -> None:

@@ -26,7 +26,7 @@ from fastmatch._internal.batches import (
     split_batch,
 )
 from fastmatch._internal.checks import check_integer, check_number
-from fastmatch._internal.states import State, state_of
+from fastmatch._internal.states import State, check_same_architecture, state_of
 from fastmatch.matching.matcher import Matcher, Model, check_matcher, modules_of
 from fastmatch.matching.weights import WeightMatching, match_weights
 from fastmatch.permutations.alignment import Matching
@@ -99,9 +99,11 @@ class StraightThrough(Matcher):
 
         Raises:
             TypeError: a model is a state dict, which cannot be run.
-            ValueError: ``data`` does not yield targets.
+            ValueError: ``data`` does not yield targets, or the models differ in the size of a tensor.
         """
         model, _ = modules_of(model_a, model_b)
+        # The loss is that of the midpoint, which takes all tensors of both.
+        check_same_architecture(state_of(model_a, "model_a"), state_of(model_b, "model_b"))
         descent = _Descent(self, model, state_of(model_b, "model_b"), spec)
         first = best = descent.mean_loss(progress)
         chosen = descent.permutations

@@ -19,6 +19,7 @@ from fastmatch._internal.files import (
     save_state,
     writing,
 )
+from fastmatch._internal.model_files import named_as, named_for
 from fastmatch._internal.modules import copy_module
 from fastmatch._internal.states import check_finite, check_same_architecture, state_of
 from fastmatch._internal.stopwatch import Stopwatch
@@ -133,7 +134,8 @@ def _in_memory(recipe: Recipe, files: dict[str, Path], force: bool, progress: bo
         matcher = _matcher_of(recipe)
         calibration = _loader_of(recipe.renormalize, "renormalize")
         data = _loader_of(recipe.evaluate, "evaluate")
-        states = [_state_at(path) for path in recipe.models]
+        files_hold = [_state_at(path) for path in recipe.models]
+        states = [named_for(network, x, path) for x, path in zip(files_hold, recipe.models, strict=True)]
         models = [_loaded(network, state, path) for state, path in zip(states, recipe.models, strict=True)]
     first = models[recipe.reference]
     aligned, alignments = list(models), []
@@ -171,6 +173,7 @@ def _in_memory(recipe: Recipe, files: dict[str, Path], force: bool, progress: bo
     result = {
         name: _cast(tensor, states[recipe.reference][name], recipe.dtype) for name, tensor in result.items()
     }
+    result = named_as(result, files_hold[recipe.reference], network)
     check_finite(
         result, f"{recipe.out} is not written: the result"
     )  # as it is in the file: types differ in range

@@ -11,7 +11,7 @@ from torch import nn
 
 from fastmatch._internal.batches import Forward, check_data, check_module
 from fastmatch._internal.checks import check_integer
-from fastmatch._internal.states import State, check_same_architecture, state_of
+from fastmatch._internal.states import State, check_same_architecture, headers_of, state_of
 from fastmatch._internal.stopwatch import Stopwatch
 from fastmatch.evaluation.curve import Curve, interpolate
 from fastmatch.permutations.alignment import Alignment
@@ -23,6 +23,7 @@ from fastmatch.report.report import Report
 from fastmatch.report.structure import structure_of
 from fastmatch.report.versions import versions
 from fastmatch.report.words import count_of, short
+from fastmatch.spec.common import other_sizes
 
 __all__ = ["alignment_report", "curve_charts", "curve_tiles"]
 
@@ -52,7 +53,9 @@ def alignment_report(
     if len(names) != 2:
         raise ValueError(f"names: expected two, of A and of B; got {len(names)}")
     a, b = _state(model_a, "model_a"), _state(model_b, "model_b")
-    check_same_architecture(a, b)
+    headers = headers_of(a), headers_of(b)
+    unlike = other_sizes(alignment.spec, *headers)
+    check_same_architecture(headers[0], {**headers[1], **{name: headers[0][name] for name in unlike}})
     own: dict[str, Any] = {} if loss is None else {"loss": loss}
     watch = Stopwatch()
     with watch("report: weights"):
@@ -67,7 +70,7 @@ def alignment_report(
         assert isinstance(model_b, nn.Module)
         with watch("report: activations"):
             by_activations = activation_pairs((model_a, model_b), alignment, data, forward, None)
-        if has_targets(data):
+        if has_targets(data) and not unlike:
             with watch("report: curves"):
                 for word, other in (("before", model_b), ("after", alignment.apply(model_b))):
                     curves[word] = interpolate(model_a, other, data, points, forward=forward, **own)
@@ -84,7 +87,7 @@ def alignment_report(
     return Report(
         title="Alignment of two networks",
         subtitle=f"{names[1]} brought into the order of {names[0]}",
-        sentences=tuple(_sentences(alignment, tables, curves)),
+        sentences=tuple(_sentences(alignment, tables, curves, unlike)),
         tiles=(*curve_tiles(curves), *_tiles(alignment, tables)),
         charts=tuple(curve_charts(curves, names)),
         tables=tuple(tables),
@@ -112,7 +115,9 @@ def _counts(alignment: Alignment) -> tuple[int, int]:
     return alignment.moved, sum(map(len, alignment.permutations.values()))
 
 
-def _sentences(alignment: Alignment, tables: list[LayerTable], curves: dict[str, Curve]) -> list[str]:
+def _sentences(
+    alignment: Alignment, tables: list[LayerTable], curves: dict[str, Curve], unlike: list[str]
+) -> list[str]:
     texts = []
     if curves:
         before, after = curves["before"].barrier, curves["after"].barrier
@@ -129,7 +134,12 @@ def _sentences(alignment: Alignment, tables: list[LayerTable], curves: dict[str,
     elif tables:
         before, after = _mean(tables[0], "before"), _mean(tables[0], "after")
         texts.append(f"The mean similarity of matched units goes from {short(before)} to {short(after)}.")
-        texts.append("Labelled data would show what that does to the loss between the networks.")
+        if not unlike:
+            texts.append("Labelled data would show what that does to the loss between the networks.")
+    if unlike:
+        texts.append(
+            f"Of another size in B, so not compared, and there is no line between the networks: {', '.join(unlike)}."
+        )
     moved, total = _counts(alignment)
     groups = count_of(len(alignment.permutations), "group")
     texts.append(f"{moved:,} of {count_of(total, 'unit')} in {groups} change their place.")

@@ -82,10 +82,14 @@ def weight_pairs(a: State, b: State, alignment: Alignment) -> dict[str, Pair]:
     """
     spec = alignment.spec
     sums = {name: _Cosines(group.size, alignment.permutations[name]) for name, group in spec.groups.items()}
-    headers = headers_of(a)
+    headers, other = headers_of(a), headers_of(b)
     for name in headers:
         axes = spec.axes_of(name)
-        if not axes or not included(name, headers[name], "weights"):
+        if (
+            not axes
+            or not included(name, headers[name], "weights")
+            or headers[name].shape != other[name].shape
+        ):
             continue
         old, new = a[name], b[name]
         moved = permute_tensor(new, name, spec, alignment.permutations)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastmatch._internal.states import State
+from fastmatch._internal.states import State, prefix_of, under_prefix
 from fastmatch.spec.spec import PermutationSpec
 
 __all__ = ["check_spec"]
@@ -14,6 +14,9 @@ def check_spec(spec: PermutationSpec, state: State, argument: str) -> None:
         for axis in group.axes:
             tensor = state.get(axis.parameter)
             if tensor is None:
+                prefix = prefix_of(spec.shapes, state)
+                if prefix:
+                    raise ValueError(f"{argument}: {under_prefix(prefix, state)}")
                 raise ValueError(
                     f"{argument}: has no tensor {axis.parameter!r}, which the spec's group {group.name!r} moves"
                 )

@@ -140,7 +140,22 @@ def test_the_committed_run_is_what_the_docs_show():
     rows = report.rows_of(run)
     assert {row["suite"] for row in rows} == set(SUITES)
     text = (ROOT / "bench/results/bench.md").read_text()
-    assert report.as_markdown(report.extremes_table(rows)) in text
-    assert report.as_markdown(report.ratio_table(rows)) in text
-    assert report.as_markdown(report.growth_table(rows)) in text
-    assert report.machine_text(run) in text
+    assert text == report.markdown(run)
+
+
+def test_a_page_leads_with_three_figures():
+    """Of whole tasks, of weight matching, and of what is slower; a run of some suites has those of its own."""
+
+    def row(suite, instance, size, **ratios):
+        return {"suite": suite, "instance": instance, "size": size, "ratios": ratios}
+
+    rows = [
+        row("end-to-end", "x", 1, a=2.0, b=9.0), row("end-to-end", "x", 2, a=8.0), row("matching", "MLP, weights", 3, a=5.0),
+        row("matching", "MLP, activations", 3, a=0.5), row("apply", "apply", 4, a=0.25),
+    ]  # fmt: skip
+    first, second, third = report.three_figures(rows)[1:]
+    assert (first[0], second[0], third[0]) == ("**4.0 times**", "**5.0 times**", "**2 of 5**")
+    assert "2.0 to 8.0 in 2 rows" in first[1]
+    assert third[1].endswith("the worst is apply: apply, 4, at 0.25")
+    assert len(report.three_figures(rows[-1:])) == 2
+    assert (ROOT / "bench/results/bench.md").read_text().splitlines()[2] == "| figure | what it is |"

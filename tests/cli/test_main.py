@@ -18,7 +18,7 @@ import fastmatch
 from fastmatch._internal.files import load_state, save_state
 from fastmatch.cli.commands import SUMMARIES
 from fastmatch.cli.loading import build_model
-from fastmatch.cli.main import main, parser
+from fastmatch.cli.main import _left_by, main, parser
 from fastmatch.cli.signals import Ended, ended_by_signals
 
 PAIR = ["a.safetensors", "b.safetensors"]
@@ -201,7 +201,7 @@ def test_words_that_are_not_known_are_one_line_with_the_nearest(line, message, c
     ({"a": "nowhere.pt"}, "nowhere.pt: no such file"),
     ({"a": "renamed.pt"}, "renamed.pt: has no tensor '0.weight', which --model has (also '2.weight', '4.weight'; 3 in all)"),
     ({"a": "renamed.pt"}, "the nearest that it has is '0.weigth'"),
-    ({"a": "wrapped.pt"}, "every name starts with '_orig_mod.', and the other's names do not"),
+    ({"a": "wrapped.pt"}, "has the names of the other with the prefix '_orig_mod.' (besides 'ema'), as torch.compile adds it"),
     ({"--seed": "-1"}, "seed: expected a whole number of at least 0; got -1"),
 ])  # fmt: skip
 def test_wrong_input_is_one_line_that_says_what_to_do(planted, refused, change, message):
@@ -213,13 +213,27 @@ def test_wrong_input_is_one_line_that_says_what_to_do(planted, refused, change, 
         Path(name).write_bytes(b"")
     state = load_state("a.safetensors")
     save_state({name.replace("weight", "weigth"): t for name, t in state.items()}, "renamed.pt")
-    save_state({f"_orig_mod.{name}": t for name, t in state.items()}, "wrapped.pt")
+    save_state(
+        {**{f"_orig_mod.{name}": t for name, t in state.items()}, "ema": state["0.bias"]}, "wrapped.pt"
+    )
     given = {"a": "a.safetensors", "--model": "./cli_module.py:build_with_inputs", "--out": "o.pt", **change}
     sys.modules.pop("cli_module", None)
     refused(
         ["align", given.pop("a"), "b.safetensors", *(word for pair in given.items() for word in pair)],
         message,
     )
+
+
+@pytest.mark.parametrize(("line", "said"), [
+    ("aling a.pt", "fastmatch: unknown command 'aling'; did you mean 'align'? (see `fastmatch --help`)"),
+    ("plan a b --model x:y", "fastmatch plan: unknown: --model x:y (see `fastmatch plan --help`)"),
+    ("align a b --modle x:y --out o.pt", "fastmatch align: unknown: --modle x:y; did you mean '--model'? (see `fastmatch align --help`)"),
+])  # fmt: skip
+def test_an_unknown_word_is_told_with_the_nearest_if_one_is_near(line, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(line.split())
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == said + "\n"
 
 
 def test_other_errors_are_one_line_too_and_verbose_shows_where(planted, monkeypatch, capsys):
@@ -267,7 +281,8 @@ def test_a_signal_ends_a_command_as_ctrl_c_does(planted, number):
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 128 + number
-    assert error.startswith("fastmatch align: interrupted; nothing is half-written")
+    how = "interrupted" if number == signal.SIGINT else f"ended by {number.name}"
+    assert error.startswith(f"fastmatch align: {how}; nothing is half-written")
     assert "the same command with --resume" in error
     assert error.count("\n") == 1
     assert not list(planted.glob("*.part"))
@@ -291,6 +306,69 @@ def test_signals_that_are_ignored_stay_ignored_and_handlers_come_back():
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
+def test_a_second_signal_does_not_stop_the_removal_of_files():
+    """A stopping system sends SIGTERM and SIGHUP one after the other."""
+    removed = []
+
+    def interrupted_twice():
+        try:
+            _end_this_process()
+        finally:
+            for number in (signal.SIGHUP, signal.SIGTERM):
+                os.kill(os.getpid(), number)
+            removed.append("part")
+
+    with pytest.raises(Ended) as caught, ended_by_signals():
+        interrupted_twice()
+    assert caught.value.number == signal.SIGTERM
+    assert removed == ["part"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_while_torch_is_loaded_is_one_line_too(tmp_path, number):
+    (tmp_path / "torch.py").write_text("import time\nprint('ready', flush=True)\ntime.sleep(60)\n")
+    paths = os.pathsep.join([str(tmp_path), *sys.path])
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from fastmatch.cli.start import start; raise SystemExit(start())", "--version"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": paths},
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    how = "interrupted" if number == signal.SIGINT else f"ended by {number.name}"
+    assert error == f"fastmatch: {how} before it began\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no terminals of this kind")
+def test_a_terminal_that_closes_ends_the_command_with_its_status(planted):
+    """Then the line about it has no place to go."""
+    (planted / "waiting.py").write_text(WAITING)
+    shell, terminal = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastmatch", "align", *PAIR, "--model", "waiting.py:slow", "--out", "o.pt"],
+        stdout=subprocess.PIPE, stderr=terminal, text=True,
+    )  # fmt: skip
+    os.close(terminal)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    os.close(shell)
+    process.send_signal(signal.SIGHUP)
+    process.stdout.close()
+    assert process.wait(60) == 128 + signal.SIGHUP
+
+
+def test_an_interrupted_series_says_what_goes_on(tmp_path):
+    args = parser().parse_args(["align-many", "a", "b", "--out", str(tmp_path / "out")])
+    assert _left_by(args) == "nothing is half-written"
+    (tmp_path / ".out.many").mkdir()
+    assert _left_by(args).endswith("the same command with --resume goes on")
 
 
 def test_a_reader_that_goes_away_is_no_error(planted):

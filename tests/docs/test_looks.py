@@ -12,11 +12,15 @@ PAGES = (
     "index.html",
     "start/first-alignment/index.html",
     "concepts/renormalization/index.html",
+    "concepts/permutation-symmetry/index.html",
+    "guides/assignment/index.html",
     "guides/reports/index.html",
     "guides/recipes/index.html",
     "reference/align/index.html",
     "measured/index.html",
     "measured/results/bench/index.html",
+    "measured/results/study/index.html",
+    "design/tracing/index.html",
     "notebooks/merge/index.html",
 )
 

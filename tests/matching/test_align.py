@@ -171,11 +171,80 @@ def test_a_spec_in_which_nothing_can_move_is_warned_of():
     assert [w.filename for w in warned] == [__file__]
 
 
-def test_names_that_a_wrapper_prefixed():
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "net.", "model.net."])
+def test_names_that_a_wrapper_prefixed_are_told_with_what_takes_the_prefix_off(prefix):
     a, x = build("mlp", 0)
-    prefixed = {f"module.{k}": v for k, v in a.state_dict().items()}
-    with pytest.raises(ValueError, match=r"model_b: every name starts with 'module.'"):
-        fm.align(a.state_dict(), prefixed, spec=fm.PermutationSpec.trace(a, x))
+    spec = fm.PermutationSpec.trace(a, x)
+    state = {**{f"{prefix}{k}": v for k, v in a.state_dict().items()}, "criterion.weight": torch.ones(5)}
+    with pytest.raises(
+        ValueError, match=rf"^model_b: has the names of the other with the prefix '{prefix}'"
+    ) as error:
+        fm.align(a.state_dict(), state, spec=spec)
+    assert "(besides 'criterion.weight')" in str(error.value)
+    with pytest.raises(ValueError, match=r"^model_a: has the names of the other with the prefix"):
+        fm.align(state, state, spec=spec)
+    expression = str(error.value).partition("take it off: ")[2]
+    taken = eval(expression, {"state": state})
+    assert fm.align(a.state_dict(), taken, spec=spec).moved == 0
+
+
+def with_head(model, classes):
+    return nn.Sequential(*list(model)[:-1], nn.Linear(model[-1].in_features, classes))
+
+
+@pytest.fixture
+def heads():
+    """(a, x, b, planted): b is a with its units moved and a head for other classes."""
+    a, x = build("mlp", fresh_seed())
+    spec = fm.PermutationSpec.trace(a, x)
+    planted = fm.Alignment(spec.random(), spec)
+    b = planted.apply(a)
+    return a, x, with_head(b, 7), planted
+
+
+@pytest.mark.parametrize("matcher", ["weights", "activations", "mixture", "fisher"])
+def test_heads_for_other_classes_are_left_out_and_named(heads, matcher):
+    a, x, b, planted = heads
+    data = [(torch.randn(64, *x.shape[1:]), torch.randint(0, 5, (64,))) for _ in range(3)]
+    activations = fm.ActivationMatching(data)
+    matchers = {
+        "weights": fm.WeightMatching(), "activations": activations,
+        "mixture": fm.Mixture(fm.WeightMatching(), activations), "fisher": fm.FisherMatching(data),
+    }  # fmt: skip
+    with pytest.warns(UserWarning, match=r"not matched: 5\.weight \(7, 24\), not \(5, 24\)") as warned:
+        found = fm.align(a, b, x, matchers[matcher])
+    assert warned[0].filename == __file__
+    aligned = found.apply(b)
+    torch.testing.assert_close(aligned(x), b(x), rtol=1e-4, atol=1e-5)
+    assert found.proof is not None
+    if matcher != "fisher":  # whose weights depend on the heads
+        assert all(torch.equal(p, planted.invert().permutations[g]) for g, p in found.permutations.items())
+        assert torch.equal(aligned[0].weight, a[0].weight)
+
+
+def test_state_dicts_with_heads_for_other_classes(heads):
+    a, x, b, _ = heads
+    for traced in (a, b):  # the spec may have the sizes of either
+        spec = fm.PermutationSpec.trace(traced, x)
+        with pytest.warns(UserWarning, match=r"5\.bias"):
+            found = fm.align(a.state_dict(), b.state_dict(), spec=spec)
+        assert torch.equal(found.apply(b.state_dict())["0.weight"], a[0].weight)
+
+
+def test_what_needs_equal_heads_says_so(heads):
+    a, x, b, _ = heads
+    data = [(torch.randn(8, *x.shape[1:]), torch.randint(0, 5, (8,)))]
+    with (
+        pytest.warns(UserWarning, match="not matched"),
+        pytest.raises(ValueError, match=r"tensor '5.weight' has shape \(7, 24\)"),
+    ):
+        fm.align(a, b, x, fm.StraightThrough(data))
+    with pytest.warns(UserWarning, match="not matched"):
+        found = fm.align(a, b, x)
+    said = " ".join(found.report(a, b, data).sentences)
+    assert "no line between the networks: 5.weight, 5.bias" in said
+    with pytest.raises(ValueError, match=r"'5\.weight'"):
+        fm.merge([a, found.apply(b)])
 
 
 def test_a_part_named_like_a_wrapper_is_none():

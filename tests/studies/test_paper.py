@@ -18,6 +18,7 @@ from fastmatch.cli.main import main
 from fastmatch.cli.studies import claims_table
 from fastmatch.studies import paper as study
 from fastmatch.studies.networks import NETWORKS, Network
+from fastmatch.studies.paper.figures import three_figures
 from fastmatch.studies.paper.page import page
 from fastmatch.studies.paper.report import report
 from helpers.networks import fresh_seed
@@ -196,6 +197,28 @@ def test_the_docs_show_the_committed_run():
     assert len(sections) > 4
     for name in sections:
         assert f"[start:{name}]" in text
+
+
+def test_a_page_leads_with_three_figures():
+    committed = json.loads((Path(__file__).parents[2] / "bench/results/study.json").read_text())
+    (midpoints, _), (pruned, _), (claims, rest) = three_figures(committed)
+    rows = [
+        r
+        for r in committed["curves"]
+        if (r["width"], r["matched"], r["renormalized"]) == (4, "naive", "none")
+    ]
+    assert midpoints.startswith(f"{100 * sum(r['midpoint accuracy'] for r in rows) / len(rows):.1f}% → ")
+    assert pruned.count("%") == 2
+    assert (
+        claims == f"{sum(c['verdict'] == 'holds' for c in committed['claims'])} of {len(committed['claims'])}"
+    )
+    assert " do not hold" in rest
+    lines = page(committed).splitlines()
+    assert lines[2] == "| figure | what it is |"
+    assert f"**{midpoints}**" in lines[4]
+    assert html.escape(midpoints) in report(committed)
+    committed["curves"], committed["pruning"] = [], []
+    assert len(three_figures(committed)) == 1
 
 
 def test_published_figures_stand_beside_those_of_the_run(record):

@@ -6,6 +6,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from fastmatch.studies.paper.claims import Claim
+from fastmatch.studies.paper.figures import three_figures
 from fastmatch.studies.paper.report import counts
 
 __all__ = ["page"]
@@ -39,7 +40,7 @@ PUBLISHED_PRUNING = (
 
 
 def page(record: Record) -> str:
-    """Return the page ``study.md``: the run, then accuracies, claims, pruning, and layers kept apart."""
+    """Return the page ``study.md``: three figures and the run, then accuracies, claims, pruning, and layers kept apart."""
     machine, seconds, samples = record["machine"], record["seconds"], record["samples"]
     run = (
         f"Written by `fastmatch study`. {record['data']}: {samples['train']} training samples, of which the first "
@@ -48,7 +49,8 @@ def page(record: Record) -> str:
         f"({seconds['processor']:.0f} s of processor time) on {machine['cores']} shared cores, {machine['threads']} torch threads, torch "
         f"{machine['torch']}, Python {machine['python']}."
     )
-    parts = ["# The paper's claims in small", run]
+    figures = _table(["figure", "what it is"], [[f"**{x}**", what] for x, what in three_figures(record)])
+    parts = ["# The paper's claims in small", figures, run]
     for name, text in (
         ("published", _published(record)), ("accuracies", _accuracies(record)), ("claims", _claims(record)), ("pruning", _pruning(record)),
         ("apart", _apart(record)), ("cases", _cases(record)),

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, get_args
 
 from fastmatch.studies.paper.claims import Claim
+from fastmatch.studies.paper.figures import three_figures
 from fastmatch.studies.paper.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -170,6 +171,13 @@ def _all_curves(record: Record) -> str:
     return "\n".join([*lines, "</table></details>"])
 
 
+def _first_figures(record: Record) -> str:
+    return "".join(
+        f"<tr><td><b>{html.escape(figure)}</b></td><td>{html.escape(what)}</td></tr>"
+        for figure, what in three_figures(record)
+    )
+
+
 def report(record: Record) -> str:
     """Return the report as one HTML page."""
     machine, seconds, samples = record["machine"], record["seconds"], record["samples"]
@@ -186,6 +194,7 @@ def report(record: Record) -> str:
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>fastmatch study</title><style>{STYLE}</style></head><body>
 <h1>Model re-basin and renormalization, the claims in small</h1>
+<table>{_first_figures(record)}</table>
 <p>{html.escape(record["data"])}: {samples["train"]} train and {samples["test"]} test samples, calibrated on
 {samples["calibration"]}; widths x{", x".join(map(str, record["widths"]))}; seeds {record["seeds"]};
 {record["mode"]} mode; {record["points"]} points per curve.
