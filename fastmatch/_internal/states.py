@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 __all__ = [
-    "State", "check_finite", "check_models", "check_module", "check_same_architecture", "headers_of", "nearest",
-    "state_of",
+    "State", "check_finite", "check_models", "check_module", "check_same_architecture", "device_of", "headers_of",
+    "nearest", "state_of",
 ]  # fmt: skip
 
 State: TypeAlias = Mapping[str, torch.Tensor]
@@ -66,6 +66,12 @@ def state_of(model: nn.Module | State, argument: str) -> dict[str, torch.Tensor]
 def headers_of(state: State) -> State:
     """Return a mapping from which shapes and dtypes can be read; a state on disk has ``headers`` without values."""
     return getattr(state, "headers", state)
+
+
+def device_of(state: State, name: str) -> str:
+    """Return the type of the device that a tensor is on; a state on disk has ``device``, which its tensors are moved to."""
+    device = getattr(state, "device", None)
+    return headers_of(state)[name].device.type if device is None else device.type
 
 
 def nearest(name: str, names: Iterable[str], text: str = "did you mean {}?") -> str:
