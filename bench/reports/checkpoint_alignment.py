@@ -278,7 +278,7 @@ def folders(root: Path) -> tuple[Path, Path, Path]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--gigabytes", type=float, default=0.5, help="size of each of the two checkpoints")
     parser.add_argument("--hidden", type=int, default=2048, help="width of the residual stream")
     parser.add_argument("--width", type=int, default=5504, help="units of an MLP")

@@ -49,8 +49,9 @@ TURNS = 8
 MANY = 1 / 16
 """Fraction of the rows: if the bounds of more of them are too loose, the prefix grows; otherwise these rows are completed."""
 
-IN_CACHE = 1 << 16
-"""Entries that are copied to float64 at a time."""
+IN_CACHE = 1 << 14
+"""Entries that are copied to float64 at a time. From twice as many on, torch divides the work among threads, which wait for each
+other."""
 
 EPS = float(torch.finfo(torch.float32).eps)
 
@@ -450,8 +451,8 @@ def products(
     step = max(1, IN_CACHE // max(a.shape[1], 1))
     for lo in range(0, count, step):
         part = slice(lo, lo + step)
-        x = a[part if rows is None else rows[part]].double()
-        y = b[part if cols is None else cols[part]].double()
+        x = (a[part] if rows is None else a.index_select(0, rows[part])).double()
+        y = (b[part] if cols is None else b.index_select(0, cols[part])).double()
         total[part] = (x * y).sum(1)
     return total
 

@@ -17,8 +17,8 @@ from fastmatch.matching.objective import Survey
 
 __all__ = ["Surveyed", "survey"]
 
-IN_CACHE = 1 << 16
-"""Numbers that are copied to float64 at a time."""
+IN_CACHE = 1 << 14
+"""Numbers that are copied to float64 at a time. From twice as many on, torch divides the work among threads, which wait for each other."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,9 @@ def survey(a: Checkpoint, b: Checkpoint, ranks: Ranks) -> Surveyed:
     tasks = [partial(_of_tensor, a, b, name) for name in names]
     found = ranks.share(tasks, deal(sizes, ranks.size), f"the tensors of {a.path.name} and {b.path.name}")
     rows = list(zip(names, found, strict=True))
-    digests = [digest_of_digests([(name, row[side]) for name, row in rows if row[side]]) for side in (0, 1)]
-    return Surveyed((digests[0], digests[1]), {name: row[2] for name, row in rows if row[2] is not None})
+    first = digest_of_digests([(name, mark) for name, (mark, _, _) in rows if mark])
+    second = digest_of_digests([(name, mark) for name, (_, mark, _) in rows if mark])
+    return Surveyed((first, second), {name: sums for name, (_, _, sums) in rows if sums is not None})
 
 
 def _of_tensor(a: Checkpoint, b: Checkpoint, name: str) -> tuple[str, str, tuple[float, float, float] | None]:
@@ -89,7 +90,7 @@ def squares_and_inner(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float, f
     for x, y in zip(a.flatten().split(IN_CACHE), b.flatten().split(IN_CACHE), strict=True):
         x, y = x.double(), y.double()
         for k, (left, right) in enumerate(((x, x), (y, y), (x, y))):
-            totals[k] += float(torch.dot(left, right))
+            totals[k] += float((left * right).sum())  # a dot product may use threads
     return totals[0], totals[1], totals[2]
 
 

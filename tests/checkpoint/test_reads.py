@@ -67,8 +67,10 @@ def reads(monkeypatch):
 @pytest.mark.parametrize("cosine", [1.0, 0.999, 0.95])
 def test_near_copies_read_a_twice_and_b_three_times(folder, reads, cosine):
     spec = near_copy(folder, cosine)
-    reads["a"].clear(), reads["b"].clear()
+    reads["a"].clear()
+    reads["b"].clear()
     alignment = align_checkpoints(folder / "a", folder / "b", folder / "out", spec=spec)
+    assert alignment.matching is not None
     assert alignment.matching.converged
     assert set(reads["a"].values()) == {2}
     assert set(reads["b"].values()) == {3}
@@ -86,6 +88,8 @@ def test_what_is_gathered_and_held_changes_no_result(folder, cosine, monkeypatch
     monkeypatch.setattr(gains, "BOUNDED_UNITS", 1 << 40)
     plain = align_checkpoints(folder / "a", folder / "b", folder / "plain", spec=spec)
     assert all(torch.equal(p, plain.permutations[name]) for name, p in found.permutations.items())
+    assert found.matching is not None
+    assert plain.matching is not None
     assert found.matching.objective == pytest.approx(plain.matching.objective, rel=1e-12)
 
 
