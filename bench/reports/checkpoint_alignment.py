@@ -260,7 +260,7 @@ def page(found: record.Record) -> str:
         sections += [
             f"## {chosen[0]['bytes'] / 1e9:.2f} GB: {network}",
             f"All products of all groups, once: {products / 1e12:.2f} TFLOP, {products / rate:.0f} s at {rate / 1e9:.0f} GFLOP/s, the rate of one "
-            "product before the runs.",
+            "product before the last rows were measured.",
             record.table(table),
             record.table(parts, form=".1f"),
         ]

@@ -28,6 +28,7 @@ PAGES = (
     "assignment_families",
     "assignment_solvers",
     "bfloat16_screening",
+    "checkpoint_alignment",
     "device_cost",
     "first_calls",
     "greedy_initialization",
