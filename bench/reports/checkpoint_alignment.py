@@ -1,6 +1,6 @@
-"""Alignment of a synthetic Llama-shaped checkpoint on disk: peak memory, and the time of each part.
+"""Alignment of synthetic Llama-shaped checkpoints on disk: peak memory, reads, and the time of each part.
 
-    python -m bench.reports.checkpoint_alignment --gigabytes 12 --dir /tmp/bench
+    python -m bench.reports.checkpoint_alignment --gigabytes 12 --hidden 4096 --width 11008 --cosines 1 --dir /tmp/bench
 
 The peak is VmHWM of a process that only aligns. Tensors are read into buffers and never mapped, so the figure has no page
 cache in it, but everything that the process held, libraries included.
@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,8 +85,11 @@ def chosen_groups(spec, count: int | None) -> list[str]:
     return names[:count]
 
 
-def plant(folder: Path, out: Path, groups: int | None, seed: int) -> None:
-    """Write a copy of the checkpoint with the chosen groups permuted at random."""
+def plant(folder: Path, out: Path, groups: int | None, seed: int, cosine: float = 1.0) -> None:
+    """Write a copy of the checkpoint with the chosen groups permuted at random.
+
+    ``cosine`` is that of each matrix with the copy before it is permuted; 0 is an independent network.
+    """
     from fastmatch.checkpoint import Checkpoint, trace_config
     from fastmatch.checkpoint.structure import bind
     from fastmatch.checkpoint.writer import write_like
@@ -93,7 +99,16 @@ def plant(folder: Path, out: Path, groups: int | None, seed: int) -> None:
     spec = bind(trace_config(folder), source.headers, str(folder))
     spec = spec.select(chosen_groups(spec, groups))
     permutations = spec.random(torch.Generator().manual_seed(seed))
-    write_like(source, out, lambda n: permute_tensor(source[n], n, spec, permutations))
+    generator = np.random.default_rng(seed + 1)
+
+    def moved(name: str) -> torch.Tensor:
+        tensor = source[name]
+        if cosine < 1:
+            noise = random_bf16(tuple(tensor.shape), generator)
+            tensor = (cosine * tensor).add_((1 - cosine**2) ** 0.5 * noise)
+        return permute_tensor(tensor, name, spec, permutations)
+
+    write_like(source, out, moved)
 
 
 def peak() -> int:
@@ -102,94 +117,159 @@ def peak() -> int:
     return int(text.split("VmHWM:")[1].split()[0]) * 1024
 
 
+class Parts:
+    """Processor seconds of this process by part. What a part calls that is a part itself counts there alone."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._inner: list[float] = []
+
+    def time(self, owner: Any, attribute: str, part: str) -> None:
+        """Time every call of a function or method from now on."""
+        function = getattr(owner, attribute)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self._inner.append(0.0)
+            started = time.process_time()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                took = time.process_time() - started
+                own = took - self._inner.pop()
+                self.seconds[part] = self.seconds.get(part, 0.0) + own
+                if self._inner:
+                    self._inner[-1] += took
+
+        setattr(owner, attribute, timed)
+
+
 def align(folder: Path, permuted: Path, out: Path, groups: int | None) -> dict[str, object]:
-    """Align once in this process. Return the time of each part."""
+    """Align once in this process. Return the time of each part, what was read and the peak memory."""
     import fastmatch.checkpoint.align as out_of_core
+    import fastmatch.checkpoint.pairs as pairs
     import fastmatch.matching.ascent as ascent
     from fastmatch.checkpoint import Checkpoint, trace_config
+    from fastmatch.matching.gains import Gains
+    from fastmatch.matching.objective import WeightObjective
+    from fastmatch.matching.placement import Placement
 
-    seconds = {"assignment": 0.0, "write": 0.0}
-    readers: list[Checkpoint] = []
+    reads: dict[Path, list[int]] = {folder: [], permuted: []}
+    read = Checkpoint._read
 
-    def timed(function, key):
-        def wrapped(*args, **kwargs):
-            before, started = sum(r.seconds for r in readers), time.perf_counter()
-            result = function(*args, **kwargs)
-            read = sum(r.seconds for r in readers) - before
-            seconds[key] += time.perf_counter() - started - read
-            return result
+    def counted(self: Checkpoint, name: str) -> torch.Tensor:
+        tensor = read(self, name)
+        reads[self.path].append(tensor.nbytes)
+        return tensor
 
-        return wrapped
-
-    class Recorded(Checkpoint):
-        def __init__(self, *args, **kwargs) -> None:
-            super().__init__(*args, **kwargs)
-            readers.append(self)
-
-    started = time.perf_counter()
+    Checkpoint._read = counted  # type: ignore[method-assign]
+    parts = Parts()
+    parts.time(pairs, "survey", "survey: read, hash, sums")
+    parts.time(Gains, "cost_of", "gains, as far as bounds require")
+    parts.time(Placement, "placed", "gathering for the residual stream, inner products")
+    parts.time(Placement, "gain_of", "gathering for the residual stream, inner products")
+    parts.time(WeightObjective, "value", "objective")
+    parts.time(WeightObjective, "change", "objective")
+    parts.time(ascent, "match_nested", "heads")
+    parts.time(ascent, "solve", "assignments and their proofs")
+    parts.time(out_of_core, "write_like", "write")
     spec = trace_config(folder)
-    traced = time.perf_counter() - started
-    ascent.solve = timed(ascent.solve, "assignment")
-    out_of_core.write_like = timed(out_of_core.write_like, "write")
-    out_of_core.Checkpoint = Recorded
-    started = time.perf_counter()
+    started, processor = time.perf_counter(), time.process_time()
     alignment = out_of_core.align_checkpoints(
         folder, permuted, out, spec=spec.select(chosen_groups(spec, groups))
     )
-    total = time.perf_counter() - started
-    read = sum(r.seconds for r in readers)
+    total, processor = time.perf_counter() - started, time.process_time() - processor
+    memory = peak()  # before the comparison below
+    Checkpoint._read = read  # type: ignore[method-assign]
     matching = alignment.matching
     assert matching is not None
-    split = {"read": read, **seconds, "gains and checks": total - read - sum(seconds.values())}
-    memory = peak()  # before the comparison below
+    size = Checkpoint(folder).nbytes
     first, result = Checkpoint(folder), Checkpoint(out)
-    equal = all(torch.equal(first[n], result[n]) for n in first)
     return {
-        "trace": traced, "total": total, "split": split, "peak": memory, "recovered": equal,
-        "groups": len(alignment.permutations), "of": len(spec.groups), "solves": matching.solves,
-        "sweeps": matching.sweeps,
+        "seconds": total, "processor s": processor, "parts": {**parts.seconds, "other": processor - sum(parts.seconds.values())},
+        "peak": memory, "reads of A": sum(reads[folder]) / size, "reads of B": sum(reads[permuted]) / size,
+        "equal to A": all(torch.equal(first[n], result[n]) for n in first), "groups": len(alignment.permutations),
+        "of": len(spec.groups), "solves": matching.solves, "sweeps": matching.sweeps, "load": os.getloadavg()[0],
     }  # fmt: skip
+
+
+def product_rate() -> float:
+    """Return the operations per second of float32 products on the cores that torch uses."""
+    a, b = torch.randn(2048, 4096), torch.randn(2048, 4096)
+    torch.mm(a, b.T)
+    rates = []
+    for _ in range(3):
+        started = time.perf_counter()
+        torch.mm(a, b.T)
+        rates.append(2 * 2048 * 2048 * 4096 / (time.perf_counter() - started))
+    return max(rates)
+
+
+def rows(options: argparse.Namespace, shape: tuple[int, int, int, int]) -> Iterator[record.Row]:
+    """Yield the rows that are kept, then one for each cosine."""
+    if options.append:
+        yield from record.read(NAME)["rows"]
+    a, b, out = folders(options.dir)
+    hidden, layers, width, vocabulary = shape
+    network = f"hidden {hidden}, {layers} layers, MLP {width}, vocabulary {vocabulary}"
+    options.dir.mkdir(parents=True)
+    try:
+        size = make(a, shape, seed=0)
+        for cosine in options.cosines:
+            plant(a, b, options.groups, seed=1, cosine=cosine)
+            command = [sys.executable, "-m", "bench.reports.checkpoint_alignment", "--align"]
+            command += ["--dir", str(options.dir)]
+            command += ["--groups", str(options.groups)] if options.groups is not None else []
+            done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+            found = json.loads(done.stdout.splitlines()[-1])
+            products = 2 * (layers * 3 * hidden * width**2 + hidden * size // 2)
+            yield {"network": network, "bytes": size, "cosine": cosine, "products": products, **found}
+            shutil.rmtree(b)
+            shutil.rmtree(out)
+    finally:
+        shutil.rmtree(options.dir)
 
 
 def measure(options: argparse.Namespace) -> record.Record:
     if options.tiny:
         options.gigabytes, options.hidden, options.width, options.vocabulary = 0.002, 128, 256, 512
-    a, b, _ = folders(options.dir)
     h, w, v = options.hidden, options.width, options.vocabulary
     layer = 2 * (h * h * 5 // 2 + 3 * h * w)
     layers = max(1, round((options.gigabytes * 1e9 - 4 * v * h) / layer))
-    options.dir.mkdir(parents=True)
-    try:
-        size = make(a, (h, layers, w, v), seed=0)
-        plant(a, b, options.groups, seed=1)
-        command = [
-            sys.executable,
-            "-m",
-            "bench.reports.checkpoint_alignment",
-            "--align",
-            "--dir",
-            str(options.dir),
-        ]
-        command += ["--groups", str(options.groups)] if options.groups is not None else []
-        done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
-    finally:
-        shutil.rmtree(options.dir)
-    found = json.loads(done.stdout.splitlines()[-1])
-    shape = {"hidden": h, "layers": layers, "MLP": w, "vocabulary": v}
-    return record.record([found], packages=["safetensors"], bytes=size, shape=shape)
+    return record.record(rows(options, (h, layers, w, v)), packages=["safetensors"], rate=product_rate())
 
 
 def page(found: record.Record) -> str:
-    settings, (row,) = found["settings"], found["rows"]
-    shape = settings["shape"]
-    seconds = {"trace": row["trace"], **row["split"], "total without trace": row["total"]}
+    rate = found["settings"]["rate"]
+    sections = []
+    for network in dict.fromkeys(row["network"] for row in found["rows"]):
+        chosen = [row for row in found["rows"] if row["network"] == network]
+        table = [
+            {
+                "cosine": f"{row['cosine']:g}", "groups": f"{row['groups']} of {row['of']}", "sweeps": row["sweeps"],
+                "solves": row["solves"], "seconds": row["seconds"], "processor s": row["processor s"], "reads of A": row["reads of A"],
+                "reads of B": row["reads of B"], "peak, GB": row["peak"] / 1e9, "equal to A": row["equal to A"], "load": row["load"],
+            }
+            for row in chosen
+        ]  # fmt: skip
+        names = dict.fromkeys(name for row in chosen for name in row["parts"])
+        parts = [
+            {"processor s": name, **{f"{row['cosine']:g}": row["parts"].get(name, 0.0) for row in chosen}}
+            for name in names
+        ]
+        products = chosen[0]["products"]
+        sections += [
+            f"## {chosen[0]['bytes'] / 1e9:.2f} GB: {network}",
+            f"All products of all groups, once: {products / 1e12:.2f} TFLOP, {products / rate:.0f} s at {rate / 1e9:.0f} GFLOP/s, the rate of one "
+            "product before the last rows were measured.",
+            record.table(table),
+            record.table(parts, form=".1f"),
+        ]
     return record.page(
         "Streamed alignment of a Llama-shaped checkpoint", NAME, found,
-        f"{settings['bytes'] / 1e9:.2f} GB per checkpoint, in bfloat16 shards: hidden {shape['hidden']}, {shape['layers']} layers, "
-        f"MLP {shape['MLP']}, vocabulary {shape['vocabulary']}. {row['groups']} of {row['of']} groups were permuted and matched: "
-        f"{row['solves']} assignments in {row['sweeps']} sweeps. Output equal to A: {row['recovered']}.",
-        f"Peak resident memory (VmHWM of the aligning process): {row['peak'] / 1e9:.2f} GB.",
-        record.table([{"part": name, "seconds": value} for name, value in seconds.items()], form=".1f"),
+        "Checkpoints in bfloat16 shards. B is A mixed with an independent checkpoint so that each tensor has the cosine of the table, then permuted: 1 is a "
+        "sibling, 0 an unrelated network. Reads are the bytes read, in those of one checkpoint. The peak is VmHWM of the aligning process. "
+        "Seconds depend on what else ran (load: the average at the end of the run); processor seconds count all threads.",
+        *sections,
     )  # fmt: skip
 
 
@@ -198,17 +278,25 @@ def folders(root: Path) -> tuple[Path, Path, Path]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--gigabytes", type=float, default=0.5, help="size of each of the two checkpoints")
     parser.add_argument("--hidden", type=int, default=2048, help="width of the residual stream")
     parser.add_argument("--width", type=int, default=5504, help="units of an MLP")
     parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument(
+        "--cosines",
+        type=float,
+        nargs="+",
+        default=[1.0, 0.999, 0.95, 0.7, 0.0],
+        help="of A's and B's matrices",
+    )
     parser.add_argument(
         "--groups", type=int, help="permute and match only so many MLPs; every group by default"
     )
     parser.add_argument(
         "--dir", type=Path, default=Path("/tmp/fastmatch-bench"), help="a folder to make and remove"
     )
+    parser.add_argument("--append", action="store_true", help="keep the rows of the committed record")
     parser.add_argument("--align", action="store_true", help=argparse.SUPPRESS)  # the measured process
     given = sys.argv[1:] if arguments is None else arguments
     if "--align" in given:

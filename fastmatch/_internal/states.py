@@ -13,8 +13,8 @@ from fastmatch._internal.checks import nearest
 from fastmatch._internal.divided import check_undivided, local_part
 
 __all__ = [
-    "State", "check_finite", "check_models", "check_module", "check_same_architecture", "check_same_names", "headers_of",
-    "prefix_of", "state_of", "under_prefix",
+    "State", "check_finite", "check_models", "check_module", "check_same_architecture", "check_same_names", "device_of",
+    "headers_of", "prefix_of", "state_of", "under_prefix",
 ]  # fmt: skip
 
 State: TypeAlias = Mapping[str, torch.Tensor]
@@ -82,6 +82,12 @@ def state_of(
 def headers_of(state: State) -> State:
     """Return a mapping from which shapes and dtypes can be read; a state on disk has ``headers`` without values."""
     return getattr(state, "headers", state)
+
+
+def device_of(state: State, name: str) -> str:
+    """Return the type of the device that a tensor is on; a state on disk has ``device``, which its tensors are moved to."""
+    device = getattr(state, "device", None)
+    return headers_of(state)[name].device.type if device is None else device.type
 
 
 ORIGINS = {

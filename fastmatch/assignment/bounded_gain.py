@@ -20,7 +20,7 @@ import torch
 from fastmatch.assignment.gap import duality_gap
 from fastmatch.assignment.solution import Assignment
 
-__all__ = ["BoundedGain", "multiply", "solve_bounded"]
+__all__ = ["BoundedGain", "PrefixProducts", "multiply", "solve_bounded"]
 
 JUDGED = 128
 """Features by which the share that a proof needs is predicted, and which are multiplied in any case."""
@@ -34,8 +34,14 @@ QUANTILE = 0.9
 MARGIN = 1.1
 """The predicted share is multiplied by this."""
 
+LEAST_SHARE = 0.01
+"""Share of the features that is multiplied in any case. What it adds to a bound has to exceed the bound's rounding."""
+
 LARGEST_SHARE = 0.6
 """Share of the features above which all of them are multiplied: norms, proofs and known entries take the rest of the time."""
+
+COLLECTED = 512
+"""Features of short prefixes that are multiplied at once."""
 
 TURNS = 8
 """Solves after which all features are multiplied."""
@@ -43,8 +49,9 @@ TURNS = 8
 MANY = 1 / 16
 """Fraction of the rows: if the bounds of more of them are too loose, the prefix grows; otherwise these rows are completed."""
 
-IN_CACHE = 1 << 16
-"""Entries that are copied to float64 at a time."""
+IN_CACHE = 1 << 14
+"""Entries that are copied to float64 at a time. From twice as many on, torch divides the work among threads, which wait for each
+other."""
 
 EPS = float(torch.finfo(torch.float32).eps)
 
@@ -118,18 +125,21 @@ class BoundedGain:
         ``sqrt(r^2 + e |a|^2) sqrt(s^2 + e |b|^2) >= r s + e |a| |b|``, so e adds the rounding of float32 products, of the
         sums and of the bounds themselves.
         """
-        outer = (self.rest.clamp(min=0) + self._rounding() * self.total).sqrt().float()
+        outer = (self.rest.clamp(min=0) + self._rounding(self.prefixes) * self.total).sqrt().float()
         self.bound.addr_(self._outer[0], self._outer[1], alpha=-1).addr_(*outer)
         self._outer = outer
         self._write(self.known, self.values)
 
-    def _rounding(self) -> float:
+    def _rounding(self, multiplied: list[int]) -> float:
         """A bound on all rounding in float32, in units of the product of two rows' norms.
 
         A sum of d products is off by at most d / 2 times EPS; so are d squares. A matrix product adds sums of at least 64
         terms to the bound, and the steps from one bound to the next add less than 64 numbers.
+
+        Args:
+            multiplied: the features of each factor that enter the products.
         """
-        return (2 * max(self.features) + sum(self.features) / 64 + len(self.features) + 64) * EPS
+        return (2 * max(self.features) + sum(multiplied) / 64 + len(self.features) + 64) * EPS
 
     def _write(self, places: np.ndarray, values: np.ndarray) -> None:
         """Write known entries, rounded up."""
@@ -144,7 +154,11 @@ class BoundedGain:
 
     def learn(self, rows: np.ndarray, cols: np.ndarray) -> None:
         """Compute entries whose bounds were used."""
-        places, values = rows * self.shape[1] + cols, self.entries(rows, cols)
+        self.note(rows, cols, self.entries(rows, cols))
+
+    def note(self, rows: np.ndarray, cols: np.ndarray, values: np.ndarray) -> None:
+        """Take entries that are known, and were not before."""
+        places = rows * self.shape[1] + cols
         self._write(places, values)
         known, values = np.concatenate([self.known, places]), np.concatenate([self.values, values])
         order = np.argsort(known)
@@ -166,7 +180,9 @@ class BoundedGain:
             for pair in self.factors:
                 part.addmm_(pair[side][picked], pair[1 - side].T)
             sizes = self.total.sqrt()
-            part += (self._rounding() * sizes[side, picked] * sizes[1 - side].max()).float()[:, None]
+            part += (self._rounding(self.features) * sizes[side, picked] * sizes[1 - side].max()).float()[
+                :, None
+            ]
             (self.bound if side == 0 else self.bound.T)[picked] = part
             self._completed[side, picked] = True
         self._write(self.known, self.values)
@@ -241,7 +257,9 @@ class BoundedGain:
     def entry_error(self) -> np.ndarray:
         """Return (n,) float64, a bound by row on the rounding of entries and of their stored bounds."""
         sizes = self.total.sqrt()
-        unit = self._rounding() * (1.0 if self.is_whole else float(np.finfo(np.float64).eps) / EPS)
+        unit = self._rounding(self.features) * (
+            1.0 if self.is_whole else float(np.finfo(np.float64).eps) / EPS
+        )
         error = unit * float(sizes[1].max()) * sizes[0].numpy()
         np.maximum.at(error, self.known // self.shape[1], EPS * np.abs(self.values))
         return error
@@ -257,29 +275,84 @@ def multiply(factors: Factors, largest_share: float = LARGEST_SHARE) -> BoundedG
     Cost: one read of the factors, and the products. If the whole gain is returned, the prediction has cost the products of
     48 rows with 128 features.
     """
-    out, forecast, share = torch.empty(0, device="cpu"), None, 1.0
-    squares, prefixes, features = out, [], []
+    products = PrefixProducts(largest_share)
     for a, b in factors:
-        if forecast is None:
-            out, forecast = torch.empty(len(a), len(b), device="cpu"), _Forecast(len(a))
-            squares = torch.zeros(2, 2, len(a), dtype=torch.float64, device="cpu")
-        at_least = forecast.add(a, b)
+        products.add(a, b)
+    return products.finish(factors)
+
+
+class PrefixProducts:
+    """A gain with bounds in the making. Its factors come one by one and need not be held.
+
+    Args:
+        largest_share: the share of the features up to which bounds pay.
+        cols: (n,) columns whose entries are computed on the way, one for each row. If the rows have their copies there, the
+            factors are not needed again.
+    """
+
+    def __init__(self, largest_share: float, cols: torch.Tensor | None = None) -> None:
+        self.largest_share, self.cols, self.share = largest_share, cols, 1.0
+        self._forecast: _Forecast | None = None
+        self._out = self._squares = torch.empty(0, device="cpu")
+        self._values = torch.zeros(0 if cols is None else len(cols), dtype=torch.float64, device="cpu")
+        self._prefixes: list[int] = []
+        self._features: list[int] = []
+        self._short: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    @property
+    def pays(self) -> bool:
+        """Whether bounds are expected to pay, as far as the factors are known."""
+        return self.share < 1.0 or self._forecast is None or self._forecast.features < JUDGED
+
+    def add(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Add one factor."""
+        if self._forecast is None:
+            self._out, self._forecast = torch.zeros(len(a), len(b), device="cpu"), _Forecast(len(a))
+            self._squares = torch.zeros(2, 2, len(a), dtype=torch.float64, device="cpu")
+        at_least = self._forecast.add(a, b)
         if at_least:
-            share = forecast.share(largest_share)
-        features.append(a.shape[1])
-        prefixes.append(max(at_least, math.ceil(share * a.shape[1])))
-        rest = slice(prefixes[-1], None)
-        out.addmm_(a[:, : rest.start], b[:, : rest.start].T, beta=int(len(features) > 1))
-        if share < 1.0 or forecast.features < JUDGED:
+            self.share = self._forecast.share(self.largest_share)
+        self._features.append(a.shape[1])
+        self._prefixes.append(max(at_least, math.ceil(self.share * a.shape[1])))
+        first, rest = slice(self._prefixes[-1]), slice(self._prefixes[-1], None)
+        self._multiply(a[:, first], b[:, first])
+        if self.pays:
             for side, x in enumerate((a, b)):
                 others = squared_norms(x[:, rest])
-                squares[1, side] += others
-                squares[0, side] += others + squared_norms(x[:, : rest.start])
-    if share == 1.0:
-        return out
-    gain = BoundedGain(factors, out, prefixes, features, squares)
-    scale = float(squares[0].amax(1).prod().sqrt())
-    return gain if SCALES[0] < scale < SCALES[1] else gain.full()
+                self._squares[1, side] += others
+                self._squares[0, side] += others + squared_norms(x[:, first])
+        if self.cols is not None:
+            self._values += products(a, b, None, self.cols)
+
+    def _multiply(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Add the products of a prefix. Short ones are collected, because each product reads and writes the gain."""
+        if a.shape[1] >= COLLECTED:
+            self._out.addmm_(a, b.T)
+            return
+        if sum(x.shape[1] for x, _ in self._short) + a.shape[1] > COLLECTED:
+            self._multiply_short()
+        self._short.append((a.clone(), b.clone()))  # a slice would hold the whole factor
+
+    def _multiply_short(self) -> None:
+        if self._short:
+            a, b = (torch.cat([pair[side] for pair in self._short], 1) for side in (0, 1))
+            self._out.addmm_(a, b.T)
+            self._short = []
+
+    def finish(self, factors: Factors) -> BoundedGain | torch.Tensor:
+        """Return the gain.
+
+        Args:
+            factors: those that were added, for entries that are needed later.
+        """
+        self._multiply_short()
+        if self.share == 1.0:
+            return self._out
+        gain = BoundedGain(factors, self._out, self._prefixes, self._features, self._squares)
+        if self.cols is not None:
+            gain.note(np.arange(len(self.cols)), self.cols.numpy(), self._values.numpy())
+        scale = float(self._squares[0].amax(1).prod().sqrt())
+        return gain if SCALES[0] < scale < SCALES[1] else gain.full()
 
 
 def solve_bounded(
@@ -354,7 +427,7 @@ class _Forecast:
         share = (
             MARGIN * float(needed[self.squares[0] > 0].quantile(QUANTILE)) if self.squares[0].any() else 1.0
         )
-        return max(share, 1e-9) if share <= largest else 1.0  # NaN: 1
+        return max(share, LEAST_SHARE) if share <= largest else 1.0  # NaN: 1
 
 
 def squared_norms(x: torch.Tensor) -> torch.Tensor:
@@ -378,8 +451,8 @@ def products(
     step = max(1, IN_CACHE // max(a.shape[1], 1))
     for lo in range(0, count, step):
         part = slice(lo, lo + step)
-        x = a[part if rows is None else rows[part]].double()
-        y = b[part if cols is None else cols[part]].double()
+        x = (a[part] if rows is None else a.index_select(0, rows[part])).double()
+        y = (b[part] if cols is None else b.index_select(0, cols[part])).double()
         total[part] = (x * y).sum(1)
     return total
 

@@ -134,7 +134,7 @@ def solve(
         raise TypeError(f"solver: expected a solver object such as DenseShortlists(), got {solver!r}")
     if warm_start is not None:
         check_type("warm_start", warm_start, Assignment)
-    if not isinstance(cost, (np.ndarray, torch.Tensor, DenseCost, DeviceCost, FactorCost, Cost)):
+    if not isinstance(cost, (np.ndarray, torch.Tensor, DenseCost, DeviceCost, FactorCost, BoundedGain, Cost)):
         cost = as_array(cost)
     if isinstance(cost, BoundedGain) and solver is None:
         if not maximize:

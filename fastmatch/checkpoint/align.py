@@ -151,8 +151,9 @@ def align_checkpoints(
         OSError: a file is missing or cannot be written, or another run writes ``out``. Nothing is left half-written.
         RuntimeError: another rank failed or does not answer; the message names it.
 
-    Cost: each solve reads the group's tensors once for the gain matrix and, if units move, again to verify the progress
-    in float64. Memory holds one tensor of A and one of B with copies, the gain matrix, and the solver's workspace.
+    Cost: a near copy takes two reads of A and three of B: one to check and hash both, one to match, one to write. Otherwise each
+    further solve reads the group's tensors for its gain and, if units move, to verify the progress in float64. Memory holds the
+    tensors of one group of A and of B, up to 1.15 GB together with the gain matrix, and the solver's workspace.
     """
     ranks = current()
     with ranks.together():
@@ -208,10 +209,14 @@ def _align(
     pair = Pair.of(a, b, traced)
     proof = prove_checkpoint(b.path, b, traced) if spec is None else None
     watch = Stopwatch()
-    run = pair.run(matcher, ranks)
+    with watch("survey"):
+        surveyed = pair.survey(ranks)
+    run = pair.run(matcher, surveyed)
     with journaling_on_ranks(ranks, journal_path(claim.path), run, pair.common, resume=resume) as remembered:
         with watch("match"):
-            alignment = replace(pair.match(matcher, remembered, ranks=ranks, progress=progress), proof=proof)
+            alignment = replace(
+                pair.match(matcher, surveyed, remembered, ranks=ranks, progress=progress), proof=proof
+            )
         output = _merged(a, AlignedTensors(b, pair.layout, alignment), write.merge)
         metadata = None if write.merge is None else shared_by([a, b])
         with watch("write"):

@@ -201,7 +201,8 @@ class _Run:
             raise ValueError(f"{path}: expected a {kind}, like {self.paths[0]}")
         traced, proof = self._structure(b)
         pair = Pair.of(a, b, traced)
-        run = pair.run(self.matcher)
+        surveyed = pair.survey()
+        run = pair.run(self.matcher, surveyed)
         key = _hash(json.dumps([run, self.matcher.max_sweeps]))
         file = self.kept / f"{key}.safetensors"
         if file.exists():
@@ -211,7 +212,7 @@ class _Run:
             with journaling(
                 self.kept / f"{_hash(json.dumps(run))}.journal", run, pair.common, resume=True
             ) as journal:
-                alignment = pair.match(self.matcher, journal.step, progress=self.progress)
+                alignment = pair.match(self.matcher, surveyed, journal.step, progress=self.progress)
                 alignment.save(file)
         # Seventy equal structures are kept once.
         self.whole = self.whole if self.whole == pair.whole else pair.whole

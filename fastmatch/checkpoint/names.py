@@ -143,7 +143,7 @@ class RenamedCheckpoint(Mapping[str, torch.Tensor]):
     """
 
     def __init__(self, checkpoint: Checkpoint, layout: Layout) -> None:
-        self.checkpoint, self.path = checkpoint, checkpoint.path
+        self.checkpoint, self.path, self.device = checkpoint, checkpoint.path, checkpoint.device
         self._chunks: dict[str, dict[str, Chunk]] = {}
         for name, chunk in layout.items():
             self._chunks.setdefault(chunk.parameter, {})[name] = chunk

@@ -17,6 +17,7 @@ from fastmatch.checkpoint.modules import leave_what_does_not_fit
 from fastmatch.checkpoint.names import Chunk, Layout, RenamedCheckpoint, layout_of
 from fastmatch.checkpoint.reader import CONFIG, Checkpoint
 from fastmatch.checkpoint.structure import bind, build_empty
+from fastmatch.checkpoint.survey import Surveyed, survey
 from fastmatch.checkpoint.tracing import common_spec, is_diffusion
 from fastmatch.matching.ascent import Hooks, Step
 from fastmatch.matching.matcher import as_code
@@ -68,15 +69,19 @@ class Pair:
             checkpoint, {k: chunk for k, chunk in self.layout.items() if k in checkpoint}
         )
 
-    def run(self, matcher: WeightMatching, ranks: Ranks = ALONE) -> dict[str, str]:
-        """Return what the result of a match depends on, by name. Every tensor is read, by one of the ranks.
+    def survey(self, ranks: Ranks = ALONE) -> Surveyed:
+        """Read every tensor once, by one of the ranks; see :func:`fastmatch.checkpoint.survey.survey`."""
+        return survey(self.a, self.b, ranks)
+
+    def run(self, matcher: WeightMatching, surveyed: Surveyed) -> dict[str, str]:
+        """Return what the result of a match depends on, by name.
 
         ``max_sweeps`` is not in it: a run that goes on may take more of them.
         """
         settings = {"seed": matcher.seed, "include": matcher.include, "tolerance": matcher.tolerance}
         found = {
-            "the tensors of A": self.a.digest(ranks),
-            "the tensors of B": self.b.digest(ranks),
+            "the tensors of A": surveyed.digests[0],
+            "the tensors of B": surveyed.digests[1],
             "the groups": _hash(self.common.to_json()),
         }
         return found | {name: repr(value) for name, value in settings.items()} | {"init": _init_of(matcher)}
@@ -84,6 +89,7 @@ class Pair:
     def match(
         self,
         matcher: WeightMatching,
+        surveyed: Surveyed,
         remembered: Callable[[str, Callable[[], Step]], Step],
         *,
         ranks: Ranks = ALONE,
@@ -92,10 +98,12 @@ class Pair:
         """Match what both have. The alignment moves what only B has as well.
 
         Args:
+            matcher: the options.
+            surveyed: what :meth:`survey` found.
             remembered: makes a step or repeats it from a journal.
             ranks: the processes that share the work.
         """
-        hooks = Hooks(out_of_core=True, remembered=remembered, ranks=ranks)
+        hooks = Hooks(out_of_core=True, remembered=remembered, ranks=ranks, survey=surveyed.of(self.layout))
         models = self._model(self.a), self._model(self.b)
         matching = match_weights(*models, self.common, matcher, hooks, progress=progress)
         return Alignment(matching.permutations, self.whole, matching, method=as_code(matcher))

@@ -10,20 +10,19 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from fastmatch._internal.files import TORCH_SUFFIXES, load_state
 from fastmatch._internal.json_files import parse_json, read_json
-from fastmatch._internal.ranks import ALONE, Ranks, deal
 from fastmatch._internal.safetensors_file import Entry, read_entry, read_header
 from fastmatch._internal.states import check_finite
 
-__all__ = ["ADAPTER", "CONFIG", "INDEX", "SINGLE", "Checkpoint"]
+__all__ = ["ADAPTER", "CONFIG", "INDEX", "SINGLE", "Checkpoint", "digest_of_digests"]
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 MODEL_INDEX, MODULES, ADAPTER = "model_index.json", "modules.json", "adapter_config.json"
@@ -147,27 +146,21 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         if _version(file) != self._versions[file]:
             raise ValueError(f"{file}: tensor {name!r}: the file has changed since it was opened")
 
-    def digest(self, ranks: Ranks = ALONE) -> str:
-        """Return a hash of every name, shape, type and value; all tensors are read, and must be finite.
-
-        Args:
-            ranks: the processes that share the reading.
-
-        Raises:
-            ValueError: a tensor holds NaN or infinity, or cannot be read.
-        """
-        names = sorted(self)
-        owners = deal([self.headers[name].numel() for name in names], ranks.size)
-        tasks = [partial(self._digest_of, name) for name in names]
-        found = ranks.share(tasks, owners, f"the tensors of {self.path.name}")
-        return hashlib.blake2b(
-            repr(list(zip(names, found, strict=True))).encode(), digest_size=32
-        ).hexdigest()
-
-    def _digest_of(self, name: str) -> str:
+    def on_host(self, name: str) -> torch.Tensor:
+        """Read one tensor to the CPU, whatever :attr:`device` is."""
+        started = time.perf_counter()
         tensor = self._read(name)
+        self.seconds += time.perf_counter() - started
+        return tensor
+
+    def check(self, name: str, tensor: torch.Tensor) -> None:
+        """Raise ValueError if one of the tensors holds NaN or infinity."""
         check_finite({name: tensor}, str(self.path))
-        total = hashlib.blake2b(repr((tuple(tensor.shape), str(tensor.dtype))).encode(), digest_size=32)
+
+    @staticmethod
+    def digest_of(tensor: torch.Tensor) -> str:
+        """Return a hash of a tensor's shape, type and values."""
+        total = hashlib.sha256(repr((tuple(tensor.shape), str(tensor.dtype))).encode())
         if tensor.numel():
             total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return total.hexdigest()
@@ -285,6 +278,11 @@ class Checkpoint(Mapping[str, torch.Tensor]):
                     )
             self._entries.update(entries)
         return [self.path / shard for shard in shards]
+
+
+def digest_of_digests(found: Sequence[tuple[str, str]]) -> str:
+    """Return one hash of all tensors' names and hashes."""
+    return hashlib.sha256(repr(list(found)).encode()).hexdigest()
 
 
 def _version(file: Path) -> tuple[int, ...] | None:

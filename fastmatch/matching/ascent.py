@@ -22,9 +22,11 @@ from fastmatch.assignment.bounded_gain import BoundedGain
 from fastmatch.matching.device_gain import gain_solver
 from fastmatch.matching.gains import Gains
 from fastmatch.matching.greedy import greedy_order
+from fastmatch.matching.held import HeldState, hold
 from fastmatch.matching.levels import levels_of
 from fastmatch.matching.nested import match_nested
-from fastmatch.matching.objective import WeightObjective
+from fastmatch.matching.objective import Survey, WeightObjective
+from fastmatch.matching.placement import Placement
 from fastmatch.matching.sharing import Sharing
 from fastmatch.matching.small_network import plain_solver
 from fastmatch.permutations.alignment import Matching
@@ -66,6 +68,7 @@ class Hooks:
             were takes the same way, so it ends in the same permutations. On several ranks, all of them remember the
             same steps.
         ranks: the processes that share the work.
+        survey: sums over tensors that are known already.
     """
 
     bonus: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -74,6 +77,7 @@ class Hooks:
     stale: Collection[str] | None = None
     remembered: Callable[[str, Callable[[], Step]], Step] = lambda name, compute: compute()
     ranks: Ranks = field(default_factory=current)
+    survey: Survey | None = None
 
 
 class Ascent:
@@ -113,6 +117,10 @@ class Ascent:
         if hooks.ranks.is_group:  # which gains are kept must not depend on which groups this rank solves
             self.kept = problem.within(budget)
             self.gains.budget = sys.maxsize
+        self.states = [x for x in (problem.a, problem.b) if isinstance(x, HeldState)]
+        self.placement: Placement | None = None
+        self.at_hand: str | None = None
+        """The group whose tensors are in memory, if they are on disk otherwise."""
         self.solutions: dict[str, Assignment] = {}
         self.order: list[str] = []
         self.objective = [self._objective()]
@@ -123,6 +131,10 @@ class Ascent:
         before = self.permutations
         first = {step.group.name: step for step in greedy_order(self.problem, names)}
         levels = levels_of(first, self.problem.coupled, self.costs.__getitem__)
+        if self.states:
+            placed = {name: step for name, step in first.items() if step.axes}
+            again = [name for name, step in placed.items() if not step.is_complete]
+            self.placement = Placement(self.problem, self.unkept, placed, again, self.states[0])
         for name, found in progress_bar(
             self._visits(levels, {name: step.axes for name, step in first.items()}),
             "weight matching, sweep 1",
@@ -133,9 +145,11 @@ class Ascent:
                 self.stale.discard(name)
             if found is not None:
                 self.permutations = {**self.permutations, **found.permutations}
+        self._let_go()
         self.skipped += len(self.names) - self.solves
         value = self._objective()
         if value < self.objective[0]:
+            self.placement = None
             self.permutations, value, self.stale = before, self.objective[0], set(self.names)
         self._end_sweep(value)
 
@@ -151,6 +165,8 @@ class Ascent:
                 self.stale |= self.problem.coupled(name)
                 if name in self.problem.self_coupled:
                     self.stale.add(name)
+        self._let_go()
+        self.placement = None
         value = self.objective[-1]
         for name in order:  # a sum in another order has other last bits
             value += rises.get(name, 0.0)
@@ -206,6 +222,9 @@ class Ascent:
 
         def compute(name: str) -> Step:
             group = self.problem.spec.groups[name]
+            if self.states:
+                hold(self.states, [axis.parameter for axis in due[name]], group.size)
+                self.at_hand = name
             found = self._solve(group, due[name])
             rise = self.problem.change(found.permutations, self.permutations) if is_measured else 0.0
             return replace(found, value=rise)
@@ -217,6 +236,9 @@ class Ascent:
             if found.solution is not None:
                 self.solutions[name] = found.solution
             yield found
+            if self.placement is not None and not is_measured:
+                is_at_hand = self.at_hand == name and not self.hooks.ranks.is_group
+                self.placement.placed(name, self.permutations, is_at_hand=is_at_hand)
 
     def _solve(self, group: Group, axes: Sequence[Axis]) -> Step:
         name, problem = group.name, self.problem
@@ -227,12 +249,23 @@ class Ascent:
             gain = gains.of(group, axes, self.permutations)
             gain = gain + problem.bonus[name].to(gain)
         else:
-            gain = gains.cost_of(group, axes, self.permutations)
+            gain = self._gathered(group, axes)
+            if gain is None:
+                gain = gains.cost_of(group, axes, self.permutations)
         solver = (self.solver or gain_solver(gain)) if isinstance(gain, torch.Tensor) else None
         solution = solve(gain, maximize=True, warm_start=self.solutions.get(name), solver=solver)
         if isinstance(gain, BoundedGain):
             gains.spend(name, gain.share)
         return Step({name: torch.from_numpy(solution.col_ind)}, solution)
+
+    def _gathered(self, group: Group, axes: Sequence[Axis]) -> BoundedGain | None:
+        """The gain that the placement has gathered, if there is one."""
+        return None if self.placement is None else self.placement.gain_of(group, axes, self.permutations)
+
+    def _let_go(self) -> None:
+        """Hold no tensors of states on disk."""
+        for state in self.states:
+            state.want(())
 
     def _end_sweep(self, value: float) -> None:
         self.sweeps += 1

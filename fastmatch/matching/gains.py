@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fastmatch._internal.states import State, headers_of
+from fastmatch._internal.states import State, device_of, headers_of
 from fastmatch.assignment.bounded_gain import LARGEST_SHARE, BoundedGain, multiply
 from fastmatch.matching.device_gain import FactorViews, factor_views
 from fastmatch.permutations.apply import dimension_indices, permute_tensor
@@ -21,7 +21,7 @@ from fastmatch.spec import Axis, Group, Permutations, PermutationSpec
 from fastmatch_kernels._dispatch import backend_of
 from fastmatch_kernels.inner_product import moved_positions
 
-__all__ = ["Gains", "unit_rows"]
+__all__ = ["FactorsOf", "Gains", "Order", "unit_rows"]
 
 REBUILD_FRACTION = 0.9
 """A gain is rebuilt if an update would take more than this fraction of the operations."""
@@ -30,8 +30,9 @@ MAX_UPDATES = 64
 """A gain is rebuilt after this many updates, to bound their float32 rounding. It grows with the square root of their
 number and is twice that of a rebuilt gain after about 16 updates (measured on an MLP and VGG16)."""
 
-CHUNK = 1 << 23
-"""Elements of a tensor that enter a gain at a time, so that copies in the gain's dtype stay small compared with it."""
+CHUNK = 8_000_000
+"""Elements of a tensor that enter a gain at a time, so that copies in the gain's dtype stay small compared with it. In float32 they
+are below 32 MiB, up to which the C library uses memory again instead of asking the system for pages."""
 
 
 BOUNDED_UNITS, BOUNDED_PRODUCTS = 512, 1 << 30
@@ -125,14 +126,14 @@ class _Kept:
     updates: int = 0
 
 
-class _Factors:
+class FactorsOf:
     """The factors of a group's gain, read again whenever they are iterated over."""
 
     def __init__(self, gains: Gains, group: Group, axes: Sequence[Axis], permutations: Permutations) -> None:
         self.gains, self.arguments = gains, (group, axes, permutations)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for views in self.gains._pairs(*self.arguments):
+        for views in self.gains.pairs(*self.arguments):
             yield from views.pairs
 
 
@@ -162,9 +163,9 @@ class Gains:
         """
         could_keep = 4 * group.size**2 <= self.budget
         is_paid = could_keep and self.spent.get(group.name, 0.0) >= 1.0
-        if group.name in self.kept or is_paid or not self._suits_bounds(group, axes):
+        if group.name in self.kept or is_paid or not self.suits_bounds(group, axes):
             return self.of(group, axes, permutations)
-        factors: Iterable[tuple[torch.Tensor, torch.Tensor]] = _Factors(self, group, axes, permutations)
+        factors: Iterable[tuple[torch.Tensor, torch.Tensor]] = FactorsOf(self, group, axes, permutations)
         if not self.on_disk and 8 * self._elements(axes) <= HELD:
             factors = list(factors)
         gain = multiply(factors, LARGEST_SHARE if self.on_disk else PAYING_SHARE)
@@ -176,13 +177,13 @@ class Gains:
         """Note the share of a gain's products that a solve with bounds has taken."""
         self.spent[name] = self.spent.get(name, 0.0) + share
 
-    def _suits_bounds(self, group: Group, axes: Sequence[Axis]) -> bool:
+    def suits_bounds(self, group: Group, axes: Sequence[Axis]) -> bool:
         """Whether a group is large, and its tensors are on the CPU and multiplied in float32."""
         if group.size < BOUNDED_UNITS or group.size * self._elements(axes) < BOUNDED_PRODUCTS:
             return False
         pairs = [(headers_of(self.a)[x.parameter], headers_of(self.b)[x.parameter]) for x in axes]
         wide = any(a.dtype == b.dtype == torch.float64 for a, b in pairs)
-        return not wide and all(a.device.type == b.device.type == "cpu" for a, b in pairs)
+        return not wide and all(device_of(s, x.parameter) == "cpu" for s in (self.a, self.b) for x in axes)
 
     def _elements(self, axes: Sequence[Axis]) -> int:
         return sum(math.prod(self.spec.shapes[axis.parameter]) for axis in axes)
@@ -233,7 +234,7 @@ class Gains:
         self, group: Group, axes: Sequence[Axis], permutations: Permutations, out: torch.Tensor | None
     ) -> torch.Tensor:
         """Compute the gain from all axes."""
-        for k, views in enumerate(self._pairs(group, axes, permutations)):
+        for k, views in enumerate(self.pairs(group, axes, permutations)):
             if out is None:
                 first = views.pairs[0][0]
                 dtype = torch.promote_types(first.dtype, torch.float32)
@@ -246,11 +247,11 @@ class Gains:
         self, gain: torch.Tensor, group: Group, axes: Sequence[Axis], permutations: Permutations
     ) -> None:
         """Add axes that are new to a gain."""
-        for views in self._pairs(group, axes, permutations):
+        for views in self.pairs(group, axes, permutations):
             _multiply(gain, views, accumulate=True)
 
-    def _pairs(self, group: Group, axes: Sequence[Axis], permutations: Permutations) -> Iterator[FactorViews]:
-        """The (n, features) matrices of A and B, B's other axes permuted; vectors (biases, norms) joined to one.
+    def pairs(self, group: Group, axes: Sequence[Axis], permutations: Permutations) -> Iterator[FactorViews]:
+        """Yield the (n, features) matrices of A and B, B's other axes permuted; vectors (biases, norms) joined to one.
 
         On a GPU they are views, which the kernel reads through an index. Elsewhere they are copies. Each tensor is read once and released before the next, because a state may read them from disk.
         """

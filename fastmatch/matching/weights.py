@@ -11,6 +11,7 @@ import torch
 from fastmatch._internal.checks import check_choice, check_integer, check_number, check_type
 from fastmatch._internal.states import State, headers_of, state_of
 from fastmatch.matching.ascent import Ascent, Hooks
+from fastmatch.matching.held import HeldState
 from fastmatch.matching.matcher import Matcher, Model
 from fastmatch.matching.objective import Include, WeightObjective
 from fastmatch.permutations.alignment import Matching
@@ -171,7 +172,9 @@ def _match(
         )
     check_spec(spec, headers_of(a), "model_a")
     check_spec(spec, headers_of(b), "model_b")
-    problem = WeightObjective(a, b, spec, matcher.include, hooks.bonus, hooks.ranks)
+    if hooks.out_of_core:
+        a, b = HeldState(a), HeldState(b)
+    problem = WeightObjective(a, b, spec, matcher.include, hooks.bonus, hooks.ranks, hooks.survey)
     start = _start(matcher.init, spec)
     complete = check_permutations(start, spec, "init")
     threshold = matcher.tolerance * problem.scale()

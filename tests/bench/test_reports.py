@@ -31,6 +31,7 @@ PAGES = (
     "assignment_solvers",
     "balanced_matching",
     "bfloat16_screening",
+    "checkpoint_alignment",
     "device_cost",
     "first_calls",
     "greedy_initialization",
@@ -175,10 +176,11 @@ def test_the_first_second_is_timed():
 def test_a_checkpoint_is_aligned(tmp_path):
     from bench.reports import checkpoint_alignment
 
-    options = Namespace(tiny=True, dir=tmp_path / "work", groups=None)
+    options = Namespace(tiny=True, dir=tmp_path / "work", groups=None, cosines=[1.0, 0.95], append=False)
     found = checkpoint_alignment.measure(options)
-    assert found["rows"][0]["recovered"] is True
-    assert "Output equal to A: True" in checkpoint_alignment.page(found)
+    assert [row["equal to A"] for row in found["rows"]] == [True, False]
+    assert all(row["reads of A"] >= 2 and row["reads of B"] >= 3 for row in found["rows"])
+    assert "| 0.95 |" in checkpoint_alignment.page(found)
 
 
 def test_solvers_are_compared():

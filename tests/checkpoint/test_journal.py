@@ -11,8 +11,10 @@ import torch
 
 import fastmatch as fm
 from fastmatch._internal.files import load_state, save_state
+from fastmatch._internal.ranks import ALONE
 from fastmatch.checkpoint import Checkpoint, WriteOptions, align_checkpoints
 from fastmatch.checkpoint.journal import Journal, journal_path
+from fastmatch.checkpoint.survey import survey
 from helpers.networks import build, fresh_seed
 
 
@@ -139,7 +141,7 @@ def test_a_run_that_fails_before_its_first_step_leaves_no_journal(run, tmp_path,
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
 
 
-def test_values_are_hashed_and_checked_with_one_tensor_in_memory(run, tmp_path, monkeypatch):
+def test_values_are_hashed_and_checked_with_one_tensor_of_each_in_memory(run, tmp_path, monkeypatch):
     alive, most = [], []
     read = Checkpoint._read
 
@@ -150,14 +152,24 @@ def test_values_are_hashed_and_checked_with_one_tensor_in_memory(run, tmp_path, 
         return tensor
 
     monkeypatch.setattr(Checkpoint, "_read", noted)
-    checkpoint = Checkpoint(tmp_path / "a.safetensors")
-    first = checkpoint.digest()
-    assert len(most) == len(checkpoint)
-    assert max(most) <= 2  # the last one is let go when the next has been read
+    a, b = (Checkpoint(tmp_path / f"{x}.safetensors") for x in "ab")
+    first = survey(a, b, ALONE)
+    assert len(most) == len(a) + len(b)
+    assert max(most) <= 4  # the last ones are let go when the next have been read
     state = load_state(tmp_path / "a.safetensors")
     save_state(state, tmp_path / "c.pt")
-    assert Checkpoint(tmp_path / "c.pt").digest() == first
-    list(state.values())[-1].view(-1)[0] = float("inf")
+    same = survey(Checkpoint(tmp_path / "c.pt"), b, ALONE)
+    assert same == first
+    name, tensor = list(state.items())[-1]
+    assert first.sums[name] == pytest.approx(
+        [
+            float((x.double() * y.double()).sum())
+            for x, y in ((tensor, tensor), (b[name], b[name]), (tensor, b[name]))
+        ]
+    )
+    tensor.view(-1)[0] = float("inf")
     save_state(state, tmp_path / "d.pt")
-    with pytest.raises(ValueError, match=rf"d\.pt: tensor '{list(state)[-1]}' holds 1 NaN or infinite"):
-        Checkpoint(tmp_path / "d.pt").digest()
+    with pytest.raises(ValueError, match=rf"d\.pt: tensor '{name}' holds 1 NaN or infinite"):
+        survey(Checkpoint(tmp_path / "d.pt"), b, ALONE)
+    with pytest.raises(ValueError, match=rf"d\.pt: tensor '{name}' holds 1 NaN or infinite"):
+        survey(a, Checkpoint(tmp_path / "d.pt"), ALONE)
