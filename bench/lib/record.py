@@ -47,6 +47,15 @@ def record(
     return found
 
 
+def with_earlier(name: str, found: Record, *keys: str) -> Record:
+    """Return a record with the committed rows that ``found`` does not measure again: those with other values of ``keys``."""
+    if not exists(name):
+        return found
+    measured = [[row[key] for key in keys] for row in found["rows"]]
+    earlier = [row for row in read(name)["rows"] if [row[key] for key in keys] not in measured]
+    return {**found, "rows": [*earlier, *found["rows"]]}
+
+
 def read(name: str) -> Record:
     """Return the committed record of the report ``name``."""
     return json.loads((RESULTS / f"{name}.json").read_text())

@@ -12,7 +12,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from fastmatch.backends import lap, lapjv, pot, rebasin, scipy
+from fastmatch.backends import lap, lapjv, pot, rebasin, scipy, stable_diffusion
 from fastmatch.backends.patch_target import PatchTarget
 
 __all__ = ["LIBRARIES", "Installed", "installed"]
@@ -23,10 +23,12 @@ TARGETS: tuple[PatchTarget, ...] = (
     *lap.TARGETS,
     *pot.TARGETS,
     *rebasin.TARGETS,
+    *stable_diffusion.TARGETS,
 )
 
 LIBRARIES = tuple(dict.fromkeys(target.library for target in TARGETS))
-"""The names that ``installed`` takes: ``scipy``, ``lapjv``, ``lap`` (lap and lapx), ``ot`` (POT) and ``rebasin``."""
+"""The names that ``installed`` takes: ``scipy``, ``lapjv``, ``lap`` (lap and lapx), ``ot`` (POT), ``rebasin``, and for scripts that
+merge Stable Diffusion checkpoints ``ogkalu2``, ``sdnext`` and ``sd-meh``."""
 
 _lock = threading.RLock()
 _users: Counter[PatchTarget] = Counter()
@@ -64,8 +66,9 @@ class Installed(ContextDecorator):
 def installed(*libraries: str) -> Installed:
     """Return a context in which other libraries' assignment solvers are fastmatch's.
 
-    The context replaces scipy.optimize.linear_sum_assignment, lapjv.lapjv, lap.lapjv, ot.emd with uniform marginals and
-    rebasin's PermutationCoordinateDescent.calculate_permutations. It also replaces them under the names by which other
+    The context replaces scipy.optimize.linear_sum_assignment, lapjv.lapjv, lap.lapjv, ot.emd with uniform marginals,
+    rebasin's PermutationCoordinateDescent.calculate_permutations, and ``weight_matching`` of three scripts that merge Stable
+    Diffusion checkpoints. It also replaces them under the names by which other
     modules have imported them, or import them while the context is open. Leaving the context restores the originals
     everywhere, also after an exception.
 

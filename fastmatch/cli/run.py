@@ -68,11 +68,12 @@ def run_script(command: list[str]) -> None:
 
 def libraries_command(args: argparse.Namespace) -> None:
     """Print one line per library; for rebasin, which of the two packages of that name is installed."""
-    from fastmatch.backends import LIBRARIES, which_rebasin
+    from fastmatch.backends import which_rebasin
+    from fastmatch.backends.patching import TARGETS
 
     states = {}
-    for name in LIBRARIES:
-        states[name] = "found" if find_spec(name) else "not installed"
+    for name, module in {target.library: target.module for target in TARGETS}.items():
+        states[name] = "found" if find_spec(module.partition(".")[0]) else "not installed"
         if name == "rebasin" and which_rebasin():
             states[name] = f"found: the package {which_rebasin()}"
     say(args, "\n".join(f"{name:8} {state}" for name, state in states.items()), libraries=states)

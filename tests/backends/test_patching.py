@@ -110,7 +110,7 @@ def test_some_libraries_only_and_unknown_ones():
         assert current()["scipy"] is ORIGINALS["scipy"]
     with pytest.raises(ValueError, match=r"libraries: expected some of .*got 'hungarian'"):
         installed("hungarian")
-    assert set(LIBRARIES) == {"scipy", "lapjv", "lap", "ot", "rebasin"}
+    assert set(LIBRARIES) == {"scipy", "lapjv", "lap", "ot", "rebasin", "ogkalu2", "sdnext", "sd-meh"}
 
 
 def test_libraries_loaded_while_installed_are_replaced_and_importing_us_loads_none():

@@ -11,6 +11,7 @@ from numpy.random import SeedSequence
 from safetensors.torch import load_file, save_file
 
 from fastmatch.checkpoint import Checkpoint, WriteOptions, align_checkpoints
+from fastmatch.checkpoint.diffusion.components import build_component, find_components
 from fastmatch.checkpoint.diffusion.single_file import prove_file, trace_file
 from fastmatch.cli.main import main
 from fastmatch.permutations.apply import apply_permutations
@@ -190,6 +191,15 @@ def test_sdxl_names_a_linear_projection_and_added_conditions():
     ]
     assert heads
     assert set(heads) == {2}
+
+
+def test_a_table_of_positions_that_the_file_has_is_not_computed():
+    """That of SD3.5 medium takes more than two gigabytes while it is computed."""
+    shapes = real_shapes("sd3-comfyui", "diffuser")
+    (component,) = find_components(shapes, "sd3")
+    module = build_component(component, component.shapes, 1)
+    assert all(buffer.is_meta for buffer in module.buffers())
+    assert "pos_embed.pos_embed" in dict(module.named_buffers())
 
 
 REAL = {

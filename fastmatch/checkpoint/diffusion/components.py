@@ -37,6 +37,7 @@ class Kind:
         call: runs the module; returns all outputs.
         inputs: makes the inputs of ``call`` for a module.
         fixed: sizes that customs of the class set, which a reduced model keeps.
+        of_head: ends of names of tensors as long as a head, which a reduced model divides like the heads.
     """
 
     role: str
@@ -47,6 +48,7 @@ class Kind:
     call: Callable[..., Any]
     inputs: Callable[[Any], tuple[torch.Tensor, ...]]
     fixed: tuple[int, ...] = ()
+    of_head: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -133,9 +135,17 @@ def build_component(component: Component, shapes: Shapes, scale: int) -> nn.Modu
 
 
 def made_empty(make: Callable[[], nn.Module]) -> nn.Module:
-    """Return what ``make`` returns in eval mode, with its parameters on the meta device."""
-    with parameters_on_meta():
-        module = make().eval()
+    """Return what ``make`` returns in eval mode, with its parameters on the meta device.
+
+    So are its buffers, if files have all of them: the table of positions of SD3.5 would take gigabytes while it is computed.
+    """
+    with torch.device("meta"):
+        module = make()
+    saved = module.state_dict()
+    if any(name not in saved for name, _ in module.named_buffers()):
+        with parameters_on_meta():
+            module = make()
+    module = module.eval().requires_grad_(False)
     if hasattr(module, "tie_weights"):
         module.tie_weights()  # type: ignore[operator]
     return module
@@ -162,12 +172,13 @@ def _of_diffusers(
     call: Callable[..., Any],
     inputs: Callable[[Any], tuple[torch.Tensor, ...]],
     fixed: tuple[int, ...] = (),
+    of_head: tuple[str, ...] = (),
 ) -> Kind:
     def build(shapes: Shapes, scale: int) -> nn.Module:
         kind = getattr(import_diffusers(), class_name)
         return made_empty(lambda: kind(**config(shapes, scale)))
 
-    return Kind(role, class_name, marker, build, convert, call, inputs, fixed)
+    return Kind(role, class_name, marker, build, convert, call, inputs, fixed, of_head)
 
 
 def _converter(name: str, prefix: str = "") -> Callable[[Tensors, Any], Mapping[str, torch.Tensor]]:
@@ -302,7 +313,8 @@ KINDS = (
     _of_diffusers("unet", "UNet2DConditionModel", "input_blocks.0.0.weight", configs.unet,
                   _converter("convert_ldm_unet_checkpoint", "model.diffusion_model."), _unet_call, _unet_inputs),
     _of_diffusers("transformer", "SD3Transformer2DModel", "joint_blocks.0.x_block.attn.qkv.weight", configs.sd3,
-                  _converter("convert_sd3_transformer_checkpoint_to_diffusers"), _sd3_call, _sd3_inputs, (64, 256)),
+                  _converter("convert_sd3_transformer_checkpoint_to_diffusers"), _sd3_call, _sd3_inputs, (64, 256),
+                  of_head=("ln_q.weight", "ln_k.weight")),
     _of_diffusers("transformer", "FluxTransformer2DModel", "double_blocks.0.img_attn.qkv.weight", configs.flux,
                   _converter("convert_flux_transformer_checkpoint_to_diffusers"), _flux_call, _flux_inputs, (64, 256)),
     _of_diffusers("vae", "AutoencoderKL", "encoder.down.0.block.0.conv1.weight", configs.autoencoder,

@@ -18,6 +18,7 @@ from torch.func import functional_call
 
 from fastmatch.checkpoint.diffusion.components import (
     Component,
+    Kind,
     build_component,
     find_components,
     parameters_of,
@@ -186,18 +187,23 @@ def reduced_model(components: list[Component], factor: int) -> FileModel:
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for component in components:
-        fixed = component.kind.fixed
-
-        def smaller(size: int, fixed: tuple[int, ...] = fixed) -> int:
-            return size // factor if size > 64 and size % factor == 0 and size not in fixed else size
-
-        own = {name: tuple(map(smaller, shape)) for name, shape in component.shapes.items()}
+        own = {
+            name: tuple(_smaller(component.kind, name, n, factor) for n in shape)
+            for name, shape in component.shapes.items()
+        }
         if component.is_module:
             own = parameters_of(build_component(component, own, factor))
         shapes |= {component.prefix + name: shape for name, shape in own.items()}
     if sum(map(math.prod, shapes.values())) > LARGEST:
         raise ValueError(f"more than {LARGEST} parameters are left")
     return FileModel(components, shapes, factor, hollow=False)
+
+
+def _smaller(kind: Kind, name: str, size: int, factor: int) -> int:
+    """Return a size of a tensor in a reduced model."""
+    if name.endswith(kind.of_head):
+        return size // factor
+    return size // factor if size > 64 and size % factor == 0 and size not in kind.fixed else size
 
 
 def prove_file(shapes: Shapes, spec: PermutationSpec, argument: str) -> Verification:
