@@ -127,9 +127,10 @@ def _others(names: Sequence[str]) -> str:
 def check_same_names(a: State, b: State, name_a: str = "model_a", name_b: str = "model_b") -> None:
     """Raise ValueError where names of tensors differ. They are listed, with the nearest one of the other."""
     lacking, extra = [n for n in a if n not in b], [n for n in b if n not in a]
-    for names, held, where in ((b, a, name_a), (a, b, name_b)):
-        prefix = prefix_of(names, held) if lacking and extra else ""
-        if prefix:
+    for inner, held, where in ((b, a, name_a), (a, b, name_b)):
+        prefix = prefix_of(inner, held) if lacking and extra else ""
+        # A small model may have the names of a layer of another one, but seldom its shapes.
+        if prefix and all(held[prefix + name].shape == tensor.shape for name, tensor in inner.items()):
             raise ValueError(f"{where}: {under_prefix(prefix, held)}")
     if lacking:
         raise ValueError(

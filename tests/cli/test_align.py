@@ -69,7 +69,7 @@ def test_parameters_that_the_pass_does_not_read_are_refused_unless_the_user_says
     assert "'second.weight'" in capsys.readouterr().err
     assert main([*command, "--unread", "hold"]) != 0  # nothing is left to move
     assert main([*command, "--unread", "ignore"]) == 0
-    assert "1 groups" in capsys.readouterr().out
+    assert "1 group, " in capsys.readouterr().out
 
 
 def test_the_summary_says_whether_the_function_is_proved_to_stay(models, capsys):
