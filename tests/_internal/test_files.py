@@ -136,12 +136,13 @@ class Foreign:
     ({"w": torch.zeros(2), "step": 5}, "entry 'step' is int"),
     ({1: torch.zeros(2)}, "entry 1 is Tensor"),
     ({"w": Foreign()}, r"objects other than tensors: .*Foreign; save model.state_dict\(\) instead"),
-    ({"w": torch.eye(2).to_sparse()}, "tensor 'w' is not a plain dense tensor"),
+    # From torch 2.14 weights_only refuses sparse tensors itself.
+    ({"w": torch.eye(2).to_sparse()}, "tensor 'w' is not a plain dense tensor|objects other than tensors"),
     ({"w": torch.zeros(1).expand(10**6)}, "tensor 'w' of shape .* has more entries than the file stores"),
 ])  # fmt: skip
 def test_torch_files_of_other_things_than_tensors_are_refused_in_one_line(tmp_path, content, message):
     torch.save(content, tmp_path / "m.pt")
-    with pytest.raises(ValueError, match=rf"m\.pt: .*{message}") as found:
+    with pytest.raises(ValueError, match=rf"m\.pt: .*({message})") as found:
         load_state(tmp_path / "m.pt")
     assert "\n" not in str(found.value)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -144,7 +145,8 @@ def test_tensors_lists_and_other_solvers():
     best = exact_optimum(cost)
     for given in (torch.from_numpy(cost), cost.tolist(), cost.astype(">i8"), np.asfortranarray(cost)):
         assert total(cost, solve(given)) == best
-    assert total(cost, solve(cost, solver=LapJV())) == best
+    if find_spec("lapjv"):  # it has no wheel for Python 3.12 and later
+        assert total(cost, solve(cost, solver=LapJV())) == best
     row_ind, col_ind = linear_sum_assignment(torch.from_numpy(cost))
     assert int(sum(int(cost[i, j]) for i, j in zip(row_ind, col_ind, strict=True))) == best
     unsigned = torch.from_numpy(near_the_top(g, 5, 5))

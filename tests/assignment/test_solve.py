@@ -194,8 +194,6 @@ def test_bad_input():
         solve(np.ones((3, 3)), warm_start="x")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="warm_start: expected 3 duals"):
         solve(np.ones((3, 3)), warm_start=solve(np.ones((2, 2))))
-    with pytest.raises(ValueError, match="square"):
-        solve(np.ones((2, 3)), solver=LapJV())
     broken = solve(np.ones((3, 3)))
     with pytest.raises(ValueError, match="not a complete matching"):
         certificate(
@@ -285,10 +283,19 @@ def test_methods_agree():
     cost = problem("gaussian", 120, seed=fresh_seed())
     assert select_solver(cost) == (SmallDense() if cost.size <= SMALL else DenseShortlists())
     assert solve(cost, solver=SmallDense()).objective == pytest.approx(solve(cost).objective, rel=1e-12)
+
+
+def test_the_package_lapjv_as_a_solver():
+    pytest.importorskip("lapjv", reason="it has no wheel for this version of Python")
+    cost = problem("gaussian", 120, seed=fresh_seed())
     reference = solve(cost, solver=LapJV())
     assert reference.stats["solver"] == "LapJV"
     assert solve(cost, solver=DenseShortlists()).objective == pytest.approx(reference.objective, rel=1e-6)
     assert solve(cost[:1, :1], solver=LapJV()).col_ind.tolist() == [0]
+    whole = np.random.default_rng(fresh_seed()).integers(-1000, 1000, (12, 12))
+    assert solve(whole, solver=LapJV()).objective == solve(whole).objective
+    with pytest.raises(ValueError, match="square"):
+        solve(np.ones((2, 3)), solver=LapJV())
 
 
 @pytest.mark.parametrize("solver", [DenseShortlists(), SmallDense()])
