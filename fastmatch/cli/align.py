@@ -18,6 +18,7 @@ from fastmatch._internal.model_files import load_state_for, with_names_of
 from fastmatch._internal.ranks import is_first, joined
 from fastmatch._internal.states import check_finite, check_same_architecture, state_of
 from fastmatch._internal.stopwatch import Stopwatch
+from fastmatch._internal.words import count_of
 from fastmatch.cli.align_many_on_disk import add_many_options, align_many_on_disk, check_many_options
 from fastmatch.cli.groups import selected
 from fastmatch.cli.loading import build_model, build_network, example_from, function_from, load_into
@@ -43,7 +44,6 @@ from fastmatch.matching.weights import WeightMatching
 from fastmatch.merging.average import merge_states
 from fastmatch.permutations.alignment import Alignment
 from fastmatch.permutations.verify import verify
-from fastmatch.report.words import count_of
 from fastmatch.spec import PermutationSpec
 from fastmatch.spec.unread import Unread
 

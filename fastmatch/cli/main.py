@@ -104,7 +104,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0 on success; 2 after one line about wrong input; 1 after one line about any other error; 130 after Ctrl-C, and
     128 plus the number after another signal; 141 if the reader of the output has gone.
     """
-    args = _parse(sys.argv[1:] if arguments is None else arguments)
+    try:
+        with ended_by_signals():  # the command's module is imported, and torch with it
+            args = _parse(sys.argv[1:] if arguments is None else arguments)
+    except KeyboardInterrupt as interrupt:
+        return tell_interrupted(interrupt, "fastmatch: {} before it began")
     verbose, quiet = getattr(args, "verbose", False), getattr(args, "quiet", False)
     from fastmatch._internal.progress import no_progress
     from fastmatch._internal.ranks import is_first, is_launched
@@ -148,7 +152,7 @@ def _told(error: Exception, command: str, *, verbose: bool) -> int:
 
     text, is_expected = " ".join(str(error).split()), isinstance(error, (*EXPECTED, RanksError))
     if isinstance(error, OSError) and error.filename and error.strerror:
-        text = f"{error.filename}: {error.strerror[0].lower()}{error.strerror[1:]}"
+        text = f"{error.filename}: {error.strerror}"
     if not is_expected:
         text = f"{type(error).__name__}: {text} (--verbose shows where)"
     if not getattr(error, "said_by_first", False):  # of several ranks, the first has said it

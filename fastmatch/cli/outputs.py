@@ -60,7 +60,7 @@ def check_outputs(args: argparse.Namespace, **suffixes: Collection[str] | None) 
                     f"{option}: {path} is the same file as {other}; each output needs a file of its own"
                 )
             if Path(path).resolve() in inputs:
-                raise ValueError(f"{option}: {path} is an input of this command; choose another path")
+                raise ValueError(f"{option}: {path} is one of the inputs; choose another path")
             owners[Path(path).resolve()] = option
             if allowed is None:
                 folders.add(Path(path).resolve())

@@ -16,14 +16,13 @@ from fastmatch._internal.checks import check_choice
 from fastmatch._internal.progress import progress_bar
 from fastmatch._internal.ranks import Ranks, current
 from fastmatch._internal.shared_data import batches_of_rank
-from fastmatch.assignment import Solver, solve
+from fastmatch.assignment import solve
 from fastmatch.matching.device_gain import gain_solver
 from fastmatch.matching.matcher import Matcher, Model, modules_of
 from fastmatch.matching.nested import best_orders
 from fastmatch.matching.sharing import Sharing
 from fastmatch.matching.similarity import Similarity, measure_similarities
 from fastmatch.matching.sites import Reduce, choose_readings
-from fastmatch.matching.small_network import plain_solver
 from fastmatch.permutations.alignment import Matching
 from fastmatch.spec import Permutations, PermutationSpec
 from fastmatch.spec.activation_sites import Site
@@ -120,7 +119,7 @@ class ActivationMatching(Matcher):
             if inner:
                 return _match_nested(spec, name, inner)
             gain = gains[name,]
-            return _match_group(name, gain, plain_solver(spec) or gain_solver(gain))
+            return _match_group(name, gain)
 
         names = spec.top_level()
         sharing = Sharing(ranks, {name: spec.groups[name].size ** 3 for name in names}, is_bound=True)
@@ -179,8 +178,8 @@ class _Found(NamedTuple):
     gap: tuple[float, float] | None = None
 
 
-def _match_group(name: str, gain: torch.Tensor, solver: Solver | None) -> _Found:
-    solution = solve(gain, maximize=True, solver=solver)
+def _match_group(name: str, gain: torch.Tensor) -> _Found:
+    solution = solve(gain, maximize=True, solver=gain_solver(gain))
     permutation = _settled(gain, torch.from_numpy(solution.col_ind))
     after = float(_entries(gain, torch.arange(len(gain), device="cpu"), permutation).sum())
     gap = solution.gap, solution.gap_bound

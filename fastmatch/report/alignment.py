@@ -13,6 +13,7 @@ from fastmatch._internal.batches import Forward, check_data, check_module
 from fastmatch._internal.checks import check_integer
 from fastmatch._internal.states import State, check_same_architecture, headers_of, state_of
 from fastmatch._internal.stopwatch import Stopwatch
+from fastmatch._internal.words import count_of, short
 from fastmatch.evaluation.curve import Curve, interpolate
 from fastmatch.permutations.alignment import Alignment
 from fastmatch.report.content import LayerTable, Matrix, Tile
@@ -22,7 +23,6 @@ from fastmatch.report.pictures import Chart, Line, chart, matrix_image
 from fastmatch.report.report import Report
 from fastmatch.report.structure import structure_of
 from fastmatch.report.versions import versions
-from fastmatch.report.words import count_of, short
 from fastmatch.spec.common import other_sizes
 
 __all__ = ["alignment_report", "curve_charts", "curve_tiles"]

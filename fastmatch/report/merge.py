@@ -13,6 +13,7 @@ from fastmatch._internal.batches import Forward, check_data, check_module, defau
 from fastmatch._internal.coefficients import check_weights, remembered_weights
 from fastmatch._internal.states import State, check_same_architecture, state_of
 from fastmatch._internal.stopwatch import Stopwatch
+from fastmatch._internal.words import count_of, short
 from fastmatch.evaluation.layers import layer_table
 from fastmatch.evaluation.scores import Scores, score
 from fastmatch.matching.objective import included
@@ -21,7 +22,6 @@ from fastmatch.report.data import has_targets
 from fastmatch.report.measures import Layer
 from fastmatch.report.report import Report
 from fastmatch.report.versions import versions
-from fastmatch.report.words import count_of, short
 
 __all__ = ["merge_report"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING
 
+from fastmatch._internal.words import count_of, short
 from fastmatch.report.pictures import ARCS_WIDTH, ROW, arcs_of
-from fastmatch.report.words import count_of, short
 
 if TYPE_CHECKING:
     from jinja2 import Environment

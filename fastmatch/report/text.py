@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from typing import TYPE_CHECKING
 
-from fastmatch.report.words import short
+from fastmatch._internal.words import short
 
 if TYPE_CHECKING:
     from fastmatch.report.content import Content, LayerTable

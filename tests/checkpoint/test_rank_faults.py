@@ -99,7 +99,7 @@ def go_on(folder, out, size):
 
 
 def test_the_others_end_when_a_rank_is_killed_and_a_restart_goes_on(folder, seconds):
-    moment, hit = random.randint(2, 14), random.randint(0, 2)
+    moment, hit = random.randint(2, 10), random.randint(0, 2)
     print(f"moment {moment}, rank {hit}")
     run = Run(3, AT, signal.SIGKILL.value, moment, hit, *arguments_of(folder, "killed"))
     said = run.end()
@@ -108,7 +108,9 @@ def test_the_others_end_when_a_rank_is_killed_and_a_restart_goes_on(folder, seco
         assert f"rank {hit}" in said[rank], said
         assert "does not answer" in said[rank], said
     assert run.status[hit] == -signal.SIGKILL
-    assert not (folder / "killed").exists()
+    if (folder / "killed").exists():  # it had its name before the rank was killed
+        assert contents(folder / "killed") == contents(folder / "out")
+        return
     journal = journal_path(folder / "killed")
     if journal.exists():
         assert json.loads(journal.read_bytes().splitlines()[0].rpartition(b" ")[0])["run"]
@@ -137,7 +139,7 @@ def test_after_a_signal_to_all_ranks_the_first_says_what_is_left(folder):
     run = Run(2, AT, signal.SIGTERM.value, 8, "0,1", *arguments_of(folder, "interrupted"))
     said = run.end()
     assert run.status == [128 + signal.SIGTERM] * 2, said
-    assert said[0].count("interrupted; nothing is half-written") == 1
+    assert said[0].count("ended by SIGTERM; nothing is half-written") == 1
     assert said[1] == ""
     assert not (folder / "interrupted").exists()
 

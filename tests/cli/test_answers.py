@@ -15,8 +15,8 @@ PAIR = ["a.safetensors", "b.safetensors"]
 @pytest.mark.parametrize("lost", PAIR)
 def test_no_output_replaces_an_input(planted, refused, lost, force):
     before = (planted / lost).read_bytes()
-    refused(["align", *PAIR, *MODEL, "--out", lost, *force], f"--out: {lost} is an input of this command")
-    refused(["merge", *PAIR, *MODEL, "--out", lost, *force], f"--out: {lost} is an input of this command")
+    refused(["align", *PAIR, *MODEL, "--out", lost, *force], f"--out: {lost} is one of the inputs")
+    refused(["merge", *PAIR, *MODEL, "--out", lost, *force], f"--out: {lost} is one of the inputs")
     assert (planted / lost).read_bytes() == before
 
 

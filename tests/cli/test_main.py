@@ -334,7 +334,7 @@ def test_a_signal_while_torch_is_loaded_is_one_line_too(tmp_path, number):
     (tmp_path / "torch.py").write_text("import time\nprint('ready', flush=True)\ntime.sleep(60)\n")
     paths = os.pathsep.join([str(tmp_path), *sys.path])
     process = subprocess.Popen(
-        [sys.executable, "-c", "from fastmatch.cli.start import start; raise SystemExit(start())", "--version"],
+        [sys.executable, "-c", "from fastmatch.cli.start import start; raise SystemExit(start())", "distances", "a", "b"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": paths},
     )  # fmt: skip
     assert process.stdout is not None

@@ -39,7 +39,7 @@ def test_merge(models, biases):
 
 
 @pytest.mark.parametrize(("extra", "message"), [
-    (["--out", "a.safetensors"], "a.safetensors is an input"),
+    (["--out", "a.safetensors"], "a.safetensors is one of the inputs"),
     (["--out", "m.npz"], "--out"),
     (["--weights", "1", "--out", "m.pt"], "weights: expected 3"),
 ])  # fmt: skip

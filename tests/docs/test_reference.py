@@ -24,6 +24,8 @@ WHOLE_MODULES = {
     "fastmatch.backends.git_rebasin",
     "fastmatch.backends.mergekit",
     "fastmatch.backends.pleas",
+    "fastmatch.backends.sd_mecha",
+    "fastmatch.backends.stable_diffusion",
     "fastmatch.backends.zipit",
     "fastmatch.spec.formats",
 }

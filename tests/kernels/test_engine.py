@@ -8,7 +8,7 @@ import torch
 from scipy.optimize import linear_sum_assignment as scipy_lsa
 
 from fastmatch.assignment import CandidateLists, FactorCost, certificate, solve
-from fastmatch_kernels import ops as kernels
+from fastmatch_kernels import row_topk as kernels
 from helpers.kernel_cases import DEVICE
 from helpers.networks import fresh_seed
 

@@ -29,15 +29,13 @@ def test_only_larger_networks_load_compiled_kernels(width, numba):
     assert done.stdout.split() == ["True", str(numba), "False"]
 
 
-@pytest.mark.parametrize("matcher", ["weights", "activations"])
-def test_the_permutations_are_those_of_the_compiled_solver(monkeypatch, matcher):
+def test_the_permutations_are_those_of_the_compiled_solver(monkeypatch):
     torch.manual_seed(fresh_seed())
     a, b = mlp(32), mlp(32)
     x = torch.randn(64, 12)
-    by = fm.WeightMatching() if matcher == "weights" else fm.ActivationMatching([x])
-    small = fm.align(a, b, x, by)
+    small = fm.align(a, b, x)
     monkeypatch.setattr(small_network, "SMALL", 0)
-    other = fm.align(a, b, x, by)
+    other = fm.align(a, b, x)
     for name, permutation in small.permutations.items():
         assert torch.equal(permutation, other.permutations[name])
     assert all(gap <= bound for gap, bound in small.matching.gaps.values())
