@@ -29,8 +29,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PIP) install -q -c constraints.txt -e '.[dev]'
 	@touch $@
 
+# On a busy machine threads that spin while they wait take most of the time: a demo of one minute took a quarter of an hour.
 demo: $(VENV)/.installed  ## train, align, merge and renormalize on digits; pictures and numbers into out/ (WIDTH=1024)
-	@$(BIN)/python -m fastmatch demo --width $(WIDTH)
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m fastmatch demo --width $(WIDTH)
 
 test: $(VENV)/.installed  ## the tests, one process per core (JOBS=auto)
 	$(PYTEST) -m "not slow" $(HANGS)=600
