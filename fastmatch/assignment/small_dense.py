@@ -104,6 +104,9 @@ def _solve_as_square(
     if not proof:
         return state, (pairs,)
     u, v, numbers = found
+    # Of a square matrix duals may be moved by a constant; of a rectangle those of columns that are left are 0.
+    top = v.min() if maximize else v.max()
+    u, v = u + top, v - top
     sides = (v, u[:n]) if transposed else (u[:n], v)
     return state, (pairs, *sides, numbers)
 

@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status.
 
     0 on success; 2 after one line about wrong input; 1 after one line about any other error; 130 after Ctrl-C, and
-    128 plus the number after another signal; 141 if the reader of the output has gone.
+    128 plus the number after another signal; 141 if the reader of the output has gone; 3 if ``verify`` finds another function.
     """
     try:
         with ended_by_signals():  # the command's module is imported, and torch with it

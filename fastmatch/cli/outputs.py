@@ -25,7 +25,8 @@ INPUTS = ("a", "b", "checkpoint", "checkpoints", "endpoints", "recipe")
 
 def _inputs(args: argparse.Namespace) -> list[str]:
     """Return the paths that the command reads."""
-    given = [getattr(args, name, None) or [] for name in INPUTS]
+    names = (*INPUTS, "permutations") if args.command == "apply" else INPUTS
+    given = [getattr(args, name, None) or [] for name in names]
     return [path for value in given for path in ([value] if isinstance(value, str) else value)]
 
 

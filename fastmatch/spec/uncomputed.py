@@ -80,17 +80,11 @@ class Uncomputed:
             meta: dict[int, torch.Tensor] = {}
             try:
                 shaped = func(*_mapped(args, meta), **_mapped(kwargs, meta))
-            except Exception:  # it has no rule for shapes; numbers that are made up do no harm here
-                self._known[key] = _RUNS
-            else:
-                given = {id(meta[key]): k for key, k in first.items()}
-                self._known[key] = _template(shaped, given)
-        template = self._known[key]
-        return func(*args, **kwargs) if template is _RUNS else _filled(template, operands)
-
-
-_RUNS = object()
-"""In place of a template: the operation has to run."""
+            except Exception as error:  # it has no rule for shapes, and on made-up numbers it could do anything
+                raise ValuesNeeded(func.name()) from error
+            given = {id(meta[key]): k for key, k in first.items()}
+            self._known[key] = _template(shaped, given)
+        return _filled(self._known[key], operands)
 
 
 @cache
@@ -173,13 +167,15 @@ def _filled(template: Any, operands: list[torch.Tensor]) -> Any:
 def can_omit(model: nn.Module, inputs: Iterable[torch.Tensor]) -> bool:
     """Return whether it pays to leave out values, and nobody else sees them.
 
-    There are many parameters, all tensors are plain ones on the CPU, and no hook is given what modules return.
+    There are many parameters, all tensors are plain ones on the CPU, and no hook is given what modules take or return.
     """
     tensors = [*model.parameters(), *model.buffers()]
     plain = all(type(t) in (torch.Tensor, nn.Parameter) and t.device.type == "cpu" for t in tensors)
     plain = plain and all(type(t) is torch.Tensor and t.device.type == "cpu" for t in inputs)
     is_large = sum(t.numel() for t in tensors if isinstance(t, nn.Parameter)) >= LEAST
-    return plain and is_large and not any(module._forward_hooks for module in model.modules())
+    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    everywhere = torch.nn.modules.module._global_forward_hooks or torch.nn.modules.module._global_forward_pre_hooks
+    return plain and is_large and not hooked and not everywhere
 
 
 def structure_of(model: nn.Module) -> nn.Module:

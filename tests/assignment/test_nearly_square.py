@@ -34,6 +34,7 @@ def test_sums_are_solved_in_every_orientation(solver, columns, maximize, tall):
     assert found.v.shape == cost.shape[1:]
     gap, bound = fm.assignment.certificate(cost, found, maximize=maximize)
     assert gap <= bound
+    assert abs(found.u.sum() + found.v.sum() - found.objective) <= found.gap_bound, "duals are not anchored"
     pairs = fm.linear_sum_assignment(cost, maximize)
     assert cost[pairs].sum() == pytest.approx(found.objective, rel=1e-12)
 

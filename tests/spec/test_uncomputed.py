@@ -120,6 +120,15 @@ def test_what_a_model_keeps_of_the_pass_is_thrown_away(passes):
     assert torch.allclose(model(x), model.second(torch.relu(model.first(x) + model.table.sum(0))))
 
 
+def test_a_hook_before_a_module_is_given_real_activations(passes):
+    model, seen = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), []
+    model[2].register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    x = torch.randn(2, 4)
+    fm.PermutationSpec.trace(model, x)
+    assert torch.equal(seen[-1], model[1](model[0](x)))
+    assert passes == [True]
+
+
 def test_a_hook_is_given_real_activations(passes):
     torch.manual_seed(fresh_seed())
     model, x, seen = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3)), torch.randn(2, 4), []
