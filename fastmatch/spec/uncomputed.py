@@ -80,7 +80,9 @@ class Uncomputed:
             meta: dict[int, torch.Tensor] = {}
             try:
                 shaped = func(*_mapped(args, meta), **_mapped(kwargs, meta))
-            except Exception as error:  # it has no rule for shapes, and on made-up numbers it could do anything
+            except (
+                Exception
+            ) as error:  # it has no rule for shapes, and on made-up numbers it could do anything
                 raise ValuesNeeded(func.name()) from error
             given = {id(meta[key]): k for key, k in first.items()}
             self._known[key] = _template(shaped, given)
@@ -174,7 +176,9 @@ def can_omit(model: nn.Module, inputs: Iterable[torch.Tensor]) -> bool:
     plain = plain and all(type(t) is torch.Tensor and t.device.type == "cpu" for t in inputs)
     is_large = sum(t.numel() for t in tensors if isinstance(t, nn.Parameter)) >= LEAST
     hooked = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    everywhere = torch.nn.modules.module._global_forward_hooks or torch.nn.modules.module._global_forward_pre_hooks
+    everywhere = (
+        torch.nn.modules.module._global_forward_hooks or torch.nn.modules.module._global_forward_pre_hooks
+    )
     return plain and is_large and not hooked and not everywhere
 
 
