@@ -22,7 +22,7 @@ ON_GPU = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """Dtypes that the GPU kernel reads."""
 
 SMALL = 1 << 18
-"""Numbers up to which a tensor on the CPU goes through torch. That takes at most a tenth of a millisecond longer than the
+"""Numbers up to which a tensor on the CPU goes through torch. That takes a fraction of a millisecond longer than the
 kernel, which a process takes a tenth of a second to load and more than a second to compile."""
 
 Indices = Mapping[int, Tensor]
