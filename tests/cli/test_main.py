@@ -263,8 +263,19 @@ from cli_module import *
 
 def slow():
     print("ready", flush=True)
-    time.sleep(60)
+    for _ in range(600):  # in steps: a signal that another thread takes does not end the main thread's sleep
+        time.sleep(0.1)
 """
+
+
+def signalled(process, number):
+    """Send a signal to a command once it is ready; return the words for it and what the command then says."""
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    return "interrupted" if number == signal.SIGINT else f"ended by {number.name}", error
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
@@ -276,12 +287,7 @@ def test_a_signal_ends_a_command_as_ctrl_c_does(planted, number):
     process = subprocess.Popen(
         [sys.executable, "-m", "fastmatch", *line], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(number)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
-    how = "interrupted" if number == signal.SIGINT else f"ended by {number.name}"
+    how, error = signalled(process, number)
     assert error.startswith(f"fastmatch align: {how}; nothing is half-written")
     assert "the same command with --resume" in error
     assert error.count("\n") == 1
@@ -337,12 +343,7 @@ def test_a_signal_while_torch_is_loaded_is_one_line_too(tmp_path, number):
         [sys.executable, "-c", "from fastmatch.cli.start import start; raise SystemExit(start())", "distances", "a", "b"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": paths},
     )  # fmt: skip
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(number)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
-    how = "interrupted" if number == signal.SIGINT else f"ended by {number.name}"
+    how, error = signalled(process, number)
     assert error == f"fastmatch: {how} before it began\n"
 
 
