@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from fastmatch._internal.callers import warn_user
 from fastmatch._internal.divided import local_part
 
-__all__ = ["check_weights", "has_stale_note", "remember_weights", "remembered_weights"]
+__all__ = ["check_weights", "has_stale_note", "remember_weights", "remembered_weights", "warn_of_scale"]
 
 _NOTE = "fastmatch_merge_weights"
 _ENTRIES = 256
@@ -36,6 +37,13 @@ def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     if not all(abs(w) < float("inf") for w in values):
         raise ValueError(f"weights: expected finite numbers; got {values}")
     return values
+
+
+def warn_of_scale(weights: Sequence[float]) -> None:
+    """Warn of weights of a merge that do not sum to one."""
+    total = sum(weights)
+    if abs(total - 1) > 1e-6:
+        warn_user(f"merge: weights sum to {total:g}, not one: every tensor is scaled by that")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,11 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-__all__ = ["ahead", "both"]
+__all__ = ["IN_CACHE", "ahead", "both"]
+
+IN_CACHE = 1 << 14
+"""Numbers that are copied to float64 at a time. From twice as many on, torch divides the work among threads, which wait for each
+other."""
 
 S = TypeVar("S")
 T = TypeVar("T")

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import torch
 
+from fastmatch._internal.concurrent import IN_CACHE
 from fastmatch.assignment.gap import duality_gap
 from fastmatch.assignment.solution import Assignment
 
@@ -48,10 +49,6 @@ TURNS = 8
 
 MANY = 1 / 16
 """Fraction of the rows: if the bounds of more of them are too loose, the prefix grows; otherwise these rows are completed."""
-
-IN_CACHE = 1 << 14
-"""Entries that are copied to float64 at a time. From twice as many on, torch divides the work among threads, which wait for each
-other."""
 
 EPS = float(torch.finfo(torch.float32).eps)
 

@@ -120,7 +120,7 @@ class _DensePhases(Phases):
         self.distinct = False  # whether most rows have a single best column
 
     def run(self) -> bool:
-        """Solve the problem; return False if that is quicker :func:`as_square`."""
+        """Solve the problem; return False if solving it :func:`as_square` is quicker."""
         self.survey()
         return not self.free() or self.solve_free()
 

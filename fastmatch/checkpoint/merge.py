@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from fastmatch._internal.coefficients import check_weights
+from fastmatch._internal.coefficients import check_weights, warn_of_scale
 from fastmatch._internal.progress import progress_bar
 from fastmatch._internal.states import check_finite, check_same_architecture
 from fastmatch._internal.ties import tied_names
@@ -155,11 +154,7 @@ def _weights(options: MergeOptions, count: int) -> tuple[float, list[float]]:
         others = [1.0] * (count - 1) if options.weights is None else options.weights
         return 1.0, check_weights(others, count - 1)
     first, *rest = check_weights(options.weights, count)
-    total = first + sum(rest)
-    if abs(total - 1) > 1e-6:
-        warnings.warn(
-            f"merge: weights sum to {total:g}, not one: every tensor is scaled by that", stacklevel=4
-        )
+    warn_of_scale([first, *rest])
     return first, rest
 
 

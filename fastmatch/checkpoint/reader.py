@@ -6,11 +6,10 @@ until the system drops them, whereas a buffer is freed together with its tensor.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,9 +19,8 @@ import torch
 from fastmatch._internal.files import TORCH_SUFFIXES, load_state
 from fastmatch._internal.json_files import parse_json, read_json
 from fastmatch._internal.safetensors_file import Entry, read_entry, read_header
-from fastmatch._internal.states import check_finite
 
-__all__ = ["ADAPTER", "CONFIG", "INDEX", "SINGLE", "Checkpoint", "digest_of_digests"]
+__all__ = ["ADAPTER", "CONFIG", "INDEX", "SINGLE", "Checkpoint"]
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 MODEL_INDEX, MODULES, ADAPTER = "model_index.json", "modules.json", "adapter_config.json"
@@ -153,18 +151,6 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         self.seconds += time.perf_counter() - started
         return tensor
 
-    def check(self, name: str, tensor: torch.Tensor) -> None:
-        """Raise ValueError if one of the tensors holds NaN or infinity."""
-        check_finite({name: tensor}, str(self.path))
-
-    @staticmethod
-    def digest_of(tensor: torch.Tensor) -> str:
-        """Return a hash of a tensor's shape, type and values."""
-        total = hashlib.sha256(repr((tuple(tensor.shape), str(tensor.dtype))).encode())
-        if tensor.numel():
-            total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return total.hexdigest()
-
     def take_names(self, other: Checkpoint, tied: Iterable[Collection[str]]) -> None:
         """Give tensors that are stored twice in one of two checkpoints the names that ``other`` has.
 
@@ -278,11 +264,6 @@ class Checkpoint(Mapping[str, torch.Tensor]):
                     )
             self._entries.update(entries)
         return [self.path / shard for shard in shards]
-
-
-def digest_of_digests(found: Sequence[tuple[str, str]]) -> str:
-    """Return one hash of all tensors' names and hashes."""
-    return hashlib.sha256(repr(list(found)).encode()).hexdigest()
 
 
 def _version(file: Path) -> tuple[int, ...] | None:

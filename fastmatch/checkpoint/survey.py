@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,16 +10,14 @@ from functools import partial
 
 import torch
 
-from fastmatch._internal.concurrent import both
+from fastmatch._internal.concurrent import IN_CACHE, both
 from fastmatch._internal.ranks import Ranks, deal
+from fastmatch._internal.states import check_finite
 from fastmatch.checkpoint.names import Layout
-from fastmatch.checkpoint.reader import Checkpoint, digest_of_digests
+from fastmatch.checkpoint.reader import Checkpoint
 from fastmatch.matching.objective import Survey
 
 __all__ = ["Surveyed", "survey"]
-
-IN_CACHE = 1 << 14
-"""Numbers that are copied to float64 at a time. From twice as many on, torch divides the work among threads, which wait for each other."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,8 @@ def survey(a: Checkpoint, b: Checkpoint, ranks: Ranks) -> Surveyed:
     tasks = [partial(_of_tensor, a, b, name) for name in names]
     found = ranks.share(tasks, deal(sizes, ranks.size), f"the tensors of {a.path.name} and {b.path.name}")
     rows = list(zip(names, found, strict=True))
-    first = digest_of_digests([(name, mark) for name, (mark, _, _) in rows if mark])
-    second = digest_of_digests([(name, mark) for name, (_, mark, _) in rows if mark])
+    first = _hash_of_all([(name, mark) for name, (mark, _, _) in rows if mark])
+    second = _hash_of_all([(name, mark) for name, (_, mark, _) in rows if mark])
     return Surveyed((first, second), {name: sums for name, (_, _, sums) in rows if sums is not None})
 
 
@@ -75,12 +74,12 @@ def _of_tensor(a: Checkpoint, b: Checkpoint, name: str) -> tuple[str, str, tuple
     if x is None or y is None or x.shape != y.shape or not (x.is_floating_point() and y.is_floating_point()):
         for checkpoint, tensor in ((a, x), (b, y)):
             if tensor is not None:
-                checkpoint.check(name, tensor)
+                check_finite({name: tensor}, str(checkpoint.path))
         return first, second, None
     sums = squares_and_inner(x, y)
     for checkpoint, tensor, square in ((a, x, sums[0]), (b, y, sums[1])):
         if not math.isfinite(square):  # of float64, squares may overflow
-            checkpoint.check(name, tensor)
+            check_finite({name: tensor}, str(checkpoint.path))
     return first, second, sums
 
 
@@ -98,4 +97,17 @@ def _read(checkpoint: Checkpoint, name: str) -> tuple[str, torch.Tensor | None]:
     if name not in checkpoint:
         return "", None
     tensor = checkpoint.on_host(name)
-    return checkpoint.digest_of(tensor), tensor
+    return _hash_of(tensor), tensor
+
+
+def _hash_of(tensor: torch.Tensor) -> str:
+    """Return a hash of a tensor's shape, type and values."""
+    total = hashlib.sha256(repr((tuple(tensor.shape), str(tensor.dtype))).encode())
+    if tensor.numel():
+        total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def _hash_of_all(found: list[tuple[str, str]]) -> str:
+    """Return one hash of all tensors' names and hashes."""
+    return hashlib.sha256(repr(found).encode()).hexdigest()

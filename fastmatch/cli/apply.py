@@ -22,7 +22,9 @@ def add_commands(commands: Commands) -> None:
             "apply permutations.safetensors b.safetensors --out b_aligned.safetensors",
         ),
     )  # fmt: skip
-    command.add_argument("permutations", help="the .safetensors file of permutations of checkpoint B")
+    command.add_argument(
+        "alignment", metavar="permutations", help="the .safetensors file of permutations of checkpoint B"
+    )
     command.add_argument(
         "checkpoint", help="B itself, or a LoRA of B: kohya, LyCORIS, diffusers or peft names"
     )
@@ -34,7 +36,7 @@ def apply_command(args: argparse.Namespace) -> None:
     from fastmatch.checkpoint import apply_to_checkpoint
 
     check_outputs(args, out=None if Path(args.checkpoint).is_dir() else STATE_SUFFIXES)
-    alignment = Alignment.load(args.permutations)
+    alignment = Alignment.load(args.alignment)
     kind = apply_to_checkpoint(alignment, args.checkpoint, args.out, force=args.force)
     text = f"permuted the {kind} {args.checkpoint}: {alignment.moved} units moved; wrote {args.out}"
     say(args, text, kind=kind, moved=alignment.moved, out=args.out)

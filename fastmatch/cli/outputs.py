@@ -19,14 +19,13 @@ __all__ = ["CSV_SUFFIXES", "check_outputs", "say", "write_table", "write_weights
 
 CSV_SUFFIXES = frozenset({".csv"})
 
-INPUTS = ("a", "b", "checkpoint", "checkpoints", "endpoints", "recipe")
+INPUTS = ("a", "b", "alignment", "checkpoint", "checkpoints", "endpoints", "recipe")
 """Names of the arguments that hold paths of inputs, one or several."""
 
 
 def _inputs(args: argparse.Namespace) -> list[str]:
     """Return the paths that the command reads."""
-    names = (*INPUTS, "permutations") if args.command == "apply" else INPUTS
-    given = [getattr(args, name, None) or [] for name in names]
+    given = [getattr(args, name, None) or [] for name in INPUTS]
     return [path for value in given for path in ([value] if isinstance(value, str) else value)]
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
+from fastmatch._internal.callers import warn_user
 from fastmatch._internal.divided import divided_name
 from fastmatch._internal.ranks import current
 from fastmatch._internal.states import (
@@ -108,7 +108,7 @@ def align(
         check_spec(common, a, "model_a")
         spec = resized(spec, own, b)
         if own:
-            warnings.warn(_left_out(own, a, b), stacklevel=2)
+            warn_user(_left_out(own, a, b))
         warn_if_nothing_moves(spec, "align")
         proof = None
         if verify and example_inputs is not None and isinstance(model_b, nn.Module) and not is_divided:
@@ -144,10 +144,9 @@ def _left_out(names: list[str], a: State, b: State) -> str:
 def warn_if_nothing_moves(spec: PermutationSpec, function: str) -> None:
     """Warn, at the line that called ``function``, of a spec without groups."""
     if not spec.groups:
-        warnings.warn(
+        warn_user(
             f"{function}: no group of units is free to move, so nothing will be matched; "
-            "`fastmatch inspect` or spec.table() lists what pins them",
-            stacklevel=3,
+            "`fastmatch inspect` or spec.table() lists what pins them"
         )
 
 

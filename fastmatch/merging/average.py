@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Literal, TypeAlias, overload
 
 import torch
 from torch import nn
 
+from fastmatch._internal.callers import warn_user
 from fastmatch._internal.checks import check_choice
-from fastmatch._internal.coefficients import check_weights, remember_weights
+from fastmatch._internal.coefficients import check_weights, remember_weights, warn_of_scale
 from fastmatch._internal.modules import with_state
 from fastmatch._internal.ranks import is_divided
 from fastmatch._internal.states import State, check_finite, check_models, check_same_architecture, state_of
@@ -131,18 +131,13 @@ def merge(
     alphas = check_weights(weights, len(models))
     if biases == "normalize" and min(alphas) < 0:
         raise ValueError(f'weights: expected numbers of at least 0 for biases="normalize", got {alphas}')
-    total = sum(alphas)
-    if abs(total - 1.0) > 1e-6:
-        warnings.warn(
-            f"merge: weights sum to {total:g}, not one: every tensor is scaled by that", stacklevel=2
-        )
+    warn_of_scale(alphas)
     merged = merge_states(states, alphas)
     if biases == "normalize":
         norms = norms_in(models[0])
         if norms:
-            warnings.warn(
-                f'merge: biases="normalize" is for networks without norms, which restore the signal themselves; got {norms}',
-                stacklevel=2,
+            warn_user(
+                f'merge: biases="normalize" is for networks without norms, which restore the signal themselves; got {norms}'
             )
         for name, depth in bias_depths(models[0]).items():
             merged |= merge_states([{name: s[name]} for s in states], [a**depth for a in alphas])

@@ -6,10 +6,12 @@ the merge::
     W = argmin ||X W^T - Z||^2 / rows + lambda ||W - W0||^2,   b = mean(Z) - W mean(X)
       = W0 + (Cov(Z, X) - W0 Cov(X, X)) (Cov(X, X) + lambda I)^-1
 
-lambda is ``ridge`` times the mean variance of the inputs. What inputs cannot explain is lost, so the fit has less variance than Z,
-layer after layer. ``restore_variance`` therefore scales each output's weights until its variance is that of Z. The covariances are summed over the data batch by batch, so rows are never
-kept. The rows of a convolution are the patches that its kernel sees. Weights that are zero stay zero: each output then has
-a system of its own, over the weights that it has, as in SparseGPT.
+lambda is ``ridge`` times the mean variance of the inputs. What inputs cannot explain is lost, so the fit has less variance
+than Z, layer after layer. ``restore_variance`` therefore scales each output's weights until its variance is that of Z.
+
+The covariances are summed over the data batch by batch, so rows are never kept. The rows of a convolution are the patches
+that its kernel sees. Weights that are zero stay zero: each output then has a system of its own, over the weights that it
+has, as in SparseGPT.
 
 Sources: Nasery et al. 2024 (PLeaS); Frantar and Alistarh 2023 (SparseGPT).
 """
@@ -30,6 +32,7 @@ from fastmatch._internal.progress import progress_bar
 from fastmatch.renorm.hooks import reset_hooks
 from fastmatch.renorm.layers import Layer, bias_mask, by_outputs, channel_dim, raw_weight
 from fastmatch.renorm.lockstep import Lockstep
+from fastmatch.renorm.options import Renormalization
 from fastmatch_kernels import ops as kernels
 from fastmatch_kernels.moments.reference import Moments
 
@@ -277,8 +280,7 @@ def fit_jointly(
     ends: tuple[Sequence[nn.Module], Sequence[float]],
     batches: Iterable[Any],
     forward: Forward,
-    ridge: float,
-    restore_variance: bool,
+    options: Renormalization,
 ) -> None:
     """Fit every layer to the mean of the endpoints' inputs and outputs, one batch at a time; then write all layers.
 
@@ -287,7 +289,7 @@ def fit_jointly(
         ends: the endpoints and their weights.
         batches: read once.
         forward: runs a model on a batch.
-        ridge, restore_variance: see this module.
+        options: with ``ridge`` and ``restore_variance``.
     """
     known = _Ends(*ends)
     by_name = {fit.name: fit for fit in fits}
@@ -312,7 +314,7 @@ def fit_jointly(
             ):
                 pass
     for fit in fits:
-        fit.write(ridge, restore_variance=restore_variance)
+        fit.write(options.ridge, restore_variance=options.restore_variance)
 
 
 def fit_sequentially(
@@ -321,8 +323,7 @@ def fit_sequentially(
     ends: tuple[Sequence[nn.Module], Sequence[float]],
     batches: Sequence[Any],
     forward: Forward,
-    ridge: float,
-    restore_variance: bool,
+    options: Renormalization,
     progress: bool | None,
 ) -> None:
     """Fit layer after layer of ``model``: each to the inputs that the layers before it give now.
@@ -335,7 +336,7 @@ def fit_sequentially(
         ends: the endpoints and their weights.
         batches: all of them.
         forward: runs a model on a batch.
-        ridge, restore_variance: see this module.
+        options: with ``ridge`` and ``restore_variance``.
         progress: show a bar; None shows it on a terminal.
     """
     known = _Ends(*ends)
@@ -350,7 +351,7 @@ def fit_sequentially(
         once.see(name)
         for k, inputs in enumerate(own):
             by_name[name].add(inputs, known.mean(values[k * each + 1 : (k + 1) * each]))
-        by_name[name].write(ridge, restore_variance=restore_variance)
+        by_name[name].write(options.ridge, restore_variance=options.restore_variance)
         return values
 
     lockstep = Lockstep(answer)

@@ -140,8 +140,8 @@ def renormalize_many(
     alphas = _weights_of_merges(models, notes, endpoints, weights, plan)
     read = partial(batches_of, data, samples=options.samples, progress=progress)
     if plan.method == "least-squares":
-        how = plan, options, forward, progress
-        news, plan = _fitted(models, notes, endpoints, alphas, read("least squares"), how)
+        batches = read("least squares")
+        news, plan = _fitted(models, endpoints, alphas, batches, plan, options, forward, progress)
         _warn_of_modules_left_alone(plan)
         return news
     statistics = None
@@ -181,14 +181,15 @@ def renormalize_many(
 
 def _fitted(
     models: Sequence[nn.Module],
-    notes: Sequence[tuple[float, ...] | None],
     endpoints: Sequence[nn.Module] | EndpointStatistics | None,
     alphas: Sequence[Sequence[float]],
     batches: Iterable[Any],
-    how: tuple[Plan, Renormalization, Forward, bool | None],
+    plan: Plan,
+    options: Renormalization,
+    forward: Forward,
+    progress: bool | None,
 ) -> tuple[list[nn.Module], Plan]:
     """Return the merges with every layer fitted to the endpoints' outputs, and what was done."""
-    plan, options, forward, progress = how
     if endpoints is None or isinstance(endpoints, EndpointStatistics):
         raise ValueError(
             'endpoints: method "least-squares" compares outputs sample by sample, so it needs the models; got '
@@ -200,16 +201,13 @@ def _fitted(
         batches = list(batches)
     news: list[nn.Module] = []
     done = plan
-    for model, alpha, known in zip(models, alphas, notes, strict=True):
-        new = copy_module(model)
+    for model, alpha in zip(models, alphas, strict=True):
+        new, known = copy_module(model), remembered_weights(model)
         fits = [LayerFit(name, layer) for name, layer in survey(new, plan.layers)[0].items()]
         if options.mode == "sequential":
-            ends = endpoints, alpha
-            fit_sequentially(
-                new, fits, ends, list(batches), forward, options.ridge, options.restore_variance, progress
-            )
+            fit_sequentially(new, fits, (endpoints, alpha), list(batches), forward, options, progress)
         else:
-            fit_jointly(fits, (endpoints, alpha), batches, forward, options.ridge, options.restore_variance)
+            fit_jointly(fits, (endpoints, alpha), batches, forward, options)
         idle = [fit.name for fit in fits if not fit.has_run]
         done = _without_unmeasured(plan, idle, explicit=options.layers is not None)
         remember_plan(new, done, {})

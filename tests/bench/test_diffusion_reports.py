@@ -10,13 +10,13 @@ import pytest
 from bench.lib.diffusion_shapes import SD1, SDXL, UNET, sd35_shapes, shapes_of, unet_shapes
 from bench.reports import diffusion_alignment, diffusion_many, diffusion_names
 from fastmatch.checkpoint.diffusion.single_file import prove_file, trace_file
-from helpers.diffusion import real_shapes
+from helpers.diffusion import listed_shapes
 
 
 @pytest.mark.parametrize(("file", "unet"), [("sd1-ldm", SD1), ("sdxl-sgm", SDXL)])
 def test_made_names_of_a_unet_are_those_of_real_files(file, unet):
     made = {UNET + name: shape for name, shape in unet_shapes(unet).items()}
-    assert made == real_shapes(file, "diffuser")
+    assert made == listed_shapes(file, "diffuser")
 
 
 PUBLISHED = {

@@ -15,7 +15,7 @@ from fastmatch.checkpoint.diffusion.components import build_component, find_comp
 from fastmatch.checkpoint.diffusion.single_file import prove_file, trace_file
 from fastmatch.cli.main import main
 from fastmatch.permutations.apply import apply_permutations
-from helpers.diffusion import TINY_UNET, diffusers, random_file, real_shapes, small_shapes
+from helpers.diffusion import TINY_UNET, diffusers, listed_shapes, random_file, small_shapes
 
 UNET = "model.diffusion_model."
 
@@ -195,7 +195,7 @@ def test_sdxl_names_a_linear_projection_and_added_conditions():
 
 def test_a_table_of_positions_that_the_file_has_is_not_computed():
     """That of SD3.5 medium takes more than two gigabytes while it is computed."""
-    shapes = real_shapes("sd3-comfyui", "diffuser")
+    shapes = listed_shapes("sd3-comfyui", "diffuser")
     (component,) = find_components(shapes, "sd3")
     module = build_component(component, component.shapes, 1)
     assert all(buffer.is_meta for buffer in module.buffers())
@@ -211,7 +211,7 @@ REAL = {
 @pytest.mark.slow
 @pytest.mark.parametrize(("file", "component"), [(f, c) for f, parts in REAL.items() for c in parts])
 def test_real_sizes_are_traced_and_a_reduced_model_is_proved(file, component):
-    shapes = real_shapes(file, component)
+    shapes = listed_shapes(file, component)
     spec = trace_file(shapes, file)
     assert prove_file(shapes, spec, file).error < 1e-12
     numbers = {name: torch.Size(shape).numel() for name, shape in spec.shapes.items()}

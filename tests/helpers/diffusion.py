@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
+from bench.lib.diffusion_shapes import listed_shapes
 from fastmatch.checkpoint.diffusion.components import find_components
 
 diffusers = pytest.importorskip("diffusers")
@@ -43,23 +42,9 @@ CLIP = {
 
 
 @functools.cache
-def real_shapes(name: str, *components: str) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the tensors in a real file, such as ``"sd1-ldm"``, without those that files may leave out."""
-    folder = Path(sd_mecha.__file__).parent / "extensions/builtin/model_configs"
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    tables = yaml.load((folder / f"{name}.yaml").read_text(), loader)["components"]
-    return {
-        key: tuple(entry["shape"])
-        for component in components or tables
-        for key, entry in tables[component].items()
-        if not entry.get("optional")
-    }
-
-
-@functools.cache
 def names_in_file(file: str, component: str) -> dict[str, str]:
     """Name of a parameter of the module -> its name in the real file."""
-    (found,) = find_components(real_shapes(file, component), file)
+    (found,) = find_components(listed_shapes(file, component), file)
     return {name: found.prefix + source.parts[0].name for name, source in found.layout.items()}
 
 
