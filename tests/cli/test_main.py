@@ -263,9 +263,14 @@ from cli_module import *
 
 def slow():
     print("ready", flush=True)
-    for _ in range(600):  # in steps: a signal that another thread takes does not end the main thread's sleep
-        time.sleep(0.1)
+    time.sleep(60)
 """
+
+
+def _unignore_signals():
+    """Give a command the signals of a foreground job: a job in the background inherits an ignored SIGINT."""
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def signalled(process, number):
@@ -285,8 +290,9 @@ def test_a_signal_ends_a_command_as_ctrl_c_does(planted, number):
     (planted / ".o.pt.journal").write_text("")
     line = ["align", *PAIR, "--model", "waiting.py:slow", "--out", "o.pt"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "fastmatch", *line], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-m", "fastmatch", *line],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=_unignore_signals,
+    )  # fmt: skip
     how, error = signalled(process, number)
     assert error.startswith(f"fastmatch align: {how}; nothing is half-written")
     assert "the same command with --resume" in error
@@ -342,6 +348,7 @@ def test_a_signal_while_torch_is_loaded_is_one_line_too(tmp_path, number):
     process = subprocess.Popen(
         [sys.executable, "-c", "from fastmatch.cli.start import start; raise SystemExit(start())", "distances", "a", "b"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": paths},
+        preexec_fn=_unignore_signals,
     )  # fmt: skip
     how, error = signalled(process, number)
     assert error == f"fastmatch: {how} before it began\n"
@@ -354,7 +361,7 @@ def test_a_terminal_that_closes_ends_the_command_with_its_status(planted):
     shell, terminal = os.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "fastmatch", "align", *PAIR, "--model", "waiting.py:slow", "--out", "o.pt"],
-        stdout=subprocess.PIPE, stderr=terminal, text=True,
+        stdout=subprocess.PIPE, stderr=terminal, text=True, preexec_fn=_unignore_signals,
     )  # fmt: skip
     os.close(terminal)
     assert process.stdout is not None
