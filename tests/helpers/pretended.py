@@ -397,6 +397,8 @@ def pretended_cuda(capability: tuple[int, int] = (9, 0), index: int = 0) -> Iter
         (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
         *_seen(dispatch),
         (dispatch, "_without_kernels", {}),
+        # A torch built with CUDA would call cuDNN for these tensors, which lie on the CPU.
+        (torch.backends.cudnn, "enabled", False),
         (lockstep, "_as_this_thread", in_thread),
         (GridExecutor, "__call__", _launch(GridExecutor.__call__)),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from helpers.networks import fresh_seed
 from helpers.operators import PAGE, TOLERANCE, UNTESTED, accepted, outcomes, page
@@ -21,4 +22,7 @@ def test_an_operator_moves_with_its_operands(name):
 
 
 def test_the_page_of_operators_is_current():
+    pinned = (PAGE.parents[1] / "constraints.txt").read_text().partition("torch==")[2].split()[0]
+    if torch.__version__.partition("+")[0] != pinned:
+        pytest.skip(f"the page lists the operators of torch {pinned}")
     assert PAGE.read_text() == page(), "write it again: PYTHONPATH=tests python -m helpers.operators"
