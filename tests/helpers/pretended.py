@@ -397,8 +397,6 @@ def pretended_cuda(capability: tuple[int, int] = (9, 0), index: int = 0) -> Iter
         (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
         *_seen(dispatch),
         (dispatch, "_without_kernels", {}),
-        # A torch built with CUDA would call cuDNN for these tensors, which lie on the CPU.
-        (torch.backends.cudnn, "enabled", False),
         (lockstep, "_as_this_thread", in_thread),
         (GridExecutor, "__call__", _launch(GridExecutor.__call__)),
     ]
@@ -408,6 +406,8 @@ def pretended_cuda(capability: tuple[int, int] = (9, 0), index: int = 0) -> Iter
         for owner, name, value in patches:
             stack.enter_context(mock.patch.object(owner, name, value))
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, overwrite)
+        # A torch built with CUDA would call cuDNN for these tensors, which lie on the CPU.
+        stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         stack.enter_context(_Mode())
         device = torch.device("cuda", index)
         yield Gpu(index, lambda x: Pretended(x.detach().clone(), device), has_autograd=False)
