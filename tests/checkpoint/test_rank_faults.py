@@ -6,67 +6,39 @@ import json
 import os
 import random
 import signal
-import socket
-import subprocess
-import sys
 import time
 
 import pytest
 
+from fastmatch._internal import ranks
 from fastmatch.checkpoint.journal import journal_path
+from fastmatch.cli.main import main
 from helpers.llama_pair import contents, write_llama_pair
+from helpers.ranked import CommandOnRanks
 
 pytest.importorskip("transformers")
 
-AT = """
-import os, sys
-from fastmatch._internal import ranks
-from fastmatch.cli.main import main
-number, moment, hit = int(sys.argv[1]), int(sys.argv[2]), [int(r) for r in sys.argv[3].split(",")]
-exchange, left = ranks._Group.exchange, [moment]
-def counted(self, value, what):
-    left[0] -= 1
-    if self.rank in hit and not left[0]:
-        os.kill(os.getpid(), number)
-    return exchange(self, value, what)
-ranks._Group.exchange = counted
-sys.exit(main(["align", *sys.argv[4:]]))
-"""
-"""The command, whose ranks ``hit`` send themselves a signal before their exchange of a number."""
-
-COMMAND = "import sys; from fastmatch.cli.main import main; sys.exit(main(['align', *sys.argv[1:]]))"
 PATIENT = 300
 """Seconds that ranks wait for each other where a fault must be found without the timeout."""
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def align(*arguments):
+    """Run the command and return its status."""
+    return main(["align", *map(str, arguments)])
 
 
-class Run:
-    """Processes that are ranks of one command."""
+def align_until(number, moment, hit, *arguments):
+    """Run the command, whose ranks ``hit`` send themselves a signal before their exchange of a number."""
+    exchange, left = ranks._Group.exchange, [moment]
 
-    def __init__(self, size, *arguments, timeout=PATIENT, started=None):
-        environment = {**os.environ, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
-        environment |= {"FASTMATCH_TIMEOUT": str(timeout), "MASTER_PORT": str(free_port())}
-        self.ranks = [
-            subprocess.Popen(
-                [sys.executable, "-c", *map(str, arguments)], env={**environment, "RANK": str(rank)},
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            )
-            for rank in range(size if started is None else started)
-        ]  # fmt: skip
+    def counted(self, value, what):
+        left[0] -= 1
+        if self.rank in hit and not left[0]:
+            os.kill(os.getpid(), number)
+        return exchange(self, value, what)
 
-    def end(self, stopped=()):
-        """Wait for all ranks but those that are stopped, and return what each wrote to standard error."""
-        said = {r: run.communicate(timeout=600)[1] for r, run in enumerate(self.ranks) if r not in stopped}
-        for rank in stopped:
-            self.ranks[rank].kill()
-            self.ranks[rank].communicate()
-        self.status = [run.returncode for run in self.ranks]
-        return said
+    ranks._Group.exchange = counted  # in a process of its own
+    return align(*arguments)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +52,7 @@ def folder(tmp_path_factory):
 def seconds(folder):
     """The seconds of an undisturbed run of three ranks, which writes ``out``."""
     begun = time.monotonic()
-    run = Run(3, COMMAND, *arguments_of(folder, "out"))
+    run = CommandOnRanks(folder, 3, align, *arguments_of(folder, "out"), timeout=PATIENT)
     run.end()
     assert run.status == [0, 0, 0]
     return time.monotonic() - begun
@@ -92,7 +64,7 @@ def arguments_of(folder, out):
 
 def go_on(folder, out, size):
     """Repeat a command with another number of ranks, and return the files that it writes."""
-    run = Run(size, COMMAND, *arguments_of(folder, out), "--resume")
+    run = CommandOnRanks(folder, size, align, *arguments_of(folder, out), "--resume", timeout=PATIENT)
     said = run.end()
     assert run.status == [0] * size, said
     return contents(folder / out)
@@ -101,7 +73,8 @@ def go_on(folder, out, size):
 def test_the_others_end_when_a_rank_is_killed_and_a_restart_goes_on(folder, seconds):
     moment, hit = random.randint(2, 10), random.randint(0, 2)
     print(f"moment {moment}, rank {hit}")
-    run = Run(3, AT, signal.SIGKILL.value, moment, hit, *arguments_of(folder, "killed"))
+    arguments = arguments_of(folder, "killed")
+    run = CommandOnRanks(folder, 3, align_until, signal.SIGKILL, moment, [hit], *arguments, timeout=PATIENT)
     said = run.end()
     for rank in {0, 1, 2} - {hit}:
         assert run.status[rank] == 2, said
@@ -118,25 +91,27 @@ def test_the_others_end_when_a_rank_is_killed_and_a_restart_goes_on(folder, seco
 
 
 def test_a_rank_that_stops_ends_the_others_after_the_timeout(folder):
-    run = Run(2, AT, signal.SIGSTOP.value, 6, 1, *arguments_of(folder, "stopped"), timeout=30)
+    arguments = arguments_of(folder, "stopped")
+    run = CommandOnRanks(folder, 2, align_until, signal.SIGSTOP, 6, [1], *arguments, timeout=10)
     said = run.end(stopped=[1])
     assert run.status[0] == 2, said
     assert "rank 1 does not answer" in said[0]
-    assert "no answer in 30 seconds" in said[0]
+    assert "no answer in 10 seconds" in said[0]
     assert not (folder / "stopped").exists()
 
 
 def test_a_rank_that_never_comes_is_named_by_all_others(folder):
-    run = Run(3, COMMAND, *arguments_of(folder, "absent"), timeout=20, started=2)
+    run = CommandOnRanks(folder, 3, align, *arguments_of(folder, "absent"), timeout=10, started=2)
     said = run.end()
     assert run.status == [2, 2]
     for text in said.values():
-        assert "rank 2 did not come to the start of the run in 20 seconds" in text, said
+        assert "rank 2 did not come to the start of the run in 10 seconds" in text, said
     assert not (folder / "absent").exists()
 
 
 def test_after_a_signal_to_all_ranks_the_first_says_what_is_left(folder):
-    run = Run(2, AT, signal.SIGTERM.value, 8, "0,1", *arguments_of(folder, "interrupted"))
+    arguments = arguments_of(folder, "interrupted")
+    run = CommandOnRanks(folder, 2, align_until, signal.SIGTERM, 8, [0, 1], *arguments, timeout=PATIENT)
     said = run.end()
     assert run.status == [128 + signal.SIGTERM] * 2, said
     assert said[0].count("ended by SIGTERM; nothing is half-written") == 1
@@ -150,7 +125,7 @@ def test_a_rank_that_is_killed_at_any_time_leaves_a_complete_output_or_none(fold
     generator = random.Random(number)
     hit, moment, size = generator.randrange(3), generator.random() * seconds, generator.choice((1, 2, 4))
     out = f"killed{number}"
-    run = Run(3, COMMAND, *arguments_of(folder, out))
+    run = CommandOnRanks(folder, 3, align, *arguments_of(folder, out), timeout=PATIENT)
     time.sleep(moment)
     run.ranks[hit].kill()
     said = run.end()
