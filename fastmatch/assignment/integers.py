@@ -156,10 +156,11 @@ def _integer_duals(v: np.ndarray) -> np.ndarray:
     Rounding all duals down keeps them optimal, if a fraction that is only rounding error is not taken for one. So the
     fractions are cut where no dual is near.
     """
-    fractions = np.sort(v - np.floor(v))
+    whole = np.floor(v)
+    fractions = np.sort(v - whole)
     gaps = np.diff(fractions, append=fractions[:1] + 1)
     k = int(np.argmax(gaps))
-    return np.floor(v - (fractions[k] + gaps[k] / 2)) + 1
+    return whole + (v - whole > fractions[k] + gaps[k] / 2)  # beyond 2^52 float64 holds no sum of a dual and a fraction
 
 
 def _sum(duals: _Duals, more: np.ndarray) -> _Duals:

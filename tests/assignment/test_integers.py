@@ -139,6 +139,14 @@ def test_integers_that_only_sums_take_beyond_2_53_are_exact():
     assert total(cost, solve(cost)) == exact_optimum(cost)
 
 
+def test_the_certificate_holds_for_duals_that_are_odd_and_beyond_2_52():
+    g = np.random.default_rng(fresh_seed())
+    cost = np.sort(g.integers(-(2**52), 2**52, (30, 30)))  # each row in order
+    found = solve(cost)
+    assert 2**52 < np.abs(found.v).max() < 2**53
+    assert certificate(cost, found) == (0.0, 0.0)
+
+
 def test_tensors_lists_and_other_solvers():
     g = np.random.default_rng(fresh_seed())
     cost = whole_range(g, 12, 12)
