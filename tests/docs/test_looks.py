@@ -25,17 +25,22 @@ PAGES = (
 )
 
 
-@pytest.mark.parametrize("page", PAGES)
 @pytest.mark.parametrize(("width", "dark"), [(360, True), (1280, False)])
-def test_a_page_fits_its_window(site: Path, tmp_path: Path, page: str, width: int, dark: bool):
-    assert faults(site / page, width, tmp_path, dark=dark) == []
+def test_every_page_fits_its_window(site: Path, tmp_path: Path, width: int, dark: bool):
+    assert faults([site / page for page in PAGES], width, tmp_path, dark=dark) == {}
 
 
 def test_what_does_not_fit_is_found(tmp_path: Path):
-    page = tmp_path / "page.html"
+    page, good = tmp_path / "page.html", tmp_path / "good.html"
+    good.write_text("<!doctype html><body><p>fits</p></body>")
     page.write_text(
         "<!doctype html><body><p>fits</p><div class='wide' style='width:900px'>x</div><img alt='gone' src='none.png'>"
         "<div style='overflow:auto'><div style='width:900px'>scrolls</div></div></body>"
     )
-    assert [text.split(" to ")[0] for text in faults(page, 360, tmp_path)] == ["DIV.wide", "image gone"]
-    assert [text.split(" to ")[0] for text in faults(page, 1280, tmp_path)] == ["image gone"]
+
+    def found(width: int) -> list[str]:
+        (texts,) = faults([good, page], width, tmp_path).values()
+        return [text.split(" to ")[0] for text in texts]
+
+    assert found(360) == ["DIV.wide", "image gone"]
+    assert found(1280) == ["image gone"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -13,9 +15,13 @@ from helpers.networks import fresh_seed
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("sign", [1.0, -1.0])
+EVERY_NIGHT = list(product(DTYPES, (False, True), (1.0, -1.0)))
+EVERY_TIME = [(DTYPES[k % 3], *kind) for k, kind in enumerate(product((False, True), (1.0, -1.0)))]
+
+
+@pytest.mark.parametrize(("dtype", "transposed", "sign"), [
+    kind if kind in EVERY_TIME else pytest.param(*kind, marks=pytest.mark.slow) for kind in EVERY_NIGHT
+])  # fmt: skip
 def test_lists_and_minima_are_valid(gpu, dtype, transposed, sign):
     seed = fresh_seed()
     torch.manual_seed(seed)

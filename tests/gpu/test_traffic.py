@@ -124,9 +124,12 @@ def test_a_solve_waits_for_its_check_once(gpu):
     assert on_gpu.scale() == pytest.approx(on_cpu.scale(), rel=1e-10)
 
 
-@pytest.mark.parametrize("metric", ["dot", "l2"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_a_factor_cost_brings_lists(gpu, dtype, metric):
+@pytest.mark.parametrize(("metric", "dtype"), [
+    ("dot", torch.float32), ("l2", torch.bfloat16), ("dot", torch.float64),
+    *(pytest.param(*kind, marks=pytest.mark.slow)
+      for kind in (("l2", torch.float32), ("dot", torch.bfloat16), ("l2", torch.float64))),
+])  # fmt: skip
+def test_a_factor_cost_brings_lists(gpu, metric, dtype):
     torch.manual_seed(fresh_seed())
     n = 96
     a, b = torch.randn(n, 20).to(dtype), torch.randn(n, 20).to(dtype)

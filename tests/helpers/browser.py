@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,8 @@ import pytest
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 SCRIPT = """
-addEventListener("load", () => setTimeout(() => {
-  const inner = document.querySelector("iframe").contentDocument, found = [];
+const faults = frame => {
+  const inner = frame.contentDocument, found = [];
   const width = inner.documentElement.clientWidth;
   const scrolls = e => { for (; e; e = e.parentElement)
     if (["auto", "scroll", "hidden", "clip"].includes(inner.defaultView.getComputedStyle(e).overflowX)
@@ -26,7 +27,10 @@ addEventListener("load", () => setTimeout(() => {
       found.push(e.tagName + "." + e.getAttribute("class") + " to " + Math.round(box.right) + " of " + width);
   }
   for (const e of inner.images) if (!e.complete || !e.naturalWidth) found.push("image " + e.alt);
-  document.body.dataset.found = JSON.stringify(found);
+  return found;
+};
+addEventListener("load", () => setTimeout(() => {
+  document.body.dataset.found = JSON.stringify([...document.querySelectorAll("iframe")].map(faults));
 }, 50));
 """
 
@@ -52,19 +56,24 @@ def run(folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def faults(page: Path, width: int, folder: Path, *, dark: bool = False) -> list[str]:
-    """Return the elements that reach outside a window of ``width`` pixels, and the images that do not load."""
+def faults(pages: Sequence[Path], width: int, folder: Path, *, dark: bool = False) -> dict[str, list[str]]:
+    """Return page -> the elements that reach outside a window of ``width`` pixels, and the images that do not load.
+
+    Pages without a fault are left out. All are opened at once, because a browser takes longer to start than a page to load.
+    """
     frame = folder / f"frame-{width}.html"
-    source = html.escape(page.resolve().as_uri(), quote=True)
-    frame.write_text(
-        f'<!doctype html><body style="margin:0"><iframe src="{source}" style="width:{width}px;height:900px;border:0">'
-        f"</iframe><script>{SCRIPT}</script></body>"
+    frames = "".join(
+        f'<iframe src="{html.escape(page.resolve().as_uri(), quote=True)}" style="width:{width}px;height:900px;border:0">'
+        "</iframe>"
+        for page in pages
     )
+    frame.write_text(f'<!doctype html><body style="margin:0">{frames}<script>{SCRIPT}</script></body>')
     palette = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
     text = run(folder, palette, "--virtual-time-budget=4000", "--dump-dom", frame.resolve().as_uri())
     found = re.search(r'data-found="([^"]*)"', text)
     assert found, text[:500]
-    return json.loads(html.unescape(found[1]))
+    texts = json.loads(html.unescape(found[1]))
+    return {str(page): text for page, text in zip(pages, texts, strict=True) if text}
 
 
 def picture(

@@ -69,7 +69,7 @@ def test_what_does_not_fit_is_refused(names):
 def test_nothing_overflows(names, tmp_path, width):
     ends = [names["model_a"], names["model_b"]]
     fm.merge_report(names["merged"], ends, names["test_loader"]).save(tmp_path / "merge.html")
-    assert faults(tmp_path / "merge.html", width, tmp_path) == []
+    assert faults([tmp_path / "merge.html"], width, tmp_path) == {}
 
 
 def test_names_may_be_those_of_the_stages_or_alike(names):

@@ -150,11 +150,10 @@ def test_the_text_fits_a_screen(report, alignment, names):
     assert any("weakest of 39 rows" in line for line in lines)
 
 
-@pytest.mark.parametrize("width", [360, 800, 1280])
-@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize(("width", "dark"), [(360, True), (800, False), (1280, True), (1280, False)])
 def test_nothing_overflows(report, tmp_path, width, dark):
     report.save(tmp_path / "report.html")
-    assert faults(tmp_path / "report.html", width, tmp_path, dark=dark) == []
+    assert faults([tmp_path / "report.html"], width, tmp_path, dark=dark) == {}
 
 
 def test_an_alignment_that_was_loaded_or_moves_nothing_has_a_report(names, alignment, tmp_path):
