@@ -46,6 +46,9 @@ COMMANDS: dict[str, dict[str, str]] = {
         "run": "run a Python script with the assignment solvers of other libraries replaced by fastmatch's",
         "libraries": "list the libraries whose solvers `fastmatch run` replaces, and whether they are installed",
     },
+    "warm_up": {
+        "warm-up": "compile the kernels of the CPU before they are needed, as in the image of a container",
+    },
     "complete": {
         "completion": "print a script that completes commands and options in a shell",
     },

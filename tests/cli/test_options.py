@@ -170,7 +170,7 @@ def test_an_option_is_read_or_refused_by_name(ready, line, action, flag, capsys)
 
 
 def test_every_command_is_run_with_all_its_options():
-    apart = {"demo", "study", "bench", "run", "completion"}
+    apart = {"demo", "study", "bench", "run", "warm-up", "completion"}
     assert commands().keys() - apart == {line[0] for line in WAYS.values()}
 
 
