@@ -144,8 +144,9 @@ def _by_default(problem: LapProblem, matrix: np.ndarray) -> tuple[int, LapSoluti
     sign = problem.sign
     state, found = solve_small(matrix, sign < 0, proof=True, start=problem.finite_start)
     (_, col_of), u, v, numbers = found
-    counts = numbers[3:] if state in (SOLVED, DOUBTFUL) else np.zeros(4)
-    return state, LapSolution(col_of, sign * u, sign * v, counts.astype(np.int64))
+    if state not in (SOLVED, DOUBTFUL):  # duals and counts were not written
+        return state, LapSolution(col_of, u, v, np.zeros(4, np.int64))
+    return state, LapSolution(col_of, sign * u, sign * v, numbers[3:].astype(np.int64))
 
 
 @dataclass(frozen=True)

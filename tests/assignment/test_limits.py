@@ -144,3 +144,24 @@ def test_stacks_of_huge_costs():
     stack = g.random((3, 12, 12)) * np.array([1.0, 1.7e308, 1e-300])[:, None, None]
     for cost, cols in zip(stack, solve_batched(stack), strict=True):
         assert (cols == linear_sum_assignment(cost)[1]).all()
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_a_solve_that_gives_way_reads_nothing_that_it_did_not_write(monkeypatch, maximize):
+    """Memory that was not written may hold signalling NaNs, at whose arithmetic numpy warns."""
+    cost = np.full((40, 40), np.finfo(float).max)
+    cost[:, :20] = np.random.default_rng(0).random((40, 20))
+    expected = fm.solve(cost, maximize=maximize)
+    empty, signalling = np.empty, np.uint64(0x7FF0000000000001)
+
+    def poisoned(shape, dtype=float, **given):
+        made = empty(shape, dtype, **given)
+        if made.dtype == float:
+            made.view(np.uint64).fill(signalling)
+        return made
+
+    monkeypatch.setattr(np, "empty", poisoned)
+    found = fm.solve(cost, maximize=maximize)
+    monkeypatch.undo()
+    assert found.objective == expected.objective
+    assert (found.col_ind == expected.col_ind).all()
