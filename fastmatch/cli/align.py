@@ -228,8 +228,10 @@ def _align_in_memory(args: argparse.Namespace) -> tuple[Alignment, tuple[nn.Modu
         )
     with watch("verify"):
         proof = None if args.no_verify else verify(model_b, spec, example)
-    pair = states if isinstance(matcher, WeightMatching) else (model, model_b)
-    alignment = align(*pair, matcher=matcher, spec=spec)
+    if isinstance(matcher, WeightMatching) and not matcher.balance:
+        alignment = align(*states, matcher=matcher, spec=spec)
+    else:
+        alignment = align(model, model_b, example, matcher, spec=spec, verify=False)  # it is proved above
     alignment = replace(alignment, proof=proof, seconds={**watch.seconds, **alignment.seconds})
     result = alignment.apply(states[1])
     if args.merge is not None:

@@ -155,6 +155,10 @@ MATCHER_OPTIONS = (
         "statistics too (statistics)",
         choices=get_args(Include),
     ),
+    _option(
+        WeightMatching, "balance", "compare networks whose units have incoming and outgoing weights of equal norms",
+        action="store_const", const=True,
+    ),
     _option(WeightMatching, "seed", "seed of the order in which groups are visited", type=int, metavar="N"),
     _option(ActivationMatching, "similarity", "how two units are compared", choices=get_args(Similarity)),
     _option(

@@ -18,6 +18,7 @@ from fastmatch._internal.batches import (
 )
 from fastmatch._internal.checks import check_named
 from fastmatch._internal.coefficients import check_weights
+from fastmatch._internal.layer_calls import on_call
 from fastmatch._internal.padding import is_rows
 from fastmatch.evaluation.table import Table
 from fastmatch.renorm.layers import channel_dim, survey
@@ -143,9 +144,9 @@ def layer_table(
             check_module(model, f"models[{key!r}]")
             meters[key] = {}
             for name, layer in survey(model)[0].items():
-                handles.append(layer.register_forward_hook(_hook(name, "layer", meters[key])))
+                handles.append(on_call(layer, _meet(name, "layer", layer, meters[key])))
             for name, norm in ((n, m) for n, m in model.named_modules() if norms and is_norm(m)):
-                handles.append(norm.register_forward_hook(_hook(name, "norm", meters[key])))
+                handles.append(on_call(norm, _meet(name, "norm", norm, meters[key])))
         with evaluating(*models.values()):
             started = False
             for batch in batches_of(data, "layers", samples=samples, progress=progress):
@@ -167,13 +168,15 @@ def layer_table(
     return Table(tuple(rows))
 
 
-def _hook(name: str, kind: str, table: dict[str, _LayerMeter]) -> Callable[..., None]:
-    def hook(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+def _meet(
+    name: str, kind: str, layer: nn.Module, table: dict[str, _LayerMeter]
+) -> Callable[[torch.Tensor, torch.Tensor], None]:
+    def see(inputs: torch.Tensor, output: torch.Tensor) -> None:
         if name not in table:
             table[name] = _LayerMeter(layer, kind)
-        table[name].see(layer, inputs[0], output)
+        table[name].see(layer, inputs, output)
 
-    return hook
+    return see
 
 
 def _zeros(value: Any) -> Any:

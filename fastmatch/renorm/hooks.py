@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from fastmatch._internal.layer_calls import on_input
 from fastmatch.renorm.fold import bring_to_target, fold
 from fastmatch.renorm.layers import Layer, survey
 from fastmatch.renorm.norms import batch_norms
@@ -101,10 +102,7 @@ class _ResetHook(CalibrationHook):
         return tensors
 
     def register(self, treat: Callable[[torch.Tensor], torch.Tensor]) -> RemovableHandle:
-        def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            treat(inputs[0])
-
-        return self.module.register_forward_pre_hook(hook)
+        return on_input(self.module, treat)
 
     def write(self) -> None:
         if self.moments.count:

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastmatch._internal.batches import Forward, device_of, evaluating
+from fastmatch._internal.layer_calls import on_call, on_input
 from fastmatch._internal.progress import progress_bar
 from fastmatch.renorm.hooks import reset_hooks
 from fastmatch.renorm.layers import Layer, bias_mask, by_outputs, channel_dim, raw_weight
@@ -305,8 +306,8 @@ def fit_jointly(
     with evaluating(*known.models), ExitStack() as hooks:
         for model in known.models:
             for name in by_name:
-                hook = partial(_tell_both, lockstep, name)
-                hooks.callback(model.get_submodule(name).register_forward_hook(hook).remove)
+                meet = partial(_meet_both, lockstep, name)
+                hooks.callback(on_call(model.get_submodule(name), meet).remove)
         for batch in batches:
             once.clear()
             for _ in lockstep.run(
@@ -359,11 +360,11 @@ def fit_sequentially(
     with evaluating(model, *known.models), ExitStack() as hooks:
         for name in (*by_name, *norms):
             # Before the layer runs: it then runs with what was fitted.
-            meet = partial(_tell_input, lockstep, name)
-            hooks.callback(model.get_submodule(name).register_forward_pre_hook(meet).remove)
+            meet = partial(lockstep.meet, name)
+            hooks.callback(on_input(model.get_submodule(name), meet).remove)
             for end in known.models:
-                meet = partial(_tell_output, lockstep, name)
-                hooks.callback(end.get_submodule(name).register_forward_hook(meet).remove)
+                meet = partial(_meet_output, lockstep, name)
+                hooks.callback(on_call(end.get_submodule(name), meet).remove)
         meetings = lockstep.run(passes, device_of(model))
         for _ in progress_bar(meetings, "layer by layer", show=progress, total=len(by_name) + len(norms)):
             pass
@@ -371,18 +372,12 @@ def fit_sequentially(
         hook.write()
 
 
-def _tell_input(lockstep: Lockstep, name: str, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
-    lockstep.meet(name, inputs[0])
-
-
-def _tell_output(lockstep: Lockstep, name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+def _meet_output(lockstep: Lockstep, name: str, _inputs: Any, output: Any) -> None:
     lockstep.meet(name, output)
 
 
-def _tell_both(
-    lockstep: Lockstep, name: str, _module: nn.Module, inputs: tuple[Any, ...], output: Any
-) -> None:
-    lockstep.meet(name, (inputs[0], output))
+def _meet_both(lockstep: Lockstep, name: str, inputs: Any, output: Any) -> None:
+    lockstep.meet(name, (inputs, output))
 
 
 class _Once:

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
 from fastmatch._internal.batches import Forward, batches_of, default_forward, evaluating
+from fastmatch._internal.layer_calls import on_call, on_input
 from fastmatch._internal.modules import copy_module
 from fastmatch._internal.progress import progress_bar
 from fastmatch.evaluation.scores import evaluate
@@ -165,18 +165,13 @@ class Reconstruction:
         fits = [LayerFit(name, layer) for name, layer in survey(dense)[0].items()]
         with evaluating(dense), ExitStack() as hooks:
             for fit in fits:
-                hook = partial(_add_to_fit, fit)
-                hooks.callback(fit.layer.register_forward_hook(hook).remove)
+                hooks.callback(on_call(fit.layer, fit.add).remove)
             for batch in batches_of(self.data, "reconstruction", samples=self.samples, progress=False):
                 default_forward(dense, batch)
         masks = {fit.name: mask_of(fit.saliency(self.ridge), amount) for fit in fits}
         return renormalize(
             pruned_copy(dense, masks), [dense], self.data, options, weights=[1.0], progress=False
         )
-
-
-def _add_to_fit(fit: LayerFit, _layer: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    fit.add(inputs[0], output)
 
 
 def sparsity(model: nn.Module) -> float:
@@ -207,16 +202,16 @@ def input_norms(
     sums: dict[str, torch.Tensor] = {}
 
     def measure(name: str, layer: nn.Module):
-        def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            x = inputs[0].double()
+        def see(inputs: torch.Tensor) -> None:
+            x = inputs.double()
             x = x.movedim(-layer.weight.ndim + 1, -1) if not isinstance(layer, nn.Linear) else x  # pyright: ignore
             square = x.flatten(0, -2).square().sum(0)
             sums[name] = sums[name] + square if name in sums else square
 
-        return hook
+        return see
 
     layers = {n: m for n, m in survey(model)[0].items() if getattr(m, "groups", 1) == 1}
-    handles = [layer.register_forward_pre_hook(measure(name, layer)) for name, layer in layers.items()]
+    handles = [on_input(layer, measure(name, layer)) for name, layer in layers.items()]
     try:
         with evaluating(model):
             for batch in batches_of(data, "input norms", progress=progress):

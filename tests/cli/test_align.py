@@ -95,6 +95,7 @@ def test_align_writes_what_the_library_makes(models, loader):
         (["--max-sweeps", "1", "--init", "identity"], fm.WeightMatching(init="identity", max_sweeps=1)),
         (["--tolerance", "0.5"], fm.WeightMatching(tolerance=0.5)),
         (["--include", "weights"], fm.WeightMatching(include="weights")),
+        (["--balance"], fm.WeightMatching(balance=True)),
     ],
 )
 def test_options_of_weight_matching_are_used(models, options, matcher, capsys):
