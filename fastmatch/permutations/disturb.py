@@ -71,7 +71,7 @@ def disturbed(value: Any, generator: torch.Generator) -> Any:
     """Return nested inputs with noise on floating point tensors, and the entries of integer rows shifted by one."""
     if isinstance(value, torch.Tensor):
         if value.is_floating_point() and value.numel() > 1:
-            scale = float(value.double().square().mean().sqrt()) or 1.0
+            scale = float(value.detach().double().square().mean().sqrt()) or 1.0
             return value + (0.5 * scale if scale < float("inf") else 0.0) * _uniform(value, generator)
         # A shift makes no value that was not there, which a table might not have.
         rows = value.dtype == torch.int64 and value.ndim > 1 and value.shape[-1] > 3

@@ -90,8 +90,14 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
                     module._buffers[name] = buffer
         with torch.no_grad():
             for buffer, version, value in buffers:
-                if buffer._version != version and buffer.shape == value.shape:
+                if buffer.shape == value.shape and (buffer._version != version or _differs(buffer, value)):
                     buffer.copy_(value)
+
+
+def _differs(buffer: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether an ordinary tensor was changed: batch norm updates its statistics without a new version of them."""
+    is_ordinary = type(buffer) is torch.Tensor and buffer.layout == torch.strided and not buffer.is_meta
+    return is_ordinary and not torch.equal(buffer, value)
 
 
 @contextmanager

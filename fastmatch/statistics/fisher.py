@@ -56,7 +56,8 @@ def diagonal_fisher(
         ValueError: ``data`` does not yield pairs of tensors, or an option is out of range.
 
     Cost: a per-sample gradient (``torch.func``), so the memory of one model per sample of a batch. Squares and sums
-    are in float32 or wider; gradients that underflow in a half-precision backward pass are lost.
+    are in float32 or wider; gradients that underflow in a half-precision backward pass are lost. ``torch.autocast`` is off
+    inside: torch has no per-sample gradients under it.
     """
     check_choice("labels", labels, Labels)
     check_integer("seed", seed)
@@ -75,7 +76,7 @@ def diagonal_fisher(
         for n, p in parameters.items()
     }
     count = 0
-    with evaluating(model):
+    with evaluating(model), torch.autocast(device_of(model).type, enabled=False):
         for batch in batches_of(data, "diagonal Fisher", samples=samples, progress=progress):
             inputs, y = split_batch(batch)
             inputs = arguments_for(model, inputs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
@@ -143,3 +145,26 @@ def test_half_of_a_parameter_that_was_not_read_is_refused():
 def test_examples_are_at_least_one():
     with pytest.raises(ValueError, match="inputs: expected at least one example"):
         fm.Examples()
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("unread", ["refuse", "hold", "ignore"])
+def test_a_look_at_training_mode_leaves_running_statistics_and_modes(unread, training):
+    """Whether a parameter is read in training is tried on the model itself."""
+
+    class Normed(Tasks):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(8)
+
+        def forward(self, x: torch.Tensor, task: int = 0) -> torch.Tensor:
+            return self.norm(torch.relu(self.trunk(x))) @ self.heads[task].t()
+
+    torch.manual_seed(fresh_seed())
+    model = Normed().train(training)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    refused = pytest.raises(ValueError, match="does not read") if unread == "refuse" else nullcontext()
+    with refused:
+        fm.PermutationSpec.trace(model, torch.randn(5, 6), unread=unread)
+    assert model.training == training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
