@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
 from fastmatch._internal.checks import check_integer
+from fastmatch._internal.eager import eagerly
 from fastmatch._internal.modules import to_eval_mode
 from fastmatch._internal.padding import is_rows, is_text, padded
 from fastmatch._internal.progress import progress_bar
@@ -250,13 +251,16 @@ def batches_of(
 
 
 @contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Run in eval mode without gradients; restore the mode of every module afterwards."""
+def evaluating(*models: nn.Module, compiled: bool = False) -> Iterator[None]:
+    """Run in eval mode without gradients; restore the mode of every module afterwards.
+
+    Compiled models run as they were written unless they may stay ``compiled``, because no hook is inside.
+    """
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:
         for model in models:
             to_eval_mode(model)
-        with torch.no_grad():
+        with torch.no_grad(), nullcontext() if compiled else eagerly():
             yield
     finally:
         for module, mode in modes:

@@ -6,6 +6,9 @@ Copies are made outside of inference mode, whose tensors could not be trained.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from types import CellType, FunctionType, MethodType
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -44,7 +47,48 @@ def copy_module(model: nn.Module, memo: dict[int, torch.Tensor] | None = None) -
         graph = getattr(module, "graph", None)
         for node in graph.nodes if isinstance(graph, fx.Graph) else ():
             memo |= {id(tensor): tensor for tensor in _tensors_in(list(node.meta.values()))}  # without values
-    return copy.deepcopy(model, memo)
+    copied = copy.deepcopy(model, memo)
+    _bind_replaced_forwards(model, copied)
+    return copied
+
+
+def _bind_replaced_forwards(model: nn.Module, copied: nn.Module) -> None:
+    """Let ``forward`` attributes of a copy use the copy: functions are not copied, and so neither is what they hold.
+
+    ``module.forward = torch.compile(module.forward)`` becomes the method itself.
+
+    Raises:
+        TypeError: a function that replaced ``forward`` holds a module of the original.
+    """
+    originals = {id(module) for module in model.modules()}
+    for (name, module), own in zip(model.named_modules(), copied.modules(), strict=True):
+        function = vars(own).get("forward")
+        if function is None or function is not vars(module).get("forward"):
+            continue
+        held = [part for part in _held_by(function) if id(getattr(part, "__self__", part)) in originals]
+        is_compiled = hasattr(function, "_torchdynamo_orig_callable")
+        if (
+            is_compiled
+            and held
+            and all(isinstance(part, MethodType) and part.__self__ is module for part in held)
+        ):
+            vars(own)["forward"] = MethodType(held[0].__func__, own)
+        elif held:
+            raise TypeError(
+                f"model: forward of {name or 'the model'!r} was replaced by a function that holds the module; a copy of the model "
+                "would run with the original's weights. Give the model without it, or set it as a method: "
+                "types.MethodType(function, module)"
+            )
+
+
+def _held_by(function: object, depth: int = 4) -> Iterator[Any]:
+    """Yield what a function closes over, has as defaults or as attributes, and what functions among these do."""
+    if not depth or not isinstance(function, FunctionType):
+        return
+    cells = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
+    for part in (*cells, *(function.__defaults__ or ()), *vars(function).values()):
+        yield part
+        yield from _held_by(part, depth - 1)
 
 
 def _tensors_in(value: object) -> list[torch.Tensor]:

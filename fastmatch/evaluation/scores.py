@@ -128,7 +128,7 @@ def score(
         totals.add(value, measured, output, targets, samples_in(batch))
 
     totals = _Totals()
-    with current().together(), evaluating(model):
+    with current().together(), evaluating(model, compiled=True):
         share = share_of_rank(data, model)
         if share is not None:
             for part in _shared(share, add, progress):

@@ -19,6 +19,7 @@ from fastmatch._internal.batches import (
 )
 from fastmatch._internal.checks import check_integer
 from fastmatch._internal.coefficients import check_weights, remember_weights
+from fastmatch._internal.eager import uncompiled
 from fastmatch._internal.modules import copy_module
 from fastmatch._internal.states import State, check_finite, check_models, check_same_architecture, state_of
 from fastmatch.matching.sites import choose_sites, unit_columns
@@ -215,6 +216,7 @@ def merge_partial(
         raise ValueError(f"weights: expected positive numbers of sum one, got {alphas}")
     for k, model in enumerate(models):
         check_module(model, f"models[{k}]")
+    models = [uncompiled(model) for model in models]
     states = [state_of(m, f"models[{k}]") for k, m in enumerate(models)]
     for k, state in enumerate(states):
         if stop_at is None:

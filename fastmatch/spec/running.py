@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fastmatch._internal.checks import check_choice
+from fastmatch._internal.eager import eagerly
 from fastmatch._internal.modules import to_eval_mode
 from fastmatch._internal.randomness import random_numbers_kept
 
@@ -42,7 +43,7 @@ PLAIN_SETTINGS = {"use_cache": False}
 def plain_operations(model: nn.Module | None = None, experts: Experts = "batched_mm") -> Iterator[None]:
     """Make models use ordinary operations instead of fused ones, and return no caches.
 
-    Torch's attention modules leave their fast path, and its recurrent layers cuDNN. Transformers' mixtures of experts run as ``experts`` says:
+    Compiled code runs as it was written. Torch's attention modules leave their fast path, and its recurrent layers cuDNN. Transformers' mixtures of experts run as ``experts`` says:
     ``"batched_mm"`` computes the experts of every token in one product, which a trace can follow; ``"eager"``
     loops over the experts in use, which gives the same outputs and copies no weights.
     """
@@ -55,7 +56,8 @@ def plain_operations(model: nn.Module | None = None, experts: Experts = "batched
     for config, name, _ in before:
         setattr(config, name, PLAIN_SETTINGS.get(name, experts))
     try:
-        yield
+        with eagerly():
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
         torch.backends.cudnn.enabled = cudnn
