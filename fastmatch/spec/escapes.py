@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from fastmatch.spec.choices import Choices, PathLeft
 from fastmatch.spec.operations import tensors_in
 from fastmatch.spec.record import Record, fresh
 
@@ -30,9 +31,9 @@ SPLIT = "tensor_split"
 class Escapes(TorchFunctionMode):
     """Pins what is read by ``tolist``, ``numpy`` and their like: what happens to the values then is unknown."""
 
-    def __init__(self, record: Record) -> None:
+    def __init__(self, record: Record, choices: Choices | None = None) -> None:
         super().__init__()
-        self.record = record
+        self.record, self.choices = record, choices or Choices()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -44,6 +45,8 @@ class Escapes(TorchFunctionMode):
         if func != SET_DATA:
             return func(*args, **(kwargs or {}))
         with torch._C.DisableTorchFunction():
+            if self.choices.forced and self.record.is_state(args[0]):
+                raise PathLeft  # the model would keep it
             self._pin(list(args), "Tensor.data")
         result = func(*args)
         self.record.set(args[0], fresh(args[0].shape, "Tensor.data"))
