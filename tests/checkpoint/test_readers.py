@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 
 import fastmatch as fm
 from fastmatch._internal.files import load_state, save_state
-from fastmatch.checkpoint import Checkpoint, align_checkpoints
+from fastmatch.checkpoint import Checkpoint, align_checkpoints, apply_to_checkpoint
 from fastmatch.checkpoint.journal import Journal, journal_path
 from fastmatch.checkpoint.structure import config_of
+from fastmatch.recipes.recipe import read_recipe as recipe_of
 from helpers.mutations import mutated
 from helpers.networks import fresh_seed
 
@@ -82,8 +83,70 @@ def read_config(folder):
     return folder / "config.json", lambda path: config_of(path.parent)
 
 
+def torch_shards(folder):
+    state = small()[0].state_dict()
+    for number, names in enumerate((list(state)[:2], list(state)[2:])):
+        torch.save({name: state[name] for name in names}, folder / f"pytorch_model-{number}.bin")
+    places = {name: f"pytorch_model-{number // 2}.bin" for number, name in enumerate(state)}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+
+
+def read_torch_index(folder):
+    torch_shards(folder)
+    return folder / "pytorch_model.bin.index.json", lambda path: dict(Checkpoint(path.parent))
+
+
+def read_torch_shard(folder):
+    torch_shards(folder)
+    return folder / "pytorch_model-1.bin", lambda path: dict(Checkpoint(path.parent))
+
+
+def read_modules(folder):
+    save_state(small()[0].state_dict(), folder / "model.safetensors")
+    (folder / "2_Dense").mkdir()
+    save_state(small()[0].state_dict(), folder / "2_Dense" / "model.safetensors")
+    listed = [{"idx": 0, "name": "0", "path": ""}, {"idx": 1, "name": "1", "path": "2_Dense"}]
+    (folder / "modules.json").write_text(json.dumps(listed))
+    return folder / "modules.json", lambda path: dict(Checkpoint(path.parent))
+
+
+def lora(folder, name):
+    """A LoRA of the small network, and how it is read: permuted, and written again."""
+    spec = small()[1]
+    alignment = fm.Alignment(spec.random(), spec)
+    factors = {"lora_A": torch.randn(2, 3), "lora_B": torch.randn(5, 2)}
+    save_file({f"base_model.model.0.{k}.weight": t for k, t in factors.items()}, folder / name)
+    out = folder / "moved"
+    return lambda path: apply_to_checkpoint(alignment, path, out, force=True)
+
+
+def read_lora(folder):
+    read = lora(folder, "lora.safetensors")
+    return folder / "lora.safetensors", read
+
+
+def read_adapter(folder):
+    (folder / "adapter").mkdir()
+    read = lora(folder / "adapter", "adapter_model.safetensors")
+    settings = {"fan_in_fan_out": False, "base_model_name_or_path": "base", "r": 2}
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    return folder / "adapter" / "adapter_config.json", lambda path: read(path.parent)
+
+
+def read_recipe(folder, suffix="json"):
+    recipe = {"models": ["a.pt", "b.pt"], "network": "nets:build", "align": "weights", "out": "merged.pt"}
+    (folder / f"recipe.{suffix}").write_text(json.dumps(recipe, indent=1))
+    return folder / f"recipe.{suffix}", recipe_of
+
+
+def read_yaml_recipe(folder):
+    pytest.importorskip("yaml")
+    return read_recipe(folder, "yaml")
+
+
 READERS = (
     read_safetensors, read_torch, read_old_torch, read_permutations, read_spec, read_index, read_config,
+    read_torch_index, read_torch_shard, read_modules, read_lora, read_adapter, read_recipe, read_yaml_recipe,
 )  # fmt: skip
 
 COUNTS = pytest.mark.parametrize("count", [120, pytest.param(5000, marks=pytest.mark.slow)])
@@ -114,8 +177,10 @@ def test_a_changed_file_is_read_or_refused_by_name(tmp_path, reader, count):
             raise AssertionError(f"{where}: {type(other).__name__}: {str(other)[:300]}") from other
         if error is not None:
             refused += 1
-            assert isinstance(error, ValueError) or reader is read_index, where
-            assert reader is read_spec or str(tmp_path) in str(error), where
+            assert isinstance(error, ValueError) or reader in (read_index, read_torch_index), where
+            # What is wrong in a spec or in a recipe is said by the key.
+            keyed = reader in (read_spec, read_recipe, read_yaml_recipe)
+            assert keyed or str(tmp_path) in str(error), where
             assert "\n" not in str(error), where
     assert refused > count / 10
 
