@@ -120,6 +120,7 @@ def measure(args: argparse.Namespace) -> record.Record:
     names = args.families or families()
     names = names[:2] if args.tiny else names
     kept = {row["family"]: row for row in _lines(args.lines)}
+    judge("bert")  # loads what all families share, which the forked processes would load again and again
 
     def rows() -> Iterator[record.Row]:
         for name in names:

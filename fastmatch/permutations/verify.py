@@ -112,12 +112,13 @@ def verify(
         for k, example in enumerate(examples):
             try:
                 if number:
-                    errors.append(proof.compare_disturbed(example, generator))
+                    error = proof.compare_disturbed(example, generator)
                 else:
                     expected = first if k == 0 else proof.run(proof.model, example)
-                    errors.append(proof.compare(proof.model, example, expected, tell=True))
-            except _JumpsError as error:
-                jumps.append(error)
+                    error = proof.compare(proof.model, example, expected, tell=True)
+                errors += [] if error is None else [error]
+            except _JumpsError as jump:
+                jumps.append(jump)
     if not errors:
         raise ValueError(str(jumps[0]))
     return Verification(max(errors), tuple(spec.groups), proof.dtype)
@@ -177,16 +178,18 @@ class _Proof:
 
     def compare(
         self, model: nn.Module, example: tuple[Any, Any], expected: list[torch.Tensor], *, tell: bool
-    ) -> float:
+    ) -> float | None:
         """Return the error of random permutations of every group; ``expected`` are the model's own outputs.
 
+        None if they hold no finite number, so that there is nothing to compare; an error if ``tell``.
+
         Raises:
-            ValueError: rounding cannot explain it, or there is nothing to compare (``tell``; otherwise 0 is returned).
+            ValueError: rounding cannot explain it, or there is nothing to compare.
             _JumpsError: the outputs jump by rounding alone, so the comparison shows nothing.
         """
         if not any(torch.isfinite(t).any() for t in expected):
             if not tell:
-                return 0.0
+                return None
             raise ValueError(
                 "example_inputs: the model returns no finite number on them, so there is nothing to compare; "
                 "give other inputs, or pass verify=False to go on without the proof"
@@ -205,8 +208,11 @@ class _Proof:
             )
         return error
 
-    def compare_disturbed(self, example: tuple[Any, Any], generator: torch.Generator) -> float:
-        """Compare with disturbed weights and inputs; with the inputs as they are if the model refuses others."""
+    def compare_disturbed(self, example: tuple[Any, Any], generator: torch.Generator) -> float | None:
+        """Compare with disturbed weights and inputs; with the inputs as they are if the model refuses others.
+
+        None if that shows nothing: the model refuses the weights, or returns no finite number.
+        """
         model = copy_module(self.model)
         disturb_weights(model, generator)
         other = tuple(disturbed(part, generator) for part in example)
@@ -216,7 +222,7 @@ class _Proof:
             except Exception:
                 continue
             return self.compare(model, inputs, expected, tell=False)  # type: ignore[arg-type]
-        return 0.0  # the model refuses the weights: its own are what counts
+        return None
 
 
 class _Judge:
