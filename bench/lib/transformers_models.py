@@ -186,7 +186,13 @@ def _divided(key: str, value: Any, by: int) -> Any:
 
 
 def _repair(part: Any) -> None:
-    """Make lists as long as the number of layers, and token numbers lie in the vocabulary."""
+    """Make lists as long as the number of layers, and sections of positions fit the heads."""
+    rope = getattr(part, "rope_parameters", None)
+    heads, width = getattr(part, "num_attention_heads", None), getattr(part, "hidden_size", None)
+    if isinstance(rope, dict) and isinstance(heads, int) and isinstance(width, int):
+        head = getattr(part, "head_dim", None) or width // heads
+        half = int(head * rope.get("partial_rotary_factor", 1)) // 2
+        rope["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]  # of time, height and width
     layers = getattr(part, "num_hidden_layers", None)
     if isinstance(layers, int):
         for key, value in list(vars(part).items()):
@@ -251,6 +257,11 @@ def inputs_of(model: nn.Module, seed: int) -> Iterator[dict[str, torch.Tensor]]:
         return inputs
 
     channels = find("num_channels", "in_channels", "in_chans", default=3)
+    if "grid_thw" in names:  # patches in a row
+        sides = find("temporal_patch_size", default=1) * find("patch_size", default=14) ** 2
+        first = next(iter(signature(model.forward).parameters))
+        patches = torch.randn(32, channels * sides, generator=generator)
+        yield {first: patches, "grid_thw": torch.tensor([[1, 4, 4], [1, 4, 4]])}
     size = find("image_size", "img_size", "input_size", default=64)
     mels = find("num_mel_bins", "input_feat_per_channel", "feature_size", default=80)
     frames = 2 * find("max_source_positions", default=32)

@@ -110,24 +110,23 @@ def read_modules(folder):
     return folder / "modules.json", lambda path: dict(Checkpoint(path.parent))
 
 
-def lora(folder, name):
+def lora(folder, name, out):
     """A LoRA of the small network, and how it is read: permuted, and written again."""
     spec = small()[1]
     alignment = fm.Alignment(spec.random(), spec)
     factors = {"lora_A": torch.randn(2, 3), "lora_B": torch.randn(5, 2)}
     save_file({f"base_model.model.0.{k}.weight": t for k, t in factors.items()}, folder / name)
-    out = folder / "moved"
     return lambda path: apply_to_checkpoint(alignment, path, out, force=True)
 
 
 def read_lora(folder):
-    read = lora(folder, "lora.safetensors")
+    read = lora(folder, "lora.safetensors", folder / "moved.safetensors")
     return folder / "lora.safetensors", read
 
 
 def read_adapter(folder):
     (folder / "adapter").mkdir()
-    read = lora(folder / "adapter", "adapter_model.safetensors")
+    read = lora(folder / "adapter", "adapter_model.safetensors", folder / "moved")
     settings = {"fan_in_fan_out": False, "base_model_name_or_path": "base", "r": 2}
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
     return folder / "adapter" / "adapter_config.json", lambda path: read(path.parent)
