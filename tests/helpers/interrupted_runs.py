@@ -15,8 +15,10 @@ import os
 import random
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -229,8 +231,12 @@ class Bench:
         assert self.left() <= journal, f"{self.case.name}: {size} bytes: {self.left()} is left"
 
 
-def run(folder: Path, points: int, seed: int) -> None:
-    """Try every event and size of every case, or ``points`` of each, chosen by ``seed``."""
+def run(folder: Path, points: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Try every event and size of every case, or ``points`` of each, chosen by ``seed``; yield what was tried.
+
+    Raises:
+        AssertionError: something half-written is left, or a repeated run differs.
+    """
     torch.set_num_threads(1)
     choose = random.Random(seed)
     prepare(folder / "work")
@@ -240,19 +246,21 @@ def run(folder: Path, points: int, seed: int) -> None:
         count = events_of(
             lambda case=case, bench=bench: case.run(*bench.force), bench.folder, folder / "count"
         )
-        events = range(1, count + 1)
-        for at in sorted(choose.sample(events, min(points, count))) if points else events:
+        events = list(range(1, count + 1))
+        chosen = sorted(choose.sample(events, min(points, count))) if points else events
+        for at in chosen:
             bench.kill(at, choose.randint(1, count))
         largest = max(
             len(x)
             for x in (bench.expected.values() if isinstance(bench.expected, dict) else [bench.expected])
         )
         sizes = sorted({*range(0, largest, max(1, largest // 60)), 1, 7, 8, 9, largest - 1})
-        for size in sorted(choose.sample(sizes, min(points, len(sizes)))) if points else sizes:
+        sizes = sorted(choose.sample(sizes, min(points, len(sizes)))) if points else sizes
+        for size in sizes:
             bench.limit(size)
         bench.reset()
         bench.out.unlink() if bench.out.is_file() else shutil.rmtree(bench.out, ignore_errors=True)
-        print(f"{case.name}: {count} events, {len(sizes)} sizes", flush=True)
+        yield {"case": case.name, "events": count, "kills": len(chosen), "sizes": len(sizes)}
 
 
 if __name__ == "__main__":
@@ -261,4 +269,5 @@ if __name__ == "__main__":
     parser.add_argument("--points", type=int, default=0)
     parser.add_argument("--seed", type=int, required=True)
     args = parser.parse_args()
-    run(args.folder, args.points, args.seed)
+    for row in run(args.folder, args.points, args.seed):
+        print(row, flush=True)
