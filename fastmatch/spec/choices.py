@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 
 from fastmatch._internal.callers import warn_user
@@ -31,7 +32,8 @@ FAR = 100
 INNER = ("fastmatch", "torch", "contextlib")
 """Packages whose frames are not the model's."""
 
-Number: TypeAlias = "bool | int | float"
+Value: TypeAlias = "bool | int | float | list[Any] | np.ndarray"
+"""What Python is given: one number, or those of a tensor as a list or an array."""
 
 
 class PathLeft(BaseException):
@@ -40,30 +42,36 @@ class PathLeft(BaseException):
 
 @dataclass(frozen=True)
 class Choice:
-    """One number that Python was given: where in the code, by which module, and which."""
+    """What Python was given once: where in the code, by which module, and which value."""
 
     place: tuple[str, str, int]
-    value: Number
+    value: Value
 
-    def others(self) -> list[Number]:
-        """Return what else the answer could have been."""
-        if isinstance(self.value, bool):
-            return [not self.value]
-        if isinstance(self.value, int):
-            return [self.value - 1, self.value + 1]
-        far = FAR * (abs(self.value) + 1)
+
+def others(value: Value) -> list[Value]:
+    """Return what else could have been given: for each kind of value as many, in one order."""
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int):
+        return [value - 1, value + 1]
+    if isinstance(value, float):
+        far = FAR * (abs(value) + 1)
         return [-far, far] if far < float("inf") else [0.0]
+    if isinstance(value, list):
+        changed = zip(*map(others, value), strict=False)
+        return [value[::-1], value[1:] + value[:1], *map(list, changed)]
+    return [np.flip(value), ~value if value.dtype == bool else value + 1]
 
 
 class Choices:
-    """The numbers that Python is given in one pass.
+    """The values that Python is given in one pass.
 
     Args:
         forced: position among them -> what is given instead of what was computed.
         operations: after so many, the pass is left: another answer may make a loop endless.
     """
 
-    def __init__(self, forced: Mapping[int, Number] | None = None, operations: float = float("inf")) -> None:
+    def __init__(self, forced: Mapping[int, Value] | None = None, operations: float = float("inf")) -> None:
         self.forced = forced or {}
         self.made: list[Choice] = []
         self.operations = 0
@@ -82,8 +90,8 @@ class Choices:
                     memory = tensor.untyped_storage()
                     self._kept.setdefault(storage_id(tensor), (memory, memory.clone()))
 
-    def told(self, value: Number, module: str) -> Number:
-        """Return what Python is given for a number that was computed."""
+    def told(self, value: Value, module: str) -> Value:
+        """Return what Python is given for a value that was computed."""
         value = self.forced.get(len(self.made), value)
         self.made.append(Choice((module, *_line()), value))
         return value
@@ -139,15 +147,15 @@ def follow_others(first: Choices, run: Callable[[Choices], None], unread: Callab
             waiting.append((choices, position + (not found_more), found_more))
 
 
-def _others(choices: Choices, start: int, found_more: bool) -> Iterator[tuple[int, Number, tuple[Any, ...]]]:
+def _others(choices: Choices, start: int, found_more: bool) -> Iterator[tuple[int, Value, tuple[Any, ...]]]:
     """Yield (position, other answer, what it has in common with those that need not be tried again)."""
     counts: Counter[tuple[str, str, int]] = Counter()
     for position, choice in enumerate(choices.made):
         repeat = counts[choice.place]
         counts[choice.place] += 1
-        for other in choice.others() if position >= start else ():
+        for number, other in enumerate(others(choice.value) if position >= start else ()):
             if found_more:
-                yield position, other, (choice.place, repeat, other)
+                yield position, other, (choice.place, repeat, repr(other))
             else:
-                alike = other if isinstance(other, bool) else ("below", "above")[other > choice.value]
+                alike = other if isinstance(other, bool) else -1 - number
                 yield position, other, (choice.place, min(repeat, MOST_REPEATS), alike)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -71,6 +72,26 @@ def rolled(s: Net, x: torch.Tensor) -> torch.Tensor:
     return s.c(torch.cat([h[:, count:], h[:, :count]], 1))
 
 
+def ordered(s: Net, x: torch.Tensor) -> torch.Tensor:
+    h = s.a(x)
+    for k in h.sum(0).argsort()[:3].tolist():
+        h = s.blocks[k % 4](h).relu()
+    return s.c(h)
+
+
+def first(s: Net, x: torch.Tensor) -> torch.Tensor:
+    h = s.a(x)
+    for k in np.argsort(h.square().sum(1).numpy())[:2]:
+        h = s.blocks[k % 4](h).relu()
+    return s.c(h)
+
+
+def each(s: Net, x: torch.Tensor) -> torch.Tensor:
+    h = s.a(x)
+    chosen = s.b(h)[:, :3].argmax(1).tolist()
+    return s.c(torch.stack([s.blocks[k](row).relu() for k, row in zip(chosen, h, strict=True)]))
+
+
 BODIES: dict[str, tuple[Body, bool]] = {
     "a loop until a norm is small": (rounds, True),
     "an exit once a class is likely": (exits, True),
@@ -78,6 +99,9 @@ BODIES: dict[str, tuple[Body, bool]] = {
     "as many rounds as a sum says": (repeated, True),
     "a branch by the inputs": (turned, False),
     "units turned by their count": (rolled, False),
+    "blocks in the order of units": (ordered, False),
+    "blocks in the order of rows": (first, True),
+    "a block for each row": (each, True),
 }
 """Name -> how the layers are used, and whether ``a``'s units move all the same."""
 
