@@ -147,7 +147,7 @@ def page(found: record.Record) -> str:
         "of them build and run in a small size. "
         f"{len(verified)} are traced and verified: every group is permuted at random, and the outputs stay the same, with the "
         "model's weights and twice with disturbed weights and inputs. "
-        f"Not finished within {found['settings']['limit']} s of processor time: {counts['not finished']}; not traced: "
+        f"Not finished in the processor time that the row names: {counts['not finished']}; not traced: "
         f"{counts['not traced']}; no proof: {counts['no proof']}; nothing moves: {counts['nothing moves']}; function changed: "
         f"{counts['changed']}."
     )
