@@ -17,10 +17,14 @@ from torch import nn
 
 __all__ = ["families", "inputs_of", "small_model"]
 
-LARGEST = 12_000_000
+LARGEST = 30_000_000
 """Parameters above which a model is not small."""
 
 BATCH, LENGTH, VOCABULARY = 2, 12, 96
+
+WAYS: tuple[str | int, ...] = ("narrow", "scaled", 16, 8, 4, "shallow")
+"""How a config is made small, tried in turn: widths of a few units, a share of the widths, every width divided by one
+number, fewer layers only."""
 
 SIZES: tuple[tuple[str, int], ...] = (
     (r"vocab_size.*|.*_vocab_size|codebook_size", VOCABULARY),
@@ -38,9 +42,17 @@ SIZES: tuple[tuple[str, int], ...] = (
 """Full names of whole-number settings -> a small value; the first that fits counts."""
 
 LAYERS = re.compile(
-    r"(.*_)?(num|n)_(.*_)?(layers?|blocks|stages_layers)|(.*_)?layers|(.*_)?n_layers?|depth|num_hidden_groups|depths"
+    r"(?!.*feat_extract)(.*_)?(num|n)_(.*_)?(layers?|blocks|stages_layers)|(.*_)?layers|(.*_)?n_layers?|depth|num_hidden_groups|depths"
 )
 WIDTHS = re.compile(r"(.*_)?hidden_sizes|embed_dims?|hidden_dims?|.*channels|dims?")
+DIVIDED = re.compile(
+    r".*(dim|dims|size|sizes|width|channels|channel_list|hidden|features|filters|sections?|rank|d_model|d_ff|d_kv|d_inner|d_head|d_latents|n_embd|planes)"
+    r"(_per_layer|_per_stage)?"
+)
+UNDIVIDED = re.compile(
+    r".*(vocab|image|img|patch|kernel|window|crop|stride|position|max|batch|chunk|block|codebook|input|grid|pool|sample|type).*|"
+    r"in_chan.*|num_channels"
+)
 KEPT = re.compile(
     r"num_channels|in_channels|out_channels|in_chans|input_channels|audio_channels|(.*_)?num_mel_bins|input_dim|"
     r"stem_channels|n_channels|conv_dim|.*kernel.*|.*stride.*|.*label.*|conv_pos.*"
@@ -60,27 +72,27 @@ def small_model(name: str, seed: int) -> tuple[nn.Module, dict[str, torch.Tensor
     Raises:
         ValueError: no small model can be built, or none runs on inputs that its arguments suggest.
     """
-    reason = "no config"
-    for way in ("narrow", "scaled", "shallow"):
+    reasons: list[str] = []
+    for way in WAYS:
         try:
             model = _build(name, way, seed)
         except Exception as error:
-            reason = f"not built: {_line(error)}"
+            reasons.append(_line(error))
             continue
         for inputs in inputs_of(model, seed):
             try:
                 with torch.no_grad():
                     return model, inputs, model(**inputs)
             except Exception as error:
-                reason = f"does not run: {_line(error)}"
-    raise ValueError(reason)
+                reasons.append(f"on {', '.join(inputs)}: {_line(error)}")
+    raise ValueError(reasons[0] if reasons else "it has no inputs that its arguments suggest")
 
 
 def _line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".replace("\n", " ")[:160]
 
 
-def _build(name: str, way: str, seed: int) -> nn.Module:
+def _build(name: str, way: str | int, seed: int) -> nn.Module:
     import transformers
 
     config = transformers.CONFIG_MAPPING[name]()
@@ -105,7 +117,7 @@ def _build(name: str, way: str, seed: int) -> nn.Module:
     return model.requires_grad_(False)
 
 
-def _shrink(config: Any, way: str) -> None:
+def _shrink(config: Any, way: str | int) -> None:
     for part in _parts(config, set()):
         sizes = {}
         for key, value in list(vars(part).items()):
@@ -130,9 +142,11 @@ def _parts(config: Any, seen: set[int]) -> Iterator[Any]:
             yield from _parts(value, seen)
 
 
-def _smaller(key: str, value: Any, way: str) -> Any:
+def _smaller(key: str, value: Any, way: str | int) -> Any:
     if isinstance(value, bool) or value is None:
         return value
+    if isinstance(value, dict):
+        return {k: _divided(k, v, way) if isinstance(way, int) else v for k, v in value.items()}
     if LAYERS.fullmatch(key):
         if isinstance(value, int):
             return min(value, 2)
@@ -140,6 +154,8 @@ def _smaller(key: str, value: Any, way: str) -> Any:
             return type(value)(min(v, 1) for v in value)
     if isinstance(value, int) and key.endswith("token_id"):
         return min(value, VOCABULARY - 1)
+    if isinstance(way, int) and not re.search(r"vocab_size|expert|topk|n_group", key):
+        return _divided(key, value, way)
     if way == "shallow" or KEPT.fullmatch(key):
         return min(value, VOCABULARY) if key.endswith("vocab_size") else value
     if isinstance(value, int):
@@ -154,8 +170,29 @@ def _smaller(key: str, value: Any, way: str) -> Any:
     return value
 
 
+def _divided(key: str, value: Any, by: int) -> Any:
+    """Divide a width, or a list of them; all by one number, so that what has to fit fits."""
+    if not isinstance(key, str) or not DIVIDED.fullmatch(key) or UNDIVIDED.fullmatch(key):
+        return value
+    if type(value) is int:
+        return value // by if value % by == 0 and value >= by else value
+    if (
+        isinstance(value, (list, tuple))
+        and value
+        and all(type(v) is int and v % by == 0 and v for v in value)
+    ):
+        return type(value)(v // by for v in value)
+    return value
+
+
 def _repair(part: Any) -> None:
-    """Make lists as long as the number of layers, and token numbers lie in the vocabulary."""
+    """Make lists as long as the number of layers, and sections of positions fit the heads."""
+    rope = getattr(part, "rope_parameters", None)
+    heads, width = getattr(part, "num_attention_heads", None), getattr(part, "hidden_size", None)
+    if isinstance(rope, dict) and isinstance(heads, int) and isinstance(width, int):
+        head = getattr(part, "head_dim", None) or width // heads
+        half = int(head * rope.get("partial_rotary_factor", 1)) // 2
+        rope["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]  # of time, height and width
     layers = getattr(part, "num_hidden_layers", None)
     if isinstance(layers, int):
         for key, value in list(vars(part).items()):
@@ -220,6 +257,11 @@ def inputs_of(model: nn.Module, seed: int) -> Iterator[dict[str, torch.Tensor]]:
         return inputs
 
     channels = find("num_channels", "in_channels", "in_chans", default=3)
+    if "grid_thw" in names:  # patches in a row
+        sides = find("temporal_patch_size", default=1) * find("patch_size", default=14) ** 2
+        first = next(iter(signature(model.forward).parameters))
+        patches = torch.randn(32, channels * sides, generator=generator)
+        yield {first: patches, "grid_thw": torch.tensor([[1, 4, 4], [1, 4, 4]])}
     size = find("image_size", "img_size", "input_size", default=64)
     mels = find("num_mel_bins", "input_feat_per_channel", "feature_size", default=80)
     frames = 2 * find("max_source_positions", default=32)
@@ -260,3 +302,5 @@ def inputs_of(model: nn.Module, seed: int) -> Iterator[dict[str, torch.Tensor]]:
             yield {name: noise(length, find("num_input_channels", default=1))}
         elif name in ("hidden_states", "inputs_embeds"):
             yield {name: noise(LENGTH, find("hidden_size", "d_model", default=32))}
+    if text:
+        yield text

@@ -194,16 +194,20 @@ def write_safetensors(
         }
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    current = "header"
     with path.open("wb", buffering=0) as file:
-        try:
-            _write_all(file.fileno(), memoryview(len(text).to_bytes(8, "little") + text))
-            for (name, like), tensor in zip(headers.items(), ahead(read, headers), strict=True):
-                current = f"tensor {name!r}"
-                _write_all(file.fileno(), _bytes_of(name, tensor, like))
-        except OSError as error:
-            message = f"{current} could not be written ({error.strerror}); nothing was kept"
-            raise OSError(error.errno, message, str(final)) from error
+
+        def write(what: str, data: memoryview) -> None:
+            try:
+                while len(data):
+                    data = data[os.write(file.fileno(), data) :]
+            except OSError as error:
+                message = f"{what} could not be written ({error.strerror}); nothing was kept"
+                raise OSError(error.errno, message, str(final)) from error
+
+        write("header", memoryview(len(text).to_bytes(8, "little") + text))
+        # Errors of reading are those of another tensor and of another file: they are left as they are.
+        for (name, like), tensor in zip(headers.items(), ahead(read, headers), strict=True):
+            write(f"tensor {name!r}", _bytes_of(name, tensor, like))
 
 
 def _bytes_of(name: str, tensor: torch.Tensor, like: torch.Tensor) -> memoryview:
@@ -212,8 +216,3 @@ def _bytes_of(name: str, tensor: torch.Tensor, like: torch.Tensor) -> memoryview
         raise AssertionError(f"tensor {name!r} changed its shape or type")
     # NumPy has no view of an empty tensor of every type.
     return tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
-
-
-def _write_all(descriptor: int, data: memoryview) -> None:
-    while len(data):
-        data = data[os.write(descriptor, data) :]

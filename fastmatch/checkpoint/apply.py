@@ -50,9 +50,12 @@ def apply_to_checkpoint(
     checkpoint = Checkpoint(path)
     if is_lora(checkpoint.headers):
         config = read_json(checkpoint.path / ADAPTER) if (checkpoint.path / ADAPTER).is_file() else {}
-        moved = permute_lora(
-            dict(checkpoint), alignment, str(path), is_transposed=bool(config.get("fan_in_fan_out"))
-        )
+        transposed = config.get("fan_in_fan_out") or False
+        if not isinstance(transposed, bool):
+            raise ValueError(
+                f"{checkpoint.path / ADAPTER}: fan_in_fan_out: expected true or false; got {transposed!r}"
+            )
+        moved = permute_lora(dict(checkpoint), alignment, str(path), is_transposed=transposed)
         write_like(checkpoint, out, moved.__getitem__, force=force)
         return "LoRA"
     leave_what_does_not_fit(checkpoint, alignment.spec)

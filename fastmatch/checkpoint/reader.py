@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 
@@ -203,14 +204,10 @@ class Checkpoint(Mapping[str, torch.Tensor]):
             raise ValueError(f"{file}: not readable as JSON ({error})") from error
         for entry in listed if isinstance(listed, list) else []:
             name = entry.get("path") if isinstance(entry, dict) else None
-            folder = self.path / str(name)
-            if (
-                not name
-                or Path(name).name != name
-                or name == ".."
-                or folder.is_symlink()
-                or not folder.is_dir()
-            ):
+            if not _is_plain(name) or os.path.islink(self.path / name):
+                continue
+            folder = self.path / name
+            if not os.path.isdir(folder):  # also where the system takes no such name
                 continue
             if any(path.is_file() for path in weight_files(folder)):
                 part = self.modules[name] = Checkpoint(folder, self.device)
@@ -241,7 +238,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
             raise ValueError(f"{index}: expected a 'weight_map' of tensor names to files")
         shards: dict[str, dict[str, Entry | Mapped]] = {}
         for name, shard in weight_map.items():
-            if not isinstance(shard, str) or Path(shard).name != shard or shard == ".." or len(shard) > 255:
+            if not _is_plain(shard):
                 raise ValueError(
                     f"{index}: tensor {name!r} is mapped to {str(shard)[:80]!r}, which is not a plain file name"
                 )
@@ -264,6 +261,11 @@ class Checkpoint(Mapping[str, torch.Tensor]):
                     )
             self._entries.update(entries)
         return [self.path / shard for shard in shards]
+
+
+def _is_plain(name: object) -> TypeGuard[str]:
+    """Whether this is the name of a file or of a folder beside an index, not a path to somewhere else."""
+    return isinstance(name, str) and 0 < len(name) < 256 and Path(name).name == name and name != ".."
 
 
 def _version(file: Path) -> tuple[int, ...] | None:

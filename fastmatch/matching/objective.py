@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Literal, TypeAlias, TypeVar
@@ -157,7 +158,11 @@ class WeightObjective:
         return total.value()
 
     def scale(self) -> float:
-        """Return the norm of A's times the norm of B's parameters: no inner product is larger."""
+        """Return the norm of A's times the norm of B's parameters: no inner product is larger.
+
+        Raises:
+            ValueError: a tensor holds NaN or infinity, or numbers whose squares float64 cannot add up.
+        """
         squares = InnerSum(), InnerSum()
         if self.ranks.is_group:
             for pair in self._shared(self._squares):
@@ -172,7 +177,23 @@ class WeightObjective:
                 for total, state in zip(squares, (self.a, self.b), strict=True):
                     tensor = state[name]
                     total.add(tensor, tensor, {})
-        return (squares[0].value() * squares[1].value()) ** 0.5
+        scale = math.prod(math.sqrt(total.value()) for total in squares)
+        if not math.isfinite(scale):
+            self._refuse_sums()
+        return scale
+
+    def _refuse_sums(self) -> None:
+        """Raise ValueError that names the first tensor whose squares have no finite sum."""
+        for name in self.names():
+            for model, number in zip("ab", self._squares(name), strict=True):
+                if not math.isfinite(number):
+                    raise ValueError(
+                        f"model_{model}: the squares of {name!r} add up to {number}, and weights are compared by such sums; "
+                        "it holds NaN or infinity, or numbers that are too large: divide them, in both models alike"
+                    )
+        raise ValueError(
+            "models: the squares of all weights add up to infinity; divide them, in both models alike"
+        )
 
     def _shared(self, compute: Callable[[str], T]) -> list[T]:
         """A number of every tensor, computed by the ranks that they are dealt to."""

@@ -41,10 +41,12 @@ def round_weights(model: nn.Module, epsilon: float, generator: torch.Generator) 
 SUMS = frozenset(
     "aten." + name
     for name in (
-        "_euclidean_dist", "_fft_c2c", "_fft_c2r", "_fft_r2c", "_log_softmax", "_scaled_dot_product_flash_attention_for_cpu",
-        "_softmax", "addbmm", "addmm", "addmv", "baddbmm", "bmm", "convolution", "cumsum", "dot", "linalg_vector_norm",
-        "logsumexp", "mean", "mm", "mv", "native_batch_norm", "native_group_norm", "native_layer_norm", "std", "sum", "var",
-        "var_mean", "vdot",
+        "_cdist_forward", "_euclidean_dist", "_fft_c2c", "_fft_c2r", "_fft_r2c", "_linalg_det", "_linalg_slogdet",
+        "_linalg_solve_ex", "_log_softmax", "_scaled_dot_product_flash_attention_for_cpu", "_softmax", "_trilinear",
+        "_weight_norm_interface", "addbmm", "addmm", "addmv", "baddbmm", "bmm", "convolution", "cumsum", "dot", "index_add",
+        "linalg_inv_ex", "linalg_matrix_exp", "linalg_vector_norm", "logsumexp", "mean", "mm", "mv", "native_batch_norm",
+        "native_group_norm", "native_layer_norm", "norm", "prod", "scatter_add", "std", "std_mean", "sum", "var", "var_mean",
+        "vdot",
     )
 )  # fmt: skip
 """Operations whose rounding depends on the order of what they add."""

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from fastmatch._internal.checks import check_choice, check_integer, check_number, nearest
+from fastmatch._internal.json_files import read_json
 from fastmatch.matching.activations import ActivationMatching
 from fastmatch.matching.fisher import FisherMatching
 from fastmatch.matching.matcher import Matcher
@@ -156,25 +157,18 @@ def as_text(mapping: Mapping[str, Any]) -> str:
 def _loaded(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".json":
+        return read_json(path)
+    if path.suffix not in (".yaml", ".yml"):
+        raise ValueError(f"{path}: expected a recipe ending in .json, .yaml, .yml")
     try:
-        if path.suffix == ".json":
-            found = json.loads(text)
-        elif path.suffix in (".yaml", ".yml"):
-            try:
-                import yaml
-            except ImportError as error:
-                raise ImportError(
-                    "a recipe in YAML needs PyYAML: pip install 'fastmatch[pipeline]'"
-                ) from error
-            try:
-                found = yaml.safe_load(text)
-            except yaml.YAMLError as error:
-                raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
-        else:
-            raise ValueError(f"{path}: expected a recipe ending in .json, .yaml, .yml")
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
+        import yaml
+    except ImportError as error:
+        raise ImportError("a recipe in YAML needs PyYAML: pip install 'fastmatch[pipeline]'") from error
+    try:
+        found = yaml.safe_load(path.read_bytes())
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # dates that do not exist are a ValueError
+        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path}: expected a mapping of keys such as 'models'; got {type(found).__name__}")
     return found

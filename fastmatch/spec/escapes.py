@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from fastmatch.spec.choices import Choices, PathLeft
 from fastmatch.spec.operations import tensors_in
 from fastmatch.spec.record import Record, fresh
 
@@ -20,6 +21,12 @@ NAMES = frozenset(
 )  # fmt: skip
 """Methods that read or write values without an operation of torch."""
 
+VALUES = frozenset(["numpy", "tolist", "__array__"])
+"""Those that return the values."""
+
+MOST_VALUES = 1024
+"""More values than these choose no path."""
+
 SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 """``h.data = other``: from now on ``h`` has other values."""
 
@@ -30,9 +37,9 @@ SPLIT = "tensor_split"
 class Escapes(TorchFunctionMode):
     """Pins what is read by ``tolist``, ``numpy`` and their like: what happens to the values then is unknown."""
 
-    def __init__(self, record: Record) -> None:
+    def __init__(self, record: Record, choices: Choices | None = None) -> None:
         super().__init__()
-        self.record = record
+        self.record, self.choices = record, choices or Choices()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -42,12 +49,27 @@ class Escapes(TorchFunctionMode):
             with torch._C.DisableTorchFunction():
                 self._pin(list(args[name == SPLIT :][:1] if name == SPLIT else args), f"Tensor.{name}")
         if func != SET_DATA:
-            return func(*args, **(kwargs or {}))
+            result = func(*args, **(kwargs or {}))
+            return self._told(result, args[0]) if name in VALUES else result
         with torch._C.DisableTorchFunction():
+            if self.choices.forced and self.record.is_state(args[0]):
+                raise PathLeft  # the model would keep it
             self._pin(list(args), "Tensor.data")
         result = func(*args)
         self.record.set(args[0], fresh(args[0].shape, "Tensor.data"))
         return result
+
+    def _told(self, result: Any, tensor: torch.Tensor) -> Any:
+        """Return the values of a tensor that depends on weights, or others that they could have been.
+
+        Lists of the inputs alone are lengths and grids, of which most others fit nothing; a number is told by its operation.
+        """
+        is_path = self.record.is_state(tensor) and tensor.numel() <= MOST_VALUES
+        return (
+            self.choices.told(result, "")
+            if is_path and not isinstance(result, (bool, int, float))
+            else result
+        )
 
     def _pin(self, values: list[Any], reason: str) -> None:
         for tensor in tensors_in(values):

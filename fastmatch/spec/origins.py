@@ -25,7 +25,8 @@ COPIES = frozenset(
 LEVELING = frozenset(
     [
         "_adaptive_avg_pool2d", "bitwise_and", "bitwise_not", "bitwise_or", "bitwise_xor", "ceil", "clamp", "clamp_max",
-        "clamp_min", "eq", "floor", "floor_divide", "fmax", "fmin", "ge", "gt", "hardshrink", "hardsigmoid", "hardswish",
+        "clamp_min", "eq", "fake_quantize_per_channel_affine_cachemask", "fake_quantize_per_tensor_affine_cachemask",
+        "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams", "floor", "floor_divide", "fmax", "fmin", "ge", "gt", "hardshrink", "hardsigmoid", "hardswish",
         "hardtanh", "heaviside", "isfinite", "isinf", "isnan", "le", "logical_and", "logical_not", "logical_or",
         "logical_xor", "lt", "maximum", "minimum", "ne", "relu", "relu6", "round", "sgn", "sign", "signbit",
         "softshrink", "threshold", "trunc",

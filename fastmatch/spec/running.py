@@ -21,6 +21,7 @@ __all__ = [
     "Outputs",
     "arguments_of",
     "buffers_kept",
+    "check_not_batches",
     "copies_of",
     "examples_of",
     "outputs_named",
@@ -130,6 +131,12 @@ def copies_of(value: Any) -> Any:
     return value
 
 
+ONE_BATCH = (
+    "example_inputs: expected the inputs of one batch, got {}; give the inputs of its first batch here, "
+    "and the loader to a matcher, such as fm.ActivationMatching(loader)"
+)
+
+
 class Examples:
     """Several example inputs of one model, for a model whose forward pass depends on its inputs.
 
@@ -160,25 +167,24 @@ def examples_of(
     """Return the positional and keyword arguments of every example; ``kwargs`` are given to all.
 
     Raises:
-        TypeError: they are the batches of a loader.
+        TypeError: they are a DataLoader.
     """
-    is_loader = isinstance(example_inputs, torch.utils.data.DataLoader)
-    if is_loader or (
-        isinstance(example_inputs, list) and example_inputs and all(map(_is_batch, example_inputs))
-    ):
-        kind = "a DataLoader" if is_loader else "a list of batches"
-        raise TypeError(
-            f"example_inputs: expected the inputs of one batch, got {kind}; give the inputs of its first batch here, "
-            "and the loader to a matcher, such as fm.ActivationMatching(loader)"
-        )
+    if isinstance(example_inputs, torch.utils.data.DataLoader):
+        raise TypeError(ONE_BATCH.format("a DataLoader"))
     if not isinstance(example_inputs, Examples):
         return [arguments_of(example_inputs, kwargs)]
     found = [arguments_of(inputs, None) for inputs in example_inputs.inputs]
     return [(args, {**keywords, **(kwargs or {})}) for args, keywords in found]
 
 
+def check_not_batches(example_inputs: Any) -> None:
+    """Raise TypeError if inputs that a model does not run on look like batches of (inputs, classes)."""
+    if isinstance(example_inputs, list) and example_inputs and all(map(_is_batch, example_inputs)):
+        raise TypeError(ONE_BATCH.format("a list of batches"))
+
+
 def _is_batch(value: Any) -> bool:
-    """Whether this is (inputs, classes), not an input."""
+    """Whether this could be (inputs, classes); inputs and their lengths look alike."""
     if not (isinstance(value, (tuple, list)) and len(value) == 2):
         return False
     x, y = value

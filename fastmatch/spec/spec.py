@@ -94,7 +94,7 @@ class PermutationSpec:
         outputs: Outputs = None,
         unread: Unread = "refuse",
     ) -> PermutationSpec:
-        """Find the groups of ``model`` from the ATen operations of one forward pass.
+        """Find the groups of ``model`` from the ATen operations of one forward pass, and of those that branches lead to.
 
         Example:
             >>> spec = fm.PermutationSpec.trace(model_a, x)
@@ -102,7 +102,8 @@ class PermutationSpec:
             True
 
         Args:
-            model: any torch module. It runs once in eval mode without gradients and is left as it was.
+            model: any torch module. It runs in eval mode without gradients and is left as it was: once, and again for
+                every other answer to a question that Python asks of a tensor, such as ``if h.norm() > 2``.
             example_inputs: a tensor, a tuple of positional inputs, a mapping of keyword inputs, or several of
                 these as :class:`Examples`, for a model that takes other branches on other inputs. A batch of 2 is
                 enough.
@@ -118,6 +119,9 @@ class PermutationSpec:
             TypeError: ``model`` is not a torch module, or it is a TorchScript module.
             ValueError: the model has no parameters, does not run on the example, has no such output, or did not
                 read parameters that could share a group.
+
+        Warns:
+            UserWarning: the model takes more paths than were followed.
         """
         check_choice("unread", unread, Unread)
         try:

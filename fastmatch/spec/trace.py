@@ -19,6 +19,7 @@ from fastmatch._internal.dispatch_mode import DispatchMode
 from fastmatch._internal.divided import undivided
 from fastmatch._internal.states import check_module
 from fastmatch.spec.branches import Siblings, training
+from fastmatch.spec.choices import Choices, follow_others
 from fastmatch.spec.escapes import Escapes
 from fastmatch.spec.grouping import Found, find_groups
 from fastmatch.spec.hollow import filled
@@ -30,7 +31,14 @@ from fastmatch.spec.rules import rule_of
 from fastmatch.spec.rules.elementwise import FACTORIES, exchangeable
 from fastmatch.spec.rules.indexing import follow_positions
 from fastmatch.spec.rules.registry import pin_all
-from fastmatch.spec.running import Outputs, copies_of, examples_of, outputs_named, untouched
+from fastmatch.spec.running import (
+    Outputs,
+    check_not_batches,
+    copies_of,
+    examples_of,
+    outputs_named,
+    untouched,
+)
 from fastmatch.spec.spots import Spots
 from fastmatch.spec.uncomputed import Uncomputed, can_omit, structure_of
 from fastmatch.spec.unread import pin_unread
@@ -48,15 +56,21 @@ class Tracer(DispatchMode):
         record: the labels, and what rules have noted.
         compute: runs an operation and returns its result.
         spots: what each operation belongs to.
+        choices: the numbers that the model reads in Python.
     """
 
     def __init__(
-        self, compute: Compute | None = None, record: Record | None = None, spots: Spots | None = None
+        self,
+        compute: Compute | None = None,
+        record: Record | None = None,
+        spots: Spots | None = None,
+        choices: Choices | None = None,
     ) -> None:
         super().__init__()
         self.record = record or Record()
         self.compute = compute or partial(_computed, set())
         self.spots = spots or Spots(nn.Module())
+        self.choices = choices or Choices()
         self.number = -1
 
     def __torch_dispatch__(
@@ -69,7 +83,10 @@ class Tracer(DispatchMode):
             ):  # as torch does before a mode sees an operation, but not for tensors made in inference mode
                 return func.decompose(*args, **kwargs)
         spot = self.spots.at(op_name(func), args, kwargs)
+        self.choices.before(self.record, func, args, kwargs)
         out = self.compute(func, args, kwargs)
+        if isinstance(out, (bool, int, float)) and any(map(self._depends, tensors_in((args, kwargs)))):
+            out = self.choices.told(out, spot.module)
         self.number += counts(func)
         self.spots.after(out, is_view=func.is_view)
         call = Call(self.number, op_name(func), bind(func, args, kwargs), out, spot)
@@ -89,6 +106,9 @@ class Tracer(DispatchMode):
                 self._label_constant(func, call, tensor)
         follow_ties(self.record, call)
         return out
+
+    def _depends(self, tensor: torch.Tensor) -> bool:
+        return self.record.is_data(tensor) or self.record.is_state(tensor)
 
     def _apply_rule(self, func: Any, call: Call) -> None:
         rule = rule_of(func)
@@ -172,7 +192,11 @@ def trace(
             # A trace without values is that with them, or none: then the error is that of a usual pass, if it has one.
             with suppress(Exception, ValuesNeeded):
                 return _trace(structure_of(model), examples, run, outputs, computes=False)
-        return _trace(model, examples, run, outputs)
+        try:
+            return _trace(model, examples, run, outputs)
+        except Exception:
+            check_not_batches(example_inputs)
+            raise
 
 
 def _instead_of_tensors(args: tuple[Any, ...], keywords: dict[str, Any]) -> str:
@@ -213,15 +237,17 @@ def _trace(
         compute = Uncomputed(record).run
     sites: list[RawSite] = []
 
-    def passed(args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    def passed(
+        args: tuple[Any, ...], keywords: dict[str, Any], choices: Choices, model: nn.Module = model
+    ) -> None:
         spots = Spots(model)
-        tracer, siblings = Tracer(compute, record, spots), Siblings(model)
+        tracer, siblings = Tracer(compute, record, spots, choices), Siblings(model)
         args, keywords = copies_of(args), copies_of(keywords)
         for tensor in tensors_in((args, keywords)):
             if not record.knows(tensor):
                 record.set(tensor, fresh(tensor.shape, "model input"))
             record.mark_data(tensor)
-        with Escapes(record), tracer:
+        with Escapes(record, choices), tracer:
             with siblings.watched(), spots.watched():
                 output = run(tracer, *args, **keywords) if run else model(*args, **keywords)
             if spots.elsewhere:
@@ -240,8 +266,13 @@ def _trace(
 
     with untouched(model):
         for args, keywords in examples:
-            passed(args, keywords)
-        training(model, state, record, lambda: passed(*examples[0]))
+            choices = Choices()
+            passed(args, keywords, choices)
+            if run is None:  # a graph has no other paths
+                # What a model keeps of a pass with other answers is thrown away.
+                other = partial(lambda a, k, c: passed(a, k, c, structure_of(model)), args, keywords)
+                follow_others(choices, other, lambda: len(record.unread_tensors(state)))
+        training(model, state, record, lambda: passed(*examples[0], Choices()))
         record.sites = sites
         unread = pin_unread(record, state)
         return find_groups(record, state, unread)

@@ -15,6 +15,7 @@ from fastmatch._internal import renaming
 from fastmatch._internal.files import save_state
 from fastmatch._internal.locks import hidden, locked
 from fastmatch._internal.outputs import claimed, writing
+from fastmatch._internal.safetensors_file import write_safetensors
 
 AS_ON_WINDOWS = """
 import fcntl, sys, types
@@ -219,6 +220,17 @@ def test_a_failed_write_is_one_line_that_names_the_output(tmp_path, monkeypatch,
         save_state({"a": torch.zeros(100)}, tmp_path / name)
     assert found.value.errno == number
     assert not names(tmp_path)
+
+
+def test_a_tensor_that_cannot_be_read_is_not_called_unwritten(tmp_path):
+    def read(name):
+        if name == "b":
+            raise OSError(errno.EIO, "Input/output error", "inputs.safetensors")
+        return torch.zeros(3)
+
+    headers = {name: torch.empty(3, device="meta") for name in "abc"}
+    with pytest.raises(OSError, match=r"Input/output error: 'inputs\.safetensors'"):
+        write_safetensors(tmp_path / "x.part", tmp_path / "x", headers, read, {})
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that nobody can write")

@@ -70,6 +70,19 @@ def test_a_loader_in_the_place_of_inputs_is_told(pair, loader):
         fm.align(*pair, loader)
 
 
+def test_tensors_and_their_lengths_are_inputs_though_they_look_like_batches():
+    class Towers(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = torch.nn.Linear(3, 8), torch.nn.Linear(8, 2)
+
+        def forward(self, *pairs: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
+            return [self.second(self.first(x).relu()) / lengths[:, None] for x, lengths in pairs]
+
+    pairs = [(torch.randn(4, 3), torch.tensor([1, 2, 2, 3])), (torch.randn(2, 3), torch.tensor([1, 3]))]
+    assert list(fm.align(Towers(), Towers(), pairs).permutations) == ["first"]
+
+
 def test_an_array_in_the_place_of_a_tensor_is_told(pair):
     with pytest.raises(ValueError, match=r"got no tensor but ndarray; torch\.from_numpy"):
         fm.align(*pair, X.numpy())

@@ -22,6 +22,7 @@ from bench.reports import (
     kernels_cpu,
     kernels_gpu,
     renormalization_choice,
+    soundness,
     weight_matching,
 )
 
@@ -38,6 +39,7 @@ PAGES = (
     "initial_duals",
     "kernels_cpu",
     "renormalization_choice",
+    "soundness",
     "spliceai_merging",
     "transformers_families",
     "weight_matching",
@@ -230,3 +232,12 @@ def test_a_record_is_kept_and_its_page_written(tmp_path, monkeypatch):
     (tmp_path / "name.md").unlink()
     assert run("--page") == 0
     assert (tmp_path / "name.md").read_text() == text
+
+
+def test_hunts_for_faults_write_what_they_tried(tmp_path):
+    lines = tmp_path / "rows"
+    found = soundness.measure(Namespace(tiny=True, parts=["networks"], seed=1, count=2, lines=lines))
+    row = json.loads(lines.read_text())
+    assert row in found["rows"]
+    assert (row["part"], row["seed"], row["count"], row["changed"]) == ("networks", 1, 3, [])
+    assert "3 networks with" in soundness.page({**found, "rows": [row]})

@@ -2,140 +2,29 @@
 
 from __future__ import annotations
 
-import json
-import random
 import subprocess
 import sys
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-import fastmatch as fm
-from fastmatch._internal.files import load_state, save_state
-from fastmatch.checkpoint import Checkpoint, align_checkpoints
-from fastmatch.checkpoint.journal import Journal, journal_path
-from fastmatch.checkpoint.structure import config_of
-from helpers.mutations import mutated
+from fastmatch._internal.files import save_state
 from helpers.networks import fresh_seed
+from helpers.readers import READERS, judged
+
+NEEDS = {"config": "transformers", "yaml_recipe": "yaml"}
 
 
-def small():
-    """A network of few bytes, so that changes hit what matters."""
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2))
-    return model, fm.PermutationSpec.trace(model, torch.zeros(2, 3))
+def name_of(reader):
+    return reader.__name__.removeprefix("read_")
 
 
-@pytest.fixture
-def journal(tmp_path, monkeypatch):
-    """The journal of a run of which everything but the output is done."""
-    model, spec = small()
-    state = model.state_dict()
-    for name, changed in (("a", state), ("b", fm.Alignment(spec.random(), spec).apply(state))):
-        save_state(changed, tmp_path / f"{name}.safetensors")
-    monkeypatch.setattr(Journal, "remove", lambda self: None)
-    align_checkpoints(
-        tmp_path / "a.safetensors", tmp_path / "b.safetensors", tmp_path / "out.safetensors", spec=spec
-    )
-    (tmp_path / "out.safetensors").unlink()
-    return journal_path(tmp_path / "out.safetensors"), spec
-
-
-def read_safetensors(folder):
-    save_state(small()[0].state_dict(), folder / "m.safetensors", metadata={"license": "mine"})
-    return folder / "m.safetensors", lambda path: [load_state(path), dict(Checkpoint(path))]
-
-
-def read_torch(folder):
-    save_state(small()[0].state_dict(), folder / "m.pt")
-    return folder / "m.pt", lambda path: [load_state(path), dict(Checkpoint(path))]
-
-
-def read_old_torch(folder):
-    torch.save(small()[0].state_dict(), folder / "m.pt", _use_new_zipfile_serialization=False)
-    return folder / "m.pt", load_state
-
-
-def read_permutations(folder):
-    spec = small()[1]
-    fm.Alignment(spec.random(), spec).save(folder / "p.safetensors")
-    return folder / "p.safetensors", fm.Alignment.load
-
-
-def read_spec(folder):
-    (folder / "spec.json").write_text(small()[1].to_json())
-    return folder / "spec.json", lambda path: fm.PermutationSpec.from_json(path.read_bytes().decode())
-
-
-def read_index(folder):
-    state = small()[0].state_dict()
-    save_file(state, folder / "model-1.safetensors")
-    index = {"metadata": {"total_size": 10}, "weight_map": dict.fromkeys(state, "model-1.safetensors")}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return folder / "model.safetensors.index.json", lambda path: dict(Checkpoint(path.parent))
-
-
-def read_config(folder):
-    transformers = pytest.importorskip("transformers")
-    transformers.LlamaConfig(vocab_size=20, hidden_size=32, num_attention_heads=4).save_pretrained(folder)
-    return folder / "config.json", lambda path: config_of(path.parent)
-
-
-READERS = (
-    read_safetensors, read_torch, read_old_torch, read_permutations, read_spec, read_index, read_config,
-)  # fmt: skip
-
-COUNTS = pytest.mark.parametrize("count", [120, pytest.param(5000, marks=pytest.mark.slow)])
-
-
-def refusal(read):
-    """The error with which a reader refuses a file; None if it takes it. Other errors than these two are faults."""
-    try:
-        read()
-    except (ValueError, FileNotFoundError) as error:
-        return error
-    return None
-
-
-@COUNTS
+@pytest.mark.parametrize("count", [120, pytest.param(5000, marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("reader", READERS, ids=lambda f: f.__name__.removeprefix("read_"))
+@pytest.mark.parametrize("reader", READERS, ids=name_of)
 def test_a_changed_file_is_read_or_refused_by_name(tmp_path, reader, count):
-    path, read = reader(tmp_path)
-    whole, seed = path.read_bytes(), fresh_seed()
-    choose, refused = random.Random(seed), 0
-    for number in range(count):
-        path.write_bytes(mutated(whole, choose))
-        where = f"change {number} of seed {seed}"
-        try:
-            error = refusal(lambda: read(path))
-        except BaseException as other:
-            raise AssertionError(f"{where}: {type(other).__name__}: {str(other)[:300]}") from other
-        if error is not None:
-            refused += 1
-            assert isinstance(error, ValueError) or reader is read_index, where
-            assert reader is read_spec or str(tmp_path) in str(error), where
-            assert "\n" not in str(error), where
-    assert refused > count / 10
-
-
-@COUNTS
-def test_a_changed_journal_is_followed_or_refused_by_name(journal, tmp_path, count):
-    path, spec = journal
-    whole, seed = path.read_bytes(), fresh_seed()
-    inputs = [tmp_path / f"{x}.safetensors" for x in ("a", "b", "out")]
-    choose, expected = random.Random(seed), None
-    for number in range(count):
-        path.write_bytes(mutated(whole, choose) if number else whole)
-        error = refusal(lambda: align_checkpoints(*inputs, spec=spec, resume=True))
-        if error is None:
-            expected = expected or inputs[2].read_bytes()
-            assert inputs[2].read_bytes() == expected, f"change {number} of seed {seed}"
-            inputs[2].unlink()
-        else:
-            assert isinstance(error, ValueError)
-            assert path.name in str(error), f"change {number} of seed {seed}"
+    pytest.importorskip(NEEDS.get(name_of(reader), "torch"))
+    assert judged(reader, tmp_path, count, fresh_seed()) > count / 10
 
 
 CUT = """

@@ -15,15 +15,24 @@ import os
 import random
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 import fastmatch as fm
 from fastmatch._internal.files import save_state
-from fastmatch.checkpoint import WriteOptions, align_checkpoints
+from fastmatch.checkpoint import (
+    MergeOptions,
+    WriteOptions,
+    align_checkpoints,
+    align_many_checkpoints,
+    apply_to_checkpoint,
+    merge_checkpoints,
+)
 from fastmatch.cli.main import main
 from helpers.interruptions import events_of, killed, with_limit
 
@@ -40,6 +49,32 @@ def loader():
 MODEL = ["--model", "interrupted_net:build"]
 
 
+def _align(out: str, spec: fm.PermutationSpec, force: bool, resume: bool) -> None:
+    align_checkpoints("A", "B", out, spec=spec, write=WriteOptions(force=force), resume=resume)
+
+
+def _merge(out: str, spec: fm.PermutationSpec, force: bool, resume: bool) -> None:
+    merge_checkpoints(["A", "B"], out, force=force)
+
+
+def _apply(out: str, spec: fm.PermutationSpec, force: bool, resume: bool) -> None:
+    alignment = fm.Alignment(spec.random(torch.Generator().manual_seed(7)), spec)
+    apply_to_checkpoint(alignment, "B", out, force=force)
+
+
+def _merge_many(out: str, spec: fm.PermutationSpec, force: bool, resume: bool) -> None:
+    options = MergeOptions([0.5, 0.5])
+    write = WriteOptions(force=force)
+    align_many_checkpoints(["A", "B"], out, spec=spec, merge=options, write=write, resume=resume)
+
+
+FOLDERS = {
+    "align folders": _align, "merge folders": _merge, "apply to a folder": _apply,
+    "align and merge folders": _merge_many,
+}  # fmt: skip
+"""What is done with the folders out of core, tensor by tensor."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One command: its arguments, the name of its output, and whether it can resume."""
@@ -52,14 +87,13 @@ class Case:
 
     def run(self, *extra: str) -> int:
         """Run the command in the current folder and return its status."""
-        if self.arguments[0] != "folders":
+        if self.arguments[0] not in FOLDERS:
             return main([*self.arguments, "--out", self.out, *extra])
         import interrupted_net
 
         spec = fm.PermutationSpec.trace(*interrupted_net.build())
-        write = WriteOptions(force="--force" in extra)
         try:
-            align_checkpoints("A", "B", self.out, spec=spec, write=write, resume="--resume" in extra)
+            FOLDERS[self.arguments[0]](self.out, spec, "--force" in extra, "--resume" in extra)
         except (OSError, ValueError) as error:
             print(error, file=sys.stderr)
             return 2
@@ -95,8 +129,9 @@ def cases() -> list[Case]:
             ),
             Case(f"align over an old {suffix}", (*align, "--out-of-core"), out, resumes=True, old=True),
         ]
-    found.append(Case("align folders", ("folders",), "out", resumes=True))
-    found.append(Case("align over an old folder", ("folders",), "out", resumes=True, old=True))
+    for name in FOLDERS:
+        found.append(Case(name, (name,), "out", resumes="align" in name))
+    found.append(Case("align over an old folder", ("align folders",), "out", resumes=True, old=True))
     return found
 
 
@@ -191,12 +226,17 @@ class Bench:
         assert status in (0, 2), f"{self.case.name}: {size} bytes: status {status}"
         expected = self.expected if status == 0 else self.old
         assert contents(self.out) == expected, f"{self.case.name}: {size} bytes: status {status} and a part"
-        journal = {f".{self.case.out}.journal"} if status and self.case.resumes else set()
+        kept = {f".{self.case.out}.journal", f".{self.case.out}.many"}
+        journal = kept if status and self.case.resumes else set()
         assert self.left() <= journal, f"{self.case.name}: {size} bytes: {self.left()} is left"
 
 
-def run(folder: Path, points: int, seed: int) -> None:
-    """Try every event and size of every case, or ``points`` of each, chosen by ``seed``."""
+def run(folder: Path, points: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Try every event and size of every case, or ``points`` of each, chosen by ``seed``; yield what was tried.
+
+    Raises:
+        AssertionError: something half-written is left, or a repeated run differs.
+    """
     torch.set_num_threads(1)
     choose = random.Random(seed)
     prepare(folder / "work")
@@ -206,19 +246,21 @@ def run(folder: Path, points: int, seed: int) -> None:
         count = events_of(
             lambda case=case, bench=bench: case.run(*bench.force), bench.folder, folder / "count"
         )
-        events = range(1, count + 1)
-        for at in sorted(choose.sample(events, min(points, count))) if points else events:
+        events = list(range(1, count + 1))
+        chosen = sorted(choose.sample(events, min(points, count))) if points else events
+        for at in chosen:
             bench.kill(at, choose.randint(1, count))
         largest = max(
             len(x)
             for x in (bench.expected.values() if isinstance(bench.expected, dict) else [bench.expected])
         )
         sizes = sorted({*range(0, largest, max(1, largest // 60)), 1, 7, 8, 9, largest - 1})
-        for size in sorted(choose.sample(sizes, min(points, len(sizes)))) if points else sizes:
+        sizes = sorted(choose.sample(sizes, min(points, len(sizes)))) if points else sizes
+        for size in sizes:
             bench.limit(size)
         bench.reset()
         bench.out.unlink() if bench.out.is_file() else shutil.rmtree(bench.out, ignore_errors=True)
-        print(f"{case.name}: {count} events, {len(sizes)} sizes", flush=True)
+        yield {"case": case.name, "events": count, "kills": len(chosen), "sizes": len(sizes)}
 
 
 if __name__ == "__main__":
@@ -227,4 +269,5 @@ if __name__ == "__main__":
     parser.add_argument("--points", type=int, default=0)
     parser.add_argument("--seed", type=int, required=True)
     args = parser.parse_args()
-    run(args.folder, args.points, args.seed)
+    for row in run(args.folder, args.points, args.seed):
+        print(row, flush=True)

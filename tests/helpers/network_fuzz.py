@@ -82,8 +82,8 @@ def change(net: nn.Module, spec: fm.PermutationSpec, x: tuple[torch.Tensor, ...]
 
 def judge(seed: int, found: Findings) -> None:
     """Trace one network and add what the judges say of it."""
-    net, x = random_network(seed, batch=5)
     try:
+        net, x = random_network(seed, batch=5)
         spec = fm.PermutationSpec.trace(net, tuple(t[:2] for t in x), unread="ignore")
     except Exception as error:
         found.failed.append((seed, f"{type(error).__name__}: {error}"))

@@ -25,7 +25,7 @@ UNTESTED = frozenset(
         "_batch_norm_with_update", "_scaled_dot_product_attention_math_for_mps", "_scaled_dot_product_cudnn_attention",
         "_scaled_dot_product_efficient_attention", "_scaled_dot_product_flash_attention",
         "_scaled_dot_product_fused_attention_overrideable", "_thnn_fused_gru_cell", "_thnn_fused_lstm_cell",
-        "cudnn_batch_norm", "empty", "empty_like", "empty_strided", "equal", "full", "miopen_batch_norm",
+        "cudnn_batch_norm", "empty", "empty_like", "empty_strided", "equal", "eye", "full", "miopen_batch_norm",
         "mkldnn_max_pool2d", "new_empty", "new_empty_strided", "ones", "quantized_max_pool2d", "zeros",
     ]
 )  # fmt: skip
@@ -98,11 +98,16 @@ def samples(r: Sampler) -> dict[str, list[list[Any]]]:
         "_embedding_bag": [[r(9, 6), r.integers(9, 12), torch.tensor([0, 4, 8]), False, mode] for mode in (0, 1, 2)],
         "_embedding_bag_forward_only": [[r(9, 6), r.integers(9, 12), torch.tensor([0, 4, 8])]],
         "_linalg_det": [[square]], "_linalg_eigh": [[r.definite(3)]], "_linalg_slogdet": [[square]],
-        "_linalg_solve_ex": [[r.definite(3), r(3, 4, 2)]], "_linalg_svd": [[square]], "cholesky": [[r.definite(3)]],
+        "_linalg_solve_ex": [[r.definite(3), r(3, 4, 2)], [r.definite(3), r(3, 4)]], "_linalg_svd": [[square]], "cholesky": [[r.definite(3)]],
         "cholesky_inverse": [[r.definite(3)]], "linalg_cholesky_ex": [[r.definite(3)]], "linalg_eig": [[square]],
         "linalg_solve_triangular": [[square, r(3, 5, 2)]],
-        "linalg_householder_product": [[r(3, 5, 4), r(3, 4)]], "linalg_inv_ex": [[square]], "linalg_lu": [[square]],
+        "linalg_householder_product": [[r(3, 5, 4), r(3, 4)]], "linalg_inv_ex": [[r.definite(3)]], "linalg_lu": [[square]],
         "linalg_lu_factor_ex": [[square]], "linalg_matrix_exp": [[square]], "linalg_qr": [[r(3, 5, 4)]],
+        "fake_quantize_per_tensor_affine_cachemask": [[x, 0.1, 0, -8, 7]],
+        "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams": [[
+            x, torch.tensor([0.1]), torch.tensor([0], dtype=torch.int32), torch.tensor([1]), -8, 7]],
+        "fake_quantize_per_channel_affine_cachemask": [[x.float(), r(6, low=0.1).float(), torch.zeros(6), 1, -8, 7]],
+        "_pack_padded_sequence": [[cube, torch.tensor([3, 3, 2, 1]), False]],
         "tril": [[square]], "triu": [[square]], "_fft_c2c": [[torch.complex(cube, cube + 1), [1], 0, True]],
         "_fft_r2c": [[cube, [1], 0, True]], "_fft_c2r": [[torch.complex(cube, cube + 1), [1], 0, 6]],
         "_cdist_forward": [[cube, r(3, 5, 6), 2.0, None]], "_euclidean_dist": [[cube, r(3, 5, 6)]],

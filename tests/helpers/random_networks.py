@@ -32,7 +32,7 @@ class RandomNetwork(nn.Module):
     def weight(self, name: str, *shape: int, kind: torch.dtype = torch.float64) -> torch.Tensor:
         if name not in self.layers:
             self.layers[name] = nn.Parameter(
-                torch.randn(*shape, dtype=kind) / shape[-1] ** 0.5, requires_grad=False
+                torch.randn(shape, dtype=kind) / max(shape[-1:] or (1,)) ** 0.5, requires_grad=False
             )
         return self.layers[name]
 

@@ -134,7 +134,7 @@ def masks(net, rng, name, h, live):
         kept[rng.randrange(n)] = n <= 2
         return h[:, kept]
     if way == 3:
-        return h * (h >= h.topk(2, 1).values[:, -1:]) + 0.1 * h
+        return h * (h >= h.topk(min(2, n), 1).values[:, -1:]) + 0.1 * h
     if way == 4:
         return h * (torch.arange(n) < rng.randrange(1, n + 1))
     return h.clamp(net.weight(name, n) - 1, net.weight(name, n) + 1)
@@ -212,8 +212,8 @@ def positions(net, rng, name, h, live):
 
 
 def branches(net, rng, name, h, live):
-    """Both sides computed, one chosen by values; or a side that depends on what is the same for every order."""
-    way = rng.randrange(4)
+    """Both sides computed, one chosen by values; or a side, or a number of rounds, that Python chooses by a number."""
+    way = rng.randrange(7)
     a, b = torch.tanh(F.linear(h, net.weight(name, 8, h.shape[1]))), net.weight(f"{name}b", 8)
     if way == 0:
         return torch.where((h.sum(1) > 0)[:, None], a, b)
@@ -221,6 +221,18 @@ def branches(net, rng, name, h, live):
         return torch.lerp(a, b.expand_as(a), h.square().mean(1, keepdim=True).tanh())
     if way == 2:
         return a if bool((h.norm() > 0).all()) else a * b
+    if way == 4:
+        other = rng.choice([a + b.flip(0), a * b.cos()])
+        return a * b if h.norm().item() > 3 else other
+    square = net.weight(f"{name}s", 8, 8)
+    if way == 5:
+        for _ in range(int((h > 0).sum()) % 3):
+            a = torch.sin(F.linear(a, square))
+        return a
+    if way == 6:
+        while a.norm() > 1:
+            a = 0.6 * torch.tanh(F.linear(a, square))
+        return a
     return a * torch.vmap(lambda row: (row * row).sum())(h).tanh()[:, None]
 
 

@@ -244,3 +244,23 @@ def test_an_init_is_copied_and_lists_are_taken():
 def test_an_init_that_is_no_permutation_is_named(init):
     with pytest.raises(ValueError, match=r"^init(\['g'\])?: expected"):
         WeightMatching(init)
+
+
+def test_weights_whose_squares_overflow_are_refused_by_name_and_just_smaller_ones_are_matched():
+    torch.manual_seed(fresh_seed())
+    a, b = (
+        nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)).double()
+        for _ in "ab"
+    )
+    spec = fm.PermutationSpec.trace(a, torch.zeros(2, 4).double())
+    expected = match_weights(a.state_dict(), b.state_dict(), spec).permutations
+    with torch.no_grad():
+        for model in (a, b):
+            for p in model.parameters():
+                p.mul_(1e140)
+    found = match_weights(a.state_dict(), b.state_dict(), spec).permutations
+    assert all(torch.equal(found[name], expected[name]) for name in spec.groups)
+    with torch.no_grad():
+        b[2].weight.mul_(1e20)
+    with pytest.raises(ValueError, match=r"model_b: the squares of '2\.weight' add up to inf"):
+        match_weights(a.state_dict(), b.state_dict(), spec)

@@ -91,3 +91,29 @@ def test_an_output_without_a_finite_number_proves_nothing():
     model, x = Returns(lambda y: y * float("nan")), torch.randn(4, 12)
     with pytest.raises(ValueError, match="no finite number"):
         fm.verify(model, fm.PermutationSpec.trace(model, x), x)
+
+
+class Jumping(nn.Module):
+    """A network whose outputs are a sign that rounding decides, where an input is zero; and units in order if asked."""
+
+    def __init__(self, ordered: bool = False) -> None:
+        super().__init__()
+        self.a, self.c, self.ordered = nn.Linear(6, 64), nn.Linear(64, 3), ordered
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.a(x)
+        balance = h.sum(1) - (h * 3).sum(1) / 3
+        jump = torch.where(x[:, 0] == 0, (balance * 1e13).tanh(), 0)
+        return self.c(h.cumsum(1) if self.ordered else h) + jump[:, None]
+
+
+def test_where_rounding_alone_makes_outputs_jump_other_rounds_are_the_proof():
+    torch.manual_seed(fresh_seed())
+    x = torch.randn(8, 6)
+    x[:, 0] = 0
+    model = Jumping()
+    spec = fm.PermutationSpec.trace(model, x)
+    assert list(spec.groups) == ["a"]
+    assert fm.verify(model, spec, x).error < 1e-10
+    with pytest.raises(ValueError, match="changes the network"):
+        fm.verify(Jumping(ordered=True), spec, x)

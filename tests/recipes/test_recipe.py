@@ -95,7 +95,7 @@ def test_files_that_are_no_recipe_are_refused(tmp_path):
         read_recipe(tmp_path / "none.yaml")
     for name, text, message in [
         ("a.txt", "x", "expected a recipe ending in"),
-        ("a.json", "{", "not JSON"),
+        ("a.json", "{", "not readable as JSON"),
         ("a.yaml", "[1", "not YAML"),
         ("b.yaml", "- 1", "expected a mapping of keys"),
     ]:

@@ -65,6 +65,9 @@ PINNED: dict[str, Body] = {
     "an item": lambda s, x: s.c(s.a(x)) * s.a(x)[0, 2].item(),
     "a list of positions": lambda s, x: s.c(s.a(x)) * s.a(x).argmax(1).tolist()[0],
     "unique values": lambda s, x: s.c(s.a(x)) * torch.unique(s.a(x), return_inverse=True)[1].reshape(-1)[1],
+    "the identity turned": lambda s, x: s.c(s.a(x) @ torch.eye(8).to(x).roll(1, 0)),
+    "a row of the identity": lambda s, x: s.c(s.a(x) * torch.eye(8).to(x)[2]),
+    "the sign of a determinant": lambda s, x: s.c(s.a(x) * s.table.slogdet()[0] * torch.eye(8, 9).to(x).sum(0)[:8].cumsum(0)),
     "random numbers per unit": lambda s, x: s.c(s.a(x) + torch.randn(8)),
 }  # fmt: skip
 
@@ -80,6 +83,20 @@ FREE: dict[str, Body] = {
         torch.zeros(len(x), 8).to(x).index_put((torch.arange(len(x)), s.a(x).argmax(1)), s.a(x).amax(1))
     ),
     "units zeroed by a mask": lambda s, x: s.c(s.a(x).index_put((s.b(s.a(x)) > 0,), torch.zeros(()).to(x))),
+    "solved with the identity and a table": lambda s, x: s.c(
+        torch.linalg.solve(5 * torch.eye(8).to(x) + s.table, s.a(x).t()).t()
+    ),
+    "an orthogonal matrix by Cayley": lambda s, x: s.c(
+        F.linear(s.a(x), torch.linalg.solve(torch.eye(8).to(x) + s.table - s.table.t(), torch.eye(8).to(x)))
+    ),
+    "an orthogonal matrix by an exponential": lambda s, x: s.c(
+        F.linear(s.a(x), torch.linalg.matrix_exp(s.table - s.table.t()))
+    ),
+    "the inverse and its volume": lambda s, x: s.c(F.linear(s.a(x), s.table.inverse())) * s.table.slogdet()[1],
+    "the determinant of products of units": lambda s, x: s.c(s.a(x)) * (torch.eye(8).to(x) + s.a(x).t() @ s.a(x)).det(),
+    "rounded to a grid": lambda s, x: s.c(
+        torch.fake_quantize_per_channel_affine(s.a(x).float(), s.scale.float(), torch.zeros(8), 1, -8, 7).to(x)
+    ),
     "sorted values": lambda s, x: s.b(s.a(x)).sort(1)[0] @ s.table,
 }  # fmt: skip
 

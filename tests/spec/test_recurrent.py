@@ -8,6 +8,7 @@ from torch import nn
 
 import fastmatch as fm
 from fastmatch.spec.running import plain_operations
+from helpers.networks import fresh_seed
 
 
 class Text(nn.Module):
@@ -67,3 +68,20 @@ def test_recurrent_networks_leave_cudnn_while_they_are_followed():
     with plain_operations(nn.Linear(2, 2)):
         assert torch.backends.cudnn.enabled == before
     assert torch.backends.cudnn.enabled == before
+
+
+def test_the_features_of_packed_sequences_move():
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.cells, self.output = nn.Embedding(10, 6), nn.GRU(6, 8), nn.Linear(8, 3)
+
+        def forward(self, words: torch.Tensor) -> torch.Tensor:
+            packed = nn.utils.rnn.pack_padded_sequence(self.words(words), [5, 3, 2])
+            return self.output(nn.utils.rnn.pad_packed_sequence(self.cells(packed)[0])[0])
+
+    torch.manual_seed(fresh_seed())
+    model, words = Packed().double(), torch.randint(0, 10, (5, 3))
+    spec = fm.PermutationSpec.trace(model, words)
+    assert set(spec.groups) == {"words", "cells"}
+    assert fm.verify(model, spec, words).error < 1e-12

@@ -18,8 +18,8 @@ NONLINEARITIES = (
 """Activations are read at the input or output of these."""
 
 OTHERS = (
-    POINTWISE, "_neg_view", "_to_copy", "alias", "clone", "complex", "copy", "detach", "fill",
-    "floor_divide", "lift_fresh", "lift_fresh_copy", "polar", "rsub", "zero",
+    POINTWISE, "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams", "_neg_view", "_to_copy", "alias", "clone", "complex", "copy", "detach", "fill",
+    "fake_quantize_per_tensor_affine_cachemask", "floor_divide", "lift_fresh", "lift_fresh_copy", "polar", "rsub", "zero",
 )  # fmt: skip
 """Pointwise operations that torch does not mark as such, and the entry for those that it marks."""
 
@@ -49,6 +49,16 @@ def elementwise(record: Record, call: Call) -> None:
     is_nonlinearity = call.base.removesuffix("_") in NONLINEARITIES
     if is_nonlinearity and isinstance(first, torch.Tensor) and first.shape == out.shape:
         record.mark_activation(call, result)
+
+
+@rule("fake_quantize_per_channel_affine_cachemask")
+def _fake_quantized(record: Record, call: Call) -> None:
+    """Rounded with a scale for every position along one axis."""
+    labels = record.labels(call["self"])
+    for name in ("scale", "zero_point"):
+        unify(labels[call.dim(len(labels), "axis")], record.labels(call[name])[0], call.name)
+    for tensor in call.outputs:
+        record.set(tensor, labels)
 
 
 @rule(*FACTORIES)

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from fastmatch.spec.labels import Label, pin, unify
 from fastmatch.spec.operations import Call
 from fastmatch.spec.record import Record, fresh
-from fastmatch.spec.rules.registry import rule, unite_broadcast
+from fastmatch.spec.rules.registry import rule, set_saved, unite_broadcast
 
 __all__: list[str] = []
 
 
 @rule(
-    "_linalg_det", "_linalg_eigh", "_linalg_slogdet", "_linalg_solve_ex", "_linalg_svd", "cholesky",
-    "cholesky_inverse", "linalg_cholesky_ex", "linalg_eig", "linalg_householder_product", "linalg_inv_ex",
-    "linalg_lu", "linalg_lu_factor_ex", "linalg_matrix_exp", "linalg_qr", "linalg_solve_triangular", "tril", "triu",
+    "_linalg_eigh", "_linalg_svd", "cholesky", "cholesky_inverse", "linalg_cholesky_ex", "linalg_eig",
+    "linalg_householder_product", "linalg_lu", "linalg_lu_factor_ex", "linalg_qr", "linalg_solve_triangular", "tril",
+    "triu",
 )  # fmt: skip
 def _matrix(record: Record, call: Call) -> None:
     """Keep the batch axes; the last two are pinned."""
@@ -38,6 +38,56 @@ def _mix_beside(record: Record, kept: Sequence[Label]) -> None:
     """Note that an operation mixes positions along every axis but ``kept``, which have one order for all of them."""
     for label in kept:
         record.contract(label, [x for x in kept if x is not label])
+
+
+@rule("linalg_inv_ex", "_linalg_solve_ex")
+def _solution(record: Record, call: Call) -> None:
+    """Rows of the matrix move with those of the right side, columns with the rows of the solution; so of an inverse."""
+    matrix, right = record.labels(call.first), call.get("B")
+    *batch, rows, columns = matrix
+    if right is None:
+        result = [*batch, columns, rows]
+    else:
+        given = record.labels(right)
+        if not call["left"] or [x.size for x in given[: len(batch) + 1]] != [x.size for x in (*batch, rows)]:
+            raise NotImplementedError("other sides, or batches that are broadcast")
+        for mine, label in zip((*batch, rows), given, strict=False):
+            unify(mine, label, call.name)
+        result = [*batch, columns, *given[len(batch) + 1 :]]
+    _whole(record, call, matrix, result, 1)
+
+
+@rule("_linalg_det", "_linalg_slogdet", "linalg_matrix_exp")
+def _square(record: Record, call: Call) -> None:
+    """Rows and columns move together. The logarithm of a determinant would let them move apart; its sign would not."""
+    matrix = record.labels(call.first)
+    *batch, rows, columns = matrix
+    unify(rows, columns, call.name)
+    count = 2 if call.base == "_linalg_slogdet" else 1
+    _whole(record, call, matrix, matrix if call.base == "linalg_matrix_exp" else batch, count)
+
+
+@rule("eye")
+def _identity(record: Record, call: Call) -> None:
+    """The same for every order that rows and columns share."""
+    rows, columns = call.out.shape
+    if rows != columns:
+        raise NotImplementedError("more rows than columns, or fewer")
+    record.set(call.out, [Label(rows)] * 2)
+
+
+def _whole(record: Record, call: Call, matrix: list[Label], result: list[Label], count: int) -> None:
+    """Label the first results, and the codes of errors. The others are factors, which depend on the order."""
+    *batch, rows, columns = matrix
+    for label in (rows, columns):
+        record.contract(label, batch)
+    for tensor in call.outputs[:count]:
+        record.set(tensor, result)
+    for tensor in call.outputs[count:]:
+        if tensor.ndim == len(batch):
+            record.set(tensor, batch)
+        else:
+            set_saved(record, call, [tensor], matrix)
 
 
 @rule("_fft_c2c", "_fft_c2r", "_fft_r2c")

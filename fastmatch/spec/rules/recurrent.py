@@ -56,3 +56,15 @@ def _cell(record: Record, call: Call) -> None:
     for tensor in states:
         record.set(tensor, memory)
     set_saved(record, call, [workspace], memory)
+
+
+@rule("_pack_padded_sequence")
+def _packed(record: Record, call: Call) -> None:
+    """Steps of all sequences in one row; what is beside them stays."""
+    labels = record.labels(call["input"])
+    for label in [*labels[:2], *record.labels(call["lengths"])]:
+        pin(label, call.name)
+    record.mix(labels, {0, 1})
+    steps, sizes = call.outputs
+    record.set(steps, [Label(len(steps), pinned=call.name), *labels[2:]])
+    record.set(sizes, [Label(len(sizes), pinned=call.name)])

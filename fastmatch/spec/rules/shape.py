@@ -16,11 +16,23 @@ __all__: list[str] = []
 def _view(record: Record, call: Call) -> None:
     """Split and join axes in the smallest runs that have the same number of positions before and after."""
     labels, sizes = record.labels(call["self"]), list(call.out.shape)
-    if math.prod(sizes) == 0:
-        for label in labels:
-            pin(label, call.name)
-        record.set(call.out, fresh(sizes, call.name))
+    if 0 not in sizes:
+        record.set(call.out, _viewed(labels, sizes, call.name))
         return
+    # Of no rows, every row would be seen alike.
+    at, to = [label.size for label in labels].index(0), sizes.index(0)
+    before, after = [label.size for label in labels[:at]], sizes[:to]
+    inner, rest = [label.size for label in labels[at + 1 :]], sizes[to + 1 :]
+    if math.prod(before) == math.prod(after) > 0 and math.prod(inner) == math.prod(rest) > 0:
+        outside = _viewed(labels[:at], after, call.name)
+        record.set(call.out, [*outside, Label(0), *_viewed(labels[at + 1 :], rest, call.name)])
+        return
+    for label in labels:
+        pin(label, call.name)
+    record.set(call.out, fresh(sizes, call.name))
+
+
+def _viewed(labels: list[Label], sizes: list[int], name: str) -> list[Label]:
     result: list[Label] = []
     for before, after in _runs(labels, sizes):
         if len(before) == len(after) == 1:
@@ -29,10 +41,10 @@ def _view(record: Record, call: Call) -> None:
         split = split_product(before, after)
         if split is None:
             for label in before:
-                pin(label, call.name)
-            split = fresh(after, call.name)
+                pin(label, name)
+            split = fresh(after, name)
         result += split
-    record.set(call.out, result)
+    return result
 
 
 def _runs(labels: list[Label], sizes: list[int]) -> list[tuple[list[Label], list[int]]]:

@@ -1,0 +1,161 @@
+"""Numbers that a model reads in Python, and the passes that it would run if they were others.
+
+A model that asks ``if h.norm() > 2`` runs one of several paths. Others may use the same parameters in another way, so a
+trace follows them as well: the model is told another answer, and what that pass shows is joined with the first.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from fastmatch._internal.callers import warn_user
+from fastmatch.spec.record import Record, storage_id
+
+__all__ = ["Choices", "PathLeft", "follow_others"]
+
+MOST_PASSES = 32
+"""Passes with other answers for one example."""
+
+MOST_REPEATS = 2
+"""After so many, the repeats of a question count as one: a loop is followed for none, one, two and some rounds."""
+
+FAR = 100
+"""How far the other answers to a question for a number are, so that they are above and below what a model compares with."""
+
+INNER = ("fastmatch", "torch", "contextlib")
+"""Packages whose frames are not the model's."""
+
+Value: TypeAlias = "bool | int | float | list[Any] | np.ndarray"
+"""What Python is given: one number, or those of a tensor as a list or an array."""
+
+
+class PathLeft(BaseException):
+    """A pass with another answer goes where it must not be followed. No ``Exception``, so that models cannot catch it."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What Python was given once: where in the code, by which module, and which value."""
+
+    place: tuple[str, str, int]
+    value: Value
+
+
+def others(value: Value) -> list[Value]:
+    """Return what else could have been given: for each kind of value as many, in one order."""
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int):
+        return [value - 1, value + 1]
+    if isinstance(value, float):
+        far = FAR * (abs(value) + 1)
+        return [-far, far] if far < float("inf") else [0.0]
+    if isinstance(value, list):
+        changed = zip(*map(others, value), strict=False)
+        return [value[::-1], value[1:] + value[:1], *map(list, changed)]
+    return [np.flip(value), ~value if value.dtype == bool else value + 1]
+
+
+class Choices:
+    """The values that Python is given in one pass.
+
+    Args:
+        forced: position among them -> what is given instead of what was computed.
+        operations: after so many, the pass is left: another answer may make a loop endless.
+    """
+
+    def __init__(self, forced: Mapping[int, Value] | None = None, operations: float = float("inf")) -> None:
+        self.forced = forced or {}
+        self.made: list[Choice] = []
+        self.operations = 0
+        self._most = operations
+        self._kept: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+
+    def before(self, record: Record, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Count an operation that is about to run; in a pass with other answers, keep what it overwrites of the state."""
+        self.operations += 1
+        if self.operations > self._most:
+            raise PathLeft
+        if self.forced and func._schema.is_mutable:
+            for k, argument in enumerate(func._schema.arguments):
+                tensor = kwargs.get(argument.name, args[k] if k < len(args) else None)
+                if argument.is_write and isinstance(tensor, torch.Tensor) and record.is_state(tensor):
+                    memory = tensor.untyped_storage()
+                    self._kept.setdefault(storage_id(tensor), (memory, memory.clone()))
+
+    def told(self, value: Value, module: str) -> Value:
+        """Return what Python is given for a value that was computed."""
+        value = self.forced.get(len(self.made), value)
+        self.made.append(Choice((module, *_line()), value))
+        return value
+
+    def restore(self) -> None:
+        """Give parameters and buffers the values that they had before the pass."""
+        for memory, value in self._kept.values():
+            memory.copy_(value)
+
+
+def _line() -> tuple[str, int]:
+    """Return the line of the model's code that runs."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in INNER:
+        frame = frame.f_back
+    return frame.f_code.co_filename, frame.f_lineno
+
+
+def follow_others(first: Choices, run: Callable[[Choices], None], unread: Callable[[], int]) -> None:
+    """Run the passes that other answers lead to, one other answer at a time, then those that these lead to.
+
+    Args:
+        first: of a pass with the answers that were computed.
+        run: runs a pass.
+        unread: returns how many parameters were not read yet. Where a pass has read more, others like it are followed too.
+    """
+    tried: set[tuple[Any, ...]] = set()
+    waiting = deque([(first, 0, False)])
+    most = 1000 + 4 * first.operations
+    passes = 0
+    while waiting:
+        before, start, more = waiting.popleft()
+        for position, other, key in _others(before, start, more):
+            if key in tried:
+                continue
+            if passes == MOST_PASSES:
+                warn_user(
+                    f"example_inputs: the model takes more than {MOST_PASSES} paths, by numbers that it reads in Python; "
+                    "the trace has not followed all of them. Give several inputs that take others, fm.Examples(x1, x2)"
+                )
+                return
+            tried.add(key)
+            passes += 1
+            answers = {k: choice.value for k, choice in enumerate(before.made[:position])}
+            choices, left = Choices({**answers, position: other}, most), unread()
+            try:
+                run(choices)
+            except (Exception, PathLeft):  # whatever the model's own code raises on what cannot be
+                continue
+            finally:
+                choices.restore()
+            found_more = unread() < left
+            waiting.append((choices, position + (not found_more), found_more))
+
+
+def _others(choices: Choices, start: int, found_more: bool) -> Iterator[tuple[int, Value, tuple[Any, ...]]]:
+    """Yield (position, other answer, what it has in common with those that need not be tried again)."""
+    counts: Counter[tuple[str, str, int]] = Counter()
+    for position, choice in enumerate(choices.made):
+        repeat = counts[choice.place]
+        counts[choice.place] += 1
+        for number, other in enumerate(others(choice.value) if position >= start else ()):
+            if found_more:
+                yield position, other, (choice.place, repeat, repr(other))
+            else:
+                alike = other if isinstance(other, bool) else -1 - number
+                yield position, other, (choice.place, min(repeat, MOST_REPEATS), alike)

@@ -1,0 +1,206 @@
+"""Models that read numbers in Python and go on by them: the paths that other numbers lead to are followed, too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fastmatch as fm
+from fastmatch.spec import choices
+from helpers.networks import fresh_seed
+
+Body = Callable[["Net", torch.Tensor], torch.Tensor]
+
+
+class Net(nn.Module):
+    """Layers of 8 units, used as a function says."""
+
+    def __init__(self, body: Body) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(12, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.body = body
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(self, x)
+
+
+def rounds(s: Net, x: torch.Tensor) -> torch.Tensor:
+    h = s.a(x)
+    while h.norm() > 2:
+        h = 0.5 * torch.tanh(s.b(h))
+    return s.c(h)
+
+
+def exits(s: Net, x: torch.Tensor) -> torch.Tensor:
+    h = s.a(x)
+    for block in s.blocks:
+        h = block(h).relu()
+        if s.c(h).softmax(1).amax() > 0.6:
+            break
+    return s.c(h)
+
+
+def settles(s: Net, x: torch.Tensor) -> torch.Tensor:
+    h = s.a(x)
+    for _ in range(9):
+        before, h = h, torch.tanh(s.b(h) + s.a(x))
+        if torch.dist(before, h).item() < 0.1:
+            break
+    return s.c(h)
+
+
+def repeated(s: Net, x: torch.Tensor) -> torch.Tensor:
+    h = s.a(x)
+    for _ in range(int(h.abs().sum()) % 3):
+        h = s.b(h).relu()
+    return s.c(h)
+
+
+def turned(s: Net, x: torch.Tensor) -> torch.Tensor:
+    h = s.a(x)
+    return s.c(torch.where(h.sum() > 0, h, h.flip(1)) if bool(x.mean() > 5) else h)
+
+
+def rolled(s: Net, x: torch.Tensor) -> torch.Tensor:
+    h = s.a(x)
+    count = int((h.sum(0) > 0).sum())
+    return s.c(torch.cat([h[:, count:], h[:, :count]], 1))
+
+
+def ordered(s: Net, x: torch.Tensor) -> torch.Tensor:
+    h = s.a(x)
+    for k in h.sum(0).argsort()[:3].tolist():
+        h = s.blocks[k % 4](h).relu()
+    return s.c(h)
+
+
+def first(s: Net, x: torch.Tensor) -> torch.Tensor:
+    h = s.a(x)
+    for k in np.argsort(h.square().sum(1).numpy())[:2]:
+        h = s.blocks[k % 4](h).relu()
+    return s.c(h)
+
+
+def each(s: Net, x: torch.Tensor) -> torch.Tensor:
+    h = s.a(x)
+    chosen = s.b(h)[:, :3].argmax(1).tolist()
+    return s.c(torch.stack([s.blocks[k](row).relu() for k, row in zip(chosen, h, strict=True)]))
+
+
+BODIES: dict[str, tuple[Body, bool]] = {
+    "a loop until a norm is small": (rounds, True),
+    "an exit once a class is likely": (exits, True),
+    "a loop until it settles": (settles, True),
+    "as many rounds as a sum says": (repeated, True),
+    "a branch by the inputs": (turned, False),
+    "units turned by their count": (rolled, False),
+    "blocks in the order of units": (ordered, False),
+    "blocks in the order of rows": (first, True),
+    "a block for each row": (each, True),
+}
+"""Name -> how the layers are used, and whether ``a``'s units move all the same."""
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_paths_that_the_example_does_not_take_keep_their_function(name):
+    body, moves = BODIES[name]
+    torch.manual_seed(fresh_seed())
+    model, x = Net(body).double().eval(), torch.randn(3, 12).double()
+    spec = fm.PermutationSpec.trace(model, x, unread="ignore")
+    assert bool(spec.axes_of("a.weight")) == moves
+    with torch.no_grad():
+        for size in (0.01, 0.3, 1, 3, 30):
+            moved = fm.Alignment(spec.random(), spec).apply(model)
+            y = size * torch.randn(5, 12).double() + size
+            assert torch.allclose(moved(y), model(y), rtol=0, atol=1e-9 * (1 + size))
+
+
+def test_every_task_that_a_number_chooses_is_read():
+    class Tasks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk = nn.Linear(12, 8)
+            self.heads = nn.ParameterList(nn.Parameter(torch.randn(3, 8)) for _ in range(5))
+
+        def forward(self, x: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
+            return self.trunk(x).relu() @ self.heads[int(task)].t()
+
+    spec = fm.PermutationSpec.trace(Tasks(), (torch.randn(2, 12), torch.tensor(2)))
+    assert {axis.parameter for axis in spec.groups["trunk"].axes} >= {f"heads.{k}" for k in range(5)}
+
+
+def test_what_another_path_writes_and_keeps_is_undone():
+    class Initialized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.c, self.calls = nn.Linear(12, 8), nn.Linear(8, 3), 0
+            self.register_buffer("ready", torch.tensor(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.ready.item() == 0:
+                self.a.weight.data.copy_(torch.full((8, 12), x.mean().item()))
+                self.calls += 1
+                self.ready.fill_(1)
+                self.a.bias.data = torch.zeros(8)
+            return self.c(self.a(x).relu())
+
+    model = Initialized()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    fm.PermutationSpec.trace(model, torch.randn(2, 12))
+    assert model.calls == 0
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def test_checks_of_values_hold_nothing():
+    def checked(s: Net, x: torch.Tensor) -> torch.Tensor:
+        h = s.a(x)
+        assert torch.isfinite(h).all()
+        if torch.isnan(h).any():
+            raise ValueError("not a number")
+        while not bool((h.abs() <= 4).all()):
+            h = h / 2
+        return s.c(h)
+
+    spec = fm.PermutationSpec.trace(Net(checked), torch.randn(3, 12), unread="ignore")
+    assert spec.axes_of("a.weight")
+
+
+def test_more_paths_than_are_followed_are_told(monkeypatch):
+    monkeypatch.setattr(choices, "MOST_PASSES", 2)
+    with pytest.warns(UserWarning, match=r"more than 2 paths.*fm\.Examples"):
+        fm.PermutationSpec.trace(Net(exits), torch.randn(3, 12), unread="ignore")
+
+
+def test_experts_that_get_no_tokens_hold_nothing():
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.gate, self.c = nn.Linear(6, 12), nn.Linear(12, 3), nn.Linear(12, 3)
+            self.first, self.second, self.third = (nn.Linear(12, 12) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.a(x)
+            chosen = self.gate(h).argmax(1)
+            mixed = torch.zeros_like(h)
+            for number, expert in enumerate((self.first, self.second, self.third)):
+                rows = chosen == number
+                if rows.any():
+                    heads = expert(h[rows]).view(-1, 3, 4).relu()
+                    mixed[rows] = heads.reshape(-1, 12)
+            return self.c(h + mixed)
+
+    torch.manual_seed(fresh_seed())
+    model = Experts().double()
+    spec = fm.PermutationSpec.trace(model, torch.randn(1, 6).double())
+    assert {axis.parameter for axis in spec.groups["a"].axes} >= {
+        "first.weight",
+        "second.weight",
+        "third.weight",
+    }
+    moved, y = fm.Alignment(spec.random(), spec).apply(model), torch.randn(50, 6).double()
+    assert torch.allclose(moved(y), model(y), rtol=0, atol=1e-10)
