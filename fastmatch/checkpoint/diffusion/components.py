@@ -334,4 +334,4 @@ UNUSED = ("position_ids", "logit_scale")
 OPTIONAL = ("final_layer_norm.weight", "final_layer_norm.bias")
 """Ends of names of parameters that files may leave out, because the image model reads an earlier layer."""
 
-OTHERS = ("model_ema.", "first_stage_model.", "cond_stage_model.", "conditioner.", "text_encoders.")
+OTHERS = ("model_ema.", "first_stage_model.", "cond_stage_model.", "conditioner.", "text_encoders.", "loss.")
