@@ -12,6 +12,7 @@ from fastmatch._internal.json_files import read_json
 from fastmatch._internal.states import check_same_architecture
 from fastmatch.checkpoint.diffusion.components import UNUSED, find_components, has_networks
 from fastmatch.checkpoint.diffusion.folders import is_diffusers, prove_folder, trace_folder
+from fastmatch.checkpoint.diffusion.namings import translation
 from fastmatch.checkpoint.diffusion.pipeline import prove_pipeline, trace_pipeline
 from fastmatch.checkpoint.diffusion.single_file import prove_file, trace_file
 from fastmatch.checkpoint.names import RenamedCheckpoint
@@ -25,7 +26,14 @@ from fastmatch.spec.unread import Unread
 
 log = logging.getLogger("fastmatch")
 
-__all__ = ["check_no_adapter", "common_spec", "is_diffusion", "prove_checkpoint", "trace_checkpoint"]
+__all__ = [
+    "check_no_adapter",
+    "common_spec",
+    "is_diffusion",
+    "prove_checkpoint",
+    "take_names_of_networks",
+    "trace_checkpoint",
+]
 
 
 def is_diffusion(path: str | Path, checkpoint: Checkpoint) -> bool:
@@ -33,6 +41,17 @@ def is_diffusion(path: str | Path, checkpoint: Checkpoint) -> bool:
     if checkpoint.parts:
         return True
     return is_diffusers(path) if Path(path).is_dir() else has_networks(checkpoint)
+
+
+def take_names_of_networks(checkpoint: Checkpoint, other: Checkpoint) -> dict[str, str]:
+    """Give the networks in a file of a diffusion model the names that they have in another one. Return old names -> new ones."""
+    if checkpoint.path.is_dir() or other.path.is_dir():
+        return {}
+    names = translation(
+        _shapes(checkpoint.headers), _shapes(other.headers), str(checkpoint.path), str(other.path)
+    )
+    checkpoint.rename(names)
+    return names
 
 
 def trace_checkpoint(

@@ -33,6 +33,7 @@ PAGES = (
     "bfloat16_screening",
     "checkpoint_alignment",
     "device_cost",
+    "diffusion_names",
     "first_calls",
     "greedy_initialization",
     "initial_duals",
