@@ -17,6 +17,7 @@ from fastmatch.checkpoint import (
     align_checkpoints,
     align_many_checkpoints,
     merge_checkpoints,
+    verify_checkpoints,
 )
 from fastmatch.checkpoint.diffusion.components import build_component, find_components
 from fastmatch.checkpoint.diffusion.namings import translation
@@ -217,6 +218,22 @@ def test_a_text_encoder_with_older_names_is_the_same_network():
     spec = trace_file(older, "a")
     assert len(spec.groups) == len(trace_file(shapes, "b").groups) > 0
     assert prove_file(older, spec, "a").error < 1e-12
+
+
+def test_two_files_are_verified_network_by_network(tmp_path, generator, capsys):
+    shapes = unet_shapes()
+    spec = trace_file(shapes, "a")
+    a = random_file(shapes, generator)
+    b = apply_permutations(a, spec, spec.random(generator))
+    save_file(a, tmp_path / "a.safetensors")
+    save_file(b, tmp_path / "b.safetensors")
+    paths = [str(tmp_path / f"{x}.safetensors") for x in "ab"]
+    found = verify_checkpoints(*paths)
+    assert (found.outputs, found.error < 1e-12) == (1, True)
+    b[f"{UNET}out.2.weight"] = b[f"{UNET}out.2.weight"].roll(1, 1)
+    save_file(b, paths[1])
+    assert main(["verify", *paths]) == 3
+    assert "is not the same function" in capsys.readouterr().err
 
 
 def test_other_files_still_need_a_model(tmp_path, capsys):
