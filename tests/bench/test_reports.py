@@ -33,6 +33,8 @@ PAGES = (
     "bfloat16_screening",
     "checkpoint_alignment",
     "device_cost",
+    "diffusion_alignment",
+    "diffusion_many",
     "diffusion_names",
     "first_calls",
     "greedy_initialization",
