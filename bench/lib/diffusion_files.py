@@ -14,7 +14,7 @@ from fastmatch.checkpoint.writer import write_like
 from fastmatch.permutations.apply import permute_tensor
 from fastmatch.spec import PermutationSpec
 
-__all__ = ["noisy", "plant", "write_random"]
+__all__ = ["noisy", "plant", "write_random", "write_sibling"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -45,6 +45,12 @@ def noisy(source: Checkpoint, name: str, noise: float, seed: int = 7) -> torch.T
     added = torch.randn(tensor.shape, generator=_generator(name, seed))
     size = float(tensor.float().std()) if tensor.numel() > 1 else 0.0
     return added.mul_(noise * size).add_(tensor).to(tensor.dtype)
+
+
+def write_sibling(path: Path, out: Path, noise: float, seed: int = 1) -> None:
+    """Write a copy with noise, whose units keep their order."""
+    source = Checkpoint(path)
+    write_like(source, out, lambda name: noisy(source, name, noise, seed))
 
 
 def plant(path: Path, out: Path, spec: PermutationSpec, noise: float, seed: int = 1) -> None:

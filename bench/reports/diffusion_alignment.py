@@ -9,6 +9,9 @@ alignment runs in a process of its own, with one thread, because other work shar
 The bound is the time to read both files and to write one, once, and to compute the gain matrix of every assignment of the
 run once, at the rates that the same process measures for plain reads, writes and float32 products. Assignments,
 checks in float64 and everything else count against us.
+
+Every file is proved by a reduced model in float64. "Change at full size": B and the result, run whole in float64 on the same
+random inputs, and the largest change of an output relative to its largest entry.
 """
 
 from __future__ import annotations
@@ -33,6 +36,8 @@ NAME = "diffusion_alignment"
 ROOT = Path(__file__).parents[2]
 FILES = {"SD 1.5": "sd1-ldm", "SDXL": "sdxl-sgm"}
 PAIRS = ("planted", "random")
+WHOLE = ("SD 1.5",)
+"""Models whose largest network fits the memory in float64."""
 NOISE = 0.1
 PROBE = 1536
 """Rows of the matrices whose product is timed."""
@@ -108,6 +113,13 @@ def align(a: Path, b: Path, out: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def change_at_full_size(b: Path, out: Path) -> float:
+    """Return the largest change of an output of the networks in a file, in float64."""
+    from fastmatch.checkpoint import verify_checkpoints
+
+    return verify_checkpoints(b, out).error
+
+
 def recovered(a: Path, out: Path) -> bool:
     """Return whether every tensor is that of A with the noise that was added, to the last bit."""
     from fastmatch.checkpoint import Checkpoint
@@ -146,8 +158,10 @@ def rows(options: argparse.Namespace) -> Iterator[record.Row]:
             for pair in options.pairs:
                 make(pair, shapes, a, b)
                 row = child("--align", "--dir", str(options.dir))
-                equal = recovered(a, out) if pair == "planted" else None
-                yield {"model": name, "pair": pair, **row, "recovered": equal}
+                row["recovered"] = recovered(a, out) if pair == "planted" else None
+                if name in WHOLE and not options.tiny:
+                    row |= child("--verify", "--dir", str(options.dir))
+                yield {"model": name, "pair": pair, **row}
                 b.unlink()
                 out.unlink()
         finally:
@@ -169,6 +183,7 @@ def page(found: record.Record) -> str:
             "seconds": f"{row['seconds']:.0f}", "bound": f"{row['bound']:.0f}",
             "ratio": f"{row['seconds'] / row['bound']:.2f}", "peak GB": f"{row['peak']:.2f}",
             "objective": "{:.4g} to {:.4g}".format(*row["objective"]), "error of the proof": f"{row['proof']:.0e}",
+            "change at full size": f"{row['change']:.0e}" if "change" in row else "not measured",
             "recovered": {True: "to the last bit", False: "no", None: "nothing planted"}[row["recovered"]],
         }
         for row in found["rows"]
@@ -176,7 +191,7 @@ def page(found: record.Record) -> str:
     rates = ", ".join(f"{row['rate']:.0f}" for row in found["rows"])
     return record.page(
         "Stable Diffusion files of full size", NAME, found,
-        " ".join(__doc__.split("\n\n")[2].split()), " ".join(__doc__.split("\n\n")[3].split()),
+        *(" ".join(part.split()) for part in __doc__.split("\n\n")[2:]),
         f"Float32 products ran at {rates} GFLOP in a second of one thread, row by row.",
         record.table(shown),
     )  # fmt: skip
@@ -189,12 +204,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--dir", type=Path, default=Path("/tmp/fastmatch-bench"), help="a folder for the files"
     )
-    parser.add_argument("--align", action="store_true", help=argparse.SUPPRESS)  # the measured process
+    for option in ("--align", "--verify"):  # the measured processes
+        parser.add_argument(option, action="store_true", help=argparse.SUPPRESS)
     given = sys.argv[1:] if arguments is None else arguments
-    if "--align" in given:
+    if "--align" in given or "--verify" in given:
         torch.set_num_threads(1)
-        folder = parser.parse_args(given).dir
-        print(json.dumps(align(*(folder / f"{x}.safetensors" for x in ("a", "b", "out")))))
+        paths = [parser.parse_args(given).dir / f"{x}.safetensors" for x in ("a", "b", "out")]
+        print(
+            json.dumps(align(*paths) if "--align" in given else {"change": change_at_full_size(*paths[1:])})
+        )
         return 0
     return record.run(NAME, measure, page, parser, arguments)
 

@@ -2,7 +2,8 @@
 
     python -m bench.reports.diffusion_peers --dir /tmp/bench --script merge_PermSpec_SD1UNet.py
 
-A and B are files of random numbers with the names and sizes of real ones, in float16, with nothing in common. sd-mecha's own
+A and B are files of random numbers with the names and sizes of real ones, in float16. Random pairs have nothing in common; siblings differ by noise
+of a tenth of each tensor's standard deviation, as models do that were fine-tuned from one. sd-mecha's own
 ``rebasin`` aligns SDXL in float32. SD 1.5 is aligned by our plain port of the published loop (weight matching in torch and float32), with
 the specification that ``--script`` defines, a file of ogkalu2's repository. Each run has a process of its own with one thread; seconds are of
 the processor. Peers run fewer iterations than they do by default. What they take for the default is their time, with that in
@@ -22,18 +23,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.lib import record
-from bench.lib.diffusion_files import write_random
+from bench.lib.diffusion_files import write_random, write_sibling
 from bench.lib.diffusion_shapes import listed_shapes
 from fastmatch.checkpoint import Checkpoint
 
 NAME = "diffusion_peers"
 ROOT = Path(__file__).parents[2]
+PAIRS = ("random", "siblings")
+NOISE = 0.1
 UNET = "model.diffusion_model."
 HEAD, TOKENS = 64, 16
 DEFAULTS = {"sd-mecha": 10, "published loop": 3}
@@ -194,10 +198,13 @@ CONFIGS = {"SDXL": "sdxl-sgm", "SD 1.5": "sd1-ldm"}
 def rows(options: argparse.Namespace) -> Iterator[record.Row]:
     options.dir.mkdir(parents=True, exist_ok=True)
     a, b, out = (options.dir / f"{x}.safetensors" for x in ("a", "b", "out"))
-    for model in options.models:
+    for model, pair in product(options.models, options.pairs):
         try:
-            for seed, path in enumerate((a, b)):
-                write_random(path, listed_shapes(CONFIGS[model]), seed)
+            write_random(a, listed_shapes(CONFIGS[model]), seed=0)
+            if pair == "random":
+                write_random(b, listed_shapes(CONFIGS[model]), seed=1)
+            else:
+                write_sibling(a, b, NOISE)
             for kind in METHODS[model]:
                 if kind == "published loop" and options.script is None:
                     continue
@@ -207,7 +214,7 @@ def rows(options: argparse.Namespace) -> Iterator[record.Row]:
                 ]  # fmt: skip
                 command += ["--script", str(options.script)] if options.script else []
                 done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
-                yield json.loads(done.stdout.splitlines()[-1])
+                yield {"pair": pair, **json.loads(done.stdout.splitlines()[-1])}
                 out.unlink()
         finally:
             for path in (a, b, out):
@@ -216,13 +223,13 @@ def rows(options: argparse.Namespace) -> Iterator[record.Row]:
 
 def measure(options: argparse.Namespace) -> record.Record:
     found = record.record(rows(options), packages=["diffusers", "sd-mecha"])
-    return record.with_earlier(NAME, found, "model", "method")
+    return record.with_earlier(NAME, found, "model", "pair", "method")
 
 
 def page(found: record.Record) -> str:
     shown = [
         {
-            "model": row["model"], "method": row["method"], "iterations": row["iterations"], "seconds": f"{row['seconds']:.0f}",
+            "model": row["model"], "pair": row["pair"], "method": row["method"], "iterations": row["iterations"], "seconds": f"{row['seconds']:.0f}",
             "seconds for the default iterations": f"{row['by default']:.0f}", "peak, GB": f"{row['peak']:.2f}",
             "objective": f"{row['objective']:.6g}", "function": f"{row['function']:.1e}",
         }
@@ -235,6 +242,7 @@ def page(found: record.Record) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS))
     parser.add_argument("--iterations", type=int, default=1, help="of the peers")
     parser.add_argument(
         "--script",

@@ -14,10 +14,17 @@ from fastmatch._internal.divided import check_undivided, local_part
 
 __all__ = [
     "State", "check_finite", "check_models", "check_module", "check_same_architecture", "check_same_names", "device_of",
-    "headers_of", "prefix_of", "state_of", "under_prefix",
+    "headers_of", "prefix_of", "state_of", "under_prefix", "working_dtype",
 ]  # fmt: skip
 
 State: TypeAlias = Mapping[str, torch.Tensor]
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the type in which sums of tensors of a type are computed: float32 or wider."""
+    # torch promotes no type of eight bits.
+    is_small = dtype.is_floating_point and dtype.itemsize == 1
+    return torch.float32 if is_small else torch.promote_types(dtype, torch.float32)
 
 
 def check_models(argument: str, models: object, least: int = 1) -> None:

@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -29,9 +30,12 @@ def load_torch(path: Path, *, mmap: bool = False) -> dict[str, torch.Tensor]:
         is_zip = zipfile.is_zipfile(path)
         if is_zip:
             _check_archive(path)
-        data = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
+        data = _load(path, mmap=mmap and is_zip)
     except Exception as error:  # torch raises many types for a damaged or unsafe pickle
-        raise ValueError(f"{path}: not a torch file that weights_only can read ({_reason(error)})") from error
+        data = _state_of_training(path, mmap=mmap) if isinstance(error, UnpicklingError) else None
+        if data is None:
+            reason = f"not a torch file that weights_only can read ({_reason(error)})"
+            raise ValueError(f"{path}: {reason}") from error
     if isinstance(data, Mapping) and isinstance(data.get("state_dict"), Mapping):
         data = data["state_dict"]
     if not isinstance(data, Mapping):
@@ -39,6 +43,34 @@ def load_torch(path: Path, *, mmap: bool = False) -> dict[str, torch.Tensor]:
     for name, value in data.items():
         _check_entry(path, name, value)
     return dict(data)
+
+
+def _load(path: Path, *, mmap: bool) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+class _Inert:
+    """Stands for any object of another package in a file of training. It runs nothing and keeps nothing."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __setstate__(self, _: object) -> None: ...
+
+
+def _state_of_training(path: Path, *, mmap: bool) -> dict[str, Any] | None:
+    """Return the ``state_dict`` of a file that holds objects of other packages beside it, such as callbacks of lightning.
+
+    Nothing of those packages is imported or called. None if the file is no such file.
+    """
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        with torch.serialization.safe_globals([(_Inert, name) for name in names]):
+            state = _load(path, mmap=mmap).get("state_dict")
+    except Exception:  # the first error says why it cannot be read
+        return None
+    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        return None
+    return dict(state) or None
 
 
 def _check_archive(path: Path) -> None:

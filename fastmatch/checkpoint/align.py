@@ -14,6 +14,7 @@ from fastmatch._internal.checks import check_type
 from fastmatch._internal.outputs import Claim, check_target
 from fastmatch._internal.ranks import Ranks, current
 from fastmatch._internal.stopwatch import Stopwatch
+from fastmatch.checkpoint.inputs import differ_in_inputs, with_more_inputs
 from fastmatch.checkpoint.journal import journal_path
 from fastmatch.checkpoint.names import Layout, RenamedCheckpoint
 from fastmatch.checkpoint.on_ranks import claimed_on_ranks, journaling_on_ranks
@@ -91,9 +92,14 @@ def _merged(a: Checkpoint, aligned: AlignedTensors, weight: float | None) -> Cal
 
     def merged(name: str) -> torch.Tensor:
         tensor = aligned(name)
-        if name not in a or a.headers[name].shape != tensor.shape:
+        if name not in a:
             return tensor
-        return merge_states([{name: a[name]}, {name: tensor}], [1 - weight, weight])[name]
+        first = a[name]
+        if differ_in_inputs(first.shape, tensor.shape):
+            first = with_more_inputs(first, tensor)
+        elif first.shape != tensor.shape:
+            return tensor
+        return merge_states([{name: first}, {name: tensor}], [1 - weight, weight])[name]
 
     return merged
 

@@ -11,13 +11,14 @@ import torch
 
 from fastmatch._internal.coefficients import check_weights, warn_of_scale
 from fastmatch._internal.progress import progress_bar
-from fastmatch._internal.states import check_finite, check_same_architecture
+from fastmatch._internal.states import check_finite, check_same_architecture, working_dtype
 from fastmatch._internal.ties import tied_names
 from fastmatch.checkpoint.align import shared_by
 from fastmatch.checkpoint.blocks import Blocks, coefficients_by_name
+from fastmatch.checkpoint.inputs import differ_in_inputs, with_more_inputs
 from fastmatch.checkpoint.reader import CONFIG, Checkpoint
 from fastmatch.checkpoint.structure import build_empty
-from fastmatch.checkpoint.tracing import is_diffusion
+from fastmatch.checkpoint.tracing import is_diffusion, take_names_of_networks
 from fastmatch.checkpoint.writer import write_like
 
 __all__ = ["MergeOptions", "Tensors", "merge_checkpoints", "write_merge"]
@@ -85,7 +86,8 @@ def merge_checkpoints(
 
     Warns:
         UserWarning: the weights do not sum to one. A line of the logger ``fastmatch`` names tensors that a checkpoint lacks or has in
-            another size; the first checkpoint counts in its place there.
+            another size; the first checkpoint counts in its place there. Of kernels with other input channels, as for
+            inpainting, those that both have are merged.
 
     Integers are the first checkpoint's. Sums run in float32 or wider.
     """
@@ -96,6 +98,8 @@ def merge_checkpoints(
         for other in others:
             if other.keys() != first.keys():
                 other.take_names(first, tied_names(build_empty(first.path)))
+    for other in others:
+        take_names_of_networks(other, first)
     models = [Tensors(c, c.__getitem__) for c in checkpoints]
     write_merge(models, out, options, dtype=dtype, force=force, progress=progress)
 
@@ -112,11 +116,12 @@ def write_merge(
     """Write the merge of checkpoints in the order of units that each one's ``make`` gives; see :func:`merge_checkpoints`."""
     first, *others = models
     names = list(first.checkpoint)
-    own, weights = _weights(options, len(models))
+    weight, weights = _weights(options, len(models))
     table = coefficients_by_name(names, weights, options.blocks)
     present = [_present(first.checkpoint, other.checkpoint) for other in others]
     base = None if options.base is None else Checkpoint(options.base)
     if base is not None:
+        take_names_of_networks(base, first.checkpoint)
         others = [_difference(other, base, has) for other, has in zip(others, present, strict=True)]
     steps = iter(progress_bar(range(len(names)), "merging", show=progress))
 
@@ -130,13 +135,17 @@ def write_merge(
             for other, alpha, has in zip(others, table[name], present, strict=True)
             if name in has
         ]
-        mine = own if base is not None or table[name] == tuple(weights) else 1 - sum(table[name])
+        mine = weight if base is not None or table[name] == tuple(weights) else 1 - sum(table[name])
         if base is None:
             mine += sum(table[name]) - sum(alpha for _, alpha in shares)  # in place of those that lack it
-        total = tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * mine
+        own = tensor.to(working_dtype(tensor.dtype))
+        total = own * mine
         for other, alpha in shares:
             if alpha:
-                total += other.make(name).to(total.dtype) * alpha
+                part = other.make(name).to(total.dtype)
+                if part.shape != own.shape:
+                    part = with_more_inputs(part, own if base is None else torch.zeros_like(own))
+                total += part * alpha
         result = total.to(dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype)
         check_finite({name: result}, "nothing is written: the merge")
         return result
@@ -162,19 +171,27 @@ def _difference(other: Tensors, base: Checkpoint, names: Collection[str]) -> Ten
     """Return a checkpoint as its difference to the base, in ``names``."""
     checkpoint = other.checkpoint
     own = {name: tensor for name, tensor in checkpoint.headers.items() if name in names}
-    known = {name: base.headers[name] for name in own if name in base}
-    check_same_architecture(own, known, str(checkpoint.path), str(base.path))
+    same = {
+        name: tensor
+        for name, tensor in own.items()
+        if name not in base or not differ_in_inputs(base.headers[name].shape, tensor.shape)
+    }
+    known = {name: base.headers[name] for name in same if name in base}
+    check_same_architecture(same, known, str(checkpoint.path), str(base.path))
 
     def make(name: str) -> torch.Tensor:
         tensor, old = other.make(name), base[name]
-        work = torch.promote_types(torch.promote_types(tensor.dtype, old.dtype), torch.float32)
+        work = torch.promote_types(working_dtype(tensor.dtype), working_dtype(old.dtype))
+        if tensor.shape != old.shape:
+            shared = min(tensor.shape[1], old.shape[1])
+            tensor, old = tensor[:, :shared], old[:, :shared]
         return tensor.to(work) - old.to(work)
 
     return Tensors(checkpoint, make)
 
 
 def _present(first: Checkpoint, other: Checkpoint) -> frozenset[str]:
-    """Return the names of the tensors that both have in one size; a line names the others.
+    """Return the names of the tensors that both have in one size, or with other input channels; lines name those that differ.
 
     Raises:
         ValueError: there are none, or too many have another size.
@@ -184,16 +201,23 @@ def _present(first: Checkpoint, other: Checkpoint) -> frozenset[str]:
     sizes = [name for name in shared if name not in same]
     if not same or len(sizes) > FEW:
         check_same_architecture(first.headers, other.headers, str(first.path), str(other.path))
+    wider = [n for n in sizes if differ_in_inputs(first.headers[n].shape, other.headers[n].shape)]
+    sizes = [name for name in sizes if name not in wider]
     absent = [name for name in first if name not in other]
-    for what, found in (("has another size of", sizes), ("lacks", absent)):
+    no_part = "it has no part in those"
+    for what, found, then in (
+        ("has other input channels in", wider, "those that both have are merged"),
+        ("has another size of", sizes, no_part),
+        ("lacks", absent, no_part),
+    ):
         if found:
             log.warning(
-                "%s: %s %d of the %d tensors of %s, such as %s; it has no part in those", other.path, what, len(found),
-                len(first), first.path, ", ".join(found[:3]),
+                "%s: %s %d of the %d tensors of %s, such as %s; %s", other.path, what, len(found), len(first), first.path,
+                ", ".join(found[:3]), then,
             )  # fmt: skip
     extra = [name for name in other if name not in first]
     if extra:
         log.warning(
             "%s: %d tensors that %s lacks are left out, such as %s", other.path, len(extra), first.path, ", ".join(extra[:3])
         )  # fmt: skip
-    return same
+    return same.union(wider)

@@ -18,7 +18,7 @@ from fastmatch.checkpoint.names import Chunk, Layout, RenamedCheckpoint, layout_
 from fastmatch.checkpoint.reader import CONFIG, Checkpoint
 from fastmatch.checkpoint.structure import bind, build_empty
 from fastmatch.checkpoint.survey import Surveyed, survey
-from fastmatch.checkpoint.tracing import common_spec, is_diffusion
+from fastmatch.checkpoint.tracing import common_spec, is_diffusion, take_names_of_networks
 from fastmatch.matching.ascent import Hooks, Step
 from fastmatch.matching.matcher import as_code
 from fastmatch.matching.weights import WeightMatching, match_weights
@@ -55,6 +55,7 @@ class Pair:
         leave_what_does_not_fit(b, traced)
         if a.keys() != b.keys() and (a.path / CONFIG).is_file() and not is_diffusion(b.path, b):
             a.take_names(b, tied_names(build_empty(a.path)))
+        take_names_of_networks(a, b)
         layout = layout_for(b.path, b, traced)
         whole = bind(traced, RenamedCheckpoint(b, layout).headers, str(b.path))
         pair = cls(a, b, layout, whole, whole)

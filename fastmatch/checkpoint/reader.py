@@ -175,6 +175,11 @@ class Checkpoint(Mapping[str, torch.Tensor]):
                     table[name] = table[twin]
         self.__dict__.pop("headers", None)
 
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Give tensors other names: ``names`` maps old ones to new ones, of which none is in use."""
+        self._entries = {names.get(name, name): entry for name, entry in self._entries.items()}
+        self.__dict__.pop("headers", None)
+
     def _open(self, file: Path) -> dict[str, Entry | Mapped]:
         """Return the places of the tensors in one file."""
         if file.suffix in TORCH_SUFFIXES:

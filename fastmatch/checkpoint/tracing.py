@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -11,9 +11,10 @@ import torch
 from fastmatch._internal.json_files import read_json
 from fastmatch._internal.states import check_same_architecture
 from fastmatch.checkpoint.diffusion.components import UNUSED, find_components, has_networks
-from fastmatch.checkpoint.diffusion.folders import is_diffusers, prove_folder, trace_folder
+from fastmatch.checkpoint.diffusion.folders import folder_component, is_diffusers, prove_folder, trace_folder
+from fastmatch.checkpoint.diffusion.namings import translation
 from fastmatch.checkpoint.diffusion.pipeline import prove_pipeline, trace_pipeline
-from fastmatch.checkpoint.diffusion.single_file import prove_file, trace_file
+from fastmatch.checkpoint.diffusion.single_file import FileModel, prove_file, trace_file
 from fastmatch.checkpoint.names import RenamedCheckpoint
 from fastmatch.checkpoint.proof import prove_config
 from fastmatch.checkpoint.reader import ADAPTER, CONFIG, Checkpoint
@@ -25,7 +26,15 @@ from fastmatch.spec.unread import Unread
 
 log = logging.getLogger("fastmatch")
 
-__all__ = ["check_no_adapter", "common_spec", "is_diffusion", "prove_checkpoint", "trace_checkpoint"]
+__all__ = [
+    "check_no_adapter",
+    "common_spec",
+    "is_diffusion",
+    "models_of",
+    "prove_checkpoint",
+    "take_names_of_networks",
+    "trace_checkpoint",
+]
 
 
 def is_diffusion(path: str | Path, checkpoint: Checkpoint) -> bool:
@@ -33,6 +42,28 @@ def is_diffusion(path: str | Path, checkpoint: Checkpoint) -> bool:
     if checkpoint.parts:
         return True
     return is_diffusers(path) if Path(path).is_dir() else has_networks(checkpoint)
+
+
+def models_of(checkpoint: Checkpoint) -> Iterator[FileModel]:
+    """Yield each network in a file of a diffusion model, or in a folder of diffusers, as a module without weights."""
+    if checkpoint.path.is_dir():
+        components = [folder_component(checkpoint.path)]
+    else:
+        components = find_components(_shapes(checkpoint.headers), str(checkpoint.path))
+    for component in components:
+        shapes = {component.prefix + name: shape for name, shape in component.shapes.items()}
+        yield FileModel([component], shapes)
+
+
+def take_names_of_networks(checkpoint: Checkpoint, other: Checkpoint) -> dict[str, str]:
+    """Give the networks in a file of a diffusion model the names that they have in another one. Return old names -> new ones."""
+    if checkpoint.path.is_dir() or other.path.is_dir():
+        return {}
+    names = translation(
+        _shapes(checkpoint.headers), _shapes(other.headers), str(checkpoint.path), str(other.path)
+    )
+    checkpoint.rename(names)
+    return names
 
 
 def trace_checkpoint(

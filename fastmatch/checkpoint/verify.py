@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 from fastmatch._internal.states import check_same_architecture
+from fastmatch.checkpoint.diffusion.pipeline import networks_of
 from fastmatch.checkpoint.names import RenamedCheckpoint, layout_of
 from fastmatch.checkpoint.reader import Checkpoint
 from fastmatch.checkpoint.structure import build_empty, compared, config_inputs
+from fastmatch.checkpoint.tracing import is_diffusion, models_of
 from fastmatch.permutations.precise import Wide
 from fastmatch.spec.running import arguments_of, outputs_named, plain_operations
 
@@ -61,7 +63,8 @@ def verify_checkpoints(
 
     Args:
         path_a, path_b: directories or files with tensors of the same names and shapes.
-        model: a module of that architecture, which is not changed. By default it is built from A's config.json.
+        model: a module of that architecture, which is not changed. By default it is built from A's config.json, or the networks of
+            a diffusion model from the names and shapes in its file.
         example_inputs: positional inputs of ``model``: a tensor or a tuple. Not used without ``model``; the inputs are
             then random and follow the config.
         kwargs: keyword inputs of ``model``.
@@ -72,7 +75,7 @@ def verify_checkpoints(
         ValueError: the outputs differ, the checkpoints do not fit the model, or inputs are given without ``model``.
 
     Memory: a parameter is read on demand and dropped when its module has run. The peak is therefore the largest module
-    in ``dtype`` plus activations, whatever the size of the model.
+    in ``dtype`` plus activations, whatever the size of the model. Of a diffusion model it is the largest network.
     """
     if model is None and (example_inputs is not None or kwargs is not None):
         raise ValueError(
@@ -80,6 +83,15 @@ def verify_checkpoints(
         )
     a, b = Checkpoint(path_a), Checkpoint(path_b)
     check_same_architecture(a.headers, b.headers, str(path_a), str(path_b))
+    if model is None and a.parts:
+        pairs = [(part.path, b.parts[name].path) for name, part in networks_of(a.parts)]
+        return _joined([verify_checkpoints(*pair, dtype=dtype, tolerance=tolerance) for pair in pairs])
+    if model is None and is_diffusion(path_a, a):
+        # One after the other: each is read whole.
+        return _joined([
+            verify_checkpoints(path_a, path_b, model=network, example_inputs=network.examples, dtype=dtype, tolerance=tolerance)
+            for network in models_of(a)
+        ])  # fmt: skip
     states: list[Checkpoint | RenamedCheckpoint] = [a, b]
     if model is None:
         model = build_empty(path_a)
@@ -97,6 +109,12 @@ def verify_checkpoints(
             f"at most {tolerance:.2g} is allowed"
         )
     return CheckpointVerification(error, len(old))
+
+
+def _joined(found: list[CheckpointVerification]) -> CheckpointVerification:
+    return CheckpointVerification(
+        max((one.error for one in found), default=0.0), sum(one.outputs for one in found)
+    )
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

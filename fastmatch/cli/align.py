@@ -21,7 +21,14 @@ from fastmatch._internal.stopwatch import Stopwatch
 from fastmatch._internal.words import count_of
 from fastmatch.cli.align_many_on_disk import add_many_options, align_many_on_disk, check_many_options
 from fastmatch.cli.groups import selected
-from fastmatch.cli.loading import build_model, build_network, example_from, function_from, load_into
+from fastmatch.cli.loading import (
+    build_model,
+    build_network,
+    example_from,
+    function_from,
+    in_a_folder,
+    load_into,
+)
 from fastmatch.cli.options import (
     Commands,
     add,
@@ -255,7 +262,7 @@ def _align_out_of_core(args: argparse.Namespace, *, is_folder: bool) -> Alignmen
         if mixed or not is_diffusion(args.b, Checkpoint(args.b)):
             raise ValueError(
                 f"--model: needed unless both {args.a} and {args.b} are directories with a config.json, or files of a "
-                "diffusion model"
+                f"diffusion model{in_a_folder(args.a)}"
             )
     if args.model is None and args.input_shape is not None:
         raise ValueError("--input-shape: needs --model; without it the inputs follow A's config.json")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmatch._internal.files import STATE_SUFFIXES, check_format
+from fastmatch.cli.loading import in_a_folder
 from fastmatch.cli.merge_on_disk import blocks_from
 from fastmatch.cli.options import device_from, dtype_from, matcher_from
 from fastmatch.cli.outputs import say
@@ -94,6 +95,7 @@ def align_many_on_disk(
         if not Path(path).is_dir() and not is_diffusion(path, Checkpoint(path)):
             raise ValueError(
                 f"--model: needed unless all are folders with a config.json, or files of a diffusion model; {path} is neither"
+                f"{in_a_folder(path)}"
             )
     matcher = matcher_from(args)
     assert isinstance(matcher, WeightMatching)

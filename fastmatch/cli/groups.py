@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from fnmatch import fnmatchcase
+from math import prod
 
 from fastmatch._internal.checks import nearest
 from fastmatch.spec import PermutationSpec
@@ -48,14 +49,23 @@ def _common(paths: list[str]) -> str:
 
 
 def described(spec: PermutationSpec) -> str:
-    """Return the spec's table with a column that says what each group is."""
+    """Return the spec's table with a column that says what each group is, and the share of the parameters that can move."""
     words = kinds(spec)
     width = max([4, *map(len, words.values())])
     lines = spec.table().splitlines()
     head, rest = lines[0], lines[1:]
     shown = [f"{'kind':<{width}}  {head}"]
     shown += [f"{kind:<{width}}  {line}" for kind, line in zip(words.values(), rest, strict=False)]
-    return "\n".join([*shown, *rest[len(words) :]])
+    return "\n".join([*shown, *rest[len(words) :], "", _movable(spec)])
+
+
+def _movable(spec: PermutationSpec) -> str:
+    """Return as text how many of the entries of all parameters are on an axis of a group."""
+    moving = {axis.parameter for group in spec.groups.values() for axis in group.axes}
+    sizes = {name: prod(shape) for name, shape in spec.shapes.items()}
+    total = sum(sizes.values())
+    share = sum(sizes[name] for name in moving) / max(total, 1)
+    return f"{share:.1%} of {total:,} parameters can move"
 
 
 def selected(spec: PermutationSpec, args: argparse.Namespace) -> PermutationSpec:

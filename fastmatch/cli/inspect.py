@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fastmatch.cli.groups import described
-from fastmatch.cli.loading import build_network
+from fastmatch.cli.loading import build_network, in_a_folder
 from fastmatch.cli.options import Commands, add, add_command, dtype_from
 from fastmatch.cli.outputs import check_inputs, say
 from fastmatch.spec import PermutationSpec
@@ -34,15 +34,18 @@ def add_commands(commands: Commands) -> None:
         commands, "verify", verify_command,
         examples=(
             "verify llama-b llama-b-aligned",
+            "verify sd_b.safetensors b_aligned.safetensors",
             "verify b.pt b_aligned.pt --model net.py:build --input-shape 2,3,32,32",
         ),
     )  # fmt: skip
-    command.add_argument("a", help="a Hugging Face directory, or a file (then --model is needed)")
+    command.add_argument(
+        "a", help="a Hugging Face directory, a diffusion model, or another file with --model"
+    )
     command.add_argument("b", help="the other directory or file")
     add(
         command,
         "--model",
-        help="callable that returns the network; by default it is built from A's config.json",
+        help="callable that returns the network; by default it is built from A's config.json, or the names in a diffusion model",
     )
     add(command, "--input-shape")
     command.add_argument(
@@ -82,7 +85,9 @@ def _spec_of(path: str, args: argparse.Namespace) -> PermutationSpec:
     check_inputs(args)
     checkpoint = Checkpoint(path)
     if not Path(path).is_dir() and not is_diffusion(path, checkpoint):
-        raise ValueError(f"--model: needed, because {path} is not a directory with a config.json")
+        raise ValueError(
+            f"--model: needed, because {path} is not a directory with a config.json{in_a_folder(path)}"
+        )
     return trace_checkpoint(path, checkpoint)
 
 

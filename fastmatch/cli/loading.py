@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -14,9 +15,24 @@ from fastmatch._internal.model_files import load_state_for
 from fastmatch._internal.modules import copy_module
 from fastmatch._internal.states import check_finite, check_same_architecture, state_of
 
-__all__ = ["build_model", "build_network", "example_from", "function_from", "load_into", "load_models"]
+__all__ = [
+    "build_model",
+    "build_network",
+    "example_from",
+    "function_from",
+    "in_a_folder",
+    "load_into",
+    "load_models",
+]
 
 T = TypeVar("T")
+
+
+def in_a_folder(path: str | Path) -> str:
+    """Return what an error can add about a file that no structure is known of: the folder that it is in may tell it."""
+    folder = Path(path).parent
+    known = not Path(path).is_dir() and (folder / "config.json").is_file()
+    return f"; give the folder {folder}, which has one" if known else ""
 
 
 def function_from(argument: str | None, option: str, default: T) -> T | Callable[..., Any]:

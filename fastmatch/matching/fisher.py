@@ -19,7 +19,7 @@ import torch
 
 from fastmatch._internal.batches import check_data
 from fastmatch._internal.checks import check_choice, check_integer
-from fastmatch._internal.states import State, state_of
+from fastmatch._internal.states import State, state_of, working_dtype
 from fastmatch.matching.matcher import Matcher, Model, check_matcher, modules_of
 from fastmatch.matching.objective import included
 from fastmatch.matching.weights import WeightMatching, match_weights
@@ -151,7 +151,7 @@ def match_fisher(
     right: dict[str, torch.Tensor] = {}
     constant = 0.0
     for name in names:
-        work = torch.promote_types(a[name].dtype, torch.float32)
+        work = working_dtype(a[name].dtype)
         one, two = a[name].to(work), b[name].to(device=a[name].device, dtype=work)
         f, g = (x[name].to(one.device).double().div(unit).to(work) for x in (fisher_a, fisher_b))
         for k, (x, y) in enumerate(

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fastmatch._internal.states import State, device_of, headers_of
+from fastmatch._internal.states import State, device_of, headers_of, working_dtype
 from fastmatch.assignment.bounded_gain import LARGEST_SHARE, BoundedGain, multiply
 from fastmatch.matching.device_gain import FactorViews, factor_views
 from fastmatch.permutations.apply import dimension_indices, permute_tensor
@@ -237,7 +237,7 @@ class Gains:
         for k, views in enumerate(self.pairs(group, axes, permutations)):
             if out is None:
                 first = views.pairs[0][0]
-                dtype = torch.promote_types(first.dtype, torch.float32)
+                dtype = working_dtype(first.dtype)
                 out = torch.empty(group.size, group.size, dtype=dtype, device=first.device)
             _multiply(out, views, accumulate=k > 0)
         assert out is not None, f"group {group.name!r} was given no axes"

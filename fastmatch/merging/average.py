@@ -13,7 +13,14 @@ from fastmatch._internal.checks import check_choice
 from fastmatch._internal.coefficients import check_weights, remember_weights, warn_of_scale
 from fastmatch._internal.modules import with_state
 from fastmatch._internal.ranks import is_divided
-from fastmatch._internal.states import State, check_finite, check_models, check_same_architecture, state_of
+from fastmatch._internal.states import (
+    State,
+    check_finite,
+    check_models,
+    check_same_architecture,
+    state_of,
+    working_dtype,
+)
 from fastmatch.merging.biases import bias_depths, norms_in, zeroed_biases
 from fastmatch.permutations.apply import LARGE
 
@@ -50,7 +57,7 @@ def merge_states(states: Sequence[State], weights: Sequence[float] | None = None
 
             merged[name] = kernels.permute_merge(tensors, alphas)
             continue
-        work = torch.promote_types(first.dtype, torch.float32)
+        work = working_dtype(first.dtype)
         total = first.to(work) * alphas[0]
         for state, alpha in zip(states[1:], alphas[1:], strict=True):
             total.add_(state[name].to(device=total.device, dtype=work), alpha=alpha)

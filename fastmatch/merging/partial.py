@@ -21,7 +21,14 @@ from fastmatch._internal.checks import check_integer
 from fastmatch._internal.coefficients import check_weights, remember_weights
 from fastmatch._internal.eager import uncompiled
 from fastmatch._internal.modules import copy_module
-from fastmatch._internal.states import State, check_finite, check_models, check_same_architecture, state_of
+from fastmatch._internal.states import (
+    State,
+    check_finite,
+    check_models,
+    check_same_architecture,
+    state_of,
+    working_dtype,
+)
 from fastmatch.matching.sites import choose_sites, unit_columns
 from fastmatch.merging.rewire import Rewiring, rewire
 from fastmatch.merging.unit_rules import Identity, MatchedUnits, RuleName
@@ -259,7 +266,7 @@ def _identity(plan: Rewiring, weights: Sequence[float]) -> dict[str, UnitMaps]:
 def _work_dtype(state: State) -> torch.dtype:
     """Return the dtype of the parameters, or float32 if that is narrower."""
     first = next((t.dtype for t in state.values() if t.is_floating_point()), torch.float32)
-    return torch.promote_types(first, torch.float32)
+    return working_dtype(first)
 
 
 def _verify(plan: Rewiring, example_inputs: Any, weights: Sequence[float]) -> None:

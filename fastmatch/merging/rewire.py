@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 
 from fastmatch._internal.modules import with_state
+from fastmatch._internal.states import working_dtype
 from fastmatch.merging.average import merge_states
 from fastmatch.merging.units import UnitMaps, on_axis
 from fastmatch.spec import Axis
@@ -305,7 +306,7 @@ def _mapped(
     """Return model k's part of a merged parameter, in float32 or wider."""
     if not tensor.is_floating_point():
         return tensor
-    tensor = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+    tensor = tensor.detach().to(working_dtype(tensor.dtype))
     for axis, group in structure.spec.axes_of(name):
         if group not in maps:
             continue

@@ -9,7 +9,7 @@ from torch import nn
 
 from fastmatch._internal.checks import check_number
 from fastmatch._internal.modules import with_state
-from fastmatch._internal.states import State, check_finite, check_same_architecture, state_of
+from fastmatch._internal.states import State, check_finite, check_same_architecture, state_of, working_dtype
 from fastmatch.permutations.alignment import Alignment
 
 __all__ = ["move_task", "task_vector"]
@@ -44,7 +44,7 @@ def task_vector(tuned: nn.Module | State, base: nn.Module | State) -> dict[str, 
     found = {}
     for name, tensor in one.items():
         if tensor.is_floating_point() and not name.endswith(RUNNING):
-            work = torch.promote_types(tensor.dtype, torch.float32)
+            work = working_dtype(tensor.dtype)
             found[name] = tensor.to(work) - two[name].to(device=tensor.device, dtype=work)
     return found
 

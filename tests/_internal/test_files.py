@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -74,6 +75,41 @@ def test_damaged_and_foreign_files(tmp_path):
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="expected a state dict"):
         load_state(tmp_path / "list.pt")
+
+
+class Callback:
+    """What a trainer keeps beside the weights. It says so if somebody makes one."""
+
+    made = 0
+
+    def __init__(self):
+        type(self).made += 1
+
+    def __reduce__(self):
+        return Callback, ()
+
+
+def test_weights_of_a_file_of_training_are_read_and_its_objects_are_not_made(tmp_path):
+    state = {"w": torch.arange(6.0).reshape(2, 3)}
+    beside = {"callbacks": {Callback: {"best": torch.tensor(1.0)}}, "loop": Callback(), "rate": np.float64(3)}
+    torch.save({"state_dict": state, **beside}, tmp_path / "epoch.ckpt")
+    before = Callback.made
+    for mmap in (False, True):
+        found = load_state(tmp_path / "epoch.ckpt", mmap=mmap)
+        assert list(found) == ["w"]
+        assert torch.equal(found["w"], state["w"])
+    assert Callback.made == before
+
+
+@pytest.mark.parametrize(
+    "data", [{"state_dict": {"w": Callback()}}, {"w": torch.zeros(2), "x": Callback()}, Callback()]
+)
+def test_other_objects_in_the_place_of_weights_are_refused(tmp_path, data):
+    torch.save(data, tmp_path / "model.ckpt")
+    with pytest.raises(
+        ValueError, match=r"model\.ckpt: not a torch file that weights_only can read .*Callback"
+    ):
+        load_state(tmp_path / "model.ckpt")
 
 
 def test_suffixes_that_say_nothing_are_refused(tmp_path):

@@ -10,8 +10,17 @@ import torch
 from numpy.random import SeedSequence
 from safetensors.torch import load_file, save_file
 
-from fastmatch.checkpoint import Checkpoint, WriteOptions, align_checkpoints
+from fastmatch.checkpoint import (
+    Checkpoint,
+    MergeOptions,
+    WriteOptions,
+    align_checkpoints,
+    align_many_checkpoints,
+    merge_checkpoints,
+    verify_checkpoints,
+)
 from fastmatch.checkpoint.diffusion.components import build_component, find_components
+from fastmatch.checkpoint.diffusion.namings import translation
 from fastmatch.checkpoint.diffusion.single_file import prove_file, trace_file
 from fastmatch.cli.main import main
 from fastmatch.permutations.apply import apply_permutations
@@ -122,7 +131,11 @@ def test_an_inpainting_unet_keeps_its_own_columns(tmp_path, generator):
     paths = [tmp_path / f"{x}.safetensors" for x in ("a", "b", "out")]
     align_checkpoints(*paths, write=WriteOptions(merge=0.5))
     out = load_file(paths[2])
-    assert all(torch.equal(out[name], tensor) for name, tensor in b.items())
+    merged = out.pop(f"{UNET}input_blocks.0.0.weight")
+    assert all(torch.equal(tensor, b[name]) for name, tensor in out.items())
+    assert torch.equal(merged[:, 4:], first[:, 4:])
+    plain = a[f"{UNET}input_blocks.0.0.weight"]
+    assert torch.equal(merged[:, :4], ((plain.float() + first[:, :4].float()) / 2).half())
 
 
 def stranger(a, b):
@@ -154,7 +167,7 @@ def other_width(a, b):
 
 def nothing_in_common(a, b):
     for name in list(a):
-        a["x." + name] = a.pop(name)
+        a[name.replace(".", "_")] = a.pop(name)
     return r"a\.safetensors: has none of the networks of .*b\.safetensors"
 
 
@@ -169,6 +182,58 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path, generator, harm):
     with pytest.raises(ValueError, match=message):
         align_checkpoints(*(tmp_path / f"{x}.safetensors" for x in ("a", "b", "out")))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
+
+
+def test_the_same_network_is_found_under_another_prefix(tmp_path, generator):
+    """Files of a UNet alone have its names without a prefix."""
+    shapes = unet_shapes()
+    spec = trace_file(shapes, "b")
+    a = random_file(shapes, generator)
+    save_file({name.removeprefix(UNET): tensor for name, tensor in a.items()}, tmp_path / "a.safetensors")
+    save_file(apply_permutations(a, spec, spec.random(generator)), tmp_path / "b.safetensors")
+    a_path, b_path, out = (tmp_path / f"{x}.safetensors" for x in ("a", "b", "out"))
+    align_checkpoints(a_path, b_path, out, spec=spec)
+    found = load_file(out)
+    assert list(found) == list(load_file(b_path))
+    assert all(torch.equal(found[name], tensor) for name, tensor in a.items())
+    base, merged = tmp_path / "base.safetensors", tmp_path / "merged.safetensors"
+    save_file({name.removeprefix(UNET): torch.zeros_like(t) for name, t in a.items()}, base)
+    merge_checkpoints([out, a_path], merged, MergeOptions([1.0], base=base))
+    found = load_file(merged)
+    assert all(torch.equal(found[name], 2 * tensor) for name, tensor in a.items())
+    align_many_checkpoints(
+        [a_path, b_path], merged, spec=spec, merge=MergeOptions(), write=WriteOptions(force=True)
+    )
+    found = load_file(merged)
+    assert all(torch.equal(found[name.removeprefix(UNET)], tensor) for name, tensor in a.items())
+
+
+def test_a_text_encoder_with_older_names_is_the_same_network():
+    """Some files leave out ``text_model.`` in the names of CLIP."""
+    shapes = {n: s for n, s in small_shapes().items() if n.startswith("cond_stage_model.")}
+    older = {name.replace(".text_model.", "."): shape for name, shape in shapes.items()}
+    assert older.keys().isdisjoint(shapes)
+    names = translation(older, shapes, "a", "b")
+    assert names == dict(zip(older, shapes, strict=True))
+    spec = trace_file(older, "a")
+    assert len(spec.groups) == len(trace_file(shapes, "b").groups) > 0
+    assert prove_file(older, spec, "a").error < 1e-12
+
+
+def test_two_files_are_verified_network_by_network(tmp_path, generator, capsys):
+    shapes = unet_shapes()
+    spec = trace_file(shapes, "a")
+    a = random_file(shapes, generator)
+    b = apply_permutations(a, spec, spec.random(generator))
+    save_file(a, tmp_path / "a.safetensors")
+    save_file(b, tmp_path / "b.safetensors")
+    paths = [str(tmp_path / f"{x}.safetensors") for x in "ab"]
+    found = verify_checkpoints(*paths)
+    assert (found.outputs, found.error < 1e-12) == (1, True)
+    b[f"{UNET}out.2.weight"] = b[f"{UNET}out.2.weight"].roll(1, 1)
+    save_file(b, paths[1])
+    assert main(["verify", *paths]) == 3
+    assert "is not the same function" in capsys.readouterr().err
 
 
 def test_other_files_still_need_a_model(tmp_path, capsys):

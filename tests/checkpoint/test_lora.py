@@ -167,6 +167,10 @@ def kohya_of_file(module, name):
     )
 
 
+def name_in_file(module, name):
+    return name.removesuffix(".weight")
+
+
 def diffusers_name(module, name):
     return f"unet.{module}"
 
@@ -175,7 +179,7 @@ ANY = (lora, peft, hadamard, magnitudes, row_magnitudes, difference)
 KERNELS = (locon_with_core, hadamard_with_core)
 
 
-@pytest.mark.parametrize("naming", [kohya, kohya_of_file, diffusers_name])
+@pytest.mark.parametrize("naming", [kohya, kohya_of_file, name_in_file, diffusers_name])
 @pytest.mark.parametrize("make", [*ANY, *KERNELS])
 def test_a_permuted_lora_adds_to_the_aligned_model_what_it_added_to_the_model(model, make, naming):
     b, aligned, alignment, generator = model
@@ -245,6 +249,14 @@ def test_a_text_encoder_moves_by_every_customary_name():
         assert torch.allclose(
             moved[f"{key}.lora_up.weight"] @ moved[f"{key}.lora_down.weight"], expected, atol=1e-12
         )
+
+
+def test_words_that_a_lora_was_trained_with_stay(model):
+    _, _, alignment, generator = model
+    module, name, shape = weights()[20]
+    words = {"bundle_emb.robe.clip_l": matrix((2, 32), generator)}
+    moved = permute_lora({**lora(kohya(module, name), shape, generator), **words}, alignment)
+    assert torch.equal(moved["bundle_emb.robe.clip_l"], words["bundle_emb.robe.clip_l"])
 
 
 @pytest.mark.parametrize(("name", "message"), [

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import re
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import fastmatch as fm
 from fastmatch.checkpoint import MergeOptions, merge_checkpoints, reader, unet_blocks
 from fastmatch.cli.main import main
 
@@ -133,6 +135,44 @@ def test_what_another_checkpoint_lacks_or_has_wider_is_the_firsts_and_named(file
 def merged_with_force(files, names, options):
     files["out"].unlink()
     return merged(files, names, options)
+
+
+@pytest.mark.parametrize(("first", "options", "shared", "own"), [
+    ("wide", MergeOptions([0.5, 0.5]), 1.5, [1.0]),
+    ("plain", MergeOptions([0.5, 0.5]), 1.5, []),
+    ("wide", MergeOptions([1.0], base="base"), 1.0 + (2 - 8), [1.0]),
+    ("plain", MergeOptions([1.0], base="base"), 1.0 + (2 - 8), []),
+])  # fmt: skip
+def test_input_channels_that_both_have_are_merged_and_the_others_stay(
+    tmp_path, caplog, first, options, shared, own
+):
+    """As of a UNet for inpainting and a plain one."""
+    name, path = f"{UNET}input_blocks.0.0.weight", {}
+    second = "plain" if first == "wide" else "wide"
+    for role, kind, value in (("a", first, 1.0), ("b", second, 2.0), ("base", "plain", 8.0)):
+        kernel = torch.full((2, 9 if kind == "wide" else 4, 3, 3), value)
+        path[role] = tmp_path / f"{role}.safetensors"
+        save_file({name: kernel, "x": torch.full((2,), value)}, path[role])
+    options = replace(options, base=options.base and path["base"])
+    with caplog.at_level(logging.WARNING, logger="fastmatch"):
+        merge_checkpoints([path["a"], path["b"]], tmp_path / "out.safetensors", options)
+    found = load_file(tmp_path / "out.safetensors")[name]
+    assert found.shape[1] == (9 if first == "wide" else 4)
+    assert found[:, :4].unique().tolist() == [shared]
+    assert found[:, 4:].unique().tolist() == own
+    assert "has other input channels in 1 of the 2 tensors" in caplog.text
+
+
+def test_numbers_of_eight_bits_are_merged(tmp_path):
+    for name, value in (("a", 1.0), ("b", 2.0)):
+        save_file({"x": torch.full((2, 3), value).to(torch.float8_e4m3fn)}, tmp_path / f"{name}.safetensors")
+    paths = [tmp_path / f"{x}.safetensors" for x in ("a", "b", "out")]
+    merge_checkpoints(paths[:2], paths[2])
+    found = load_file(paths[2])["x"]
+    assert found.dtype == torch.float8_e4m3fn
+    assert bool((found.float() == 1.5).all())
+    both = fm.merge([load_file(path) for path in paths[:2]])
+    assert torch.equal(both["x"].float(), found.float())
 
 
 def test_another_architecture_is_refused(files):

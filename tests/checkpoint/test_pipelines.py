@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastmatch as fm
-from fastmatch.checkpoint import Checkpoint, align_checkpoints
+from fastmatch.checkpoint import Checkpoint, align_checkpoints, verify_checkpoints
 from fastmatch.checkpoint.diffusion.folders import trace_folder
 from fastmatch.checkpoint.diffusion.lora import permute_lora
 from fastmatch.checkpoint.tracing import prove_checkpoint, trace_checkpoint
@@ -118,6 +118,9 @@ def test_a_pipeline_is_aligned_network_by_network_and_the_rest_is_carried(pipeli
     assert "proved to keep the function" in capsys.readouterr().out
     assert_equal(out, a)
     assert files_in(out) == files_in(a)
+    found = verify_checkpoints(b, out)
+    assert found.outputs > 3
+    assert found.error < 1e-9
     spec = fm.Alignment.load(pipelines / "p.safetensors").spec
     assert {name.split(".")[0] for name in spec.shapes} == {"unet", "vae", "text_encoder"}
 
@@ -154,6 +157,14 @@ def test_a_lora_with_diffusers_names_follows_a_pipeline(pipelines):
         assert torch.allclose(
             moved[f"{key}.lora_B.weight"] @ moved[f"{key}.lora_A.weight"], expected, atol=1e-12
         )
+
+
+def test_a_file_of_a_folder_is_refused_with_the_folder_that_tells_its_structure(tmp_path, capsys):
+    network("UNet2DConditionModel").save_pretrained(tmp_path / "unet")
+    file = str(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+    for command in (["inspect", file], ["align", file, file, "--out", "x.safetensors"]):
+        assert main(command) == 2
+        assert f"give the folder {tmp_path / 'unet'}, which has one" in capsys.readouterr().err
 
 
 def test_a_class_without_known_inputs_is_named(tmp_path):

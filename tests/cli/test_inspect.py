@@ -13,6 +13,8 @@ def test_inspect_prints_groups_and_pins(folder, capsys):
     out = capsys.readouterr().out
     assert "0.weight:0, 0.bias:0, 2.weight:1" in out
     assert "4.weight:0 of 7: model output" in out
+    # All but the 7 entries of the last bias.
+    assert out.endswith("\n98.6% of 503 parameters can move\n")
     assert main(["inspect", "--model", "cli_module:build", "--input-shape", "2x6", "--json"]) == 0
     assert list(fm.PermutationSpec.from_json(capsys.readouterr().out).groups) == ["0", "2"]
 

@@ -16,7 +16,7 @@ from fastmatch.checkpoint.structure import parameters_on_meta
 
 __all__ = [
     "KINDS", "UNUSED", "Component", "Kind", "build_component", "find_components", "has_networks", "import_diffusers",
-    "made_empty", "parameters_of",
+    "made_empty", "marked", "parameters_of",
 ]  # fmt: skip
 
 BATCH, SIDE, TOKENS = 2, 8, 4
@@ -87,7 +87,12 @@ def find_components(shapes: Shapes, argument: str) -> list[Component]:
 
 def has_networks(names: Iterable[str]) -> bool:
     """Whether a file holds a network of a diffusion model, by the names of its tensors."""
-    return any(_is_marked(name, kind) for name in names for kind in KINDS)
+    return bool(marked(names))
+
+
+def marked(names: Iterable[str]) -> set[str]:
+    """Return the names by which networks are found in a file, one for each network."""
+    return {name for name in names if any(_is_marked(name, kind) for kind in KINDS)}
 
 
 def _is_marked(name: str, kind: Kind) -> bool:
@@ -234,8 +239,11 @@ def _clip(shapes: Shapes, scale: int) -> nn.Module:
 
 
 def _plain_clip(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Return tensors or shapes of CLIP by names without ``text_model.``, which some versions have."""
-    return {name.removeprefix("text_model."): value for name, value in tensors.items()}
+    """Return tensors or shapes of CLIP by names without what some versions have before them."""
+    return {
+        name.removeprefix("transformer.").removeprefix("text_model."): value
+        for name, value in tensors.items()
+    }
 
 
 def _convert_clip(tensors: Tensors, config: Any) -> Mapping[str, torch.Tensor]:
@@ -321,6 +329,8 @@ KINDS = (
                   _converter("convert_ldm_vae_checkpoint"), _autoencoder_call, _autoencoder_inputs),
     Kind("text_encoder", "CLIPTextModel", "text_model.embeddings.token_embedding.weight", _clip, _convert_clip,
          _text_call, _text_inputs),
+    Kind("text_encoder", "CLIPTextModel", "transformer.embeddings.token_embedding.weight", _clip, _convert_clip,
+         _text_call, _text_inputs),
     Kind("text_encoder", "CLIPTextModel", "transformer.resblocks.0.ln_1.weight", _open_clip, _convert_open_clip,
          _text_call, _text_inputs),
     Kind("text_encoder", "T5EncoderModel", "encoder.block.0.layer.0.SelfAttention.q.weight", _t5, _convert_t5,
@@ -334,4 +344,4 @@ UNUSED = ("position_ids", "logit_scale")
 OPTIONAL = ("final_layer_norm.weight", "final_layer_norm.bias")
 """Ends of names of parameters that files may leave out, because the image model reads an earlier layer."""
 
-OTHERS = ("model_ema.", "first_stage_model.", "cond_stage_model.", "conditioner.", "text_encoders.")
+OTHERS = ("model_ema.", "first_stage_model.", "cond_stage_model.", "conditioner.", "text_encoders.", "loss.")

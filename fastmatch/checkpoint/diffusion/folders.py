@@ -23,7 +23,7 @@ from fastmatch.checkpoint.reader import CONFIG
 from fastmatch.permutations.verify import Verification
 from fastmatch.spec import PermutationSpec
 
-__all__ = ["class_of", "is_diffusers", "is_known", "prove_folder", "trace_folder"]
+__all__ = ["class_of", "folder_component", "is_diffusers", "is_known", "prove_folder", "trace_folder"]
 
 CLASS = "_class_name"
 
@@ -61,17 +61,22 @@ def trace_folder(folder: str | Path) -> PermutationSpec:
         ImportError: diffusers is not installed (the extra ``diffusers``).
         ValueError: the class is none whose inputs are known, or the config does not fit it.
     """
-    component = _component(folder)
+    component = folder_component(folder)
     model = FileModel([component], component.shapes)
     return PermutationSpec.trace(model, model.examples)
 
 
 def prove_folder(folder: str | Path, spec: PermutationSpec) -> Verification:
     """Verify a reduced model of a folder's network; see :func:`prove_components`."""
-    return prove_components([_component(folder)], spec, str(folder))
+    return prove_components([folder_component(folder)], spec, str(folder))
 
 
-def _component(folder: str | Path) -> Component:
+def folder_component(folder: str | Path) -> Component:
+    """Return the network that a folder's config.json describes.
+
+    Raises:
+        ImportError, ValueError: see :func:`trace_folder`.
+    """
     name = class_of(folder)
     known = _known()
     if name not in known:

@@ -39,6 +39,9 @@ PREFIXES = (
 PEFT = "base_model.model."
 """What the names in an adapter of peft start with, before those of the model."""
 
+WORDS = "bundle_emb."
+"""What names of textual inversions in a LoRA start with. They are inputs of the text encoder, whose order stays."""
+
 UP = ("lora_up", "lora_B", "lora_embedding_B", "lora.up", "lora_linear_layer.up")
 DOWN = ("lora_down", "lora_A", "lora_embedding_A", "lora.down", "lora_linear_layer.down")
 UNMOVED = ("alpha", "lora_mid", "hada_t1", "hada_t2", "lokr_t2")
@@ -91,6 +94,9 @@ def permute_lora(
     for name in lora:
         if name.removeprefix(PEFT) in alignment.spec.shapes and name.startswith(PEFT):
             moved[name] = _whole(lora[name], name, alignment, argument)
+            continue
+        if name.startswith(WORDS):
+            moved[name] = lora[name]
             continue
         found = FACTORS.search(name)
         if not found:
@@ -304,7 +310,7 @@ class _Targets:
     def find(self, module: str) -> Target | None:
         """Return the weight of a module; None for a text encoder if the model has none, because then it does not move."""
         shapes, name = self.alignment.spec.shapes, module.removeprefix(PEFT) + ".weight"
-        if module.startswith(PEFT) and len(shapes.get(name, ())) > 1:
+        if len(shapes.get(name, ())) > 1:  # the name in the model's own file
             rows = shapes[name][0]
             return self._target(_Network("model", "", shapes, {}), Source((Part(name, 0, rows, rows),)))
         flat = module.replace(".", "_").removeprefix("base_model_model_")

@@ -18,7 +18,7 @@ from fastmatch.checkpoint.structure import build_empty, trace_config
 from fastmatch.permutations.verify import Verification
 from fastmatch.spec import PermutationSpec
 
-__all__ = ["pipeline_layout", "prove_pipeline", "trace_pipeline"]
+__all__ = ["networks_of", "pipeline_layout", "prove_pipeline", "trace_pipeline"]
 
 log = logging.getLogger("fastmatch")
 
@@ -33,7 +33,7 @@ def trace_pipeline(parts: Mapping[str, Checkpoint], argument: str) -> Permutatio
         ImportError, ValueError: see :func:`trace_folder` and :func:`trace_config`; or no network is of a known class.
     """
     specs = []
-    for name, part in _networks(parts):
+    for name, part in networks_of(parts):
         traced = trace_config(part.path) if class_of(part.path) is None else trace_folder(part.path)
         specs.append(_prefixed(traced, name + "."))
     if not specs:
@@ -52,7 +52,7 @@ def prove_pipeline(parts: Mapping[str, Checkpoint], spec: PermutationSpec) -> Ve
         ValueError: permuting a reduced model changes its function.
     """
     proofs = []
-    for name, part in _networks(parts):
+    for name, part in networks_of(parts):
         own = _without_prefix(spec, name + ".")
         prove = prove_config if class_of(part.path) is None else prove_folder
         proofs.append(prove(part.path, own))
@@ -65,7 +65,7 @@ def prove_pipeline(parts: Mapping[str, Checkpoint], spec: PermutationSpec) -> Ve
 def pipeline_layout(parts: Mapping[str, Checkpoint]) -> Layout:
     """Return the layout of a pipeline: transformers renames some tensors of text encoders on loading."""
     layout: Layout = {}
-    known = [name for name, _ in _networks(parts)]
+    known = [name for name, _ in networks_of(parts)]
     for name, part in parts.items():
         if name in known and class_of(part.path) is None:
             own = layout_of(build_empty(part.path), part.headers, str(part.path))
@@ -75,7 +75,7 @@ def pipeline_layout(parts: Mapping[str, Checkpoint]) -> Layout:
     return layout
 
 
-def _networks(parts: Mapping[str, Checkpoint]) -> Iterable[tuple[str, Checkpoint]]:
+def networks_of(parts: Mapping[str, Checkpoint]) -> Iterable[tuple[str, Checkpoint]]:
     """Yield the networks that are aligned; log those that are not."""
     for name, part in parts.items():
         if name in NETWORKS and (class_of(part.path) is None or is_known(part.path)):

@@ -91,12 +91,19 @@ class FileModel(nn.Module):
         tensor = hollow_tensor(shape, generator) if hollow else _random(shape, last, generator)
         module.register_parameter(last, nn.Parameter(tensor, requires_grad=False))
 
+    def _tensor(self, name: str) -> torch.Tensor:
+        """Return a parameter by attribute access, which may read it from a file."""
+        *path, last = name.split(".")
+        module: nn.Module = self
+        for part in path:
+            module = module._modules[part]  # type: ignore[assignment]
+        return getattr(module, last)
+
     def forward(self, *inputs: torch.Tensor) -> list[Any]:
         """Return the outputs of every network."""
-        tensors = dict(self.named_parameters())
         outputs, given = [], iter(inputs)
         for component, runner, sizes in self._runners:
-            own = {name: tensors[component.prefix + name] for name in component.shapes}
+            own = {name: self._tensor(component.prefix + name) for name in component.shapes}
             parameters = {
                 f"model.{name}": _parameter(own, component, name, shape) for name, shape in sizes.items()
             }

@@ -1,0 +1,21 @@
+"""Kernels with other input channels, as UNets for inpainting have in their first layer: the first channels mean the same in both."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["differ_in_inputs", "with_more_inputs"]
+
+
+def differ_in_inputs(first: torch.Size, second: torch.Size) -> bool:
+    """Whether two shapes are those of kernels of a 2-D convolution that differ in the number of input channels alone."""
+    return (
+        len(first) == len(second) == 4
+        and first != second
+        and (first[0], *first[2:]) == (second[0], *second[2:])
+    )
+
+
+def with_more_inputs(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Return a kernel with as many input channels as ``other``, which fills those that the kernel lacks."""
+    return torch.cat([tensor[:, : other.shape[1]], other[:, tensor.shape[1] :].to(tensor.dtype)], dim=1)
