@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fastmatch._internal.ranks import ALONE
 from fastmatch.checkpoint.diffusion.single_file import EMA, prove_file, trace_file
 from fastmatch.matching.ascent import Hooks
 from fastmatch.matching.weights import WeightMatching, match_weights
@@ -128,7 +129,10 @@ class _Unit:
         spec = replace(self.spec, groups=groups, shapes=shapes)
         states = (_Loaded(ref, shapes), _Loaded(a, shapes))
         matcher = WeightMatching(max_sweeps=iters)
-        return match_weights(*states, spec, matcher, Hooks(out_of_core=True)).permutations
+        hooks = Hooks(
+            out_of_core=True, ranks=ALONE
+        )  # sd-mecha merges in threads, in no order that ranks could share
+        return match_weights(*states, spec, matcher, hooks).permutations
 
 
 class _Loaded(Mapping[str, torch.Tensor]):
