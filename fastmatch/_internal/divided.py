@@ -176,6 +176,7 @@ class DividedState(Mapping[str, torch.Tensor]):
 
     Attributes:
         headers: name -> tensor on the meta device.
+        device: where this rank's parts are, and the tensors that are gathered of them.
     """
 
     def __init__(self, state: State, gather: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -188,6 +189,10 @@ class DividedState(Mapping[str, torch.Tensor]):
             name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
             for name, tensor in self.state.items()
         }
+
+    @property
+    def device(self) -> torch.device:
+        return local_part(next(iter(self.state.values()))).device
 
     def __getitem__(self, name: str) -> torch.Tensor:
         tensor = self.state[name]

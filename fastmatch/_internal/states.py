@@ -86,9 +86,15 @@ def headers_of(state: State) -> State:
 
 
 def device_of(state: State, name: str) -> str:
-    """Return the type of the device that a tensor is on; a state on disk has ``device``, which its tensors are moved to."""
+    """Return the type of the device that a tensor is on; a state on disk has ``device``, which its tensors are moved to.
+
+    A header on the meta device does not know: without ``device``, the tensor is read.
+    """
     device = getattr(state, "device", None)
-    return headers_of(state)[name].device.type if device is None else device.type
+    if device is None:
+        header = headers_of(state)[name]
+        device = (state[name] if header.is_meta else header).device
+    return device.type
 
 
 ORIGINS = {

@@ -6,6 +6,7 @@ import functools
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -141,6 +142,11 @@ class _Loaded(Mapping[str, torch.Tensor]):
     def __init__(self, state: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.state = state
         self.headers = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where sd-mecha loads tensors to, as the smallest one shows."""
+        return self[min(self.headers, key=lambda name: self.headers[name].numel())].device
 
     def __getitem__(self, name: str) -> torch.Tensor:
         tensor: torch.Tensor = self.state[name]

@@ -10,6 +10,7 @@ from io import StringIO
 import pytest
 
 from fastmatch._internal.ranks import current
+from fastmatch.checkpoint import Checkpoint, align_checkpoints
 from fastmatch.checkpoint.journal import Journal, journal_path
 from fastmatch.cli.main import main
 from helpers.llama_pair import contents, write_llama_pair
@@ -83,8 +84,23 @@ def full(folder):
     return found
 
 
+def reads(folder, out):
+    """The objective of an alignment, and how often this process has read a tensor."""
+    read, names = Checkpoint._read, []
+
+    def counted(self, name):
+        names.append(name)
+        return read(self, name)
+
+    Checkpoint._read = counted
+    found = align_checkpoints(folder / "a", folder / "b", folder / out, progress=False)
+    Checkpoint._read = read
+    return found.matching.objective, len(names)
+
+
 def every(folder):
-    return {"work": work(folder), "full": full(folder)}
+    read = reads(folder, f"read{current().size}")
+    return {"work": work(folder), "full": full(folder), "read": read}
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +128,14 @@ def test_every_number_of_ranks_writes_the_files_of_one_process(folder, results, 
         assert first[0] == 0
         assert "wrote" in first[1]
         assert others == [(0, "", "")] * (size - 1)  # rank 0 speaks
+
+
+def test_ranks_read_together_what_one_process_reads_and_find_its_objective_to_the_last_bit(folder, results):
+    objective, count = reads(folder, "read")
+    for size in SIZES:
+        found = [value["read"] for value in results[0][size]]
+        assert {one for one, _ in found} == {objective}
+        assert sum(number for _, number in found) <= count
 
 
 def test_an_error_that_all_ranks_find_is_said_once(results):

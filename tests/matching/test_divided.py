@@ -16,10 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastmatch as fm
-from fastmatch._internal.divided import local_part
+from fastmatch._internal.divided import DividedState, local_part
 from fastmatch._internal.ranks import ALONE, RanksError, current, is_divided
 from fastmatch._internal.shared_data import runs_alone
+from fastmatch._internal.states import device_of
+from fastmatch.backends.sd_mecha import _Loaded
 from fastmatch.matching.ascent import Hooks
+from fastmatch.matching.held import HeldState
 from fastmatch.matching.weights import match_weights
 from helpers.ranked import on_ranks
 
@@ -276,6 +279,14 @@ def test_a_model_of_fsdp1_is_scored_on_all_ranks_together_and_refused_by_name_el
                 f"TypeError: {argument}: its parameters are divided among ranks by torch's Fully"
             ), said
             assert "get_model_state_dict" in said
+
+
+def test_states_that_gather_or_load_say_where_their_tensors_are():
+    state = {"0.weight": torch.zeros(3, 2), "0.bias": torch.zeros(3)}
+    assert device_of(DividedState(state, torch.Tensor.clone), "0.weight") == "cpu"
+    assert device_of(_Loaded(state, {name: tuple(t.shape) for name, t in state.items()}), "0.weight") == "cpu"
+    lazy = HeldState(_Loaded(state, {"0.bias": (3,)}))
+    assert device_of(lazy, "0.bias") == "cpu"
 
 
 def test_a_model_of_deepspeed_s_zero_3_is_refused_by_name_and_runs_on_all_ranks_together():
