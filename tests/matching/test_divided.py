@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from itertools import pairwise
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -20,7 +21,10 @@ from fastmatch._internal.divided import DividedState, local_part
 from fastmatch._internal.ranks import ALONE, RanksError, current, is_divided
 from fastmatch._internal.shared_data import runs_alone
 from fastmatch._internal.states import device_of
+from fastmatch.assignment import bounded_gain
+from fastmatch.assignment.bounded_gain import BoundedGain
 from fastmatch.backends.sd_mecha import _Loaded
+from fastmatch.matching import gains
 from fastmatch.matching.ascent import Hooks
 from fastmatch.matching.held import HeldState
 from fastmatch.matching.weights import match_weights
@@ -101,6 +105,14 @@ def found_with(divide, mesh):
             local_part(t).untyped_storage().nbytes() == local_part(t).nbytes for t in moved.values()
         ),
     }
+    with (
+        patch.multiple(gains, BOUNDED_UNITS=2, BOUNDED_PRODUCTS=0),
+        patch.object(bounded_gain, "JUDGED", 8),
+        patch.object(BoundedGain, "__init__", autospec=True, side_effect=BoundedGain.__init__) as made,
+    ):
+        bounded = fm.align(first, second, x)
+    held["bounds find the same"] = same(bounded.permutations, expected.permutations)
+    held["bounds are used"] = any(current().exchange(made.called, "whether bounds are used"))
     outputs = second(x)
     copied = alignment.apply(second)  # after a forward pass, which leaves FSDP2's parameters whole
     held["an aligned module has the aligned weights"] = same(whole(copied.state_dict()), aligned)
