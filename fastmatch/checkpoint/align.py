@@ -121,8 +121,9 @@ def align_checkpoints(
         True
 
     Args:
-        path_a, path_b: Hugging Face directories (config.json; model.safetensors or shards with an index), or single
-            .safetensors or torch files, of the same architecture. A is the reference. Of a diffusion model, B may have
+        path_a, path_b: Hugging Face directories (config.json; model.safetensors or shards with an index), directories of
+            torch.distributed.checkpoint (with a config.json, or ``spec``), or single .safetensors or torch files, of the same
+            architecture. A is the reference. Of a diffusion model, B may have
             networks that A lacks; they are written as they are.
         out: the directory to write for directories, the file to write for files. A directory has B's shards, config and
             tokenizer.

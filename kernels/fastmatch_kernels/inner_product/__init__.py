@@ -67,7 +67,7 @@ class InnerSum:
                 self._terms[k] = number
         total = 0.0
         for term in self._terms:
-            total += term  # sum() adds otherwise in some versions of Python
+            total += float(term)  # sum() adds otherwise in some versions of Python
         self._terms = [total]
         return total
 
