@@ -14,7 +14,7 @@ from fastmatch._internal.eager import eagerly
 from fastmatch._internal.modules import to_eval_mode
 from fastmatch._internal.padding import is_rows, is_text, padded
 from fastmatch._internal.progress import progress_bar
-from fastmatch._internal.ranks import in_group
+from fastmatch._internal.ranks import in_group, is_of_ranks
 
 __all__ = [
     "Forward",
@@ -111,6 +111,7 @@ def default_forward(model: nn.Module, batch: Any) -> Any:
 
     Raises:
         ValueError: the model does not run on this batch.
+        RuntimeError: another rank failed, or does not answer.
     """
     args, kwargs = arguments_for(model, split_batch(batch)[0])
     try:
@@ -118,6 +119,8 @@ def default_forward(model: nn.Module, batch: Any) -> Any:
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, IndexError) as error:
+        if is_of_ranks(error):
+            raise
         given = ", ".join([_described(x) for x in args] + [f"{k}={_described(x)}" for k, x in kwargs.items()])
         raise ValueError(
             f"data: {type(model).__name__} does not run on a batch ({given}): {error}; expected what the model takes, "

@@ -21,9 +21,11 @@ from fastmatch._internal.ranks import Ranks, is_divided
 __all__ = [
     "DividedState",
     "GatheringRanks",
+    "check_in_parts",
     "check_undivided",
     "class_undivided",
     "divided_name",
+    "division_of",
     "is_fsdp",
     "is_fsdp_class",
     "local_part",
@@ -36,6 +38,37 @@ T = TypeVar("T")
 State: TypeAlias = Mapping[str, torch.Tensor]
 
 
+FSDP1 = "torch's FullyShardedDataParallel (FSDP1)"
+ZERO = "DeepSpeed's ZeRO-3"
+
+WHOLE = {
+    FSDP1: "divide it by torch.distributed.fsdp.fully_shard (FSDP2), or give the whole state dict of "
+    "torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))",
+    ZERO: "give whole tensors: {name: p.detach().clone() for name, p in model.named_parameters()}, in a block "
+    "with deepspeed.zero.GatheredParameters(list(model.parameters()))",
+}
+"""Who divides a model into flat parts, and what to give instead of it."""
+
+
+def division_of(module: nn.Module) -> str | None:
+    """Return who divides parameters of a module into flat parts that are no DTensors; None if nobody does.
+
+    They are recognized by the names of their classes and attributes, so that nothing is imported. Only a forward pass, which
+    all ranks run together, gathers such parameters.
+    """
+    for part in module.modules():
+        if any(base.__name__ == "FullyShardedDataParallel" for base in type(part).__mro__):
+            return FSDP1
+    return ZERO if any(hasattr(parameter, "ds_id") for parameter in module.parameters()) else None
+
+
+def check_in_parts(module: nn.Module, argument: str) -> None:
+    """Raise TypeError if parameters are divided into flat parts, which have neither the names nor the shapes of the model's."""
+    by = division_of(module)
+    if by is not None:
+        raise TypeError(f"{argument}: its parameters are divided among ranks by {by}; {WHOLE[by]}")
+
+
 def divided_name(model: nn.Module | State) -> str | None:
     """Return the name of the first tensor that is divided; None if all of them are whole."""
     if "torch.distributed.tensor" not in sys.modules:
@@ -46,6 +79,8 @@ def divided_name(model: nn.Module | State) -> str | None:
 
 def check_undivided(model: nn.Module | State, argument: str) -> None:
     """Raise TypeError if a tensor of a module or state dict is divided among ranks; it is named."""
+    if isinstance(model, nn.Module):
+        check_in_parts(model, argument)
     name = divided_name(model)
     if name is not None:
         raise TypeError(
@@ -141,6 +176,7 @@ class DividedState(Mapping[str, torch.Tensor]):
 
     Attributes:
         headers: name -> tensor on the meta device.
+        device: where this rank's parts are, and the tensors that are gathered of them.
     """
 
     def __init__(self, state: State, gather: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -153,6 +189,10 @@ class DividedState(Mapping[str, torch.Tensor]):
             name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
             for name, tensor in self.state.items()
         }
+
+    @property
+    def device(self) -> torch.device:
+        return local_part(next(iter(self.state.values()))).device
 
     def __getitem__(self, name: str) -> torch.Tensor:
         tensor = self.state[name]
@@ -193,6 +233,10 @@ class GatheringRanks(Ranks):
         while self._gather(None)[1]:
             pass
         return self.ranks.broadcast(compute, what, source)
+
+    @property
+    def is_nested(self) -> bool:  # type: ignore[override]
+        return self.ranks.is_nested
 
     @contextmanager
     def together(self) -> Iterator[None]:

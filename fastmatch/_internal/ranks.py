@@ -36,6 +36,7 @@ __all__ = [
     "is_divided",
     "is_first",
     "is_launched",
+    "is_of_ranks",
     "joined",
 ]
 
@@ -67,11 +68,14 @@ class Ranks:
         rank: the number of this process, from 0.
         size: the number of processes.
         is_group: whether there is a process group, be it of one process.
+        is_nested: whether this is within two blocks of :meth:`together` or more, so that an outer call has checked what the
+            ranks were given.
     """
 
     rank = 0
     size = 1
     is_group = False
+    is_nested = False
 
     def exchange(self, value: T, what: str) -> list[T]:
         """Return the values that all ranks gave, by rank.
@@ -142,6 +146,10 @@ class _Group(Ranks):
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
         self._store = PrefixStore("fastmatch", _get_default_store())
         self._count = self._depth = 0
+
+    @property
+    def is_nested(self) -> bool:  # type: ignore[override]
+        return self._depth > 1
 
     def exchange(self, value: T, what: str) -> list[T]:
         found = self._gather(("value", what, value))
@@ -355,6 +363,13 @@ def is_divided(tensor: object) -> bool:
     """Return whether a tensor is a DTensor, of which each rank has a part."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def is_of_ranks(error: BaseException) -> bool:
+    """Return whether an error says that ranks failed or do not reach each other, whatever this one was computing."""
+    kind = getattr(sys.modules.get("torch.distributed"), "DistError", RanksError)
+    # Gloo raises a plain RuntimeError, with the line of its source.
+    return isinstance(error, (RanksError, kind)) or "/gloo/" in str(error)
 
 
 def in_group() -> bool:

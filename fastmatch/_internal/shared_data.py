@@ -18,11 +18,21 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
-from fastmatch._internal.divided import divided_name
+from fastmatch._internal.divided import divided_name, division_of
 from fastmatch._internal.progress import progress_bar
 from fastmatch._internal.ranks import Ranks, current
 
-__all__ = ["BLOCKS", "Share", "batches_of_rank", "checksum", "owner_of", "share_of_rank", "whole_data"]
+__all__ = [
+    "BLOCKS",
+    "Share",
+    "batches_of_rank",
+    "batches_to_run",
+    "checksum",
+    "owner_of",
+    "read_alike",
+    "share_of_rank",
+    "whole_data",
+]
 
 BLOCKS = 64
 """The number of blocks, or of batches if there are fewer. No more ranks than blocks have data to read."""
@@ -54,7 +64,7 @@ def can_share(data: Iterable[Any]) -> bool:
 def runs_alone(model: nn.Module) -> bool:
     """Return whether a rank can run a model without the others: nothing is gathered or broadcast in a forward pass."""
     wraps = any(isinstance(module, DistributedDataParallel) for module in model.modules())
-    return not wraps and divided_name(model) is None
+    return not wraps and division_of(model) is None and divided_name(model) is None
 
 
 def whole_data(data: Iterable[Any]) -> Iterable[Any]:
@@ -92,6 +102,25 @@ def share_of_rank(data: Iterable[Any], *models: nn.Module) -> Share | None:
     if ranks.is_group and can_share(data) and all(map(runs_alone, models)):
         return batches_of_rank(data, ranks)
     return None
+
+
+def batches_to_run(data: Iterable[Any], model: nn.Module) -> int | None:
+    """Return the number of batches that all ranks run together, which must be equal; None if it is not known or need not be."""
+    return None if runs_alone(model) or not hasattr(data, "__len__") else len(data)  # type: ignore[arg-type]
+
+
+def read_alike(batches: Iterable[Any], ranks: Ranks) -> Iterator[Any]:
+    """Yield batches that every rank reads, and check at the end that all have read the same ones.
+
+    Raises:
+        ValueError: a rank has read others.
+    """
+    mark = count = 0
+    for batch in batches:
+        if ranks.size > 1:
+            mark, count = checksum(batch, mark), count + 1
+        yield batch
+    _check_marks(ranks, (count, mark))
 
 
 def batches_of_rank(data: Iterable[Any], ranks: Ranks) -> Share:
@@ -164,7 +193,12 @@ def _checked(data: Collection[Any], numbers: list[int], ranks: Ranks) -> Iterato
         mark = checksum(batch, mark)
         if owner_of(block, blocks, ranks.size) == ranks.rank:
             yield block, batch
-    marks = ranks.exchange((len(numbers), mark), "the end of the data")
+    _check_marks(ranks, (len(numbers), mark))
+
+
+def _check_marks(ranks: Ranks, mark: tuple[int, int]) -> None:
+    """Compare the number and the checksum of the batches of all ranks."""
+    marks = ranks.exchange(mark, "the end of the data")
     other = next((rank for rank, found in enumerate(marks) if found != marks[0]), None)
     if other is not None:
         raise ValueError(

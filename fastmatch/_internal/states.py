@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from fastmatch._internal.checks import nearest
-from fastmatch._internal.divided import check_undivided, local_part
+from fastmatch._internal.divided import check_in_parts, check_undivided, local_part
 
 __all__ = [
     "State", "check_finite", "check_models", "check_module", "check_same_architecture", "check_same_names", "device_of",
@@ -43,6 +43,7 @@ def check_module(model: object, argument: str) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{argument}: expected a torch module, got {type(model).__name__}")
+    check_in_parts(model, argument)
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             where = f"its submodule {name!r}" if name else "it"
@@ -92,9 +93,15 @@ def headers_of(state: State) -> State:
 
 
 def device_of(state: State, name: str) -> str:
-    """Return the type of the device that a tensor is on; a state on disk has ``device``, which its tensors are moved to."""
+    """Return the type of the device that a tensor is on; a state on disk has ``device``, which its tensors are moved to.
+
+    A header on the meta device does not know: without ``device``, the tensor is read.
+    """
     device = getattr(state, "device", None)
-    return headers_of(state)[name].device.type if device is None else device.type
+    if device is None:
+        header = headers_of(state)[name]
+        device = (state[name] if header.is_meta else header).device
+    return device.type
 
 
 ORIGINS = {

@@ -114,12 +114,14 @@ class _Sink:
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
+        self.size = 0
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         """Write all of it, or keep the error."""
         view = memoryview(data).cast("B")
         size = len(view)
+        self.size += size
         try:
             while self.error is None and len(view):
                 view = view[os.write(self.descriptor, view) :]
@@ -127,8 +129,15 @@ class _Sink:
             self.error = error
         return size
 
+    def tell(self) -> int:
+        """Return the number of bytes so far."""
+        return self.size
+
     def flush(self) -> None:
         """Do nothing: nothing is kept back."""
+
+    def close(self) -> None:
+        """Do nothing: who made the file closes it."""
 
 
 @contextmanager

@@ -6,10 +6,12 @@ import functools
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 
+from fastmatch._internal.ranks import ALONE
 from fastmatch.checkpoint.diffusion.single_file import EMA, prove_file, trace_file
 from fastmatch.matching.ascent import Hooks
 from fastmatch.matching.weights import WeightMatching, match_weights
@@ -128,7 +130,10 @@ class _Unit:
         spec = replace(self.spec, groups=groups, shapes=shapes)
         states = (_Loaded(ref, shapes), _Loaded(a, shapes))
         matcher = WeightMatching(max_sweeps=iters)
-        return match_weights(*states, spec, matcher, Hooks(out_of_core=True)).permutations
+        hooks = Hooks(
+            out_of_core=True, ranks=ALONE
+        )  # sd-mecha merges in threads, in no order that ranks could share
+        return match_weights(*states, spec, matcher, hooks).permutations
 
 
 class _Loaded(Mapping[str, torch.Tensor]):
@@ -137,6 +142,11 @@ class _Loaded(Mapping[str, torch.Tensor]):
     def __init__(self, state: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.state = state
         self.headers = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where sd-mecha loads tensors to, as the smallest one shows."""
+        return self[min(self.headers, key=lambda name: self.headers[name].numel())].device
 
     def __getitem__(self, name: str) -> torch.Tensor:
         tensor: torch.Tensor = self.state[name]

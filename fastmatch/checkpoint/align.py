@@ -13,12 +13,13 @@ import torch
 from fastmatch._internal.checks import check_type
 from fastmatch._internal.outputs import Claim, check_target
 from fastmatch._internal.ranks import Ranks, current
+from fastmatch._internal.same_on_ranks import check_same_on_ranks
 from fastmatch._internal.stopwatch import Stopwatch
 from fastmatch.checkpoint.inputs import differ_in_inputs, with_more_inputs
 from fastmatch.checkpoint.journal import journal_path
 from fastmatch.checkpoint.names import Layout, RenamedCheckpoint
 from fastmatch.checkpoint.on_ranks import claimed_on_ranks, journaling_on_ranks
-from fastmatch.checkpoint.pairs import Pair
+from fastmatch.checkpoint.pairs import Pair, check_runs_nothing
 from fastmatch.checkpoint.reader import Checkpoint
 from fastmatch.checkpoint.tracing import check_no_adapter, prove_checkpoint, trace_checkpoint
 from fastmatch.checkpoint.writer import write_like
@@ -126,8 +127,9 @@ def align_checkpoints(
         True
 
     Args:
-        path_a, path_b: Hugging Face directories (config.json; model.safetensors or shards with an index), or single
-            .safetensors or torch files, of the same architecture. A is the reference. Of a diffusion model, B may have
+        path_a, path_b: Hugging Face directories (config.json; model.safetensors or shards with an index), directories of
+            torch.distributed.checkpoint (with a config.json, or ``spec``), or single .safetensors or torch files, of the same
+            architecture. A is the reference. Of a diffusion model, B may have
             networks that A lacks; they are written as they are.
         out: the directory to write for directories, the file to write for files. A directory has B's shards, config and
             tokenizer.
@@ -152,7 +154,7 @@ def align_checkpoints(
 
     Raises:
         TypeError: ``matcher`` is not a WeightMatching.
-        ValueError: a file is damaged, A and B differ, a tensor or the result holds NaN or infinity, nothing can be
+        ValueError: ``matcher`` compares balanced networks, a file is damaged, A and B differ, a tensor or the result holds NaN or infinity, nothing can be
             permuted, or the journal is of another run. File and tensor are named.
         OSError: a file is missing or cannot be written, or another run writes ``out``. Nothing is left half-written.
         RuntimeError: another rank failed or does not answer; the message names it.
@@ -179,11 +181,16 @@ def _claim_and_align(
     progress: bool | None,
     ranks: Ranks,
 ) -> Alignment:
-    if not isinstance(matcher, WeightMatching):
-        raise TypeError(
-            f"matcher: expected a WeightMatching, because the networks are not run; got {type(matcher).__name__}"
-        )
+    check_runs_nothing(matcher)
     a, b = Checkpoint(path_a, device), Checkpoint(path_b, device)
+    options = {
+        "matcher": matcher,
+        "spec": None if spec is None else spec.to_json(),
+        "write": write,
+        "resume": resume,
+    }
+    seen = {"path_a": repr(a.headers), "path_b": repr(b.headers)}
+    check_same_on_ranks(ranks, "align_checkpoints", options | seen)
     for path in (path_a, path_b):
         check_no_adapter(path)
     if Path(path_a).is_dir() != Path(path_b).is_dir():

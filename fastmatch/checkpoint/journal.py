@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -26,7 +27,8 @@ from fastmatch.spec import Permutations, PermutationSpec
 
 __all__ = ["Journal", "journal_path", "journaling"]
 
-FORMAT = "fastmatch-journal-2"
+FAMILY, VERSION = "fastmatch-journal-", 2
+FORMAT = f"{FAMILY}{VERSION}"
 WRITE = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 
 
@@ -82,7 +84,19 @@ def _check_file(path: Path) -> None:
         start = file.read(64)
     expected = f'{{"format": "{FORMAT}"'.encode()
     if not start.startswith(expected[: len(start)]):
-        raise ValueError(f"{path}: is not a journal of this version; remove it")
+        raise ValueError(f"{path}: {_other_kind(start)}")
+
+
+def _other_kind(start: bytes) -> str:
+    """Return what is wrong with a file that begins as no journal of this version does, and what to do."""
+    found = re.match(rb'\{"format": "' + FAMILY.encode() + rb'(\d+)"', start)
+    if found is None:
+        return "is not a journal; remove it"
+    age = "an older" if int(found[1]) < VERSION else "a newer"
+    return (
+        f"is a journal of {age} version of fastmatch (format {int(found[1])}, this one reads {VERSION}): finish that run "
+        "with the version that began it, or remove the file and start again"
+    )
 
 
 class Journal:

@@ -21,7 +21,7 @@ from fastmatch.checkpoint.align import AlignedTensors, WriteOptions
 from fastmatch.checkpoint.blocks import coefficients_by_name
 from fastmatch.checkpoint.journal import journaling
 from fastmatch.checkpoint.merge import MergeOptions, Tensors, write_merge
-from fastmatch.checkpoint.pairs import Pair, layout_for
+from fastmatch.checkpoint.pairs import Pair, check_runs_nothing, layout_for
 from fastmatch.checkpoint.reader import CONFIG, Checkpoint
 from fastmatch.checkpoint.tracing import prove_checkpoint, take_names_of_networks, trace_checkpoint
 from fastmatch.checkpoint.writer import write_like
@@ -88,10 +88,7 @@ def align_many_checkpoints(
     check_integer("reference", reference)
     if reference >= len(paths):
         raise ValueError(f"reference: expected an index below {len(paths)}, got {reference}")
-    if not isinstance(matcher, WeightMatching):
-        raise TypeError(
-            f"matcher: expected a WeightMatching, because the networks are not run; got {type(matcher).__name__}"
-        )
+    check_runs_nothing(matcher)
     if write.merge is not None:
         raise ValueError(
             "write: WriteOptions(merge=...) is for two checkpoints; give merge=MergeOptions(...)"

@@ -21,11 +21,20 @@ from fastmatch.checkpoint.survey import Surveyed, survey
 from fastmatch.checkpoint.tracing import common_spec, is_diffusion, take_names_of_networks
 from fastmatch.matching.ascent import Hooks, Step
 from fastmatch.matching.matcher import as_code
-from fastmatch.matching.weights import WeightMatching, match_weights
+from fastmatch.matching.weights import WeightMatching, check_unbalanced, match_weights
 from fastmatch.permutations.alignment import Alignment
 from fastmatch.spec import PermutationSpec
 
-__all__ = ["Pair", "layout_for"]
+__all__ = ["Pair", "check_runs_nothing", "layout_for"]
+
+
+def check_runs_nothing(matcher: object) -> None:
+    """Raise unless the matcher needs no network that runs, as weight matching of networks that are not balanced."""
+    if not isinstance(matcher, WeightMatching):
+        raise TypeError(
+            f"matcher: expected a WeightMatching, because the networks are not run; got {type(matcher).__name__}"
+        )
+    check_unbalanced(matcher)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What an alignment of checkpoints will cost on a number of ranks: the schedule is played through, without a tensor.
 
-The model has five rates of a device. A rank reads tensors, multiplies them into gains, solves assignments, and exchanges
+The model has six rates of a device and a latency. A rank reads tensors, multiplies them into gains, solves assignments, and exchanges
 permutations with the others; nothing overlaps. Reading and writing are by rank, as from local disks.
 """
 
@@ -25,7 +25,7 @@ __all__ = ["DEVICES", "Device", "DeviceName", "Prediction", "Work", "predict", "
 DeviceName: TypeAlias = Literal["cpu", "h100"]
 """The devices whose rates are known."""
 
-PARTS = ("read", "products", "assignment", "exchange", "write")
+PARTS = ("survey", "read", "products", "assignment", "exchange", "write")
 
 SOLVER = 3.0
 """Memory of an assignment, gain included, in float32 gains."""
@@ -38,6 +38,7 @@ class Device:
     Attributes:
         products: operations per second of float32 matrix products.
         assignment: entries per second of an assignment problem.
+        survey: bytes per second of the pass that reads, hashes and sums all tensors.
         read, write: bytes per second from and to the disk.
         link: bytes per second that a rank takes in from the others.
         latency: seconds of an exchange.
@@ -45,6 +46,7 @@ class Device:
 
     products: float
     assignment: float
+    survey: float
     read: float
     write: float
     link: float
@@ -52,12 +54,12 @@ class Device:
 
 
 DEVICES: dict[DeviceName, Device] = {
-    "cpu": Device(products=5e10, assignment=4e7, read=1e9, write=5e8, link=1e9, latency=2e-3),
-    "h100": Device(products=1e14, assignment=4e7, read=3e9, write=1e9, link=5e9, latency=2e-3),
+    "cpu": Device(products=5e10, assignment=4e7, survey=4e8, read=1e9, write=5e8, link=1e9, latency=2e-3),
+    "h100": Device(products=1e14, assignment=4e7, survey=4e8, read=3e9, write=1e9, link=5e9, latency=2e-3),
 }
 """Rough estimates, of one core and of one GPU with a share of its host. None of them was measured, and no run has checked
 them. They stand for an H100 that multiplies float32 in three TF32 products, NVMe drives shared by ranks, and assignments
-on a core."""
+and hashes on a core."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,9 @@ def _nbytes(tensor: torch.Tensor) -> int:
 
 
 def predict(work: Work, device: Device, ranks: int, sweeps: int = 2) -> Prediction:
-    """Play the schedule through: hashes, objectives, ``sweeps`` in which every group is solved, and the output.
+    """Play the schedule through: the survey, ``sweeps`` in which every group is solved, and the output.
+
+    Gains are whole. A run of near copies multiplies and reads less, because bounds spare it most of its products.
 
     The order of groups is that of the work; a run draws others, which have about as many levels.
 
@@ -145,9 +149,8 @@ def predict(work: Work, device: Device, ranks: int, sweeps: int = 2) -> Predicti
     check_integer("sweeps", sweeps, least=1)
     found = Prediction()
     whole = sum(work.tensors)
-    passes = 3  # the hash, the norms, and the objective at the start
-    found.seconds["read"] += passes * 2 * _longest(work.tensors, ranks) / device.read
-    found.read += passes * 2 * whole
+    found.seconds["survey"] += 2 * _longest(work.tensors, ranks) / device.survey
+    found.read += 2 * whole
     seconds = {name: _seconds(*numbers, device) for name, numbers in work.groups.items()}
     levels = levels_of(work.groups, work.coupled.__getitem__, lambda name: sum(seconds[name].values()))
     found.levels = len(levels)

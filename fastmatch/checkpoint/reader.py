@@ -17,6 +17,7 @@ from typing import TypeGuard
 
 import torch
 
+from fastmatch._internal.distributed_folder import METADATA, DistributedFolder, Stored
 from fastmatch._internal.files import TORCH_SUFFIXES, load_state
 from fastmatch._internal.json_files import parse_json, read_json
 from fastmatch._internal.safetensors_file import Entry, read_entry, read_header
@@ -51,7 +52,8 @@ class Mapped:
 
 
 class Checkpoint(Mapping[str, torch.Tensor]):
-    """The tensors of a Hugging Face directory, a .safetensors file or a torch file. Each is read on demand.
+    """The tensors of a Hugging Face directory, one of torch.distributed.checkpoint, a .safetensors file or a torch file. Each is read
+    on demand.
 
     Example:
         >>> from fastmatch.checkpoint import Checkpoint
@@ -63,7 +65,8 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         path: a directory with model.safetensors or pytorch_model.bin, or with shards and their index, an adapter of peft, a
             pipeline of diffusers, or a single file. If a directory has several, a whole file counts before shards, and safetensors
             files before torch files, as for transformers. Torch files are memory-mapped and read with
-            ``weights_only``.
+            ``weights_only``. Of a directory of torch.distributed.checkpoint the model is read: all tensors, or those under a key
+            ``model`` or ``state_dict``.
         device: the device that tensors are moved to.
 
     Raises:
@@ -75,7 +78,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         self.path, self.device = Path(path), torch.device(device)
         self.seconds = 0.0
         """Seconds spent reading tensors so far."""
-        self._entries: dict[str, Entry | Mapped] = {}
+        self._entries: dict[str, Entry | Mapped | Stored] = {}
         self.metadata: dict[Path, dict[str, str]] = {}
         """File -> what the header of a safetensors file says besides."""
         self.parts: dict[str, Checkpoint] = {}
@@ -85,6 +88,8 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         names here start with the folder's."""
         self.index: Path | None = None
         """The index of a sharded checkpoint."""
+        self.distributed: DistributedFolder | None = None
+        """What torch.distributed.checkpoint has written, if it wrote the directory."""
         if self.path.is_dir():
             self.files = self._read_directory()
             self._read_modules()
@@ -92,8 +97,8 @@ class Checkpoint(Mapping[str, torch.Tensor]):
             raise FileNotFoundError(f"{self.path}: no such file or folder")
         else:
             self.files = [self.path]
-            self._entries = self._open(self.path)
-        self._versions = {entry.file: _version(entry.file) for entry in self._entries.values()}
+            self._entries.update(self._open(self.path))
+        self._versions = {file: _version(file) for e in self._entries.values() for file in _files_of(e)}
 
     @cached_property
     def headers(self) -> dict[str, torch.Tensor]:
@@ -115,6 +120,8 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         entry = self._entries[name]
         if isinstance(entry, Entry):
             return entry
+        if isinstance(entry, Stored):
+            return entry.place
         tensor = entry.tensor
         return entry.file, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
@@ -135,15 +142,19 @@ class Checkpoint(Mapping[str, torch.Tensor]):
 
     def _read(self, name: str) -> torch.Tensor:
         entry = self._entries[name]
-        self._check_unchanged(name, entry.file)
-        # A map of a file that another program cuts ends this process where it is read, so nobody gets the map itself.
-        tensor = entry.tensor.clone() if isinstance(entry, Mapped) else read_entry(name, entry)
-        self._check_unchanged(name, entry.file)
+        self._check_unchanged(name, entry)
+        if isinstance(entry, Stored):
+            tensor = entry.folder.read(name, entry)
+        else:
+            # A map of a file that another program cuts ends this process where it is read, so nobody gets the map itself.
+            tensor = entry.tensor.clone() if isinstance(entry, Mapped) else read_entry(name, entry)
+        self._check_unchanged(name, entry)
         return tensor
 
-    def _check_unchanged(self, name: str, file: Path) -> None:
-        if _version(file) != self._versions[file]:
-            raise ValueError(f"{file}: tensor {name!r}: the file has changed since it was opened")
+    def _check_unchanged(self, name: str, entry: Entry | Mapped | Stored) -> None:
+        for file in _files_of(entry):
+            if _version(file) != self._versions[file]:
+                raise ValueError(f"{file}: tensor {name!r}: the file has changed since it was opened")
 
     def on_host(self, name: str) -> torch.Tensor:
         """Read one tensor to the CPU, whatever :attr:`device` is."""
@@ -231,8 +242,12 @@ class Checkpoint(Mapping[str, torch.Tensor]):
             return self._read_pipeline()
         single, index = weight_files(self.path)
         if single.is_file():
-            self._entries = self._open(single)
+            self._entries.update(self._open(single))
             return [single]
+        if not index.is_file() and (self.path / METADATA).is_file():
+            self.distributed = DistributedFolder(self.path)
+            self._entries |= self.distributed.tensors
+            return self.distributed.files
         if not index.is_file():
             raise FileNotFoundError(
                 f"{self.path}: holds neither {SINGLE} nor {INDEX}, nor pytorch_model.bin{_other_weights(self.path)}"
@@ -271,6 +286,11 @@ class Checkpoint(Mapping[str, torch.Tensor]):
 def _is_plain(name: object) -> TypeGuard[str]:
     """Whether this is the name of a file or of a folder beside an index, not a path to somewhere else."""
     return isinstance(name, str) and 0 < len(name) < 256 and Path(name).name == name and name != ".."
+
+
+def _files_of(entry: Entry | Mapped | Stored) -> tuple[Path, ...]:
+    """Return the files that hold a tensor."""
+    return tuple(file for file, *_ in entry.parts) if isinstance(entry, Stored) else (entry.file,)
 
 
 def _version(file: Path) -> tuple[int, ...] | None:
@@ -315,6 +335,8 @@ def _whole_and_index(folder: Path, stem: str, suffix: str, variant: str) -> tupl
 
 def _other_weights(folder: Path) -> str:
     """Return what an error can add about weights that a folder has in files of another name or format."""
+    if any(folder.glob("*.distcp")):
+        return f"; it has .distcp files but no {METADATA}, which torch.distributed.checkpoint writes last: the save is not complete"
     kinds = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx")
     found = sorted({path.name for kind in kinds for path in folder.glob(kind)})
     if not found:

@@ -119,6 +119,9 @@ def _write_folder(source: Checkpoint, folder: Path, final: Path, made: _Made, ra
     if ranks.rank == 0:
         _begin_folder(source, folder, final, made.dtype)
     ranks.exchange(None, "the folder of the output")
+    if source.distributed is not None:
+        _write_distributed(source, folder, final, made, ranks)
+        return
     sizes = [sum(source.headers[name].nbytes for name in source.names_in(file)) for file in source.files]
     for file, owner in zip(source.files, deal(sizes, ranks.size), strict=True):
         if owner == ranks.rank:
@@ -133,6 +136,23 @@ def _write_folder(source: Checkpoint, folder: Path, final: Path, made: _Made, ra
         (folder / source.index.name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for name, part in source.modules.items():
         _write_folder(part, folder / name, final / name, made.under(name), ranks)
+
+
+def _write_distributed(source: Checkpoint, folder: Path, final: Path, made: _Made, ranks: Ranks) -> None:
+    """Write the tensors as torch.distributed.checkpoint does."""
+    from fastmatch.checkpoint.distributed_writer import write_distributed
+
+    assert source.distributed is not None
+    if source.distributed.left_out and ranks.rank == 0:
+        log.warning("%s: not carried from %s: %s", final, source.path, ", ".join(source.distributed.left_out))
+
+    def dtype_of(dtype: torch.dtype) -> torch.dtype:
+        return made.dtype_of(torch.empty(0, dtype=dtype, device="meta"))
+
+    write_distributed(
+        source.distributed, folder, final, lambda name: made.tensor(name, final), dtype_of, ranks
+    )
+    ranks.exchange(None, "the files of the output")
 
 
 def _begin_folder(source: Checkpoint, folder: Path, final: Path, dtype: torch.dtype | None) -> None:

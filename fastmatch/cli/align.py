@@ -73,7 +73,8 @@ def add_commands(commands: Commands) -> None:
         ),
     )  # fmt: skip
     command.add_argument(
-        "a", help="the reference: .safetensors, a torch file of tensors, or a Hugging Face directory"
+        "a",
+        help="the reference: .safetensors, a torch file of tensors, or a directory of Hugging Face or torch.distributed.checkpoint",
     )
     command.add_argument("b", help="the checkpoint whose units are permuted")
     add(

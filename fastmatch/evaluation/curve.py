@@ -14,6 +14,8 @@ from torch import nn
 
 from fastmatch._internal.batches import Forward, check_module, default_forward
 from fastmatch._internal.checks import check_integer
+from fastmatch._internal.ranks import current
+from fastmatch._internal.same_on_ranks import check_same_on_ranks
 from fastmatch.evaluation.between import Between, check_between, merges_between
 from fastmatch.evaluation.plots import TITLES, Metric, check_metric, drawing, framed, legend_beside
 from fastmatch.evaluation.scores import Measure, score
@@ -171,11 +173,14 @@ def interpolate(
 
     Cost: ``points`` reads of ``data``.
     """
-    check_integer("points", points, least=3)
+    ranks = current()
+    with ranks.together():
+        check_integer("points", points, least=3)
+        check_between(between)
+        check_module(model_a, "model_a")
+        check_module(model_b, "model_b")
+        check_same_on_ranks(ranks, "interpolate", {"points": int(points), "between": between})
     points = int(points)
-    check_between(between)
-    check_module(model_a, "model_a")
-    check_module(model_b, "model_b")
     positions = tuple(k / (points - 1) for k in range(points))
     pairs = [(1 - t, t) for t in positions[1:-1]]
     inner = merges_between([model_a, model_b], pairs, between, forward, progress)

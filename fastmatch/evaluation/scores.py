@@ -25,7 +25,8 @@ from fastmatch._internal.batches import (
 )
 from fastmatch._internal.padding import is_rows, padded, takes
 from fastmatch._internal.ranks import current
-from fastmatch._internal.shared_data import Share, share_of_rank
+from fastmatch._internal.same_on_ranks import check_same_on_ranks
+from fastmatch._internal.shared_data import Share, batches_to_run, read_alike, share_of_rank
 
 __all__ = ["Measure", "Scores", "evaluate", "score"]
 
@@ -85,8 +86,8 @@ def score(
         progress: show a progress bar; None shows it on a terminal.
 
     In a torch.distributed process group all ranks make the call. They share the batches of a list, or of a DataLoader whose
-    length is known, and get the same scores on any number of ranks. A model whose ranks have to run together (FSDP2,
-    tensor parallel, DistributedDataParallel) runs on all batches on every rank.
+    length is known, and get the same scores on any number of ranks. A model whose ranks have to run together (FSDP, tensor
+    parallelism, ZeRO-3, DistributedDataParallel) runs on all batches on every rank.
 
     Returns:
         :class:`Scores`, means over all samples; over all targets that are not -100 where a sample has several. Accuracy
@@ -94,18 +95,9 @@ def score(
 
     Raises:
         TypeError: ``model`` is not a torch module, or ``loss`` or ``metric`` is not callable.
-        ValueError: no data, data without targets, inputs that are not finite, classes that the model does not have, or cross
-            entropy of other targets than classes.
+        ValueError: no data, data without targets, inputs that are not finite, classes that the model does not have, cross
+            entropy of other targets than classes, or ranks that were given different models or options.
     """
-    check_module(model, "model")
-    check_forward(forward)
-    for name, measure in (("loss", loss), ("metric", metric)):
-        if measure is not None and not callable(measure):
-            raise TypeError(
-                f"{name}: expected a function of outputs and targets, got {type(measure).__name__}"
-            )
-
-    check_data(data)
 
     def add(totals: _Totals, batch: Any, number: int | None = None) -> None:
         inputs, targets = split_batch(batch)
@@ -128,15 +120,34 @@ def score(
         totals.add(value, measured, output, targets, samples_in(batch))
 
     totals = _Totals()
-    with current().together(), evaluating(model, compiled=True):
-        share = share_of_rank(data, model)
-        if share is not None:
-            for part in _shared(share, add, progress):
-                totals.take(part)
-        else:
-            for number, batch in enumerate(batches_of(data, "evaluation", progress=progress)):
-                add(totals, batch, number)
+    ranks = current()
+    with ranks.together():
+        _check(model, data, loss, metric, forward)
+        options = {"loss": loss, "metric": metric, "forward": forward, "data": batches_to_run(data, model)}
+        check_same_on_ranks(ranks, "score", options, {"model": model})
+        with evaluating(model, compiled=True):
+            share = share_of_rank(data, model)
+            if share is not None:
+                for part in _shared(share, add, progress):
+                    totals.take(part)
+            else:
+                every = read_alike(batches_of(data, "evaluation", progress=progress), ranks)
+                for number, batch in enumerate(every):
+                    add(totals, batch, number)
     return totals.scores()
+
+
+def _check(
+    model: nn.Module, data: Iterable[Any], loss: Measure | None, metric: Measure | None, forward: Forward
+) -> None:
+    check_module(model, "model")
+    check_forward(forward)
+    for name, measure in (("loss", loss), ("metric", metric)):
+        if measure is not None and not callable(measure):
+            raise TypeError(
+                f"{name}: expected a function of outputs and targets, got {type(measure).__name__}"
+            )
+    check_data(data)
 
 
 def _shared(share: Share, add: Callable[[_Totals, Any], None], progress: bool | None) -> list[_Totals]:

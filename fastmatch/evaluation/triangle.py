@@ -13,6 +13,8 @@ from torch import nn
 
 from fastmatch._internal.batches import Forward, check_module, default_forward
 from fastmatch._internal.checks import check_integer
+from fastmatch._internal.ranks import current
+from fastmatch._internal.same_on_ranks import check_same_on_ranks
 from fastmatch.evaluation.between import Between, check_between, merges_between
 from fastmatch.evaluation.plots import TITLES, Metric, check_metric, drawing
 from fastmatch.evaluation.scores import Measure, Scores, score
@@ -159,13 +161,16 @@ def triangle(
 
     Cost: one read of ``data`` per merge.
     """
-    if len(models) != 3:
-        raise ValueError(f"models: expected three, got {len(models)}")
-    check_integer("points", points, least=2)
+    ranks = current()
+    with ranks.together():
+        if len(models) != 3:
+            raise ValueError(f"models: expected three, got {len(models)}")
+        check_integer("points", points, least=2)
+        check_between(between)
+        for k, model in enumerate(models):
+            check_module(model, f"models[{k}]")
+        check_same_on_ranks(ranks, "triangle", {"points": int(points), "between": between})
     points = int(points)
-    check_between(between)
-    for k, model in enumerate(models):
-        check_module(model, f"models[{k}]")
     n = points - 1
     rows = [((n - i - j) / n, i / n, j / n) for i in range(points) for j in range(points - i)]
     inner = [row for row in rows if row not in _CORNERS]

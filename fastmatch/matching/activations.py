@@ -15,6 +15,7 @@ from fastmatch._internal.batches import Forward, batches_of, check_data, check_f
 from fastmatch._internal.checks import check_choice
 from fastmatch._internal.progress import progress_bar
 from fastmatch._internal.ranks import Ranks, current
+from fastmatch._internal.same_on_ranks import check_same_on_ranks
 from fastmatch._internal.shared_data import batches_of_rank
 from fastmatch.assignment import solve
 from fastmatch.matching.device_gain import gain_solver
@@ -152,8 +153,12 @@ class ActivationMatching(Matcher):
     ) -> dict[tuple[str, ...], torch.Tensor]:
         """(group,), or the subgroups of one kind, -> the similarity of their units."""
         models = modules_of(model_a, model_b)
-        readings = choose_readings(spec, self.site, self.reduce)
         ranks, title = current(), "activation matching"
+        if not ranks.is_nested:
+            options = {"matcher": self, "spec": spec.to_json()}
+            named = {"model_a": models[0], "model_b": models[1]}
+            check_same_on_ranks(ranks, "ActivationMatching.match", options, named)
+        readings = choose_readings(spec, self.site, self.reduce)
         if not ranks.is_group:
             batches = batches_of(self.data, title, progress=progress)
             return measure_similarities(

@@ -10,6 +10,7 @@ from torch import nn
 from fastmatch._internal.callers import warn_user
 from fastmatch._internal.divided import divided_name
 from fastmatch._internal.ranks import current
+from fastmatch._internal.same_on_ranks import check_same_on_ranks
 from fastmatch._internal.states import (
     State,
     check_finite,
@@ -21,7 +22,6 @@ from fastmatch._internal.stopwatch import Stopwatch
 from fastmatch.matching.balance import balance
 from fastmatch.matching.divided_on_ranks import check_divided, match_divided
 from fastmatch.matching.matcher import Matcher, Model, as_code, check_matcher
-from fastmatch.matching.same_on_ranks import check_same_on_ranks
 from fastmatch.matching.weights import WeightMatching
 from fastmatch.permutations.alignment import Alignment
 from fastmatch.permutations.verify import verify as verify_spec
@@ -98,7 +98,8 @@ def align(
         check_same_names(a, b)
         check_finite(a, "model_a")
         check_finite(b, "model_b")
-        check_same_on_ranks(ranks, matcher, model_a=a, model_b=b)
+        options = {"matcher": matcher, "spec": None if spec is None else spec.to_json(), "verify": verify}
+        check_same_on_ranks(ranks, "align", options, {"model_a": a, "model_b": b})
         if spec is None:
             with watch("trace"):
                 spec = traced_spec(model_a, example_inputs, "model_a")

@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 
 from fastmatch._internal.checks import check_integer
+from fastmatch._internal.ranks import Ranks, current
+from fastmatch._internal.same_on_ranks import check_same_on_ranks
 from fastmatch._internal.states import State, check_finite, check_models, check_same_architecture, state_of
 from fastmatch.matching.align import traced_spec, warn_if_nothing_moves
 from fastmatch.matching.matcher import Strategy, check_strategy
@@ -61,7 +63,25 @@ def align_many(
     Raises:
         ValueError: fewer than two models, ``reference`` is out of range, or a reason that :func:`align` has.
         TypeError: a model is neither a module nor a state dict, or ``strategy`` is not a strategy.
+        RuntimeError: another rank failed or does not answer; the message names it.
+
+    In a torch.distributed process group all ranks make the call with the same arguments, and share the work of the matcher.
     """
+    ranks = current()
+    with ranks.together():
+        return _align_many(models, example_inputs, strategy, reference, spec, verify, progress, ranks)
+
+
+def _align_many(
+    models: Sequence[nn.Module] | Sequence[State],
+    example_inputs: Any,
+    strategy: Strategy | None,
+    reference: int,
+    spec: PermutationSpec | None,
+    verify: bool,
+    progress: bool | None,
+    ranks: Ranks,
+) -> list[Alignment]:
     strategy = ToReference() if strategy is None else strategy
     check_strategy("strategy", strategy)
     check_models("models", models, least=2)
@@ -72,6 +92,9 @@ def align_many(
     for k, state in enumerate(states):
         check_same_architecture(states[0], state, "models[0]", f"models[{k}]")
         check_finite(state, f"models[{k}]")
+    options = {"strategy": strategy, "reference": reference, "spec": None if spec is None else spec.to_json()}
+    named = {f"models[{k}]": state for k, state in enumerate(states)}
+    check_same_on_ranks(ranks, "align_many", {**options, "verify": verify}, named)
     if spec is None:
         spec = traced_spec(models[reference], example_inputs, f"models[{reference}]")
     check_spec(spec, states[reference], f"models[{reference}]")

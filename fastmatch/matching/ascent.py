@@ -134,7 +134,7 @@ class Ascent:
         if self.states:
             placed = {name: step for name, step in first.items() if step.axes}
             again = [name for name, step in placed.items() if not step.is_complete]
-            self.placement = Placement(self.problem, self.unkept, placed, again, self.states[0])
+            self.placement = Placement(self.problem, self.unkept, placed, again, self.states)
         for name, found in progress_bar(
             self._visits(levels, {name: step.axes for name, step in first.items()}),
             "weight matching, sweep 1",

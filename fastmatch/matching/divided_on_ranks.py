@@ -20,6 +20,11 @@ def check_divided(matcher: Matcher, ranks: Ranks) -> None:
         raise TypeError(
             f"matcher: models that are divided among ranks (DTensor) are matched by WeightMatching; got {type(matcher).__name__}"
         )
+    if matcher.balance:
+        raise TypeError(
+            "balance: runs the models on one process, so it does not take models that are divided among ranks (DTensor); "
+            "call fm.balance on the whole models, and divide the balanced ones"
+        )
     if not ranks.is_group:
         raise TypeError(
             "model_a, model_b: of divided models (DTensor) all ranks make the call, outside of fm.alone()"

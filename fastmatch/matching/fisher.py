@@ -22,7 +22,7 @@ from fastmatch._internal.checks import check_choice, check_integer
 from fastmatch._internal.states import State, state_of, working_dtype
 from fastmatch.matching.matcher import Matcher, Model, check_matcher, modules_of
 from fastmatch.matching.objective import included
-from fastmatch.matching.weights import WeightMatching, match_weights
+from fastmatch.matching.weights import WeightMatching, check_unbalanced, match_weights
 from fastmatch.permutations.alignment import Matching
 from fastmatch.spec import PermutationSpec
 from fastmatch.spec.checks import check_spec
@@ -73,6 +73,7 @@ class FisherMatching(Matcher):
     def __post_init__(self) -> None:
         check_data(self.data, reads=2)
         check_matcher("ascent", self.ascent, WeightMatching)
+        check_unbalanced(self.ascent)
         check_choice("labels", self.labels, Labels)
         check_integer("seed", self.seed)
         if self.labels == "data" and self.seed:

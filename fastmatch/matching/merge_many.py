@@ -16,7 +16,7 @@ from fastmatch.matching.ascent import Hooks
 from fastmatch.matching.matcher import Models, Strategy, check_matcher, check_rereadable
 from fastmatch.matching.pair_objective import anchored, moving, pair_objective
 from fastmatch.matching.similar_many import match_similar
-from fastmatch.matching.weights import WeightMatching, match_weights
+from fastmatch.matching.weights import WeightMatching, check_unbalanced, match_weights
 from fastmatch.permutations.alignment import Alignment, Matching
 from fastmatch.permutations.apply import permute_tensor
 from fastmatch.spec import Permutations, PermutationSpec
@@ -25,13 +25,14 @@ __all__ = ["MergeMany", "check_init", "match_mean"]
 
 
 def check_init(matcher: WeightMatching) -> None:
-    """Raise ValueError unless the matcher begins at the identity: the strategy sets where each match begins."""
+    """Raise ValueError unless the matcher begins at the identity, because the strategy sets where each match begins, and balances nothing."""
     if matcher.init != "identity":
         given = repr(matcher.init) if isinstance(matcher.init, str) else "permutations"
         raise ValueError(
             "matcher: each match begins at the current permutations, the first at the identity; write "
             f'WeightMatching(init="identity", ...), got init={given}'
         )
+    check_unbalanced(matcher)
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from fastmatch.matching.activations import ActivationMatching
 from fastmatch.matching.ascent import Hooks
 from fastmatch.matching.matcher import Matcher, Model, check_matcher
 from fastmatch.matching.objective import weight_scale
-from fastmatch.matching.weights import WeightMatching, match_weights
+from fastmatch.matching.weights import WeightMatching, check_unbalanced, match_weights
 from fastmatch.permutations.alignment import Matching
 from fastmatch.spec import PermutationSpec
 
@@ -47,6 +47,7 @@ class Mixture(Matcher):
 
     def __post_init__(self) -> None:
         check_matcher("weight_matching", self.weight_matching, WeightMatching)
+        check_unbalanced(self.weight_matching)
         check_matcher("activation_matching", self.activation_matching, ActivationMatching)
         check_number("activation_weight", self.activation_weight)
         if self.activation_weight >= 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Literal, TypeAlias, TypeVar
 
@@ -74,12 +74,8 @@ class WeightObjective:
         self.ranks = ranks
         self.headers = headers_of(a)
         self.survey = survey or {}
-        still = spec.identity()
-        self._noted = {
-            name: (self._key(name, still), inner)
-            for name, (_, _, inner) in self.survey.items()
-            if name in spec.shapes
-        }
+        self._noted: dict[str, tuple[Permutations, float]] = {}
+        """Tensor -> the permutations that this rank has last noted its inner product for, and that."""
         self.grouping: dict[str, list[str]] = {}
         self.self_coupled: set[str] = set()
         for group in spec.groups.values():
@@ -127,14 +123,22 @@ class WeightObjective:
         return kept
 
     def value(self, permutations: Permutations) -> float:
-        """Return the objective, in float64; ranks share the tensors, and all add up in the order of the tensors."""
-        total = InnerSum()
+        """Return the objective, in float64, added up in the order of the tensors.
+
+        Tensors whose inner product is known, to one of the ranks or from the survey, are not read. Ranks share the others.
+        """
+        total, names = InnerSum(), self.names()
+        known = self._known(names, permutations)
+        left = [name for name in names if name not in known]
         if self.ranks.is_group:
-            for number in self._shared(lambda name: self._inner(name, permutations)):
-                total.add_number(number)
-        else:
-            for name in self.names():
-                self._add_inner(total, name, permutations, is_noted=True)
+            known |= dict(
+                zip(left, self._shared(left, lambda name: self._inner(name, permutations)), strict=True)
+            )
+        for name in names:
+            if name in known:
+                total.add_number(known[name])
+            else:
+                self._add_inner(total, name, permutations)
         return total.value() + sum(self._bonus(name, p) for name, p in permutations.items())
 
     def change(self, new: Permutations, old: Permutations) -> float:
@@ -165,7 +169,7 @@ class WeightObjective:
         """
         squares = InnerSum(), InnerSum()
         if self.ranks.is_group:
-            for pair in self._shared(self._squares):
+            for pair in self._shared(self.names(), self._squares):
                 for total, number in zip(squares, pair, strict=True):
                     total.add_number(number)
         else:
@@ -195,14 +199,26 @@ class WeightObjective:
             "models: the squares of all weights add up to infinity; divide them, in both models alike"
         )
 
-    def _shared(self, compute: Callable[[str], T]) -> list[T]:
+    def _known(self, names: Sequence[str], permutations: Permutations) -> dict[str, float]:
+        """The inner products that a rank has noted, or that the survey has for units as they are."""
+
+        def holds(then: Permutations) -> bool:
+            return all(torch.equal(permutations[group], p) for group, p in then.items())
+
+        still = self.spec.identity() if self.survey else {}
+        known = {n: self.survey[n][2] for n in names if n in self.survey and holds(self._key(n, still))}
+        noted = {n: x for n, (then, x) in self._noted.items() if n not in known and holds(then)}
+        for found in self.ranks.exchange(noted, "inner products that are known"):
+            known |= found
+        return known
+
+    def _shared(self, names: Sequence[str], compute: Callable[[str], T]) -> list[T]:
         """A number of every tensor, computed by the ranks that they are dealt to."""
-        names = self.names()
         owners = deal([self.headers[name].numel() for name in names], self.ranks.size)
         return self.ranks.share([partial(compute, name) for name in names], owners, "sums over tensors")
 
     def note(self, name: str, permutations: Permutations) -> None:
-        """Keep the inner product of a tensor, which is at hand, for a later :meth:`value`."""
+        """Keep the inner product of a tensor, which is at hand on this rank, for a later :meth:`value`."""
         self._noted[name] = self._key(name, permutations), self._inner(name, permutations)
 
     def _key(self, name: str, permutations: Permutations) -> Permutations:
@@ -220,14 +236,7 @@ class WeightObjective:
         a, b = (inner(x, x, {}) for x in (self.a[name], self.b[name]))
         return a, b
 
-    def _add_inner(
-        self, total: InnerSum, name: str, permutations: Permutations, *, is_noted: bool = False
-    ) -> None:
-        if is_noted and name in self._noted:
-            then, number = self._noted[name]
-            if all(torch.equal(permutations[group], p) for group, p in then.items()):
-                total.add_number(number)
-                return
+    def _add_inner(self, total: InnerSum, name: str, permutations: Permutations) -> None:
         if self.spec.has_slices(name):
             moved = permute_tensor(self.b[name], name, self.spec, permutations)
             total.add(self.a[name], moved, {})

@@ -36,7 +36,7 @@ class Placement:
         gains: reads the factors of gains.
         names: the groups that are placed.
         incomplete: those that are solved again.
-        state: A.
+        states: A and B.
     """
 
     def __init__(
@@ -45,9 +45,9 @@ class Placement:
         gains: Gains,
         names: Collection[str],
         incomplete: Collection[str],
-        state: HeldState,
+        states: Sequence[HeldState],
     ) -> None:
-        self.problem, self.gains, self.state = problem, gains, state
+        self.problem, self.gains, self.states = problem, gains, states
         self.waiting = {name: self._movers(name) & set(names) for name in problem.names()}
         self.gathered: dict[str, _Gathered] = {}
         self.later: list[tuple[str, Permutations]] = []
@@ -70,12 +70,16 @@ class Placement:
         Args:
             name: the group.
             permutations: of all groups.
-            is_at_hand: whether its tensors are in memory; otherwise they are read when they are needed.
+            is_at_hand: whether its tensors are in memory, and this is the only process that places groups. Otherwise they are
+                read when they are needed.
         """
         settled = [parameter for parameter, groups in self.waiting.items() if groups == {name}]
         for groups in self.waiting.values():
             groups.discard(name)
         self.later += [(parameter, permutations) for parameter in settled]
+        for parameter in settled:
+            if all(state.holds(parameter) for state in self.states):
+                self.problem.note(parameter, permutations)
         if is_at_hand:
             self._catch_up()
 
@@ -91,8 +95,6 @@ class Placement:
 
     def _catch_up(self) -> None:
         for parameter, permutations in self.later:
-            if self.state.holds(parameter):
-                self.problem.note(parameter, permutations)
             for axis, name in self.problem.spec.axes_of(parameter):
                 if name in self.gathered:
                     self.gathered[name].add(axis, self.gains, permutations)

@@ -28,7 +28,7 @@ from fastmatch._internal.batches import (
 from fastmatch._internal.checks import check_integer, check_number
 from fastmatch._internal.states import State, check_same_architecture, state_of
 from fastmatch.matching.matcher import Matcher, Model, check_matcher, modules_of
-from fastmatch.matching.weights import WeightMatching, match_weights
+from fastmatch.matching.weights import WeightMatching, check_unbalanced, match_weights
 from fastmatch.permutations.alignment import Matching
 from fastmatch.permutations.apply import apply_permutations
 from fastmatch.spec import Permutations, PermutationSpec
@@ -86,6 +86,7 @@ class StraightThrough(Matcher):
                 f"loss: expected a function of outputs and targets, got {type(self.loss).__name__}"
             )
         check_matcher("projection", self.projection, WeightMatching)
+        check_unbalanced(self.projection)
 
     @torch.inference_mode(False)  # it needs gradients, whatever mode the caller is in
     def match(

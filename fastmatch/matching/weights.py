@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias
 import torch
 
 from fastmatch._internal.checks import check_choice, check_integer, check_number, check_type
+from fastmatch._internal.same_on_ranks import check_same_on_ranks
 from fastmatch._internal.states import State, headers_of, state_of
 from fastmatch.matching.ascent import Ascent, Hooks
 from fastmatch.matching.held import HeldState
@@ -19,7 +20,7 @@ from fastmatch.permutations.apply import check_permutations
 from fastmatch.spec import Permutations, PermutationSpec
 from fastmatch.spec.checks import check_spec
 
-__all__ = ["Init", "WeightMatching", "match_weights"]
+__all__ = ["Init", "WeightMatching", "check_unbalanced", "match_weights"]
 
 Init: TypeAlias = Literal["greedy", "identity"]
 """Where weight matching begins: ``"greedy"`` first matches the groups one after the other, each by the weights that
@@ -131,6 +132,15 @@ def _index(name: str, permutation: object) -> torch.Tensor:
     return index.long().clone()
 
 
+def check_unbalanced(matcher: WeightMatching) -> None:
+    """Raise ValueError if the matcher compares balanced networks, which needs inputs to run them on."""
+    if matcher.balance:
+        raise ValueError(
+            "balance: needs modules and example inputs, which only fm.align(model_a, model_b, x, "
+            "fm.WeightMatching(balance=True)) has; else call fm.balance before, and match and merge the balanced models"
+        )
+
+
 def match_weights(
     a: State,
     b: State,
@@ -157,6 +167,10 @@ def match_weights(
     """
     matcher, hooks = matcher or WeightMatching(), hooks or Hooks()
     with hooks.ranks.together():
+        if not (hooks.ranks.is_nested or hooks.out_of_core):  # else the caller has compared them
+            options = {"matcher": matcher, "spec": spec.to_json(), "bonus": hooks.bonus}
+            models = {"model_a": a, "model_b": b}
+            check_same_on_ranks(hooks.ranks, "WeightMatching.match", options, models)
         return _match(a, b, spec, matcher, hooks, progress)
 
 
@@ -165,11 +179,7 @@ def _match(
 ) -> Matching:
     import numpy as np
 
-    if matcher.balance:
-        raise ValueError(
-            "balance: needs example inputs, which only fm.align(model_a, model_b, x, fm.WeightMatching(balance=True)) has; "
-            "else call fm.balance before"
-        )
+    check_unbalanced(matcher)
     check_spec(spec, headers_of(a), "model_a")
     check_spec(spec, headers_of(b), "model_b")
     if hooks.out_of_core:

@@ -20,8 +20,10 @@ from fastmatch._internal.batches import (
 )
 from fastmatch._internal.checks import check_choice, check_number
 from fastmatch._internal.coefficients import check_weights
-from fastmatch._internal.ranks import current
-from fastmatch._internal.shared_data import share_of_rank
+from fastmatch._internal.divided import check_in_parts
+from fastmatch._internal.ranks import Ranks, current
+from fastmatch._internal.same_on_ranks import check_same_on_ranks
+from fastmatch._internal.shared_data import read_alike, share_of_rank
 from fastmatch.permutations.alignment import Alignment
 from fastmatch.permutations.apply import dimension_indices
 from fastmatch.renorm.layers import channel_dim, survey
@@ -201,7 +203,7 @@ def endpoint_statistics(
         progress: show a progress bar; None shows it on a terminal.
 
     In a torch.distributed process group the ranks share the batches, and all of them get the same statistics on any number of
-    ranks.
+    ranks. With ``samples``, and of data whose number of batches is not known, each rank reads all.
 
     Returns:
         An :class:`EndpointStatistics` with float64 moments, pooled over all samples and positions, and the outputs on the
@@ -212,11 +214,30 @@ def endpoint_statistics(
         ValueError: no model, no data, a named layer that does not exist or was never run, or activations that are
             not finite; the batch and the layer are named.
     """
-    if not models:
-        raise ValueError("models: expected at least one")
-    check_data(data)
-    for k, model in enumerate(models):
-        check_module(model, f"models[{k}]")
+    ranks = current()
+    with ranks.together():
+        if not models:
+            raise ValueError("models: expected at least one")
+        check_data(data)
+        for k, model in enumerate(models):
+            check_module(model, f"models[{k}]")
+            check_in_parts(model, f"models[{k}]")
+        if not ranks.is_nested:
+            options = {"layers": layers, "samples": samples, "forward": forward}
+            named = {f"models[{k}]": model for k, model in enumerate(models)}
+            check_same_on_ranks(ranks, "endpoint_statistics", options, named)
+        return _measured(models, data, layers, samples, forward, progress, ranks)
+
+
+def _measured(
+    models: Sequence[nn.Module],
+    data: Iterable[Any],
+    layers: Sequence[str] | None,
+    samples: int | None,
+    forward: Forward,
+    progress: bool | None,
+    ranks: Ranks,
+) -> EndpointStatistics:
     distinct = {id(model): model for model in models}  # a model given twice is run once
     tables: dict[int, dict[str, list[ChannelMoments]]] = {key: {} for key in distinct}
     counters = {key: CallCounter() for key in distinct}
@@ -242,10 +263,11 @@ def endpoint_statistics(
             for k, key in enumerate(distinct):
                 notes[key].check(f"models[{k}]")
 
-        with current().together(), evaluating(*distinct.values()):
+        with evaluating(*distinct.values()):
             share = None if samples is not None else share_of_rank(data, *distinct.values())
             if share is None:
-                for batch in batches_of(data, "endpoint statistics", samples=samples, progress=progress):
+                every = batches_of(data, "endpoint statistics", samples=samples, progress=progress)
+                for batch in read_alike(every, ranks):
                     run(batch)
                 check()
             else:

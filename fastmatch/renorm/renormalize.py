@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,8 +21,9 @@ from fastmatch._internal.coefficients import (
 )
 from fastmatch._internal.divided import check_undivided
 from fastmatch._internal.modules import copy_module
-from fastmatch._internal.ranks import current
-from fastmatch._internal.shared_data import share_of_rank
+from fastmatch._internal.ranks import Ranks, current
+from fastmatch._internal.same_on_ranks import check_same_on_ranks
+from fastmatch._internal.shared_data import read_alike, share_of_rank
 from fastmatch.renorm.calibrate import Calibration, calibrate
 from fastmatch.renorm.endpoints import EndpointStatistics, endpoint_statistics
 from fastmatch.renorm.hooks import Targets, affine_hooks, reset_hooks
@@ -76,15 +77,17 @@ def renormalize(
         forward: ``forward(model, batch)`` runs a model on a batch.
         progress: show a progress bar; None shows it on a terminal.
 
-    In a torch.distributed process group all ranks make the call. In joint mode, without ``samples``, they share the batches and
-    get the same model on any number of ranks; otherwise each reads all.
+    In a torch.distributed process group all ranks make the call, and get the same model. In joint mode, without ``samples``, they
+    share the batches, and the model does not depend on the number of ranks. Otherwise, and for ``"least-squares"``, each rank reads
+    all data, so that several ranks take as long as one.
 
     Raises:
         TypeError: a model is not a torch module, or is divided among ranks, or ``method`` is neither a word nor a
             Renormalization.
         ValueError: an unknown method, an option that the method does not use, no batch norm for ``"reset"``, weights
             that are not known, no data, an endpoint of another architecture, a named layer that is never run, a batch
-            of one value for each channel, or activations that are not finite: batch and layer are named.
+            of one value for each channel, activations that are not finite (batch and layer are named), or ranks that were given
+            different models, options or data.
 
     Source:
         Jordan et al. 2022 (REPAIR); Qu and Horvath 2024 (RESCALE, RESHIFT); Nasery et al. 2024 (least squares).
@@ -126,6 +129,21 @@ def renormalize_many(
 
     Memory: all merges at once, ``"auto"`` a copy of each per method; in sequential mode also the calibration batches.
     """
+    ranks = current()
+    with ranks.together():
+        return _renormalize(models, endpoints, data, method, weights, forward, progress, ranks)
+
+
+def _renormalize(
+    models: Sequence[nn.Module],
+    endpoints: Sequence[nn.Module] | EndpointStatistics | None,
+    data: Iterable[Any],
+    method: Method | Renormalization,
+    weights: Sequence[Sequence[float]] | None,
+    forward: Forward,
+    progress: bool | None,
+    ranks: Ranks,
+) -> list[nn.Module]:
     options = renormalization_of(method)
     if not models:
         raise ValueError("models: expected at least one")
@@ -138,7 +156,11 @@ def renormalize_many(
     plan = plan or plan_renormalization(models[0], options)
     notes = [remembered_weights(model) for model in models]
     alphas = _weights_of_merges(models, notes, endpoints, weights, plan)
-    read = partial(batches_of, data, samples=options.samples, progress=progress)
+    _check_same(ranks, models, endpoints, {"method": options, "weights": alphas, "forward": forward})
+
+    def read(title: str) -> Iterator[Any]:
+        return read_alike(batches_of(data, title, samples=options.samples, progress=progress), ranks)
+
     if plan.method == "least-squares":
         batches = read("least squares")
         news, plan = _fitted(models, endpoints, alphas, batches, plan, options, forward, progress)
@@ -159,10 +181,9 @@ def renormalize_many(
         )
     ]
     calibrations = [a.calibration for attempts in tried for a in attempts if a.plan.method != "none"]
-    with current().together():
-        is_shared = options.mode == "joint" and options.samples is None
-        share = share_of_rank(data, *models) if is_shared else None
-        calibrate(calibrations, share or read(f"{plan.method} of the merge"), options.mode, progress)
+    is_shared = options.mode == "joint" and options.samples is None
+    share = share_of_rank(data, *models) if is_shared else None
+    calibrate(calibrations, share or read(f"{plan.method} of the merge"), options.mode, progress)
     news = []
     for k, attempts in enumerate(tried):
         chosen = attempts[0]
@@ -177,6 +198,25 @@ def renormalize_many(
             log.info("%s", applied_plan(new))
         news.append(new)
     return news
+
+
+def _check_same(
+    ranks: Ranks,
+    models: Sequence[nn.Module],
+    endpoints: Sequence[nn.Module] | EndpointStatistics | None,
+    options: Mapping[str, object],
+) -> None:
+    """Raise ValueError on all ranks if one was given something else."""
+    named: dict[str, nn.Module | Mapping[str, torch.Tensor]] = {
+        f"models[{k}]": m for k, m in enumerate(models)
+    }
+    if isinstance(endpoints, EndpointStatistics):
+        for k, table in enumerate(endpoints.models):
+            found = {name: torch.stack((m.mean, m.m2)) for name, m in table.items()}
+            named[f"endpoints[{k}]"] = found
+    else:
+        named |= {f"endpoints[{k}]": endpoint for k, endpoint in enumerate(endpoints or ())}
+    check_same_on_ranks(ranks, "renormalize", options, named)
 
 
 def _fitted(

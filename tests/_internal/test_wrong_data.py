@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import fastmatch as fm
+from fastmatch._internal.ranks import RanksError
 
 
 def network() -> nn.Sequential:
@@ -37,6 +38,21 @@ def test_batches_of_another_shape_are_the_data_s_fault(pair, call):
         ValueError, match=r"data: Sequential does not run on a batch \(\(8, 3, 4, 4\) float32\)"
     ):
         call(*pair)
+
+
+@pytest.mark.parametrize("error", [
+    RanksError("rank 1 does not answer"),
+    torch.distributed.DistBackendError("NCCL communicator was aborted"),
+    RuntimeError("[/torch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer"),
+])  # fmt: skip
+def test_errors_of_other_ranks_are_not_the_data_s_fault(error):
+    class Failing(nn.Linear):
+        def forward(self, input):
+            raise error
+
+    with pytest.raises(type(error)) as caught:
+        fm.score(Failing(6, 4), [(X, CLASSES)])
+    assert caught.value is error
 
 
 def test_inputs_that_are_not_finite_are_named(pair):

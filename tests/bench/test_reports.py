@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -244,3 +245,27 @@ def test_hunts_for_faults_write_what_they_tried(tmp_path):
     assert row in found["rows"]
     assert (row["part"], row["seed"], row["count"], row["changed"]) == ("networks", 1, 3, [])
     assert "3 networks with" in soundness.page({**found, "rows": [row]})
+
+
+@pytest.mark.slow
+def test_runs_of_several_processes_are_compared_with_what_the_model_says(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    from bench.reports import several_processes
+
+    def run(folder, ranks, *, residual):  # in this process
+        shutil.rmtree(folder / "out", ignore_errors=True)
+        return {"load": 0.0, **several_processes.align(folder, residual=residual)}
+
+    monkeypatch.setattr(several_processes, "run", run)
+    threads = torch.get_num_threads()
+    found = several_processes.measure(Namespace(tiny=True, ranks=[1, 2], dir=tmp_path / "made"))
+    torch.set_num_threads(threads)
+    assert not (tmp_path / "made").exists()
+    assert [(row["ranks"], row["residual"]) for row in found["rows"]] == [
+        (ranks, residual) for residual in ("moved", "held") for ranks in (1, 2)
+    ]
+    for one, two in zip(found["rows"][::2], found["rows"][1::2], strict=True):
+        assert one["objective"] == two["objective"]
+        assert 0 < two["predicted"]["survey"] < one["predicted"]["survey"]
+        assert one["predicted"]["exchange"] == 0 < two["predicted"]["exchange"]
+    assert "of 4 predictions are within 30% of the measured time" in several_processes.page(found)

@@ -108,10 +108,18 @@ def test_links_and_files_of_others_are_refused_and_left_alone(run, tmp_path, res
         with pytest.raises(ValueError, match=rf"\.out\.safetensors\.journal: is {message}"):
             run(resume=resume)
         journal.unlink()
-    journal.write_text("my notes")
-    with pytest.raises(ValueError, match="is not a journal of this version"):
-        run(resume=resume)
-    assert journal.read_text() == "my notes"
+    for text, message in (
+        ("my notes", "is not a journal; remove it"),
+        (
+            '{"format": "fastmatch-journal-1", "run": {}}',
+            "of an older version .* with the version that began it, or remove",
+        ),
+        ('{"format": "fastmatch-journal-99", "run": {}}', "of a newer version of fastmatch"),
+    ):
+        journal.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            run(resume=resume)
+        assert journal.read_text() == text
     journal.unlink()
     os.mkfifo(journal)
     with pytest.raises(ValueError, match="is not a file of its own"):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
-import time
+import threading
 
 import pytest
 
@@ -14,6 +15,7 @@ from fastmatch._internal import ranks
 from fastmatch.checkpoint.journal import journal_path
 from fastmatch.cli.main import main
 from helpers.llama_pair import contents, write_llama_pair
+from helpers.networks import fresh_seed
 from helpers.ranked import CommandOnRanks
 
 pytest.importorskip("transformers")
@@ -27,14 +29,17 @@ def align(*arguments):
     return main(["align", *map(str, arguments)])
 
 
-def align_until(number, moment, hit, *arguments):
-    """Run the command, whose ranks ``hit`` send themselves a signal before their exchange of a number."""
+def align_until(number, moment, hit, delay, *arguments):
+    """Run the command, whose ranks ``hit`` send themselves a signal before their exchange of a number, or seconds later."""
     exchange, left = ranks._Group.exchange, [moment]
 
     def counted(self, value, what):
         left[0] -= 1
         if self.rank in hit and not left[0]:
-            os.kill(os.getpid(), number)
+            if delay:
+                threading.Timer(delay, os.kill, (os.getpid(), number)).start()
+            else:
+                os.kill(os.getpid(), number)
         return exchange(self, value, what)
 
     ranks._Group.exchange = counted  # in a process of its own
@@ -49,13 +54,12 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def seconds(folder):
-    """The seconds of an undisturbed run of three ranks, which writes ``out``."""
-    begun = time.monotonic()
+def whole(folder):
+    """What an undisturbed run of three ranks writes."""
     run = CommandOnRanks(folder, 3, align, *arguments_of(folder, "out"), timeout=PATIENT)
     run.end()
     assert run.status == [0, 0, 0]
-    return time.monotonic() - begun
+    return contents(folder / "out")
 
 
 def arguments_of(folder, out):
@@ -70,11 +74,11 @@ def go_on(folder, out, size):
     return contents(folder / out)
 
 
-def test_the_others_end_when_a_rank_is_killed_and_a_restart_goes_on(folder, seconds):
+def test_the_others_end_when_a_rank_is_killed_and_a_restart_goes_on(folder, whole):
     moment, hit = random.randint(2, 10), random.randint(0, 2)
     print(f"moment {moment}, rank {hit}")
-    arguments = arguments_of(folder, "killed")
-    run = CommandOnRanks(folder, 3, align_until, signal.SIGKILL, moment, [hit], *arguments, timeout=PATIENT)
+    arguments = (signal.SIGKILL, moment, [hit], 0, *arguments_of(folder, "killed"))
+    run = CommandOnRanks(folder, 3, align_until, *arguments, timeout=PATIENT)
     said = run.end()
     for rank in {0, 1, 2} - {hit}:
         assert run.status[rank] == 2, said
@@ -82,17 +86,17 @@ def test_the_others_end_when_a_rank_is_killed_and_a_restart_goes_on(folder, seco
         assert "does not answer" in said[rank], said
     assert run.status[hit] == -signal.SIGKILL
     if (folder / "killed").exists():  # it had its name before the rank was killed
-        assert contents(folder / "killed") == contents(folder / "out")
+        assert contents(folder / "killed") == whole
         return
     journal = journal_path(folder / "killed")
     if journal.exists():
         assert json.loads(journal.read_bytes().splitlines()[0].rpartition(b" ")[0])["run"]
-    assert go_on(folder, "killed", 2) == contents(folder / "out")
+    assert go_on(folder, "killed", 2) == whole
 
 
 def test_a_rank_that_stops_ends_the_others_after_the_timeout(folder):
-    arguments = arguments_of(folder, "stopped")
-    run = CommandOnRanks(folder, 2, align_until, signal.SIGSTOP, 6, [1], *arguments, timeout=10)
+    arguments = (signal.SIGSTOP, 6, [1], 0, *arguments_of(folder, "stopped"))
+    run = CommandOnRanks(folder, 2, align_until, *arguments, timeout=10)
     said = run.end(stopped=[1])
     assert run.status[0] == 2, said
     assert "rank 1 does not answer" in said[0]
@@ -110,8 +114,8 @@ def test_a_rank_that_never_comes_is_named_by_all_others(folder):
 
 
 def test_after_a_signal_to_all_ranks_the_first_says_what_is_left(folder):
-    arguments = arguments_of(folder, "interrupted")
-    run = CommandOnRanks(folder, 2, align_until, signal.SIGTERM, 8, [0, 1], *arguments, timeout=PATIENT)
+    arguments = (signal.SIGTERM, 8, [0, 1], 0, *arguments_of(folder, "interrupted"))
+    run = CommandOnRanks(folder, 2, align_until, *arguments, timeout=PATIENT)
     said = run.end()
     assert run.status == [128 + signal.SIGTERM] * 2, said
     assert said[0].count("ended by SIGTERM; nothing is half-written") == 1
@@ -120,22 +124,28 @@ def test_after_a_signal_to_all_ranks_the_first_says_what_is_left(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", range(20))
-def test_a_rank_that_is_killed_at_any_time_leaves_a_complete_output_or_none(folder, seconds, number):
-    generator = random.Random(number)
-    hit, moment, size = generator.randrange(3), generator.random() * seconds, generator.choice((1, 2, 4))
-    out = f"killed{number}"
-    run = CommandOnRanks(folder, 3, align, *arguments_of(folder, out), timeout=PATIENT)
-    time.sleep(moment)
-    run.ranks[hit].kill()
-    said = run.end()
-    if run.status[hit] == 0:  # it had ended before
-        assert run.status == [0, 0, 0]
-    elif any(run.status[rank] for rank in {0, 1, 2} - {hit}):
-        for rank in {0, 1, 2} - {hit}:
-            if run.status[rank]:
-                assert f"rank {hit}" in said[rank], said
-    if (folder / out).exists():
-        assert contents(folder / out) == contents(folder / "out")
-    else:
-        assert go_on(folder, out, size) == contents(folder / "out")
+def test_a_run_that_is_killed_twenty_times_and_goes_on_with_other_numbers_of_ranks_ends_in_the_same_bits(
+    folder, whole
+):
+    generator = random.Random(fresh_seed())
+    out, kills, resumed = folder / "often killed", 0, 0
+    while kills < 20:
+        size = generator.randint(1, 4)
+        moment, hit, delay = generator.randint(1, 24), generator.randrange(size), generator.random() * 0.2
+        resumed += journal_path(out).exists()
+        options = (*arguments_of(folder, out.name), "--resume")
+        arguments = (signal.SIGKILL, moment, [hit], delay, *options)
+        run = CommandOnRanks(folder, size, align_until, *arguments, timeout=PATIENT)
+        said = run.end()
+        if run.status[hit] == -signal.SIGKILL:
+            kills += 1
+            for rank in set(range(size)) - {hit}:
+                assert run.status[rank] == 0 or (run.status[rank] == 2 and f"rank {hit}" in said[rank]), said
+        else:  # it was done before
+            assert run.status == [0] * size, said
+        if out.exists():
+            assert contents(out) == whole
+            shutil.rmtree(out)
+    print(f"{resumed} runs went on from a journal")
+    assert resumed
+    assert go_on(folder, out.name, generator.randint(1, 4)) == whole

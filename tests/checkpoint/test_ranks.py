@@ -5,14 +5,19 @@ from __future__ import annotations
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from io import StringIO
 
 import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from fastmatch._internal.ranks import current
+from fastmatch.checkpoint import Checkpoint, align_checkpoints
 from fastmatch.checkpoint.journal import Journal, journal_path
 from fastmatch.cli.main import main
-from helpers.llama_pair import contents, write_llama_pair
+from helpers.llama_pair import contents, save_distributed, write_llama_pair
 from helpers.ranked import on_ranks
 
 pytest.importorskip("transformers")
@@ -83,8 +88,33 @@ def full(folder):
     return found
 
 
+def reads(folder, out):
+    """The objective of an alignment, and how often this process has read a tensor."""
+    read, names = Checkpoint._read, []
+
+    def counted(self, name):
+        names.append(name)
+        return read(self, name)
+
+    Checkpoint._read = counted
+    found = align_checkpoints(folder / "a", folder / "b", folder / out, progress=False)
+    Checkpoint._read = read
+    return found.matching.objective, len(names)
+
+
+def divide(folder):
+    """Write B by torch.distributed.checkpoint in parts of two ranks, and align it."""
+    mesh = init_device_mesh("cpu", (2,))
+    divided = partial(distribute_tensor, device_mesh=mesh)
+    save_distributed(folder / "b", folder / "divided", lambda t: divided(t, placements=[Shard(t.ndim - 1)]))
+    align_checkpoints(folder / "a", folder / "divided", folder / "from parts", progress=False)
+
+
 def every(folder):
-    return {"work": work(folder), "full": full(folder)}
+    if current().size == 2:
+        divide(folder)
+    read = reads(folder, f"read{current().size}")
+    return {"work": work(folder), "full": full(folder), "read": read}
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +142,25 @@ def test_every_number_of_ranks_writes_the_files_of_one_process(folder, results, 
         assert first[0] == 0
         assert "wrote" in first[1]
         assert others == [(0, "", "")] * (size - 1)  # rank 0 speaks
+
+
+def test_ranks_read_together_what_one_process_reads_and_find_its_objective_to_the_last_bit(folder, results):
+    objective, count = reads(folder, "read")
+    for size in SIZES:
+        found = [value["read"] for value in results[0][size]]
+        assert {one for one, _ in found} == {objective}
+        assert sum(number for _, number in found) <= count
+
+
+def test_tensors_in_parts_of_two_ranks_are_aligned_by_two_ranks_as_by_one_process(folder, results):
+    whole = align_checkpoints(folder / "a", folder / "b", folder / "whole", progress=False)
+    found = align_checkpoints(folder / "a", folder / "divided", folder / "by one", progress=False)
+    assert found.matching.objective == whole.matching.objective
+    assert contents(folder / "by one") == contents(folder / "from parts")
+    plain, written = Checkpoint(folder / "whole"), Checkpoint(folder / "by one")
+    assert plain.keys() == written.keys()
+    assert all(torch.equal(plain[name], written[name]) for name in plain)
+    assert {len(stored.parts) for stored in written.distributed.tensors.values()} == {2}
 
 
 def test_an_error_that_all_ranks_find_is_said_once(results):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 
 from fastmatch.checkpoint import Checkpoint, trace_config
 from fastmatch.checkpoint.writer import write_like
 from fastmatch.permutations.apply import permute_tensor
 
-__all__ = ["contents", "write_llama_pair"]
+__all__ = ["contents", "save_distributed", "write_llama_pair"]
 
 
 def contents(path: Path) -> dict[str, bytes]:
@@ -36,3 +40,12 @@ def write_llama_pair(path: Path) -> None:
         return tensor + 0.3 * tensor.std() * torch.randn_like(tensor) if tensor.ndim > 1 else tensor
 
     write_like(checkpoint, path / "b", moved)
+
+
+def save_distributed(
+    source: Path, target: Path, divide: Callable = lambda tensor: tensor, **beside: Any
+) -> None:
+    """Write the tensors of a folder by torch.distributed.checkpoint, and the config beside them; all ranks make the call."""
+    read = Checkpoint(source)
+    dcp.save({"model": {name: divide(read[name]) for name in read}, **beside}, checkpoint_id=target)
+    shutil.copy(source / "config.json", target / "config.json")

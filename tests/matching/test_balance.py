@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastmatch as fm
+from fastmatch.checkpoint import align_checkpoints
 from fastmatch.matching.balance import LARGEST_POWER, _scaled, _Sides
 from fastmatch.spec.trace import trace
 from fastmatch.studies.digits import digits, train_new
@@ -203,7 +204,17 @@ def test_balance_is_refused_where_it_cannot_be_proved():
     spec = fm.PermutationSpec.trace(a, x)
     with pytest.raises(ValueError, match="balance: needs two modules and example inputs"):
         fm.align(a, a, None, matcher, spec=spec)
-    with pytest.raises(ValueError, match="balance: needs example inputs"):
+    with pytest.raises(ValueError, match="balance: needs modules and example inputs"):
         fm.align_many([a, a], x, fm.ToReference(matcher))
+    data = [(x, torch.zeros(len(x), dtype=torch.long))]
+    for make in (
+        lambda: fm.Mixture(matcher, fm.ActivationMatching(data)),
+        lambda: fm.FisherMatching(data, ascent=matcher),
+        lambda: fm.StraightThrough(data, projection=matcher),
+        lambda: fm.MergeMany(fm.WeightMatching(init="identity", balance=True)),
+        lambda: align_checkpoints(__file__, __file__, "out", matcher),
+    ):  # before any work
+        with pytest.raises(ValueError, match="balance: needs modules and example inputs"):
+            make()
     with pytest.raises(TypeError, match="balance: expected a bool"):
         fm.WeightMatching(balance=1)  # type: ignore[arg-type]

@@ -5,20 +5,28 @@ from __future__ import annotations
 import copy
 import weakref
 from itertools import pairwise
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastmatch as fm
-from fastmatch._internal.divided import local_part
+from fastmatch._internal.divided import DividedState, local_part
 from fastmatch._internal.ranks import ALONE, RanksError, current, is_divided
+from fastmatch._internal.shared_data import runs_alone
+from fastmatch._internal.states import device_of
+from fastmatch.assignment import bounded_gain
+from fastmatch.assignment.bounded_gain import BoundedGain
+from fastmatch.backends.sd_mecha import _Loaded
+from fastmatch.matching import gains
 from fastmatch.matching.ascent import Hooks
+from fastmatch.matching.held import HeldState
 from fastmatch.matching.weights import match_weights
 from helpers.ranked import on_ranks
 
@@ -97,6 +105,14 @@ def found_with(divide, mesh):
             local_part(t).untyped_storage().nbytes() == local_part(t).nbytes for t in moved.values()
         ),
     }
+    with (
+        patch.multiple(gains, BOUNDED_UNITS=2, BOUNDED_PRODUCTS=0),
+        patch.object(bounded_gain, "JUDGED", 8),
+        patch.object(BoundedGain, "__init__", autospec=True, side_effect=BoundedGain.__init__) as made,
+    ):
+        bounded = fm.align(first, second, x)
+    held["bounds find the same"] = same(bounded.permutations, expected.permutations)
+    held["bounds are used"] = any(current().exchange(made.called, "whether bounds are used"))
     outputs = second(x)
     copied = alignment.apply(second)  # after a forward pass, which leaves FSDP2's parameters whole
     held["an aligned module has the aligned weights"] = same(whole(copied.state_dict()), aligned)
@@ -190,6 +206,15 @@ def refusals(mesh):
         "alone": alone,
         "not finite": lambda: fm.align(states[0], damaged, spec=spec),
     }
+    flat = FullyShardedDataParallel(copy.deepcopy(a), device_id=torch.device("cpu"), use_orig_params=True)
+    calls |= {
+        "balance=True": lambda: fm.align(first, second, x, fm.WeightMatching(balance=True)),
+        "score of FSDP1": lambda: fm.score(flat, data) == fm.score(a, data) or 1 / 0,
+        "more data on a rank": lambda: fm.score(first, data * (1 + current().rank)),
+        "FSDP1": lambda: fm.align(flat, flat, x),
+        "statistics of FSDP1": lambda: fm.endpoint_statistics([flat], data),
+        "trace of FSDP1": lambda: fm.PermutationSpec.trace(flat, x),
+    }
     found = {}
     for name, call in calls.items():
         try:
@@ -247,3 +272,42 @@ def test_calls_without_divided_models_name_the_argument(results):
         assert "model_b: tensor '0.weight' holds 1 NaN" in refused["not finite"]
         assert refused["not finite"].startswith("ValueError" if rank == 1 else "RanksError: rank 1 failed")
         assert refused["in step"] == [0, 1]
+        assert refused["balance=True"].startswith("TypeError: balance: ")
+        assert "divide the balanced ones" in refused["balance=True"]
+        assert "score: data is not the same on ranks 0 and 1" in refused["more data on a rank"]
+
+
+def test_a_model_of_fsdp1_is_scored_on_all_ranks_together_and_refused_by_name_elsewhere(results):
+    for value in results:
+        refused = value["refused"]
+        assert refused["score of FSDP1"] == "no error"
+        for name, argument in (
+            ("FSDP1", "model_a"),
+            ("statistics of FSDP1", "models[0]"),
+            ("trace of FSDP1", "model"),
+        ):
+            said = refused[name]
+            assert said.startswith(
+                f"TypeError: {argument}: its parameters are divided among ranks by torch's Fully"
+            ), said
+            assert "get_model_state_dict" in said
+
+
+def test_states_that_gather_or_load_say_where_their_tensors_are():
+    state = {"0.weight": torch.zeros(3, 2), "0.bias": torch.zeros(3)}
+    assert device_of(DividedState(state, torch.Tensor.clone), "0.weight") == "cpu"
+    assert device_of(_Loaded(state, {name: tuple(t.shape) for name, t in state.items()}), "0.weight") == "cpu"
+    lazy = HeldState(_Loaded(state, {"0.bias": (3,)}))
+    assert device_of(lazy, "0.bias") == "cpu"
+
+
+def test_a_model_of_deepspeed_s_zero_3_is_refused_by_name_and_runs_on_all_ranks_together():
+    model = Network()
+    assert runs_alone(model)
+    for parameter in model.parameters():
+        parameter.ds_id = 0  # as DeepSpeed marks what it has divided
+    assert not runs_alone(model)
+    with pytest.raises(
+        TypeError, match=r"models\[0\]: .* by DeepSpeed's ZeRO-3; give whole tensors: .*GatheredParameters"
+    ):
+        fm.merge([model, model])

@@ -128,6 +128,47 @@ def scored():
     return found, len(ran)
 
 
+def unequal(rank):
+    """Name -> a call of which one argument is another one on another rank."""
+    a, b, x, _ = cases()["mlp"]
+    spec = fm.PermutationSpec.trace(a, x)
+    other = copy.deepcopy(b)
+    with torch.no_grad():
+        other[-1].bias[0] += float(rank)
+    data = [(torch.ones(4, 12), torch.tensor([0, 1, 2, 0])), (torch.zeros(4, 12), torch.tensor([2, 1, 0, 0]))]
+    merged = fm.merge([a, b])
+    points, method = (3, "rescale") if rank == 0 else (4, "reshift")
+    count = 1 + (rank == 0)
+    loss = torch.nn.functional.cross_entropy if rank == 0 else torch.nn.functional.nll_loss
+    return {
+        "score, model": lambda: fm.score(other, data),
+        "score, loss": lambda: fm.score(a, data, loss=loss),
+        "score, data": lambda: fm.score(a, iter(data[:count])),
+        "interpolate, model": lambda: fm.interpolate(a, other, data, 3),
+        "interpolate, points": lambda: fm.interpolate(a, b, data, points),
+        "statistics, models[1]": lambda: fm.endpoint_statistics([a, other], data),
+        "statistics, samples": lambda: fm.endpoint_statistics([a, b], data, samples=4 + 4 * count),
+        "renormalize, models[0]": lambda: fm.renormalize(other, [a], data, "rescale"),
+        "renormalize, endpoints[1]": lambda: fm.renormalize(merged, [a, other], data, "rescale"),
+        "renormalize, method": lambda: fm.renormalize(merged, [a, b], data, method),
+        "renormalize, weights": lambda: fm.renormalize(merged, [a, b], data, "rescale", weights=[count, 1]),
+        "match by weights, model_b": lambda: fm.WeightMatching().match(a, other, spec),
+        "match by activations, model_b": lambda: fm.ActivationMatching(data).match(a, other, spec),
+        "align, spec": lambda: fm.align(a, b, spec=spec.select([*spec.groups][:count])),
+        "align_many, models[1]": lambda: fm.align_many([a, other], spec=spec),
+        "align_many, strategy": lambda: fm.align_many([a, b], strategy=fm.MergeMany(max_rounds=count), spec=spec),
+    }  # fmt: skip
+
+
+def refusal(call):
+    """The message of the ValueError of a call."""
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
 def work():
     """All that these tests look at, in one start of the processes."""
     ranks = current()
@@ -163,6 +204,7 @@ def work():
     with torch.no_grad():
         next(other.parameters())[0] += ranks.rank
     fails(lambda: fm.align(a, other, x, verify=False))
+    found["unequal"] = [refusal(call) for call in unequal(ranks.rank).values()] if ranks.size > 1 else []
     with fm.alone():
         assert current() is ALONE
         found["alone"] = described(fm.align(a, b, x, fm.WeightMatching(seed=2), verify=False))
@@ -237,6 +279,17 @@ def test_ranks_that_are_given_different_things_are_told(results):
             assert "whose number is known" in iterators
             assert "model_b" in models
             assert "'0.weight'" in models
+
+
+@pytest.mark.parametrize("name", list(unequal(0)))
+def test_a_rank_that_is_given_another_model_or_option_is_named_by_all(results, name):
+    number, argument = list(unequal(0)).index(name), name.rpartition(", ")[2]
+    for size in (2, 3, 4):
+        (said,) = {value["unequal"][number] for value in results[size]}
+        assert "ranks 0 and 1" in said
+        assert argument in said
+        if argument != "data":
+            assert "fm.alone()" in said
 
 
 def test_levels_keep_the_order_of_groups_that_share_a_tensor():

@@ -10,6 +10,7 @@ from torch import nn
 import fastmatch as fm
 from bench.lib.published import objective as published_objective
 from bench.lib.published import weight_matching as published_matching
+from fastmatch._internal.ranks import ALONE, Ranks
 from fastmatch.matching.ascent import Hooks
 from fastmatch.matching.greedy import greedy_order
 from fastmatch.matching.objective import WeightObjective, objective
@@ -162,6 +163,39 @@ def test_a_group_is_solved_again_only_if_a_neighbour_moved():
     assert (greedy.solves, greedy.sweeps) == (2 * len(spec.groups) - 1, 2)
     again = WeightMatching(found.permutations, seed=1).match(state, state, spec)
     assert again.objective[0] == again.objective[-1]
+
+
+class OneOfAGroup(Ranks):
+    """A process group of one process."""
+
+    is_group = True
+
+
+@pytest.mark.parametrize("ranks", [ALONE, OneOfAGroup()])
+def test_sums_of_a_survey_are_used_and_their_tensors_not_read(ranks):
+    model, x = build("mlp", 1)
+    spec, state = fm.PermutationSpec.trace(model, x), model.state_dict()
+    read = []
+
+    class Lazy(dict):
+        headers = state
+
+        def __getitem__(self, name):
+            read.append(name)
+            return state[name]
+
+    survey = {name: (1.0, 4.0, 0.1 * k) for k, name in enumerate(state)}
+    problem = WeightObjective(Lazy(state), Lazy(state), spec, "affine", ranks=ranks, survey=survey)
+    expected = 0.0
+    for name in problem.names():
+        expected += survey[name][2]
+    assert problem.value(spec.identity()) == expected
+    assert problem.scale() == 2.0 * len(problem.names())
+    assert read == []
+    group = next(iter(spec.groups))
+    moved = {**spec.identity(), group: spec.identity()[group].flip(0)}
+    problem.value(moved)
+    assert set(read) == {axis.parameter for axis in problem.axes(spec.groups[group])}
 
 
 def test_the_same_seed_gives_the_same_result_and_a_start_is_kept():

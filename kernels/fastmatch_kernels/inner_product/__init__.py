@@ -32,6 +32,9 @@ Indices = Mapping[int, Tensor]
 class InnerSum:
     """A sum of inner products in float64, for which the host waits for a GPU once, at the end.
 
+    Terms are added one after the other, in the order in which they came, wherever they were computed. So the sum has the same
+    bits if its terms come as numbers from other processes.
+
     Example:
         >>> from fastmatch_kernels.inner_product import InnerSum
         >>> total = InnerSum()
@@ -41,35 +44,32 @@ class InnerSum:
     """
 
     def __init__(self) -> None:
-        self._host = 0.0
-        self._waiting: list[Tensor] = []
+        self._terms: list[float | Tensor] = []
 
     def add(self, a: Tensor, b: Tensor, indices: Indices) -> None:
         """Add ``<a, b reordered by indices>``; see :func:`inner`."""
-        self._add(_inner(a, b, indices))
+        self._terms.append(_inner(a, b, indices))
 
     def add_change(self, a: Tensor, b: Tensor, now: Indices, then: Indices) -> None:
         """Add what :func:`change_of_inner` returns."""
-        for term in _changes(a, b, now, then):
-            self._add(term)
+        self._terms += _changes(a, b, now, then)
 
     def add_number(self, number: float | Tensor) -> None:
         """Add a number, or a scalar that may be on a GPU."""
-        self._add(number)
-
-    def _add(self, term: float | Tensor) -> None:
-        if isinstance(term, Tensor):
-            self._waiting.append(term)
-        else:
-            self._host += term
+        self._terms.append(number)
 
     def value(self) -> float:
         """Return the sum."""
-        for device in {term.device for term in self._waiting}:
-            parts = [term.double() for term in self._waiting if term.device == device]
-            self._host += float(torch.stack(parts).sum())
-        self._waiting = []
-        return self._host
+        for device in {term.device for term in self._terms if isinstance(term, Tensor)}:
+            places = [k for k, x in enumerate(self._terms) if isinstance(x, Tensor) and x.device == device]
+            numbers = torch.stack([torch.as_tensor(self._terms[k]).double() for k in places]).tolist()
+            for k, number in zip(places, numbers, strict=True):
+                self._terms[k] = number
+        total = 0.0
+        for term in self._terms:
+            total += float(term)  # sum() adds otherwise in some versions of Python
+        self._terms = [total]
+        return total
 
 
 def inner(a: Tensor, b: Tensor, indices: Indices) -> float:
