@@ -111,11 +111,13 @@ class MatcherOption:
         owner: the matcher.
         field: the field.
         settings: what argparse needs: the help, and the type or the choices.
+        is_inherited: whether matchers that use the owner for a part take the option too.
     """
 
     owner: type[Matcher]
     field: str
     settings: dict[str, Any]
+    is_inherited: bool = True
 
     @property
     def flag(self) -> str:
@@ -125,13 +127,18 @@ class MatcherOption:
     @property
     def words(self) -> list[str]:
         """The words of ``--matcher`` that take this option."""
-        return [word for word, parts in PARTS.items() if self.owner in parts]
+        return [
+            word for word, parts in PARTS.items()
+            if self.owner in parts and (self.is_inherited or len(parts) == 1)
+        ]  # fmt: skip
 
 
-def _option(owner: type[Matcher], field: str, text: str, **settings: Any) -> MatcherOption:
+def _option(
+    owner: type[Matcher], field: str, text: str, *, is_inherited: bool = True, **settings: Any
+) -> MatcherOption:
     """Return an option whose help names the default and the matchers that take it."""
     default = next(f.default for f in fields(owner) if f.name == field)  # type: ignore[arg-type]
-    option = MatcherOption(owner, field, settings)
+    option = MatcherOption(owner, field, settings, is_inherited)
     words = ", ".join(option.words)
     shown = "" if callable(default) else f" (default: {default})"
     settings["help"] = f"{text}; of {words}{shown}"
@@ -157,7 +164,7 @@ MATCHER_OPTIONS = (
     ),
     _option(
         WeightMatching, "balance", "compare networks whose units have incoming and outgoing weights of equal norms",
-        action="store_const", const=True,
+        is_inherited=False, action="store_const", const=True,
     ),
     _option(WeightMatching, "seed", "seed of the order in which groups are visited", type=int, metavar="N"),
     _option(ActivationMatching, "similarity", "how two units are compared", choices=get_args(Similarity)),
@@ -267,7 +274,7 @@ def matcher_from(args: argparse.Namespace) -> Matcher:
         value = getattr(args, option.field)
         if value is None:
             continue
-        if option.owner not in values:
+        if word not in option.words:
             raise ValueError(f"{option.flag}: is an option of --matcher {' or '.join(option.words)}")
         values[option.owner][option.field] = value
     if word == "weights" and args.data is not None:

@@ -190,7 +190,7 @@ def test_an_option_of_a_matcher_arrives_in_the_matcher_or_is_refused(ready, word
     ]
     action = next(a for a in commands()["align"]._actions if option.flag in a.option_strings)
     args = parser().parse_args([*line, *words(action, option.flag)])
-    if option.owner not in PARTS[word]:
+    if word not in option.words:
         with pytest.raises(ValueError, match=f"{option.flag}: is an option of --matcher"):
             matcher_from(args)
         return
