@@ -89,7 +89,7 @@ def _replaced(data: bytes, pattern: bytes, by: bytes, choose: random.Random) -> 
     match = choose.choice(found)
     changed = data[: match.start()] + by + data[match.end() :]
     length = int.from_bytes(data[:8], "little")
-    if 8 <= match.start() and match.end() <= 8 + length < len(data):
+    if match.start() >= 8 and match.end() <= 8 + length < len(data):
         changed = (length + len(by) - (match.end() - match.start())).to_bytes(8, "little") + changed[8:]
     return changed
 
