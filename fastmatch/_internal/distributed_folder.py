@@ -280,7 +280,7 @@ class _Unpickler(pickle.Unpickler):
             found = __import__(module, fromlist=[name])
             return getattr(found, name)
         if module == "torch":
-            found = getattr(torch, name, None)
+            found = vars(torch).get(name)  # asked for another name, torch would import modules
             if isinstance(found, torch.dtype) or found is torch.Size:
                 return found
         known: dict[tuple[str, str], Callable[..., Any]] = {

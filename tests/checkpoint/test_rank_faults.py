@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import threading
@@ -123,6 +124,11 @@ def test_after_a_signal_to_all_ranks_the_first_says_what_is_left(folder):
     assert not (folder / "interrupted").exists()
 
 
+def named(text):
+    """The ranks that an error names: on a busy machine also ranks that are much slower than the one that says so."""
+    return {int(n) for listed in re.findall(r"rank (\d+(?:, \d+)*)", text) for n in listed.split(", ")}
+
+
 @pytest.mark.slow
 def test_a_run_that_is_killed_twenty_times_and_goes_on_with_other_numbers_of_ranks_ends_in_the_same_bits(
     folder, whole
@@ -140,7 +146,7 @@ def test_a_run_that_is_killed_twenty_times_and_goes_on_with_other_numbers_of_ran
         if run.status[hit] == -signal.SIGKILL:
             kills += 1
             for rank in set(range(size)) - {hit}:
-                assert run.status[rank] == 0 or (run.status[rank] == 2 and f"rank {hit}" in said[rank]), said
+                assert run.status[rank] == 0 or (run.status[rank] == 2 and hit in named(said[rank])), said
         else:  # it was done before
             assert run.status == [0] * size, said
         if out.exists():
