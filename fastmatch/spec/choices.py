@@ -27,7 +27,8 @@ MOST_REPEATS = 2
 """After so many, the repeats of a question count as one: a loop is followed for none, one, two and some rounds."""
 
 FAR = 100
-"""How far the other answers to a question for a number are, so that they are above and below what a model compares with."""
+"""How far other answers to a question for a number are, so that they are above and below what a model compares with. Two more
+are one away: a model may round the number and count by it."""
 
 INNER = ("fastmatch", "torch", "contextlib")
 """Packages whose frames are not the model's."""
@@ -56,7 +57,7 @@ def others(value: Value) -> list[Value]:
         return [value - 1, value + 1]
     if isinstance(value, float):
         far = FAR * (abs(value) + 1)
-        return [-far, far] if far < float("inf") else [0.0]
+        return [-far, far, value - 1, value + 1] if far < float("inf") else [0.0]
     if isinstance(value, list):
         changed = zip(*map(others, value), strict=False)
         return [value[::-1], value[1:] + value[:1], *map(list, changed)]

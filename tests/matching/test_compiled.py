@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import fastmatch as fm
+from fastmatch._internal.eager import eagerly
 
 X = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(1))
 DATA = [(X + k, torch.arange(4)) for k in range(3)]
@@ -77,4 +78,22 @@ def test_a_call_compiles_nothing_and_finds_what_it_finds_in_the_plain_models(nam
 def test_scores_run_the_compiled_model(compiled):
     plain, wrapped, graphs = compiled
     assert fm.score(wrapped[0], DATA).loss == pytest.approx(fm.score(plain[0], DATA).loss, rel=1e-5)
+    assert graphs
+
+
+def test_passes_may_end_in_any_order():
+    first, second = eagerly(), eagerly()
+    graphs = []
+
+    @torch.compile(backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    def double(x):
+        return 2 * x
+
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    double(X)
+    assert not graphs
+    second.__exit__(None, None, None)
+    double(X)
     assert graphs

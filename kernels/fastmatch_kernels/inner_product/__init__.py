@@ -62,7 +62,7 @@ class InnerSum:
         """Return the sum."""
         for device in {term.device for term in self._terms if isinstance(term, Tensor)}:
             places = [k for k, x in enumerate(self._terms) if isinstance(x, Tensor) and x.device == device]
-            numbers = torch.stack([torch.as_tensor(self._terms[k]).double() for k in places]).tolist()
+            numbers = torch.stack([torch.as_tensor(self._terms[k]).double() for k in places]).cpu().tolist()
             for k, number in zip(places, numbers, strict=True):
                 self._terms[k] = number
         total = 0.0
