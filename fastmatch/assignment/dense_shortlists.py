@@ -25,6 +25,7 @@ from fastmatch.assignment.schedule import DenseSchedule
 from fastmatch_kernels._numba.parallel import over_rows
 from fastmatch_kernels.lap.state import (
     BIDS,
+    CAPACITY,
     HUGE,
     NEARLY,
     POPS,
@@ -43,6 +44,12 @@ PROBED = (8, 64)
 
 COPIED = 1 << 28
 """Entries up to which a nearly square matrix is copied to be made square."""
+
+SLICES = 4
+"""Row reduction is judged after as many bids as a quarter of the rows."""
+
+FEW_ROWS = 16
+"""Rows that are read before their sizes are judged: huge ones are usually seen in these."""
 
 FEW_PATHS = 16
 """Paths from whose lengths those of the others are estimated."""
@@ -80,8 +87,13 @@ class DenseShortlists:
         matrix = for_kernels(problem.matrix(self, computed=True))
         compile_kernels(matrix.dtype)
         phases = _DensePhases(matrix, problem.sign, self.schedule, problem.finite_start)
-        if phases.run():
-            return phases.solution()
+        try:
+            if phases.run():
+                return phases.solution()
+        except Infeasible:
+            if phases.factor == 1.0:
+                raise
+            raise TooLarge from None  # large entries were forbidden, and are needed
         n = len(matrix)
         square = _DensePhases(as_square(matrix), problem.sign, self.schedule, None)
         square.run()
@@ -114,7 +126,12 @@ class _DensePhases(Phases):
         self.v = self.duals[: self.m]
         if start is not None:
             self.v[:] = start
-        self.gaps = np.empty(self.n)
+        self.least, self.seconds, self.columns = (
+            np.empty(self.n),
+            np.empty(self.n),
+            np.empty(self.n, np.int64),
+        )
+        self.factor = 1.0  # of the costs, so that their sums stay in float64
         self.by_rows = False  # whether bids read whole rows and not lists
         self.made = self.read_again = 0  # bids over lists, and the lists that were read for them
         self.distinct = False  # whether most rows have a single best column
@@ -126,53 +143,84 @@ class _DensePhases(Phases):
 
     def solution(self) -> LapSolution:
         """Return what was found."""
-        return LapSolution(self.col_of, self.row_duals(), self.v, self.counts)
+        u, v = self.row_duals(), self.v
+        if self.factor != 1.0:
+            u, v = u / self.factor, v / self.factor
+        return LapSolution(self.col_of, u, v, self.counts)
 
     def survey(self) -> None:
         """Read the matrix once, check its entries, and match rows to a free column among their best."""
-        from fastmatch_kernels.lap.match import match_surveyed, survey
-        from fastmatch_kernels.lap.small import largest
+        from fastmatch_kernels.lap.match import match_surveyed
+        from fastmatch_kernels.lap.scale import fitting_scale
 
-        columns = np.empty(self.n, np.int64)
+        if not self.read_all() < HUGE:
+            scale = fitting_scale(self.flat, 0, self.flat.size, self.sign)
+            if scale == 0.0:
+                check_entries(self.matrix, self.sign)
+            self.factor = abs(scale)
+            if self.factor < 1.0 or self.factor == np.inf:
+                raise TooLarge
+            if self.factor > 1.0:
+                self.sign, self.warm = scale, False
+                self.duals.fill(0.0)
+                self.read_all()
+        match_surveyed(
+            self.flat, 0, self.sign, self.m, self.duals, 0, self.n, self.least, self.seconds, self.columns,
+            self.row_of, self.col_of,
+        )  # fmt: skip
+        self.list_best()
+
+    def read_all(self) -> float:
+        """Survey all rows; return the sum of sizes, or a part of it that exceeds what float64 holds."""
+        from fastmatch_kernels.lap.match import survey
+
         sizes: list[float] = []
-        # The least c - v of a row without a list bounds all its entries.
-        least = self.lists.bound
 
         def read(lo: int, hi: int) -> None:
-            sizes.append(survey(self.flat, self.sign, self.m, self.duals, lo, hi, least, self.gaps, columns))
+            sizes.append(
+                survey(
+                    self.flat, 0, self.sign, self.m, self.duals, lo, hi, self.least, self.seconds, self.columns
+                )
+            )  # fmt: skip
 
-        over_rows(self.n, self.matrix.size, read)
-        self.counts[READS] += self.n
-        self.size = sum(sizes)
-        if not self.size < HUGE:
-            top = largest(self.flat, 0, self.flat.size, self.sign)
-            if top < 0:
-                check_entries(self.matrix, self.sign)
-            if top > HUGE:
-                raise TooLarge
-        match_surveyed(
-            self.flat, self.sign, self.m, self.duals, least, self.gaps, columns, self.row_of, self.col_of
+        few = min(self.n, FEW_ROWS)
+        read(0, few)
+        if sum(sizes) < HUGE or self.factor > 1.0:
+            over_rows(self.n - few, self.matrix.size, lambda lo, hi: read(few + lo, few + hi))
+            self.counts[READS] += self.n
+        return sum(sizes)
+
+    def list_best(self) -> None:
+        """Begin the lists with what the survey has found: each row's best column, and a bound on the others."""
+        lists = self.lists
+        lists.costs.fill(np.inf)
+        lists.bound[:] = self.seconds
+        lists.cols[::CAPACITY] = self.columns
+        rows = np.arange(self.n)
+        lists.costs[::CAPACITY] = (
+            self.sign * self.matrix[rows, self.columns] if self.duals.any() else self.least
         )
         self.note_costs()
 
     def note_costs(self) -> None:
         """Write the costs of the matched pairs."""
-        rows = np.flatnonzero(self.col_of >= 0)
-        self.matching.cost_of[rows] = self.sign * self.matrix[rows, self.col_of[rows]].astype(np.float64)
+        from fastmatch_kernels.lap.lists import note_costs
+
+        note_costs(self.matrix, self.sign, self.col_of, self.matching.cost_of)
 
     def better_duals(self) -> tuple[int, tuple[np.ndarray, ...]]:
         """Look for other first duals.
 
         Returns:
-            The rows that they leave free (n + 1 if none are better), and (duals, row_of, col_of, least, gaps).
+            The rows that they leave free (n + 1 if none are better), and (duals, row_of, col_of, least, seconds, columns).
         """
         from fastmatch_kernels.lap.duals import better_duals
 
         plan = self.schedule
         numbers = (plan.better_minima, plan.better_centres, plan.tail)
         found = (
-            np.zeros_like(self.duals), np.empty(self.m, np.int64), np.empty(self.n, np.int64), np.empty(self.n),
-            np.empty(self.n),
+            np.zeros_like(self.duals), np.empty(self.m, np.int64), np.empty(self.n, np.int64),
+            np.empty(self.n), np.empty(self.n), np.empty(self.n, np.int64),
         )  # fmt: skip
         free = better_duals(
             self.flat, 0, self.sign, self.n, self.m, self.col_of, numbers, *found, self.counts
@@ -180,13 +228,11 @@ class _DensePhases(Phases):
         return int(free), found
 
     def begin_at(self, duals: tuple[np.ndarray, ...]) -> None:
-        """Begin again from other duals and the matching from them."""
-        for x, new in zip(
-            (self.duals, self.row_of, self.col_of, self.lists.bound, self.gaps), duals, strict=True
-        ):
+        """Begin again from other duals, the matching from them and what they tell of the rows."""
+        own = (self.duals, self.row_of, self.col_of, self.least, self.seconds, self.columns)
+        for x, new in zip(own, duals, strict=True):
             x[:] = new
-        self.lists.costs.fill(np.inf)
-        self.note_costs()
+        self.list_best()
 
     def solve_copies(self) -> bool:
         """Solve a problem most of whose columns are copies of others, or most of whose rows; return whether it is one.
@@ -197,7 +243,7 @@ class _DensePhases(Phases):
         if self.warm or self.free() <= plan.auction_above * self.n:
             return False
         # A copy of a row's best column ties with it; equal rows want the same column.
-        if (self.gaps == 0.0).mean() > 0.5:
+        if (self.seconds == self.least).mean() > 0.5:
             copies = find_copies(self.matrix, plan.copied_below, columns=True)
             if copies is not None:
                 inner = self.matrix[:, copies[0]]
@@ -255,8 +301,12 @@ class _DensePhases(Phases):
         plan = self.schedule
         others: tuple[np.ndarray, ...] | None = None
         crowded = plan.crowded_above * self.n
+        if not self.warm and self.free() > crowded:
+            self.reduce_surveyed()
         if self.is_square and not self.warm and self.free() > crowded:
-            if self.augment_by_rows(plan.short_scans * self.n, 1 / 16) == 0.0:
+            tied = (self.least == self.seconds).mean() > 0.5
+            scans = plan.short_tied_scans if tied else plan.short_scans
+            if self.augment_by_rows(scans * self.n, 1 / 16) == 0.0:
                 return True
             if self.free() > crowded:
                 free, found = self.better_duals()
@@ -277,21 +327,25 @@ class _DensePhases(Phases):
         from fastmatch_kernels.lap.duals import typical_gap
 
         plan = self.schedule
-        eps = plan.short_eps * typical_gap(self.gaps)
+        eps = plan.short_eps * typical_gap(self.least, self.seconds)
         many = plan.auction_above * self.n
         self.distinct = 0.0 < eps < np.inf
         # Lists are not used if half of the rows have ties for their best column, and not for few rows: reading a list
         # takes as long as scanning a row three times.
-        self.by_rows = self.free() <= many or not self.distinct
+        self.by_rows = self.free() <= plan.listed_above * self.n or not self.distinct
+        if self.by_rows:
+            self.reduce()
+            self.by_rows = self.free() <= many or not self.distinct
         if not self.by_rows:
             self.list_rows(self.free_rows())
             self.made, self.read_again = 0, self.free()
-        self.reduce()
-        if self.free() <= many:
+            self.reduce()
+        before = self.free()
+        if before <= many or self.reduce_on():
             self.reduce()
             return True
         if self.is_square and self.distinct:
-            return self.short_auctions(eps, slow_above)
+            return self.short_auctions(eps, slow_above, before)
         self.reduce()
         return not self.is_square
 
@@ -304,24 +358,46 @@ class _DensePhases(Phases):
         plan = self.schedule
         if self.by_rows and self.distinct and self.augment_by_rows(plan.few_scans * self.n) == 0.0:
             return True
-        if self.distinct and self.augment_by_lists(calm):
-            return True
         nearly = self.n < self.m <= self.n + self.n // NEARLY and self.matrix.size <= COPIED
+        most = plan.list_steps * SQUARE_SCANS * self.n if nearly else 2 * plan.scans_before_scaling * self.n
+        if self.distinct and self.augment_by_lists(np.inf if calm and not nearly else most):
+            return True
         limit = plan.scans_before_scaling * self.n if self.is_square and self.distinct else np.inf
         scans = self.augment_by_rows(SQUARE_SCANS * self.n if nearly else limit)
         if scans == 0.0:
             return True
         if nearly:
             return False
-        if not (self.scaled_auction_within(scans) and self.augment_by_lists(True)):
+        if not (self.scaled_auction_within(scans) and self.augment_by_lists(np.inf)):
             self.augment_by_rows(np.inf)
         return True
+
+    def reduce_surveyed(self) -> None:
+        """Run row reduction by what the survey has found, if that matches half of the free rows."""
+        from fastmatch_kernels.lap.match import reduce_surveyed
+
+        stack, rows = np.empty(self.n, np.int64), self.free_rows()
+        stack[: len(rows)] = rows[::-1]
+        reduce_surveyed(
+            self.flat, 0, self.sign, self.m, self.duals, self.seconds, self.columns, self.row_of, self.col_of, stack,
+            len(rows),
+        )  # fmt: skip
+        self.note_costs()
 
     def reduce(self) -> None:
         """Run a pass of augmenting row reduction (Jonker and Volgenant 1987)."""
         rows = self.free_rows()
         if len(rows):
             self.bid(rows, 0.0, len(rows) + int(self.schedule.extra_steps * self.n))
+
+    def reduce_on(self) -> bool:
+        """Go on with row reduction while it matches many of the rows; return whether few are left."""
+        rows, plan = self.free_rows(), self.schedule
+        before = self.n
+        while len(rows) and len(rows) <= plan.busy_above * before:
+            before = len(rows)
+            rows = self.bid(rows, 0.0, self.n // SLICES + 1)
+        return self.free() <= plan.reduced_above * self.n
 
     def reduce_rows(self) -> None:
         """Run two passes of augmenting row reduction."""
@@ -406,18 +482,19 @@ class _DensePhases(Phases):
             for x in (self.v, *self.matching, self.lists.bound, self.lists.costs, self.lists.cols)
         ]
 
-    def short_auctions(self, eps: float, slow_above: float) -> bool:
+    def short_auctions(self, eps: float, slow_above: float, before: int) -> bool:
         """Run phases at a small eps, whose near-optimal duals make the searches short; undo them if they do not pay.
 
         Args:
             eps: the first phase's.
             slow_above: a phase ends if a bid per row leaves more than this fraction of the waiting rows waiting.
+            before: free rows that it does not pay to leave.
 
         Returns:
             False if a phase ended with many rows waiting: a price war.
         """
         plan = self.schedule
-        held, before = self.held(), self.free()
+        held = self.held()
         enough = int(plan.short_leaves * self.n)
         for phase in range(plan.short_phases):
             rows = self.free_rows()
@@ -432,19 +509,25 @@ class _DensePhases(Phases):
             war = len(rows) > plan.war_above * self.n
             self.match_tight()
             self.reduce_rows()
-            if self.free() >= before and (war or phase in (0, plan.short_phases - 1)):
+            left = self.free()
+            useless = left > (plan.war_leaves * before if war and phase == 0 else before - 1)
+            if useless and (war or phase in (0, plan.short_phases - 1)):
                 for x, old in held:
                     x[:] = old
                 return False
             if war:
                 return False
-            if self.free() <= plan.repeat_above * self.n:
+            if left <= plan.repeat_above * self.n:
                 break
             eps *= plan.short_factor
         return True
 
-    def augment_by_lists(self, calm: bool) -> bool:
-        """Augment over the lists while these save reads; return whether no row is free any more."""
+    def augment_by_lists(self, most: float) -> bool:
+        """Augment over the lists while these save reads, and are expected to take no more than ``most`` steps.
+
+        Returns:
+            Whether no row is free any more.
+        """
         from fastmatch_kernels.lap.augment import augment
 
         plan = self.schedule
@@ -467,7 +550,7 @@ class _DensePhases(Phases):
             if spent[READS] > plan.few_reads * self.n and now[READS] > plan.dear_reads * now[POPS]:
                 return False
             left = (len(sources) - at) * now[POPS] / max(now[SEARCHES], 1)
-            if not calm and spent[POPS] + left > 2 * plan.scans_before_scaling * self.n:
+            if spent[POPS] + left > most:
                 return False
         return True
 

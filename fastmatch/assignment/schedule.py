@@ -12,6 +12,7 @@ __all__ = ["AuctionSchedule", "DenseSchedule", "ListSchedule", "check_fields"]
 
 FRACTIONS = {
     "short_leaves",
+    "war_leaves",
     "better_minima",
     "better_centres",
     "scaling_share",
@@ -92,10 +93,20 @@ class DenseSchedule(AuctionSchedule):
     are usual first duals."""
     copied_below: float = 0.55
     """Fraction of the columns: if no more are different, one column stands for all its copies."""
+    listed_above: float = 0.2
+    """Fraction of the rows: if more of them are free, lists are read before the first bids; else only if reduction by whole
+    rows leaves many."""
     extra_steps: float = 0.5
     """Steps of a pass of row reduction beyond one per free row, per row of the problem."""
+    busy_above: float = 0.85
+    """Fraction of the waiting rows: row reduction goes on while as many bids as a quarter of the rows leave no more of
+    them waiting."""
+    reduced_above: float = 1 / 64
+    """Fraction of the rows: if row reduction that went on leaves no more of them free, no auction runs."""
     short_scans: float = 1.5
     """Scans per row: if paths from zeros are expected to take no more, no other first duals are tried."""
+    short_tied_scans: float = 4.0
+    """The same if half of the rows have ties for their best column: neither other duals nor auctions help much then."""
     dear_bid_reads: float = 0.25
     """Reads per bid above which bids over whole rows are quicker than over lists."""
     few_scans: float = 1.0
@@ -114,8 +125,12 @@ class DenseSchedule(AuctionSchedule):
     """Fraction of the rows: if a bid per row settles no more of them, the phase ends."""
     war_above: float = 1 / 32
     """Fraction of the rows: if a phase ends with more of them waiting, it was a price war."""
+    war_leaves: float = 0.85
+    """Fraction of the rows free before the auction: a price war that leaves more of them free is undone."""
     slice_steps: int = 8
     """Steps of paths over lists, per row, between two looks at how they do."""
+    list_steps: float = 4.0
+    """Steps of paths over lists in the time of a scan of a row."""
     few_reads: float = 0.25
     """Reads per row that paths over lists may cost in any case."""
     dear_reads: float = 0.2

@@ -83,7 +83,7 @@ def solve_small(
         room = start
         state = kernel(given, sign, transposed, pairs, found, room, WARM)
     if state == CROWDED:
-        _crowded_kernel(matrix.dtype)(given, sign, room)
+        _crowded_kernel(matrix.dtype)(given, room)
         state = kernel(given, sign, transposed, pairs, found, room, RESUMED)
     elif state == NEARLY_SQUARE:
         return _solve_as_square(given, maximize, transposed, proof)
@@ -104,6 +104,8 @@ def _solve_as_square(
     if not proof:
         return state, (pairs,)
     u, v, numbers = found
+    if state not in (SOLVED, DOUBTFUL):  # nothing was written
+        return state, (pairs, u, v, numbers)
     # Of a square matrix duals may be moved by a constant; of a rectangle those of columns that are left are 0.
     top = v.min() if maximize else v.max()
     u, v = u + top, v - top
@@ -134,7 +136,7 @@ def _crowded_kernel(dtype: np.dtype) -> Callable[..., None]:
     prepared(
         f"the kernel for crowded matrices of {dtype}",
         ("crowded", dtype.char),
-        lambda: crowded_duals(np.ones((few, few), dtype), 1.0, np.zeros(room_for(few))),
+        lambda: crowded_duals(np.ones((few, few), dtype), np.ones(room_for(few))),
     )
     return crowded_duals
 

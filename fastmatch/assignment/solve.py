@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable
-from contextlib import suppress
 from functools import partial
 from typing import Any, overload
 
@@ -22,7 +21,7 @@ from fastmatch.assignment.device_cost import DeviceCost
 from fastmatch.assignment.factor_cost import FactorCost
 from fastmatch.assignment.gap import duality_gap
 from fastmatch.assignment.integers import solve_integers, wide_integers
-from fastmatch.assignment.problem import Infeasible, LapProblem, LapSolution, Solver, TooLarge
+from fastmatch.assignment.problem import LapProblem, LapSolution, Solver, TooLarge
 from fastmatch.assignment.reading import as_array
 from fastmatch.assignment.small_dense import SmallDense, solve_small
 from fastmatch.assignment.solution import Assignment
@@ -46,12 +45,6 @@ SCALE = 128
 """Power of two by which a matrix is divided if its sums leave float64."""
 
 FLOATS = (np.dtype(np.float64), np.dtype(np.float32))
-
-NEVER = 2.0**880
-"""Size from which an entry may stand for "never"."""
-
-ORDINARY = 2.0**800
-"""Size up to which sums of entries, over any number of bids and rows, stay below such an entry."""
 
 STORED = 1 << 24
 """Entries up to which the matrix of a factor cost is computed, in float64 (128 MB), and up to which a matrix on a GPU
@@ -177,12 +170,7 @@ def solve(
     try:
         solution = chosen.solve(problem)
     except TooLarge:
-        matrix = problem.matrix(chosen, computed=True)
-        kept = _forbid_large(matrix, sign)
-        if kept is not None:
-            with suppress(Infeasible):
-                return solve(kept.T if transposed else kept, maximize=maximize, solver=solver)
-        return _solve_scaled(matrix, transposed, maximize, chosen)
+        return _solve_scaled(problem.matrix(chosen, computed=True), transposed, maximize, chosen)
     if solution is None:
         if isinstance(given, FactorCost) and isinstance(chosen, CandidateLists):
             return solve(given, maximize=maximize, warm_start=warm_start, solver=DENSE_SHORTLISTS)
@@ -219,7 +207,9 @@ def _without_large(matrix: np.ndarray, sign: float, found: Assignment) -> np.nda
     size = np.abs(matrix[:: max(1, len(matrix) // 64)]).astype(np.float64)
     size = size[np.isfinite(size) & (size > 0)]
     largest = max(np.abs(found.u).max(), np.abs(found.v).max())
-    if found.is_certified and (not len(size) or largest < LARGE_DUALS * np.quantile(size, 0.01)):
+    if found.is_certified and (
+        not len(size) or largest < LARGE_DUALS * np.partition(size, len(size) // 100)[len(size) // 100]
+    ):
         return None
     with np.errstate(over="ignore", invalid="ignore"):
         costs = sign * matrix.astype(np.float64)
@@ -236,18 +226,6 @@ def _without_large(matrix: np.ndarray, sign: float, found: Assignment) -> np.nda
     if after >= before / LARGE_DUALS:
         return None
     return kept.T if tall else kept
-
-
-def _forbid_large(matrix: np.ndarray, sign: float) -> np.ndarray | None:
-    """Return the matrix with its huge entries forbidden; None unless all others are so small that none can outweigh one.
-
-    If there is an assignment without huge entries, the best one is the best of all. Its duals are far below the huge entries,
-    and so they are feasible for the matrix as it is.
-    """
-    from fastmatch_kernels.lap.small import forbid_huge
-
-    kept = np.empty_like(matrix)
-    return kept if forbid_huge(matrix.reshape(-1), sign, ORDINARY, NEVER, kept.reshape(-1)) else None
 
 
 def _solve_scaled(matrix: np.ndarray, transposed: bool, maximize: bool, solver: Solver) -> Assignment:
@@ -320,7 +298,7 @@ def _first_duals(
     largest = size.max(initial=0.0, where=np.isfinite(size))
     middle = np.partition(duals, m // 2)[m // 2]  # np.median would import masked arrays
     start = sign * (duals - middle)
-    return start if np.abs(start).max() <= LARGE_DUALS * largest else None
+    return start if np.abs(start).max() / LARGE_DUALS <= largest else None
 
 
 def _finish(problem: LapProblem, solution: LapSolution, transposed: bool, name: str) -> Assignment:

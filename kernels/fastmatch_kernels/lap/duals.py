@@ -6,18 +6,12 @@ import numpy as np
 
 from fastmatch_kernels._numba.cache import njit
 from fastmatch_kernels._numba.simd import WIDTH, add, difference, load, maximum, minimum, splat, store
-from fastmatch_kernels.lap.match import match_rows
+from fastmatch_kernels.lap.copying import copy_to
+from fastmatch_kernels.lap.match import match_surveyed, survey
 from fastmatch_kernels.lap.paths import row_vector
 from fastmatch_kernels.lap.state import READS
 
-__all__ = ["better_duals", "copy_to", "typical_gap"]
-
-
-@njit(nogil=True, cache=True, inner=True)
-def copy_to(to, given):  # pragma: no cover - compiled
-    """Copy an array. numba's slice assignment would compile the text of its error message, which takes two seconds."""
-    for k in range(to.shape[0]):
-        to[k] = given[k]
+__all__ = ["better_duals", "typical_gap"]
 
 
 @njit(nogil=True, cache=True, forceinline=True)
@@ -119,17 +113,21 @@ def _lower_tail(v, m):  # pragma: no cover - compiled
 
 
 @njit(nogil=True, cache=True)
-def typical_gap(gaps):  # pragma: no cover - compiled
-    """Return the mean of ``gaps``, of which each counts up to four times their upper quartile; 0 if half of them are 0."""
-    n = gaps.shape[0]
+def typical_gap(least, seconds):  # pragma: no cover - compiled
+    """Return the mean difference of rows' two least entries, of which each counts up to four times their upper quartile.
+
+    It is 0 if half of them are 0.
+    """
+    n = least.shape[0]
     few = min(n, 33)
     sample = np.empty(few)
     for e in range(few):
-        sample[e] = gaps[e * n // few]
+        sample[e] = seconds[e * n // few] - least[e * n // few]
     _sort(sample)
     top = 4.0 * sample[3 * few // 4]
     total, ties, told = 0.0, 0, 0
-    for x in gaps:
+    for i in range(n):
+        x = seconds[i] - least[i]
         if x < np.inf:
             total += min(x, top)
             told += 1
@@ -139,7 +137,7 @@ def typical_gap(gaps):  # pragma: no cover - compiled
 
 @njit(nogil=True, cache=True)
 def better_duals(
-    c, start, sign, n, m, col_of, numbers, v, row_of2, col_of2, least, gaps, counts
+    c, start, sign, n, m, col_of, numbers, v, row_of2, col_of2, least, seconds, columns, counts
 ):  # pragma: no cover
     """Look for first duals with which clearly more rows find a column than in the matching ``col_of`` from zeros.
 
@@ -152,7 +150,8 @@ def better_duals(
         c, start, sign, n, m: the costs, as in ``small``.
         col_of: (n,) the matching from zeros.
         numbers: (better_minima, better_centres, tail), as in ``SmallSchedule``.
-        v, row_of2, col_of2, least, gaps: the duals that are found, and the matching from them.
+        v, row_of2, col_of2, least, seconds, columns: the duals that are found, the matching from them, and what
+            :func:`fastmatch_kernels.lap.match.survey` tells of the rows.
         counts: as in ``state``, added to.
 
     Returns:
@@ -167,7 +166,7 @@ def better_duals(
     fewest, found = whole, n + 1
     minima, means, centres = np.empty(v.shape[0]), np.empty(v.shape[0]), np.empty(v.shape[0])
     row_of, col_of = np.empty(m, np.int64), np.empty(n, np.int64)
-    least_of, gap_of = np.empty(n), np.empty(n)
+    least_of, second_of, column_of = np.empty(n), np.empty(n), np.empty(n, np.int64)
     _minima_and_means(c, start, n, m, sign, minima, means)
     _column_centres(c, start, n, m, sign, centres)
     counts[READS] += n
@@ -176,14 +175,18 @@ def better_duals(
         share = better_minima if kind == 0 else better_centres
         row_of[:] = -1
         col_of[:] = -1
-        match_rows(c, start, sign, 0, some, m, duals, row_of, col_of, least_of, gap_of)
+        survey(c, start, sign, m, duals, np.int64(0), some, least_of, second_of, column_of)
+        match_surveyed(
+            c, start, sign, m, duals, np.int64(0), some, least_of, second_of, column_of, row_of, col_of
+        )
         counts[READS] += some
         free = 0
         for i in range(some):
             free += col_of[i] < 0
         if free > share * quarter:
             continue
-        match_rows(c, start, sign, some, n, m, duals, row_of, col_of, least_of, gap_of)
+        survey(c, start, sign, m, duals, some, n, least_of, second_of, column_of)
+        match_surveyed(c, start, sign, m, duals, some, n, least_of, second_of, column_of, row_of, col_of)
         counts[READS] += n - some
         for i in range(some, n):
             free += col_of[i] < 0
@@ -197,7 +200,8 @@ def better_duals(
         copy_to(row_of2, row_of)
         copy_to(col_of2, col_of)
         copy_to(least, least_of)
-        copy_to(gaps, gap_of)
+        copy_to(seconds, second_of)
+        copy_to(columns, column_of)
         if free == 0:
             break
     return found

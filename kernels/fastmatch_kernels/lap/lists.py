@@ -26,7 +26,7 @@ from fastmatch_kernels._numba.simd import (
 from fastmatch_kernels.lap.rows import row_minimum
 from fastmatch_kernels.lap.state import FREE
 
-__all__ = ["best_two", "flat_lists", "keep_tight", "row_duals"]
+__all__ = ["best_two", "flat_lists", "keep_tight", "note_costs", "row_duals"]
 
 
 @njit(nogil=True, cache=True, forceinline=True)
@@ -130,3 +130,11 @@ def flat_lists(C, v, lists, rows):  # pragma: no cover - compiled
         first, _, _ = best_two(C, v, start, length, cols, costs, i)
         flat += first == bound[i]
     return flat
+
+
+@njit(nogil=True, cache=True)
+def note_costs(C, sign, col_of, cost_of):  # pragma: no cover - compiled
+    """Write the costs of the matched pairs."""
+    for i in range(col_of.shape[0]):
+        if col_of[i] >= 0:
+            cost_of[i] = sign * np.float64(C[i, col_of[i]])

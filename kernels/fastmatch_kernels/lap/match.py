@@ -21,9 +21,10 @@ from fastmatch_kernels._numba.simd import (
     select,
     splat,
 )
+from fastmatch_kernels.lap.copying import copy_to
 from fastmatch_kernels.lap.paths import row_vector
 
-__all__ = ["match_rows", "match_surveyed", "survey", "two_least"]
+__all__ = ["match_surveyed", "reduce_surveyed", "survey", "two_least"]
 
 
 @njit(nogil=True, cache=True, forceinline=True)
@@ -78,50 +79,36 @@ def _free_tie(c, at, sign, m, v, row_of, value, begin, otherwise):  # pragma: no
     return otherwise
 
 
-@njit(nogil=True, cache=True, inner=True)
-def match_rows(c, start, sign, lo, hi, m, v, row_of, col_of, least, gaps):  # pragma: no cover - compiled
-    """Match rows lo..hi to a free column among their best; write their least c - v, and by how much the second exceeds it."""
-    begin = 0  # all columns before it are taken
-    for i in range(lo, hi, 2):
-        at = start + i * m
-        other = at + m if i + 1 < hi else at
-        one, two = two_least(c, at, other, sign, m, v)
-        for k in range(i, min(i + 2, hi)):
-            first, j, second, _ = one if k == i else two
-            least[k] = first
-            gaps[k] = second - first
-            if not first < np.inf:
-                continue
-            if row_of[j] >= 0 and first == second:
-                while begin < m and row_of[begin] >= 0:
-                    begin += 1
-                j = _free_tie(c, start + k * m, sign, m, v, row_of, first, begin, j)
-            if row_of[j] < 0:
-                col_of[k] = j
-                row_of[j] = k
+LARGEST = np.finfo(np.float64).max
+
+MISSES = 16
+"""Rows that look for a tied free column in vain, beyond those that find one, before no row looks for one any more."""
 
 
 @njit(nogil=True, cache=True)
-def survey(c, sign, m, v, lo, hi, least, gaps, columns):  # pragma: no cover - compiled
-    """Read rows lo..hi once: their least c - v, its column, and by how much the second exceeds it.
+def survey(c, start, scale, m, v, lo, hi, least, seconds, columns):  # pragma: no cover - compiled
+    """Read rows lo..hi once: their least c - v, its column, and the least one of the other columns.
 
-    Return the sum of the entries' absolute values, which is finite only if every entry is.
+    Duals only fall. So ``seconds`` remains a bound on the other columns.
+
+    Return the sum of the sizes of all entries but forbidden ones. It is finite only if there is no NaN and no infinity of the
+    wrong sign.
     """
-    signs, none, zero = splat(sign), splat(np.inf), splat(0.0)
+    scales, none, zero, top = splat(scale), splat(np.inf), splat(0.0), splat(LARGEST)
     sizes = zero
     step = splat(np.float64(WIDTH))
     for i in range(lo, hi, 2):
-        at = i * m
+        at = start + i * m
         other = at + m if i + 1 < hi else at
         first, second, column = none, none, zero
         first2, second2, column2 = none, none, zero
         here = zero
         for j in range(0, m, WIDTH):
             duals = load(v, j)
-            p, q = row_vector(c, at, j, m, sign * np.inf), row_vector(c, other, j, m, sign * np.inf)
-            if j + WIDTH <= m:
-                sizes = add(sizes, add(magnitude(p), magnitude(q)))
-            x, y = difference(signs, p, duals), difference(signs, q, duals)
+            p, q = row_vector(c, at, j, m, scale * np.inf), row_vector(c, other, j, m, scale * np.inf)
+            x, y = difference(scales, p, duals), difference(scales, q, duals)
+            p, q = difference(scales, p, zero), difference(scales, q, zero)
+            sizes = add(sizes, add(select(top, p, zero, magnitude(p)), select(top, q, zero, magnitude(q))))
             second = minimum(maximum(first, x), second)
             second2 = minimum(maximum(first2, y), second2)
             column = select(x, first, here, column)
@@ -129,13 +116,9 @@ def survey(c, sign, m, v, lo, hi, least, gaps, columns):  # pragma: no cover - c
             first = minimum(x, first)
             first2 = minimum(y, first2)
             here = add(here, step)
-        for j in range(m - m % WIDTH, m):
-            sizes = add(sizes, splat(abs(np.float64(c[at + j])) + abs(np.float64(c[other + j]))))
-        low, j, high, _ = _across(first, second, column)
-        least[i], gaps[i], columns[i] = low, high - low, j
+        least[i], columns[i], seconds[i], _ = _across(first, second, column)
         if i + 1 < hi:
-            low, j, high, _ = _across(first2, second2, column2)
-            least[i + 1], gaps[i + 1], columns[i + 1] = low, high - low, j
+            least[i + 1], columns[i + 1], seconds[i + 1], _ = _across(first2, second2, column2)
     total = 0.0
     for k in range(WIDTH):
         total += lane(sizes, k)
@@ -143,17 +126,86 @@ def survey(c, sign, m, v, lo, hi, least, gaps, columns):  # pragma: no cover - c
 
 
 @njit(nogil=True, cache=True)
-def match_surveyed(c, sign, m, v, least, gaps, columns, row_of, col_of):  # pragma: no cover - compiled
-    """Match rows to a free column among their best, which :func:`survey` has found."""
-    begin = 0
-    for i in range(col_of.shape[0]):
+def match_surveyed(
+    c, start, sign, m, v, lo, hi, least, seconds, columns, row_of, col_of
+):  # pragma: no cover - compiled
+    """Match rows lo..hi to a free column among their best, which :func:`survey` has found."""
+    begin = 0  # all columns before it are taken
+    for i in range(lo, hi):
         if not least[i] < np.inf:
             continue
         j = columns[i]
-        if row_of[j] >= 0 and gaps[i] == 0.0:
+        if row_of[j] >= 0 and least[i] == seconds[i]:
             while begin < m and row_of[begin] >= 0:
                 begin += 1
-            j = _free_tie(c, i * m, sign, m, v, row_of, least[i], begin, j)
+            j = _free_tie(c, start + i * m, sign, m, v, row_of, least[i], begin, j)
         if row_of[j] < 0:
             col_of[i] = j
             row_of[j] = i
+
+
+@njit(nogil=True, cache=True)
+def reduce_surveyed(
+    c, start, sign, m, v, seconds, columns, row_of, col_of, stack, top
+):  # pragma: no cover - compiled
+    """Run augmenting row reduction among the rows ``stack[:top]`` by what :func:`survey` has found; return what is left.
+
+    A row takes its best column and lowers its dual until the bound on the others is reached. If it is reached already, the row
+    takes a free column that reaches it too. So no row is read but for such a column. Nothing happens unless half of a
+    few rows would find one, and all is undone unless half of the rows do.
+    """
+    none = np.int64(-1)
+    begin = 0
+    while begin < m and row_of[begin] >= 0:
+        begin += 1
+    few, likely = min(top, MISSES), 0
+    for e in range(few):
+        i = stack[e * top // few]
+        if seconds[i] < np.inf:
+            likely += _free_tie(c, start + i * m, sign, m, v, row_of, seconds[i], begin, none) >= 0
+    if 2 * likely < few:
+        return top
+    n = col_of.shape[0]
+    v_before, row_before, col_before = np.empty(v.shape[0]), np.empty(m, np.int64), np.empty(n, np.int64)
+    copy_to(v_before, v)
+    copy_to(row_before, row_of)
+    copy_to(col_before, col_of)
+    before, hits, misses, bids = top, 0, 0, 0
+    while top > 0 and bids < 2 * n and misses < hits + MISSES:
+        top -= 1
+        i = stack[top]
+        bids += 1
+        if not seconds[i] < np.inf:
+            continue
+        j = columns[i]
+        x = sign * np.float64(c[start + i * m + j]) - v[j]
+        if x < seconds[i]:
+            v[j] -= seconds[i] - x
+        elif x > seconds[i] or row_of[j] >= 0:
+            while begin < m and row_of[begin] >= 0:
+                begin += 1
+            j = _free_tie(c, start + i * m, sign, m, v, row_of, seconds[i], begin, none)
+            if j < 0:
+                misses += 1
+                continue
+            hits += 1
+        old = row_of[j]
+        row_of[j] = i
+        col_of[i] = j
+        if old >= 0:
+            col_of[old] = -1
+            stack[top] = old
+            top += 1
+    top = 0
+    for i in range(n - 1, -1, -1):
+        stack[top] = i
+        top += col_of[i] < 0
+    if 2 * top > before:
+        copy_to(v, v_before)
+        copy_to(row_of, row_before)
+        copy_to(col_of, col_before)
+        top = 0
+        for i in range(n - 1, -1, -1):
+            stack[top] = i
+            top += col_of[i] < 0
+    return top

@@ -35,7 +35,7 @@ def least_of_row(c, at, m, sign, v):  # pragma: no cover - compiled
 
 @njit(nogil=True, cache=True, inner=True)
 def gap_of(c, start, n, m, sign, v, u, col_of):  # pragma: no cover - compiled
-    """Return (objective, gap, bound): see ``fastmatch.assignment.gap``. Unmatched columns have dual 0, the largest."""
+    """Return (total, gap, bound) of ``sign * c``: see ``fastmatch.assignment.gap``. Unmatched columns have dual 0, the largest."""
     total, gap, size, top = 0.0, 0.0, 0.0, 0.0
     for j in range(m):
         top = max(top, abs(v[j]))
@@ -45,19 +45,19 @@ def gap_of(c, start, n, m, sign, v, u, col_of):  # pragma: no cover - compiled
         total += x
         gap += (x - v[j]) - u[i]
         size += abs(x) + 2.0 * abs(v[j])
-    return sign * total, gap, 4.0 * EPS * (size + n * top + TINY)
+    return total, gap, 4.0 * EPS * (size + n * top + TINY)
 
 
 @njit(nogil=True, cache=True)
 def prove(c, start, n, m, sign, v, u, col_of):  # pragma: no cover - compiled
-    """Return (objective, gap, bound) after raising duals until the gap is within its bound.
+    """Return (total, gap, bound) after raising duals until the gap is within its bound.
 
     Searches add and subtract distances, and each step rounds. So a matched entry's c - v may end some units in the last
     place above its row's least, ``u``. Raising the matched column's dual by the difference makes the entry tight again.
     That is one step of Bellman and Ford's algorithm for duals of this matching, which ends if the matching is optimal.
     Duals of columns that compete with unmatched ones stay at most 0.
     """
-    objective, gap, bound = gap_of(c, start, n, m, sign, v, u, col_of)
+    total, gap, bound = gap_of(c, start, n, m, sign, v, u, col_of)
     for _ in range(SWEEPS):
         if gap <= bound:
             break
@@ -68,5 +68,5 @@ def prove(c, start, n, m, sign, v, u, col_of):  # pragma: no cover - compiled
                 v[j] = x if n == m else min(x, 0.0)
         for i in range(n):
             u[i] = least_of_row(c, start + i * m, m, sign, v)
-        objective, gap, bound = gap_of(c, start, n, m, sign, v, u, col_of)
-    return objective, gap, bound
+        total, gap, bound = gap_of(c, start, n, m, sign, v, u, col_of)
+    return total, gap, bound

@@ -18,28 +18,20 @@ import numpy as np
 
 from fastmatch_kernels._numba.cache import njit
 from fastmatch_kernels._numba.llvm import flat
-from fastmatch_kernels._numba.simd import (
-    WIDTH,
-    add,
-    difference,
-    lane,
-    less_mask,
-    load,
-    magnitude,
-    maximum,
-    select,
-    splat,
-)
-from fastmatch_kernels.lap.duals import better_duals, copy_to, typical_gap
-from fastmatch_kernels.lap.match import match_rows, two_least
+from fastmatch_kernels._numba.simd import WIDTH
+from fastmatch_kernels.lap.copying import copy_to
+from fastmatch_kernels.lap.duals import better_duals, typical_gap
+from fastmatch_kernels.lap.match import match_surveyed, reduce_surveyed, survey, two_least
 from fastmatch_kernels.lap.paths import new_search, path, shuffle
 from fastmatch_kernels.lap.proof import gap_of, least_of_row, prove
+from fastmatch_kernels.lap.scale import fitting_scale
 from fastmatch_kernels.lap.state import (
     BIDS,
     CROWDED,
     DOUBTFUL,
     HUGE,
     INFEASIBLE,
+    KEPT,
     NEARLY,
     NEARLY_SQUARE,
     OPEN,
@@ -55,13 +47,13 @@ from fastmatch_kernels.lap.state import (
     SmallSchedule,
 )
 
-__all__ = ["bid_rows", "crowded_duals", "forbid_huge", "largest", "solve_matrix", "solve_one", "solve_stack"]
+__all__ = ["bid_rows", "crowded_duals", "solve_matrix", "solve_one", "solve_stack"]
 
 LARGE_DUALS = 2.0**26
 """Largest dual, in typical costs, beyond which small costs may have been lost in its rounding."""
 
-ALL = (1 << WIDTH) - 1
-"""The mask of a vector whose lanes all hold."""
+FEW_ROWS = 16
+"""Rows of a larger matrix that are read before their sizes are judged: huge ones are usually seen in these."""
 
 FEW_PATHS = 16
 """Paths from whose lengths those of the others are estimated."""
@@ -140,59 +132,6 @@ def _free_rows(col_of, stack):  # pragma: no cover - compiled
 
 
 @njit(nogil=True, cache=True, inner=True)
-def size(c, begin, end):  # pragma: no cover - compiled
-    """Return the sum of the absolute values of ``c[begin:end]``. It is finite only if every entry is."""
-    zero = splat(0.0)
-    one, two = zero, zero
-    j = begin
-    while j + 2 * WIDTH <= end:
-        one = add(one, magnitude(load(c, j)))
-        two = add(two, magnitude(load(c, j + WIDTH)))
-        j += 2 * WIDTH
-    one = add(one, two)
-    total = 0.0
-    for k in range(WIDTH):
-        total += lane(one, k)
-    for k in range(j, end):
-        total += abs(np.float64(c[k]))
-    return total
-
-
-@njit(nogil=True, cache=True)
-def largest(c, begin, end, sign):  # pragma: no cover - compiled
-    """Return the largest absolute value of finite entries; -1 if there is NaN or an infinity of the wrong sign."""
-    low, none, zero, signs = splat(-np.inf), splat(np.inf), splat(0.0), splat(sign)
-    top, rest, right = zero, 0.0, True
-    j = begin
-    while j + WIDTH <= end:
-        x = load(c, j)
-        right &= less_mask(low, difference(signs, x, zero)) == ALL
-        size = magnitude(x)
-        top = maximum(select(size, none, size, zero), top)
-        j += WIDTH
-    for k in range(j, end):
-        x = sign * np.float64(c[k])
-        right &= x > -np.inf
-        if abs(x) < np.inf:
-            rest = max(rest, abs(x))
-    for k in range(WIDTH):
-        rest = max(rest, lane(top, k))
-    return rest if right else -1.0
-
-
-@njit(nogil=True, cache=True)
-def forbid_huge(c, sign, small, huge, kept):  # pragma: no cover - compiled
-    """Write ``c`` with entries above ``huge`` forbidden; return whether the size of each other one is at most ``small``."""
-    between = False
-    for k in range(c.shape[0]):
-        x = sign * np.float64(c[k])
-        above = x > huge
-        kept[k] = sign * np.inf if above else c[k]
-        between |= not above and not abs(x) <= small
-    return not between
-
-
-@njit(nogil=True, cache=True, inner=True)
 def _phase(
     c, start, sign, m, v, row_of, col_of, stack, top, eps, most, rounds, war_above, few, counts
 ):  # pragma: no cover
@@ -244,7 +183,7 @@ def _largest_fall(least, gap):  # pragma: no cover - compiled
 
 @njit(nogil=True, cache=True, inner=True, inline="always")
 def _bids(
-    c, start, sign, m, v, least, row_of, col_of, gaps, stack, top, schedule, counts
+    c, start, sign, m, v, least, seconds, row_of, col_of, stack, top, schedule, counts
 ):  # pragma: no cover - compiled
     """Match free rows by row reduction and a short auction; return how many are left, on ``stack``, and whether it paid.
 
@@ -256,7 +195,7 @@ def _bids(
     ) = schedule[:12]  # fmt: skip
     n = col_of.shape[0]
     extra = int(extra_steps * n)
-    gap = typical_gap(gaps)
+    gap = typical_gap(least, seconds)
     most = _largest_fall(least, gap)
     for turn in range(reductions):
         if n >= reduce_from and (turn == 0 or top <= auction_above * n):
@@ -323,86 +262,100 @@ def _try_paths(
 
 
 @njit(nogil=True, cache=True, inner=True)
-def _keep(room, at, v, least, row_of, col_of, gaps):  # pragma: no cover - compiled
-    """Write duals and their matching to ``room[at:]``. Numbers of rows and columns are exact."""
-    for k in range(v.shape[0]):
-        room[at + k] = v[k]
-    at += v.shape[0]
-    for k in range(row_of.shape[0]):
-        room[at + k] = row_of[k]
-    at += row_of.shape[0]
+def _keep(room, at, v, least, seconds, columns, row_of, col_of):  # pragma: no cover - compiled
+    """Write duals and all that belongs to them to ``room[at:]``. Numbers of rows and columns are exact. n = m."""
     n = col_of.shape[0]
     for k in range(n):
-        room[at + k] = least[k]
+        room[at + k] = row_of[k]
         room[at + n + k] = col_of[k]
-        room[at + 2 * n + k] = gaps[k]
+        room[at + 2 * n + k] = least[k]
+        room[at + 3 * n + k] = seconds[k]
+        room[at + 4 * n + k] = columns[k]
+    at += KEPT * n
+    for k in range(v.shape[0]):
+        room[at + k] = v[k]
 
 
 @njit(nogil=True, cache=True, inner=True)
-def _take(room, at, v, least, row_of, col_of, gaps):  # pragma: no cover - compiled
+def _take(room, at, v, least, seconds, columns, row_of, col_of):  # pragma: no cover - compiled
     """Read what :func:`_keep` wrote."""
-    for k in range(v.shape[0]):
-        v[k] = room[at + k]
-    at += v.shape[0]
-    for k in range(row_of.shape[0]):
-        row_of[k] = np.int64(room[at + k])
-    at += row_of.shape[0]
     n = col_of.shape[0]
     for k in range(n):
-        least[k] = room[at + k]
+        row_of[k] = np.int64(room[at + k])
         col_of[k] = np.int64(room[at + n + k])
-        gaps[k] = room[at + 2 * n + k]
+        least[k] = room[at + 2 * n + k]
+        seconds[k] = room[at + 3 * n + k]
+        columns[k] = np.int64(room[at + 4 * n + k])
+    at += KEPT * n
+    for k in range(v.shape[0]):
+        v[k] = room[at + k]
 
 
 @njit(nogil=True, cache=True, inner=True)
 def _other_duals(c, start, n, sign, schedule, col_of, room, at, counts):  # pragma: no cover - compiled
     """Look for other first duals, write them as :func:`_keep` does, and return how many rows they leave free, else n + 1."""
-    v, least, gaps = np.empty((n + WIDTH - 1) // WIDTH * WIDTH), np.empty(n), np.empty(n)
-    row_of, col_of2 = np.empty(n, np.int64), np.empty(n, np.int64)
-    found = better_duals(c, start, sign, n, n, col_of, schedule[-3:], v, row_of, col_of2, least, gaps, counts)
-    _keep(room, at, v, least, row_of, col_of2, gaps)
+    v, least, seconds = np.empty((n + WIDTH - 1) // WIDTH * WIDTH), np.empty(n), np.empty(n)
+    columns, row_of, col_of2 = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.int64)
+    found = better_duals(
+        c, start, sign, n, n, col_of, schedule[-3:], v, row_of, col_of2, least, seconds, columns, counts
+    )
+    _keep(room, at, v, least, seconds, columns, row_of, col_of2)
     return found
 
 
 @njit(nogil=True, cache=True, inner=True, inline="always")
 def _start(
-    c, start, n, m, sign, schedule, warm, v, least, row_of, col_of, gaps, counts
+    c, start, n, m, sign, schedule, warm, v, least, seconds, columns, row_of, col_of, counts
 ):  # pragma: no cover - compiled
     """Match rows from zeros, and along short paths if they are crowded.
 
     Returns:
-        SOLVED, OPEN or CROWDED; WRONG, INFEASIBLE or TOO_LARGE.
+        (SOLVED, OPEN or CROWDED; WRONG, INFEASIBLE or TOO_LARGE; ``sign``, or what costs are multiplied by).
     """
-    auction_from, crowded_above, _, short_scans = schedule[11:-3]
-    total = size(c, start, start + n * m)
-    if not total < HUGE:
-        top_size = largest(c, start, start + n * m, sign)
-        if top_size < 0.0:
-            return WRONG
-        if top_size > HUGE:
-            return TOO_LARGE
+    auction_from, crowded_above, _, short_scans, short_tied_scans = schedule[11:-3]
     if not (warm and n == m):
         v[:] = 0.0
         warm = False
     row_of[:] = -1
     col_of[:] = -1
-    match_rows(c, start, sign, np.int64(0), n, m, v, row_of, col_of, least, gaps)
-    counts[READS] += n
+    scale, lo, total = sign, np.int64(0), 0.0
+    while lo < n:
+        hi = np.int64(FEW_ROWS) if lo == 0 and n > FEW_ROWS else n
+        total += survey(c, start, scale, m, v, lo, hi, least, seconds, columns)
+        counts[READS] += hi - lo
+        lo = hi
+        if not total < HUGE and scale == sign:
+            scale = fitting_scale(c, start, start + n * m, sign)
+            counts[READS] += n
+            if scale == 0.0:
+                return WRONG, sign
+            if scale == np.inf:
+                return TOO_LARGE, sign
+            if scale != sign:
+                v[:] = 0.0  # given duals are not scaled, but no other ones are looked for
+                lo = np.int64(0)
+            total = -np.inf
+    match_surveyed(c, start, scale, m, v, np.int64(0), n, least, seconds, columns, row_of, col_of)
     stack = np.empty(n, np.int64)
     top = _free_rows(col_of, stack)
     if top == 0:
-        return SOLVED
-    if warm or n != m or n < auction_from or top <= crowded_above * n:
-        return OPEN
-    at, top = _try_paths(c, start, n, m, sign, v, row_of, col_of, stack, top, short_scans * n, counts)
+        return SOLVED, scale
+    if warm or n < auction_from or top <= crowded_above * n:
+        return OPEN, scale
+    top = reduce_surveyed(c, start, scale, m, v, seconds, columns, row_of, col_of, stack, top)
+    if n != m or top <= crowded_above * n:
+        return OPEN, scale
+    # If half of the rows have ties for their best column, neither other duals nor auctions help much.
+    most = short_tied_scans if typical_gap(least, seconds) == 0.0 else short_scans
+    at, top = _try_paths(c, start, n, m, scale, v, row_of, col_of, stack, top, most * n, counts)
     if at < 0:
-        return INFEASIBLE
-    return CROWDED if top > crowded_above * n else OPEN
+        return INFEASIBLE, scale
+    return CROWDED if top > crowded_above * n else OPEN, scale
 
 
 @njit(nogil=True, cache=True, inner=True, inline="always")
 def _finish(
-    c, start, n, m, sign, schedule, v, least, row_of, col_of, gaps, limit, other, room, at, counts
+    c, start, n, m, sign, schedule, v, least, seconds, columns, row_of, col_of, limit, other, room, at, counts
 ):  # pragma: no cover - compiled
     """Match the rows that :func:`_start` has left; return SOLVED, INFEASIBLE, DOUBTFUL or NEARLY_SQUARE.
 
@@ -417,7 +370,7 @@ def _finish(
     for attempt in range(2):
         # Duals that leave few rows free are taken at once; others only if bids from zeros are a price war.
         if other <= n and (attempt == 1 or other <= accepted_below * n):
-            _take(room, at, v, least, row_of, col_of, gaps)
+            _take(room, at, v, least, seconds, columns, row_of, col_of)
             top, other = other, n + 1
             if top == 0:
                 return SOLVED
@@ -426,7 +379,7 @@ def _finish(
             break
         if top == 0:
             break
-        top, calm = _bids(c, start, sign, m, v, least, row_of, col_of, gaps, stack, top, schedule, counts)
+        top, calm = _bids(c, start, sign, m, v, least, seconds, row_of, col_of, stack, top, schedule, counts)
         if calm:
             break
     if top > 0:
@@ -435,17 +388,23 @@ def _finish(
             return INFEASIBLE
         if top > 0:
             return NEARLY_SQUARE
+    total, typical = 0.0, n * typical_gap(least, seconds)
     for i in range(n):
-        least[i] = least_of_row(c, start + i * m, m, sign, v)
-    counts[READS] += n
+        at_row = start + i * m
+        x = sign * np.float64(c[at_row + col_of[i]])
+        total += abs(x)
+        # All columns but one are bounded by the survey.
+        low = min(x - v[col_of[i]], sign * np.float64(c[at_row + columns[i]]) - v[columns[i]])
+        if low > seconds[i]:
+            low = least_of_row(c, at_row, m, sign, v)
+            counts[READS] += 1
+        least[i] = low
     _, gap, bound = prove(c, start, n, m, sign, v, least, col_of)
-    top_dual, total = 0.0, 0.0
+    top_dual = 0.0
     for j in range(m):
         top_dual = max(top_dual, abs(v[j]))
-    for i in range(n):
-        total += abs(np.float64(c[start + i * m + col_of[i]]))
     if total == 0.0:
-        total = n * typical_gap(gaps)
+        total = typical
     doubtful = gap > bound or (total > 0.0 and n * top_dual > LARGE_DUALS * total)
     return DOUBTFUL if doubtful else SOLVED
 
@@ -467,47 +426,68 @@ def solve_one(
         row_of, col_of: (m,), (n,) the matching, written.
         counts: as in ``state``, added to.
     """
-    gaps = np.empty(n)
-    state = _start(c, start, n, m, sign, schedule, warm, v, least, row_of, col_of, gaps, counts)
-    if state != OPEN and state != CROWDED:
-        return state
-    other, room = n + 1, gaps
-    if state == CROWDED:
-        room = np.empty(v.shape[0] + 4 * n)
-        other = _other_duals(c, start, n, sign, schedule, col_of, room, np.int64(0), counts)
-    return _finish(
-        c,
-        start,
-        n,
-        m,
-        sign,
-        schedule,
-        v,
-        least,
-        row_of,
-        col_of,
-        gaps,
-        np.inf,
-        other,
-        room,
-        np.int64(0),
-        counts,
+    seconds, columns = np.empty(n), np.empty(n, np.int64)
+    state, scale = _start(
+        c, start, n, m, sign, schedule, warm, v, least, seconds, columns, row_of, col_of, counts
     )
+    if state in (OPEN, CROWDED):
+        other, room = n + 1, seconds
+        if state == CROWDED:
+            room = np.empty(v.shape[0] + KEPT * n)
+            other = _other_duals(c, start, n, scale, schedule, col_of, room, np.int64(0), counts)
+        state = _finish(
+            c,
+            start,
+            n,
+            m,
+            scale,
+            schedule,
+            v,
+            least,
+            seconds,
+            columns,
+            row_of,
+            col_of,
+            np.inf,
+            other,
+            room,
+            np.int64(0),
+            counts,
+        )
+    state, _ = _scaled_back(state, sign, scale, v, least)
+    return state
+
+
+@njit(nogil=True, cache=True, inner=True)
+def _scaled_back(state, sign, scale, v, least):  # pragma: no cover - compiled
+    """Divide the duals of scaled costs by their factor; return (the state, ``sign`` over the factor).
+
+    A solution that is doubtful, or impossible because large entries were forbidden, says nothing of the costs as they are.
+    """
+    factor = sign / scale
+    if factor != 1.0:
+        if state == INFEASIBLE or (state == DOUBTFUL and factor > 1.0):
+            return TOO_LARGE, factor
+        for j in range(v.shape[0]):
+            v[j] *= factor
+        for i in range(least.shape[0]):
+            least[i] *= factor
+    return state, factor
 
 
 @njit(nogil=True, cache=True)
-def crowded_duals(C, sign, room):  # pragma: no cover - compiled
+def crowded_duals(C, room):  # pragma: no cover - compiled
     """Try other first duals for the problem that :func:`solve_matrix` left CROWDED, and write them to ``room``.
 
     This is a kernel of its own, because most problems do not need it and it takes as long to compile as half the others.
     """
     n = C.shape[0]
-    width, counts = (n + WIDTH - 1) // WIDTH * WIDTH, np.zeros(4, np.int64)
-    col_of = np.empty(n, np.int64)
+    counts, col_of = np.zeros(4, np.int64), np.empty(n, np.int64)
     for k in range(n):
-        col_of[k] = np.int64(room[width + 2 * n + k])
-    half = width + 4 * n
-    room[2 * half + 4] = _other_duals(flat(C), 0, n, sign, SCHEDULE, col_of, room, half, counts)
+        col_of[k] = np.int64(room[n + k])
+    half = (n + WIDTH - 1) // WIDTH * WIDTH + KEPT * n
+    scale = room[2 * half + 5]
+    room[2 * half + 4] = _other_duals(flat(C), 0, n, scale, SCHEDULE, col_of, room, half, counts)
     for k in range(4):
         room[2 * half + k] += counts[k]
 
@@ -533,36 +513,45 @@ def solve_matrix(C, sign, transposed, pairs, proof, room, begin):  # pragma: no 
     """
     n, m = C.shape
     c = flat(C)
-    v, u, gaps = np.empty((m + WIDTH - 1) // WIDTH * WIDTH), np.empty(n), np.empty(n)
-    row_of, counts = np.empty(m, np.int64), np.zeros(4, np.int64)
+    v, u, seconds = np.empty((m + WIDTH - 1) // WIDTH * WIDTH), np.empty(n), np.empty(n)
+    columns, row_of, counts = np.empty(n, np.int64), np.empty(m, np.int64), np.zeros(4, np.int64)
     rows, col_of = pairs[0], pairs[1]
-    half, other, state = v.shape[0] + 4 * n, n + 1, OPEN
+    half, other, state, scale = v.shape[0] + KEPT * n, n + 1, OPEN, sign
     if begin == RESUMED:
-        _take(room, np.int64(0), v, u, row_of, col_of, gaps)
+        _take(room, np.int64(0), v, u, seconds, columns, row_of, col_of)
         for k in range(4):
             counts[k] = np.int64(room[2 * half + k])
-        other = np.int64(room[2 * half + 4])
+        other, scale = np.int64(room[2 * half + 4]), room[2 * half + 5]
     else:
         if begin == WARM:
             v[:] = 0.0
             for j in range(m):
                 v[j] = room[j]
-        state = _start(c, 0, n, m, sign, SCHEDULE, begin == WARM, v, u, row_of, col_of, gaps, counts)
+        state, scale = _start(
+            c, 0, n, m, sign, SCHEDULE, begin == WARM, v, u, seconds, columns, row_of, col_of, counts
+        )
         if state == CROWDED:
-            _keep(room, np.int64(0), v, u, row_of, col_of, gaps)
+            room[2 * half + 5] = scale
+            _keep(room, np.int64(0), v, u, seconds, columns, row_of, col_of)
             for k in range(4):
                 room[2 * half + k] = counts[k]
     if state == OPEN:
         nearly = n < m and m <= n + n // NEARLY and n >= AUCTION_FROM
         limit = np.float64(SQUARE_SCANS * n) if nearly else np.inf
         state = _finish(
-            c, 0, n, m, sign, SCHEDULE, v, u, row_of, col_of, gaps, limit, other, room, half, counts
-        )
+            c, 0, n, m, scale, SCHEDULE, v, u, seconds, columns, row_of, col_of, limit, other, room, half, counts
+        )  # fmt: skip
+    if proof.shape[0] > 0 and state in (SOLVED, DOUBTFUL):
+        numbers = n + m
+        total, gap, bound = gap_of(c, 0, n, m, scale, v, u, col_of)
+        proof[numbers], proof[numbers + 1], proof[numbers + 2] = total / scale, gap, bound
+    state, factor = _scaled_back(state, sign, scale, v, u)
     if state != SOLVED and state != DOUBTFUL:
         return state
     if proof.shape[0] > 0:
         numbers = n + m
-        proof[numbers], proof[numbers + 1], proof[numbers + 2] = gap_of(c, 0, n, m, sign, v, u, col_of)
+        proof[numbers + 1] *= factor
+        proof[numbers + 2] *= factor
         for k in range(4):
             proof[numbers + 3 + k] = counts[k]
         first, second = (m, 0) if transposed else (0, n)

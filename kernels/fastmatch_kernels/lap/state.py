@@ -29,6 +29,7 @@ __all__ = [
     "FREE",
     "HUGE",
     "INFEASIBLE",
+    "KEPT",
     "NEARLY",
     "NEARLY_SQUARE",
     "OPEN",
@@ -75,7 +76,10 @@ ZEROS, RESUMED, WARM = range(3)
 """What one matrix is solved from: duals of zero, what a crowded problem left, or given duals."""
 
 HUGE = 2.0**940
-"""Sums of absolute values up to which no sum of duals leaves float64. Larger costs are solved times 2^-128."""
+"""Sums of absolute values up to which no sum of duals leaves float64. Larger costs are multiplied by a power of two."""
+
+KEPT = 5
+"""Numbers per row or column, beside the dual, that a crowded problem keeps."""
 
 VECTOR = 8
 """Numbers in a vector, ``simd.WIDTH``: arrays of column duals are padded to whole ones."""
@@ -167,7 +171,7 @@ def new_paths(n: int, m: int) -> Paths:
 
 def room_for(n: int) -> int:
     """Return the size of the array in which a crowded problem of n rows and columns waits for other first duals."""
-    return 2 * (-(-n // VECTOR) * VECTOR + 4 * n) + 5
+    return 2 * (-(-n // VECTOR) * VECTOR + KEPT * n) + 6
 
 
 class SmallSchedule(NamedTuple):
@@ -205,6 +209,8 @@ class SmallSchedule(NamedTuple):
     war."""
     short_scans: float = 1.5
     """Scans per row: if paths from zeros are expected to take no more, no other first duals are tried."""
+    short_tied_scans: float = 4.0
+    """The same if half of the rows have ties for their best column."""
     better_minima: float = 0.7
     """Fraction of the free rows that the columns' minima may leave to be used."""
     better_centres: float = 0.85

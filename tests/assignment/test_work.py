@@ -1,0 +1,142 @@
+"""How much work a solve takes, in reads, bids and steps, where a rule that suits most costs would take far too much."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.optimize import linear_sum_assignment
+
+import fastmatch as fm
+from bench.lib.families import FAMILIES
+from fastmatch.assignment import DenseShortlists
+from fastmatch.assignment.small_dense import solve_small
+from fastmatch_kernels.lap.state import SOLVED
+
+SOLVERS = [None, DenseShortlists()]
+LARGEST = np.finfo(np.float64).max
+
+
+def solved(cost: np.ndarray, solver: object = None) -> fm.Assignment:
+    """Return the solution, which is scipy's and proved."""
+    found = fm.solve(cost, solver=solver)
+    best = cost[linear_sum_assignment(cost)].sum()
+    assert found.objective == pytest.approx(best, rel=1e-12)
+    assert found.is_certified
+    gap, bound = fm.assignment.certificate(cost, found)
+    assert gap <= bound
+    return found
+
+
+def wanted_by_all(n: int, m: int, wanted: int, dtype: type = np.float64) -> np.ndarray:
+    """Rows differ in few columns only, and these are the cheapest for all of them."""
+    g = np.random.default_rng(n + m)
+    cost = np.ones((n, m))
+    cost[:, g.permutation(m)[:wanted]] = g.random((n, wanted))
+    return cost.astype(dtype)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("shape", [(300, 300), (300, 303), (200, 700)])
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_one_column_that_all_rows_want_takes_a_read_and_no_path(solver, shape, dtype):
+    found = solved(wanted_by_all(*shape, 1, dtype), solver)
+    assert found.stats["searches"] == 0
+    assert found.stats["reads"] == shape[0]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_reduction_from_the_survey_is_undone_if_it_matches_few_rows(solver):
+    """All rows want the same columns in the same order: a row's second column is free only at first."""
+    g = np.random.default_rng(3)
+    cost = g.random((300, 1)) + g.permutation(300) + 0.2 * g.random((300, 300))
+    solved(cost, solver)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("shape", [(300, 300), (300, 310), (100, 400)])
+@pytest.mark.parametrize("maximize", [False, True])
+def test_huge_entries_that_nobody_needs_cost_no_second_solve(solver, shape, maximize):
+    """Entries near the largest float become forbidden by a factor, in place; forbidden ones take as many bids and paths."""
+    g = np.random.default_rng(5)
+    cost = g.random(shape)
+    rare = g.random(shape) < 0.5
+    huge, forbidden = np.where(rare, LARGEST, cost), np.where(rare, np.inf, cost)
+    sign = -1 if maximize else 1
+    ours = fm.solve(sign * huge, maximize=maximize, solver=solver)
+    theirs = fm.solve(sign * forbidden, maximize=maximize, solver=solver)
+    assert (ours.col_ind == theirs.col_ind).all()
+    assert ours.objective == theirs.objective
+    for count in ("bids", "pops", "searches"):
+        assert ours.stats[count] == theirs.stats[count]
+    gap, bound = fm.assignment.certificate(sign * huge, ours, maximize=maximize)
+    assert gap <= bound
+    if solver is None:
+        assert solve_small(huge, False, proof=False)[0] == SOLVED
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_huge_entries_that_are_needed_are_used_as_rarely_as_possible(solver):
+    g = np.random.default_rng(6)
+    cost = g.random((60, 60))
+    cost[:3] = LARGEST / 128
+    cost[g.random(cost.shape) < 0.5] = LARGEST / 128
+    found = fm.solve(cost, solver=solver)
+    rows, cols = linear_sum_assignment(cost)
+    assert (cost[found.row_ind, found.col_ind] > 1).sum() == (cost[rows, cols] > 1).sum() == 3
+
+
+@pytest.mark.parametrize("shape", [(60, 60), (50, 200)])
+def test_costs_that_are_all_huge_are_solved_in_one_call(shape):
+    cost = 2e306 * np.random.default_rng(7).standard_normal(shape)
+    assert solve_small(cost, False, proof=True)[0] == SOLVED
+    smaller = cost * 2.0**-128
+    ours, theirs = fm.solve(cost), fm.solve(smaller)
+    assert (ours.col_ind == theirs.col_ind).all()
+    np.testing.assert_array_equal(ours.u, theirs.u * 2.0**128)
+    np.testing.assert_array_equal(ours.v, theirs.v * 2.0**128)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_warm_start_of_huge_costs_gives_the_optimum(solver):
+    """All rows want the same columns, but no room is made for first duals other than the given ones."""
+    g = np.random.default_rng(12)
+    cost = (2 * g.random((80, 1)) + g.random(80)) ** 2 * 1e306
+    for _ in range(5):  # writes beyond an array's end need not show at once
+        found = fm.solve(cost, warm_start=fm.solve(g.random((80, 80))), solver=solver)
+        best = cost[linear_sum_assignment(cost * 1e-100)] * 1e-100
+        assert (cost[found.row_ind, found.col_ind] * 1e-100).sum() == pytest.approx(best.sum(), rel=1e-12)
+
+
+@pytest.mark.parametrize("n", [300, 1100])
+def test_a_price_war_that_matches_few_rows_is_undone(n):
+    """Points that are far from most others: in the auction, rows bid for the few columns that are near."""
+    g = np.random.default_rng(8)
+    near = 0.9 / n**0.5
+    cost = np.linalg.norm(g.random((n, 1, 2)) - g.random((n, 2)), axis=2)
+    cost[cost > near] = 1e9
+    found = solved(cost, DenseShortlists())
+    assert found.stats["pops"] < 4 * n
+
+
+def test_row_reduction_goes_on_while_it_matches_many_rows():
+    """With heavy tails, each row has a column of its own that is far better than the rest."""
+    found = solved(np.random.default_rng(9).standard_cauchy((1100, 1100)))
+    assert found.stats["searches"] < 20
+
+
+@pytest.mark.parametrize("n", [300, 1100])
+def test_short_paths_among_ties_go_on_to_the_end(n):
+    """Graph matching on a web: most entries of a row tie, and many rows want the few columns of the hubs."""
+    found = solved(FAMILIES["graph gradient, hubs"](n, n, seed=0))
+    assert found.stats["bids"] == 0
+    assert found.stats["reads"] < 5 * n
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_rows_are_not_read_for_the_proof_if_the_survey_bounds_them(solver):
+    """Each row has a column of its own: one read settles the assignment and the row duals."""
+    g = np.random.default_rng(11)
+    cost = 1 + g.random((300, 300))
+    cost[np.arange(300), g.permutation(300)] = g.random(300)
+    found = solved(cost, solver)
+    assert found.stats["reads"] == 300
