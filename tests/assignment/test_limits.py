@@ -165,3 +165,20 @@ def test_a_solve_that_gives_way_reads_nothing_that_it_did_not_write(monkeypatch,
     monkeypatch.undo()
     assert found.objective == expected.objective
     assert (found.col_ind == expected.col_ind).all()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_sentinels_in_a_nearly_square_matrix_do_not_hide_small_costs(transposed, seed):
+    """Its duals are those of a square matrix, moved by one that is as large as a sentinel."""
+    from bench.lib.families import FAMILIES
+
+    g = np.random.default_rng(seed)
+    cost = -np.abs(FAMILIES["graph barycentre, hubs"](160, 161, seed=seed)).astype(np.float32)
+    cost[g.random(cost.shape) < 0.7] = np.float32(1.7e38)
+    cost = cost.T if transposed else cost
+    found = fm.solve(cost)
+    rows, cols = linear_sum_assignment(cost.astype(np.float64))
+    assert cost[found.row_ind, found.col_ind].max() < 1e38
+    assert found.objective == pytest.approx(cost[rows, cols].sum(dtype=np.float64), rel=1e-9)
+    assert found.gap_bound < 1e-6 * abs(found.objective)
