@@ -96,7 +96,7 @@ def _merged(a: Checkpoint, aligned: AlignedTensors, weight: float | None) -> Cal
         if name not in a:
             return tensor
         first = a[name]
-        if differ_in_inputs(first.shape, tensor.shape):
+        if differ_in_inputs(name, first.shape, tensor.shape):
             first = with_more_inputs(first, tensor)
         elif first.shape != tensor.shape:
             return tensor

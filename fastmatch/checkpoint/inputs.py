@@ -7,10 +7,15 @@ import torch
 __all__ = ["differ_in_inputs", "with_more_inputs"]
 
 
-def differ_in_inputs(first: torch.Size, second: torch.Size) -> bool:
-    """Whether two shapes are those of kernels of a 2-D convolution that differ in the number of input channels alone."""
+FIRST = ("conv_in.weight", "input_blocks.0.0.weight")
+"""Ends of the names of first layers: in others, channels are hidden units, which another size does not keep in place."""
+
+
+def differ_in_inputs(name: str, first: torch.Size, second: torch.Size) -> bool:
+    """Whether the kernels of a UNet's first convolution differ in the number of input channels alone."""
     return (
-        len(first) == len(second) == 4
+        name.endswith(FIRST)
+        and len(first) == len(second) == 4
         and first != second
         and (first[0], *first[2:]) == (second[0], *second[2:])
     )

@@ -174,7 +174,7 @@ def _difference(other: Tensors, base: Checkpoint, names: Collection[str]) -> Ten
     same = {
         name: tensor
         for name, tensor in own.items()
-        if name not in base or not differ_in_inputs(base.headers[name].shape, tensor.shape)
+        if name not in base or not differ_in_inputs(name, base.headers[name].shape, tensor.shape)
     }
     known = {name: base.headers[name] for name in same if name in base}
     check_same_architecture(same, known, str(checkpoint.path), str(base.path))
@@ -201,7 +201,7 @@ def _present(first: Checkpoint, other: Checkpoint) -> frozenset[str]:
     sizes = [name for name in shared if name not in same]
     if not same or len(sizes) > FEW:
         check_same_architecture(first.headers, other.headers, str(first.path), str(other.path))
-    wider = [n for n in sizes if differ_in_inputs(first.headers[n].shape, other.headers[n].shape)]
+    wider = [n for n in sizes if differ_in_inputs(n, first.headers[n].shape, other.headers[n].shape)]
     sizes = [name for name in sizes if name not in wider]
     absent = [name for name in first if name not in other]
     no_part = "it has no part in those"

@@ -33,11 +33,14 @@ def warm_up_command(args: argparse.Namespace) -> None:
         return {file: folder for folder in folders() for file in folder.glob("*.nbc")}
 
     before, start = kept(), time.monotonic()
-    logging.getLogger("fastmatch.assignment").setLevel(
-        logging.ERROR
-    )  # which tells of every kernel that it compiles
-    for step in progress_bar([*_assignments(), *_merges(), *_networks()], "compiling"):
-        step()
+    compiling = logging.getLogger("fastmatch.assignment")
+    level = compiling.level
+    compiling.setLevel(logging.ERROR)  # it tells of every kernel that it compiles
+    try:
+        for step in progress_bar([*_assignments(), *_merges(), *_networks()], "compiling"):
+            step()
+    finally:
+        compiling.setLevel(level)
     seconds, after = time.monotonic() - start, kept()
     compiled = after.keys() - before
     where = sorted({str(folder) for folder in after.values()})

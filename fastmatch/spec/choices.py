@@ -7,8 +7,10 @@ trace follows them as well: the model is told another answer, and what that pass
 from __future__ import annotations
 
 import sys
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -29,6 +31,9 @@ MOST_REPEATS = 2
 FAR = 100
 """How far other answers to a question for a number are, so that they are above and below what a model compares with. Two more
 are one away: a model may round the number and count by it."""
+
+LONGEST_SECONDS = 5.0
+"""How long a pass with another answer may take."""
 
 INNER = ("fastmatch", "torch", "contextlib")
 """Packages whose frames are not the model's."""
@@ -139,13 +144,38 @@ def follow_others(first: Choices, run: Callable[[Choices], None], unread: Callab
             answers = {k: choice.value for k, choice in enumerate(before.made[:position])}
             choices, left = Choices({**answers, position: other}, most), unread()
             try:
-                run(choices)
-            except (Exception, PathLeft):  # whatever the model's own code raises on what cannot be
+                with _limited():
+                    run(choices)
+            except (
+                Exception,
+                PathLeft,
+                SystemExit,
+            ):  # whatever the model's own code raises on what cannot be
                 continue
             finally:
                 choices.restore()
             found_more = unread() < left
             waiting.append((choices, position + (not found_more), found_more))
+
+
+@contextmanager
+def _limited() -> Iterator[None]:
+    """Leave a pass after some seconds: another answer may make a loop endless that runs no operation."""
+    if sys.gettrace() is not None:  # a debugger or a measure of coverage
+        yield
+        return
+    end = time.monotonic() + LONGEST_SECONDS
+
+    def look(_frame: Any, _event: str, _arg: Any) -> Any:
+        if time.monotonic() > end:
+            raise PathLeft
+        return look
+
+    sys.settrace(look)
+    try:
+        yield
+    finally:
+        sys.settrace(None)
 
 
 def _others(choices: Choices, start: int, found_more: bool) -> Iterator[tuple[int, Value, tuple[Any, ...]]]:

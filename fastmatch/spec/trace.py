@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from fastmatch._internal.callers import warn_user
 from fastmatch._internal.dispatch_mode import DispatchMode
 from fastmatch._internal.divided import undivided
 from fastmatch._internal.states import check_module
@@ -268,7 +269,7 @@ def _trace(
         for args, keywords in examples:
             choices = Choices()
             passed(args, keywords, choices)
-            if run is None:  # a graph has no other paths
+            if run is None and _can_follow(model, choices):  # a graph has no other paths
                 # What a model keeps of a pass with other answers is thrown away.
                 other = partial(lambda a, k, c: passed(a, k, c, structure_of(model)), args, keywords)
                 follow_others(choices, other, lambda: len(record.unread_tensors(state)))
@@ -276,6 +277,21 @@ def _trace(
         record.sites = sites
         unread = pin_unread(record, state)
         return find_groups(record, state, unread)
+
+
+def _can_follow(model: nn.Module, choices: Choices) -> bool:
+    """Whether a model that reads numbers in Python can be copied, so that other paths are followed; else a warning."""
+    if not choices.made:
+        return False
+    try:
+        structure_of(model)
+    except Exception as error:
+        warn_user(
+            "model: it reads numbers in Python, and the paths that others lead to were not followed, because it cannot be "
+            f"copied ({error})"
+        )
+        return False
+    return True
 
 
 def _pin_returned(record: Record, returned: list[torch.Tensor]) -> None:
