@@ -10,13 +10,14 @@ from __future__ import annotations
 import io
 import math
 import pickle
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+
+from fastmatch._internal.torch_file import check_archive
 
 __all__ = ["METADATA", "DistributedFolder", "Stored"]
 
@@ -194,7 +195,7 @@ class DistributedFolder:
         try:
             for file, offset, length, *_ in stored.parts:
                 with file.open("rb") as opened:
-                    _check_archive(_Part(opened, offset, length))
+                    check_archive(_Part(opened, offset, length), length)  # type: ignore[arg-type]
             plan = reader.prepare_local_plan(planner.create_local_plan())
             reader.read_data(planner.finish_plan(plan), planner).wait()
         except Exception as error:  # torch raises many types for damaged files
@@ -241,14 +242,6 @@ class _Part(io.RawIOBase):
         data = self.file.read(left if size < 0 else min(size, left))
         self.at += len(data)
         return data
-
-
-def _check_archive(part: _Part) -> None:
-    """Refuse what torch never writes: an archive that is larger inside than outside."""
-    with zipfile.ZipFile(part) as archive:  # type: ignore[call-overload]
-        inside = sum(info.file_size for info in archive.infolist())
-    if inside > part.length:
-        raise ValueError(f"its records hold {inside} bytes, the file {part.length}")
 
 
 def _read_metadata(path: Path) -> Any:

@@ -19,7 +19,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from datetime import timedelta
-from typing import Any, TypeVar
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -38,9 +39,11 @@ __all__ = [
     "is_launched",
     "is_of_ranks",
     "joined",
+    "on_all_ranks",
 ]
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 TIMEOUT = "FASTMATCH_TIMEOUT"
 """Environment variable: the seconds that a rank waits for the others."""
@@ -357,6 +360,17 @@ def current() -> Ranks:
     if _known.get("default") is not dist.group.WORLD:
         _known.update(ranks=_Group(_timeout()), default=dist.group.WORLD)
     return _known["ranks"]
+
+
+def on_all_ranks(function: Callable[P, T]) -> Callable[P, T]:
+    """Run a function that all ranks call within :meth:`Ranks.together`: an error of one ends the call on all."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        with current().together():
+            return function(*args, **kwargs)
+
+    return call
 
 
 def is_divided(tensor: object) -> bool:

@@ -41,7 +41,7 @@ def check_same_on_ranks(
     Args:
         ranks: the processes, all of which make the call.
         call: the name of the public function, for errors.
-        options: name of an argument -> its value. Numbers, words, tensors and what is made of them are compared by value,
+        options: name of an argument -> its value. Numbers, words, tensors, specs and what is made of them are compared by value,
             functions by name, other objects by type.
         models: name of an argument -> a module or state dict. Names, types, shapes and values are compared. Of tensors that
             are divided, which each rank has another part of, the division is compared instead of values.
@@ -75,15 +75,13 @@ def _marks(model: Model) -> dict[str, object]:
         return {name: _mark(tensor) for name, tensor in model.items()}
     if not isinstance(model, nn.Module):  # the call refuses it
         return {"": type(model).__name__}
-    if (
-        division_of(model) is not None
-    ):  # its state dict would be gathered, and a rank may have nothing of a tensor
+    if division_of(model) is not None:
+        # Its state dict would be gathered, and a rank may have nothing of a tensor.
         return {name: (str(p.dtype), getattr(p, "ds_shape", None)) for name, p in model.named_parameters()}
     state = {name: t for name, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
-        buffers = {
-            name for name, _ in model.named_buffers()
-        }  # it copies those of rank 0 before a forward pass
+        # It copies the buffers of rank 0 before a forward pass.
+        buffers = {name for name, _ in model.named_buffers()}
         state = {name: t for name, t in state.items() if name not in buffers}
     return {name: _mark(tensor) for name, tensor in state.items()}
 
@@ -102,12 +100,14 @@ def _mark(tensor: torch.Tensor) -> object:
     )
 
 
-def _described(value: object) -> object:
+def _described(value: Any) -> object:
     """Return what can be compared of an option's value."""
     if value is None or isinstance(value, (*PLAIN, torch.dtype, torch.device)):
         return repr(value)
     if isinstance(value, torch.Tensor):
-        return checksum(value)
+        return (str(value.dtype), tuple(value.shape)) if value.is_meta else checksum(value)
+    if hasattr(value, "to_json"):
+        return value.to_json()
     if isinstance(value, Mapping):
         return [(repr(key), _described(part)) for key, part in value.items()]
     if is_dataclass(value) and not isinstance(value, type):

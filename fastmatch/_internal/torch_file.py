@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import IO, Any
 
 import torch
 
-__all__ = ["load_torch", "save_torch", "torch_sink"]
+__all__ = ["check_archive", "load_torch", "save_torch", "torch_sink"]
 
 
 def load_torch(path: Path, *, mmap: bool = False) -> dict[str, torch.Tensor]:
@@ -29,7 +29,7 @@ def load_torch(path: Path, *, mmap: bool = False) -> dict[str, torch.Tensor]:
     try:
         is_zip = zipfile.is_zipfile(path)
         if is_zip:
-            _check_archive(path)
+            check_archive(path, path.stat().st_size)
         data = _load(path, mmap=mmap and is_zip)
     except Exception as error:  # torch raises many types for a damaged or unsafe pickle
         data = _state_of_training(path, mmap=mmap) if isinstance(error, UnpicklingError) else None
@@ -73,12 +73,16 @@ def _state_of_training(path: Path, *, mmap: bool) -> dict[str, Any] | None:
     return dict(state) or None
 
 
-def _check_archive(path: Path) -> None:
-    """Refuse what torch never writes: an archive that is larger inside than outside."""
-    with zipfile.ZipFile(path) as archive:
+def check_archive(file: Path | IO[bytes], size: int) -> None:
+    """Refuse what torch never writes: an archive that is larger inside than outside.
+
+    Raises:
+        ValueError: its records hold more than ``size`` bytes.
+    """
+    with zipfile.ZipFile(file) as archive:
         inside = sum(info.file_size for info in archive.infolist())
-    if inside > path.stat().st_size:
-        raise ValueError(f"its records hold {inside} bytes, the file {path.stat().st_size}")
+    if inside > size:
+        raise ValueError(f"its records hold {inside} bytes, the file {size}")
 
 
 def _check_entry(path: Path, name: object, value: object) -> None:

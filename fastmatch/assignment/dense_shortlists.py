@@ -26,6 +26,8 @@ from fastmatch_kernels._numba.parallel import over_rows
 from fastmatch_kernels.lap.state import (
     BIDS,
     CAPACITY,
+    FEW_PATHS,
+    FEW_ROWS,
     HUGE,
     NEARLY,
     POPS,
@@ -47,12 +49,6 @@ COPIED = 1 << 28
 
 SLICES = 4
 """Row reduction is judged after as many bids as a quarter of the rows."""
-
-FEW_ROWS = 16
-"""Rows that are read before their sizes are judged: huge ones are usually seen in these."""
-
-FEW_PATHS = 16
-"""Paths from whose lengths those of the others are estimated."""
 
 
 @dataclass(frozen=True)

@@ -160,9 +160,8 @@ def _integer_duals(v: np.ndarray) -> np.ndarray:
     fractions = np.sort(v - whole)
     gaps = np.diff(fractions, append=fractions[:1] + 1)
     k = int(np.argmax(gaps))
-    return whole + (
-        v - whole > fractions[k] + gaps[k] / 2
-    )  # beyond 2^52 float64 holds no sum of a dual and a fraction
+    # Whole numbers are added: beyond 2^52 float64 holds no sum of a dual and a fraction.
+    return whole + (v - whole > fractions[k] + gaps[k] / 2)
 
 
 def _sum(duals: _Duals, more: np.ndarray) -> _Duals:

@@ -130,9 +130,8 @@ class _Unit:
         spec = replace(self.spec, groups=groups, shapes=shapes)
         states = (_Loaded(ref, shapes), _Loaded(a, shapes))
         matcher = WeightMatching(max_sweeps=iters)
-        hooks = Hooks(
-            out_of_core=True, ranks=ALONE
-        )  # sd-mecha merges in threads, in no order that ranks could share
+        # sd-mecha merges in threads, in no order that ranks could share.
+        hooks = Hooks(out_of_core=True, ranks=ALONE)
         return match_weights(*states, spec, matcher, hooks).permutations
 
 

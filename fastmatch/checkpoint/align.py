@@ -183,13 +183,8 @@ def _claim_and_align(
 ) -> Alignment:
     check_runs_nothing(matcher)
     a, b = Checkpoint(path_a, device), Checkpoint(path_b, device)
-    options = {
-        "matcher": matcher,
-        "spec": None if spec is None else spec.to_json(),
-        "write": write,
-        "resume": resume,
-    }
-    seen = {"path_a": repr(a.headers), "path_b": repr(b.headers)}
+    seen = {"path_a": a.headers, "path_b": b.headers}
+    options = {"matcher": matcher, "spec": spec, "write": write, "resume": resume}
     check_same_on_ranks(ranks, "align_checkpoints", options | seen)
     for path in (path_a, path_b):
         check_no_adapter(path)

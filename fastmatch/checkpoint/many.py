@@ -23,7 +23,7 @@ from fastmatch.checkpoint.journal import journaling
 from fastmatch.checkpoint.merge import MergeOptions, Tensors, write_merge
 from fastmatch.checkpoint.pairs import Pair, check_runs_nothing, layout_for
 from fastmatch.checkpoint.reader import CONFIG, Checkpoint
-from fastmatch.checkpoint.tracing import prove_checkpoint, take_names_of_networks, trace_checkpoint
+from fastmatch.checkpoint.tracing import names_of_networks, prove_checkpoint, trace_checkpoint
 from fastmatch.checkpoint.writer import write_like
 from fastmatch.matching.weights import WeightMatching
 from fastmatch.permutations.alignment import Alignment
@@ -251,17 +251,25 @@ class _Run:
             checkpoint = Checkpoint(path)
             layout = layout_for(path, checkpoint, alignment.spec)
             aligned = AlignedTensors(checkpoint, layout, alignment)
-            models.append(_in_names_of(models[0].checkpoint if models else checkpoint, path, aligned))
+            models.append(
+                _in_names_of(models[0].checkpoint, checkpoint, aligned)
+                if models
+                else Tensors(checkpoint, aligned)
+            )
         models[0] = Tensors(models[0].checkpoint, models[0].checkpoint.__getitem__)
         write_merge(
             models, self.out, options, dtype=self.write.dtype, force=self.write.force, progress=self.progress
         )
 
 
-def _in_names_of(first: Checkpoint, path: Path, aligned: AlignedTensors) -> Tensors:
+def _in_names_of(first: Checkpoint, checkpoint: Checkpoint, aligned: AlignedTensors) -> Tensors:
     """Return aligned tensors by the names that the same networks have in the first checkpoint."""
-    renamed = Checkpoint(path)
-    own = {new: old for old, new in take_names_of_networks(renamed, first).items()}
+    names = names_of_networks(checkpoint, first)
+    if not names:
+        return Tensors(checkpoint, aligned)
+    renamed = Checkpoint(checkpoint.path)
+    renamed.rename(names)
+    own = {new: old for old, new in names.items()}
     return Tensors(renamed, lambda name: aligned(own.get(name, name)))
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "common_spec",
     "is_diffusion",
     "models_of",
+    "names_of_networks",
     "prove_checkpoint",
     "take_names_of_networks",
     "trace_checkpoint",
@@ -55,15 +56,18 @@ def models_of(checkpoint: Checkpoint) -> Iterator[FileModel]:
         yield FileModel([component], shapes)
 
 
-def take_names_of_networks(checkpoint: Checkpoint, other: Checkpoint) -> dict[str, str]:
-    """Give the networks in a file of a diffusion model the names that they have in another one. Return old names -> new ones."""
+def take_names_of_networks(checkpoint: Checkpoint, other: Checkpoint) -> None:
+    """Give the networks in a file of a diffusion model the names that they have in another one."""
+    checkpoint.rename(names_of_networks(checkpoint, other))
+
+
+def names_of_networks(checkpoint: Checkpoint, other: Checkpoint) -> dict[str, str]:
+    """Return name -> the one that another file has, for the networks in a file of a diffusion model that it names differently."""
     if checkpoint.path.is_dir() or other.path.is_dir():
         return {}
-    names = translation(
+    return translation(
         _shapes(checkpoint.headers), _shapes(other.headers), str(checkpoint.path), str(other.path)
     )
-    checkpoint.rename(names)
-    return names
 
 
 def trace_checkpoint(

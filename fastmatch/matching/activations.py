@@ -155,7 +155,7 @@ class ActivationMatching(Matcher):
         models = modules_of(model_a, model_b)
         ranks, title = current(), "activation matching"
         if not ranks.is_nested:
-            options = {"matcher": self, "spec": spec.to_json()}
+            options = {"matcher": self, "spec": spec}
             named = {"model_a": models[0], "model_b": models[1]}
             check_same_on_ranks(ranks, "ActivationMatching.match", options, named)
         readings = choose_readings(spec, self.site, self.reduce)

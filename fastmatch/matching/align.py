@@ -98,7 +98,7 @@ def align(
         check_same_names(a, b)
         check_finite(a, "model_a")
         check_finite(b, "model_b")
-        options = {"matcher": matcher, "spec": None if spec is None else spec.to_json(), "verify": verify}
+        options = {"matcher": matcher, "spec": spec, "verify": verify}
         check_same_on_ranks(ranks, "align", options, {"model_a": a, "model_b": b})
         if spec is None:
             with watch("trace"):

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from fastmatch._internal.checks import check_integer
-from fastmatch._internal.ranks import Ranks, current
+from fastmatch._internal.ranks import current, on_all_ranks
 from fastmatch._internal.same_on_ranks import check_same_on_ranks
 from fastmatch._internal.states import State, check_finite, check_models, check_same_architecture, state_of
 from fastmatch.matching.align import traced_spec, warn_if_nothing_moves
@@ -24,6 +24,7 @@ from fastmatch.spec.checks import check_spec
 __all__ = ["align_many"]
 
 
+@on_all_ranks
 def align_many(
     models: Sequence[nn.Module] | Sequence[State],
     example_inputs: Any = None,
@@ -67,21 +68,6 @@ def align_many(
 
     In a torch.distributed process group all ranks make the call with the same arguments, and share the work of the matcher.
     """
-    ranks = current()
-    with ranks.together():
-        return _align_many(models, example_inputs, strategy, reference, spec, verify, progress, ranks)
-
-
-def _align_many(
-    models: Sequence[nn.Module] | Sequence[State],
-    example_inputs: Any,
-    strategy: Strategy | None,
-    reference: int,
-    spec: PermutationSpec | None,
-    verify: bool,
-    progress: bool | None,
-    ranks: Ranks,
-) -> list[Alignment]:
     strategy = ToReference() if strategy is None else strategy
     check_strategy("strategy", strategy)
     check_models("models", models, least=2)
@@ -92,9 +78,9 @@ def _align_many(
     for k, state in enumerate(states):
         check_same_architecture(states[0], state, "models[0]", f"models[{k}]")
         check_finite(state, f"models[{k}]")
-    options = {"strategy": strategy, "reference": reference, "spec": None if spec is None else spec.to_json()}
+    options = {"strategy": strategy, "reference": reference, "spec": spec, "verify": verify}
     named = {f"models[{k}]": state for k, state in enumerate(states)}
-    check_same_on_ranks(ranks, "align_many", {**options, "verify": verify}, named)
+    check_same_on_ranks(current(), "align_many", options, named)
     if spec is None:
         spec = traced_spec(models[reference], example_inputs, f"models[{reference}]")
     check_spec(spec, states[reference], f"models[{reference}]")

@@ -168,7 +168,7 @@ def match_weights(
     matcher, hooks = matcher or WeightMatching(), hooks or Hooks()
     with hooks.ranks.together():
         if not (hooks.ranks.is_nested or hooks.out_of_core):  # else the caller has compared them
-            options = {"matcher": matcher, "spec": spec.to_json(), "bonus": hooks.bonus}
+            options = {"matcher": matcher, "spec": spec, "bonus": hooks.bonus}
             models = {"model_a": a, "model_b": b}
             check_same_on_ranks(hooks.ranks, "WeightMatching.match", options, models)
         return _match(a, b, spec, matcher, hooks, progress)

@@ -21,7 +21,7 @@ from fastmatch._internal.batches import (
 from fastmatch._internal.checks import check_choice, check_number
 from fastmatch._internal.coefficients import check_weights
 from fastmatch._internal.divided import check_in_parts
-from fastmatch._internal.ranks import Ranks, current
+from fastmatch._internal.ranks import current, on_all_ranks
 from fastmatch._internal.same_on_ranks import check_same_on_ranks
 from fastmatch._internal.shared_data import read_alike, share_of_rank
 from fastmatch.permutations.alignment import Alignment
@@ -179,6 +179,7 @@ class CallCounter:
         return call
 
 
+@on_all_ranks
 def endpoint_statistics(
     models: Sequence[nn.Module],
     data: Iterable[Any],
@@ -215,29 +216,16 @@ def endpoint_statistics(
             not finite; the batch and the layer are named.
     """
     ranks = current()
-    with ranks.together():
-        if not models:
-            raise ValueError("models: expected at least one")
-        check_data(data)
-        for k, model in enumerate(models):
-            check_module(model, f"models[{k}]")
-            check_in_parts(model, f"models[{k}]")
-        if not ranks.is_nested:
-            options = {"layers": layers, "samples": samples, "forward": forward}
-            named = {f"models[{k}]": model for k, model in enumerate(models)}
-            check_same_on_ranks(ranks, "endpoint_statistics", options, named)
-        return _measured(models, data, layers, samples, forward, progress, ranks)
-
-
-def _measured(
-    models: Sequence[nn.Module],
-    data: Iterable[Any],
-    layers: Sequence[str] | None,
-    samples: int | None,
-    forward: Forward,
-    progress: bool | None,
-    ranks: Ranks,
-) -> EndpointStatistics:
+    if not models:
+        raise ValueError("models: expected at least one")
+    check_data(data)
+    for k, model in enumerate(models):
+        check_module(model, f"models[{k}]")
+        check_in_parts(model, f"models[{k}]")
+    if not ranks.is_nested:
+        options = {"layers": layers, "samples": samples, "forward": forward}
+        named = {f"models[{k}]": model for k, model in enumerate(models)}
+        check_same_on_ranks(ranks, "endpoint_statistics", options, named)
     distinct = {id(model): model for model in models}  # a model given twice is run once
     tables: dict[int, dict[str, list[ChannelMoments]]] = {key: {} for key in distinct}
     counters = {key: CallCounter() for key in distinct}

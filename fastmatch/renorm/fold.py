@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from fastmatch._internal.states import working_dtype
 from fastmatch.renorm.harm import harmed
 from fastmatch.renorm.layers import Layer, bias_mask, by_outputs, channel_dim, raw_weight
 from fastmatch.renorm.targets import EPS, Target
@@ -81,7 +82,7 @@ def bring_to_target(
     for output in outputs:
         shape = [1] * output.ndim
         shape[channel_dim(layer, output)] = -1
-        work = torch.promote_types(output.dtype, torch.float32)
+        work = working_dtype(output.dtype)
         if output.is_cuda and output.dtype == work:  # one read and one write
             news.append(torch.addcmul(shift.to(work).view(shape), output, scale.to(work).view(shape)))
             continue

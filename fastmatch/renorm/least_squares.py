@@ -30,6 +30,7 @@ from torch import nn
 from fastmatch._internal.batches import Forward, device_of, evaluating
 from fastmatch._internal.layer_calls import on_call, on_input
 from fastmatch._internal.progress import progress_bar
+from fastmatch._internal.states import working_dtype
 from fastmatch.renorm.hooks import reset_hooks
 from fastmatch.renorm.layers import Layer, bias_mask, by_outputs, channel_dim, raw_weight
 from fastmatch.renorm.lockstep import Lockstep
@@ -269,7 +270,7 @@ class _Ends:
 
     def mean(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the weighted mean of one value per endpoint, in float32 or wider."""
-        work = torch.promote_types(values[0].dtype, torch.float32)
+        work = working_dtype(values[0].dtype)
         total = values[0].to(work) * self.weights[0]
         for weight, value in zip(self.weights[1:], values[1:], strict=True):
             total = torch.add(total, value.to(total), alpha=weight)

@@ -21,7 +21,7 @@ from fastmatch._internal.coefficients import (
 )
 from fastmatch._internal.divided import check_undivided
 from fastmatch._internal.modules import copy_module
-from fastmatch._internal.ranks import Ranks, current
+from fastmatch._internal.ranks import Ranks, current, on_all_ranks
 from fastmatch._internal.same_on_ranks import check_same_on_ranks
 from fastmatch._internal.shared_data import read_alike, share_of_rank
 from fastmatch.renorm.calibrate import Calibration, calibrate
@@ -100,6 +100,7 @@ def renormalize(
 
 
 @torch.inference_mode(False)
+@on_all_ranks
 def renormalize_many(
     models: Sequence[nn.Module],
     endpoints: Sequence[nn.Module] | EndpointStatistics | None,
@@ -130,20 +131,6 @@ def renormalize_many(
     Memory: all merges at once, ``"auto"`` a copy of each per method; in sequential mode also the calibration batches.
     """
     ranks = current()
-    with ranks.together():
-        return _renormalize(models, endpoints, data, method, weights, forward, progress, ranks)
-
-
-def _renormalize(
-    models: Sequence[nn.Module],
-    endpoints: Sequence[nn.Module] | EndpointStatistics | None,
-    data: Iterable[Any],
-    method: Method | Renormalization,
-    weights: Sequence[Sequence[float]] | None,
-    forward: Forward,
-    progress: bool | None,
-    ranks: Ranks,
-) -> list[nn.Module]:
     options = renormalization_of(method)
     if not models:
         raise ValueError("models: expected at least one")
@@ -207,6 +194,8 @@ def _check_same(
     options: Mapping[str, object],
 ) -> None:
     """Raise ValueError on all ranks if one was given something else."""
+    if ranks.size == 1:
+        return
     named: dict[str, nn.Module | Mapping[str, torch.Tensor]] = {
         f"models[{k}]": m for k, m in enumerate(models)
     }

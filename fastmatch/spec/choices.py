@@ -146,11 +146,7 @@ def follow_others(first: Choices, run: Callable[[Choices], None], unread: Callab
             try:
                 with _limited():
                     run(choices)
-            except (
-                Exception,
-                PathLeft,
-                SystemExit,
-            ):  # whatever the model's own code raises on what cannot be
+            except (Exception, PathLeft, SystemExit):  # the model's own code may raise on what cannot be
                 continue
             finally:
                 choices.restore()

@@ -19,6 +19,7 @@ from fastmatch._internal.batches import (
     split_batch,
 )
 from fastmatch._internal.checks import check_choice, check_integer
+from fastmatch._internal.states import working_dtype
 
 __all__ = ["Labels", "diagonal_fisher"]
 
@@ -71,10 +72,7 @@ def diagonal_fisher(
         return F.cross_entropy(prediction_of(output), y[None])
 
     gradient = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0), randomness="different")
-    totals = {
-        n: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
-        for n, p in parameters.items()
-    }
+    totals = {n: torch.zeros_like(p, dtype=working_dtype(p.dtype)) for n, p in parameters.items()}
     count = 0
     with evaluating(model), torch.autocast(device_of(model).type, enabled=False):
         for batch in batches_of(data, "diagonal Fisher", samples=samples, progress=progress):

@@ -108,48 +108,46 @@ def picture(record: Record) -> Figure:
     """Draw the accuracy barrier of every network, matched and renormalized in every way: one map per width."""
     from matplotlib.figure import Figure
 
-    curves = record["curves"]
+    curves, widths = record["curves"], sorted(record["widths"])
     names = list(dict.fromkeys(row["network"] for row in curves))
     kinds = [
         (matched, method) for matched in MATCHED for method in COLOURS
         if (matched != "naive" or method == "none") and _rows(curves, matched=matched, renormalized=method)
     ]  # fmt: skip
-    widths = sorted(record["widths"])
-    figure = Figure(
-        figsize=(1.5 + 0.48 * len(kinds) * len(widths), 1.7 + 0.32 * len(names)), layout="constrained"
-    )
+    size = 1.5 + 0.48 * len(kinds) * len(widths), 1.7 + 0.32 * len(names)
+    figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(1, len(widths), squeeze=False, sharey=True)[0]
     for ax, width in zip(panels, widths, strict=True):
-        values = [
-            [_barrier(_rows(curves, network=name, width=width, matched=matched, renormalized=method))
-             for matched, method in kinds]
-            for name in names
-        ]  # fmt: skip
-        ax.imshow(values, cmap="YlOrRd", vmin=0, vmax=1, aspect="auto")
-        for i, row in enumerate(values):
-            least = min(x for x in row if x == x)
-            for j, x in enumerate(row):
-                if x == x:
-                    ax.text(
-                        j, i, f"{100 * x:.0f}", ha="center", va="center", fontsize=8,
-                        color="white" if x > 0.6 else "black", weight="bold" if x == least else "normal",
-                    )  # fmt: skip
-        ax.set_xticks(range(len(kinds)), [method if method != "none" else "as merged" for _, method in kinds])
-        ax.tick_params(axis="x", labelrotation=60, length=0, labelsize=8)
-        ax.tick_params(axis="y", length=0, labelsize=9)
-        for matched in MATCHED:
-            at = [j for j, (kind, _) in enumerate(kinds) if kind == matched]
-            if at:
-                ax.axvline(at[-1] + 0.5, color="white", lw=3)
-                word = "no match" if matched == "naive" else matched
-                ax.text(
-                    sum(at) / len(at), -0.75, word, ha="center", fontsize=8, rotation=0 if len(at) > 1 else 25
-                )
+        _draw_map(ax, _rows(curves, width=width), names, kinds)
         ax.set_title(f"width x{width}", fontsize=10, pad=22)
-        ax.spines[:].set_visible(False)
     panels[0].set_yticks(range(len(names)), names)
     figure.suptitle("Accuracy barrier in points, the lowest of each network in bold", fontsize=11)
     return figure
+
+
+def _draw_map(ax: Axes, curves: list[Record], names: list[str], kinds: list[tuple[str, str]]) -> None:
+    """Draw a row per network and a column per kind of merge, (matched by, renormalized by)."""
+    values = [
+        [_barrier(_rows(curves, network=name, matched=matched, renormalized=method)) for matched, method in kinds]
+        for name in names
+    ]  # fmt: skip
+    ax.imshow(values, cmap="YlOrRd", vmin=0, vmax=1, aspect="auto")
+    for i, row in enumerate(values):
+        known = {j: x for j, x in enumerate(row) if x == x}
+        for j, x in known.items():
+            ax.text(
+                j, i, f"{100 * x:.0f}", ha="center", va="center", fontsize=8,
+                color="white" if x > 0.6 else "black", weight="bold" if x == min(known.values()) else "normal",
+            )  # fmt: skip
+    ax.set_xticks(range(len(kinds)), [method if method != "none" else "as merged" for _, method in kinds])
+    ax.tick_params(axis="x", labelrotation=60, length=0, labelsize=8)
+    ax.tick_params(axis="y", length=0, labelsize=9)
+    ax.spines[:].set_visible(False)
+    for matched in dict.fromkeys(matched for matched, _ in kinds):
+        at = [j for j, (kind, _) in enumerate(kinds) if kind == matched]
+        ax.axvline(at[-1] + 0.5, color="white", lw=3)
+        word = "no match" if matched == "naive" else matched
+        ax.text(sum(at) / len(at), -0.75, word, ha="center", fontsize=8, rotation=0 if len(at) > 1 else 25)
 
 
 def _barrier(rows: list[Record]) -> float:

@@ -23,8 +23,9 @@ from fastmatch_kernels._numba.simd import (
 )
 from fastmatch_kernels.lap.copying import copy_to
 from fastmatch_kernels.lap.paths import row_vector
+from fastmatch_kernels.lap.state import LARGEST
 
-__all__ = ["match_surveyed", "reduce_surveyed", "survey", "two_least"]
+__all__ = ["free_rows", "match_surveyed", "reduce_surveyed", "survey", "two_least"]
 
 
 @njit(nogil=True, cache=True, forceinline=True)
@@ -79,10 +80,18 @@ def _free_tie(c, at, sign, m, v, row_of, value, begin, otherwise):  # pragma: no
     return otherwise
 
 
-LARGEST = np.finfo(np.float64).max
-
 MISSES = 16
 """Rows that look for a tied free column in vain, beyond those that find one, before no row looks for one any more."""
+
+
+@njit(nogil=True, cache=True, inner=True)
+def free_rows(col_of, stack):  # pragma: no cover - compiled
+    """Put the free rows on ``stack``, the first on top; return their number."""
+    top = 0
+    for i in range(col_of.shape[0] - 1, -1, -1):
+        stack[top] = i
+        top += col_of[i] < 0
+    return top
 
 
 @njit(nogil=True, cache=True)
@@ -189,6 +198,7 @@ def reduce_surveyed(
                 misses += 1
                 continue
             hits += 1
+        # These lines stand in the bids of small matrices and of lists too: a function of them was measured to slow those down.
         old = row_of[j]
         row_of[j] = i
         col_of[i] = j
@@ -196,16 +206,10 @@ def reduce_surveyed(
             col_of[old] = -1
             stack[top] = old
             top += 1
-    top = 0
-    for i in range(n - 1, -1, -1):
-        stack[top] = i
-        top += col_of[i] < 0
+    top = free_rows(col_of, stack)
     if 2 * top > before:
         copy_to(v, v_before)
         copy_to(row_of, row_before)
         copy_to(col_of, col_before)
-        top = 0
-        for i in range(n - 1, -1, -1):
-            stack[top] = i
-            top += col_of[i] < 0
+        top = free_rows(col_of, stack)
     return top

@@ -22,7 +22,7 @@ from fastmatch_kernels._numba.simd import (
     splat,
     store,
 )
-from fastmatch_kernels.lap.state import CAPACITY
+from fastmatch_kernels.lap.state import CAPACITY, LARGEST
 
 __all__ = [
     "list_row",
@@ -40,7 +40,6 @@ at most x if WANTED of these sets have minima of at most x, and rarely many more
 
 SETS = (VECTORS + 1) * WIDTH  # the last vector holds the columns that do not fill one
 BLOCK = 4 * WIDTH
-LARGEST = np.finfo(np.float64).max
 
 
 @njit(nogil=True, cache=True, inner=True)

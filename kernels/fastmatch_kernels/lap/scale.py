@@ -20,14 +20,12 @@ from fastmatch_kernels._numba.simd import (
     select,
     splat,
 )
-from fastmatch_kernels.lap.state import HUGE
+from fastmatch_kernels.lap.state import HUGE, LARGEST
 
 __all__ = ["fitting_scale"]
 
 ALL = (1 << WIDTH) - 1
 """The mask of a vector whose lanes all hold."""
-
-LARGEST = np.finfo(np.float64).max
 
 NEVER = 2.0**880
 """Size from which an entry may stand for "never"."""

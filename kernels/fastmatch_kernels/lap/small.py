@@ -21,7 +21,13 @@ from fastmatch_kernels._numba.llvm import flat
 from fastmatch_kernels._numba.simd import WIDTH
 from fastmatch_kernels.lap.copying import copy_to
 from fastmatch_kernels.lap.duals import better_duals, typical_gap
-from fastmatch_kernels.lap.match import match_surveyed, reduce_surveyed, survey, two_least
+from fastmatch_kernels.lap.match import (
+    free_rows,
+    match_surveyed,
+    reduce_surveyed,
+    survey,
+    two_least,
+)
 from fastmatch_kernels.lap.paths import new_search, path, shuffle
 from fastmatch_kernels.lap.proof import gap_of, least_of_row, prove
 from fastmatch_kernels.lap.scale import fitting_scale
@@ -29,6 +35,8 @@ from fastmatch_kernels.lap.state import (
     BIDS,
     CROWDED,
     DOUBTFUL,
+    FEW_PATHS,
+    FEW_ROWS,
     HUGE,
     INFEASIBLE,
     KEPT,
@@ -51,12 +59,6 @@ __all__ = ["bid_rows", "crowded_duals", "solve_matrix", "solve_one", "solve_stac
 
 LARGE_DUALS = 2.0**26
 """Largest dual, in typical costs, beyond which small costs may have been lost in its rounding."""
-
-FEW_ROWS = 16
-"""Rows of a larger matrix that are read before their sizes are judged: huge ones are usually seen in these."""
-
-FEW_PATHS = 16
-"""Paths from whose lengths those of the others are estimated."""
 
 SCHEDULE = tuple(SmallSchedule())
 """The default schedule, a constant of the compiled code."""
@@ -122,16 +124,6 @@ def bid_rows(c, sign, m, v, row_of, col_of, stack, top, eps, limit, counts):  # 
 
 
 @njit(nogil=True, cache=True, inner=True)
-def _free_rows(col_of, stack):  # pragma: no cover - compiled
-    """Put the free rows on ``stack``, the first on top; return their number."""
-    top = 0
-    for i in range(col_of.shape[0] - 1, -1, -1):
-        stack[top] = i
-        top += col_of[i] < 0
-    return top
-
-
-@njit(nogil=True, cache=True, inner=True)
 def _phase(
     c, start, sign, m, v, row_of, col_of, stack, top, eps, most, rounds, war_above, few, counts
 ):  # pragma: no cover
@@ -156,7 +148,7 @@ def _reduce(
 ):  # pragma: no cover - compiled
     """Run a round of augmenting row reduction; return how many rows are free, on ``stack``."""
     _bid(c, start, sign, m, v, row_of, col_of, stack, top, 0.0, most, top + extra, counts)
-    return _free_rows(col_of, stack)
+    return free_rows(col_of, stack)
 
 
 @njit(nogil=True, cache=True, inner=True)
@@ -213,12 +205,12 @@ def _bids(
             )
             row_of[:] = -1
             col_of[:] = -1
-            top = _free_rows(col_of, stack)
+            top = free_rows(col_of, stack)
             for _ in range(2):
                 top = _reduce(c, start, sign, m, v, row_of, col_of, stack, top, most, extra, counts)
             if top >= before and (war or phase == 0 or phase == phases - 1):
                 _copy(v, row_of, col_of, v_before, row_before, col_before)
-                top = _free_rows(col_of, stack)
+                top = free_rows(col_of, stack)
                 calm = False
                 break
             if war:
@@ -258,7 +250,7 @@ def _try_paths(
             if now - before + (top - done) * ((now - last) / (done - begin)) > limit:
                 break
             begin, last = done, now
-    return 0, _free_rows(col_of, stack)
+    return 0, free_rows(col_of, stack)
 
 
 @njit(nogil=True, cache=True, inner=True)
@@ -337,7 +329,7 @@ def _start(
             total = -np.inf
     match_surveyed(c, start, scale, m, v, np.int64(0), n, least, seconds, columns, row_of, col_of)
     stack = np.empty(n, np.int64)
-    top = _free_rows(col_of, stack)
+    top = free_rows(col_of, stack)
     if top == 0:
         return SOLVED, scale
     if warm or n < auction_from or top <= crowded_above * n:
@@ -366,7 +358,7 @@ def _finish(
     """
     accepted_below = schedule[13]
     stack = np.empty(n, np.int64)
-    top = _free_rows(col_of, stack)
+    top = free_rows(col_of, stack)
     for attempt in range(2):
         # Duals that leave few rows free are taken at once; others only if bids from zeros are a price war.
         if other <= n and (attempt == 1 or other <= accepted_below * n):
@@ -374,7 +366,7 @@ def _finish(
             top, other = other, n + 1
             if top == 0:
                 return SOLVED
-            top = _free_rows(col_of, stack)
+            top = free_rows(col_of, stack)
         elif attempt == 1:
             break
         if top == 0:

@@ -26,10 +26,13 @@ __all__ = [
     "CAPACITY",
     "CROWDED",
     "DOUBTFUL",
+    "FEW_PATHS",
+    "FEW_ROWS",
     "FREE",
     "HUGE",
     "INFEASIBLE",
     "KEPT",
+    "LARGEST",
     "NEARLY",
     "NEARLY_SQUARE",
     "OPEN",
@@ -77,6 +80,14 @@ ZEROS, RESUMED, WARM = range(3)
 
 HUGE = 2.0**940
 """Sums of absolute values up to which no sum of duals leaves float64. Larger costs are multiplied by a power of two."""
+
+LARGEST = np.finfo(np.float64).max
+
+FEW_ROWS = 16
+"""Rows of a larger matrix that are read before their sizes are judged: huge ones are usually seen in these."""
+
+FEW_PATHS = 16
+"""Paths from whose lengths those of the others are estimated."""
 
 KEPT = 5
 """Numbers per row or column, beside the dual, that a crowded problem keeps."""
