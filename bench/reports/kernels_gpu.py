@@ -370,7 +370,7 @@ def card(device: torch.device) -> Row:
     except (OSError, subprocess.SubprocessError) as error:
         return {**found, "nvidia-smi": str(error)}
     values = done.stdout.splitlines()[0].split(", ")
-    return {**found, **dict(zip(fields.split(","), values, strict=True))}
+    return {**found, **dict(zip(fields.split(",")[1:], values[1:], strict=True))}
 
 
 def imports() -> Row:
