@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fastmatch_kernels._triton import packing
 from fastmatch_kernels._triton.product import GROUP
-from fastmatch_kernels._triton.tiles import CROSS, MATMUL, Target, Tiles, dot_precision
+from fastmatch_kernels._triton.tiles import PRECISIONS, Target, Tiles, dot_precision, matmul_tiles
 from fastmatch_kernels.channel_affine import triton as channel_affine
 from fastmatch_kernels.gain import triton as gain
 from fastmatch_kernels.inner_product import triton as inner_product
@@ -62,61 +63,88 @@ def _flat(values: Any) -> Iterator[Any]:
 # Factors: gain, cost_rows and row_softmin
 
 
-def _factor_arguments(dtype: str, gathered: bool, count: int) -> dict[str, Any]:
-    pointer, size = f"*{dtype}:16", "i32:16"
-    index = "*i64:16" if gathered else None
-    pointers, strides = (pointer,) * count, ((size, 1),) * count
-    return {
-        "factors": (pointers, pointers, (size,) * count, strides, strides, (index,) * count),
-        "b_index_ptr": index,
-    }
+def _factor_arguments(precision: str) -> dict[str, Any]:
+    """``factors`` of the products, as ``product.factor_arguments`` returns them."""
+    if precision == "ieee":
+        return {"factors": ("*fp32:16", None, "*fp32:16", None, *((1, "i32:16"),) * 2, "i32:16", None, None)}
+    dtype, low = ("*bf16:16", None) if precision == "half" else ("*fp16:16", "*fp16:16")
+    scale = None if precision == "half" else "*fp32:16"
+    low = low if precision == "fp16x3" else None
+    return {"factors": (dtype, low, dtype, low, *(("i32:16", 1),) * 2, "i32:16", scale, scale)}
 
 
-def _matmul_cases(target: Target, which: slice) -> Iterator[Case]:
-    variants = (("plain", False, 1), ("gathered", True, 1), ("two pairs", False, 2))
-    for precision, sizes in MATMUL[target.name].items():
-        dtype = "bf16" if precision == "half" else "fp32"
+def _matmul_cases(target: Target) -> Iterator[Case]:
+    for precision in (*PRECISIONS, "half"):
         matrix = precision != "ieee" or target.backend == "hip"
-        for tiles, (variant, gathered, count) in itertools.product(dict.fromkeys(sizes[which]), variants):
+        shapes = itertools.product((64, 4096), (False, True))
+        for tiles, reduced in dict.fromkeys(
+            (matmul_tiles(n, n, precision, target, reduced=reduced), reduced) for n, reduced in shapes
+        ):
             arguments = {
-                **_factor_arguments(dtype, gathered, count),
+                **_factor_arguments(precision),
                 "n": "i32:16",
                 "m": "i32:16",
-                "K": count,
+                "channels_a": "i32:16",
+                "channels_b": "i32:16",
                 "PRECISION": dot_precision(precision, target),
                 "GROUP": GROUP,
                 "BLOCK_M": tiles.rows,
                 "BLOCK_N": tiles.columns,
                 "BLOCK_K": tiles.depth,
             }
-            for op, kernel, own in _matmul_kernels(gathered, count):
+            for op, variant, kernel, own in _matmul_kernels(precision):
+                if reduced != (op in ("cost_rows", "row_softmin")):
+                    continue
                 kept = {k: v for k, v in arguments.items() if k in kernel.arg_names}
-                yield Case(op, variant, precision, kernel, {**kept, **own}, tiles, matrix)
+                yield Case(op, variant, precision, kernel, {**kept, **own}, tiles, matrix, precision != "ieee")
 
 
-def _matmul_kernels(gathered: bool, count: int) -> Iterator[tuple[str, Any, dict[str, Any]]]:
-    """(operation, kernel, the arguments that only it has) of everything that reads a product of factors."""
-    yield (
-        "gain",
-        gain._gain_kernel,
-        {"out_ptr": "*fp32:16", "out_stride": "i32:16", "ACCUMULATE": count == 2},
-    )
-    yield (
-        "cost_rows",
-        cost_rows._candidates_kernel,
-        {
-            "v_ptr": "*fp32:16",
-            "value_ptr": "*fp32:16",
-            "column_ptr": "*i32:16",
-            "cutoff_ptr": "*fp32:16",
-            "few": "i32",
-        },
-    )
-    if not gathered:
-        yield (
-            "row_softmin",
-            row_softmin._softmin_kernel,
-            {"v_ptr": "*fp32:16", "part_ptr": "*fp32:16", "temperature": "fp32"},
+def _matmul_kernels(precision: str) -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
+    """(operation, variant, kernel, the arguments that only it has) of everything that reads a product of factors."""
+    for accumulate in (False, True):
+        own = {"out_ptr": "*fp32:16", "out_stride": "i32:16", "ACCUMULATE": accumulate}
+        yield "gain", "added" if accumulate else "plain", gain._gain_kernel, own
+    pointers = {"v_ptr": "*fp32:16", "value_ptr": "*fp32:16", "column_ptr": "*i32:16", "cutoff_ptr": "*fp32:16"}
+    own = {**pointers, "few": "i32", "EXACT": precision != "fp16"}
+    yield "cost_rows", "plain", cost_rows._candidates_kernel, own
+    own = {"v_ptr": "*fp32:16", "part_ptr": "*fp32:16", "temperature": "fp32"}
+    yield "row_softmin", "plain", row_softmin._softmin_kernel, own
+    if precision != "half":
+        own = {"cross_ptr": "*fp64:16", "chunk": moments.CHUNK}
+        yield "moments, packed", "plain", moments._packed_cross_kernel, own
+
+
+def _pack_cases() -> Iterator[Case]:
+    for dtype, along, gathered in itertools.product(("fp32", "bf16"), ("columns", "rows"), (False, True)):
+        scaled = dtype == "fp32"
+        tiles = packing.pack_tiles(1 if along == "columns" else 16)
+        index = "*i64:16" if gathered else None
+        out = "*fp16:16" if scaled else f"*{dtype}:16"
+        yield Case(
+            "packing",
+            f"{dtype}, contiguous {along}{', gathered' if gathered else ''}",
+            "-",
+            packing._pack_kernel,
+            {
+                "x_ptr": f"*{dtype}:16",
+                "row_ptr": index,
+                "column_ptr": index,
+                "largest_ptr": "*fp32:16" if scaled else None,
+                "high_ptr": out,
+                "low_ptr": out if scaled else None,
+                "scale_ptr": "*fp32:16" if scaled else None,
+                "rows": "i32:16",
+                "columns": "i32:16",
+                "width": "i32:16",
+                "row_stride": "i32:16" if along == "columns" else 1,
+                "column_stride": 1 if along == "columns" else "i32:16",
+                "out_stride": "i32:16",
+                "BLOCK_R": tiles.rows,
+                "BLOCK_C": tiles.columns,
+            },
+            tiles,
+            False,
+            not gathered and (scaled or along == "columns"),
         )
 
 
@@ -143,10 +171,10 @@ UNALIGNED_LAYOUTS = {
 }
 
 
-def _cross_cases(target: Target, which: slice, layouts: dict[str, dict[str, Any]]) -> Iterator[Case]:
-    for precision, sizes in CROSS[target.name].items():
+def _cross_cases(target: Target, aligned: bool, layouts: dict[str, dict[str, Any]]) -> Iterator[Case]:
+    for precision, sizes in moments.NARROW[target.name].items():
         for tiles, (layout_name, layout), dtype, statistics in itertools.product(
-            dict.fromkeys(sizes[which]), layouts.items(), ("fp32", "bf16"), (True, False)
+            (sizes[0 if aligned else 1],), layouts.items(), ("fp32", "bf16"), (True, False)
         ):
             yield Case(
                 "moments" if statistics else "moments, one model",
@@ -203,23 +231,50 @@ def _channels(dtype: str, layout: dict[str, Any]) -> tuple[dict[str, Any], int]:
 def _stats_cases(layouts: dict[str, dict[str, Any]], aligned: bool) -> Iterator[Case]:
     for dtype, (variant, layout) in itertools.product(("fp32", "bf16"), layouts.items()):
         shape, stride_c = _channels(dtype, layout)
-        tiles = moments.stats_tiles(stride_c, aligned=aligned)
-        yield Case(
-            "moments, no product",
-            f"{variant}, {dtype}",
-            "-",
-            moments._stats_kernel,
-            {
-                **shape,
-                "shift_ptr": "*fp32:16",
-                "stats_ptr": "*fp64:16",
-                "CHUNK": moments.CHUNK,
-                "BLOCK_C": tiles.rows,
-                "BLOCK_T": tiles.depth,
-            },
-            tiles,
-            False,
-        )
+        for largest in (None, "*fp32:16"):
+            tiles = moments.stats_tiles(stride_c, aligned=aligned)
+            yield Case(
+                "moments, no product" if largest is None else "moments, before packing",
+                f"{variant}, {dtype}",
+                "-",
+                moments._stats_kernel,
+                {
+                    **shape,
+                    "shift_ptr": "*fp32:16",
+                    "stats_ptr": "*fp64:16",
+                    "largest_ptr": largest,
+                    "CHUNK": moments.CHUNK,
+                    "BLOCK_C": tiles.rows,
+                    "BLOCK_T": tiles.depth,
+                },
+                tiles,
+                False,
+            )
+        for scaled in (True, False):
+            tiles = moments.pack_tiles(stride_c, scaled=scaled)
+            out, scale = ("*fp16:16", "*fp32:16") if scaled else ("*fp32:16", None)
+            yield Case(
+                "moments, packing",
+                f"{variant}, {dtype}, {'scaled' if scaled else 'as it is'}",
+                "-",
+                moments._pack_kernel,
+                {
+                    **shape,
+                    "shift_ptr": "*fp32:16",
+                    "largest_ptr": scale,
+                    "high_ptr": out,
+                    "low_ptr": out if scaled else None,
+                    "scale_ptr": scale,
+                    "out_strides": ("i32:16", 1) if scaled else (1, "i32:16"),
+                    "first": "i32:16",
+                    "width": "i32:16",
+                    "BLOCK_C": tiles.rows,
+                    "BLOCK_T": tiles.depth,
+                },
+                tiles,
+                False,
+                dtype == "fp32",
+            )
 
 
 def _affine_cases(layouts: dict[str, dict[str, Any]], aligned: bool) -> Iterator[Case]:
@@ -273,7 +328,7 @@ def _affine_cases(layouts: dict[str, dict[str, Any]], aligned: bool) -> Iterator
 # Weights and candidates: permute_merge and the selection of cost_rows
 
 
-def _merge_cases(aligned: bool) -> Iterator[Case]:
+def _merge_cases(target: Target, aligned: bool) -> Iterator[Case]:
     two = (None, "*i64:16")
     variants = (
         ("average", 8192, (None, None), (None, None), 1),
@@ -282,10 +337,12 @@ def _merge_cases(aligned: bool) -> Iterator[Case]:
         ("one weight, rows and columns", 8192, ("*i64:16",), ("*i64:16",), 1),
         # Axes apart and channels of several elements, as convolutions have them.
         ("rows and columns in blocks, runs of 64", 64, two, two, "i32"),
+        ("rows and columns, long runs", 32768, two, two, 1),
     )
     for dtype, (variant, length, first, second, block) in itertools.product(("fp32", "bf16"), variants):
         count = len(first)
-        tiles, steps = permute_merge.run_tiles(length, second[-1] is not None, aligned=aligned)
+        gathered = second[-1] is not None
+        tiles, steps, whole = permute_merge.run_tiles(length, gathered, target, aligned=aligned)
         yield Case(
             "permute_merge",
             f"{variant}, {dtype}",
@@ -302,6 +359,7 @@ def _merge_cases(aligned: bool) -> Iterator[Case]:
                 "BLOCK_R": tiles.rows,
                 "BLOCK_L": tiles.columns,
                 "STEPS": steps,
+                "WHOLE": whole,
             },
             tiles,
             False,
@@ -309,11 +367,11 @@ def _merge_cases(aligned: bool) -> Iterator[Case]:
 
 
 def _selection_cases() -> Iterator[Case]:
-    for candidates in (64, 2048, cost_rows.MAX_CANDIDATES):
-        tiles = cost_rows.select_tiles(candidates)
+    for candidates, k in ((64, 48), (2048, 48), (cost_rows.MAX_CANDIDATES, 48), (cost_rows.MAX_CANDIDATES, 1024)):
+        tiles = cost_rows.select_tiles(candidates, k)
         yield Case(
             "cost_rows, selection",
-            f"{candidates} candidates",
+            f"{k} of {candidates} candidates",
             "-",
             cost_rows._select_kernel,
             {
@@ -331,6 +389,7 @@ def _selection_cases() -> Iterator[Case]:
                 "tiles_n": "i32:16",
                 "BLOCK_R": tiles.rows,
                 "BLOCK_C": tiles.columns,
+                "BLOCK_K": tiles.depth,
                 "BLOCK_T": max(tiles.columns // 4, 2),
             },
             tiles,
@@ -435,13 +494,14 @@ def _inner_cases() -> Iterator[Case]:
 
 def _known(target: Target, aligned: bool) -> Iterator[Case]:
     """Every case with the tiles for data that is aligned or not, its arguments as for aligned data."""
-    which = slice(2) if aligned else slice(2, 3)
     layouts = LAYOUTS if aligned else UNALIGNED_LAYOUTS
-    yield from _matmul_cases(target, which)
-    yield from _cross_cases(target, which, layouts)
+    if aligned:
+        yield from _matmul_cases(target)
+    yield from _pack_cases()
+    yield from _cross_cases(target, aligned, layouts)
     yield from _stats_cases(layouts, aligned)
     yield from _affine_cases(layouts, aligned)
-    yield from _merge_cases(aligned)
+    yield from _merge_cases(target, aligned)
     yield from _selection_cases()
     yield from _stored_cases()
     yield from _entry_cases()

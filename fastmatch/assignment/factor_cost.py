@@ -26,10 +26,7 @@ TILE = (1024, 8192)
 """Rows and columns of a tile on the CPU: 32 MB in float32, large enough for BLAS on all cores."""
 
 CERTAIN = 0.5
-"""Fraction of a coarse list that its bound must confirm. Rows with less are read in float32 at once."""
-
-TF32_DEPTH = 2048
-"""Products per entry from which a GPU screens in TF32, whose bound is then at most three times that of three products."""
+"""Fraction of a coarse list that its bound must confirm. Rows with less are read again at once, in the next precision."""
 
 LONGEST = 1 << 10
 """Entries per row that the Triton kernel selects. Longer lists, which few rows ask for, are sorted in float64."""
@@ -149,8 +146,7 @@ class FactorCost:
             return "bf16", "ieee"
         if self.device.type == "cpu" or self.pairs[0][0].dtype != torch.float32:
             return ("ieee",)
-        # Matrix units. With many terms it is their number, not the precision of each, that the bound grows by.
-        return "tf32" if self.depth >= TF32_DEPTH else "tf32x3", "ieee"
+        return "fp16", "fp16x3"  # on matrix units
 
     def _sizes(self) -> torch.Tensor:
         total = torch.zeros(self.shape[0], dtype=torch.float64, device=self.device)

@@ -47,7 +47,7 @@ HELD = 1 << 29
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes that the GPU kernel multiplies."""
 
-PRECISION = "tf32x3"
+PRECISION = "fp16x3"
 """Of the GPU kernel's float32 products: about float32's own, on matrix units. Progress is checked in float64."""
 
 

@@ -23,7 +23,7 @@ PooledSimilarity: TypeAlias = Literal["correlation", "covariance", "inner"]
 """The similarities that :class:`CrossMoments` computes."""
 
 
-PRECISION = "tf32x3"
+PRECISION = "fp16x3"
 """Of products on a GPU: about float32's own, on matrix units. On the CPU they are float32."""
 
 

@@ -29,8 +29,8 @@ __all__ = [
 ]
 
 Backend: TypeAlias = Literal["triton", "cpu", "reference"]
-Precision: TypeAlias = Literal["ieee", "tf32", "bf16x3", "tf32x3"]
-RowPrecision: TypeAlias = Literal["ieee", "tf32", "bf16x3", "tf32x3", "bf16"]
+Precision: TypeAlias = Literal["ieee", "fp16", "fp16x3"]
+RowPrecision: TypeAlias = Literal["ieee", "fp16", "fp16x3", "bf16"]
 """Those of row reductions. bf16 screens on the CPU: exact results from a first pass in bfloat16."""
 
 

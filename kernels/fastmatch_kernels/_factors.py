@@ -49,6 +49,7 @@ def check_factors(
         contractions: list[Tensor | None] = [contraction_index] * len(factors)
     else:
         contractions = list(contraction_index)
+    given_order = list(contractions)
     if len(contractions) != len(factors):
         raise ValueError(f"contraction_index: expected {len(factors)}, one per pair, got {len(contractions)}")
     for k, index in enumerate(contractions):
@@ -60,8 +61,11 @@ def check_factors(
     if b_index is not None:
         _check_gather("b_index", b_index, None, m)
         m = len(b_index)
-    placed = {id(x): beside(x, a[0]) for x in (b_index, *contractions)}
-    rows, *contractions = [placed[id(x)] for x in (b_index, *contractions)]
+    rows = beside(b_index, a[0])
+    for k, index in enumerate(contractions):
+        # Compared by identity, not by id: torch 2.11 does not compile that.
+        shared = next((i for i in range(k) if index is given_order[i]), None)
+        contractions[k] = beside(index, a[0]) if shared is None else contractions[shared]
     given = [x for x in (rows, *contractions) if x is not None]
     return a, b, rows, contractions, (len(a[0]), m), backend_of(*a, *b, *given, backend=backend)
 

@@ -79,7 +79,7 @@ def test_rank_update_equals_a_fresh_gain(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("precision", ["tf32", "bf16x3"])
+@pytest.mark.parametrize("precision", ["fp16", "fp16x3"])
 def test_named_precisions_hold_their_bound(backend, precision):
     factors = pairs(fresh_generator(), 40, 40, (50,))
     within(gain(factors, precision=precision, backend=backend), factors, unit=2.0**-8.9)
@@ -144,21 +144,11 @@ def test_bad_input_is_named(factors, options, error, match):
         gain(factors, **options)
 
 
-def test_only_whole_vectors_count_as_aligned():
-    from fastmatch_kernels._triton.tiles import MATMUL, TARGETS, factors_aligned, matmul_tiles
+def test_wide_products_and_reduced_rows_have_tiles_of_their_own():
+    from fastmatch_kernels._triton.tiles import MATMUL, TARGETS, matmul_tiles
 
-    whole = torch.zeros(40, 64)
-    assert factors_aligned(whole, whole[3:])
-    for other in (
-        whole[:, 1:],
-        whole[:, :63],
-        whole.T,
-        torch.zeros(40, 63),
-        whole.flatten()[1:2497].view(39, 64),
-    ):
-        assert not factors_aligned(whole, other)
-    small, wide, unaligned = MATMUL["sm_90"]["half"]
-    target = TARGETS["sm_90"]
-    assert matmul_tiles(64, 4096, "half", target) == small
-    assert matmul_tiles(4096, 4096, "half", target) == wide
-    assert matmul_tiles(4096, 4096, "half", target, aligned=False) == unaligned
+    target, table = TARGETS["sm_90"], MATMUL["sm_90"]
+    assert matmul_tiles(64, 4096, "half", target) == table["half"][0]
+    assert matmul_tiles(4096, 4096, "fp16", target) == table["half"][1]
+    assert matmul_tiles(4096, 4096, "fp16", target, reduced=True) == table["fp16, rows"][1]
+    assert matmul_tiles(4096, 4096, "fp16", TARGETS["gfx942"], reduced=True) == MATMUL["gfx942"]["half"][1]

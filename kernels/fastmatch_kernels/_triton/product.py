@@ -1,9 +1,7 @@
-# pyright: reportGeneralTypeIssues=false
-# tl.static_range is only known to the compiler.
-"""Tiles of ``sum_k A_k B_k^T``, and their launch, for the kernels that read a product of factors: gain and row reductions.
+"""Tiles of a product ``A B^T`` of packed factors, and their launch, for the kernels that read one: gain and row reductions.
 
-``factors`` of a kernel is one tuple of six, each with an element per pair: pointers to A (n, d) and to B (m, d), depths d,
-strides (row, column) of A and of B, and pointers to the contraction index (d,) int64 or None.
+``factors`` of a kernel is one tuple: pointers to A's high and low parts (n, depth), to B's (m, depth), the strides (row, column) of
+A and of B, the depth, and pointers to what rows of A and of B are scaled by. Low parts and scales may be None.
 """
 
 from __future__ import annotations
@@ -15,50 +13,49 @@ import torch
 import triton
 import triton.language as tl
 
-from fastmatch_kernels._triton.tiles import (
-    FACTOR_DTYPES,
-    Tiles,
-    dot_precision,
-    factors_aligned,
-    matmul_tiles,
-    precision_of,
-    target_of,
-)
+from fastmatch_kernels._triton.packing import Packed
+from fastmatch_kernels._triton.tiles import FACTOR_DTYPES, Tiles, dot_precision, matmul_tiles, precision_of, target_of
 
 __all__ = [
     "GROUP",
+    "check_dtypes",
     "dot",
     "factor_arguments",
     "output_tile",
     "plan_product",
     "product_tile",
     "reduced_cost_tile",
+    "scaled",
 ]
 
 GROUP = 8
 """Tile rows that are walked together, so that B's tiles are found in L2."""
 
 
-def plan_product(
-    a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], m: int, precision: str
-) -> tuple[Tiles, dict[str, Any]]:
-    """Return (tiles, constants and compiler options of a launch) of an (n, m) product.
-
-    Raises:
-        TypeError: factors that are not all of one dtype that the kernels multiply.
-        ValueError: CPU tensors without Triton's interpreter, or a GPU that no tiles were chosen for.
-    """
+def check_dtypes(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> None:
+    """Raise TypeError for factors that are not all of one dtype that the kernels multiply."""
     for k, pair in enumerate(zip(a, b, strict=True)):
         for x in pair:
             if x.dtype not in FACTOR_DTYPES or x.dtype != a[0].dtype:
                 raise TypeError(
                     f"factors[{k}]: expected all of one of {FACTOR_DTYPES} on the Triton backend, got {x.dtype}"
                 )
-    target = target_of(a[0].device)
-    key = precision_of(a[0].dtype, precision)
-    tiles = matmul_tiles(len(a[0]), m, key, target, aligned=factors_aligned(*a, *b))
-    return tiles, {
-        "K": len(a),
+
+
+def plan_product(
+    shape: tuple[int, int], dtype: torch.dtype, precision: str, device: torch.device, *, reduced: bool = False
+) -> tuple[str, Tiles, dict[str, Any]]:
+    """Return (key of the precision, tiles, constants and compiler options of a launch) of a product of this shape.
+
+    ``reduced`` says that rows are reduced in the tiles.
+
+    Raises:
+        ValueError: CPU tensors without Triton's interpreter, or a GPU that no tiles were chosen for.
+    """
+    target = target_of(device)
+    key = precision_of(dtype, precision)
+    tiles = matmul_tiles(*shape, key, target, reduced=reduced)
+    return key, tiles, {
         "PRECISION": dot_precision(key, target),
         "GROUP": GROUP,
         "BLOCK_M": tiles.rows,
@@ -68,18 +65,9 @@ def plan_product(
     }
 
 
-def factor_arguments(
-    a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], contraction_index: Sequence[torch.Tensor | None]
-) -> tuple[tuple[Any, ...], ...]:
+def factor_arguments(a: Packed, b: Packed) -> tuple[Any, ...]:
     """Return ``factors`` as the kernels take them."""
-    return (
-        tuple(a),
-        tuple(b),
-        tuple(x.shape[1] for x in a),
-        tuple(x.stride() for x in a),
-        tuple(x.stride() for x in b),
-        tuple(contraction_index),
-    )
+    return a.high, a.low, b.high, b.low, a.high.stride(), b.high.stride(), a.high.shape[1], a.scale, b.scale
 
 
 @triton.jit
@@ -105,64 +93,64 @@ def output_tile(n, m, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.co
 @triton.jit
 def product_tile(
     factors,
-    b_index_ptr,  # (m,) int64, or None: the rows of B
     row,  # (BLOCK_M,)
     column,  # (BLOCK_N,)
     n,
     m,
-    K: tl.constexpr,
+    begin,  # of the depth, a multiple of BLOCK_K
+    end,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """(BLOCK_M, BLOCK_N) float32; elements outside the matrices are 0."""
-    a_ptrs, b_ptrs, depths, a_strides, b_strides, contraction_ptrs = factors
-    in_row, in_column = row < n, column < m
-    if b_index_ptr is None:
-        b_row_index = column
-    else:
-        b_row_index = tl.load(b_index_ptr + column, mask=in_column, other=0)
+    """(BLOCK_M, BLOCK_N) float32, not scaled; elements outside the matrices are 0."""
+    a_ptr, a_low_ptr, b_ptr, b_low_ptr, a_strides, b_strides, _depth, _a_scale_ptr, _b_scale_ptr = factors
+    in_row, in_column = (row < n)[:, None], (column < m)[None, :]
+    a_at = row.to(tl.int64)[:, None] * a_strides[0]
+    b_at = column.to(tl.int64)[None, :] * b_strides[0]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in tl.static_range(K):
-        a_row = a_ptrs[k] + row.to(tl.int64)[:, None] * a_strides[k][0]
-        b_row = b_ptrs[k] + b_row_index.to(tl.int64)[None, :] * b_strides[k][0]
-        for start in range(0, depths[k], BLOCK_K):
-            t = start + tl.arange(0, BLOCK_K)
-            in_depth = t < depths[k]
-            if contraction_ptrs[k] is None:
-                u = t.to(tl.int64)
-            else:
-                u = tl.load(contraction_ptrs[k] + t, mask=in_depth, other=0)
-            a = tl.load(
-                a_row + t.to(tl.int64)[None, :] * a_strides[k][1],
-                mask=in_row[:, None] & in_depth[None, :],
-                other=0.0,
-            )
-            b = tl.load(
-                b_row + u[:, None] * b_strides[k][1], mask=in_column[None, :] & in_depth[:, None], other=0.0
-            )
-            acc = dot(a, b, acc, PRECISION)
+    for start in range(begin, end, BLOCK_K):
+        t = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
+        a_step, b_step = a_at + t[None, :] * a_strides[1], b_at + t[:, None] * b_strides[1]
+        a = tl.load(a_ptr + a_step, mask=in_row, other=0.0)
+        b = tl.load(b_ptr + b_step, mask=in_column, other=0.0)
+        acc = dot(a, b, acc, PRECISION)
+        if a_low_ptr is not None:
+            b_low = tl.load(b_low_ptr + b_step, mask=in_column, other=0.0)
+            acc = dot(a, b_low, acc, PRECISION)
+            a_low = tl.load(a_low_ptr + a_step, mask=in_row, other=0.0)
+            acc = dot(a_low, b, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def scaled(acc, factors, row, column, n, m):
+    """The product that a tile of scaled factors stands for."""
+    a_scale_ptr, b_scale_ptr = factors[7], factors[8]
+    if a_scale_ptr is not None:
+        a = tl.load(a_scale_ptr + row, mask=row < n, other=1.0)[:, None]
+        b = tl.load(b_scale_ptr + column, mask=column < m, other=1.0)[None, :]
+        # The smaller one first: the other way round a large one could overflow on the way to a result that does not.
+        acc = acc * 2.0**-24 * tl.minimum(a, b) * tl.maximum(a, b)
     return acc
 
 
 @triton.jit
 def reduced_cost_tile(
     factors,
-    b_index_ptr,
     v_ptr,  # (m,) float32
     row,
     column,
     n,
     m,
-    K: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """(BLOCK_M, BLOCK_N) float32 of ``c - v`` with c minus the product; +inf for NaN and outside the columns."""
-    gain = product_tile(factors, b_index_ptr, row, column, n, m, K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+    acc = product_tile(factors, row, column, n, m, 0, factors[6], PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
     v = tl.load(v_ptr + column, mask=column < m, other=0.0)
-    value = -gain - v[None, :]
+    value = -scaled(acc, factors, row, column, n, m) - v[None, :]
     return tl.where((column < m)[None, :] & (value == value), value, float("inf"))

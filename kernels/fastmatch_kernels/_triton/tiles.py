@@ -1,8 +1,7 @@
 """Tile sizes, chosen in plain Python from shapes, precision and target, and the properties of the targets.
 
 There is no autotuner: it needs a driver, and its choices could not all be compiled and inspected ahead of time. A product
-uses one of three tiles of ``MATMUL[target][precision]`` or ``CROSS``: for small shapes, for wide shapes, and for data of
-unknown alignment, for which each thread holds many addresses and larger tiles spill. Tests compile all of them.
+uses one of two tiles of ``MATMUL[target][precision]``, for small shapes and for wide ones. Tests compile all of them.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from dataclasses import dataclass
 import torch
 
 __all__ = [
-    "CROSS",
     "FACTOR_DTYPES",
     "INTERPRETER",
     "MATMUL",
@@ -24,7 +22,6 @@ __all__ = [
     "Tiles",
     "ceil_div",
     "dot_precision",
-    "factors_aligned",
     "is_aligned",
     "matmul_tiles",
     "precision_of",
@@ -34,20 +31,20 @@ __all__ = [
 FACTOR_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes that the kernels read."""
 
-PRECISIONS = ("ieee", "tf32", "bf16x3", "tf32x3")
-"""Of float32 products: every bit; 11 bits of each factor; about 16 bits of each factor in three bfloat16
-products; about 20 bits in three TF32 products, on the matrix units where IEEE products have none. Half-precision inputs are multiplied as they are (``"half"``), which is exact in float32."""
+PRECISIONS = ("ieee", "fp16", "fp16x3")
+"""Of float32 products: every bit; 11 bits of each factor (those of TF32); 22 bits of each factor in three products. The last two
+scale rows by powers of two, multiply in float16 on the matrix units and sum in float32: see ``packing``. Half-precision
+inputs are multiplied as they are (``"half"``), which is exact in float32."""
 
 ROUNDOFF = {
-    "ieee": (0.0, 1),
-    "half": (0.0, 1),
-    "tf32": (2.0**-8.9, 1),
-    "bf16x3": (2.0**-16, 3),
-    "tf32x3": (2.0**-18, 3),
+    "ieee": (0.0, 0.0, 1),
+    "half": (0.0, 0.0, 1),
+    "fp16": (2.0**-10 + 2.0**-20, 2.0**-35, 1),
+    "fp16x3": (2.0**-20, 2.0**-35, 3),
 }
-"""Precision -> (bound on the relative error of one product, products summed for it). Factors lose at most
-2^-10 to tf32, if hardware truncates; x = hi + lo + r with |r| <= 2^-18 |x| for bfloat16 and 2^-20 |x| for tf32, and lo
-times lo is omitted."""
+"""Precision -> (bound on the relative error of one product, what is lost of an element relative to the largest one of its row, products
+summed for it). By the bound of ``packing``: rounding each factor loses 2^-11 or 2^-22 of it, low times low another
+2^-22, and numbers near zero 2^-25 where the largest is 2^12."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ class Target:
 
 
 def _rates(ieee: float, tf32: float, half: float) -> dict[str, float]:
-    return {"ieee": ieee, "tf32": tf32, "bf16x3": half / 3, "tf32x3": tf32 / 3, "half": half}
+    return {"ieee": ieee, "tf32": tf32, "tf32x3": tf32 / 3, "half": half, "fp16": half, "fp16x3": half / 3}
 
 
 TARGETS = {
@@ -146,66 +143,31 @@ class Tiles:
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
-_ANY = Tiles(128, 64, 32, 8, 2)
-MATMUL: dict[str, dict[str, tuple[Tiles, Tiles, Tiles]]] = {
+MATMUL: dict[str, dict[str, tuple[Tiles, Tiles]]] = {
     # IEEE float32 has no matrix unit on NVIDIA: smaller tiles, whose accumulators and operands fit the registers.
-    # Those of sm_90 for IEEE, and its small ones for tf32 and half precision, spill on sm_80 with Triton 3.7.1.
     "sm_80": {
-        "ieee": (Tiles(64, 32, 16, 4, 3), Tiles(128, 64, 16, 8, 2), Tiles(64, 64, 16, 8, 2)),
-        "tf32": (Tiles(64, 64, 32, 8, 3), Tiles(128, 128, 32, 8, 3), _ANY),
-        # Both halves of each factor are in registers here, where wgmma and tcgen05 read shared memory.
-        "bf16x3": (Tiles(64, 64, 32, 8, 3), Tiles(128, 64, 16, 8, 4), _ANY),
-        "tf32x3": (Tiles(64, 64, 32, 8, 3), Tiles(64, 64, 32, 8, 3), Tiles(64, 64, 16, 8, 2)),
-        "half": (Tiles(64, 64, 64, 8, 3), Tiles(128, 128, 64, 8, 3), _ANY),
+        "ieee": (Tiles(64, 32, 16, 4, 3), Tiles(128, 64, 16, 8, 2)),
+        "half": (Tiles(64, 64, 64, 8, 3), Tiles(128, 128, 64, 8, 3)),
+        "fp16x3": (Tiles(64, 64, 32, 4, 3), Tiles(128, 128, 32, 8, 3)),
     },
+    # Measured on an H200 among seven tiles: docs/design/kernels.md.
     "sm_90": {
-        # Four warps for the small tile, or two pairs of factors spill.
-        "ieee": (Tiles(64, 64, 16, 4, 3), Tiles(128, 64, 16, 8, 3), Tiles(128, 64, 16, 8, 2)),
-        "tf32": (Tiles(64, 64, 32, 4, 3), Tiles(128, 128, 32, 8, 3), _ANY),
-        "bf16x3": (Tiles(64, 64, 32, 4, 3), Tiles(128, 128, 32, 8, 3), _ANY),
-        "tf32x3": (Tiles(64, 64, 32, 4, 3), Tiles(128, 128, 32, 8, 3), _ANY),
-        "half": (Tiles(64, 64, 64, 4, 3), Tiles(128, 128, 64, 8, 3), _ANY),
+        "ieee": (Tiles(64, 64, 16, 4, 3), Tiles(128, 64, 16, 8, 3)),
+        "half": (Tiles(64, 64, 64, 4, 3), Tiles(128, 128, 64, 8, 3)),
+        "fp16x3": (Tiles(64, 64, 64, 4, 3), Tiles(128, 128, 64, 8, 3)),
+        "fp16, rows": (Tiles(64, 64, 64, 4, 3), Tiles(128, 256, 64, 8, 3)),
     },
-    # The same tiles for every precision: deeper or wider ones spill in half precision if strides are not known multiples.
-    "gfx942": {p: (Tiles(64, 64, 32, 4, 2), Tiles(128, 64, 32, 8, 2), _ANY) for p in (*PRECISIONS, "half")},
+    "gfx942": {p: (Tiles(64, 64, 32, 4, 2), Tiles(128, 64, 32, 8, 2)) for p in ("ieee", "half", "fp16x3")},
     "interpreter": {
-        p: (Tiles(32, 32, 32, 4, 1), Tiles(64, 64, 64, 4, 1), Tiles(32, 32, 32, 4, 1))
-        for p in (*PRECISIONS, "half")
+        p: (Tiles(32, 32, 32, 4, 1), Tiles(64, 64, 64, 4, 1)) for p in ("ieee", "half", "fp16x3")
     },
 }
-# The tiles of sm_90 that are replaced here spill on sm_100 in some variant under some Triton from 3.7.1 to 3.9.
-MATMUL["sm_100"] = {
-    **MATMUL["sm_90"],
-    "ieee": (Tiles(64, 64, 16, 8, 2), *MATMUL["sm_90"]["ieee"][1:]),
-    "bf16x3": (Tiles(64, 64, 16, 8, 3), *MATMUL["sm_90"]["bf16x3"][1:]),
-    "tf32x3": (Tiles(64, 64, 16, 8, 3), *MATMUL["sm_90"]["tf32x3"][1:]),
-    "tf32": (*MATMUL["sm_90"]["tf32"][:2], Tiles(64, 64, 32, 4, 2)),
-}
+"""Target -> precision -> tiles of a product of packed factors, for small shapes and for wide ones. "fp16" takes those of "half", and those of "fp16, rows"
+where rows are reduced and nothing of the tile is written."""
+MATMUL["sm_100"] = {**MATMUL["sm_90"], "ieee": (Tiles(64, 64, 16, 8, 2), Tiles(128, 64, 16, 8, 3))}
 
-_UNITS = (Tiles(64, 64, 32, 4, 3), Tiles(128, 64, 32, 8, 2), Tiles(64, 64, 32, 8, 2))
-_DEEP = Tiles(64, 64, 16, 8, 2)
-_AMD = (Tiles(64, 64, 32, 8, 2), Tiles(128, 64, 16, 8, 2), Tiles(128, 64, 16, 8, 2))
-CROSS: dict[str, dict[str, tuple[Tiles, Tiles, Tiles]]] = {
-    # Moments keep statistics and two shifts in registers in addition to the product: 128 x 128 would spill.
-    "sm_80": {
-        "ieee": (Tiles(64, 64, 16, 4, 3), Tiles(128, 64, 16, 8, 3), Tiles(64, 64, 16, 8, 2)),
-        "tf32": _UNITS,
-        "bf16x3": (*_UNITS[:2], Tiles(64, 64, 16, 4, 2)),
-        "tf32x3": (_DEEP, _DEEP, _DEEP),
-    },
-    "sm_100": {
-        "ieee": (Tiles(64, 32, 16, 8, 3), Tiles(64, 32, 16, 8, 3), Tiles(64, 32, 16, 8, 1)),
-        "tf32": _UNITS,
-        "bf16x3": (*_UNITS[:2], Tiles(64, 64, 16, 4, 2)),
-        "tf32x3": (*_UNITS[:2], Tiles(64, 64, 16, 4, 2)),
-    },
-    "gfx942": dict.fromkeys(PRECISIONS, _AMD),
-    "interpreter": {p: MATMUL["interpreter"][p] for p in PRECISIONS},
-}
-CROSS["sm_90"] = {**CROSS["sm_80"], "bf16x3": _UNITS, "tf32x3": _UNITS}
-
-WIDE = 1024
-"""Rows and columns from which the larger tile is used: 64 tiles of 128 x 128."""
+WIDE = 2048
+"""Rows and columns from which the larger tile is used: 256 tiles of 128 x 128."""
 
 
 def precision_of(dtype: torch.dtype, precision: str) -> str:
@@ -215,19 +177,15 @@ def precision_of(dtype: torch.dtype, precision: str) -> str:
     return "half" if dtype in (torch.float16, torch.bfloat16) else precision
 
 
-def matmul_tiles(
-    rows: int,
-    columns: int,
-    precision: str,
-    target: Target,
-    table: dict[str, dict[str, tuple[Tiles, Tiles, Tiles]]] = MATMUL,
-    *,
-    aligned: bool = True,
-) -> Tiles:
-    """The tile for a (rows, columns) output; ``precision`` is a result of :func:`precision_of`."""
-    small, wide, unaligned = table[target.name][precision]
-    if not aligned:
-        return unaligned
+def matmul_tiles(rows: int, columns: int, precision: str, target: Target, *, reduced: bool = False) -> Tiles:
+    """The tile for a (rows, columns) output; ``precision`` is a result of :func:`precision_of`.
+
+    Args:
+        reduced: whether rows are reduced in the tile, which is not written.
+    """
+    table = MATMUL[target.name]
+    half = table.get("fp16, rows", table["half"]) if reduced else table["half"]
+    small, wide = half if precision == "fp16" else table[precision]
     if target is INTERPRETER:
         return small if min(rows, columns) < 256 else wide
     return wide if min(rows, columns) >= WIDE else small
@@ -243,18 +201,13 @@ def is_aligned(tensors: Iterable[torch.Tensor], numbers: Iterable[int]) -> bool:
     return all(x.data_ptr() % 16 == 0 for x in tensors) and all(k in (0, 1) or k % 16 == 0 for k in numbers)
 
 
-def factors_aligned(*factors: torch.Tensor) -> bool:
-    """:func:`is_aligned` of (rows, depth) factors."""
-    return is_aligned(factors, [k for x in factors for k in (*x.stride(), x.shape[1])])
-
-
 def dot_precision(precision: str, target: Target) -> str:
     """The name that ``product.dot`` takes."""
     if target is INTERPRETER:
         return "interpreter"
     if precision == "tf32x3" and target.backend == "hip":
         return "ieee"  # which runs on the matrix units there
-    return "ieee" if precision == "half" else precision
+    return precision if precision in ("tf32", "tf32x3") else "ieee"  # float16 has nothing to choose
 
 
 def target_of(device: torch.device) -> Target:

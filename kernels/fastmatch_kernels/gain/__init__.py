@@ -44,7 +44,7 @@ def gain(
             B's columns. Indices may be on the CPU, where checking them costs a GPU no wait.
         out: (n, m') float32 (float64 for float64 factors), written and returned.
         accumulate: add to ``out`` instead of overwriting it. A change of rank r costs ``2 n m r`` operations this way.
-        precision: of float32 products on "triton": "ieee", "tf32", "bf16x3" or "tf32x3". On "cpu" always float32.
+        precision: of float32 products on "triton": "ieee", "fp16" (11 bits of each factor) or "fp16x3" (22). On "cpu" always float32.
         backend: "triton", "cpu" or "reference"; by the tensors' device if None.
 
     Returns:

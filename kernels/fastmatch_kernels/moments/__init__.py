@@ -66,7 +66,7 @@ def moments(
         cross: cross products to keep, of "ab", "aa" and "bb"; by default "ab" if there are two models. The first batch
             fixes them.
         state: result of an earlier call, changed in place. None starts a new one.
-        precision: of float32 products on "triton": "ieee", "tf32", "bf16x3" or "tf32x3". On "cpu" always float32.
+        precision: of float32 products on "triton": "ieee", "fp16" (11 bits of each factor) or "fp16x3" (22). On "cpu" always float32.
         backend: "triton", "cpu" or "reference"; by the tensors' device if None.
 
     Returns:

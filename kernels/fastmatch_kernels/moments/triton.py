@@ -1,4 +1,4 @@
-"""Streaming moments of two models' activations, both read from their own strides in one launch.
+"""Streaming moments of two models' activations, both read from their own strides.
 
     stats += (sum_t y, sum_t y^2, #{x <= 0}),  cross += sum_t y_a y_b^T,  with y = x - shift
 
@@ -6,15 +6,20 @@ Products accumulate in float32 over at most CHUNK samples and are then added to 
 error does not grow with the data. Activations of shape (B, C, *spatial) are addressed through up to three
 sample dimensions; contiguous, channels-last and cropped maps need no copy.
 
-The statistics ride along with the product: the programs of the first column of tiles add up A's, those of
-the first row B's, from values they hold anyway. A product inside one model ("aa", "bb") is a launch of its
-own and reads its model again.
+Few channels (below PACKED_CHANNELS) are read once, by one kernel: the statistics ride along with the product, the programs of
+the first column of tiles add up A's, those of the first row B's. A product inside one model ("aa", "bb") is a launch of its
+own and reads its model again. Such a product is bound by memory.
 
-A program takes one chunk of samples for one tile; chunks in flight together have accumulators of their own,
-which are added in order at the end. No atomics: the result is deterministic.
+With more channels every activation enters many tiles, so it is packed first, as factors are (``_triton/packing.py``): one
+kernel sums the statistics and finds each channel's largest value, one writes shifted and scaled float16 channel by channel,
+and the products read that. It is packed for WORKSPACE bytes of samples at a time, once for all products.
 
-Bytes: as a GEMM, ``T C (tiles_b + tiles_a)`` elements through L2, each activation at least once from memory;
-16 bytes of float64 accumulator per element and CHUNK samples. Operations: ``2 T C_a C_b``.
+Chunks in flight together have accumulators of their own, which are added in order at the end. No atomics: the result is
+deterministic.
+
+Bytes: few channels, as a GEMM, ``T C (tiles_b + tiles_a)`` elements through L2, each activation at least once from memory; else
+each activation twice, and its packed form once written and read as in a GEMM; 16 bytes of float64 accumulator per
+element and CHUNK samples. Operations: ``2 T C_a C_b``, three times for "fp16x3".
 """
 
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
@@ -26,15 +31,21 @@ import torch
 import triton
 import triton.language as tl
 
-from fastmatch_kernels._triton.product import dot
+from fastmatch_kernels._triton.packing import DEPTH, Packed, scaled_rows, split
+from fastmatch_kernels._triton.product import (
+    dot,
+    factor_arguments,
+    output_tile,
+    plan_product,
+    product_tile,
+    scaled,
+)
 from fastmatch_kernels._triton.tiles import (
-    CROSS,
     Target,
     Tiles,
     ceil_div,
     dot_precision,
     is_aligned,
-    matmul_tiles,
     target_of,
 )
 from fastmatch_kernels.moments.reference import MomentsArguments
@@ -43,6 +54,31 @@ __all__ = ["CHUNK", "add_statistics", "moments_update", "sample_layout"]
 
 CHUNK = 4096
 """Samples per float32 accumulator."""
+
+PACKED_CHANNELS = 256
+"""Channels of both models from which activations are packed."""
+
+WORKSPACE = 1 << 29
+"""Bytes of packed activations."""
+
+UNITS = {"ieee": "ieee", "fp16": "tf32", "fp16x3": "tf32x3"}
+"""Products of few channels, whose largest values are not known beforehand: TF32 has the range of float32."""
+
+_TILES = (Tiles(64, 64, 32, 4, 3), Tiles(64, 64, 32, 8, 2))
+_DEEP = Tiles(64, 64, 16, 8, 2)
+NARROW: dict[str, dict[str, tuple[Tiles, Tiles]]] = {
+    # Statistics and two shifts are in registers in addition to the product. The second tile is for data of unknown alignment.
+    "sm_80": {"ieee": (Tiles(64, 64, 16, 4, 3), _DEEP), "tf32": _TILES, "tf32x3": (_DEEP, _DEEP)},
+    "sm_90": {"ieee": (Tiles(64, 64, 16, 4, 3), _DEEP), "tf32": _TILES, "tf32x3": _TILES},
+    "sm_100": {
+        "ieee": (Tiles(64, 32, 16, 8, 3), Tiles(64, 32, 16, 8, 1)),
+        "tf32": _TILES,
+        "tf32x3": (_TILES[0], Tiles(64, 64, 16, 4, 2)),
+    },
+    "gfx942": dict.fromkeys(UNITS.values(), (Tiles(64, 64, 32, 8, 2), Tiles(128, 64, 16, 8, 2))),
+    "interpreter": dict.fromkeys(UNITS.values(), (Tiles(32, 32, 32, 4, 1), Tiles(32, 32, 32, 4, 1))),
+}
+"""Target -> precision of the units -> tiles of a product of few channels."""
 
 Model = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """(activations, shift, statistics)."""
@@ -175,6 +211,7 @@ def _stats_kernel(
     stride_c,
     shift_ptr,  # (C,) float32
     stats_ptr,  # (splits, 3, C) float64
+    largest_ptr,  # (splits, C) float32, or None
     channels,
     samples,
     DIMS: tl.constexpr,
@@ -189,21 +226,92 @@ def _stats_kernel(
     span = tl.cdiv(tl.cdiv(samples, CHUNK), tl.num_programs(1)) * CHUNK
     begin = tl.program_id(1) * span
     stop = tl.minimum(begin + span, samples)
+    largest = tl.zeros((BLOCK_C, BLOCK_T), tl.float32)
     for chunk in range(begin, stop, CHUNK):
         end = tl.minimum(chunk + CHUNK, stop)
-        # Written out as in the kernel above, for the same reason.
-        total = tl.zeros((BLOCK_C,), tl.float32)
-        square = tl.zeros((BLOCK_C,), tl.float32)
-        off = tl.zeros((BLOCK_C,), tl.float32)
+        # Every element of the tile has sums of its own: a sum over the tile costs more than reading it.
+        total = tl.zeros((BLOCK_C, BLOCK_T), tl.float32)
+        square = tl.zeros((BLOCK_C, BLOCK_T), tl.float32)
+        off = tl.zeros((BLOCK_C, BLOCK_T), tl.float32)
         for start in range(chunk, end, BLOCK_T):
             sample = start + tl.arange(0, BLOCK_T)
             x, mask = _load(x_ptr, sizes, strides, stride_c, channel, channels, sample, end, DIMS)
             y = tl.where(mask, x - shift[:, None], 0.0)
-            total_t, square_t, off_t = _sums(x, y, mask)
-            total += total_t
-            square += square_t
-            off += off_t
-        _flush(stats_ptr + split * 3 * channels, channel, channels, total, square, off)
+            total += y
+            square += y * y
+            off += ((x <= 0) & mask).to(tl.float32)
+            if largest_ptr is not None:
+                largest = tl.maximum(largest, tl.abs(y))
+        sums = tl.sum(total, 1), tl.sum(square, 1), tl.sum(off, 1)
+        _flush(stats_ptr + split * 3 * channels, channel, channels, *sums)
+    if largest_ptr is not None:
+        tl.store(largest_ptr + split * channels + channel, tl.max(largest, 1), mask=channel < channels)
+
+
+@triton.jit
+def _pack_kernel(
+    x_ptr,  # (B, C, *spatial)
+    sizes,
+    strides,
+    stride_c,
+    shift_ptr,  # (C,) float32
+    largest_ptr,  # (C,) float32, or None
+    high_ptr,  # (C, width)
+    low_ptr,  # (C, width), or None
+    scale_ptr,  # (C,) float32, or None
+    out_strides,  # of a channel and of a sample
+    channels,
+    first,  # sample of the first column
+    samples,  # end of all samples
+    width,  # columns; zeros where there are no samples
+    DIMS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    column = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    in_channel = channel < channels
+    shift = tl.load(shift_ptr + channel, mask=in_channel, other=0.0)
+    x, mask = _load(x_ptr, sizes, strides, stride_c, channel, channels, first + column, samples, DIMS)
+    y = tl.where(mask, x - shift[:, None], 0.0)
+    at = channel.to(tl.int64)[:, None] * out_strides[0] + column.to(tl.int64)[None, :] * out_strides[1]
+    inside = in_channel[:, None] & (column < width)[None, :]
+    if largest_ptr is None:
+        tl.store(high_ptr + at, y, mask=inside)
+    else:
+        y, scale = scaled_rows(y, tl.load(largest_ptr + channel, mask=in_channel, other=0.0))
+        high, low = split(y)
+        tl.store(high_ptr + at, high, mask=inside)
+        if low_ptr is not None:
+            tl.store(low_ptr + at, low, mask=inside)
+        if tl.program_id(1) == 0:
+            tl.store(scale_ptr + channel, scale, mask=in_channel)
+
+
+@triton.jit
+def _packed_cross_kernel(
+    factors,
+    cross_ptr,  # (splits, C_a, C_b) float64
+    channels_a,
+    channels_b,
+    chunk,  # samples of a program
+    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    _tile, row, column = output_tile(channels_a, channels_b, GROUP, BLOCK_M, BLOCK_N)
+    begin = tl.program_id(1) * chunk
+    end = tl.minimum(begin + chunk, factors[6])
+    acc = product_tile(
+        factors, row, column, channels_a, channels_b, begin, end, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
+    )
+    acc = scaled(acc, factors, row, column, channels_a, channels_b)
+    out = cross_ptr + tl.program_id(1).to(tl.int64) * channels_a * channels_b
+    out = out + row.to(tl.int64)[:, None] * channels_b + column[None, :]
+    mask = (row < channels_a)[:, None] & (column < channels_b)[None, :]
+    tl.store(out, tl.load(out, mask=mask) + acc.to(tl.float64), mask=mask)
 
 
 def sample_layout(
@@ -239,18 +347,32 @@ def _splits(tiles: int, chunks: int, target: Target) -> int:
 
 
 def stats_tiles(stride_c: int, *, aligned: bool = True) -> Tiles:
-    """(channels, -, samples) of one step: along whichever is contiguous."""
+    """(channels, -, samples) of one step: along whichever is contiguous, 32 elements a thread, so that many reads are in flight."""
     if stride_c == 1:
-        # Eight warps: with four, half precision spills on sm_90 by Triton 3.7.
-        return Tiles(64, 1, 32, 8, 2)
+        return Tiles(64, 1, 128, 8, 1)
     # Without alignment each element's address is in a register.
-    return Tiles(8 if aligned else 4, 1, 256, 4, 2)
+    return Tiles(8, 1, 512, 4, 1) if aligned else Tiles(4, 1, 256, 4, 1)
+
+
+def pack_tiles(stride_c: int, *, scaled: bool) -> Tiles:
+    """(channels, -, samples) of one program: as wide as reads and writes can be."""
+    return Tiles(64, 1, 64, 8, 1) if stride_c == 1 or not scaled else Tiles(8, 1, 512, 4, 1)
 
 
 def add_statistics(
-    x: torch.Tensor, dim: int, shift: torch.Tensor, stats: torch.Tensor, target: Target
-) -> None:
-    """Add the sums around ``shift`` (C,) float32 of one model's activations to ``stats`` (3, C) float64."""
+    x: torch.Tensor,
+    dim: int,
+    shift: torch.Tensor,
+    stats: torch.Tensor,
+    target: Target,
+    *,
+    with_largest: bool = False,
+) -> torch.Tensor | None:
+    """Add the sums around ``shift`` (C,) float32 of one model's activations to ``stats`` (3, C) float64.
+
+    Returns:
+        (C,) float32, each channel's largest absolute value less the shift, if asked for.
+    """
     x, sizes, strides, stride_c, dims = sample_layout(x, dim)
     channels = shift.shape[0]
     samples = sizes[0] * sizes[1] * sizes[2]
@@ -258,6 +380,7 @@ def add_statistics(
     blocks = ceil_div(channels, tiles.rows)
     splits = _splits(blocks, max(ceil_div(samples, CHUNK), 1), target)
     parts = stats[None] if splits == 1 else stats.new_zeros(splits, 3, channels)
+    largest = torch.empty(splits, channels, device=x.device) if with_largest else None
     _stats_kernel[(blocks, splits)](
         x,
         sizes,
@@ -265,6 +388,7 @@ def add_statistics(
         stride_c,
         shift,
         parts,
+        largest,
         channels,
         samples,
         DIMS=dims,
@@ -275,6 +399,7 @@ def add_statistics(
     )
     if splits > 1:
         stats += parts.sum(dim=0)
+    return None if largest is None else largest[0] if splits == 1 else largest.amax(0)
 
 
 def _cross(
@@ -288,7 +413,7 @@ def _cross(
     samples = a_sizes[0] * a_sizes[1] * a_sizes[2]
     numbers = (*a_sizes, *a_strides, a_stride_c, *b_sizes, *b_strides, b_stride_c)
     aligned = is_aligned((a, b), numbers)
-    tiles = matmul_tiles(channels_a, channels_b, precision, target, CROSS, aligned=aligned)
+    tiles = NARROW[target.name][UNITS[precision]][0 if aligned else 1]
     grid = (ceil_div(channels_a, tiles.rows), ceil_div(channels_b, tiles.columns))
     # One chunk a program: a loop over chunks would keep the accumulator's addresses in registers. Few channels make few
     # tiles, so their chunks are shorter, and there are programs for every processor.
@@ -321,7 +446,7 @@ def _cross(
             STATS=with_stats,
             DIMS_A=a_dims,
             DIMS_B=b_dims,
-            PRECISION=dot_precision(precision, target),
+            PRECISION=dot_precision(UNITS[precision], target),
             CHUNK=chunk,
             BLOCK_A=tiles.rows,
             BLOCK_B=tiles.columns,
@@ -346,9 +471,97 @@ def moments_update(arguments: MomentsArguments) -> None:
         return
     models = [(x, shift.float(), stats) for x, shift, stats in arguments.models]
     dim, precision = arguments.dim, arguments.precision
+    target = target_of(models[0][0].device)
+    least = min(len(shift) for _, shift, _ in models)
+    if arguments.products and least >= PACKED_CHANNELS:
+        _packed_cross(models, dim, arguments.products, precision, target)
+        return
     if arguments.ab is None:
         for x, shift, stats in models:
-            add_statistics(x, dim, shift, stats, target_of(x.device))
+            add_statistics(x, dim, shift, stats, target)
     for out, i, j in arguments.products:
         # The product between the models reads both, so it takes their statistics along.
         _cross(models[i], models[j], dim, out, with_stats=i != j, precision=precision)
+
+
+def _packed_cross(
+    models: list[Model], dim: int, products: list[tuple[torch.Tensor, int, int]], precision: str, target: Target
+) -> None:
+    """Add statistics, pack, and add the products: (out, first model, second model)."""
+    largest = [
+        add_statistics(x, dim, shift, stats, target, with_largest=precision != "ieee") for x, shift, stats in models
+    ]
+    channels = [len(shift) for _, shift, _ in models]
+    samples = models[0][0].numel() // channels[0]
+    width = max(WORKSPACE // (4 * sum(channels)) // CHUNK, 1) * CHUNK
+    for first in range(0, samples, width):
+        count = min(width, samples - first)
+        packed = [
+            _packed(x, dim, shift, most, (first, first + count), precision)
+            for (x, shift, _), most in zip(models, largest, strict=True)
+        ]
+        for out, i, j in products:
+            _add_packed(packed[i], packed[j], out, count, precision, target)
+
+
+def _packed(
+    x: torch.Tensor,
+    dim: int,
+    shift: torch.Tensor,
+    largest: torch.Tensor | None,
+    part: tuple[int, int],
+    precision: str,
+) -> Packed:
+    """Pack the samples of a part, (channels, samples), filled up with zeros."""
+    x, sizes, strides, stride_c, dims = sample_layout(x, dim)
+    channels, (first, end) = len(shift), part
+    width = ceil_div(end - first, DEPTH) * DEPTH
+    if largest is None:
+        along = torch.empty(width, ceil_div(channels, 16) * 16, device=x.device)
+        high, low, scale = along.T[:channels], None, None
+    else:
+        high = torch.empty(channels, width, dtype=torch.float16, device=x.device)
+        low = torch.empty_like(high) if precision == "fp16x3" else None
+        scale = torch.empty(channels, device=x.device)
+    tiles = pack_tiles(stride_c, scaled=largest is not None)
+    _pack_kernel[(ceil_div(channels, tiles.rows), ceil_div(width, tiles.depth))](
+        x,
+        sizes,
+        strides,
+        stride_c,
+        shift,
+        largest,
+        high,
+        low,
+        scale,
+        high.stride(),
+        channels,
+        first,
+        end,
+        width,
+        DIMS=dims,
+        BLOCK_C=tiles.rows,
+        BLOCK_T=tiles.depth,
+        **tiles.options,
+    )
+    return Packed(high, low, scale)
+
+
+def _add_packed(
+    a: Packed, b: Packed, out: torch.Tensor, count: int, precision: str, target: Target
+) -> None:
+    """Add a product over ``count`` packed samples to ``out`` (C_a, C_b) float64."""
+    n, m = out.shape
+    _, tiles, constants = plan_product((n, m), torch.float32, precision, out.device)
+    tiles_all = ceil_div(n, tiles.rows) * ceil_div(m, tiles.columns)
+    splits = min(ceil_div(count, CHUNK), max(2 * target.processors // tiles_all, 1))
+    parts = out[None] if splits == 1 else out.new_zeros(splits, n, m)
+    for start in range(0, count, splits * CHUNK):
+        stop = min(start + splits * CHUNK, count)
+        part = slice(start, ceil_div(stop, DEPTH) * DEPTH)
+        here = [Packed(x.high[:, part], None if x.low is None else x.low[:, part], x.scale) for x in (a, b)]
+        _packed_cross_kernel[(tiles_all, ceil_div(stop - start, CHUNK))](
+            factor_arguments(*here), parts, n, m, CHUNK, **constants
+        )
+    if splits > 1:
+        out += parts.sum(dim=0)

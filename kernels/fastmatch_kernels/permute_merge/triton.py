@@ -18,12 +18,15 @@ import torch
 import triton
 import triton.language as tl
 
-from fastmatch_kernels._triton.tiles import Tiles, ceil_div, is_aligned, target_of
+from fastmatch_kernels._triton.tiles import Target, Tiles, ceil_div, is_aligned, target_of
 from fastmatch_kernels.permute_merge.reference import MergeArguments
 
 __all__ = ["permute_merge", "run_tiles", "runs_of"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+HELD = {"cuda": (1024, 16384), "hip": (1024, 8192), "interpreter": (16, 64)}
+"""Least and most elements of a run that is gathered on the chip. The interpreter's are few, so that tests reach longer runs."""
 
 
 @triton.jit
@@ -38,6 +41,7 @@ def _permute_merge_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_L: tl.constexpr,
     STEPS: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     runs, n1, middle, length, block1, block2 = layout
     # One flat grid: CUDA takes 2^31 programs along its first dimension, and 65535 along the others.
@@ -65,7 +69,14 @@ def _permute_merge_kernel(
                 short = j.to(tl.int32)
                 moved_block = tl.load(second_ptrs[k] + short // block2, mask=j < length, other=0)
                 column = moved_block * block2 + short % block2
-            value = tl.load(weight_ptrs[k] + source[:, None] * length + column[None, :], mask=mask, other=0.0)
+            if WHOLE and second_ptrs[k] is not None:
+                # One run, read in order and gathered on the chip: read through the index it takes twice the time.
+                value = tl.load(weight_ptrs[k] + source[:, None] * length + j[None, :], mask=mask, other=0.0)
+                index = tl.where(j < length, column, 0).to(tl.int32)
+                value = tl.gather(tl.reshape(value, (BLOCK_L,)), index, 0)[None, :]
+            else:
+                at = source[:, None] * length + column[None, :]
+                value = tl.load(weight_ptrs[k] + at, mask=mask, other=0.0)
             acc += alphas[k] * value.to(tl.float32)
         tl.store(out_ptr + run[:, None] * length + j[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -89,14 +100,18 @@ def runs_of(
     return numel // length, shape[d1], math.prod(shape[d1 + 1 : d2]), length, blocks[0], blocks[1] * tail
 
 
-def run_tiles(length: int, gathered: bool, *, aligned: bool = True) -> tuple[Tiles, int]:
-    """(tile of runs x elements, steps along a run): 4096 elements a step, whole runs where they are gathered."""
-    columns = min(triton.next_power_of_2(length), 4096 if not gathered else 2048)
+def run_tiles(length: int, gathered: bool, target: Target, *, aligned: bool = True) -> tuple[Tiles, int, bool]:
+    """(tile of runs x elements, steps along a run, whether the tile holds whole runs): whole runs where they are gathered."""
+    columns = triton.next_power_of_2(length)
+    least, most = HELD[target.backend]
+    if gathered and least <= columns <= most:
+        return Tiles(1, columns, 1, 8 if columns > 4096 else 4, 1), 1, True
+    columns = min(columns, 4096)
     rows = max(2048 // columns, 1)
     steps = ceil_div(length, columns) if gathered else 1
     # Eight warps for short gathered runs of any alignment: with four, gfx942 spills scalar registers.
-    warps = 8 if gathered and rows > 1 and not aligned else 4
-    return Tiles(rows, columns, 1, warps, 1), min(steps, 16)
+    warps = 8 if gathered and (columns == 4096 or (rows > 1 and not aligned)) else 4
+    return Tiles(rows, columns, 1, warps, 1), min(steps, 16), False
 
 
 def permute_merge(arguments: MergeArguments) -> None:
@@ -108,7 +123,7 @@ def permute_merge(arguments: MergeArguments) -> None:
     weights, alphas, first, second, dims, blocks, out = arguments
     if out.dtype not in DTYPES:
         raise TypeError(f"weights: expected one of {DTYPES} on the Triton backend, got {out.dtype}")
-    target_of(out.device)
+    device = target_of(out.device)
     if out.numel() == 0:
         return
     any_first, any_second = (any(i is not None for i in indices) for indices in (first, second))
@@ -120,7 +135,7 @@ def permute_merge(arguments: MergeArguments) -> None:
     target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
     sources = tuple(w.contiguous() for w in weights)
     aligned = is_aligned((*sources, target), layout)
-    tiles, steps = run_tiles(length, gathered, aligned=aligned)
+    tiles, steps, whole = run_tiles(length, gathered, device, aligned=aligned)
     programs = ceil_div(runs, tiles.rows) * ceil_div(length, tiles.columns * steps)
     _permute_merge_kernel[(programs,)](
         sources,
@@ -133,6 +148,7 @@ def permute_merge(arguments: MergeArguments) -> None:
         BLOCK_R=tiles.rows,
         BLOCK_L=tiles.columns,
         STEPS=steps,
+        WHOLE=whole,
         **tiles.options,
     )
     if target is not out:

@@ -77,14 +77,14 @@ def sinkhorn_duals(
     *,
     v: Tensor | None = None,
     relaxation: float = 1.0,
-    precision: Precision = "tf32",
+    precision: Precision = "fp16",
     backend: Backend | None = None,
 ) -> Tensor:
     """Return column duals near an assignment's, by Sinkhorn's iteration (Cuturi 2013) at falling temperatures.
 
     At each temperature, in the log domain, ``u_i = softmin_j (c_ij - v_j)`` and then ``v_j = softmin_i (c_ij - u_i)``:
     two products of the factors. The duals are a starting point for an exact solver, which proves its result without
-    them, so TF32 is precise enough.
+    them, so 11 bits of the factors are enough.
 
     Example:
         >>> from fastmatch_kernels.ops import sinkhorn_duals

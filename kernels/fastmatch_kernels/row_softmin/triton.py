@@ -16,7 +16,14 @@ import torch
 import triton
 import triton.language as tl
 
-from fastmatch_kernels._triton.product import factor_arguments, output_tile, plan_product, reduced_cost_tile
+from fastmatch_kernels._triton.packing import pack
+from fastmatch_kernels._triton.product import (
+    check_dtypes,
+    factor_arguments,
+    output_tile,
+    plan_product,
+    reduced_cost_tile,
+)
 from fastmatch_kernels._triton.tiles import ceil_div
 from fastmatch_kernels.row_softmin.reference import SoftminArguments, soft_minimum
 
@@ -31,8 +38,7 @@ def _softmin_kernel(
     temperature,
     n,
     m,
-    # These six are written out in every kernel of this kind: Triton takes compile-time constants only as parameters.
-    K: tl.constexpr,
+    # These five are written out in every kernel of this kind: Triton takes compile-time constants only as parameters.
     PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -40,9 +46,7 @@ def _softmin_kernel(
     BLOCK_K: tl.constexpr,
 ):
     tile_n, row, column = output_tile(n, m, GROUP, BLOCK_M, BLOCK_N)
-    value = reduced_cost_tile(
-        factors, None, v_ptr, row, column, n, m, K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
-    )
+    value = reduced_cost_tile(factors, v_ptr, row, column, n, m, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
     least = tl.min(value, 1)
     finite = tl.abs(least) < float("inf")
     shift = tl.where(finite, least, 0.0)
@@ -56,12 +60,13 @@ def row_softmin(arguments: SoftminArguments) -> torch.Tensor:
     """Take float32, bfloat16 or float16 factors."""
     a, b, v, temperature, precision = arguments
     n, m = len(a[0]), len(v)
-    tiles, constants = plan_product(a, b, m, precision)
+    check_dtypes(a, b)
+    key, tiles, constants = plan_product((n, m), a[0].dtype, precision, v.device, reduced=True)
     tiles_n = ceil_div(m, tiles.columns)
     part = torch.empty(n, tiles_n, device=v.device)
     if part.numel():
         _softmin_kernel[(ceil_div(n, tiles.rows) * tiles_n,)](
-            factor_arguments(a, b, (None,) * len(a)),
+            factor_arguments(pack(a, key), pack(b, key)),
             v.float().contiguous(),
             part,
             temperature,

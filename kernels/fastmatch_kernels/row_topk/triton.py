@@ -18,13 +18,22 @@ Ties go to the lower column. Deterministic. NaN counts as +inf; entries of +inf 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from fastmatch_kernels._triton.product import factor_arguments, output_tile, plan_product, reduced_cost_tile
+from fastmatch_kernels._triton.packing import Packed, pack, part_of
+from fastmatch_kernels._triton.product import (
+    check_dtypes,
+    factor_arguments,
+    output_tile,
+    plan_product,
+    reduced_cost_tile,
+)
 from fastmatch_kernels._triton.tiles import ROUNDOFF, Tiles, ceil_div, precision_of
 from fastmatch_kernels.row_topk.reference import RowArguments, term_sizes
 
@@ -33,14 +42,27 @@ __all__ = ["few_of", "product_error", "row_min", "row_topk", "select"]
 WORKSPACE = 1 << 28
 """Bytes for candidates."""
 
-MAX_CANDIDATES = 1 << 14
+MAX_CANDIDATES = 1 << 13
 """Candidates of a row that one program of the selection holds."""
+
+
+@triton.jit
+def _ordered(value):
+    """float32 as int32 of the same order; both zeros are one."""
+    bits = (value + 0.0).to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def _unordered(key):
+    """The float32 of an int32 that :func:`_ordered` made, its last bits gone or not."""
+    value = tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
+    return tl.where(value == value, value, -float("inf"))  # -inf less its last bits is no number
 
 
 @triton.jit
 def _candidates_kernel(
     factors,
-    b_index_ptr,  # (m,) int64, or None
     v_ptr,  # (m,) float32
     value_ptr,  # (n, tiles_n, few) float32
     column_ptr,  # (n, tiles_n, few) int32
@@ -48,8 +70,8 @@ def _candidates_kernel(
     n,
     m,
     few,
-    # These six are written out in every kernel of this kind: Triton takes compile-time constants only as parameters.
-    K: tl.constexpr,
+    EXACT: tl.constexpr,
+    # These five are written out in every kernel of this kind: Triton takes compile-time constants only as parameters.
     PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -58,16 +80,23 @@ def _candidates_kernel(
 ):
     tiles_n = tl.cdiv(m, BLOCK_N)
     tile_n, row, column = output_tile(n, m, GROUP, BLOCK_M, BLOCK_N)
-    value = reduced_cost_tile(
-        factors, b_index_ptr, v_ptr, row, column, n, m, K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
-    )
+    value = reduced_cost_tile(factors, v_ptr, row, column, n, m, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
     at = row.to(tl.int64) * tiles_n + tile_n
+    # A value's last bits give way to its column: one minimum finds both, at a third of the operations.
+    key = (_ordered(value) & -BLOCK_N) | tl.arange(0, BLOCK_N)[None, :]
     for pick in range(few):
-        best, where = tl.min(value, 1, return_indices=True, return_indices_tie_break_left=True)
-        tl.store(value_ptr + at * few + pick, best, mask=row < n)
-        tl.store(column_ptr + at * few + pick, tile_n * BLOCK_N + where, mask=row < n)
-        value = tl.where(tl.arange(0, BLOCK_N)[None, :] == where[:, None], float("inf"), value)
-    tl.store(cutoff_ptr + at, tl.min(value, 1), mask=row < n)
+        best = tl.min(key, 1)
+        found = key == best[:, None]
+        # Without its last bits a value is lower by 2^-15 of itself at most, which the bound of "fp16" includes.
+        least = _unordered(best & -BLOCK_N)
+        if EXACT:
+            least = tl.where(best < 0x7F800000, tl.min(tl.where(found, value, float("inf")), 1), least)
+            value = tl.where(found, float("inf"), value)
+        tl.store(value_ptr + at * few + pick, least, mask=row < n)
+        tl.store(column_ptr + at * few + pick, tile_n * BLOCK_N + (best & (BLOCK_N - 1)), mask=row < n)
+        key = tl.where(found, 0x7F800000 | (BLOCK_N - 1), key)  # +inf
+    cutoff = tl.min(value, 1) if EXACT else _unordered(tl.min(key, 1) & -BLOCK_N)
+    tl.store(cutoff_ptr + at, cutoff, mask=row < n)
 
 
 @triton.jit
@@ -86,23 +115,30 @@ def _select_kernel(
     tiles_n,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     in_row = row < n
     slot = tl.arange(0, BLOCK_C)
     at = row[:, None] * candidates + slot[None, :]
-    value = tl.load(value_ptr + at, mask=in_row[:, None] & (slot < candidates)[None, :], other=float("inf"))
-    for pick in range(k):
-        best, where = tl.min(value, 1, return_indices=True, return_indices_tie_break_left=True)
-        listed = in_row & (best < float("inf"))
-        column = tl.load(column_ptr + row * candidates + where, mask=listed, other=-1)
-        v = tl.load(v_ptr + column, mask=listed, other=0.0)
-        tl.store(index_ptr + row * k + pick, column.to(tl.int64), mask=in_row)
-        tl.store(best_ptr + row * k + pick, best, mask=in_row)
-        tl.store(cost_ptr + row * k + pick, best + v, mask=in_row)
-        value = tl.where(slot[None, :] == where[:, None], float("inf"), value)
-    bound = tl.min(value, 1)
+    mask = in_row[:, None] & (slot < candidates)[None, :]
+    value = tl.load(value_ptr + at, mask=mask, other=float("inf"))
+    column = tl.load(column_ptr + at, mask=mask, other=0x7FFFFFFF)
+    # One number of a value and its column: sorting it finds both, and ties go to the lower column.
+    key = (_ordered(value).to(tl.int64) << 32) | column.to(tl.int64)
+    key = -1 - tl.topk(-1 - key, BLOCK_K)
+    best = _unordered((key >> 32).to(tl.int32))
+    column = (key & 0x7FFFFFFF).to(tl.int32)
+    place = tl.arange(0, BLOCK_K)
+    out = row[:, None] * k + place[None, :]
+    kept = in_row[:, None] & (place < k)[None, :]
+    listed = kept & (best < float("inf"))
+    v = tl.load(v_ptr + column, mask=listed, other=0.0)
+    tl.store(index_ptr + out, tl.where(listed, column, -1).to(tl.int64), mask=kept)
+    tl.store(best_ptr + out, best, mask=kept)
+    tl.store(cost_ptr + out, best + v, mask=kept)
+    bound = tl.min(tl.where((place == k)[None, :], best, float("inf")), 1)
     tile = tl.arange(0, BLOCK_T)
     cutoff = tl.load(
         cutoff_ptr + row[:, None] * tiles_n + tile[None, :],
@@ -113,8 +149,14 @@ def _select_kernel(
 
 
 def few_of(k: int, tiles_n: int) -> int:
-    """Number of candidates that a tile writes per row: twice its share of the k, plus two."""
-    return min(k, 2 * ceil_div(k, tiles_n) + 2)
+    """Return how many candidates a tile writes per row.
+
+    Of k columns in any order, a tile holds more with a probability of at most ``binomial(k, few + 1) / tiles_n^few``: 1%.
+    """
+    few = min(k, ceil_div(k, tiles_n) + 1)
+    while few < k and math.comb(k, few + 1) > 0.01 * float(tiles_n) ** few:
+        few += 1
+    return few
 
 
 def product_error(
@@ -131,22 +173,27 @@ def product_error(
     :func:`term_sizes` returns) is given.
     """
     key = precision_of(factors[0][0].dtype, precision)
-    relative, passes = ROUNDOFF[key]
-    terms = passes * sum(a.shape[1] for a, _ in factors) + 4
+    relative, floor, passes = ROUNDOFF[key]
+    depth = sum(a.shape[1] for a, _ in factors)
+    terms = passes * depth + 4
+    relative += floor * depth**0.5
     # Matrix units may cut off where they add, which costs twice the unit roundoff.
     relative += terms * 2.0**-23 / (1 - terms * 2.0**-23)
     scale = term_sizes(factors, contraction_index) if sizes is None else sizes
-    finite = v[v.isfinite()].abs().double()
-    largest = float(finite.max()) if finite.numel() else 0.0
+    # On the device: nothing waits for it.
+    largest = torch.where(v.isfinite(), v.abs(), 0.0).double().amax() if len(v) else 0.0
     # Terms below the smallest normal number may be flushed to zero.
     tiny = 4 * terms * 2.0**-126
-    return relative * scale * (1 + 2.0**-20) + 2.0**-22 * (scale + largest) + tiny
+    # Values of "fp16" lose up to 8 of their 23 bits to the column that they carry.
+    carried = 2.0**-14 if key == "fp16" else 2.0**-22
+    return relative * scale * (1 + 2.0**-20) + carried * (scale + largest) + tiny
 
 
-def select_tiles(candidates: int) -> Tiles:
-    """(rows, candidates) of one program of the selection: about 4096 values."""
-    columns = triton.next_power_of_2(max(candidates, 2))
-    return Tiles(max(min(4096 // columns, 16), 1), columns, 1, 4 if columns <= 4096 else 8, 1)
+def select_tiles(candidates: int, k: int) -> Tiles:
+    """(rows, candidates, places of a sorted list) of one program of the selection: a warp for up to 1024 candidates."""
+    places = triton.next_power_of_2(k + 1)
+    columns = triton.next_power_of_2(max(candidates, places, 2))
+    return Tiles(1, columns, places, 1 if columns <= 1024 else min(columns // 512, 16), 1)
 
 
 def select(
@@ -164,7 +211,7 @@ def select(
         few: candidates of a tile.
     """
     (n, k), tiles_n = out[0].shape, candidates[2].shape[1]
-    tiles = select_tiles(tiles_n * few)
+    tiles = select_tiles(tiles_n * few, k)
     _select_kernel[(ceil_div(n, tiles.rows),)](
         *candidates,
         v,
@@ -175,6 +222,7 @@ def select(
         tiles_n,
         BLOCK_R=tiles.rows,
         BLOCK_C=tiles.columns,
+        BLOCK_K=tiles.depth,
         BLOCK_T=triton.next_power_of_2(max(tiles_n, 2)),
         **tiles.options,
     )
@@ -196,24 +244,30 @@ def _reduce(
 
     Columns beyond what one selection holds are reduced part by part, and the parts' lists are merged.
     """
-    m, k = len(arguments.v), arguments.k
-    tiles, _ = plan_product(arguments.a, arguments.b, m, arguments.precision)
-    if k == 0 or m == 0:
-        return _reduce_part(arguments)
+    a, b, v, k = arguments.a, arguments.b, arguments.v, arguments.k
+    n, m = len(a[0]), len(v)
+    check_dtypes(a, b)
+    key, tiles, constants = plan_product((n, m), a[0].dtype, arguments.precision, v.device, reduced=True)
+    index = torch.full((n, k), -1, dtype=torch.int64, device=v.device)
+    best, cost = (torch.full((n, k), float("inf"), device=v.device) for _ in range(2))
+    outside = torch.full((n,), float("inf"), device=v.device)
+    if n == 0 or m == 0 or k == 0:
+        return index, best, cost, outside
+    left, right = pack(a, key), pack(b, key, arguments.b_index, arguments.contraction_index)
+    constants["EXACT"] = key != "fp16"
+    v32 = v.float().contiguous()
+    out = index, best, cost, outside
     most = most_columns(min(k, m), tiles.columns)
     if m <= most:
-        return _reduce_part(arguments)
+        _reduce_part(left, right, v32, out, tiles, constants)
+        return out
     found = []
     for lo in range(0, m, most):
         part = slice(lo, min(lo + most, m))
-        rows = arguments.b_index
-        given = arguments._replace(
-            b=arguments.b if rows is not None else [x[part] for x in arguments.b],
-            b_index=None if rows is None else rows[part],
-            v=arguments.v[part],
-        )
-        index, best, cost, outside = _reduce_part(given)
-        found.append((torch.where(index < 0, index, index + lo), best, cost, outside))
+        out = torch.full_like(index, -1), torch.full_like(best, torch.inf), torch.full_like(cost, torch.inf)
+        out = *out, torch.full_like(outside, torch.inf)
+        _reduce_part(left, part_of(right, part), v32[part], out, tiles, constants)
+        found.append((torch.where(out[0] < 0, out[0], out[0] + lo), *out[1:]))
     index, best, cost = (torch.cat([part[i] for part in found], 1) for i in range(3))
     # Stable, so that ties go to the lower column here too.
     best, order = best.sort(dim=1, stable=True)
@@ -224,45 +278,32 @@ def _reduce(
 
 
 def _reduce_part(
-    arguments: RowArguments,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What :func:`_reduce` returns, of at most as many columns as one selection holds."""
-    a, b, v, k = arguments.a, arguments.b, arguments.v, arguments.k
-    n, m, device = len(a[0]), len(v), v.device
-    tiles, constants = plan_product(a, b, m, arguments.precision)
-    index = torch.full((n, k), -1, dtype=torch.int64, device=device)
-    best, cost = (torch.full((n, k), float("inf"), device=device) for _ in range(2))
-    outside = torch.full((n,), float("inf"), device=device)
-    if n == 0 or m == 0 or k == 0:
-        return index, best, cost, outside
-    v32 = v.float().contiguous()
+    left: Packed,
+    right: Packed,
+    v: torch.Tensor,
+    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    tiles: Tiles,
+    constants: dict[str, Any],
+) -> None:
+    """Write what :func:`_reduce` returns of at most as many columns as one selection holds."""
+    (n, k), m = out[0].shape, len(v)
     tiles_n = ceil_div(m, tiles.columns)
-    few = few_of(min(k, m), tiles_n)
-    candidates = tiles_n * few
-    if candidates > MAX_CANDIDATES:
+    few = min(k, tiles.columns) if 2 * k > m else few_of(k, tiles_n)
+    if tiles_n * few > MAX_CANDIDATES:
         raise ValueError(f"k: expected at most {MAX_CANDIDATES} entries per row, got {k}")
     step = max(WORKSPACE // (tiles_n * (8 * few + 4)) // tiles.rows, 1) * tiles.rows
     rows = min(step, n)
-    value = torch.empty(rows, tiles_n, few, device=device)
-    column = torch.empty(rows, tiles_n, few, dtype=torch.int32, device=device)
-    cutoff = torch.empty(rows, tiles_n, device=device)
+    value = torch.empty(rows, tiles_n, few, device=v.device)
+    column = torch.empty(rows, tiles_n, few, dtype=torch.int32, device=v.device)
+    cutoff = torch.empty(rows, tiles_n, device=v.device)
     for start in range(0, n, step):
         part = slice(start, min(start + step, n))
         count = part.stop - start
         _candidates_kernel[(ceil_div(count, tiles.rows) * tiles_n,)](
-            factor_arguments([x[part] for x in a], b, arguments.contraction_index),
-            arguments.b_index,
-            v32,
-            value,
-            column,
-            cutoff,
-            count,
-            m,
-            few,
-            **constants,
+            factor_arguments(part_of(left, part), right), v, value, column, cutoff, count, m, few, **constants
         )
-        select((value, column, cutoff), v32, (index[part], best[part], cost[part], outside[part]), few)
-    return index, best, cost, outside
+        index, best, cost, outside = (x[part] for x in out)
+        select((value, column, cutoff), v, (index, best, cost, outside), few)
 
 
 def row_topk(arguments: RowArguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
