@@ -13,8 +13,10 @@ from torch import nn
 
 import fastmatch as fm
 from bench.lib.findings import Findings
+from bench.lib.nets import vgg16
+from bench.lib.published import activation_matching, weight_matching_torch
 
-__all__ = ["calls", "profile", "solves"]
+__all__ = ["calls", "peers", "profile", "solves"]
 
 Row = dict[str, Any]
 
@@ -189,15 +191,91 @@ def _solves_of(findings: Findings, device: torch.device, n: int, d: int, kind: s
     lists, dense = fm.assignment.CandidateLists(), fm.assignment.DenseShortlists()
 
     def run(solver: Any, cost: Callable[[], Any]) -> Row:
-        begin = time.perf_counter()
-        found = fm.solve(cost(), maximize=True, solver=solver)
-        return {"s": time.perf_counter() - begin, "certified": found.is_certified, **found.stats}
+        found, first, again = _timed(device, lambda: fm.solve(cost(), maximize=True, solver=solver))
+        return {"first_s": first, "s": again, "certified": found.is_certified, **found.stats}
 
     more = {"n": n, "d": d, "kind": kind}
     findings.attempt("solve factors", lambda: run(lists, lambda: fm.assignment.FactorCost([(a, b)])), **more)
     if n <= 16384:
         findings.attempt("solve a matrix by lists", lambda: run(lists, lambda: a @ b.T), **more)
         findings.attempt("solve a matrix copied to the host", lambda: run(dense, lambda: a @ b.T), **more)
+
+
+def peers(findings: Findings, device: torch.device, *, tiny: bool) -> None:
+    """Weight and activation matching against the published forms: torch on the same device, scipy on its host."""
+    mlp, shape = networks("mlp", 48 if tiny else 4096, 2)
+    findings.attempt("weight matching, MLP", lambda: _against_loop(device, mlp, shape), width=48 if tiny else 4096)
+    width = 0.1 if tiny else 1.0
+    images = torch.randn(64 if tiny else 50_000, 3, 32, 32, device=device)
+    findings.attempt(
+        "activation matching, VGG16", lambda: _against_hooks(device, width, images), width=width, images=len(images)
+    )
+    width = 0.1 if tiny else 4.0
+    found = [vgg16(width).eval() for _ in range(2)]
+    findings.attempt("weight matching, VGG16", lambda: _against_loop(device, found, (3, 32, 32)), width=width)
+
+
+def _against_loop(device: torch.device, models: list[nn.Module], shape: tuple[int, ...]) -> Row:
+    """Ours to convergence, after a first time, against one sweep of the published loop: convergence takes more."""
+    a, b = (m.to(device) for m in models)
+    spec = fm.PermutationSpec.trace(a, torch.randn(2, *shape, device=device))
+    found, first, again = _timed(device, lambda: fm.align(a, b, spec=spec, verify=False))
+    states = [{k: v.detach() for k, v in m.state_dict().items()} for m in (a, b)]
+    begin = time.perf_counter()
+    perms = weight_matching_torch(*states, spec, seed=0, max_sweeps=1)
+    _synchronize(device)
+    sweep = time.perf_counter() - begin
+    ours, theirs = (_objective(spec, *states, p) for p in (found.permutations, perms))
+    return {"first_s": first, "s": again, "solves": found.matching.solves, "one sweep s": sweep, "sweep / ours": sweep / again,
+            "objective / theirs": ours / theirs}  # fmt: skip
+
+
+def _objective(spec: fm.PermutationSpec, a: Row, b: Row, perms: Any) -> float:
+    """The inner product of A's weights with B's permuted ones, in float64."""
+    total = 0.0
+    for name in {axis.parameter for group in spec.groups.values() for axis in group.axes}:
+        moved = b[name].double()
+        for axis, group in spec.axes_of(name):
+            index = perms[group].to(moved.device)
+            if axis.inner > 1:  # a channel's positions, side by side
+                index = (index[:, None] * axis.inner + torch.arange(axis.inner, device=index.device)).flatten()
+            moved = moved.index_select(axis.dim, index)
+        total += float((a[name].double() * moved).sum())
+    return total
+
+
+def _against_hooks(device: torch.device, width: float, images: torch.Tensor) -> Row:
+    """Ours against float64 correlations by hooks, in one pass over the images too."""
+    models = [vgg16(width).eval().to(device) for _ in range(2)]
+    spec = fm.PermutationSpec.trace(models[0], images[:2])
+    batches = images.split(500)
+    matcher = fm.ActivationMatching(batches)
+    found, first, again = _timed(device, lambda: fm.align(*models, spec=spec, matcher=matcher, verify=False))
+    layers = {g: str(int(name.split(".")[0]) + 1) for g, name in _layer_of(spec).items()}
+    begin = time.perf_counter()
+    columns, correlations = activation_matching(*models, layers, batches)
+    _synchronize(device)
+    theirs = time.perf_counter() - begin
+    with torch.no_grad():
+        begin = time.perf_counter()
+        for x in batches:
+            _ = [m(x) for m in models]
+        _synchronize(device)
+        forward = time.perf_counter() - begin
+    gap = max(
+        float(
+            c[torch.arange(len(p)), torch.from_numpy(columns[g])].sum()
+            - c[torch.arange(len(p)), found.permutations[g].cpu()].sum()
+        ) / float(c.abs().sum(1).sum())
+        for g, p in found.permutations.items() for c in (correlations[g].cpu(),)
+    )  # fmt: skip
+    return {"first_s": first, "s": again, "published s": theirs, "published / ours": theirs / again,
+            "both forward passes s": forward, "correlation lost": gap}  # fmt: skip
+
+
+def _layer_of(spec: fm.PermutationSpec) -> dict[str, str]:
+    """The layer that makes each group's units."""
+    return {g: next(x.parameter for x in group.axes if x.dim == 0) for g, group in spec.groups.items()}
 
 
 def profile(findings: Findings, device: torch.device, out: Path | None, *, tiny: bool) -> None:

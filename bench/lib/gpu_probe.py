@@ -25,7 +25,7 @@ def main(*, tiny: bool) -> None:
     transposed = tuple(x.T.contiguous().T for x in (a, b))
     out, order = torch.empty(n, n, device=device), torch.randperm(d)
     on_gpu = device.type == "cuda"
-    for precision in ("ieee", "tf32", "bf16x3", "tf32x3"):
+    for precision in ("ieee", "fp16", "fp16x3"):
         kernels.gain([(a, b)], out=out, precision=precision)
         kernels.gain([(a, b)], out=out, precision=precision, contraction_index=order)
         kernels.row_topk([(a, b)], v, 48, precision=precision)
@@ -34,7 +34,7 @@ def main(*, tiny: bool) -> None:
     for shape in ((4, 8, 6, 6), (64, 16)) if tiny else ((128, 64, 56, 56), (65536, 512)):
         x = torch.randn(shape, device=device)
         mean = torch.zeros(shape[1], dtype=torch.float64, device=device)
-        kernels.moments(x, x + 1, precision="tf32x3")
+        kernels.moments(x, x + 1, precision="fp16x3")
         kernels.channel_affine(x, mean, mean + 1)
     w, index = torch.randn(n, n, device=device), torch.randperm(n)
     kernels.permute_merge([w, w], [0.5, 0.5], [None, index], [None, index])

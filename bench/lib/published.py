@@ -45,8 +45,8 @@ def gain(a, b, spec: PermutationSpec, group, perms) -> np.ndarray:
 
 
 def gain_torch(a, b, spec: PermutationSpec, group, perms) -> torch.Tensor:
-    """Return what :func:`gain` does, in torch and float32."""
-    total = torch.zeros(group.size, group.size)
+    """Return what :func:`gain` does, in torch and float32, on the tensors' device."""
+    total = torch.zeros(group.size, group.size, device=a[group.axes[0].parameter].device)
     for axis in group.axes:
         other = b[axis.parameter]
         for place, name in spec.axes_of(axis.parameter):
@@ -96,19 +96,20 @@ def weight_matching(state_a, state_b, spec: PermutationSpec, seed: int, max_swee
 
 
 def weight_matching_torch(a, b, spec: PermutationSpec, seed: int, max_sweeps: int = 100):
-    """Return the permutations of the published algorithm, in torch and float32.
+    """Return the permutations of the published algorithm, in torch and float32, on the tensors' device; scipy solves.
 
     A sweep has to gain more than rounding (1e-6 of the gain), or it would never end.
     """
+    device = next(iter(a.values())).device
 
     def step(name, perms):
         group = spec.groups[name]
-        values, rows = gain_torch(a, b, spec, group, perms), torch.arange(group.size)
-        columns = torch.from_numpy(linear_sum_assignment(values.numpy(), maximize=True)[1])
+        values, rows = gain_torch(a, b, spec, group, perms), torch.arange(group.size, device=device)
+        columns = torch.from_numpy(linear_sum_assignment(values.cpu().numpy(), maximize=True)[1]).to(device)
         new, old = (float(values[rows, c].double().sum()) for c in (columns, perms[name]))
         return columns, new > old + 1e-6 * abs(new)
 
-    return coordinate_descent(spec, torch.arange, step, seed, max_sweeps)
+    return coordinate_descent(spec, lambda n: torch.arange(n, device=device), step, seed, max_sweeps)
 
 
 def activation_matching_by_layer(model_a, model_b, layers: dict[str, str], data):
@@ -154,6 +155,6 @@ def activation_matching(model_a, model_b, layers: dict[str, str], data: Iterable
             (uu / n - (su / n) ** 2).clamp(min=0).sqrt(), (vv / n - (sv / n) ** 2).clamp(min=0).sqrt()
         )
         correlation = torch.where(std > 1e-9, covariance / std.clamp(min=1e-9), 0.0)
-        columns[group] = linear_sum_assignment(correlation.numpy(), maximize=True)[1]
+        columns[group] = linear_sum_assignment(correlation.cpu().numpy(), maximize=True)[1]
         correlations[group] = correlation
     return columns, correlations
