@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 from fastmatch_kernels._triton import packing
 from fastmatch_kernels._triton.product import GROUP
-from fastmatch_kernels._triton.tiles import PRECISIONS, Target, Tiles, dot_precision, matmul_tiles
+from fastmatch_kernels._triton.tiles import PRECISIONS, Kind, Target, Tiles, dot_precision, matmul_tiles
 from fastmatch_kernels.channel_affine import triton as channel_affine
 from fastmatch_kernels.gain import triton as gain
 from fastmatch_kernels.inner_product import triton as inner_product
@@ -76,9 +76,9 @@ def _factor_arguments(precision: str) -> dict[str, Any]:
 def _matmul_cases(target: Target) -> Iterator[Case]:
     for precision in (*PRECISIONS, "half"):
         matrix = precision != "ieee" or target.backend == "hip"
-        shapes = itertools.product((64, 4096), (False, True))
-        for tiles, reduced in dict.fromkeys(
-            (matmul_tiles(n, n, precision, target, reduced=reduced), reduced) for n, reduced in shapes
+        shapes = itertools.product((64, 4096), get_args(Kind))
+        for tiles, kind in dict.fromkeys(
+            (matmul_tiles(n, n, precision, target, kind), kind) for n, kind in shapes
         ):
             arguments = {
                 **_factor_arguments(precision),
@@ -92,24 +92,26 @@ def _matmul_cases(target: Target) -> Iterator[Case]:
                 "BLOCK_N": tiles.columns,
                 "BLOCK_K": tiles.depth,
             }
-            for op, variant, kernel, own in _matmul_kernels(precision):
-                if reduced != (op in ("cost_rows", "row_softmin")):
-                    continue
+            for op, variant, kernel, own in _matmul_kernels(precision, kind):
                 kept = {k: v for k, v in arguments.items() if k in kernel.arg_names}
-                yield Case(op, variant, precision, kernel, {**kept, **own}, tiles, matrix, precision != "ieee")
+                yield Case(
+                    op, variant, precision, kernel, {**kept, **own}, tiles, matrix, precision != "ieee"
+                )
 
 
-def _matmul_kernels(precision: str) -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
+def _matmul_kernels(precision: str, kind: Kind) -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
     """(operation, variant, kernel, the arguments that only it has) of everything that reads a product of factors."""
-    for accumulate in (False, True):
-        own = {"out_ptr": "*fp32:16", "out_stride": "i32:16", "ACCUMULATE": accumulate}
-        yield "gain", "added" if accumulate else "plain", gain._gain_kernel, own
-    pointers = {"v_ptr": "*fp32:16", "value_ptr": "*fp32:16", "column_ptr": "*i32:16", "cutoff_ptr": "*fp32:16"}
-    own = {**pointers, "few": "i32", "EXACT": precision != "fp16"}
-    yield "cost_rows", "plain", cost_rows._candidates_kernel, own
-    own = {"v_ptr": "*fp32:16", "part_ptr": "*fp32:16", "temperature": "fp32"}
-    yield "row_softmin", "plain", row_softmin._softmin_kernel, own
-    if precision != "half":
+    if kind == "written":
+        for accumulate in (False, True):
+            own = {"out_ptr": "*fp32:16", "out_stride": "i32:16", "ACCUMULATE": accumulate}
+            yield "gain", "added" if accumulate else "plain", gain._gain_kernel, own
+    elif kind == "reduced":
+        own = dict.fromkeys(("v_ptr", "value_ptr", "cutoff_ptr"), "*fp32:16")
+        own |= {"column_ptr": "*i32:16", "few": "i32", "EXACT": precision != "fp16"}
+        yield "cost_rows", "plain", cost_rows._candidates_kernel, own
+        own = {"v_ptr": "*fp32:16", "part_ptr": "*fp32:16", "temperature": "fp32"}
+        yield "row_softmin", "plain", row_softmin._softmin_kernel, own
+    elif precision != "half":
         own = {"cross_ptr": "*fp64:16", "chunk": moments.CHUNK}
         yield "moments, packed", "plain", moments._packed_cross_kernel, own
 
@@ -199,6 +201,7 @@ def _cross_cases(target: Target, aligned: bool, layouts: dict[str, dict[str, Any
                     "channels_b": "i32:16",
                     "samples": "i32:16",
                     "first": "i32:16",
+                    "split_stride": "i32",
                     "STATS": statistics,
                     "DIMS_A": layout["dims"],
                     "DIMS_B": layout["dims"],
@@ -367,11 +370,11 @@ def _merge_cases(target: Target, aligned: bool) -> Iterator[Case]:
 
 
 def _selection_cases() -> Iterator[Case]:
-    for candidates, k in ((64, 48), (2048, 48), (cost_rows.MAX_CANDIDATES, 48), (cost_rows.MAX_CANDIDATES, 1024)):
-        tiles = cost_rows.select_tiles(candidates, k)
+    for candidates in (64, 2048, cost_rows.MAX_CANDIDATES):
+        tiles = cost_rows.select_tiles(candidates)
         yield Case(
             "cost_rows, selection",
-            f"{k} of {candidates} candidates",
+            f"{candidates} candidates",
             "-",
             cost_rows._select_kernel,
             {
@@ -389,7 +392,6 @@ def _selection_cases() -> Iterator[Case]:
                 "tiles_n": "i32:16",
                 "BLOCK_R": tiles.rows,
                 "BLOCK_C": tiles.columns,
-                "BLOCK_K": tiles.depth,
                 "BLOCK_T": max(tiles.columns // 4, 2),
             },
             tiles,

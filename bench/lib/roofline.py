@@ -47,7 +47,7 @@ def gain(n: int, m: int, d: int, size: int = 4) -> Work:
 
 def cost_rows(n: int, m: int, d: int, k: int, precision: str, target: Target, size: int = 4) -> Work:
     """Products as :func:`gain`, no matrix written, candidates written and read; four operations a pick."""
-    tiles_n = ceil_div(m, matmul_tiles(n, m, precision, target, reduced=True).columns)
+    tiles_n = ceil_div(m, matmul_tiles(n, m, precision, target, "reduced").columns)
     few = few_of(k, tiles_n)
     candidates = n * tiles_n * (8 * few + 4)
     return Work((n * d + m * d) * size + 2 * candidates + 12 * n * k, 2 * n * m * d, 4 * few * n * m)
@@ -55,7 +55,7 @@ def cost_rows(n: int, m: int, d: int, k: int, precision: str, target: Target, si
 
 def row_softmin(n: int, m: int, d: int, precision: str, target: Target, size: int = 4) -> Work:
     """Products as :func:`gain`; one number per row and tile; a minimum, an exponential and a sum an entry."""
-    parts = ceil_div(m, matmul_tiles(n, m, precision, target, reduced=True).columns)
+    parts = ceil_div(m, matmul_tiles(n, m, precision, target, "reduced").columns)
     return Work((n * d + m * d) * size + 8 * n * parts, 2 * n * m * d, 8 * n * m)
 
 

@@ -150,5 +150,5 @@ def test_wide_products_and_reduced_rows_have_tiles_of_their_own():
     target, table = TARGETS["sm_90"], MATMUL["sm_90"]
     assert matmul_tiles(64, 4096, "half", target) == table["half"][0]
     assert matmul_tiles(4096, 4096, "fp16", target) == table["half"][1]
-    assert matmul_tiles(4096, 4096, "fp16", target, reduced=True) == table["fp16, rows"][1]
-    assert matmul_tiles(4096, 4096, "fp16", TARGETS["gfx942"], reduced=True) == MATMUL["gfx942"]["half"][1]
+    assert matmul_tiles(4096, 4096, "fp16", target, "reduced") == table["fp16, reduced"][1]
+    assert matmul_tiles(4096, 4096, "fp16", TARGETS["gfx942"], "reduced") == MATMUL["gfx942"]["half"][1]

@@ -17,6 +17,14 @@ SHAPES = [  # (shape of A, shape of B)
 ]
 
 
+@pytest.fixture(params=[False, True], ids=["narrow", "packed"], autouse=True)
+def packed(request, monkeypatch):
+    """Triton's two ways: few channels read as they are, and packed for any number of channels."""
+    from fastmatch_kernels.moments import triton
+
+    monkeypatch.setattr(triton, "PACKED_CHANNELS", 1 if request.param else 10**6)
+
+
 def layouts(x):
     yield x
     yield strided(x)

@@ -116,7 +116,7 @@ def pack_tiles(column_stride: int, *, interpreted: bool = False) -> Tiles:
     """(rows, columns) of a program: along whichever is contiguous, so that reads and writes are wide."""
     if interpreted:
         return Tiles(64, 64, 1, 4, 1)
-    return Tiles(8, 512, 1, 4, 1) if column_stride == 1 else Tiles(64, 64, 1, 4, 1)
+    return Tiles(8, 512, 1, 4, 1) if column_stride == 1 else Tiles(64, 64, 1, 8, 1)
 
 
 def pack(
@@ -140,7 +140,13 @@ def pack(
     depth = sum(depths)
     if precision == "ieee":
         return Packed(_along_rows(factors, rows, depth, row_index, order), None, None)
-    if precision == "half" and row_index is None and len(factors) == 1 and order[0] is None and _is_packed(first):
+    if (
+        precision == "half"
+        and row_index is None
+        and len(factors) == 1
+        and order[0] is None
+        and _is_packed(first)
+    ):
         return Packed(first, None, None)
     padded = max(ceil_div(depth, DEPTH), 1) * DEPTH
     scaled, device = precision != "half", first.device
@@ -166,7 +172,8 @@ def pack(
                 rows,
                 depths[position],
                 width,
-                *x.stride(),
+                x.stride(0),
+                x.stride(1),
                 padded,
                 BLOCK_R=tiles.rows,
                 BLOCK_C=tiles.columns,

@@ -14,7 +14,15 @@ import triton
 import triton.language as tl
 
 from fastmatch_kernels._triton.packing import Packed
-from fastmatch_kernels._triton.tiles import FACTOR_DTYPES, Tiles, dot_precision, matmul_tiles, precision_of, target_of
+from fastmatch_kernels._triton.tiles import (
+    FACTOR_DTYPES,
+    Kind,
+    Tiles,
+    dot_precision,
+    matmul_tiles,
+    precision_of,
+    target_of,
+)
 
 __all__ = [
     "GROUP",
@@ -43,26 +51,32 @@ def check_dtypes(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> None:
 
 
 def plan_product(
-    shape: tuple[int, int], dtype: torch.dtype, precision: str, device: torch.device, *, reduced: bool = False
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    precision: str,
+    device: torch.device,
+    kind: Kind = "written",
 ) -> tuple[str, Tiles, dict[str, Any]]:
     """Return (key of the precision, tiles, constants and compiler options of a launch) of a product of this shape.
-
-    ``reduced`` says that rows are reduced in the tiles.
 
     Raises:
         ValueError: CPU tensors without Triton's interpreter, or a GPU that no tiles were chosen for.
     """
     target = target_of(device)
     key = precision_of(dtype, precision)
-    tiles = matmul_tiles(*shape, key, target, reduced=reduced)
-    return key, tiles, {
-        "PRECISION": dot_precision(key, target),
-        "GROUP": GROUP,
-        "BLOCK_M": tiles.rows,
-        "BLOCK_N": tiles.columns,
-        "BLOCK_K": tiles.depth,
-        **tiles.options,
-    }
+    tiles = matmul_tiles(*shape, key, target, kind)
+    return (
+        key,
+        tiles,
+        {
+            "PRECISION": dot_precision(key, target),
+            "GROUP": GROUP,
+            "BLOCK_M": tiles.rows,
+            "BLOCK_N": tiles.columns,
+            "BLOCK_K": tiles.depth,
+            **tiles.options,
+        },
+    )
 
 
 def factor_arguments(a: Packed, b: Packed) -> tuple[Any, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 
@@ -18,6 +19,7 @@ __all__ = [
     "PRECISIONS",
     "ROUNDOFF",
     "TARGETS",
+    "Kind",
     "Target",
     "Tiles",
     "ceil_div",
@@ -149,22 +151,32 @@ MATMUL: dict[str, dict[str, tuple[Tiles, Tiles]]] = {
         "ieee": (Tiles(64, 32, 16, 4, 3), Tiles(128, 64, 16, 8, 2)),
         "half": (Tiles(64, 64, 64, 8, 3), Tiles(128, 128, 64, 8, 3)),
         "fp16x3": (Tiles(64, 64, 32, 4, 3), Tiles(128, 128, 32, 8, 3)),
+        "fp16, summed": (Tiles(64, 64, 64, 8, 3), Tiles(128, 64, 64, 8, 3)),
     },
     # Measured on an H200 among seven tiles: docs/design/kernels.md.
     "sm_90": {
         "ieee": (Tiles(64, 64, 16, 4, 3), Tiles(128, 64, 16, 8, 3)),
         "half": (Tiles(64, 64, 64, 4, 3), Tiles(128, 128, 64, 8, 3)),
         "fp16x3": (Tiles(64, 64, 64, 4, 3), Tiles(128, 128, 64, 8, 3)),
-        "fp16, rows": (Tiles(64, 64, 64, 4, 3), Tiles(128, 256, 64, 8, 3)),
+        "fp16, reduced": (Tiles(64, 64, 64, 4, 3), Tiles(128, 256, 64, 8, 3)),
     },
     "gfx942": {p: (Tiles(64, 64, 32, 4, 2), Tiles(128, 64, 32, 8, 2)) for p in ("ieee", "half", "fp16x3")},
     "interpreter": {
         p: (Tiles(32, 32, 32, 4, 1), Tiles(64, 64, 64, 4, 1)) for p in ("ieee", "half", "fp16x3")
     },
 }
-"""Target -> precision -> tiles of a product of packed factors, for small shapes and for wide ones. "fp16" takes those of "half", and those of "fp16, rows"
-where rows are reduced and nothing of the tile is written."""
-MATMUL["sm_100"] = {**MATMUL["sm_90"], "ieee": (Tiles(64, 64, 16, 8, 2), Tiles(128, 64, 16, 8, 3))}
+"""Target -> precision -> tiles of a product of packed factors, for small shapes and for wide ones. "fp16" takes those of "half".
+An entry "precision, kind" comes before that of the precision."""
+MATMUL["sm_100"] = {
+    "ieee": (Tiles(64, 64, 16, 8, 2), Tiles(128, 64, 16, 8, 3)),
+    "half": MATMUL["sm_90"]["half"],
+    "fp16x3": MATMUL["sm_90"]["fp16x3"],
+    "fp16, summed": (Tiles(64, 64, 64, 4, 3), Tiles(128, 64, 64, 8, 3)),
+    "fp16x3, summed": (Tiles(64, 64, 64, 4, 3), Tiles(128, 64, 64, 8, 3)),
+}
+
+Kind: TypeAlias = Literal["written", "reduced", "summed"]
+"""What becomes of a tile: it is written or added to in float32, its rows are reduced, or it is added to in float64."""
 
 WIDE = 2048
 """Rows and columns from which the larger tile is used: 256 tiles of 128 x 128."""
@@ -177,15 +189,11 @@ def precision_of(dtype: torch.dtype, precision: str) -> str:
     return "half" if dtype in (torch.float16, torch.bfloat16) else precision
 
 
-def matmul_tiles(rows: int, columns: int, precision: str, target: Target, *, reduced: bool = False) -> Tiles:
-    """The tile for a (rows, columns) output; ``precision`` is a result of :func:`precision_of`.
-
-    Args:
-        reduced: whether rows are reduced in the tile, which is not written.
-    """
+def matmul_tiles(rows: int, columns: int, precision: str, target: Target, kind: Kind = "written") -> Tiles:
+    """The tile for a (rows, columns) output; ``precision`` is a result of :func:`precision_of`."""
     table = MATMUL[target.name]
-    half = table.get("fp16, rows", table["half"]) if reduced else table["half"]
-    small, wide = half if precision == "fp16" else table[precision]
+    plain = "half" if precision == "fp16" else precision
+    small, wide = table.get(f"{precision}, {kind}", table[plain])
     if target is INTERPRETER:
         return small if min(rows, columns) < 256 else wide
     return wide if min(rows, columns) >= WIDE else small

@@ -69,13 +69,13 @@ _DEEP = Tiles(64, 64, 16, 8, 2)
 NARROW: dict[str, dict[str, tuple[Tiles, Tiles]]] = {
     # Statistics and two shifts are in registers in addition to the product. The second tile is for data of unknown alignment.
     "sm_80": {"ieee": (Tiles(64, 64, 16, 4, 3), _DEEP), "tf32": _TILES, "tf32x3": (_DEEP, _DEEP)},
-    "sm_90": {"ieee": (Tiles(64, 64, 16, 4, 3), _DEEP), "tf32": _TILES, "tf32x3": _TILES},
+    "sm_90": {"ieee": (_DEEP, _DEEP), "tf32": _TILES, "tf32x3": _TILES},
     "sm_100": {
         "ieee": (Tiles(64, 32, 16, 8, 3), Tiles(64, 32, 16, 8, 1)),
         "tf32": _TILES,
         "tf32x3": (_TILES[0], Tiles(64, 64, 16, 4, 2)),
     },
-    "gfx942": dict.fromkeys(UNITS.values(), (Tiles(64, 64, 32, 8, 2), Tiles(128, 64, 16, 8, 2))),
+    "gfx942": dict.fromkeys(UNITS.values(), (Tiles(64, 64, 32, 4, 2), Tiles(128, 64, 16, 8, 2))),
     "interpreter": dict.fromkeys(UNITS.values(), (Tiles(32, 32, 32, 4, 1), Tiles(32, 32, 32, 4, 1))),
 }
 """Target -> precision of the units -> tiles of a product of few channels."""
@@ -141,13 +141,14 @@ def _cross_kernel(
     b_stride_c,
     shift_a_ptr,  # (C_a,) float32
     shift_b_ptr,  # (C_b,) float32
-    stats_a_ptr,  # (splits, 3, C_a) float64
-    stats_b_ptr,  # (splits, 3, C_b) float64
-    cross_ptr,  # (splits, C_a, C_b) float64
+    stats_a_ptr,  # (3, C_a) float64 of the first split
+    stats_b_ptr,  # (3, C_b) float64 of the first split
+    cross_ptr,  # (C_a, C_b) float64 of the first split
     channels_a,
     channels_b,
     samples,
     first,  # sample that this launch starts from
+    split_stride,  # from the results of one split to those of the next
     STATS: tl.constexpr,
     DIMS_A: tl.constexpr,
     DIMS_B: tl.constexpr,
@@ -193,14 +194,14 @@ def _cross_kernel(
                 square_b += square
                 off_b += off
     mask = (channel_a < channels_a)[:, None] & (channel_b < channels_b)[None, :]
-    out = cross_ptr + split * channels_a * channels_b
+    out = cross_ptr + split * split_stride
     out = out + channel_a.to(tl.int64)[:, None] * channels_b + channel_b[None, :]
     tl.store(out, tl.load(out, mask=mask) + acc.to(tl.float64), mask=mask)
     if STATS:
         if tile_b == 0:
-            _flush(stats_a_ptr + split * 3 * channels_a, channel_a, channels_a, total_a, square_a, off_a)
+            _flush(stats_a_ptr + split * split_stride, channel_a, channels_a, total_a, square_a, off_a)
         if tile_a == 0:
-            _flush(stats_b_ptr + split * 3 * channels_b, channel_b, channels_b, total_b, square_b, off_b)
+            _flush(stats_b_ptr + split * split_stride, channel_b, channels_b, total_b, square_b, off_b)
 
 
 @triton.jit
@@ -347,11 +348,11 @@ def _splits(tiles: int, chunks: int, target: Target) -> int:
 
 
 def stats_tiles(stride_c: int, *, aligned: bool = True) -> Tiles:
-    """(channels, -, samples) of one step: along whichever is contiguous, 32 elements a thread, so that many reads are in flight."""
+    """(channels, -, samples) of one step: along whichever is contiguous, 16 or 32 elements a thread, so that many reads are in flight."""
     if stride_c == 1:
         return Tiles(64, 1, 128, 8, 1)
     # Without alignment each element's address is in a register.
-    return Tiles(8, 1, 512, 4, 1) if aligned else Tiles(4, 1, 256, 4, 1)
+    return Tiles(8, 1, 512, 8, 1) if aligned else Tiles(4, 1, 256, 4, 1)
 
 
 def pack_tiles(stride_c: int, *, scaled: bool) -> Tiles:
@@ -422,8 +423,10 @@ def _cross(
     chunks = ceil_div(samples, chunk)
     splits = min(chunks, max(2 * target.processors // tiles_all, 1))
     outs = [cross, stats_a, stats_b] if with_stats else [cross]
-    parts = [x[None] if splits == 1 else x.new_zeros(splits, *x.shape) for x in outs]
-    parts += parts[:1] * (3 - len(parts))  # unused pointers
+    sizes = [x.numel() for x in outs]
+    parts_of_all = cross.new_zeros(splits if splits > 1 else 0, sum(sizes))
+    parts, split_stride = (parts_of_all[0].split(sizes), sum(sizes)) if splits > 1 else (outs, 0)
+    parts = [*parts, *[parts[0]] * (3 - len(parts))]  # unused pointers
     for start in range(0, chunks, splits):
         _cross_kernel[(*grid, min(splits, chunks - start))](
             a,
@@ -443,6 +446,7 @@ def _cross(
             channels_b,
             samples,
             start * chunk,
+            split_stride,
             STATS=with_stats,
             DIMS_A=a_dims,
             DIMS_B=b_dims,
@@ -454,8 +458,8 @@ def _cross(
             **tiles.options,
         )
     if splits > 1:
-        for out, part in zip(outs, parts, strict=False):
-            out += part.sum(dim=0)
+        for out, part in zip(outs, parts_of_all.sum(0).split(sizes), strict=True):
+            out += part.view(out.shape)
 
 
 def moments_update(arguments: MomentsArguments) -> None:
@@ -485,11 +489,16 @@ def moments_update(arguments: MomentsArguments) -> None:
 
 
 def _packed_cross(
-    models: list[Model], dim: int, products: list[tuple[torch.Tensor, int, int]], precision: str, target: Target
+    models: list[Model],
+    dim: int,
+    products: list[tuple[torch.Tensor, int, int]],
+    precision: str,
+    target: Target,
 ) -> None:
     """Add statistics, pack, and add the products: (out, first model, second model)."""
     largest = [
-        add_statistics(x, dim, shift, stats, target, with_largest=precision != "ieee") for x, shift, stats in models
+        add_statistics(x, dim, shift, stats, target, with_largest=precision != "ieee")
+        for x, shift, stats in models
     ]
     channels = [len(shift) for _, shift, _ in models]
     samples = models[0][0].numel() // channels[0]
@@ -547,12 +556,10 @@ def _packed(
     return Packed(high, low, scale)
 
 
-def _add_packed(
-    a: Packed, b: Packed, out: torch.Tensor, count: int, precision: str, target: Target
-) -> None:
+def _add_packed(a: Packed, b: Packed, out: torch.Tensor, count: int, precision: str, target: Target) -> None:
     """Add a product over ``count`` packed samples to ``out`` (C_a, C_b) float64."""
     n, m = out.shape
-    _, tiles, constants = plan_product((n, m), torch.float32, precision, out.device)
+    _, tiles, constants = plan_product((n, m), torch.float32, precision, out.device, "summed")
     tiles_all = ceil_div(n, tiles.rows) * ceil_div(m, tiles.columns)
     splits = min(ceil_div(count, CHUNK), max(2 * target.processors // tiles_all, 1))
     parts = out[None] if splits == 1 else out.new_zeros(splits, n, m)

@@ -100,7 +100,9 @@ def runs_of(
     return numel // length, shape[d1], math.prod(shape[d1 + 1 : d2]), length, blocks[0], blocks[1] * tail
 
 
-def run_tiles(length: int, gathered: bool, target: Target, *, aligned: bool = True) -> tuple[Tiles, int, bool]:
+def run_tiles(
+    length: int, gathered: bool, target: Target, *, aligned: bool = True
+) -> tuple[Tiles, int, bool]:
     """(tile of runs x elements, steps along a run, whether the tile holds whole runs): whole runs where they are gathered."""
     columns = triton.next_power_of_2(length)
     least, most = HELD[target.backend]

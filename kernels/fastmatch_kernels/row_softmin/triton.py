@@ -61,7 +61,7 @@ def row_softmin(arguments: SoftminArguments) -> torch.Tensor:
     a, b, v, temperature, precision = arguments
     n, m = len(a[0]), len(v)
     check_dtypes(a, b)
-    key, tiles, constants = plan_product((n, m), a[0].dtype, precision, v.device, reduced=True)
+    key, tiles, constants = plan_product((n, m), a[0].dtype, precision, v.device, "reduced")
     tiles_n = ceil_div(m, tiles.columns)
     part = torch.empty(n, tiles_n, device=v.device)
     if part.numel():

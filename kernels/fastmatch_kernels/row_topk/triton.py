@@ -1,4 +1,4 @@
-# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportOperatorIssue=false
 # Launches pass plain values for tl.constexpr parameters; tl.static_range is only known to the compiler.
 """Row reductions of ``c_ij - v_j`` for ``c = -(sum_k A_k B_k^T)``: shortlists with a bound, and row minima.
 
@@ -44,6 +44,10 @@ WORKSPACE = 1 << 28
 
 MAX_CANDIDATES = 1 << 13
 """Candidates of a row that one program of the selection holds."""
+
+
+NOTHING = tl.constexpr(0x7F800000_7FFFFFFF)
+"""The key of +inf in the last column."""
 
 
 @triton.jit
@@ -115,7 +119,6 @@ def _select_kernel(
     tiles_n,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -125,20 +128,20 @@ def _select_kernel(
     mask = in_row[:, None] & (slot < candidates)[None, :]
     value = tl.load(value_ptr + at, mask=mask, other=float("inf"))
     column = tl.load(column_ptr + at, mask=mask, other=0x7FFFFFFF)
-    # One number of a value and its column: sorting it finds both, and ties go to the lower column.
+    # One number of a value and its column: a minimum finds both, and ties go to the lower column.
     key = (_ordered(value).to(tl.int64) << 32) | column.to(tl.int64)
-    key = -1 - tl.topk(-1 - key, BLOCK_K)
-    best = _unordered((key >> 32).to(tl.int32))
-    column = (key & 0x7FFFFFFF).to(tl.int32)
-    place = tl.arange(0, BLOCK_K)
-    out = row[:, None] * k + place[None, :]
-    kept = in_row[:, None] & (place < k)[None, :]
-    listed = kept & (best < float("inf"))
-    v = tl.load(v_ptr + column, mask=listed, other=0.0)
-    tl.store(index_ptr + out, tl.where(listed, column, -1).to(tl.int64), mask=kept)
-    tl.store(best_ptr + out, best, mask=kept)
-    tl.store(cost_ptr + out, best + v, mask=kept)
-    bound = tl.min(tl.where((place == k)[None, :], best, float("inf")), 1)
+    for pick in range(k):
+        least = tl.min(key, 1)
+        best = _unordered((least >> 32).to(tl.int32))
+        column_of = (least & 0x7FFFFFFF).to(tl.int32)
+        listed = in_row & (best < float("inf"))
+        v = tl.load(v_ptr + column_of, mask=listed, other=0.0)
+        out = row * k + pick
+        tl.store(index_ptr + out, tl.where(listed, column_of, -1).to(tl.int64), mask=in_row)
+        tl.store(best_ptr + out, best, mask=in_row)
+        tl.store(cost_ptr + out, best + v, mask=in_row)
+        key = tl.where(key == least[:, None], NOTHING, key)
+    bound = _unordered((tl.min(key, 1) >> 32).to(tl.int32))
     tile = tl.arange(0, BLOCK_T)
     cutoff = tl.load(
         cutoff_ptr + row[:, None] * tiles_n + tile[None, :],
@@ -189,11 +192,10 @@ def product_error(
     return relative * scale * (1 + 2.0**-20) + carried * (scale + largest) + tiny
 
 
-def select_tiles(candidates: int, k: int) -> Tiles:
-    """(rows, candidates, places of a sorted list) of one program of the selection: a warp for up to 1024 candidates."""
-    places = triton.next_power_of_2(k + 1)
-    columns = triton.next_power_of_2(max(candidates, places, 2))
-    return Tiles(1, columns, places, 1 if columns <= 1024 else min(columns // 512, 16), 1)
+def select_tiles(candidates: int) -> Tiles:
+    """(rows, candidates) of one program of the selection: one row, and a warp for every 1024 candidates."""
+    columns = triton.next_power_of_2(max(candidates, 2))
+    return Tiles(1, columns, 1, max(columns // 1024, 1), 1)
 
 
 def select(
@@ -211,7 +213,7 @@ def select(
         few: candidates of a tile.
     """
     (n, k), tiles_n = out[0].shape, candidates[2].shape[1]
-    tiles = select_tiles(tiles_n * few, k)
+    tiles = select_tiles(tiles_n * few)
     _select_kernel[(ceil_div(n, tiles.rows),)](
         *candidates,
         v,
@@ -222,7 +224,6 @@ def select(
         tiles_n,
         BLOCK_R=tiles.rows,
         BLOCK_C=tiles.columns,
-        BLOCK_K=tiles.depth,
         BLOCK_T=triton.next_power_of_2(max(tiles_n, 2)),
         **tiles.options,
     )
@@ -247,7 +248,7 @@ def _reduce(
     a, b, v, k = arguments.a, arguments.b, arguments.v, arguments.k
     n, m = len(a[0]), len(v)
     check_dtypes(a, b)
-    key, tiles, constants = plan_product((n, m), a[0].dtype, arguments.precision, v.device, reduced=True)
+    key, tiles, constants = plan_product((n, m), a[0].dtype, arguments.precision, v.device, "reduced")
     index = torch.full((n, k), -1, dtype=torch.int64, device=v.device)
     best, cost = (torch.full((n, k), float("inf"), device=v.device) for _ in range(2))
     outside = torch.full((n,), float("inf"), device=v.device)
