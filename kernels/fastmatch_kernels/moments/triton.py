@@ -69,7 +69,7 @@ _DEEP = Tiles(64, 64, 16, 8, 2)
 NARROW: dict[str, dict[str, tuple[Tiles, Tiles]]] = {
     # Statistics and two shifts are in registers in addition to the product. The second tile is for data of unknown alignment.
     "sm_80": {"ieee": (Tiles(64, 64, 16, 4, 3), _DEEP), "tf32": _TILES, "tf32x3": (_DEEP, _DEEP)},
-    "sm_90": {"ieee": (_DEEP, _DEEP), "tf32": _TILES, "tf32x3": _TILES},
+    "sm_90": {"ieee": (_DEEP, Tiles(64, 32, 16, 8, 2)), "tf32": _TILES, "tf32x3": _TILES},
     "sm_100": {
         "ieee": (Tiles(64, 32, 16, 8, 3), Tiles(64, 32, 16, 8, 1)),
         "tf32": _TILES,
