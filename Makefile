@@ -51,7 +51,7 @@ gpucounters:  ## on a GPU: Nsight Compute's counters of a few launches
 	timeout 110 env $(GPU:$(PYTHON)=) ncu --csv --kernel-name regex:_kernel --metrics gpu__time_duration.sum,l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum,sm__inst_executed_pipe_tensor.sum,sm__inst_executed_pipe_fma.sum,dram__bytes.sum,lts__t_bytes.sum $(PYTHON) -m bench.lib.gpu_probe > $(GPUOUT)/counters.csv
 
 gpusolves:  ## on a GPU: solves end to end, and where the time of public calls goes
-	env $(GPU) -m bench.reports.kernels_gpu --out $(GPUOUT) --parts ceilings:15 solve:110 profile:50
+	env $(GPU) -m bench.reports.kernels_gpu --out $(GPUOUT) --parts ceilings:15 solve:40 peers:70 profile:40
 
 lint: $(VENV)/.installed  ## ruff
 	$(BIN)/ruff check .

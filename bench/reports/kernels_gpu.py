@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from bench.lib import gpu_calls, record, roofline
+from bench.lib import gpu_calls, gpu_tiles, record, roofline
 from bench.lib.findings import Findings, read_findings
 from bench.lib.machine import machine, versions
 from fastmatch_kernels import ops as kernels
@@ -37,8 +37,17 @@ from fastmatch_kernels import ops as kernels
 NAME = "kernels_gpu"
 COMMITTED = record.RESULTS / f"{NAME}.jsonl"
 
-PARTS = {"env": 15, "ceilings": 20, "calls": 120, "kernels": 200, "solve": 60, "peers": 60, "profile": 40}
-"""Parts in order, and the seconds of each by default."""
+PARTS = {
+    "env": 15,
+    "ceilings": 20,
+    "calls": 120,
+    "kernels": 200,
+    "solve": 60,
+    "peers": 60,
+    "profile": 40,
+    "tiles": 40,
+}
+"""Parts in order, and the seconds of each by default. The last one is for who changes the table of tiles."""
 
 PRECISIONS = ("fp16", "fp16x3", "half", "ieee")
 
@@ -413,8 +422,10 @@ def run(findings: Findings, bench: Bench, parts: dict[str, float], options: argp
                 gpu_calls.solves(findings, device, tiny=tiny)
             elif name == "peers":
                 gpu_calls.peers(findings, device, tiny=tiny)
-            else:
+            elif name == "profile":
                 gpu_calls.profile(findings, device, options.out, tiny=tiny)
+            else:
+                gpu_tiles.tiles(findings, device, bench.seconds, tiny=tiny)
             if device.type == "cuda":
                 findings.attempt("clocks after", lambda: card(device))
 
@@ -426,7 +437,7 @@ def measure(options: argparse.Namespace) -> Findings:
         raise SystemExit("kernels_gpu: no GPU here; --tiny runs the same checks on the CPU")
     bench = Bench(device, options.backend or ("triton" if on_gpu else "cpu"), 1 if options.tiny else 10)
     findings = Findings(None if options.out is None else options.out / "findings.jsonl")
-    run(findings, bench, dict(map(part_of, options.parts or PARTS)), options)
+    run(findings, bench, dict(map(part_of, options.parts or [p for p in PARTS if p != "tiles"])), options)
     return findings
 
 
@@ -440,8 +451,15 @@ def part_of(text: str) -> tuple[str, float]:
 
 def page(found: list[Row]) -> str:
     """The page of a run: one table for each part."""
-    lines = ["# On a GPU", "", "Written by `python -m bench.reports.kernels_gpu --page` from the findings of one run. "
-             "Predicted: the least time by the roofline. Error: the largest one over the documented bound."]  # fmt: skip
+    lines = [
+        "# On a GPU",
+        "",
+        "Written by `python -m bench.reports.kernels_gpu --page` from `kernels_gpu.jsonl`: the findings of four runs on one day, each on "
+        "an H200. Parts without a run in their name are of the last one, but for tiles, of the second. "
+        "Times of kernels are the device's own, medians of ten; in the first run with the host's. "
+        "Predicted: the least time by the roofline. Error: the largest one over the documented bound. "
+        "[What it means](../../docs/design/kernels.md#measured-on-a-gpu).",
+    ]
     for part in dict.fromkeys(row["part"] for row in found):
         rows = [
             {k: v for k, v in row.items() if k not in ("part", "at", "ok")}

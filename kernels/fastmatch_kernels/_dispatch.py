@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias, get_args, get_type_hints
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 __all__ = [
     "Backend",
@@ -171,7 +171,8 @@ class Operation:
 
 def _is_plain(arguments: Iterable[Any]) -> bool:
     """Whether nothing traces, differentiates or intercepts what is done with the tensors among ``arguments``."""
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+    # A mode's own handler runs outside of it, where tensors are plain.
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         return False
     return not any(type(x) is not Tensor or x.requires_grad for x in _tensors(arguments))
 

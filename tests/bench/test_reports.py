@@ -208,6 +208,12 @@ def test_a_committed_page_is_that_of_its_record(name):
     assert page(found) == (record.RESULTS / f"{name}.md").read_text()
 
 
+def test_the_committed_page_of_the_gpu_is_that_of_its_findings():
+    findings = read_findings(kernels_gpu.COMMITTED)
+    assert kernels_gpu.page(findings) == kernels_gpu.COMMITTED.with_suffix(".md").read_text()
+    assert {row["gpu"] for row in findings if row["name"] == "card"} == {"NVIDIA H200"}
+
+
 def test_a_record_is_kept_and_its_page_written(tmp_path, monkeypatch):
     import argparse
 

@@ -341,6 +341,11 @@ def sample_layout(
     return x, (1,) * pad + tuple(sizes), (0,) * pad + tuple(strides), x.stride(dim), dims
 
 
+def _chunk(tiles: int, samples: int, target: Target) -> int:
+    """Return CHUNK, or a quarter of it where few channels make so few tiles that processors would be idle."""
+    return CHUNK if tiles * ceil_div(samples, CHUNK) >= 2 * target.processors else CHUNK // 4
+
+
 def _splits(tiles: int, chunks: int, target: Target) -> int:
     """Into how many programs the chunks of samples are split: at most two waves, as even as whole chunks allow."""
     splits = min(chunks, max(2 * target.processors // tiles, 1))
@@ -379,7 +384,8 @@ def add_statistics(
     samples = sizes[0] * sizes[1] * sizes[2]
     tiles = stats_tiles(stride_c, aligned=is_aligned((x,), (*sizes, *strides, stride_c)))
     blocks = ceil_div(channels, tiles.rows)
-    splits = _splits(blocks, max(ceil_div(samples, CHUNK), 1), target)
+    chunk = _chunk(blocks, samples, target)
+    splits = _splits(blocks, max(ceil_div(samples, chunk), 1), target)
     parts = stats[None] if splits == 1 else stats.new_zeros(splits, 3, channels)
     largest = torch.empty(splits, channels, device=x.device) if with_largest else None
     _stats_kernel[(blocks, splits)](
@@ -393,7 +399,7 @@ def add_statistics(
         channels,
         samples,
         DIMS=dims,
-        CHUNK=CHUNK,
+        CHUNK=chunk,
         BLOCK_C=tiles.rows,
         BLOCK_T=tiles.depth,
         **tiles.options,
@@ -416,10 +422,9 @@ def _cross(
     aligned = is_aligned((a, b), numbers)
     tiles = NARROW[target.name][UNITS[precision]][0 if aligned else 1]
     grid = (ceil_div(channels_a, tiles.rows), ceil_div(channels_b, tiles.columns))
-    # One chunk a program: a loop over chunks would keep the accumulator's addresses in registers. Few channels make few
-    # tiles, so their chunks are shorter, and there are programs for every processor.
+    # One chunk a program: a loop over chunks would keep the accumulator's addresses in registers.
     tiles_all = grid[0] * grid[1]
-    chunk = CHUNK if tiles_all * ceil_div(samples, CHUNK) >= 2 * target.processors else CHUNK // 4
+    chunk = _chunk(tiles_all, samples, target)
     chunks = ceil_div(samples, chunk)
     splits = min(chunks, max(2 * target.processors // tiles_all, 1))
     outs = [cross, stats_a, stats_b] if with_stats else [cross]

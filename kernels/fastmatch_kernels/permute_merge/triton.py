@@ -53,7 +53,9 @@ def _permute_merge_kernel(
     i1 = (run // middle) % n1
     outer = run // middle // n1
     for step in range(STEPS):
-        j = (part * STEPS + step) * BLOCK_L + tl.arange(0, BLOCK_L)
+        j = tl.arange(0, BLOCK_L)  # 32 bits for whole runs, which leaves registers for more programs
+        if not WHOLE:
+            j = (part * STEPS + step) * BLOCK_L + j
         mask = in_run[:, None] & (j < length)[None, :]
         acc = tl.zeros((BLOCK_R, BLOCK_L), tl.float32)
         for k in tl.static_range(K):
@@ -68,11 +70,13 @@ def _permute_merge_kernel(
                 # A run that is gathered has fewer than 2^31 elements, and 64-bit division takes a call.
                 short = j.to(tl.int32)
                 moved_block = tl.load(second_ptrs[k] + short // block2, mask=j < length, other=0)
+                if WHOLE:
+                    moved_block = moved_block.to(tl.int32)
                 column = moved_block * block2 + short % block2
             if WHOLE and second_ptrs[k] is not None:
                 # One run, read in order and gathered on the chip: read through the index it takes twice the time.
                 value = tl.load(weight_ptrs[k] + source[:, None] * length + j[None, :], mask=mask, other=0.0)
-                index = tl.where(j < length, column, 0).to(tl.int32)
+                index = tl.where(j < length, column.to(tl.int32), 0)
                 value = tl.gather(tl.reshape(value, (BLOCK_L,)), index, 0)[None, :]
             else:
                 at = source[:, None] * length + column[None, :]
