@@ -165,7 +165,7 @@ def main(arguments=None):
         ]
         lines += ["## Predicted times (roofline, not measured)", ""]
         lines += [
-            "Least time at the published peak rates and bandwidth, and what limits it. TF32 and bf16x3 use matrix "
+            "Least time at the published peak rates and bandwidth, and what limits it. fp16 and fp16x3 use matrix "
             "units; cost_rows adds the time of its picks on the ordinary units.",
             "",
             *predictions(),

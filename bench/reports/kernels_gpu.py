@@ -458,7 +458,7 @@ def page(found: list[Row]) -> str:
         "an H200. Parts without a run in their name are of the last one, but for tiles, of the second. "
         "Times of kernels are the device's own, medians of ten; in the first run with the host's. "
         "Predicted: the least time by the roofline. Error: the largest one over the documented bound. "
-        "[What it means](../../docs/design/kernels.md#measured-on-a-gpu).",
+        "docs/design/kernels.md says what it means.",
     ]
     for part in dict.fromkeys(row["part"] for row in found):
         rows = [

@@ -57,9 +57,9 @@ DEVICES: dict[DeviceName, Device] = {
     "cpu": Device(products=5e10, assignment=4e7, survey=4e8, read=1e9, write=5e8, link=1e9, latency=2e-3),
     "h100": Device(products=1e14, assignment=4e7, survey=4e8, read=3e9, write=1e9, link=5e9, latency=2e-3),
 }
-"""Rough estimates, of one core and of one GPU with a share of its host. None of them was measured, and no run has checked
-them. They stand for an H100 that multiplies float32 in three TF32 products, NVMe drives shared by ranks, and assignments
-and hashes on a core."""
+"""Rough estimates, of one core and of one GPU with a share of its host; no run has checked them together. An H200 multiplied float32
+at 1.5e14 for 4096 units and at 2e14 for 16384 (bench/results/kernels_gpu.md). The rest stands for NVMe drives shared by ranks, and
+assignments and hashes on a core."""
 
 
 @dataclass(frozen=True)

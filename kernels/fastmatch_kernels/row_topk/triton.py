@@ -192,10 +192,13 @@ def product_error(
     return relative * scale * (1 + 2.0**-20) + carried * (scale + largest) + tiny
 
 
-def select_tiles(candidates: int) -> Tiles:
-    """(rows, candidates) of one program of the selection: one row, and a warp for every 1024 candidates."""
+def select_tiles(candidates: int, *, interpreted: bool = False) -> Tiles:
+    """(rows, candidates) of one program of the selection: one row, and a warp for every 1024 candidates.
+
+    The interpreter takes its time by programs, so there each has many rows.
+    """
     columns = triton.next_power_of_2(max(candidates, 2))
-    return Tiles(1, columns, 1, max(columns // 1024, 1), 1)
+    return Tiles(16 if interpreted else 1, columns, 1, max(columns // 1024, 1), 1)
 
 
 def select(
@@ -213,7 +216,7 @@ def select(
         few: candidates of a tile.
     """
     (n, k), tiles_n = out[0].shape, candidates[2].shape[1]
-    tiles = select_tiles(tiles_n * few)
+    tiles = select_tiles(tiles_n * few, interpreted=v.device.type == "cpu")
     _select_kernel[(ceil_div(n, tiles.rows),)](
         *candidates,
         v,
