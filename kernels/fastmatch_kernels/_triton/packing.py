@@ -88,8 +88,11 @@ def _pack_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    column = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    # One flat grid: CUDA takes 65535 programs along its second dimension.
+    parts = tl.cdiv(width, BLOCK_C)
+    part = tl.program_id(0) % parts
+    row = (tl.program_id(0) // parts).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = part.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_row, in_column = row < rows, column < columns
     source = row if row_ptr is None else tl.load(row_ptr + row, mask=in_row, other=0)
     picked = column if column_ptr is None else tl.load(column_ptr + column, mask=in_column, other=0)
@@ -108,7 +111,7 @@ def _pack_kernel(
         tl.store(high_ptr + at, high, mask=mask)
         if low_ptr is not None:
             tl.store(low_ptr + at, low, mask=mask)
-        if tl.program_id(1) == 0:
+        if part == 0:
             tl.store(scale_ptr + row, scale, mask=in_row)
 
 
@@ -159,9 +162,9 @@ def pack(
         last = position == len(factors) - 1
         width = padded - begin if last else depths[position]
         tiles = pack_tiles(x.stride(1), interpreted=device.type == "cpu")
-        grid = (ceil_div(rows, tiles.rows), ceil_div(width, tiles.columns))
-        if grid[0] and grid[1]:
-            _pack_kernel[grid](
+        programs = ceil_div(rows, tiles.rows) * ceil_div(width, tiles.columns)
+        if programs:
+            _pack_kernel[(programs,)](
                 x,
                 row_index,
                 index,
