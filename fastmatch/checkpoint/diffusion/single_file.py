@@ -24,7 +24,7 @@ from fastmatch.checkpoint.diffusion.components import (
     parameters_of,
 )
 from fastmatch.checkpoint.diffusion.layout import Shapes, assemble
-from fastmatch.permutations.verify import Verification, verify
+from fastmatch.permutations.verify import Verification, joined, verify
 from fastmatch.spec import PermutationSpec
 from fastmatch.spec.hollow import hollow_tensor
 
@@ -237,7 +237,7 @@ def prove_components(components: list[Component], spec: PermutationSpec, argumen
         ValueError: see :func:`prove_file`.
     """
     proofs = [_prove(component, spec, argument) for component in components]
-    return Verification(max(p.error for p in proofs), tuple(g for p in proofs for g in p.groups))
+    return joined(proofs, (group for proof in proofs for group in proof.groups))
 
 
 def _prove(component: Component, spec: PermutationSpec, argument: str) -> Verification:
