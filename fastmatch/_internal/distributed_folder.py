@@ -276,10 +276,10 @@ class _Unpickler(pickle._Unpickler):
 
     def load_build(self) -> None:
         """Give an object its state: a class, a function or a member of an enumeration is everybody's, and is left as it is."""
-        given_to = type(self.stack[-2])
+        given_to = type(self.stack[-2])  # pyright: ignore[reportAttributeAccessIssue]
         if given_to.__name__ not in CLASSES.get(given_to.__module__, ()) or issubclass(given_to, Enum):
             raise _Refused(f"changes a {given_to.__name__}, which is not part of the format")
-        super().load_build()
+        super().load_build()  # pyright: ignore[reportAttributeAccessIssue]
 
     dispatch[pickle.BUILD[0]] = load_build
 
