@@ -1,6 +1,6 @@
 """Folders of torch.distributed.checkpoint: ``.metadata``, a pickle, and ``.distcp`` files that hold parts of tensors.
 
-The pickle is read by an unpickler that knows only the classes of that format, and none of them runs code. Tensors are read
+The pickle is read by an unpickler that knows only the classes of that format, and none of them runs code or is changed. Tensors are read
 by torch's own reader, which loads them with ``weights_only``. Before that, the places that the metadata name are compared with
 the files, so that nothing else is read and nothing larger than the files is allocated.
 """
@@ -12,8 +12,9 @@ import math
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import torch
 
@@ -265,8 +266,26 @@ def _read_metadata(path: Path) -> Any:
     return found
 
 
-class _Unpickler(pickle.Unpickler):
-    """Reads metadata, and refuses every name that is not of that format."""
+class _Unpickler(pickle._Unpickler):
+    """Reads metadata, and refuses every name that is not of that format, and states of anything but new objects of it.
+
+    That is Python's own implementation: a subclass of the one in C cannot see which object a state is given to.
+    """
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
+
+    def load_build(self) -> None:
+        """Give an object its state: a class, a function or a member of an enumeration is everybody's, and is left as it is."""
+        given_to = type(self.stack[-2])  # pyright: ignore[reportAttributeAccessIssue]
+        if given_to.__name__ not in CLASSES.get(given_to.__module__, ()) or issubclass(given_to, Enum):
+            raise _Refused(f"changes a {given_to.__name__}, which is not part of the format")
+        super().load_build()  # pyright: ignore[reportAttributeAccessIssue]
+
+    dispatch[pickle.BUILD[0]] = load_build
+
+    def get_extension(self, code: int) -> None:
+        """Refuse a name that a program has registered under a number: it may be known already, and is not asked for then."""
+        raise _Refused(f"names extension {code}, which is not part of the format")
 
     def find_class(self, module: str, name: str) -> Any:
         if name in CLASSES.get(module, ()):

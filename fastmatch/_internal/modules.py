@@ -6,9 +6,11 @@ Copies are made outside of inference mode, whose tensors could not be trained.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from types import CellType, FunctionType, MethodType
-from typing import Any
+import dis
+import weakref
+from collections.abc import Iterator, Mapping
+from functools import partial
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 
 import torch
 from torch import fx, nn
@@ -58,22 +60,15 @@ def _bind_replaced_forwards(model: nn.Module, copied: nn.Module) -> None:
     ``module.forward = torch.compile(module.forward)`` becomes the method itself.
 
     Raises:
-        TypeError: a function that replaced ``forward`` holds a module of the original.
+        TypeError: what replaced ``forward`` still holds a module or a tensor of the original.
     """
-    originals = {id(module) for module in model.modules()}
+    originals = _parts_of(model) - _parts_of(copied)
     for (name, module), own in zip(model.named_modules(), copied.modules(), strict=True):
         function = vars(own).get("forward")
-        if function is None or function is not vars(module).get("forward"):
-            continue
-        held = [part for part in _held_by(function) if id(getattr(part, "__self__", part)) in originals]
-        is_compiled = hasattr(function, "_torchdynamo_orig_callable")
-        if (
-            is_compiled
-            and held
-            and all(isinstance(part, MethodType) and part.__self__ is module for part in held)
-        ):
-            vars(own)["forward"] = MethodType(held[0].__func__, own)
-        elif held:
+        method = _compiled_from(function)
+        if isinstance(method, MethodType) and method.__self__ is module:
+            function = vars(own)["forward"] = MethodType(method.__func__, own)
+        if any(id(part) in originals for part in _reached_from(function)):
             raise TypeError(
                 f"model: forward of {name or 'the model'!r} was replaced by a function that holds the module; a copy of the model "
                 "would run with the original's weights. Give the model without it, or set it as a method: "
@@ -81,14 +76,75 @@ def _bind_replaced_forwards(model: nn.Module, copied: nn.Module) -> None:
             )
 
 
-def _held_by(function: object, depth: int = 4) -> Iterator[Any]:
-    """Yield what a function closes over, has as defaults or as attributes, and what functions among these do."""
-    if not depth or not isinstance(function, FunctionType):
-        return
-    cells = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
-    for part in (*cells, *(function.__defaults__ or ()), *vars(function).values()):
+def _compiled_from(function: object) -> object:
+    """Return what torch.compile was given, if the function is what it returned."""
+    while isinstance(function, FunctionType) and _is_of_torch(function.__globals__.get("__name__", "")):
+        inner = getattr(function, "__wrapped__", None)
+        if inner is None:
+            break
+        function = inner
+    return function
+
+
+def _parts_of(model: nn.Module) -> set[int]:
+    """Return the ids of modules, parameters and buffers."""
+    return {id(part) for part in (*model.modules(), *model.parameters(), *model.buffers())}
+
+
+def _reached_from(value: object) -> Iterator[object]:
+    """Yield what a call of ``value`` may use: what functions close over, have as defaults or attributes or find by a global name, what
+    partial functions are given, what methods are bound to, and what containers and objects among these hold.
+
+    What modules hold is not yielded, nor what is in objects of torch.
+    """
+    waiting, seen = [value], set[int]()
+    while waiting:
+        part = waiting.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
         yield part
-        yield from _held_by(part, depth - 1)
+        if isinstance(part, FunctionType):
+            waiting += [cell.cell_contents for cell in part.__closure__ or () if cell != CellType()]
+            waiting += [
+                *(part.__defaults__ or ()),
+                *(part.__kwdefaults__ or {}).values(),
+                *vars(part).values(),
+            ]
+            waiting += _globals_of(part)
+        elif isinstance(part, MethodType):
+            waiting += [part.__self__, part.__func__]
+        elif isinstance(part, partial):
+            waiting += [part.func, *part.args, *part.keywords.values(), *vars(part).values()]
+        elif isinstance(part, Mapping):
+            waiting += part.values()
+        elif isinstance(part, (list, tuple, set, frozenset)):
+            waiting += part
+        elif isinstance(part, weakref.ref):
+            waiting.append(part())
+        elif not isinstance(part, (nn.Module, type, ModuleType)) and not _is_of_torch(type(part).__module__):
+            waiting += getattr(part, "__dict__", {}).values()
+
+
+def _globals_of(function: FunctionType) -> list[object]:
+    """Return what a function finds by global names: modules, tensors, and functions of the same file."""
+    waiting, found = [function.__code__], list[object]()
+    while waiting:
+        code = waiting.pop()
+        waiting += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+        named = {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
+        found += [function.__globals__[name] for name in named if name in function.__globals__]
+    kinds = (nn.Module, torch.Tensor, MethodType, partial)
+    return [
+        part
+        for part in found
+        if isinstance(part, kinds)
+        or (isinstance(part, FunctionType) and part.__module__ == function.__module__)
+    ]
+
+
+def _is_of_torch(module: str) -> bool:
+    return module.partition(".")[0] == "torch"
 
 
 def _tensors_in(value: object) -> list[torch.Tensor]:

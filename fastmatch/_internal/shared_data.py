@@ -26,10 +26,11 @@ __all__ = [
     "BLOCKS",
     "Share",
     "batches_of_rank",
-    "batches_to_run",
     "checksum",
     "owner_of",
     "read_alike",
+    "read_in_step",
+    "runs_alone",
     "share_of_rank",
     "whole_data",
 ]
@@ -104,21 +105,28 @@ def share_of_rank(data: Iterable[Any], *models: nn.Module) -> Share | None:
     return None
 
 
-def batches_to_run(data: Iterable[Any], model: nn.Module) -> int | None:
-    """Return the number of batches that all ranks run together, which must be equal; None if it is not known or need not be."""
-    return None if runs_alone(model) or not hasattr(data, "__len__") else len(data)  # type: ignore[arg-type]
+def read_in_step(batches: Iterable[Any], *models: nn.Module) -> Iterable[Any]:
+    """Return batches that ranks run together where one of the models needs that, as :func:`read_alike` does; else as they are."""
+    ranks = current()
+    return batches if all(map(runs_alone, models)) else read_alike(batches, ranks, *models)
 
 
-def read_alike(batches: Iterable[Any], ranks: Ranks) -> Iterator[Any]:
+def read_alike(batches: Iterable[Any], ranks: Ranks, *models: nn.Module) -> Iterator[Any]:
     """Yield batches that every rank reads, and check at the end that all have read the same ones.
+
+    Where ranks have to run one of ``models`` together, each batch is compared before it is run: a rank that has one more
+    than another would wait for it in the forward pass.
 
     Raises:
         ValueError: a rank has read others.
     """
+    in_step = not all(map(runs_alone, models))
     mark = count = 0
     for batch in batches:
         if ranks.size > 1:
             mark, count = checksum(batch, mark), count + 1
+            if in_step:
+                _check_marks(ranks, (count, mark))
         yield batch
     _check_marks(ranks, (count, mark))
 
@@ -198,11 +206,12 @@ def _checked(data: Collection[Any], numbers: list[int], ranks: Ranks) -> Iterato
 
 def _check_marks(ranks: Ranks, mark: tuple[int, int]) -> None:
     """Compare the number and the checksum of the batches of all ranks."""
-    marks = ranks.exchange(mark, "the end of the data")
+    marks = ranks.exchange(mark, "the batches of the data")
     other = next((rank for rank, found in enumerate(marks) if found != marks[0]), None)
     if other is not None:
         raise ValueError(
-            f"data: ranks 0 and {other} do not read the same batches; give every rank the same ones, or a DataLoader, "
+            f"data: ranks 0 and {other} do not read the same batches (rank 0 has {marks[0][0]} so far, rank {other} {marks[other][0]}); "
+            "give every rank the same ones, or a DataLoader, "
             "whose order rank 0 draws for all"
         )
 

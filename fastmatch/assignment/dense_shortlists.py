@@ -159,15 +159,15 @@ class _DensePhases(Phases):
             if self.factor > 1.0:
                 self.sign, self.warm = scale, False
                 self.duals.fill(0.0)
-                self.read_all()
+            self.read_all(whole=True)
         match_surveyed(
             self.flat, 0, self.sign, self.m, self.duals, 0, self.n, self.least, self.seconds, self.columns,
             self.row_of, self.col_of,
         )  # fmt: skip
         self.list_best()
 
-    def read_all(self) -> float:
-        """Survey all rows; return the sum of sizes, or a part of it that exceeds what float64 holds."""
+    def read_all(self, *, whole: bool = False) -> float:
+        """Survey all rows; return the sum of sizes. Unless ``whole``, only the first rows if their sum is HUGE already."""
         from fastmatch_kernels.lap.match import survey
 
         sizes: list[float] = []
@@ -181,7 +181,7 @@ class _DensePhases(Phases):
 
         few = min(self.n, FEW_ROWS)
         read(0, few)
-        if sum(sizes) < HUGE or self.factor > 1.0:
+        if whole or sum(sizes) < HUGE:
             over_rows(self.n - few, self.matrix.size, lambda lo, hi: read(few + lo, few + hi))
             self.counts[READS] += self.n
         return sum(sizes)

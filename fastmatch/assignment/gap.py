@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["duality_gap"]
+__all__ = ["duality_gap", "settled"]
 
 
 def duality_gap(matched: np.ndarray, u: np.ndarray, v: np.ndarray, col_of: np.ndarray) -> tuple[float, float]:
@@ -31,3 +31,19 @@ def duality_gap(matched: np.ndarray, u: np.ndarray, v: np.ndarray, col_of: np.nd
     largest = float(np.abs(v).max(initial=0.0))
     size = float((np.abs(matched) + 2 * np.abs(v[col_of])).sum())
     return gap, 4 * eps * (size + len(u) * largest + 1e-300)
+
+
+def settled(u: np.ndarray, v: np.ndarray, col_of: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Return the duals of a minimisation with n < m, moved so that unmatched columns have 0 and the others at most 0.
+
+    That is what a certificate takes them for. A square problem moves all of them by a constant, and rounding may leave a
+    matched column's above those of a thousand unmatched ones. Row duals stay feasible when column duals fall.
+
+    Returns:
+        The duals of rows and columns, and a bound on what rounding in moving them can do to the gap.
+    """
+    unmatched = np.ones(len(v), bool)
+    unmatched[col_of] = False
+    level = v[unmatched].min()
+    rounding = 4 * float(np.finfo(np.float64).eps) * len(u) * abs(float(level))
+    return u + level, np.minimum(v, level) - level, rounding

@@ -103,7 +103,9 @@ class _Search:
             shorter = (step < distance) & is_open
             np.copyto(distance, step, where=shorter)
             came_from[shorter] = row
-        v[scanned] += np.array(lengths) - length
+        v[scanned] += np.minimum(
+            np.array(lengths) - length, 0.0
+        )  # rounding must not raise them: duals only fall
         while True:
             row = int(came_from[column])
             self.row_of[column], self.col_of[row], column = row, column, int(self.col_of[row])

@@ -9,6 +9,7 @@ import numpy as np
 
 from fastmatch._internal.checks import check_type
 from fastmatch.assignment._compile import prepared
+from fastmatch.assignment.gap import settled
 from fastmatch.assignment.problem import (
     Infeasible,
     LapProblem,
@@ -106,10 +107,11 @@ def _solve_as_square(
     u, v, numbers = found
     if state not in (SOLVED, DOUBTFUL):  # nothing was written
         return state, (pairs, u, v, numbers)
-    # Of a square matrix duals may be moved by a constant; of a rectangle those of columns that are left are 0.
-    top = v.min() if maximize else v.max()
-    u, v = u + top, v - top
-    sides = (v, u[:n]) if transposed else (u[:n], v)
+    sign = -1.0 if maximize else 1.0
+    u, v, _ = settled(
+        sign * u[:n], sign * v, pairs[0] if transposed else pairs[1]
+    )  # the bound counts them unmoved
+    sides = (sign * v, sign * u) if transposed else (sign * u, sign * v)
     return state, (pairs, *sides, numbers)
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
 from fastmatch._internal.states import check_same_architecture
 from fastmatch.checkpoint.diffusion.pipeline import networks_of
-from fastmatch.checkpoint.names import RenamedCheckpoint, layout_of
+from fastmatch.checkpoint.diffusion.single_file import running_means
+from fastmatch.checkpoint.names import Chunk, RenamedCheckpoint, layout_of
 from fastmatch.checkpoint.reader import Checkpoint
 from fastmatch.checkpoint.structure import build_empty, compared, config_inputs
 from fastmatch.checkpoint.tracing import is_diffusion, models_of
@@ -21,6 +22,10 @@ from fastmatch.permutations.precise import Wide
 from fastmatch.spec.running import arguments_of, outputs_named, plain_operations
 
 __all__ = ["CheckpointVerification", "DifferentFunction", "verify_checkpoints"]
+
+
+State: TypeAlias = "Checkpoint | RenamedCheckpoint"
+"""What a model's parameters are read from, by their names."""
 
 
 class DifferentFunction(ValueError):
@@ -55,6 +60,9 @@ def verify_checkpoints(
 ) -> CheckpointVerification:
     """Run two checkpoints on the same random inputs and compare every output.
 
+    Without ``model``, tensors that no network reads must be equal: a safety checker of a pipeline, layers that a library
+    runs after the model. The running mean of a UNet's weights in its file is run like the UNet.
+
     Example:
         >>> from fastmatch.checkpoint import align_checkpoints, verify_checkpoints
         >>> alignment = align_checkpoints("model-a", "model-b", "model-b-aligned")
@@ -72,7 +80,8 @@ def verify_checkpoints(
         tolerance: largest difference allowed, relative to the largest value of the output.
 
     Raises:
-        ValueError: the outputs differ, the checkpoints do not fit the model, or inputs are given without ``model``.
+        ValueError: the outputs or tensors that no network reads differ, the checkpoints do not fit the model, there is no
+            network or no finite output to compare, or inputs are given without ``model``.
 
     Memory: a parameter is read on demand and dropped when its module has run. The peak is therefore the largest module
     in ``dtype`` plus activations, whatever the size of the model. Of a diffusion model it is the largest network.
@@ -83,26 +92,89 @@ def verify_checkpoints(
         )
     a, b = Checkpoint(path_a), Checkpoint(path_b)
     check_same_architecture(a.headers, b.headers, str(path_a), str(path_b))
-    if model is None and a.parts:
-        pairs = [(part.path, b.parts[name].path) for name, part in networks_of(a.parts)]
-        return _joined([verify_checkpoints(*pair, dtype=dtype, tolerance=tolerance) for pair in pairs])
-    if model is None and is_diffusion(path_a, a):
-        # One after the other: each is read whole.
-        return _joined([
-            verify_checkpoints(path_a, path_b, model=network, example_inputs=network.examples, dtype=dtype, tolerance=tolerance)
-            for network in models_of(a)
-        ])  # fmt: skip
-    states: list[Checkpoint | RenamedCheckpoint] = [a, b]
-    if model is None:
-        model = build_empty(path_a)
-        example_inputs, kwargs = (), config_inputs(model)
-        layout = layout_of(model, a.headers, str(path_a))
-        states = [RenamedCheckpoint(checkpoint, layout) for checkpoint in (a, b)]
-    args, keywords = arguments_of(example_inputs, kwargs)
-    args = tuple(_cast(x, dtype) for x in args)
-    keywords = {k: _cast(v, dtype) for k, v in keywords.items()}
-    old, new = (_run(model, c, args, keywords, dtype) for c in states)
-    error = max((_difference(x, y) for x, y in zip(old, new, strict=True)), default=float("inf"))
+    if model is not None:
+        return _verify(model, (a, b), arguments_of(example_inputs, kwargs), dtype, tolerance)
+    if a.parts:
+        return _verify_pipeline(a, b, dtype, tolerance)
+    if is_diffusion(path_a, a):
+        return _verify_diffusion(a, b, dtype, tolerance)
+    model = build_empty(path_a)
+    layout = layout_of(model, a.headers, str(path_a))
+    states = RenamedCheckpoint(a, layout), RenamedCheckpoint(b, layout)
+    own = model.state_dict().keys()
+    _check_carried(a, b, (name for name, chunk in layout.items() if chunk.parameter not in own))
+    return _verify(model, states, ((), config_inputs(model)), dtype, tolerance)
+
+
+def _verify_pipeline(
+    a: Checkpoint, b: Checkpoint, dtype: torch.dtype, tolerance: float
+) -> CheckpointVerification:
+    """Compare the networks of two pipelines one by one, and what belongs to none entry by entry."""
+    known = [name for name, _ in networks_of(a.parts)]
+    if not known:
+        raise ValueError(
+            f"{a.path}: none of its folders ({', '.join(a.parts)}) holds a network of a known class, so there is nothing to run; "
+            "compare the folder of a network, with model= and example_inputs="
+        )
+    others = (part for part in a.parts if part not in known)
+    _check_carried(a, b, (f"{part}.{name}" for part in others for name in a.parts[part]))
+    return _joined([
+        verify_checkpoints(a.parts[name].path, b.parts[name].path, dtype=dtype, tolerance=tolerance)
+        for name in known
+    ])  # fmt: skip
+
+
+def _verify_diffusion(
+    a: Checkpoint, b: Checkpoint, dtype: torch.dtype, tolerance: float
+) -> CheckpointVerification:
+    """Compare the networks of two files one by one, because each is read whole, and what belongs to none entry by entry."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in a.headers.items()}
+    rest, found = set(a), []
+    for network in models_of(a):
+        names = dict(network.named_parameters()).keys()
+        means = running_means(names, shapes)
+        rest -= {*names, *means.values()}
+        pairs: list[tuple[State, State]] = [(a, b)]
+        if means:
+            layout = {means.get(name, name): Chunk(name, a.headers[name].shape) for name in names}
+            pairs.append((RenamedCheckpoint(a, layout), RenamedCheckpoint(b, layout)))
+        found += [_verify(network, pair, (network.examples, {}), dtype, tolerance) for pair in pairs]
+    _check_carried(a, b, sorted(rest))
+    return _joined(found)
+
+
+def _check_carried(a: Checkpoint, b: Checkpoint, names: Iterable[str]) -> None:
+    """Compare tensors that no network reads, one in memory at a time of each checkpoint.
+
+    Raises:
+        DifferentFunction: one of them differs. Another element type alone, which rounds it, is no difference.
+    """
+    for name in names:
+        old, new = a[name], b[name]
+        if not torch.equal(_bytes(old.to(new.dtype)), _bytes(new)):
+            raise DifferentFunction(
+                f"{b.path}: tensor {name!r} differs from that of {a.path}, and it belongs to no network that can be run to "
+                "compare the functions"
+            )
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _verify(
+    model: nn.Module, states: Sequence[State], inputs: tuple[Any, Any], dtype: torch.dtype, tolerance: float
+) -> CheckpointVerification:
+    """Run a model with the tensors of both checkpoints and compare the outputs."""
+    args = tuple(_cast(x, dtype) for x in inputs[0])
+    keywords = {k: _cast(v, dtype) for k, v in inputs[1].items()}
+    old, new = (_run(model, state, args, keywords, dtype) for state in states)
+    path_a, path_b = (state.path for state in states)
+    if not any(bool(torch.isfinite(t).any()) for t in old):
+        raise ValueError(
+            f"{path_a}: the model returns {'no finite number' if old else 'no tensor'} on the inputs, so there is nothing to compare"
+        )
+    error = max(_difference(x, y) for x, y in zip(old, new, strict=True))
     if not error <= tolerance:
         raise DifferentFunction(
             f"{path_b}: is not the same function as {path_a}: outputs differ by {error:.2g} relative, "
@@ -112,9 +184,7 @@ def verify_checkpoints(
 
 
 def _joined(found: list[CheckpointVerification]) -> CheckpointVerification:
-    return CheckpointVerification(
-        max((one.error for one in found), default=0.0), sum(one.outputs for one in found)
-    )
+    return CheckpointVerification(max(one.error for one in found), sum(one.outputs for one in found))
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
@@ -131,9 +201,7 @@ def _difference(old: torch.Tensor, new: torch.Tensor) -> float:
     return float((old - new).abs().max()) / max(float(old.abs().max()), 1e-30)
 
 
-def _run(
-    model: nn.Module, state: Checkpoint | RenamedCheckpoint, args: Any, kwargs: Any, dtype: torch.dtype
-) -> list[torch.Tensor]:
+def _run(model: nn.Module, state: State, args: Any, kwargs: Any, dtype: torch.dtype) -> list[torch.Tensor]:
     wide = Wide() if dtype == torch.float64 else nullcontext()
     with torch.no_grad(), plain_operations(model, "eager"), _read_on_demand(model, state, dtype), wide:
         returned = model(*args, **kwargs)
@@ -142,9 +210,7 @@ def _run(
 
 
 @contextmanager
-def _read_on_demand(
-    model: nn.Module, state: Checkpoint | RenamedCheckpoint, dtype: torch.dtype
-) -> Iterator[None]:
+def _read_on_demand(model: nn.Module, state: State, dtype: torch.dtype) -> Iterator[None]:
     """Inside, read a parameter from ``state`` when it is accessed and drop it when its module has run.
 
     Reading on access, not before the module runs, also serves modules that read the parameters of another module
@@ -189,7 +255,7 @@ def _read_on_demand(
             module.training = training
 
 
-def _names(model: nn.Module, state: Checkpoint | RenamedCheckpoint) -> dict[tuple[int, str], str]:
+def _names(model: nn.Module, state: State) -> dict[tuple[int, str], str]:
     """Return (module id, own name) -> name in the checkpoint. Tied parameters share the name that the checkpoint has."""
     names: dict[tuple[int, str], str] = {}
     tied: dict[int, str] = {}

@@ -20,6 +20,7 @@ from fastmatch._internal.checks import check_named
 from fastmatch._internal.coefficients import check_weights
 from fastmatch._internal.layer_calls import on_call
 from fastmatch._internal.padding import is_rows
+from fastmatch._internal.shared_data import read_in_step
 from fastmatch.evaluation.table import Table
 from fastmatch.renorm.layers import channel_dim, survey
 from fastmatch.renorm.norms import batch_norms, is_norm
@@ -149,7 +150,8 @@ def layer_table(
                 handles.append(on_call(norm, _meet(name, "norm", norm, meters[key])))
         with evaluating(*models.values()):
             started = False
-            for batch in batches_of(data, "layers", samples=samples, progress=progress):
+            every = batches_of(data, "layers", samples=samples, progress=progress)
+            for batch in read_in_step(every, *models.values()):
                 for model in models.values():
                     if not started:
                         forward(model, _zeros(batch))

@@ -26,7 +26,7 @@ from fastmatch._internal.batches import (
 from fastmatch._internal.padding import is_rows, padded, takes
 from fastmatch._internal.ranks import current
 from fastmatch._internal.same_on_ranks import check_same_on_ranks
-from fastmatch._internal.shared_data import Share, batches_to_run, read_alike, share_of_rank
+from fastmatch._internal.shared_data import Share, read_alike, share_of_rank
 
 __all__ = ["Measure", "Scores", "evaluate", "score"]
 
@@ -123,7 +123,7 @@ def score(
     ranks = current()
     with ranks.together():
         _check(model, data, loss, metric, forward)
-        options = {"loss": loss, "metric": metric, "forward": forward, "data": batches_to_run(data, model)}
+        options = {"loss": loss, "metric": metric, "forward": forward}
         check_same_on_ranks(ranks, "score", options, {"model": model})
         with evaluating(model, compiled=True):
             share = share_of_rank(data, model)
@@ -131,7 +131,7 @@ def score(
                 for part in _shared(share, add, progress):
                     totals.take(part)
             else:
-                every = read_alike(batches_of(data, "evaluation", progress=progress), ranks)
+                every = read_alike(batches_of(data, "evaluation", progress=progress), ranks, model)
                 for number, batch in enumerate(every):
                     add(totals, batch, number)
     return totals.scores()

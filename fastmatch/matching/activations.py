@@ -13,10 +13,11 @@ import torch
 
 from fastmatch._internal.batches import Forward, batches_of, check_data, check_forward, default_forward
 from fastmatch._internal.checks import check_choice
+from fastmatch._internal.divided import check_undivided
 from fastmatch._internal.progress import progress_bar
 from fastmatch._internal.ranks import Ranks, current
 from fastmatch._internal.same_on_ranks import check_same_on_ranks
-from fastmatch._internal.shared_data import batches_of_rank
+from fastmatch._internal.shared_data import batches_of_rank, read_in_step, runs_alone
 from fastmatch.assignment import solve
 from fastmatch.matching.device_gain import gain_solver
 from fastmatch.matching.matcher import Matcher, Model, modules_of
@@ -63,6 +64,7 @@ class ActivationMatching(Matcher):
     In a torch.distributed process group the ranks share the data by batches, of which all ranks give the same: a
     DataLoader (rank 0 draws its order; a DistributedSampler's seed and epoch are kept, its padding is not) or a list. The
     moments of up to 64 blocks of batches are merged in a fixed tree, so the result does not depend on the number of ranks.
+    Models in DistributedDataParallel, whose ranks run together, are run on all batches by each rank.
 
     Memory: per site one n x n float64 matrix, and one batch of activations; in a process group up to seven matrices.
     """
@@ -153,14 +155,16 @@ class ActivationMatching(Matcher):
     ) -> dict[tuple[str, ...], torch.Tensor]:
         """(group,), or the subgroups of one kind, -> the similarity of their units."""
         models = modules_of(model_a, model_b)
+        for name, model in zip(("model_a", "model_b"), models, strict=True):
+            check_undivided(model, name)
         ranks, title = current(), "activation matching"
         if not ranks.is_nested:
             options = {"matcher": self, "spec": spec}
             named = {"model_a": models[0], "model_b": models[1]}
             check_same_on_ranks(ranks, "ActivationMatching.match", options, named)
         readings = choose_readings(spec, self.site, self.reduce)
-        if not ranks.is_group:
-            batches = batches_of(self.data, title, progress=progress)
+        if not ranks.is_group or not all(map(runs_alone, models)):
+            batches = read_in_step(batches_of(self.data, title, progress=progress), *models)
             return measure_similarities(
                 models, spec, readings, self.similarity, self.site, batches, self.forward
             )

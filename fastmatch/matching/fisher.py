@@ -19,6 +19,7 @@ import torch
 
 from fastmatch._internal.batches import check_data
 from fastmatch._internal.checks import check_choice, check_integer
+from fastmatch._internal.divided import check_undivided
 from fastmatch._internal.states import State, state_of, working_dtype
 from fastmatch.matching.matcher import Matcher, Model, check_matcher, modules_of
 from fastmatch.matching.objective import included
@@ -100,6 +101,8 @@ class FisherMatching(Matcher):
             ValueError: ``data`` does not yield pairs of tensors.
         """
         models = modules_of(model_a, model_b)
+        for name, model in zip(("model_a", "model_b"), models, strict=True):
+            check_undivided(model, name)
         fisher_a, fisher_b = (
             diagonal_fisher(
                 model, self.data, labels=self.labels, samples=self.samples, seed=self.seed, progress=progress

@@ -26,6 +26,7 @@ from fastmatch._internal.batches import (
     split_batch,
 )
 from fastmatch._internal.checks import check_integer, check_number
+from fastmatch._internal.shared_data import read_in_step
 from fastmatch._internal.states import State, check_same_architecture, state_of
 from fastmatch.matching.matcher import Matcher, Model, check_matcher, modules_of
 from fastmatch.matching.weights import WeightMatching, check_unbalanced, match_weights
@@ -111,7 +112,8 @@ class StraightThrough(Matcher):
         for epoch in range(self.epochs):
             title = f"straight-through, epoch {epoch + 1}"
             with evaluating(model):
-                for step, batch in enumerate(batches_of(self.data, title, progress=progress)):
+                batches = read_in_step(batches_of(self.data, title, progress=progress), model)
+                for step, batch in enumerate(batches):
                     descent.step(batch, seed=self.projection.seed + epoch + step)
             value = descent.mean_loss(progress)
             if value < best or best != best:  # anything is better than NaN
@@ -150,7 +152,8 @@ class _Descent:
         state = _midpoint(self.a, self.b, self.spec, self.permutations)
         total, count = 0.0, 0
         with evaluating(self.model), torch.no_grad():
-            for batch in batches_of(self.options.data, "loss of the midpoint", progress=progress):
+            batches = batches_of(self.options.data, "loss of the midpoint", progress=progress)
+            for batch in read_in_step(batches, self.model):
                 value = float(_loss_of(self.model, state, batch, self.options.loss))
                 size = samples_in(batch)
                 total += size * value

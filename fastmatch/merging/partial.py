@@ -21,6 +21,7 @@ from fastmatch._internal.checks import check_integer
 from fastmatch._internal.coefficients import check_weights, remember_weights
 from fastmatch._internal.eager import uncompiled
 from fastmatch._internal.modules import copy_module
+from fastmatch._internal.shared_data import read_in_step
 from fastmatch._internal.states import (
     State,
     check_finite,
@@ -298,7 +299,7 @@ def _read_moments(
         rows[chosen[site]].append(unit_columns(tensor, site.axis, spec.groups[site.group].size))
 
     with evaluating(*copies):
-        for batch in batches_of(rule.data, "partial merge", progress=progress):
+        for batch in read_in_step(batches_of(rule.data, "partial merge", progress=progress), *copies):
             for copy in copies:
                 with SiteReader(chosen, keep, copy, site=rule.site):
                     rule.forward(copy, batch)

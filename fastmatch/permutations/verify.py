@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from fastmatch._internal.callers import warn_user
 from fastmatch._internal.modules import copy_module, to_eval_mode, with_state
 from fastmatch._internal.states import check_module, state_of
 from fastmatch.permutations.apply import apply_permutations
@@ -24,7 +25,7 @@ from fastmatch.spec import Permutations, PermutationSpec
 from fastmatch.spec.checks import check_spec
 from fastmatch.spec.running import examples_of
 
-__all__ = ["Verification", "verify"]
+__all__ = ["Verification", "joined", "verify"]
 
 ROUNDS = 3
 """Comparisons for each example: with the model's weights, and with disturbed weights and inputs."""
@@ -42,8 +43,8 @@ NOISE_FACTOR = 1000
 MOST = {torch.float64: 1e-4, torch.float32: 1e-2}
 """The largest error that rounding is accepted as the cause of, relative to the largest output. Beyond, it is a jump."""
 
-MORE_ROUNDS = 3
-"""Comparisons with other disturbed weights, if rounding alone makes the outputs jump in some of the others."""
+MORE_ROUNDS = 6
+"""Comparisons with other disturbed weights at most, in the place of those in which rounding alone makes the outputs jump."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,15 @@ class Verification:
         error: the largest difference of the outputs, relative to the largest output.
         groups: the groups that moved.
         dtype: the type that the model was run in: float64, or float32 for a model that runs in nothing else.
+        compared: comparisons that agree.
+        jumps: comparisons that show nothing, because the outputs differ and rounding alone makes them jump as far.
     """
 
     error: float
     groups: tuple[str, ...]
     dtype: torch.dtype = torch.float64
+    compared: int = 0
+    jumps: int = 0
 
 
 def verify(
@@ -74,7 +79,9 @@ def verify(
     """Permute every group of a model at random and compare the outputs, in float64.
 
     For each example the model runs with its own weights, and twice with disturbed weights and inputs, so that no axis
-    is missed because its entries are all alike. Random numbers that the model draws are the same in every pass.
+    is missed because its entries are all alike. Random numbers that the model draws are the same in every pass. Where the
+    outputs differ, but rounding alone makes them jump as far, a comparison shows nothing: up to six with other disturbed
+    weights take the place of such ones, and a warning tells if no more agree than jump.
 
     Example:
         >>> spec = fm.PermutationSpec.trace(model_a, x)
@@ -95,8 +102,9 @@ def verify(
         A :class:`Verification`.
 
     Raises:
-        ValueError: the outputs differ (the groups that change them by themselves are named), the model runs in neither
-            float64 nor float32, or it returns nothing that can be compared.
+        ValueError: the outputs differ (the groups that change them by themselves are named) where rounding does not make
+            them jump, or in all comparisons; the model runs in neither float64 nor float32, or it returns nothing that
+            can be compared.
         TypeError: ``model`` is not a torch module, or it is a TorchScript module.
     """
     check_module(model, "model")
@@ -107,7 +115,8 @@ def verify(
     errors: list[float] = []
     jumps: list[_JumpsError] = []
     for number in range(ROUNDS + MORE_ROUNDS):
-        if number >= ROUNDS and not jumps:
+        enough = not jumps or len(errors) >= max(ROUNDS * len(examples), len(jumps) + 1)
+        if number >= ROUNDS and enough:
             break
         for k, example in enumerate(examples):
             try:
@@ -121,7 +130,22 @@ def verify(
                 jumps.append(jump)
     if not errors:
         raise ValueError(str(jumps[0]))
-    return Verification(max(errors), tuple(spec.groups), proof.dtype)
+    if len(errors) <= len(jumps):
+        warn_user(
+            f"model: in {len(jumps)} of {len(errors) + len(jumps)} comparisons rounding alone makes its outputs jump, so "
+            f"these do not show whether permuting changes its function; the proof rests on {len(errors)} others"
+        )
+    return Verification(max(errors), tuple(spec.groups), proof.dtype, len(errors), len(jumps))
+
+
+def joined(proofs: Sequence[Verification], groups: Iterable[str]) -> Verification:
+    """Return one :class:`Verification` of several networks that make up a checkpoint."""
+    return Verification(
+        max(proof.error for proof in proofs),
+        tuple(groups),
+        compared=sum(proof.compared for proof in proofs),
+        jumps=sum(proof.jumps for proof in proofs),
+    )
 
 
 class _JumpsError(ValueError):

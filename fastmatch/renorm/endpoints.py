@@ -255,7 +255,7 @@ def endpoint_statistics(
             share = None if samples is not None else share_of_rank(data, *distinct.values())
             if share is None:
                 every = batches_of(data, "endpoint statistics", samples=samples, progress=progress)
-                for batch in read_alike(every, ranks):
+                for batch in read_alike(every, ranks, *distinct.values()):
                     run(batch)
                 check()
             else:

@@ -146,7 +146,9 @@ def renormalize_many(
     _check_same(ranks, models, endpoints, {"method": options, "weights": alphas, "forward": forward})
 
     def read(title: str) -> Iterator[Any]:
-        return read_alike(batches_of(data, title, samples=options.samples, progress=progress), ranks)
+        every = batches_of(data, title, samples=options.samples, progress=progress)
+        fitted = () if endpoints is None or isinstance(endpoints, EndpointStatistics) else endpoints
+        return read_alike(every, ranks, *models, *fitted)
 
     if plan.method == "least-squares":
         batches = read("least squares")

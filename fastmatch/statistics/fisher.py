@@ -19,6 +19,7 @@ from fastmatch._internal.batches import (
     split_batch,
 )
 from fastmatch._internal.checks import check_choice, check_integer
+from fastmatch._internal.shared_data import read_in_step
 from fastmatch._internal.states import working_dtype
 
 __all__ = ["Labels", "diagonal_fisher"]
@@ -75,7 +76,8 @@ def diagonal_fisher(
     totals = {n: torch.zeros_like(p, dtype=working_dtype(p.dtype)) for n, p in parameters.items()}
     count = 0
     with evaluating(model), torch.autocast(device_of(model).type, enabled=False):
-        for batch in batches_of(data, "diagonal Fisher", samples=samples, progress=progress):
+        batches = batches_of(data, "diagonal Fisher", samples=samples, progress=progress)
+        for batch in read_in_step(batches, model):
             inputs, y = split_batch(batch)
             inputs = arguments_for(model, inputs)
             if not all(isinstance(x, torch.Tensor) for x in tree_leaves(inputs)):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import fastmatch as fm
+from fastmatch._internal.layer_calls import on_call, on_input
 from fastmatch.studies.pruning import Reconstruction, input_norms
 
 
@@ -56,3 +57,53 @@ def test_statistics_of_layers_and_pruning(networks):
     assert all(torch.equal(norm, others[name]) for name, norm in norms.items())
     one, two = (Reconstruction(data)(a, 0.5).state_dict() for a, _, data in networks)
     assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
+class Scaled(nn.Linear):
+    """A layer whose input has another name, and that takes a second tensor."""
+
+    def forward(self, hidden, scale=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return super().forward(hidden) * (1 if scale is None else scale)
+
+
+class Loose(nn.Linear):
+    """A layer whose signature names nothing."""
+
+    def forward(self, **given):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return super().forward(next(iter(given.values())))
+
+
+X, SCALE = torch.randn(2, 3), torch.randn(2, 4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "call"),
+    [
+        (nn.Linear, lambda layer: layer(X)),
+        (nn.Linear, lambda layer: layer(input=X)),
+        (Scaled, lambda layer: layer(X, SCALE)),
+        (Scaled, lambda layer: layer(X, scale=SCALE)),
+        (Scaled, lambda layer: layer(scale=SCALE, hidden=X)),
+        (Loose, lambda layer: layer(hidden=X)),
+        (Loose, lambda layer: layer(hidden=X, training=False)),
+        (Loose, lambda layer: layer(hidden=X, input=X)),
+    ],
+)
+def test_hooks_see_the_first_argument_by_whatever_name_it_is_passed(kind, call):
+    layer, seen = kind(3, 4), []
+    handles = [on_input(layer, seen.append), on_call(layer, lambda given, _: seen.append(given))]
+    call(layer)
+    for handle in handles:
+        handle.remove()
+    assert len(seen) == 2
+    assert all(given is X for given in seen)
+
+
+@pytest.mark.parametrize("given", [{"hidden": X, "scale": SCALE}, {"flag": True}])
+def test_a_layer_whose_input_cannot_be_told_is_named(given):
+    layer = Loose(3, 4)
+    on_input(layer, lambda _: None)
+    with pytest.raises(
+        ValueError, match=f"a Loose is called with the names {', '.join(map(repr, given))}, of which none"
+    ):
+        layer(**given)

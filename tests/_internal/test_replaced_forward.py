@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial, wraps
+import weakref
+from functools import lru_cache, partial, wraps
 from types import MethodType
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 import fastmatch as fm
+from fastmatch._internal.modules import copy_module
 
 
 @pytest.fixture
@@ -55,15 +57,77 @@ def test_a_copy_runs_with_its_own_weights(kind, pair):
     assert all(torch.equal(model(X), before) for model, before in zip(pair, expected, strict=True))
 
 
-def test_a_function_that_holds_the_module_is_refused_by_name(pair):
-    for model in pair:
-        model[2].forward = times_three(model[2].forward)
+class Caller:
+    """A callable object with a function."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, x):
+        return self.function(x)
+
+
+def applied(function, x):
+    return 2 * function(x)
+
+
+def of_weights(layer):
+    weight = layer.weight
+    return lambda x: nn.functional.linear(x, weight)
+
+
+def by_reference(layer):
+    reference = weakref.ref(layer)
+    return lambda x: nn.Linear.forward(reference(), x)
+
+
+def method_of_a_closure(layer):
+    def run(_self, x):
+        return layer.weight.sum() + x
+
+    return MethodType(run, layer)
+
+
+def by_name(layer):
+    """Leave the layer where a function finds it by a global name, in a function that another one calls."""
+    NAMED["layer"] = layer
+    source = "def inner(x):\n    return layer.weight.sum() + x\ndef outer(x):\n    return inner(x)"
+    exec(source, NAMED)
+    return NAMED["outer"]
+
+
+NAMED: dict = {"__name__": "a_script"}
+HELD = {
+    "a closure over its forward": lambda layer: times_three(layer.forward),
+    "a partial function of a closure": lambda layer: partial(times_three(layer.forward)),
+    "nested partial functions of a closure": lambda layer: partial(partial(applied, times_three(layer.forward))),
+    "a partial function by a keyword": lambda layer: partial(lambda x, run: run(x), run=times_three(layer.forward)),
+    "a closure over a partial function": lambda layer: times_three(partial(layer.forward)),
+    "a closure over closures": lambda layer: times_three(times_three(times_three(times_three(times_three(layer.forward))))),
+    "a cached closure": lambda layer: lru_cache(times_three(layer.forward)),
+    "an object with a closure": lambda layer: Caller(times_three(layer.forward)),
+    "a closure over a list": lambda layer: (lambda found: lambda x: found[0](x))([layer]),
+    "a default": lambda layer: lambda x, layer=layer: type(layer).forward(layer, x),
+    "a default by name": lambda layer: lambda x, *, layer=layer: type(layer).forward(layer, x),
+    "a method of a closure": method_of_a_closure,
+    "a closure over its weight": of_weights,
+    "a weak reference": by_reference,
+    "a global name": by_name,
+    "a compiled closure": lambda layer: torch.compile(times_three(layer.forward), backend="eager"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HELD)
+def test_a_function_that_holds_the_module_is_refused_by_name(kind, pair):
+    model, _ = pair
+    model[2].forward = HELD[kind](model[2])
     with pytest.raises(TypeError, match="forward of '2' was replaced by a function that holds the module"):
-        fm.merge(list(pair))
+        copy_module(model)
 
 
 def test_a_function_that_holds_no_module_is_kept(pair):
+    table = {"slope": 0.1}
     for model in pair:
-        model[1].forward = lambda x, slope=0.1: nn.functional.leaky_relu(x, slope)
+        model[1].forward = partial(lambda x, by: nn.functional.leaky_relu(x, by["slope"]), by=table)
     aligned = fm.align(*pair, X).apply(pair[1])
     assert torch.allclose(aligned(X), pair[1](X), atol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from dataclasses import replace
 
 import numpy as np
@@ -112,3 +113,9 @@ def test_no_index_leaves_its_array(monkeypatch, tmp_path):
     monkeypatch.setenv("NUMBA_BOUNDSCHECK", "1")
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
     assert not run(fresh_seed(), 20_000, largest=150)
+
+
+@pytest.mark.filterwarnings("ignore:'helpers.fuzz.run' found in sys.modules")
+def test_the_part_that_is_no_command_names_the_command():
+    with pytest.raises(SystemExit, match=r"run python -m helpers\.fuzz with these options"):
+        runpy.run_module("helpers.fuzz.run", run_name="__main__")

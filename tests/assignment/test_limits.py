@@ -167,6 +167,17 @@ def test_a_solve_that_gives_way_reads_nothing_that_it_did_not_write(monkeypatch,
     assert (found.col_ind == expected.col_ind).all()
 
 
+@pytest.mark.parametrize("shape", [(30, 40), (142, 394), (300, 300)])
+@pytest.mark.parametrize("solver", [None, DenseShortlists()])
+def test_sums_beyond_what_needs_no_factor_for_single_entries(solver, shape):
+    """The first rows alone add up to more than 2^940, where no entry is so large: all rows are read."""
+    cost = np.random.default_rng(0).uniform(0.5, 1, shape) * 2.0**936
+    found = fm.solve(cost, solver=solver)
+    rows, columns = linear_sum_assignment(cost * 2.0**-936)
+    assert found.objective * 2.0**-936 == pytest.approx((cost[rows, columns] * 2.0**-936).sum(), rel=1e-12)
+    assert found.is_certified
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("solver", [None, DenseShortlists()])

@@ -200,6 +200,10 @@ def test_single_files(tmp_path, suffix):
     found = load_state(paths[2])
     assert all(torch.equal(found[k], v) for k, v in model.state_dict().items())
     assert verify_checkpoints(*paths[:2], model=model, example_inputs=x).error < 1e-12
+    with pytest.raises(
+        ValueError, match="returns no finite number on the inputs, so there is nothing to compare"
+    ):
+        verify_checkpoints(*paths[:2], model=model, example_inputs=x * torch.nan)
 
 
 @pytest.fixture

@@ -236,6 +236,39 @@ def test_two_files_are_verified_network_by_network(tmp_path, generator, capsys):
     assert "is not the same function" in capsys.readouterr().err
 
 
+def test_what_no_network_of_a_file_reads_must_be_equal(tmp_path, generator):
+    shapes = unet_shapes()
+    a = random_file(shapes, generator) | {
+        "sigmas": torch.arange(3.0),
+        "text_model.logit_scale": torch.tensor(1.0),
+    }
+    paths = [tmp_path / f"{x}.safetensors" for x in "ab"]
+    save_file(a, paths[0])
+    for name in ("sigmas", "text_model.logit_scale"):
+        save_file(a | {name: a[name] + 1}, paths[1])
+        with pytest.raises(ValueError, match=f"tensor '{name}' differs"):
+            verify_checkpoints(*paths)
+    save_file(a, paths[1])
+    assert verify_checkpoints(*paths).error == 0
+
+
+def test_a_running_mean_is_run_like_the_network(tmp_path, generator):
+    shapes = unet_shapes()
+    whole = shapes | {running_mean(name): shape for name, shape in shapes.items()}
+    spec = trace_file(whole, "a")
+    a = random_file(whole, generator)
+    b = apply_permutations(a, spec, spec.random(generator))
+    paths = [tmp_path / f"{x}.safetensors" for x in "ab"]
+    for state, path in zip((a, b), paths, strict=True):
+        save_file(state, path)
+    found = verify_checkpoints(*paths)
+    assert (found.outputs, found.error < 1e-12) == (2, True)
+    name = running_mean(f"{UNET}out.2.weight")
+    save_file(b | {name: b[name].roll(1, 1)}, paths[1])
+    with pytest.raises(ValueError, match="is not the same function"):
+        verify_checkpoints(*paths)
+
+
 def test_other_files_still_need_a_model(tmp_path, capsys):
     for name in "ab":
         save_file({"fc.weight": torch.ones(2, 2)}, tmp_path / f"{name}.safetensors")

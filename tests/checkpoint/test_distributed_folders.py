@@ -11,9 +11,10 @@ import weakref
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from fastmatch._internal import torch_file
+from fastmatch._internal import distributed_folder, torch_file
 from fastmatch._internal.distributed_folder import DistributedFolder
 from fastmatch.checkpoint import Checkpoint, WriteOptions, align_checkpoints
 from fastmatch.checkpoint.apply import apply_to_checkpoint
@@ -111,6 +112,38 @@ def test_metadata_that_call_a_function_are_refused_in_one_line_and_nothing_is_ca
         Checkpoint(small)
     assert "\n" not in str(caught.value)
     assert not (small / "made").exists()
+
+
+NAMES = b"ctorch.distributed.checkpoint.metadata\n"
+SETS = b"}X\x05\x00\x00\x00added\x89s"  # {"added": False}
+SHARED = {
+    "a class": (NAMES + b"Metadata\n", metadata.Metadata),
+    "an enumeration": (NAMES + b"_MEM_FORMAT_ENCODING\n", metadata._MEM_FORMAT_ENCODING),
+    "its member": (NAMES + b"_MEM_FORMAT_ENCODING\nK\x00\x85R", metadata._MEM_FORMAT_ENCODING(0)),
+    "its new member": (NAMES + b"_MEM_FORMAT_ENCODING\nK\x00\x85\x81", metadata._MEM_FORMAT_ENCODING(0)),
+    "a function": (b"ctorch.serialization\n_get_layout\n", distributed_folder._layout),
+    "a type of torch": (b"ctorch\nfloat32\n", torch.float32),
+    "a builtin": (b"ccollections\nOrderedDict\n", dict),
+}
+
+
+@pytest.mark.parametrize("state", [SETS, b"N" + SETS + b"\x86"], ids=["its dict", "its attributes"])
+@pytest.mark.parametrize("name", SHARED)
+def test_metadata_that_change_what_everybody_uses_are_refused_before_they_do(small, name, state):
+    code, shared = SHARED[name]
+    (small / ".metadata").write_bytes(b"\x80\x02" + code + state + b"b.")
+    with pytest.raises(ValueError, match=r"\.metadata: .* changes an? \w+, which is not part of the format"):
+        Checkpoint(small)
+    assert not hasattr(shared, "added")
+
+
+def test_metadata_that_use_a_registered_number_are_refused(small, monkeypatch):
+    called: list[str] = []
+    monkeypatch.setitem(copyreg._extension_cache, 0x77, called.append)  # as after another pickle that used it
+    (small / ".metadata").write_bytes(b"\x80\x02\x82\x77X\x01\x00\x00\x00a\x85R.")
+    with pytest.raises(ValueError, match="names extension 119, which is not part of the format"):
+        Checkpoint(small)
+    assert not called
 
 
 def leave(metadata, **changes):

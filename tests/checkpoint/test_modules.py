@@ -17,6 +17,7 @@ from fastmatch.checkpoint import (
     align_checkpoints,
     apply_to_checkpoint,
     trace_config,
+    verify_checkpoints,
 )
 from fastmatch.checkpoint.writer import write_like
 from fastmatch.permutations.apply import permute_tensor
@@ -82,6 +83,13 @@ def test_a_dense_layer_after_the_model_is_carried_and_reads_what_it_read(sentenc
     torch.testing.assert_close(embedding(sentences / "out"), embedding(sentences / "b"))
     apply_to_checkpoint(alignment, sentences / "b", sentences / "again")
     torch.testing.assert_close(embedding(sentences / "again"), embedding(sentences / "b"))
+
+
+def test_dense_layers_after_two_models_must_be_equal(sentences):
+    with pytest.raises(ValueError, match=r"tensor '2_Dense.linear.weight' differs"):
+        verify_checkpoints(sentences / "a", sentences / "b")
+    save_file({"linear.weight": torch.zeros(3, 16)}, sentences / "b" / "2_Dense" / "model.safetensors")
+    assert verify_checkpoints(sentences / "a", sentences / "b").error < 1e-12
 
 
 def test_a_merge_merges_the_dense_layers_too(sentences):

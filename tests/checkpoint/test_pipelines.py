@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import fastmatch as fm
 from fastmatch.checkpoint import Checkpoint, align_checkpoints, verify_checkpoints
@@ -123,6 +124,33 @@ def test_a_pipeline_is_aligned_network_by_network_and_the_rest_is_carried(pipeli
     assert found.error < 1e-9
     spec = fm.Alignment.load(pipelines / "p.safetensors").spec
     assert {name.split(".")[0] for name in spec.shapes} == {"unet", "vae", "text_encoder"}
+
+
+def with_weights(folder, tensor):
+    save_file({"weight": tensor}, folder / "model.safetensors")
+
+
+def test_networks_of_a_pipeline_that_are_not_run_must_be_equal(pipelines):
+    a, b = pipelines / "a", pipelines / "b"
+    for folder in (a, b):
+        with_weights(folder / "safety_checker", torch.tensor([1.0, float("nan")]))
+    assert verify_checkpoints(a, b).error < 1e-12
+    with_weights(b / "safety_checker", torch.tensor([1.0, float("nan")]).half())  # rounded as it was written
+    assert verify_checkpoints(a, b).error < 1e-12
+    with_weights(b / "safety_checker", torch.tensor([1.5, float("nan")]))
+    with pytest.raises(ValueError, match=r"tensor 'safety_checker.weight' differs .* belongs to no network"):
+        verify_checkpoints(a, b)
+
+
+def test_pipelines_without_a_known_network_are_not_called_the_same(tmp_path):
+    for name in "ab":
+        (tmp_path / name / "safety_checker").mkdir(parents=True)
+        (tmp_path / name / "model_index.json").write_text("{}")
+        with_weights(tmp_path / name / "safety_checker", torch.ones(2))
+    with pytest.raises(
+        ValueError, match=r"none of its folders \(safety_checker\) holds a network of a known class"
+    ):
+        verify_checkpoints(tmp_path / "a", tmp_path / "b")
 
 
 def test_a_network_that_the_reference_lacks_is_carried(pipelines):

@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -206,11 +207,46 @@ def refusals(mesh):
         "alone": alone,
         "not finite": lambda: fm.align(states[0], damaged, spec=spec),
     }
+    more = data * (2 + current().rank)
+    several = [torch.randn(64, WIDTHS[0], generator=torch.Generator().manual_seed(3))] * 3
+    wrapped = DistributedDataParallel(copy.deepcopy(a)), DistributedDataParallel(copy.deepcopy(b))
+    own = fm.PermutationSpec.trace(wrapped[0], x)
+    # Per-sample gradients are not taken of a wrapped model with buffers.
+    plain = tuple(
+        DistributedDataParallel(nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 5))) for _ in range(2)
+    )
+    plain_spec = fm.PermutationSpec.trace(plain[0], x)
+    calls |= {
+        "more batches: score": lambda: fm.score(first, more),
+        "more batches: score of an iterator": lambda: fm.score(first, iter(more)),
+        "more batches: endpoint_statistics": lambda: fm.endpoint_statistics([first], more),
+        "more batches: renormalize": lambda: fm.renormalize(
+            wrapped[0], wrapped, more, "repair", weights=[0.5, 0.5]
+        ),
+        "more batches: least squares": lambda: fm.renormalize(
+            wrapped[0], wrapped, more, "least-squares", weights=[0.5, 0.5]
+        ),
+        "more batches: activations": lambda: fm.ActivationMatching(more).match(*wrapped, own),
+        "more batches: Fisher": lambda: fm.FisherMatching(more).match(*plain, plain_spec),
+        "more batches: straight-through": lambda: fm.StraightThrough(more).match(*wrapped, own),
+        "more batches: layer table": lambda: fm.layer_table({"a": wrapped[0]}, more),
+        "activations themselves": lambda: fm.ActivationMatching(data * 3).match(first, second, spec),
+        "activations, wrapped": lambda: (
+            same(
+                fm.ActivationMatching(several).match(*wrapped, own).permutations,
+                {
+                    f"module.{k}": v
+                    for k, v in fm.ActivationMatching(several).match(a, b, spec).permutations.items()
+                },
+            )
+            or 1 / 0
+        ),
+        "Fisher": lambda: fm.FisherMatching(data).match(first, second, spec),
+    }
     flat = FullyShardedDataParallel(copy.deepcopy(a), device_id=torch.device("cpu"), use_orig_params=True)
     calls |= {
         "balance=True": lambda: fm.align(first, second, x, fm.WeightMatching(balance=True)),
         "score of FSDP1": lambda: fm.score(flat, data) == fm.score(a, data) or 1 / 0,
-        "more data on a rank": lambda: fm.score(first, data * (1 + current().rank)),
         "FSDP1": lambda: fm.align(flat, flat, x),
         "statistics of FSDP1": lambda: fm.endpoint_statistics([flat], data),
         "trace of FSDP1": lambda: fm.PermutationSpec.trace(flat, x),
@@ -274,7 +310,21 @@ def test_calls_without_divided_models_name_the_argument(results):
         assert refused["in step"] == [0, 1]
         assert refused["balance=True"].startswith("TypeError: balance: ")
         assert "divide the balanced ones" in refused["balance=True"]
-        assert "score: data is not the same on ranks 0 and 1" in refused["more data on a rank"]
+        for name in ("activations themselves", "Fisher"):
+            assert refused[name].startswith("TypeError: model_a: tensor '0.weight' is a DTensor"), refused[
+                name
+            ]
+        assert refused["activations, wrapped"] == "no error"
+
+
+def test_ranks_that_run_together_and_have_other_numbers_of_batches_are_refused_by_name(results):
+    for value in results:
+        found = {name: said for name, said in value["refused"].items() if name.startswith("more batches")}
+        assert len(found) == 9
+        for name, said in found.items():
+            assert (
+                "data: ranks 0 and 1 do not read the same batches (rank 0 has 2 so far, rank 1 3)" in said
+            ), (name, said)
 
 
 def test_a_model_of_fsdp1_is_scored_on_all_ranks_together_and_refused_by_name_elsewhere(results):

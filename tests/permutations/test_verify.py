@@ -114,6 +114,37 @@ def test_where_rounding_alone_makes_outputs_jump_other_rounds_are_the_proof():
     model = Jumping()
     spec = fm.PermutationSpec.trace(model, x)
     assert list(spec.groups) == ["a"]
-    assert fm.verify(model, spec, x).error < 1e-10
+    found = fm.verify(model, spec, x)
+    assert found.error < 1e-10
+    assert (found.compared, found.jumps) == (3, 1)
     with pytest.raises(ValueError, match="changes the network"):
         fm.verify(Jumping(ordered=True), spec, x)
+
+
+class Doubtful(Jumping):
+    """One whose outputs rounding decides with all weights but its own, whose last bias is zero."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.a(x)
+        balance = h.sum(1) - (h * 3).sum(1) / 3
+        jump = torch.where(self.c.bias[0] != 0, (balance * 1e13).tanh(), 0)
+        return self.c(h.cumsum(1) if self.ordered else h) + jump[:, None]
+
+
+def test_where_no_more_rounds_agree_than_jump_a_warning_tells():
+    torch.manual_seed(fresh_seed())
+    x, model = torch.randn(8, 6), Doubtful()
+    nn.init.zeros_(model.c.bias)
+    spec = fm.PermutationSpec.trace(model, x)
+    with pytest.warns(
+        UserWarning, match="in 8 of 9 comparisons rounding alone .* the proof rests on 1 other"
+    ):
+        found = fm.verify(model, spec, x)
+    assert (found.compared, found.jumps) == (1, 8)
+    nn.init.ones_(model.c.bias)
+    with pytest.raises(ValueError, match="changes the network"):
+        fm.verify(model, spec, x)  # none agrees
+    wrong = Doubtful(ordered=True)
+    nn.init.zeros_(wrong.c.bias)
+    with pytest.raises(ValueError, match="changes the network"):
+        fm.verify(wrong, spec, x)

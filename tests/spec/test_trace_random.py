@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastmatch as fm
+from fastmatch.permutations.disturb import RoundedSums
 from fastmatch.spec import SiteReader
-from helpers.network_fuzz import Findings, fuzz, random_network
+from helpers.network_fuzz import NOISE, Findings, fuzz, random_network
 from helpers.networks import NETWORKS, build, fresh_seed
 
 
@@ -22,47 +24,81 @@ def sites_checked(net: nn.Module, *x: torch.Tensor) -> int:
 
     Traced on a batch of 2, read on another. Groups and the groups inside them are moved one after the other.
     """
-    spec = fm.PermutationSpec.trace(net, tuple(t[:2] for t in x), unread="ignore")
+    traced = tuple(t[:2] for t in x)
+    spec = fm.PermutationSpec.trace(net, traced, unread="ignore")
+    assert set(readings(spec, net, traced, "post")) == set(spec.sites)
     return sum(sites_of(part, net, x) for part in (spec.flat(), spec.select(spec.top_level())))
 
 
+def readings(spec: fm.PermutationSpec, net: nn.Module, x: tuple[torch.Tensor, ...], position) -> dict:
+    """Return what the sites that a pass reaches hand out."""
+    found: dict = {}
+    reader = SiteReader(spec.sites, lambda t, v: found.update({t: v.clone()}), net, site=position)
+    with torch.no_grad(), reader:
+        net(*x)
+    return found
+
+
 def sites_of(spec: fm.PermutationSpec, net: nn.Module, x: tuple[torch.Tensor, ...]) -> int:
-    """Return how many sites hand out what they name. The rows may be reordered too, where another group moves them."""
+    """Return how many sites hand out what they name. The rows may be reordered too, where another group moves them.
+
+    A pass may take another path than the traced one, and leave sites out. Sites whose values another order of sums
+    changes as much are not counted.
+    """
     permutations = spec.random()
     turned = fm.Alignment(permutations, spec).apply(net)
     checked = 0
     for position in ("pre", "post"):
-        seen: list[dict] = []
-        for model in (net, turned):
-            found: dict = {}
-            with (
-                torch.no_grad(),
-                SiteReader(spec.sites, lambda t, v, f=found: f.update({t: v.clone()}), model, site=position),
-            ):
-                model(*x)
-            seen.append(found)
-        assert set(seen[0]) == set(seen[1]) == set(spec.sites)
+        seen, moved = (readings(spec, model, x, position) for model in (net, turned))
+        noise: dict | None = None
         places: dict[tuple, list] = {}
         for site in spec.sites:
             places.setdefault((site.op, site.role, site.axis.dim), []).append(site)
         for (op, role, dim), sites in places.items():
-            values, others = seen[0][sites[0]].clone(), seen[1][sites[0]].movedim(dim, -1)
-            for site in sites:
-                part, index = site.axis.slice_of(values), torch.arange(values.shape[dim])
-                positions = site.axis.positions(spec.groups[site.group].size)
-                index[positions] = positions[:, permutations[site.group], :]
-                part.copy_(part.index_select(dim, index))
-            rows = [t.reshape(-1, values.shape[dim]) for t in (others, values.movedim(dim, -1))]
-            seen_rows, expected = (t.real + 2 * t.imag if t.is_complex() else t for t in rows)
-            torch.testing.assert_close(
-                seen_rows.sort(0).values,
-                expected.sort(0).values,
-                rtol=1e-8,
-                atol=1e-8,
-                msg=f"{role} at operation {op}",
-            )
-            checked += 1
+            difference = torch.inf
+            if all((site in seen) == (site in moved) for site in sites):
+                sites = [site for site in sites if site in seen]
+                if not sites:
+                    continue
+                values, others = seen[sites[0]].clone(), moved[sites[0]].movedim(dim, -1)
+                for site in sites:
+                    part, index = site.axis.slice_of(values), torch.arange(values.shape[dim])
+                    positions = site.axis.positions(spec.groups[site.group].size)
+                    index[positions] = positions[:, permutations[site.group], :]
+                    part.copy_(part.index_select(dim, index))
+                difference = far(others, values.movedim(dim, -1))
+            if difference > 1e-8:
+                noise = magnified(spec, net, x, position, seen) if noise is None else noise
+                assert difference <= NOISE * noise[sites[0]], f"{role} at operation {op}, {position}"
+            else:
+                checked += 1
     return checked
+
+
+def far(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Return how far the rows of two tensors are from each other, relative to values above 1, in any order of rows."""
+    rows = (t.reshape(-1, t.shape[-1]) for t in (one, other))
+    one, other = ((t.real + 2 * t.imag if t.is_complex() else t).double().sort(0).values for t in rows)
+    apart = (one - other).abs() / (1 + other.abs())
+    same = one.eq(other) | (one.isnan() & other.isnan())
+    return float(apart.nan_to_num(torch.inf, torch.inf).masked_fill(same, 0).max())
+
+
+def magnified(
+    spec: fm.PermutationSpec, net: nn.Module, x: tuple[torch.Tensor, ...], position, seen: dict
+) -> dict:
+    """Return how far other orders of sums move what each site hands out; infinitely if a pass leaves it out."""
+    found = dict.fromkeys(spec.sites, 0.0)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        with RoundedSums(torch.finfo(torch.float64).eps, generator):
+            rounded = readings(spec, net, x, position)
+        for site in spec.sites:
+            if site in seen and site in rounded:
+                found[site] = max(found[site], far(rounded[site], seen[site]))
+            elif site in seen or site in rounded:
+                found[site] = torch.inf
+    return found
 
 
 def hunt(count: int) -> None:
@@ -89,13 +125,50 @@ def test_twenty_thousand_random_networks_keep_their_function():
 
 @pytest.mark.filterwarnings("ignore")
 def test_random_networks_hand_out_the_units_of_their_sites():
-    seeds, sites = random.Random(fresh_seed()), 0
+    seeds, sites, failed = random.Random(fresh_seed()), 0, {}
     for _ in range(40):
         seed = seeds.randrange(2**31)
-        print(f"network {seed}")
         net, x = random_network(seed, batch=5)
-        sites += sites_checked(net, *x)
+        try:
+            sites += sites_checked(net, *x)
+        except AssertionError as error:
+            failed[seed] = str(error)
+    assert not failed  # by the seeds of their networks
     assert sites > 120
+
+
+def test_sites_of_a_path_that_other_inputs_do_not_take_are_left_out():
+    def body(s, x):
+        h = s.a(x)
+        return s.c(F.relu(h * s.scale if x.abs().sum() > 1e3 else s.b(h)))
+
+    x = torch.randn(5, 12, dtype=torch.float64)
+    x[2:] *= 1e3
+    assert (
+        sites_checked(Tricky(body).eval().double(), x) == 8
+    )  # what a makes and c reads: twice, of two specs
+
+
+def test_sites_that_magnify_rounding_are_not_judged():
+    def body(s, x):
+        h = s.a(x)
+        return s.c(F.relu(s.b(h) * (2**53 * h.sum(1, keepdim=True)).sin()))
+
+    model, x = Tricky(body).eval().double(), torch.randn(5, 12, dtype=torch.float64)
+    assert sites_checked(model, x) < len(fm.PermutationSpec.trace(model, x, unread="ignore").sites) * 4
+
+
+def test_sites_of_other_groups_are_seen_by_the_judge():
+    model, x = (
+        Tricky(lambda s, x: s.c(F.relu(s.b(F.relu(s.a(x)))))).eval().double(),
+        torch.randn(5, 12).double(),
+    )
+    spec = fm.PermutationSpec.trace(model, x, unread="ignore")
+    other = {"a": "b", "b": "a"}
+    wrong = replace(spec, sites=tuple(replace(site, group=other[site.group]) for site in spec.sites))
+    assert sites_of(spec, model, (x,)) == 2 * len(spec.sites)
+    with pytest.raises(AssertionError, match="at operation"):
+        sites_of(wrong, model, (x,))
 
 
 @pytest.mark.parametrize("name", NETWORKS)

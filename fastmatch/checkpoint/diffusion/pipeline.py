@@ -15,7 +15,7 @@ from fastmatch.checkpoint.names import Chunk, Layout, layout_of
 from fastmatch.checkpoint.proof import prove_config
 from fastmatch.checkpoint.reader import Checkpoint
 from fastmatch.checkpoint.structure import build_empty, trace_config
-from fastmatch.permutations.verify import Verification
+from fastmatch.permutations.verify import Verification, joined
 from fastmatch.spec import PermutationSpec
 
 __all__ = ["networks_of", "pipeline_layout", "prove_pipeline", "trace_pipeline"]
@@ -59,7 +59,7 @@ def prove_pipeline(parts: Mapping[str, Checkpoint], spec: PermutationSpec) -> Ve
     found = [proof for proof in proofs if proof is not None]
     if len(found) < len(proofs):
         return None
-    return Verification(max(proof.error for proof in found), tuple(spec.groups))
+    return joined(found, spec.groups)
 
 
 def pipeline_layout(parts: Mapping[str, Checkpoint]) -> Layout:

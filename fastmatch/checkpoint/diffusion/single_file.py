@@ -24,11 +24,13 @@ from fastmatch.checkpoint.diffusion.components import (
     parameters_of,
 )
 from fastmatch.checkpoint.diffusion.layout import Shapes, assemble
-from fastmatch.permutations.verify import Verification, verify
+from fastmatch.permutations.verify import Verification, joined, verify
 from fastmatch.spec import PermutationSpec
 from fastmatch.spec.hollow import hollow_tensor
 
-__all__ = ["FileModel", "prove_components", "prove_file", "reduced_model", "trace_file"]
+__all__ = [
+    "FileModel", "prove_components", "prove_file", "reduced_model", "running_means", "trace_file",
+]  # fmt: skip
 
 EMA = "model_ema."
 """Start of the names of a running mean of the UNet's weights."""
@@ -167,14 +169,20 @@ def _check_rest(shapes: Shapes, components: list[Component], argument: str) -> N
             )
 
 
-def _with_running_mean(spec: PermutationSpec, shapes: Shapes) -> PermutationSpec:
-    """Add the running means, whose names have no dots, to the groups of the weights that they follow."""
-    twins: dict[str, str] = {}
-    for name in spec.shapes:
+def running_means(names: Iterable[str], shapes: Shapes) -> dict[str, str]:
+    """Return name -> that of its running mean in the same file, which has no dots; of those that have one."""
+    found: dict[str, str] = {}
+    for name in names:
         flat = name.removeprefix("model.").replace(".", "")
         for twin in (EMA + flat, EMA + flat.removeprefix("diffusion_model")):
-            if name.startswith("model.") and shapes.get(twin) == spec.shapes[name]:
-                twins[name] = twin
+            if name.startswith("model.") and shapes.get(twin) == shapes[name]:
+                found[name] = twin
+    return found
+
+
+def _with_running_mean(spec: PermutationSpec, shapes: Shapes) -> PermutationSpec:
+    """Add the running means to the groups of the weights that they follow."""
+    twins = running_means(spec.shapes, shapes)
     groups = {}
     for name, group in spec.groups.items():
         more = tuple(replace(x, parameter=twins[x.parameter]) for x in group.axes if x.parameter in twins)
@@ -229,7 +237,7 @@ def prove_components(components: list[Component], spec: PermutationSpec, argumen
         ValueError: see :func:`prove_file`.
     """
     proofs = [_prove(component, spec, argument) for component in components]
-    return Verification(max(p.error for p in proofs), tuple(g for p in proofs for g in p.groups))
+    return joined(proofs, (group for proof in proofs for group in proof.groups))
 
 
 def _prove(component: Component, spec: PermutationSpec, argument: str) -> Verification:

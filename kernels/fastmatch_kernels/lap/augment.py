@@ -164,7 +164,7 @@ def augment(
         if found:
             for s in range(scans):
                 j = scanned[s]
-                v[j] += key[j] - best
+                v[j] += min(key[j] - best, 0.0)  # rounding must not raise it: duals only fall
         for t in range(touches):
             key[touched[t]] = np.inf
             where[touched[t]] = -1

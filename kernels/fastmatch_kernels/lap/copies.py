@@ -191,7 +191,7 @@ def fill_columns(c, m, sign, room, v, col_of, order, counts):  # pragma: no cove
         for s in range(tail):
             k = queue[s]
             if found:
-                v[k] += final[s] - level
+                v[k] += min(final[s] - level, 0.0)  # rounding must not raise it: duals only fall
             w[k] = v[k]
         if not found:
             return source

@@ -175,7 +175,7 @@ def path(c, start, m, sign, v, row_of, col_of, source, search, tied, counts):  #
     for s in range(tail):
         j = queue[s]
         if found:
-            v[j] += final[s] - level
+            v[j] += min(final[s] - level, 0.0)  # rounding must not raise it: duals only fall
         w[j] = v[j]
     if not found:
         return False, tied_now

@@ -1,11 +1,4 @@
-"""Random assignment problems against scipy, in processes that may crash.
-
-    PYTHONPATH=tests python -m helpers.fuzz --problems 2000
-    PYTHONPATH=tests python -m helpers.fuzz --seconds 60
-    PYTHONPATH=tests python -m helpers.fuzz --seed 7 --only 123      one problem again, in this process
-
-A failure is printed with its seed and number. The exit status is 1 if there was one.
-"""
+"""Random assignment problems against scipy, in processes that may crash; :mod:`helpers.fuzz` says how to run them."""
 
 from __future__ import annotations
 
@@ -115,7 +108,9 @@ def run(seed: int, problems: int, seconds: float = float("inf"), largest: int | 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m helpers.fuzz", description="Random assignment problems against scipy."
+    )
     parser.add_argument("--problems", type=int, default=200_000)
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--seed", type=int, help="drawn by chance if absent, and printed")
@@ -132,3 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
     told = [finding for finding in judge(found, seed) if not isinstance(finding, float)]
     print("\n".join(f"{kind}: {detail}" for kind, detail in told) or "no fault")
     return int(bool(told))
+
+
+if __name__ == "__main__":
+    raise SystemExit("this is a part of the fuzz: run python -m helpers.fuzz with these options")
