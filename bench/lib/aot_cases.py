@@ -231,11 +231,11 @@ def _channels(dtype: str, layout: dict[str, Any]) -> tuple[dict[str, Any], int]:
     }, 1 if layout["stride_c"] == 1 else 16
 
 
-def _stats_cases(layouts: dict[str, dict[str, Any]], aligned: bool) -> Iterator[Case]:
+def _stats_cases(target: Target, layouts: dict[str, dict[str, Any]], aligned: bool) -> Iterator[Case]:
     for dtype, (variant, layout) in itertools.product(("fp32", "bf16"), layouts.items()):
         shape, stride_c = _channels(dtype, layout)
         for largest in (None, "*fp32:16"):
-            tiles = moments.stats_tiles(stride_c, aligned=aligned)
+            tiles = moments.stats_tiles(stride_c, target, aligned=aligned)
             yield Case(
                 "moments, no product" if largest is None else "moments, before packing",
                 f"{variant}, {dtype}",
@@ -501,7 +501,7 @@ def _known(target: Target, aligned: bool) -> Iterator[Case]:
         yield from _matmul_cases(target)
     yield from _pack_cases()
     yield from _cross_cases(target, aligned, layouts)
-    yield from _stats_cases(layouts, aligned)
+    yield from _stats_cases(target, layouts, aligned)
     yield from _affine_cases(layouts, aligned)
     yield from _merge_cases(target, aligned)
     yield from _selection_cases()
