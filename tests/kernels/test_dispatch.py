@@ -96,3 +96,23 @@ def test_kernels_run_where_numba_is_told_not_to_compile():
         NUMBA_DISABLE_JIT="1",
     )
     assert done.stdout.split() == ["5.0"], done.stderr
+
+
+def test_calls_inside_a_modes_own_handler_take_the_short_way():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from fastmatch_kernels._dispatch import _is_plain
+
+    found = {}
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found["in the handler"] = _is_plain((args[0],))
+            return func(*args, **(kwargs or {}))
+
+    x = torch.ones(3)
+    with Watching():
+        found["under the mode"] = _is_plain((x,))
+        x.add(1)
+    assert found == {"in the handler": True, "under the mode": False}
+    assert _is_plain((x,))
