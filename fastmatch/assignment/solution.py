@@ -45,8 +45,11 @@ class Assignment:
 
     @property
     def is_certified(self) -> bool:
-        """Whether ``gap <= gap_bound``: the assignment is optimal for exactly the entries as stored."""
-        return bool(self.gap <= self.gap_bound)
+        """Whether ``|gap| <= gap_bound``: the assignment is optimal for exactly the entries as stored.
+
+        A gap further below 0 would say that the duals are none, so it proves nothing.
+        """
+        return bool(abs(self.gap) <= self.gap_bound)
 
     @property
     def dual_objective(self) -> float:

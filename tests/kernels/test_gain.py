@@ -152,3 +152,14 @@ def test_wide_products_and_reduced_rows_have_tiles_of_their_own():
     assert matmul_tiles(4096, 4096, "fp16", target) == table["half"][1]
     assert matmul_tiles(4096, 4096, "fp16", target, "reduced") == table["fp16, reduced"][1]
     assert matmul_tiles(4096, 4096, "fp16", TARGETS["gfx942"], "reduced") == MATMUL["gfx942"]["half"][1]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_column_of_a_matrix_is_written_in_place(backend):
+    ((a, b),) = pairs(fresh_generator(), 9, 1, (7,))
+    whole = torch.zeros(9, 4, device=DEVICE)
+    gain([(a, b)], out=whole[:, 2:3], backend=backend)
+    flat = torch.zeros(9, 1, device=DEVICE).as_strided((9, 1), (1, 9))
+    gain([(a, b)], out=flat, backend=backend)
+    torch.testing.assert_close(whole[:, 2:3], a @ b.T, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(flat, a @ b.T, rtol=1e-5, atol=1e-5)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+import fastmatch as fm
+
 from fastmatch_kernels._triton.packing import DEPTH, pack
 from fastmatch_kernels.gain import triton as gain_triton
-from fastmatch_kernels.ops import gain, row_topk
+from fastmatch_kernels.ops import gain, row_min, row_topk
 from fastmatch_kernels.row_topk import triton as cost_rows
 from helpers.kernel_cases import DEVICE, fresh_generator
 
@@ -50,13 +52,18 @@ def test_rows_of_zeros_and_subnormals():
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy inside the interpreter
-def test_what_is_not_finite_stays_so():
-    x = torch.ones(3, 8, device=DEVICE)
-    x[0, 1], x[1, 2], x[2, 3] = float("nan"), float("inf"), -float("inf")
-    high, low = meant(pack([x], "fp16x3"), 3, 8)
-    assert torch.equal(high.isnan(), x.isnan())
-    assert torch.equal(high[1:].isinf(), x[1:].isinf())
-    assert torch.equal(low[1:].isnan(), torch.zeros_like(low[1:], dtype=torch.bool))
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+@pytest.mark.parametrize("precision", ["fp16", "fp16x3"])
+def test_bounds_hold_beside_what_is_not_finite_and_what_overflows(precision):
+    generator = fresh_generator()
+    a, b = torch.randn(4, 8, generator=generator).to(DEVICE), torch.randn(40, 8, generator=generator).to(DEVICE)
+    v = torch.zeros(40, device=DEVICE)
+    a[1, 2], a[2, 3] = float("nan"), float("inf")
+    for left, right in ((a, b), (1e30 * a, 1e30 * b)):
+        _, _, bound = row_topk([(left, right)], v, 3, precision=precision, backend="triton")
+        assert torch.all(bound[1:3] == -float("inf"))
+        assert bound[[0, 3]].isfinite().all() == (left is a)
+    assert torch.all(row_topk([(1e30 * a, 1e30 * b)], v, 3, backend="triton")[2][[0, 3]] == -float("inf"))
 
 
 def test_pairs_lie_side_by_side_in_the_order_asked_for():
@@ -97,6 +104,46 @@ def test_products_of_rows_of_any_size_hold_their_bound(precision):
     assert torch.all(((got - exact).abs() <= each)[fits])
     big = exact.abs() > 1e39
     assert torch.all(got[big].isinf())
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp16x3"])
+@pytest.mark.parametrize("apart", [24, 30, 50])
+def test_bounds_hold_for_pairs_of_opposite_sizes(precision, apart):
+    generator = fresh_generator()
+    draw = lambda n: torch.randn(n, 12, generator=generator).to(DEVICE)  # noqa: E731
+    small = 2.0**-apart
+    factors = [(draw(20), small * draw(60)), (small * draw(20), draw(60))]
+    v = torch.zeros(60, device=DEVICE)
+    exact = -sum(a.double() @ b.double().T for a, b in factors)
+    index, costs, bound = row_topk(factors, v, 4, precision=precision, backend="triton")
+    error = cost_rows.product_error(factors, v, precision)[:, None]
+    assert torch.all((costs.double() - exact.gather(1, index)).abs() <= error)
+    outside = exact.scatter(1, index, torch.inf).amin(1)
+    assert torch.all(bound.double() <= outside)
+    cost = fm.assignment.FactorCost([(a.cpu(), b[:20].cpu()) for a, b in factors], backend="triton")
+    best = fm.solve(cost.dense(), maximize=True).objective
+    if DEVICE == "cpu":
+        found = fm.solve(cost, maximize=True, solver=fm.assignment.CandidateLists())
+        assert found.objective == pytest.approx(best, rel=1e-9)
+
+
+def test_the_longest_lists_have_candidates():
+    few = [cost_rows.few_of(k, tiles) for k in (1021, 1024, 4000) for tiles in (2, 4, 16, 64)]
+    assert all(f >= 1 for f in few)
+    a, b = torch.randn(2, 4, device=DEVICE), torch.randn(1500, 4, device=DEVICE)
+    index, _, _ = row_topk([(a, b)], torch.zeros(1500, device=DEVICE), 1024, backend="triton")
+    assert torch.all(index.sort(1).values.diff(dim=1) > 0)
+
+
+@pytest.mark.parametrize("precision", ["ieee", "fp16x3"])
+def test_least_values_a_few_bits_apart_are_told_apart(precision):
+    a = torch.ones(1, 1, device=DEVICE)
+    b = -(1 + torch.arange(32, device=DEVICE).flip(0)[:, None] * 2.0**-23)
+    value, column = row_min([(a, b)], torch.zeros(32, device=DEVICE), precision=precision, backend="triton")
+    exact = (-b[:, 0]).double()
+    allowed = cost_rows.product_error([(a, b)], torch.zeros(32, device=DEVICE), precision)
+    assert abs(value.double() - exact.min()) <= allowed
+    assert exact[column] - exact.min() <= 2 * allowed
 
 
 def test_deep_factors_are_added_in_pieces(monkeypatch):

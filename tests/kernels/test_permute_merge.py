@@ -236,3 +236,12 @@ def test_more_parts_of_a_run_than_a_grids_second_dimension_takes(monkeypatch):
     launcher.permute_merge(MergeArguments([weight], [1.0], [None], [None], (0, 1), (1, 1), weight))
     ((programs,),) = grids
     assert 65535 < programs < 2**31
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("length", [4, 24])
+def test_an_axis_of_one_row_is_reordered(backend, length):
+    weights = [torch.randn(1, length, device=DEVICE) for _ in range(2)]
+    only = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    got = permute_merge(weights, [0.5, 0.5], [only, None], backend=backend)
+    torch.testing.assert_close(got, (weights[0] + weights[1]) / 2)

@@ -10,6 +10,8 @@ between 2^12 and 2^13. So nothing overflows, and float16 has the 11 bits of TF32
 
     s x = high + low + r,  |r| <= 2^-22 |s x| + 2^-25;  high alone: |r| <= 2^-11 |s x| + 2^-25
 
+The last terms are below 2^-37 of the largest element. A row that is not finite becomes NaN.
+
 "fp16" multiplies high by high; "fp16x3" adds both products of high and low. Half-precision factors are packed as they are, and
 "ieee" packs float32 along the rows, which its multiplications without matrix units read fastest.
 """
@@ -25,7 +27,7 @@ import triton.language as tl
 
 from fastmatch_kernels._triton.tiles import Tiles, ceil_div
 
-__all__ = ["DEPTH", "Packed", "pack", "pack_tiles", "part_of", "scaled_rows", "split"]
+__all__ = ["DEPTH", "Packed", "largest_of_rows", "pack", "pack_tiles", "part_of", "scaled_rows", "split"]
 
 DEPTH = 64
 """Depths are filled up with zeros to a multiple of this, the deepest step of a product, so that it needs no mask."""
@@ -66,8 +68,7 @@ def scaled_rows(x, largest):
 def split(x):
     """(high, low) in float16 of scaled float32."""
     high = x.to(tl.float16)
-    rest = x - high.to(tl.float32)
-    return high, tl.where(rest == rest, rest, 0.0).to(tl.float16)  # infinity less itself is no number
+    return high, (x - high.to(tl.float32)).to(tl.float16)
 
 
 @triton.jit
@@ -156,7 +157,7 @@ def pack(
     high = torch.empty(rows, padded, dtype=torch.float16 if scaled else first.dtype, device=device)
     low = torch.empty_like(high) if precision == "fp16x3" else None
     scale = torch.empty(rows, device=device) if scaled else None
-    largest = _largest(factors) if scaled else None
+    largest = largest_of_rows(factors) if scaled else None
     begin = 0
     for position, (x, index) in enumerate(zip(factors, order, strict=True)):
         last = position == len(factors) - 1
@@ -196,7 +197,7 @@ def _is_packed(x: torch.Tensor) -> bool:
     return x.stride(1) == 1 and x.stride(0) % 16 == 0 and x.shape[1] % DEPTH == 0 and x.data_ptr() % 16 == 0
 
 
-def _largest(factors: Sequence[torch.Tensor]) -> torch.Tensor:
+def largest_of_rows(factors: Sequence[torch.Tensor]) -> torch.Tensor:
     """(rows,) float32: the largest absolute value of each row."""
     largest = torch.zeros(len(factors[0]), device=factors[0].device)
     for x in factors:

@@ -44,9 +44,9 @@ ROUNDOFF = {
     "fp16": (2.0**-10 + 2.0**-20, 2.0**-35, 1),
     "fp16x3": (2.0**-20, 2.0**-35, 3),
 }
-"""Precision -> (bound on the relative error of one product, what is lost of an element relative to the largest one of its row, products
-summed for it). By the bound of ``packing``: rounding each factor loses 2^-11 or 2^-22 of it, low times low another
-2^-22, and numbers near zero 2^-25 where the largest is 2^12."""
+"""Precision -> (bound on the relative error of one product; what numbers near zero add to the error of one product, relative to the
+largest elements of both rows; products summed for one). By the bound of ``packing``: rounding each factor loses 2^-11 or
+2^-22 of it, low times low another 2^-22, and numbers near zero 2^-37 of their row's largest, on both sides."""
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def gain(arguments: GainArguments) -> None:
     if out.numel() == 0:
         return
     if out.stride(1) != 1:
-        contiguous = out.contiguous()
+        contiguous = out.clone(memory_format=torch.contiguous_format)
         gain(arguments._replace(out=contiguous))
         out.copy_(contiguous)
         return

@@ -134,8 +134,8 @@ def permute_merge(arguments: MergeArguments) -> None:
         return
     any_first, any_second = (any(i is not None for i in indices) for indices in (first, second))
     layout = runs_of(tuple(out.shape), dims, blocks, any_first, any_second)
-    runs, n1, _, length, _, _ = layout
-    if any_first and n1 == 1 and not any_second:
+    runs, _, _, length, _, _ = layout
+    if any_first and not any_second and length != math.prod(out.shape[dims[0] + 1 :]):
         first, second = second, first  # short runs: the axis was turned into the second
     gathered = any(i is not None for i in second)
     target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)

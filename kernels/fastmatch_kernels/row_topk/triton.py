@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastmatch_kernels._triton.packing import Packed, pack, part_of
+from fastmatch_kernels._triton.packing import Packed, largest_of_rows, pack, part_of
 from fastmatch_kernels._triton.product import (
     check_dtypes,
     factor_arguments,
@@ -86,20 +86,25 @@ def _candidates_kernel(
     tile_n, row, column = output_tile(n, m, GROUP, BLOCK_M, BLOCK_N)
     value = reduced_cost_tile(factors, v_ptr, row, column, n, m, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
     at = row.to(tl.int64) * tiles_n + tile_n
-    # A value's last bits give way to its column: one minimum finds both, at a third of the operations.
-    key = (_ordered(value) & -BLOCK_N) | tl.arange(0, BLOCK_N)[None, :]
-    for pick in range(few):
-        best = tl.min(key, 1)
-        found = key == best[:, None]
-        # Without its last bits a value is lower by 2^-15 of itself at most, which the bound of "fp16" includes.
-        least = _unordered(best & -BLOCK_N)
-        if EXACT:
-            least = tl.where(best < 0x7F800000, tl.min(tl.where(found, value, float("inf")), 1), least)
-            value = tl.where(found, float("inf"), value)
-        tl.store(value_ptr + at * few + pick, least, mask=row < n)
-        tl.store(column_ptr + at * few + pick, tile_n * BLOCK_N + (best & (BLOCK_N - 1)), mask=row < n)
-        key = tl.where(found, 0x7F800000 | (BLOCK_N - 1), key)  # +inf
-    cutoff = tl.min(value, 1) if EXACT else _unordered(tl.min(key, 1) & -BLOCK_N)
+    local = tl.arange(0, BLOCK_N)[None, :]
+    if EXACT:
+        for pick in range(few):
+            least = tl.min(value, 1)
+            where = tl.min(tl.where(value == least[:, None], local, BLOCK_N - 1), 1)
+            tl.store(value_ptr + at * few + pick, least, mask=row < n)
+            tl.store(column_ptr + at * few + pick, tile_n * BLOCK_N + where, mask=row < n)
+            value = tl.where(local == where[:, None], float("inf"), value)
+        cutoff = tl.min(value, 1)
+    else:
+        # A value's last bits give way to its column: one minimum finds both, at a third of the operations. So a value is
+        # lower by 2^-15 of itself at most, which the bound includes.
+        key = (_ordered(value) & -BLOCK_N) | local
+        for pick in range(few):
+            best = tl.min(key, 1)
+            tl.store(value_ptr + at * few + pick, _unordered(best & -BLOCK_N), mask=row < n)
+            tl.store(column_ptr + at * few + pick, tile_n * BLOCK_N + (best & (BLOCK_N - 1)), mask=row < n)
+            key = tl.where(key == best[:, None], 0x7F800000 | (BLOCK_N - 1), key)  # +inf
+        cutoff = _unordered(tl.min(key, 1) & -BLOCK_N)
     tl.store(cutoff_ptr + at, cutoff, mask=row < n)
 
 
@@ -157,7 +162,7 @@ def few_of(k: int, tiles_n: int) -> int:
     Of k columns in any order, a tile holds more with a probability of at most ``binomial(k, few + 1) / tiles_n^few``: 1%.
     """
     few = min(k, ceil_div(k, tiles_n) + 1)
-    while few < k and math.comb(k, few + 1) > 0.01 * float(tiles_n) ** few:
+    while few < k and 100 * math.comb(k, few + 1) > tiles_n**few:
         few += 1
     return few
 
@@ -168,28 +173,45 @@ def product_error(
     precision: str,
     contraction_index: Sequence[torch.Tensor | None] | None = None,
     sizes: torch.Tensor | None = None,
+    peaks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """(n,) float64: a bound on the rounding error of every computed ``c_ij - v_j`` of row i.
+    """(n,) float64: a bound on the rounding error of every computed ``c_ij - v_j`` of row i; inf where a sum may overflow.
 
-    ``(relative error of a product + gamma_terms) sum_k |a_ik| max_j |b_jk|`` by Cauchy and Schwarz, and the
-    rounding of v to float32 and of the subtraction. Reads each factor once, unless ``sizes`` (what
-    :func:`term_sizes` returns) is given.
+    ``(relative error of a product + gamma_terms) sum_k |a_ik| max_j |b_jk|`` by Cauchy and Schwarz, what numbers near
+    zero lose beside the largest of their rows, and the rounding of v to float32 and of the subtraction. In scaled precisions
+    it is inf too beside elements that are not finite. Reads each factor once or twice, unless ``sizes`` (what :func:`term_sizes` returns) and ``peaks`` (at least ``max_k |a_ik| max_jk |b_jk|``) are
+    given.
     """
     key = precision_of(factors[0][0].dtype, precision)
     relative, floor, passes = ROUNDOFF[key]
     depth = sum(a.shape[1] for a, _ in factors)
     terms = passes * depth + 4
-    relative += floor * depth**0.5
     # Matrix units may cut off where they add, which costs twice the unit roundoff.
     relative += terms * 2.0**-23 / (1 - terms * 2.0**-23)
     scale = term_sizes(factors, contraction_index) if sizes is None else sizes
     # On the device: nothing waits for it.
-    largest = torch.where(v.isfinite(), v.abs(), 0.0).double().amax() if len(v) else 0.0
+    top = torch.where(v.isfinite(), v.abs(), 0.0).double().amax() if len(v) else 0.0
     # Terms below the smallest normal number may be flushed to zero.
     tiny = 4 * terms * 2.0**-126
     # Values of "fp16" lose up to 8 of their 23 bits to the column that they carry.
     carried = 2.0**-14 if key == "fp16" else 2.0**-22
-    return relative * scale * (1 + 2.0**-20) + carried * (scale + largest) + tiny
+    error = relative * scale * (1 + 2.0**-20) + carried * (scale + top) + tiny
+    if floor:
+        if peaks is None:
+            peaks = peaks_of(*(largest_of_rows([pair[side] for pair in factors]) for side in (0, 1)))
+        error = error + floor * depth * peaks
+        error = torch.where(peaks.isfinite(), error, torch.inf)
+    return torch.where(scale + top < 2.0**126, error, torch.inf)
+
+
+def peak(scale: torch.Tensor) -> torch.Tensor:
+    """At least the largest element of rows that were packed with these scales; inf where it is not finite."""
+    return torch.where(scale < 2.0**127, 2.0 * scale, torch.inf)
+
+
+def peaks_of(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """(n,) float64: each row's largest element times the largest one of the other side."""
+    return left.double() * (right.double().amax() if len(right) else 0.0)
 
 
 def select_tiles(candidates: int, *, interpreted: bool = False) -> Tiles:
@@ -243,8 +265,8 @@ def most_columns(k: int, tile: int) -> int:
 
 def _reduce(
     arguments: RowArguments,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return (indices, values, costs, smallest computed value outside) of every row.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return (indices, values, costs, smallest computed value outside, peaks of the packed factors or None) of every row.
 
     Columns beyond what one selection holds are reduced part by part, and the parts' lists are merged.
     """
@@ -256,15 +278,16 @@ def _reduce(
     best, cost = (torch.full((n, k), float("inf"), device=v.device) for _ in range(2))
     outside = torch.full((n,), float("inf"), device=v.device)
     if n == 0 or m == 0 or k == 0:
-        return index, best, cost, outside
+        return index, best, cost, outside, None
     left, right = pack(a, key), pack(b, key, arguments.b_index, arguments.contraction_index)
     constants["EXACT"] = key != "fp16"
+    peaks = None if left.scale is None or right.scale is None else peaks_of(peak(left.scale), peak(right.scale))
     v32 = v.float().contiguous()
     out = index, best, cost, outside
     most = most_columns(min(k, m), tiles.columns)
     if m <= most:
         _reduce_part(left, right, v32, out, tiles, constants)
-        return out
+        return *out, peaks
     found = []
     for lo in range(0, m, most):
         part = slice(lo, min(lo + most, m))
@@ -278,7 +301,7 @@ def _reduce(
     outside = torch.stack([part[3] for part in found]).amin(0)
     outside = torch.minimum(outside, best[:, k])
     order = order[:, :k]
-    return index.gather(1, order), best[:, :k].contiguous(), cost.gather(1, order), outside
+    return index.gather(1, order), best[:, :k].contiguous(), cost.gather(1, order), outside, peaks
 
 
 def _reduce_part(
@@ -312,19 +335,20 @@ def _reduce_part(
 
 def row_topk(arguments: RowArguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Reduce tile by tile in float32; ``v`` is finite or -inf, and ``tile`` is not used."""
-    index, _, cost, outside = _reduce(arguments)
+    index, _, cost, outside, peaks = _reduce(arguments)
     v = arguments.v
     if cost.numel() == 0 and outside.numel() and len(v):
         outside = torch.full_like(outside, -float("inf"))  # k = 0: everything is outside
     error = product_error(
-        arguments.pairs, v, arguments.precision, arguments.contraction_index, arguments.sizes
+        arguments.pairs, v, arguments.precision, arguments.contraction_index, arguments.sizes, peaks
     )
     bound = (outside.double() - error).float()
     below = bound.nextafter(torch.full_like(bound, -float("inf")))
-    return index, cost, torch.where(bound.isfinite(), below, outside)
+    below = torch.where(outside.isfinite(), below, outside)
+    return index, cost, torch.where(error.isfinite(), below, -float("inf"))
 
 
 def row_min(arguments: RowArguments) -> tuple[torch.Tensor, torch.Tensor]:
     """List one entry per row; its value differs from the true minimum by at most :func:`product_error`."""
-    index, best, _, _ = _reduce(arguments)
+    index, best, *_ = _reduce(arguments)
     return best[:, 0], index[:, 0]
