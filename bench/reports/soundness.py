@@ -25,7 +25,7 @@ from bench.lib import record
 
 NAME = "soundness"
 KEYS = ("part", "case", "seed")
-FOUND = ("changed", "alarms", "missed", "failed")
+FOUND = ("changed", "alarms", "missed", "undecided", "failed")
 
 
 def networks(seed: int, count: int) -> Iterator[record.Row]:
@@ -89,18 +89,17 @@ def page(found: record.Record) -> str:
     sections = []
     if rows := parts["networks"]:
         total, groups = (sum(row[key] for row in rows) for key in ("count", "groups"))
+        rows = [{"undecided": [], **row} for row in rows]  # rows of earlier runs do not tell them from alarms
         counts = {name: sum(len(row[name]) for row in rows) for name in FOUND}
-        table = [
-            {k: len(v) if isinstance(v, list) else v for k, v in row.items() if k not in KEYS[:2]}
-            for row in rows
-        ]
+        table = [{k: len(v) if isinstance(v, list) else v for k, v in row.items()} for row in rows]
         sections += [
             "## Random networks",
             f"{total:,} networks with {groups:,} groups: the function of {counts['changed']} changes under random permutations, "
-            f"`verify` raises for {counts['alarms']} whose function does not change, and {counts['failed']} could not be run or traced. "
+            f"`verify` raises for {counts['alarms']} whose function does not change and finds no proof for {counts['undecided']} whose outputs "
+            f"rounding alone makes jump, and {counts['failed']} could not be run or traced. "
             "Every network is a program of twelve random steps over all accepted operators, judged by `verify` and by new weights "
             "and inputs.",
-            record.table(table),
+            record.table(table, ("seed", "count", "groups", *FOUND, "processor seconds")),
         ]  # fmt: skip
     if rows := parts["files"]:
         sections += [

@@ -41,32 +41,66 @@ def round_weights(model: nn.Module, epsilon: float, generator: torch.Generator) 
 SUMS = frozenset(
     "aten." + name
     for name in (
-        "_cdist_forward", "_euclidean_dist", "_fft_c2c", "_fft_c2r", "_fft_r2c", "_linalg_det", "_linalg_slogdet",
-        "_linalg_solve_ex", "_log_softmax", "_scaled_dot_product_flash_attention_for_cpu", "_softmax", "_trilinear",
-        "_weight_norm_interface", "addbmm", "addmm", "addmv", "baddbmm", "bmm", "convolution", "cumsum", "dot", "index_add",
-        "linalg_inv_ex", "linalg_matrix_exp", "linalg_vector_norm", "logsumexp", "mean", "mm", "mv", "native_batch_norm",
-        "native_group_norm", "native_layer_norm", "norm", "prod", "scatter_add", "std", "std_mean", "sum", "var", "var_mean",
-        "vdot",
+        "_cdist_forward", "_euclidean_dist", "_fft_c2c", "_fft_c2r", "_fft_r2c", "_log_softmax",
+        "_scaled_dot_product_flash_attention_for_cpu", "_softmax", "_trilinear", "_weight_norm_interface", "addbmm", "addmm", "addmv",
+        "baddbmm", "bmm", "convolution", "cumsum", "dot", "index_add", "linalg_vector_norm", "logsumexp", "mean", "mm", "mv",
+        "native_batch_norm", "native_group_norm", "native_layer_norm", "norm", "prod", "scatter_add", "std", "std_mean", "sum", "var",
+        "var_mean", "vdot",
     )
 )  # fmt: skip
 """Operations whose rounding depends on the order of what they add."""
 
+MATRIX_FUNCTIONS = frozenset(
+    "aten." + name
+    for name in (
+        "_linalg_det", "_linalg_eigh", "_linalg_eigvals", "_linalg_slogdet", "_linalg_solve_ex", "_linalg_svd", "cholesky",
+        "cholesky_inverse", "cholesky_solve", "geqrf", "linalg_cholesky_ex", "linalg_eig", "linalg_eigvals",
+        "linalg_householder_product", "linalg_inv_ex", "linalg_ldl_factor_ex", "linalg_ldl_solve", "linalg_lstsq", "linalg_lu",
+        "linalg_lu_factor_ex", "linalg_lu_solve", "linalg_matrix_exp", "linalg_qr", "linalg_solve_triangular", "ormqr",
+        "triangular_solve",
+    )
+)  # fmt: skip
+"""Operations that magnify their own rounding: their results are those of matrices that differ by rounding errors.
+
+Results that such matrices share are few: signs and phases of singular vectors and eigenvectors depend on rounding, and so on
+where in memory a matrix is.
+"""
+
 
 class RoundedSums(DispatchMode):
-    """Change the results of sums by a rounding error, as another order of their terms does."""
+    """Change the results of sums by a rounding error, as another order of their terms does, and the operands of matrix functions.
+
+    Attributes:
+        decided: whether there was a matrix function. One draw may then show nothing, as of a sign that rounding chooses.
+    """
 
     def __init__(self, epsilon: float, generator: torch.Generator) -> None:
         super().__init__()
         self._epsilon, self._generator = epsilon, generator
+        self.decided = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        name = op_name(func)
+        if name in MATRIX_FUNCTIONS:
+            self.decided = True
+            args = tuple(self._rounded(a) if isinstance(a, torch.Tensor) else a for a in args)
         out = func(*args, **(kwargs or {}))
-        for tensor in tensors_in(out) if op_name(func) in SUMS else ():
-            if tensor.is_floating_point() or tensor.is_complex():
+        for tensor in tensors_in(out) if name in SUMS else ():
+            if _has_rounding(tensor):
                 tensor.mul_(1 + self._epsilon * _uniform(tensor, self._generator))
         return out
+
+    def _rounded(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a tensor whose entries differ by rounding errors; integers, such as pivots, as they are."""
+        if not _has_rounding(tensor):
+            return tensor
+        return tensor * (1 + self._epsilon * _uniform(tensor, self._generator))
+
+
+def _has_rounding(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def disturbed(value: Any, generator: torch.Generator) -> Any:
@@ -87,7 +121,7 @@ def disturbed(value: Any, generator: torch.Generator) -> Any:
 
 def _floating(model: nn.Module) -> list[torch.Tensor]:
     tensors = {id(t): t.data for t in [*model.parameters(), *model.buffers()]}
-    return [t for t in tensors.values() if t.is_floating_point() or t.is_complex()]
+    return [t for t in tensors.values() if _has_rounding(t)]
 
 
 def _uniform(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -37,6 +37,9 @@ CANCELLING = 64
 """Rounding errors of the largest value inside that an output of zero may differ by."""
 
 NOISE_DRAWS = 3
+MATRIX_DRAWS = 16
+"""How often rounding is drawn: more often where a matrix function may choose a sign by it, which it does not in every draw."""
+
 NOISE_FACTOR = 1000
 """How many times the change that rounding errors of weights and sums cause may be the error."""
 
@@ -102,8 +105,8 @@ def verify(
         A :class:`Verification`.
 
     Raises:
-        ValueError: the outputs differ (the groups that change them by themselves are named) where rounding does not make
-            them jump, or in all comparisons; the model runs in neither float64 nor float32, or it returns nothing that
+        ValueError: the outputs differ (the groups that change them by themselves are named); rounding alone makes them jump
+            in all comparisons, so there is no proof; the model runs in neither float64 nor float32, or it returns nothing that
             can be compared.
         TypeError: ``model`` is not a torch module, or it is a TorchScript module.
     """
@@ -129,7 +132,10 @@ def verify(
             except _JumpsError as jump:
                 jumps.append(jump)
     if not errors:
-        raise ValueError(str(jumps[0]))
+        raise ValueError(
+            f"spec: whether permuting changes the network's function cannot be shown: in all comparisons ({len(jumps)}) {jumps[0]}. "
+            "Give other example inputs, or pass verify=False to go on without the proof"
+        )
     if len(errors) <= len(jumps):
         warn_user(
             f"model: in {len(jumps)} of {len(errors) + len(jumps)} comparisons rounding alone makes its outputs jump, so "
@@ -149,7 +155,7 @@ def joined(proofs: Sequence[Verification], groups: Iterable[str]) -> Verificatio
 
 
 class _JumpsError(ValueError):
-    """The outputs differ, and so they do by rounding alone."""
+    """The outputs differ, and so they do by rounding alone; the message is a clause."""
 
 
 def _proof(
@@ -224,9 +230,14 @@ class _Proof:
         if not error <= judge.limit:
             guilty = judge.guilty(permutations, list(permutations))
             named = ", ".join(f"{n!r} (relative error {e:.2g})" for n, e in guilty.items())
-            raise (_JumpsError if judge.jumps else ValueError)(
+            if judge.jumps:
+                moved = named or "several groups together"
+                raise _JumpsError(
+                    f"permuting {moved} changes the outputs, and rounding alone makes them jump"
+                )
+            raise ValueError(
                 f"spec: permuting changes the network's function; group {named or 'several of them together'}. "
-                f"The outputs differ by {error:.2g} relative to the largest; "
+                f"The outputs differ by {error:.2g} relative to the largest or to what rounding explains; "
                 f"at most {judge.limit:.2g} is allowed. The trace did not see that the order of units matters, as it does for "
                 "a branch on one unit's value or an index that is computed in Python; spec.select([...]) matches the other groups"
             )
@@ -277,22 +288,35 @@ class _Judge:
         """Return, for every output, the difference that rounding can explain: measured, and at most so much."""
         if self._noise is None:
             worst = [0.0] * len(self._expected)
-            for draw in range(NOISE_DRAWS):
-                model = copy_module(self._model)
-                generator = torch.Generator("cpu").manual_seed(self._proof.seed + draw)
-                round_weights(model, self._epsilon, generator)
-                with RoundedSums(self._epsilon, generator):
-                    outputs = self._proof.run(model, self._example)
-                found = [absolute_difference(x, y) for x, y in zip(self._expected, outputs, strict=True)]
+            most = [MOST[self._proof.dtype] * largest(t) for t in self._expected]
+            for draw in range(MATRIX_DRAWS):
+                found, decided = self._rounded(self._proof.seed + draw)
                 worst = [max(a, b) for a, b in zip(worst, found, strict=True)]
-            most = MOST[self._proof.dtype]
-            self.jumps = any(n > most * largest(t) for n, t in zip(worst, self._expected, strict=True))
+                self.jumps = any(n > m for n, m in zip(worst, most, strict=True))
+                if draw + 1 >= NOISE_DRAWS and (self.jumps or not decided):
+                    break
             inside = _largest_inside(self._proof, self._model, self._example)
             self._noise = [
-                max(min(NOISE_FACTOR * n, MOST[self._proof.dtype] * largest(t)), self._cancelled(n, inside))
-                for n, t in zip(worst, self._expected, strict=True)
+                max(min(NOISE_FACTOR * n, m), self._cancelled(n, inside))
+                for n, m in zip(worst, most, strict=True)
             ]
         return self._noise
+
+    def _rounded(self, seed: int) -> tuple[list[float], bool]:
+        """Return the differences that other rounding makes, and whether a matrix function had a part in them.
+
+        They are infinite if the model refuses what it is rounded to, such as a matrix that is no longer positive definite.
+        """
+        model = copy_module(self._model)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        round_weights(model, self._epsilon, generator)
+        with RoundedSums(self._epsilon, generator) as sums:
+            try:
+                outputs = self._proof.run(model, self._example)
+            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+                return [float("inf")] * len(self._expected), sums.decided
+        found = [absolute_difference(x, y) for x, y in zip(self._expected, outputs, strict=True)]
+        return found, sums.decided
 
     def _cancelled(self, noise: float, inside: float) -> float:
         """Return the difference to expect where terms as large as ``inside`` cancel: an output of zero up to rounding."""

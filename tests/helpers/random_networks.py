@@ -16,6 +16,9 @@ __all__ = ["STEPS", "RandomNetwork"]
 
 STEPS = [*FLAT, *STRUCTURES, *OPERATORS]
 
+SMALL = 1e-6
+"""What rows of results are divided by, if their norms are smaller."""
+
 
 class RandomNetwork(nn.Module):
     """A random program in float64 over a few (batch, n) tensors; the same program whenever it is run.
@@ -54,5 +57,6 @@ class RandomNetwork(nn.Module):
             live.append(choice(self, rng, f"s{step}_", h, live))
             if len(live) > 4:
                 live.pop(rng.randrange(3))
-        last = torch.cat([F.normalize(t.clone(), dim=1) for t in live], 1)
+        # What is zero but for rounding stays small: made as large as the others, it would be all that is compared.
+        last = torch.cat([F.normalize(t.clone(), dim=1, eps=SMALL) for t in live], 1)
         return F.linear(last, self.weight("head", 5, last.shape[1]))

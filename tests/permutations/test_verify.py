@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from math import comb
+
 import pytest
 import torch
 from torch import nn
 
 import fastmatch as fm
+from fastmatch.permutations.disturb import RoundedSums
 from fastmatch.spec import Axis, Group
 from helpers.networks import build, fresh_seed
 
@@ -142,9 +145,67 @@ def test_where_no_more_rounds_agree_than_jump_a_warning_tells():
         found = fm.verify(model, spec, x)
     assert (found.compared, found.jumps) == (1, 8)
     nn.init.ones_(model.c.bias)
-    with pytest.raises(ValueError, match="changes the network"):
-        fm.verify(model, spec, x)  # none agrees
+    with pytest.raises(ValueError, match=r"cannot be shown: in all comparisons \(9\) .*'a'.* rounding alone"):
+        fm.verify(model, spec, x)
     wrong = Doubtful(ordered=True)
     nn.init.zeros_(wrong.c.bias)
     with pytest.raises(ValueError, match="changes the network"):
         fm.verify(wrong, spec, x)
+
+
+class Inverting(nn.Module):
+    """A layer, the inverse of a matrix of Pascal, and a layer. No sum and no weight rounds the matrix: it holds integers."""
+
+    def __init__(self, size: int, *, ordered: bool = False, semidefinite: bool = False) -> None:
+        super().__init__()
+        self.a, self.c = nn.Linear(6, size), nn.Linear(size, 5)
+        self.register_buffer(
+            "table", torch.tensor([[comb(i + j, i) for j in range(size)] for i in range(size)])
+        )
+        self.ordered, self.semidefinite = ordered, semidefinite
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.a(x) @ torch.linalg.inv(self.table.double()).to(x.dtype)
+        if self.semidefinite:
+            matrix = torch.ones(2, 2, dtype=torch.float64)
+            matrix[1, 1] += torch.finfo(torch.float64).eps  # one rounding error from no factor
+            h = h * torch.linalg.cholesky(matrix)[0, 0]
+        return self.c(h.cumsum(1) if self.ordered else h)
+
+
+@pytest.mark.parametrize("size", [8, 10, 12])
+def test_rounding_that_an_inverse_magnifies_is_no_change(size):
+    torch.manual_seed(fresh_seed())
+    model, x = Inverting(size), torch.randn(5, 6)
+    spec = fm.PermutationSpec.trace(model, x)
+    assert list(spec.groups) == ["a", "table"]
+    assert fm.verify(model, spec, x).compared >= 3
+    with pytest.raises(ValueError, match="permuting changes"):
+        fm.verify(Inverting(size, ordered=True), spec, x)
+
+
+def test_a_factorization_that_rounding_refuses_ends_no_proof():
+    torch.manual_seed(fresh_seed())
+    model, x = Inverting(10, semidefinite=True), torch.randn(5, 6)
+    spec = fm.PermutationSpec.trace(model, x)
+    assert fm.verify(model, spec, x).compared == 3
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda matrix: torch.linalg.eigh(matrix).eigenvectors,
+        lambda matrix: torch.linalg.eig(matrix).eigenvectors,
+        lambda matrix: torch.linalg.svd(matrix).U,
+    ],
+    ids=["eigh", "eig", "svd"],
+)
+def test_vectors_that_rounding_chooses_are_others_with_other_rounding(function):
+    generator = torch.Generator().manual_seed(fresh_seed())
+    matrix = torch.ones(4, 4, dtype=torch.float64)  # three of its eigenvalues are equal
+    before = function(matrix)
+    with RoundedSums(torch.finfo(torch.float64).eps, generator) as sums:
+        others = [function(matrix) for _ in range(8)]
+    assert sums.decided
+    assert max(float((other - before).abs().max()) for other in others) > 0.01
+    assert torch.equal(matrix, torch.ones_like(matrix))
