@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import fastmatch as fm
-
 from fastmatch_kernels._triton.packing import DEPTH, pack
 from fastmatch_kernels.gain import triton as gain_triton
 from fastmatch_kernels.ops import gain, row_min, row_topk
@@ -56,7 +55,10 @@ def test_rows_of_zeros_and_subnormals():
 @pytest.mark.parametrize("precision", ["fp16", "fp16x3"])
 def test_bounds_hold_beside_what_is_not_finite_and_what_overflows(precision):
     generator = fresh_generator()
-    a, b = torch.randn(4, 8, generator=generator).to(DEVICE), torch.randn(40, 8, generator=generator).to(DEVICE)
+    a, b = (
+        torch.randn(4, 8, generator=generator).to(DEVICE),
+        torch.randn(40, 8, generator=generator).to(DEVICE),
+    )
     v = torch.zeros(40, device=DEVICE)
     a[1, 2], a[2, 3] = float("nan"), float("inf")
     for left, right in ((a, b), (1e30 * a, 1e30 * b)):

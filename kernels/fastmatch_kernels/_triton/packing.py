@@ -120,7 +120,7 @@ def pack_tiles(column_stride: int, *, interpreted: bool = False) -> Tiles:
     """(rows, columns) of a program: along whichever is contiguous, so that reads and writes are wide."""
     if interpreted:
         return Tiles(64, 64, 1, 4, 1)
-    return Tiles(8, 256, 1, 4, 1) if column_stride == 1 else Tiles(64, 32, 1, 8, 1)
+    return Tiles(8, 256, 1, 4, 1) if column_stride == 1 else Tiles(32, 32, 1, 4, 1)
 
 
 def pack(

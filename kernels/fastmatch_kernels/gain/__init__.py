@@ -26,7 +26,7 @@ def gain(
     precision: Precision = "ieee",
     backend: Backend | None = None,
 ) -> Tensor:
-    """Return the gain matrix ``G = sum_k A_k @ B_k[b_index][:, contraction_index[k]].T`` without a permuted copy of B.
+    """Return the gain matrix ``G = sum_k A_k @ B_k[b_index][:, contraction_index[k]].T``; B is reordered as it is read or packed.
 
     Example:
         >>> from fastmatch_kernels.ops import gain

@@ -3,8 +3,8 @@
 """The dense gain ``G (+)= sum_k A_k B_k^T`` in one product of packed factors, B reordered as it is packed.
 
 Operations: ``2 n m sum_k d_k``. Bytes: the factors are read twice and written once where they are packed; every tile of G reads
-its rows of A and B (through L2, tiles are taken in groups of rows); G is written once, and read once if it is added to. Deterministic. Error of an entry: ``(depth + 2) u |a_i|
-|b_j|`` with u as in ``tiles.ROUNDOFF``.
+its rows of A and B (through L2, tiles are taken in groups of rows); G is written once, and read once if it is added to. Deterministic. Error of an
+entry: at most :func:`fastmatch_kernels.row_topk.triton.product_error` of its row, without duals.
 """
 
 from __future__ import annotations

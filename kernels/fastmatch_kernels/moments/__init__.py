@@ -45,7 +45,7 @@ def moments(
     precision: Precision = "ieee",
     backend: Backend | None = None,
 ) -> Moments:
-    """Add a batch of one or two models' activations to ``state`` in one read, and return the state.
+    """Add a batch of one or two models' activations to ``state``, and return the state.
 
     Small batches are copied and wait until a product over them is worth a pass over its n x n accumulator.
 
@@ -66,7 +66,8 @@ def moments(
         cross: cross products to keep, of "ab", "aa" and "bb"; by default "ab" if there are two models. The first batch
             fixes them.
         state: result of an earlier call, changed in place. None starts a new one.
-        precision: of float32 products on "triton": "ieee", "fp16" (11 bits of each factor) or "fp16x3" (22). On "cpu" always float32.
+        precision: of float32 products on "triton": "ieee", "fp16" (11 bits of each factor; TF32 below 256
+            channels) or "fp16x3" (20 and more). On "cpu" always float32.
         backend: "triton", "cpu" or "reference"; by the tensors' device if None.
 
     Returns:

@@ -281,7 +281,9 @@ def _reduce(
         return index, best, cost, outside, None
     left, right = pack(a, key), pack(b, key, arguments.b_index, arguments.contraction_index)
     constants["EXACT"] = key != "fp16"
-    peaks = None if left.scale is None or right.scale is None else peaks_of(peak(left.scale), peak(right.scale))
+    peaks = (
+        None if left.scale is None or right.scale is None else peaks_of(peak(left.scale), peak(right.scale))
+    )
     v32 = v.float().contiguous()
     out = index, best, cost, outside
     most = most_columns(min(k, m), tiles.columns)
