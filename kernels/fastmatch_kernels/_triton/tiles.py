@@ -159,6 +159,7 @@ MATMUL: dict[str, dict[str, tuple[Tiles, Tiles]]] = {
         "half": (Tiles(64, 64, 64, 4, 3), Tiles(128, 128, 64, 8, 3)),
         "fp16x3": (Tiles(64, 64, 64, 4, 3), Tiles(128, 128, 64, 8, 3)),
         "fp16, reduced": (Tiles(64, 64, 64, 4, 3), Tiles(128, 256, 64, 8, 3)),
+        "ieee, reduced": (Tiles(64, 64, 16, 4, 3), Tiles(128, 64, 16, 8, 2)),
     },
     "gfx942": {p: (Tiles(64, 64, 32, 4, 2), Tiles(128, 64, 32, 8, 2)) for p in ("ieee", "half", "fp16x3")},
     "interpreter": {
