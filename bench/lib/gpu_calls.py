@@ -15,6 +15,7 @@ import fastmatch as fm
 from bench.lib.findings import Findings
 from bench.lib.nets import vgg16
 from bench.lib.published import activation_matching, activation_matching_by_layer, weight_matching_torch
+from fastmatch.permutations.apply import permute_tensor
 
 __all__ = ["calls", "peers", "profile", "solves"]
 
@@ -240,18 +241,10 @@ def _against_loop(device: torch.device, models: list[nn.Module], shape: tuple[in
 
 def _objective(spec: fm.PermutationSpec, a: Row, b: Row, perms: Any) -> float:
     """The inner product of A's weights with B's permuted ones, in float64."""
-    total = 0.0
-    for name in {axis.parameter for group in spec.groups.values() for axis in group.axes}:
-        moved = b[name].double()
-        for axis, group in spec.axes_of(name):
-            index = perms[group].to(moved.device)
-            if axis.inner > 1:  # a channel's positions, side by side
-                index = (
-                    index[:, None] * axis.inner + torch.arange(axis.inner, device=index.device)
-                ).flatten()
-            moved = moved.index_select(axis.dim, index)
-        total += float((a[name].double() * moved).sum())
-    return total
+    return sum(
+        float((a[name].double() * permute_tensor(b[name], name, spec, perms).double()).sum())
+        for name in {axis.parameter for group in spec.groups.values() for axis in group.axes}
+    )
 
 
 def _against_hooks(device: torch.device, width: float, images: torch.Tensor) -> Row:

@@ -27,7 +27,7 @@ import triton.language as tl
 
 from fastmatch_kernels._triton.tiles import Tiles, ceil_div
 
-__all__ = ["DEPTH", "Packed", "largest_of_rows", "pack", "pack_tiles", "part_of", "scaled_rows", "split"]
+__all__ = ["DEPTH", "ROWS", "Packed", "largest_of_rows", "pack", "pack_tiles", "part_of", "store_scaled"]
 
 DEPTH = 64
 """Depths are filled up with zeros to a multiple of this, the deepest step of a product, so that it needs no mask."""
@@ -72,6 +72,18 @@ def split(x):
 
 
 @triton.jit
+def store_scaled(x, largest, row, in_row, at, inside, first, high_ptr, low_ptr, scale_ptr):
+    """Write a (rows, columns) tile of float32 as float16, both parts if there is a pointer; the first tile writes the scales."""
+    x, scale = scaled_rows(x, largest)
+    high, low = split(x)
+    tl.store(high_ptr + at, high, mask=inside)
+    if low_ptr is not None:
+        tl.store(low_ptr + at, low, mask=inside)
+    if first:
+        tl.store(scale_ptr + row, scale, mask=in_row)
+
+
+@triton.jit
 def _pack_kernel(
     x_ptr,  # (any, any)
     row_ptr,  # (rows,) int64, or None
@@ -107,13 +119,8 @@ def _pack_kernel(
     if largest_ptr is None:
         tl.store(high_ptr + at, x, mask=mask)
     else:
-        x, scale = scaled_rows(x, tl.load(largest_ptr + source, mask=in_row, other=0.0))
-        high, low = split(x)
-        tl.store(high_ptr + at, high, mask=mask)
-        if low_ptr is not None:
-            tl.store(low_ptr + at, low, mask=mask)
-        if part == 0:
-            tl.store(scale_ptr + row, scale, mask=in_row)
+        largest = tl.load(largest_ptr + source, mask=in_row, other=0.0)
+        store_scaled(x, largest, row, in_row, at, mask, part == 0, high_ptr, low_ptr, scale_ptr)
 
 
 def pack_tiles(column_stride: int, *, interpreted: bool = False) -> Tiles:

@@ -145,7 +145,8 @@ def scaled(acc, factors, row, column, n, m):
     if a_scale_ptr is not None:
         a = tl.load(a_scale_ptr + row, mask=row < n, other=1.0)[:, None]
         b = tl.load(b_scale_ptr + column, mask=column < m, other=1.0)[None, :]
-        # The smaller one first: the other way round a large one could overflow on the way to a result that does not.
+        # The smaller one first: the other way round a large one could overflow on the way to a result that does not. What
+        # becomes subnormal on the way is kept: Triton's products do not flush.
         acc = acc * 2.0**-24 * tl.minimum(a, b) * tl.maximum(a, b)
     return acc
 

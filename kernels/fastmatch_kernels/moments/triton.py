@@ -31,7 +31,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastmatch_kernels._triton.packing import DEPTH, Packed, scaled_rows, split
+from fastmatch_kernels._triton.packing import DEPTH, ROWS, Packed, store_scaled
 from fastmatch_kernels._triton.product import (
     dot,
     factor_arguments,
@@ -280,13 +280,9 @@ def _pack_kernel(
     if largest_ptr is None:
         tl.store(high_ptr + at, y, mask=inside)
     else:
-        y, scale = scaled_rows(y, tl.load(largest_ptr + channel, mask=in_channel, other=0.0))
-        high, low = split(y)
-        tl.store(high_ptr + at, high, mask=inside)
-        if low_ptr is not None:
-            tl.store(low_ptr + at, low, mask=inside)
-        if tl.program_id(1) == 0:
-            tl.store(scale_ptr + channel, scale, mask=in_channel)
+        largest = tl.load(largest_ptr + channel, mask=in_channel, other=0.0)
+        is_first = tl.program_id(1) == 0
+        store_scaled(y, largest, channel, in_channel, at, inside, is_first, high_ptr, low_ptr, scale_ptr)
 
 
 @triton.jit
@@ -532,7 +528,7 @@ def _packed(
     channels, (first, end) = len(shift), part
     width = ceil_div(end - first, DEPTH) * DEPTH
     if largest is None:
-        along = torch.empty(width, ceil_div(channels, 16) * 16, device=x.device)
+        along = torch.empty(width, ceil_div(channels, ROWS) * ROWS, device=x.device)
         high, low, scale = along.T[:channels], None, None
     else:
         high = torch.empty(channels, width, dtype=torch.float16, device=x.device)

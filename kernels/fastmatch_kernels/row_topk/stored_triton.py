@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from fastmatch_kernels._triton.tiles import Tiles, ceil_div
-from fastmatch_kernels.row_topk.triton import MAX_CANDIDATES, WORKSPACE, few_of, select
+from fastmatch_kernels.row_topk.triton import MAX_CANDIDATES, WORKSPACE, few_of, select, write_least
 
 __all__ = ["DTYPES", "TILES", "holds", "matrix_topk"]
 
@@ -53,12 +53,8 @@ def _stored_candidates_kernel(
     value = sign * c - v[None, :]
     value = tl.where((column < m)[None, :] & (value == value), value, float("inf"))
     at = row.to(tl.int64) * tiles_n + tile_n
-    for pick in range(few):
-        best, where = tl.min(value, 1, return_indices=True, return_indices_tie_break_left=True)
-        tl.store(value_ptr + at * few + pick, best, mask=row < n)
-        tl.store(column_ptr + at * few + pick, tile_n * BLOCK_N + where, mask=row < n)
-        value = tl.where(tl.arange(0, BLOCK_N)[None, :] == where[:, None], float("inf"), value)
-    tl.store(cutoff_ptr + at, tl.min(value, 1), mask=row < n)
+    cutoff = write_least(value, few, tile_n * BLOCK_N, at, row < n, value_ptr, column_ptr, BLOCK_N)
+    tl.store(cutoff_ptr + at, cutoff, mask=row < n)
 
 
 def holds(m: int, k: int) -> bool:

@@ -37,7 +37,7 @@ from fastmatch_kernels._triton.product import (
 from fastmatch_kernels._triton.tiles import ROUNDOFF, Tiles, ceil_div, precision_of
 from fastmatch_kernels.row_topk.reference import RowArguments, term_sizes
 
-__all__ = ["few_of", "product_error", "row_min", "row_topk", "select"]
+__all__ = ["few_of", "product_error", "row_min", "row_topk", "select", "write_least"]
 
 WORKSPACE = 1 << 28
 """Bytes for candidates."""
@@ -65,6 +65,17 @@ def _unordered(key):
 
 
 @triton.jit
+def write_least(value, few, first_column, at, in_row, value_ptr, column_ptr, BLOCK_N: tl.constexpr):
+    """Write the ``few`` least values of each row of a tile, with their columns; return the least one left."""
+    for pick in range(few):
+        best, where = tl.min(value, 1, return_indices=True, return_indices_tie_break_left=True)
+        tl.store(value_ptr + at * few + pick, best, mask=in_row)
+        tl.store(column_ptr + at * few + pick, first_column + where, mask=in_row)
+        value = tl.where(tl.arange(0, BLOCK_N)[None, :] == where[:, None], float("inf"), value)
+    return tl.min(value, 1)
+
+
+@triton.jit
 def _candidates_kernel(
     factors,
     v_ptr,  # (m,) float32
@@ -86,19 +97,12 @@ def _candidates_kernel(
     tile_n, row, column = output_tile(n, m, GROUP, BLOCK_M, BLOCK_N)
     value = reduced_cost_tile(factors, v_ptr, row, column, n, m, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
     at = row.to(tl.int64) * tiles_n + tile_n
-    local = tl.arange(0, BLOCK_N)[None, :]
     if EXACT:
-        for pick in range(few):
-            least = tl.min(value, 1)
-            where = tl.min(tl.where(value == least[:, None], local, BLOCK_N - 1), 1)
-            tl.store(value_ptr + at * few + pick, least, mask=row < n)
-            tl.store(column_ptr + at * few + pick, tile_n * BLOCK_N + where, mask=row < n)
-            value = tl.where(local == where[:, None], float("inf"), value)
-        cutoff = tl.min(value, 1)
+        cutoff = write_least(value, few, tile_n * BLOCK_N, at, row < n, value_ptr, column_ptr, BLOCK_N)
     else:
         # A value's last bits give way to its column: one minimum finds both, at a third of the operations. So a value is
         # lower by 2^-15 of itself at most, which the bound includes.
-        key = (_ordered(value) & -BLOCK_N) | local
+        key = (_ordered(value) & -BLOCK_N) | tl.arange(0, BLOCK_N)[None, :]
         for pick in range(few):
             best = tl.min(key, 1)
             tl.store(value_ptr + at * few + pick, _unordered(best & -BLOCK_N), mask=row < n)
@@ -179,8 +183,8 @@ def product_error(
 
     ``(relative error of a product + gamma_terms) sum_k |a_ik| max_j |b_jk|`` by Cauchy and Schwarz, what numbers near
     zero lose beside the largest of their rows, and the rounding of v to float32 and of the subtraction. In scaled precisions
-    it is inf too beside elements that are not finite. Reads each factor once or twice, unless ``sizes`` (what :func:`term_sizes` returns) and ``peaks`` (at least ``max_k |a_ik| max_jk |b_jk|``) are
-    given.
+    it is inf too beside elements that are not finite. Reads each factor once or twice, unless ``sizes`` (what
+    :func:`term_sizes` returns) and ``peaks`` (at least ``max_k |a_ik| max_jk |b_jk|``) are given.
     """
     key = precision_of(factors[0][0].dtype, precision)
     relative, floor, passes = ROUNDOFF[key]
@@ -274,27 +278,23 @@ def _reduce(
     n, m = len(a[0]), len(v)
     check_dtypes(a, b)
     key, tiles, constants = plan_product((n, m), a[0].dtype, arguments.precision, v.device, "reduced")
-    index = torch.full((n, k), -1, dtype=torch.int64, device=v.device)
-    best, cost = (torch.full((n, k), float("inf"), device=v.device) for _ in range(2))
-    outside = torch.full((n,), float("inf"), device=v.device)
     if n == 0 or m == 0 or k == 0:
-        return index, best, cost, outside, None
+        return *_no_lists(n, k, v.device), None
     left, right = pack(a, key), pack(b, key, arguments.b_index, arguments.contraction_index)
     constants["EXACT"] = key != "fp16"
     peaks = (
         None if left.scale is None or right.scale is None else peaks_of(peak(left.scale), peak(right.scale))
     )
     v32 = v.float().contiguous()
-    out = index, best, cost, outside
     most = most_columns(min(k, m), tiles.columns)
     if m <= most:
+        out = _no_lists(n, k, v.device)
         _reduce_part(left, right, v32, out, tiles, constants)
         return *out, peaks
     found = []
     for lo in range(0, m, most):
         part = slice(lo, min(lo + most, m))
-        out = torch.full_like(index, -1), torch.full_like(best, torch.inf), torch.full_like(cost, torch.inf)
-        out = *out, torch.full_like(outside, torch.inf)
+        out = _no_lists(n, k, v.device)
         _reduce_part(left, part_of(right, part), v32[part], out, tiles, constants)
         found.append((torch.where(out[0] < 0, out[0], out[0] + lo), *out[1:]))
     index, best, cost = (torch.cat([part[i] for part in found], 1) for i in range(3))
@@ -304,6 +304,15 @@ def _reduce(
     outside = torch.minimum(outside, best[:, k])
     order = order[:, :k]
     return index.gather(1, order), best[:, :k].contiguous(), cost.gather(1, order), outside, peaks
+
+
+def _no_lists(
+    n: int, k: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(indices, values, costs, smallest value outside) of lists without entries."""
+    best, cost = (torch.full((n, k), torch.inf, device=device) for _ in range(2))
+    index = torch.full((n, k), -1, dtype=torch.int64, device=device)
+    return index, best, cost, torch.full((n,), torch.inf, device=device)
 
 
 def _reduce_part(
