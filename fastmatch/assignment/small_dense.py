@@ -44,7 +44,7 @@ _NONE = np.empty(0)
 
 DEFAULT = SmallSchedule()
 
-AUCTION_FROM = DEFAULT.auction_from
+CROWDED_FROM = DEFAULT.crowded_from
 """Rows from which a problem may be found crowded."""
 
 
@@ -78,7 +78,7 @@ def solve_small(
     found = np.empty(rows + columns + 7) if proof else _NONE
     sign = -1.0 if maximize else 1.0
     if start is None:
-        room = np.empty(room_for(rows)) if rows == columns >= AUCTION_FROM else _NONE
+        room = np.empty(room_for(rows)) if rows == columns >= CROWDED_FROM else _NONE
         state = kernel(given, sign, transposed, pairs, found, room, ZEROS)
     else:
         room = start
@@ -134,7 +134,7 @@ def _crowded_kernel(dtype: np.dtype) -> Callable[..., None]:
     """Load or compile the kernel that looks for other first duals."""
     from fastmatch_kernels.lap.small import crowded_duals
 
-    few = AUCTION_FROM
+    few = CROWDED_FROM
     prepared(
         f"the kernel for crowded matrices of {dtype}",
         ("crowded", dtype.char),

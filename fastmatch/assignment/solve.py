@@ -121,6 +121,10 @@ def solve(
 
     Cost: see the solver.
     """
+    if solver is None and warm_start is None and _is_small_array(cost):
+        found = _solve_small(cost, maximize)
+        if found is not None:
+            return found
     if isinstance(solver, type) and isinstance(solver, Solver):  # a class has the method too
         raise TypeError(f"solver: got the class {solver.__name__}; write {solver.__name__}()")
     if solver is not None and not isinstance(solver, Solver):
@@ -143,23 +147,9 @@ def solve(
         and isinstance(given, DenseCost)
         and 0 < given.matrix.size <= SMALL
     ):
-        state, found = solve_small(given.matrix, maximize, proof=True)
-        if state in (SOLVED, DOUBTFUL):
-            (row_ind, col_ind), u, v, numbers = found
-            objective, gap, gap_bound, *counts = numbers.tolist()
-            solved = Assignment(
-                row_ind, col_ind, u, v, objective, gap, gap_bound, _stats("SmallDense", counts)
-            )
-            kept = (
-                _without_large(given.matrix, -1.0 if maximize else 1.0, solved) if state == DOUBTFUL else None
-            )
-            if kept is not None:
-                return solve(kept, maximize=maximize)
-            if solved.is_certified:
-                return solved
-            # Rounding has hidden what small costs decide; in another order of steps it may not.
-            other = solve(cost, maximize=maximize, solver=DENSE_SHORTLISTS)
-            return other if other.gap - other.gap_bound < gap - gap_bound else solved
+        found = _solve_small(given.matrix, maximize)
+        if found is not None:
+            return found
     chosen = select_solver(given) if solver is None else solver
     if isinstance(given, DeviceCost) and solver is None and not isinstance(chosen, CandidateLists):
         given = DenseCost(given.matrix)
@@ -198,6 +188,39 @@ def solve(
             if kept is not None:
                 return solve(kept, maximize=maximize, solver=solver)
     return found
+
+
+def _is_small_array(cost: Any) -> bool:
+    """Return whether ``cost`` goes to :func:`solve_small` as it is. A small solve has no time for other questions."""
+    return (
+        type(cost) is np.ndarray
+        and cost.ndim == 2
+        and 0 < cost.size <= SMALL
+        and cost.dtype in FLOATS
+        and cost.flags.aligned
+    )
+
+
+def _solve_small(matrix: np.ndarray, maximize: bool) -> Assignment | None:
+    """Return the solution by one compiled call; None if there is none, and the slower way says why."""
+    state, found = solve_small(matrix, maximize, proof=True)
+    if state not in (SOLVED, DOUBTFUL):
+        return None
+    (row_ind, col_ind), u, v, numbers = found
+    objective, gap, gap_bound, reads, bids, pops, searches = numbers.tolist()
+    stats = {
+        "solver": "SmallDense", "reads": int(reads), "bids": int(bids), "pops": int(pops), "searches": int(searches),
+    }  # fmt: skip
+    solved = Assignment(row_ind, col_ind, u, v, objective, gap, gap_bound, stats)
+    if state == DOUBTFUL:
+        kept = _without_large(matrix, -1.0 if maximize else 1.0, solved)
+        if kept is not None:
+            return solve(kept, maximize=maximize)
+    if solved.is_certified:
+        return solved
+    # Rounding has hidden what small costs decide; in another order of steps it may not.
+    other = solve(matrix, maximize=maximize, solver=DENSE_SHORTLISTS)
+    return other if other.gap - other.gap_bound < gap - gap_bound else solved
 
 
 def _without_large(matrix: np.ndarray, sign: float, found: Assignment) -> np.ndarray | None:
@@ -381,8 +404,7 @@ def linear_sum_assignment(cost: Any, maximize: bool = False) -> tuple[Any, Any]:
     Raises:
         ValueError: NaN, an infinity of the wrong sign, or no feasible assignment.
     """
-    is_plain = type(cost) is np.ndarray and cost.dtype in FLOATS and cost.flags.aligned
-    if is_plain and cost.ndim == 2 and 0 < cost.size <= SMALL:
+    if _is_small_array(cost):
         state, (pairs,) = solve_small(cost, maximize, proof=False)
         if state == SOLVED:
             return pairs[0], pairs[1]

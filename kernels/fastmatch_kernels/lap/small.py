@@ -60,10 +60,13 @@ __all__ = ["bid_rows", "crowded_duals", "solve_matrix", "solve_one", "solve_stac
 LARGE_DUALS = 2.0**26
 """Largest dual, in typical costs, beyond which small costs may have been lost in its rounding."""
 
+SENTINEL = 2.0**20
+"""Typical gap, in ranges of the rows' minima, beyond which it is one to entries that stand for "never"."""
+
 SCHEDULE = tuple(SmallSchedule())
 """The default schedule, a constant of the compiled code."""
 
-AUCTION_FROM = SmallSchedule().auction_from
+CROWDED_FROM = SmallSchedule().crowded_from
 
 
 @njit(nogil=True, cache=True, inner=True)
@@ -163,13 +166,15 @@ def _copy(v, row_of, col_of, from_v, from_row_of, from_col_of):  # pragma: no co
 def _largest_fall(least, gap):  # pragma: no cover - compiled
     """Return how far a bid may lower a dual: more than good assignments need, and less than a sentinel for "never".
 
-    A dual as large as such an entry would hide small costs in its rounding, and the problem would be solved again.
+    A dual as large as such an entry would hide small costs in its rounding, and the problem would be solved again. A typical
+    gap that is far beyond the range of the rows' minima is one to a sentinel, and does not count.
     """
     n = least.shape[0]
     low, high = np.inf, -np.inf
     for x in least:
         low, high = min(low, x), max(high, x)
-    most = 4.0 * n * ((high - low) + gap)
+    spread = high - low
+    most = 4.0 * n * (spread if 0.0 < spread * SENTINEL < gap else spread + gap)
     return most if most > 0.0 else np.inf
 
 
@@ -304,7 +309,7 @@ def _start(
     Returns:
         (SOLVED, OPEN or CROWDED; WRONG, INFEASIBLE or TOO_LARGE; ``sign``, or what costs are multiplied by).
     """
-    auction_from, crowded_above, _, short_scans, short_tied_scans = schedule[11:-3]
+    crowded_from, crowded_above, _, short_scans, short_tied_scans = schedule[12:-3]
     if not (warm and n == m):
         v[:] = 0.0
         warm = False
@@ -332,7 +337,7 @@ def _start(
     top = free_rows(col_of, stack)
     if top == 0:
         return SOLVED, scale
-    if warm or n < auction_from or top <= crowded_above * n:
+    if warm or n < crowded_from or top <= crowded_above * n:
         return OPEN, scale
     top = reduce_surveyed(c, start, scale, m, v, seconds, columns, row_of, col_of, stack, top)
     if n != m or top <= crowded_above * n:
@@ -356,7 +361,7 @@ def _finish(
         other: how many rows other first duals leave free; n + 1 without any.
         room: those duals and all that belongs to them, from ``room[at]`` on, as :func:`_keep` writes it.
     """
-    accepted_below = schedule[13]
+    accepted_below = schedule[14]
     stack = np.empty(n, np.int64)
     top = free_rows(col_of, stack)
     for attempt in range(2):
@@ -528,7 +533,7 @@ def solve_matrix(C, sign, transposed, pairs, proof, room, begin):  # pragma: no 
             for k in range(4):
                 room[2 * half + k] = counts[k]
     if state == OPEN:
-        nearly = n < m and m <= n + n // NEARLY and n >= AUCTION_FROM
+        nearly = n < m and m <= n + n // NEARLY and n >= CROWDED_FROM
         limit = np.float64(SQUARE_SCANS * n) if nearly else np.inf
         state = _finish(
             c, 0, n, m, scale, SCHEDULE, v, u, seconds, columns, row_of, col_of, limit, other, room, half, counts

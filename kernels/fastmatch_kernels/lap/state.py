@@ -210,8 +210,10 @@ class SmallSchedule(NamedTuple):
     """Steps of a round of row reduction beyond one per free row, per row of the problem."""
     reduce_from: int = 200
     """Rows from which row reduction runs before the auction, which it may save."""
-    auction_from: int = 40
-    """Rows from which other first duals and an auction are tried: below, paths take less time."""
+    auction_from: int = 72
+    """Rows from which an auction is tried: below, paths take less time."""
+    crowded_from: int = 40
+    """Rows from which other first duals are tried."""
     crowded_above: float = 0.42
     """Fraction of the rows: if more of them find their best columns taken, other first duals are tried. Random entries
     leave 1/e."""
