@@ -111,10 +111,12 @@ def _axes_and_pins(
 def _sites(record: Record, nesting: Nesting, names: Mapping[Key, str]) -> tuple[ActivationSite, ...]:
     sites: dict[ActivationSite, None] = {}
     for raw in record.sites:
+        if _mixes_blocks(nesting, raw.labels):
+            continue
         for whole in {id(x.leaf): x.leaf for x in occurrences(raw.labels[raw.dim])}.values():
             try:
                 located = list(locate(nesting, raw.labels, raw.dim, whole))
-            except ValueError:  # rows that an index picked: every row has another block
+            except ValueError:  # no Axis describes where the units are in this tensor
                 continue
             for leaf, block, axis in located:
                 name = names.get((id(leaf), block))
@@ -124,6 +126,14 @@ def _sites(record: Record, nesting: Nesting, names: Mapping[Key, str]) -> tuple[
                     found = replace(plain, module=module, weight=weight, call=call, rank=len(raw.labels))
                     sites[found] = None
     return tuple(sites)
+
+
+def _mixes_blocks(nesting: Nesting, labels: Sequence[Label]) -> bool:
+    """Whether an index has picked a block for every row. Then the order of the units inside depends on the row."""
+    here = {id(x.leaf) for label in labels for x in occurrences(label)}
+    containers = [nesting.parents[leaf] for leaf in here & nesting.parents.keys()]
+    containers += [nesting.slices[leaf][0] for leaf in here & nesting.slices.keys()]
+    return any(id(container) not in here for container in containers)
 
 
 def _order(record: Record, nesting: Nesting, axes: Mapping[Key, _Unnamed]) -> list[Key]:

@@ -151,6 +151,25 @@ def test_sites_of_a_path_that_other_inputs_do_not_take_are_left_out():
     )  # what a makes and c reads: twice, of two specs
 
 
+def test_rows_picked_by_units_are_no_site_where_every_row_has_an_order_of_its_own():
+    def body(s, x):
+        rows = torch.tanh(s.table[s.a(x).argmax(1)])
+        return s.c(F.relu(rows.view(-1, 8, 3).amax(2)))
+
+    model, x = Tricky(body), torch.randn(5, 12, dtype=torch.float64)
+    del model.b, model.scale
+    model.table = nn.Parameter(torch.randn(8, 24))
+    model = model.eval().double()
+    spec = fm.PermutationSpec.trace(model, x[:2], unread="ignore")
+    assert {g.within for g in spec.groups.values() if g.size == 3} == {"table"}  # inside the rows
+    outer = next(g.name for g in spec.groups.values() if any(axis.parameter == "c.weight" for axis in g.axes))
+    assert [(s.op_name, s.role) for s in spec.sites if s.group == outer] == [
+        ("aten.relu", "activation"),
+        ("aten.addmm", "consumed"),
+    ]
+    assert sum(sites_checked(model, x) for _ in range(3)) > 0
+
+
 def test_sites_that_magnify_rounding_are_not_judged():
     def body(s, x):
         h = s.a(x)
