@@ -60,6 +60,13 @@ def kills(seed: int, count: int) -> Iterator[record.Row]:
 PARTS = {"networks": networks, "files": files, "kills": kills}
 
 
+def part(name: str) -> str:
+    """Return the name of a part as it is, or let argparse say which there are."""
+    if name not in PARTS:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(PARTS)}; got {name!r}")
+    return name
+
+
 def used() -> float:
     """Return the processor time of this process and of those that it has waited for, in seconds."""
     return sum(os.times()[:4])
@@ -121,7 +128,8 @@ def page(found: record.Record) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("parts", nargs="*", choices=list(PARTS), help="what to hunt with")
+    # No choices: before Python 3.12, argparse looks for an empty list among them.
+    parser.add_argument("parts", nargs="*", type=part, default=list(PARTS), help=f"{', '.join(PARTS)}; all by default")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=20_000, help="networks, or changes of each file")
     parser.add_argument("--lines", type=Path, help="a file to add each row to as soon as it is there")

@@ -253,6 +253,17 @@ def test_hunts_for_faults_write_what_they_tried(tmp_path):
     assert "3 networks with" in soundness.page({**found, "rows": [row]})
 
 
+def test_the_page_of_the_hunts_needs_no_part_and_a_wrong_part_is_named(tmp_path, monkeypatch, capsys):
+    shutil.copy(record.RESULTS / "soundness.json", tmp_path)
+    page = (record.RESULTS / "soundness.md").read_text()
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    assert soundness.main(["--page"]) == 0
+    assert (tmp_path / "soundness.md").read_text() == page
+    with pytest.raises(SystemExit):
+        soundness.main(["network"])
+    assert "expected one of networks, files, kills; got 'network'" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_runs_of_several_processes_are_compared_with_what_the_model_says(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
