@@ -129,7 +129,9 @@ def page(found: record.Record) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     # No choices: before Python 3.12, argparse looks for an empty list among them.
-    parser.add_argument("parts", nargs="*", type=part, default=list(PARTS), help=f"{', '.join(PARTS)}; all by default")
+    parser.add_argument(
+        "parts", nargs="*", type=part, default=list(PARTS), help=f"{', '.join(PARTS)}; all by default"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=20_000, help="networks, or changes of each file")
     parser.add_argument("--lines", type=Path, help="a file to add each row to as soon as it is there")

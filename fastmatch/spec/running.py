@@ -14,6 +14,7 @@ from fastmatch._internal.checks import check_choice
 from fastmatch._internal.eager import eagerly
 from fastmatch._internal.modules import to_eval_mode
 from fastmatch._internal.randomness import random_numbers_kept
+from fastmatch._internal.wrapped_buffers import buffers_sent_once
 
 __all__ = [
     "Examples",
@@ -57,7 +58,7 @@ def plain_operations(model: nn.Module | None = None, experts: Experts = "batched
     for config, name, _ in before:
         setattr(config, name, PLAIN_SETTINGS.get(name, experts))
     try:
-        with eagerly():
+        with eagerly(), buffers_sent_once(model):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)

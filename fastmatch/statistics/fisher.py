@@ -21,6 +21,7 @@ from fastmatch._internal.batches import (
 from fastmatch._internal.checks import check_choice, check_integer
 from fastmatch._internal.shared_data import read_in_step
 from fastmatch._internal.states import working_dtype
+from fastmatch._internal.wrapped_buffers import buffers_sent_once
 
 __all__ = ["Labels", "diagonal_fisher"]
 
@@ -75,7 +76,7 @@ def diagonal_fisher(
     gradient = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0), randomness="different")
     totals = {n: torch.zeros_like(p, dtype=working_dtype(p.dtype)) for n, p in parameters.items()}
     count = 0
-    with evaluating(model), torch.autocast(device_of(model).type, enabled=False):
+    with evaluating(model), buffers_sent_once(model), torch.autocast(device_of(model).type, enabled=False):
         batches = batches_of(data, "diagonal Fisher", samples=samples, progress=progress)
         for batch in read_in_step(batches, model):
             inputs, y = split_batch(batch)

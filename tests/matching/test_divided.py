@@ -211,11 +211,6 @@ def refusals(mesh):
     several = [torch.randn(64, WIDTHS[0], generator=torch.Generator().manual_seed(3))] * 3
     wrapped = DistributedDataParallel(copy.deepcopy(a)), DistributedDataParallel(copy.deepcopy(b))
     own = fm.PermutationSpec.trace(wrapped[0], x)
-    # Per-sample gradients are not taken of a wrapped model with buffers.
-    plain = tuple(
-        DistributedDataParallel(nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 5))) for _ in range(2)
-    )
-    plain_spec = fm.PermutationSpec.trace(plain[0], x)
     calls |= {
         "more batches: score": lambda: fm.score(first, more),
         "more batches: score of an iterator": lambda: fm.score(first, iter(more)),
@@ -227,7 +222,7 @@ def refusals(mesh):
             wrapped[0], wrapped, more, "least-squares", weights=[0.5, 0.5]
         ),
         "more batches: activations": lambda: fm.ActivationMatching(more).match(*wrapped, own),
-        "more batches: Fisher": lambda: fm.FisherMatching(more).match(*plain, plain_spec),
+        "more batches: Fisher": lambda: fm.FisherMatching(more).match(*wrapped, own),
         "more batches: straight-through": lambda: fm.StraightThrough(more).match(*wrapped, own),
         "more batches: layer table": lambda: fm.layer_table({"a": wrapped[0]}, more),
         "activations themselves": lambda: fm.ActivationMatching(data * 3).match(first, second, spec),
@@ -262,6 +257,20 @@ def refusals(mesh):
     return found
 
 
+def wrapped_with_buffers():
+    torch.manual_seed(3)
+    networks = [
+        nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 5)) for _ in range(2)
+    ]
+    data = [(torch.randn(16, 12), torch.randint(0, 5, (16,))) for _ in range(3)]
+    found = []
+    for models in (networks, [DistributedDataParallel(model) for model in networks]):
+        for matcher in (None, fm.FisherMatching(data)):
+            alignment = fm.align(*models, data[0][0], matcher)
+            found.append(list(alignment.permutations.values()))
+    return found
+
+
 def work():
     mesh = init_device_mesh("cpu", (current().size,))
     return {
@@ -269,6 +278,7 @@ def work():
         "tensor parallel": found_with(by_tensor_parallelism, mesh),
         "bytes": peak_bytes(mesh),
         "refused": refusals(mesh),
+        "wrapped": wrapped_with_buffers(),
     }
 
 
@@ -361,3 +371,11 @@ def test_a_model_of_deepspeed_s_zero_3_is_refused_by_name_and_runs_on_all_ranks_
         TypeError, match=r"models\[0\]: .* by DeepSpeed's ZeRO-3; give whole tensors: .*GatheredParameters"
     ):
         fm.merge([model, model])
+
+
+def test_models_in_ddp_with_buffers_are_traced_and_weighted_as_without_it(results):
+    for plain, fisher, *wrapped in (value["wrapped"] for value in results):
+        assert [len(permutation) for permutation in plain] == [8]
+        for one, other in zip((plain, fisher), wrapped, strict=True):
+            assert len(one) == len(other)
+            assert all(map(torch.equal, one, other))
