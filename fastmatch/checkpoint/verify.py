@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fastmatch._internal.states import check_same_architecture
+from fastmatch._internal.ties import tied_names
 from fastmatch.checkpoint.diffusion.pipeline import networks_of
 from fastmatch.checkpoint.diffusion.single_file import running_means
 from fastmatch.checkpoint.names import Chunk, RenamedCheckpoint, layout_of
@@ -61,7 +62,8 @@ def verify_checkpoints(
     """Run two checkpoints on the same random inputs and compare every output.
 
     Without ``model``, tensors that no network reads must be equal: a safety checker of a pipeline, layers that a library
-    runs after the model. The running mean of a UNet's weights in its file is run like the UNet.
+    runs after the model. The running mean of a UNet's weights in its file is run like the UNet. Where the files hold a tied tensor
+    under several names with different numbers, the model runs once with each.
 
     Example:
         >>> from fastmatch.checkpoint import align_checkpoints, verify_checkpoints
@@ -165,10 +167,35 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 def _verify(
     model: nn.Module, states: Sequence[State], inputs: tuple[Any, Any], dtype: torch.dtype, tolerance: float
 ) -> CheckpointVerification:
-    """Run a model with the tensors of both checkpoints and compare the outputs."""
+    """Run a model with the tensors of both checkpoints and compare the outputs, once for each copy of tied tensors."""
+    return _joined(
+        [_verify_copy(model, states, inputs, dtype, tolerance, k) for k in range(_copies(model, states))]
+    )
+
+
+def _copies(model: nn.Module, states: Sequence[State]) -> int:
+    """Return how many copies of a tied tensor are to be run: 1 if those of each checkpoint are equal."""
+    most = 1
+    for names in tied_names(model):
+        for state in states:
+            held = [name for name in names if name in state]
+            if any(not torch.equal(_bytes(state[held[0]]), _bytes(state[name])) for name in held[1:]):
+                most = max(most, len(held))
+    return most
+
+
+def _verify_copy(
+    model: nn.Module,
+    states: Sequence[State],
+    inputs: tuple[Any, Any],
+    dtype: torch.dtype,
+    tolerance: float,
+    copy: int,
+) -> CheckpointVerification:
+    """Run a model with the tensors of both checkpoints, and of tied ones with that copy, and compare the outputs."""
     args = tuple(_cast(x, dtype) for x in inputs[0])
     keywords = {k: _cast(v, dtype) for k, v in inputs[1].items()}
-    old, new = (_run(model, state, args, keywords, dtype) for state in states)
+    old, new = (_run(model, state, args, keywords, dtype, copy) for state in states)
     path_a, path_b = (state.path for state in states)
     if not any(bool(torch.isfinite(t).any()) for t in old):
         raise ValueError(
@@ -201,22 +228,24 @@ def _difference(old: torch.Tensor, new: torch.Tensor) -> float:
     return float((old - new).abs().max()) / max(float(old.abs().max()), 1e-30)
 
 
-def _run(model: nn.Module, state: State, args: Any, kwargs: Any, dtype: torch.dtype) -> list[torch.Tensor]:
+def _run(
+    model: nn.Module, state: State, args: Any, kwargs: Any, dtype: torch.dtype, copy: int
+) -> list[torch.Tensor]:
     wide = Wide() if dtype == torch.float64 else nullcontext()
-    with torch.no_grad(), plain_operations(model, "eager"), _read_on_demand(model, state, dtype), wide:
+    with torch.no_grad(), plain_operations(model, "eager"), _read_on_demand(model, state, dtype, copy), wide:
         returned = model(*args, **kwargs)
         outputs = outputs_named(returned, compared(returned))
     return [t.detach().to(torch.float64, copy=True) for t in outputs]
 
 
 @contextmanager
-def _read_on_demand(model: nn.Module, state: State, dtype: torch.dtype) -> Iterator[None]:
+def _read_on_demand(model: nn.Module, state: State, dtype: torch.dtype, copy: int) -> Iterator[None]:
     """Inside, read a parameter from ``state`` when it is accessed and drop it when its module has run.
 
     Reading on access, not before the module runs, also serves modules that read the parameters of another module
     without calling it. At the end the model's own parameters are restored.
     """
-    names = _names(model, state)
+    names = _names(model, state, copy)
     saved = [(m, dict(m._parameters), dict(m._buffers), m.training) for m in model.modules()]
     handles = []
     plain = nn.Module.__getattr__
@@ -255,10 +284,10 @@ def _read_on_demand(model: nn.Module, state: State, dtype: torch.dtype) -> Itera
             module.training = training
 
 
-def _names(model: nn.Module, state: State) -> dict[tuple[int, str], str]:
-    """Return (module id, own name) -> name in the checkpoint. Tied parameters share the name that the checkpoint has."""
+def _names(model: nn.Module, state: State, copy: int) -> dict[tuple[int, str], str]:
+    """Return (module id, own name) -> name in the checkpoint. Tied parameters share a name that it has, of several the given one."""
     names: dict[tuple[int, str], str] = {}
-    tied: dict[int, str] = {}
+    held: dict[int, list[str]] = {}
     places = [
         (module, key, f"{prefix}.{key}" if prefix else key, tensor)
         for prefix, module in model.named_modules(remove_duplicate=False)
@@ -268,7 +297,8 @@ def _names(model: nn.Module, state: State) -> dict[tuple[int, str], str]:
     ]
     for _, _, name, tensor in places:
         if name in state:
-            tied.setdefault(id(tensor), name)
+            held.setdefault(id(tensor), []).append(name)
+    tied = {key: found[min(copy, len(found) - 1)] for key, found in held.items()}
     for module, key, name, tensor in places:
         if id(tensor) in tied:
             found = tied[id(tensor)]

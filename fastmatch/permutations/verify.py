@@ -133,7 +133,7 @@ def verify(
                 jumps.append(jump)
     if not errors:
         raise ValueError(
-            f"spec: whether permuting changes the network's function cannot be shown: in all comparisons ({len(jumps)}) {jumps[0]}. "
+            f"spec: whether permuting changes the network's function cannot be shown: in all comparisons ({len(jumps)}) {jumps[0].clause()}. "
             "Give other example inputs, or pass verify=False to go on without the proof"
         )
     if len(errors) <= len(jumps):
@@ -154,8 +154,22 @@ def joined(proofs: Sequence[Verification], groups: Iterable[str]) -> Verificatio
     )
 
 
-class _JumpsError(ValueError):
-    """The outputs differ, and so they do by rounding alone; the message is a clause."""
+class _JumpsError(Exception):
+    """The outputs differ, and so they do by rounding alone."""
+
+    def __init__(self, judge: _Judge, permutations: Permutations) -> None:
+        super().__init__()
+        self._judge, self._permutations = judge, permutations
+
+    def clause(self) -> str:
+        """Return what happened as a clause. To find the groups takes some passes for each of them."""
+        guilty = self._judge.guilty(self._permutations, list(self._permutations))
+        moved = _listed(guilty) or "several groups together"
+        return f"permuting {moved} changes the outputs, and rounding alone makes them jump"
+
+
+def _listed(guilty: Mapping[str, float]) -> str:
+    return ", ".join(f"{name!r} (relative error {error:.2g})" for name, error in guilty.items())
 
 
 def _proof(
@@ -228,13 +242,9 @@ class _Proof:
         judge = _Judge(self, model, example, expected)
         error = judge.error(permutations)
         if not error <= judge.limit:
-            guilty = judge.guilty(permutations, list(permutations))
-            named = ", ".join(f"{n!r} (relative error {e:.2g})" for n, e in guilty.items())
             if judge.jumps:
-                moved = named or "several groups together"
-                raise _JumpsError(
-                    f"permuting {moved} changes the outputs, and rounding alone makes them jump"
-                )
+                raise _JumpsError(judge, permutations)
+            named = _listed(judge.guilty(permutations, list(permutations)))
             raise ValueError(
                 f"spec: permuting changes the network's function; group {named or 'several of them together'}. "
                 f"The outputs differ by {error:.2g} relative to the largest or to what rounding explains; "

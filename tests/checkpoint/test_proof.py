@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 
 import fastmatch as fm
-from fastmatch.checkpoint import align_checkpoints, trace_config
+from fastmatch.checkpoint import align_checkpoints, trace_config, verify_checkpoints
 from fastmatch.checkpoint.proof import prove_config
+from fastmatch.checkpoint.verify import DifferentFunction
 from helpers.families import FAMILIES
 
 
@@ -61,3 +65,28 @@ def test_state_dicts_are_not_proved():
     assert "not proved" in repr(states)
     assert replace(whole, proof=None).compose(whole).proof is None
     assert [m.proof is not None for m in fm.align_many([a, b], x)] == [True, True]
+
+
+def test_every_copy_of_a_tied_tensor_in_a_file_is_compared(tmp_path):
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    config = transformers.LlamaConfig(
+        vocab_size=30, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "b")
+    file = tmp_path / "b" / "model.safetensors"
+    tensors = load_file(file)
+    shutil.copytree(tmp_path / "b", tmp_path / "out")
+
+    def verify(here, there):
+        for folder, copy in (("b", here), ("out", there)):
+            save_file({**tensors, head: copy}, tmp_path / folder / file.name, metadata={"format": "pt"})
+        return verify_checkpoints(tmp_path / "b", tmp_path / "out")
+
+    own, other = tensors[embedding].clone(), torch.randn(30, 8)
+    assert verify(own, own).outputs == 1
+    assert verify(other, other).outputs == 2
+    for here, there in ((own, other), (other, own)):
+        with pytest.raises(DifferentFunction, match="outputs differ"):
+            verify(here, there)
