@@ -18,25 +18,26 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{ printf "make %-8s %s\n", $$1, $$2 }'
 
-install: $(VENV)/.installed  ## the package and its development tools, into .venv
+install: $(VENV)/.dev  ## the package and its development tools, into .venv
 
-# torch comes first and pinned, because an unpinned one brings CUDA with it where a CPU build is enough.
-$(VENV)/.installed: pyproject.toml constraints.txt
+# fastmatch[demo], fastmatch[dev]: the target has the name of the extra. torch comes first and pinned, because an
+# unpinned one brings CUDA with it where a CPU build is enough.
+$(VENV)/.demo $(VENV)/.dev: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || { echo "making a virtual environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }
-	@echo "installing fastmatch and its development tools into $(VENV) (a few minutes the first time)"
+	@echo "installing fastmatch[$(subst .,,$(@F))] into $(VENV) (a few minutes the first time)"
 	@$(PIP) install -q -U pip
 	@$(PIP) install -q -c constraints.txt "$$(grep '^torch==' constraints.txt)"
-	@$(PIP) install -q -c constraints.txt -e '.[dev]'
+	@$(PIP) install -q -c constraints.txt -e '.[$(subst .,,$(@F))]'
 	@touch $@
 
 # On a busy machine threads that spin while they wait take most of the time: a demo of one minute took a quarter of an hour.
-demo: $(VENV)/.installed  ## train, align, merge and renormalize on digits; pictures and numbers into out/ (WIDTH=1024)
+demo: $(VENV)/.demo  ## train, align, merge and renormalize on digits; pictures and numbers into out/ (WIDTH=1024)
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m fastmatch demo --width $(WIDTH)
 
-test: $(VENV)/.installed  ## the tests, one process per core (JOBS=auto)
+test: $(VENV)/.dev  ## the tests, one process per core (JOBS=auto)
 	$(PYTEST) -m "not slow" $(HANGS)=600
 
-nightly: $(VENV)/.installed  ## the tests, those marked slow included
+nightly: $(VENV)/.dev  ## the tests, those marked slow included
 	$(PYTEST) $(HANGS)=7200
 
 gpu:  ## on a GPU: its tests, public calls and kernels; findings into GPUOUT (no install; PYTHON=python3, JOBS=12)
@@ -53,21 +54,21 @@ gpucounters:  ## on a GPU: Nsight Compute's counters of a few launches
 gpusolves:  ## on a GPU: solves end to end, and where the time of public calls goes
 	env $(GPU) -m bench.reports.kernels_gpu --out $(GPUOUT) --parts ceilings:15 solve:40 peers:70 profile:40
 
-lint: $(VENV)/.installed  ## ruff
+lint: $(VENV)/.dev  ## ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(VENV)/.installed  ## basedpyright
+types: $(VENV)/.dev  ## basedpyright
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
-docs: $(VENV)/.installed  ## the documentation site, into build/site
+docs: $(VENV)/.dev  ## the documentation site, into build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -q
 
-bench: $(VENV)/.installed  ## every benchmark suite, into bench/results/; about an hour on two cores
+bench: $(VENV)/.dev  ## every benchmark suite, into bench/results/; about an hour on two cores
 	@$(PIP) install -q -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m fastmatch bench --out bench/results/bench.json --pictures docs/pictures --force
 
-dist: $(VENV)/.installed  ## what a release has: sdist and wheel, built and checked, into dist/
+dist: $(VENV)/.dev  ## what a release has: sdist and wheel, built and checked, into dist/
 	@$(PIP) install -q build twine
 	rm -rf dist
 	$(BIN)/python -m build -o dist
