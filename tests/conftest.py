@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 # Tests run in parallel processes, one for each core. OpenMP's threads spin while they wait for each other, which
@@ -11,8 +12,10 @@ from importlib.util import find_spec
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest
 import torch
 
+from helpers.forked import Forked
 from helpers.interpreter import list_builtins_once
 
 # Without a GPU, Triton runs kernels in its interpreter, on CPU tensors. It reads this when it is imported.
@@ -22,6 +25,14 @@ if not torch.cuda.is_available():
         list_builtins_once()
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def programs() -> Iterator[Forked]:
+    """Runs programs in processes that have loaded torch and nothing else."""
+    forked = Forked("import torch")
+    yield forked
+    forked.close()
 
 
 def pytest_collection_finish():

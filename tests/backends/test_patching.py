@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import textwrap
 import types
@@ -113,10 +112,11 @@ def test_some_libraries_only_and_unknown_ones():
     assert set(LIBRARIES) == {"scipy", "lapjv", "lap", "ot", "rebasin", "ogkalu2", "sdnext", "sd-meh"}
 
 
-def test_libraries_loaded_while_installed_are_replaced_and_importing_us_loads_none():
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent("""
-            import sys
+def test_libraries_loaded_while_installed_are_replaced_and_importing_us_loads_none(programs):
+    done = programs.run(
+        textwrap.dedent("""
+            import sys, warnings
+            warnings.simplefilter("error")
             import fastmatch.backends
             assert not {"scipy", "ot", "lap", "lapjv", "rebasin", "numba", "triton"} & set(sys.modules)
             with fastmatch.backends.installed():
@@ -128,9 +128,8 @@ def test_libraries_loaded_while_installed_are_replaced_and_importing_us_loads_no
                 assert P.calculate_permutations.__wrapped__
             for f in (lap.lapjv, lapjv.lapjv, ot.emd, linear_sum_assignment, P.calculate_permutations):
                 assert not hasattr(f, "__wrapped__"), f
-        """)],
-        capture_output=True, text=True,
-    )  # fmt: skip
+        """)
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -276,6 +275,6 @@ def test_what_is_no_assignment_stays_with_pot(generator, monkeypatch):
         assert log["cost"] == pytest.approx((plan * cost).sum())
 
 
-def test_the_package_of_backends_is_an_attribute_of_fastmatch():
+def test_the_package_of_backends_is_an_attribute_of_fastmatch(programs):
     code = "import fastmatch\nwith fastmatch.backends.installed('scipy'):\n    pass"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    programs.run(code, check=True)

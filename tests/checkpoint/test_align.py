@@ -6,7 +6,6 @@ import json
 import os
 import resource
 import signal
-import subprocess
 import sys
 
 import pytest
@@ -17,7 +16,7 @@ from safetensors.torch import load_file
 import fastmatch as fm
 from fastmatch._internal.files import load_state, save_state
 from fastmatch.checkpoint import Checkpoint, WriteOptions, align_checkpoints, trace_config, verify_checkpoints
-from fastmatch.checkpoint.journal import journal_path
+from fastmatch.checkpoint.journal import Journal, journal_path
 from fastmatch.checkpoint.writer import write_like
 from fastmatch.cli.main import main
 from fastmatch.matching.ascent import Hooks
@@ -140,29 +139,32 @@ def test_verify_holds_one_modules_parameters_at_a_time(folder, monkeypatch):
     assert all(p.device.type == "cpu" and p.dtype == torch.float32 for p in model.parameters())
 
 
-KILLED = """
-import os, signal, sys
-from fastmatch.checkpoint import align_checkpoints
-from fastmatch.checkpoint.journal import Journal
-add = Journal.add
-def killing(self, *args):
-    add(self, *args)
-    killing.count += 1
-    if killing.count == 4:
-        with open(self.path, "ab") as file:
-            file.write(b'{"group": "half')
-        os.kill(os.getpid(), signal.SIGKILL)
-killing.count = 0
-Journal.add = killing
-align_checkpoints(*sys.argv[1:])
-"""
+def killed(*paths):
+    """Align in a child that is killed after four lines of its journal and half of another; return its status."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    try:
+        add, added = Journal.add, []
+
+        def killing(self, *args):
+            add(self, *args)
+            added.append(args)
+            if len(added) == 4:
+                with open(self.path, "ab") as file:
+                    file.write(b'{"group": "half')
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Journal.add = killing
+        align_checkpoints(*paths)
+    finally:
+        os._exit(1)
 
 
 def test_a_killed_run_goes_on_from_its_journal(folder):
     paths = [str(folder / x) for x in ("a", "b", "out")]
     undisturbed = align_checkpoints(*paths[:2], folder / "expected")
-    done = subprocess.run([sys.executable, "-c", KILLED, *paths], check=False, cwd=folder)
-    assert done.returncode == -signal.SIGKILL
+    assert killed(*paths) == -signal.SIGKILL
     assert names(folder) == [".out.journal", ".out.lock", "a", "b", "expected"]
     lines = journal_path(folder / "out").read_bytes().splitlines()
     assert len(lines) == 6  # the run, the objective, three groups, half a line

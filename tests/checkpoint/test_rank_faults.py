@@ -63,6 +63,17 @@ def whole(folder):
     return contents(folder / "out")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def waiting(folder, whole):
+    """Runs whose ranks wait ten seconds for one that does not answer; they begin after the undisturbed one, and other tests run meanwhile."""
+    arguments = (signal.SIGSTOP, 6, [1], 0, *arguments_of(folder, "stopped"))
+    absent = arguments_of(folder, "absent")
+    return {
+        "stopped": CommandOnRanks(folder, 2, align_until, *arguments, timeout=10),
+        "absent": CommandOnRanks(folder, 3, align, *absent, timeout=10, started=2),
+    }
+
+
 def arguments_of(folder, out):
     return [folder / "a", folder / "b", "--merge", "0.25", "--out", folder / out]
 
@@ -95,9 +106,8 @@ def test_the_others_end_when_a_rank_is_killed_and_a_restart_goes_on(folder, whol
     assert go_on(folder, "killed", 2) == whole
 
 
-def test_a_rank_that_stops_ends_the_others_after_the_timeout(folder):
-    arguments = (signal.SIGSTOP, 6, [1], 0, *arguments_of(folder, "stopped"))
-    run = CommandOnRanks(folder, 2, align_until, *arguments, timeout=10)
+def test_a_rank_that_stops_ends_the_others_after_the_timeout(folder, waiting):
+    run = waiting["stopped"]
     said = run.end(stopped=[1])
     assert run.status[0] == 2, said
     assert "rank 1 does not answer" in said[0]
@@ -105,8 +115,8 @@ def test_a_rank_that_stops_ends_the_others_after_the_timeout(folder):
     assert not (folder / "stopped").exists()
 
 
-def test_a_rank_that_never_comes_is_named_by_all_others(folder):
-    run = CommandOnRanks(folder, 3, align, *arguments_of(folder, "absent"), timeout=10, started=2)
+def test_a_rank_that_never_comes_is_named_by_all_others(folder, waiting):
+    run = waiting["absent"]
     said = run.end()
     assert run.status == [2, 2]
     for text in said.values():

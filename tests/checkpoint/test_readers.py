@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -41,10 +38,10 @@ except ValueError as error:
 """
 
 
-def test_a_torch_file_that_is_cut_while_it_is_mapped_does_not_end_the_process(tmp_path):
+def test_a_torch_file_that_is_cut_while_it_is_mapped_does_not_end_the_process(programs, tmp_path):
     path = tmp_path / "m.pt"
     save_state({"a": torch.ones(300, 300)}, path)
-    done = subprocess.run([sys.executable, "-c", CUT, str(path)], capture_output=True, text=True, check=False)
+    done = programs.run(CUT, str(path))
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
     assert float(first) == 90000

@@ -96,10 +96,10 @@ def test_the_help_lists_the_commands_that_there_are():
 
 
 @pytest.mark.parametrize("code", ["import fastmatch", "from fastmatch import *", "import fastmatch.cli.main"])
-def test_importing_loads_neither_triton_nor_numba(code):
+def test_importing_loads_neither_triton_nor_numba(programs, code):
     heavy = ("triton", "numba", "lapjv", "matplotlib", "scipy", "sklearn", "transformers", "pandas")
     code = f"import sys; {code}; print([m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = programs.run(code, check=True)
     assert done.stdout.strip() == "[]"
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -90,10 +88,10 @@ def test_bad_input_is_one_line(models, refused, arguments, message):
     refused(arguments, message)
 
 
-def test_help_loads_neither_templates_nor_drawings():
+def test_help_loads_neither_templates_nor_drawings(programs):
     code = (
         "import sys\nfrom fastmatch.cli.main import main\ntry:\n    main(['align', '--help'])\n"
         "except SystemExit:\n    pass\nprint([m for m in ('matplotlib', 'fastmatch.report') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = programs.run(code, check=True)
     assert done.stdout.splitlines()[-1] == "[]"

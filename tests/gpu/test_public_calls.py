@@ -60,7 +60,21 @@ def test_align_by_weights(gpu, case):
     check_models(found.apply(gpu.module(b)), expected.apply(b), 0)
 
 
-@pytest.mark.parametrize("similarity", ["correlation", "covariance", "inner", "batch-correlation", "cca"])
+def loads(first, *others):
+    """Choices of a call: the first with batches of either device; the others with those of the GPU every night."""
+    host, device = "loader on the CPU", "loader on the GPU"
+    return [
+        *((first, where) for where in (host, device)),
+        *((other, host) for other in others),
+        *(pytest.param(other, device, marks=pytest.mark.slow) for other in others),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("similarity", "load"),
+    loads("correlation", "covariance", "inner", "batch-correlation", "cca"),
+    indirect=["load"],
+)
 def test_align_by_activations(gpu, case, load, similarity):
     (a, b, _), x, batches = case
     expected = fm.align(a, b, x, fm.ActivationMatching(batches, similarity))
@@ -146,7 +160,7 @@ def test_renormalize(gpu, case, method, mode):
     check_models(fm.renormalize(fm.merge([ga, gb]), [ga, gb], batches, options), expected, 1e-3)
 
 
-@pytest.mark.parametrize("rule", [fm.Permute, fm.Zip, fm.CCA])
+@pytest.mark.parametrize(("rule", "load"), loads(fm.Permute, fm.Zip, fm.CCA), indirect=["load"])
 def test_merge_partially(gpu, case, load, rule):
     (a, b, _), x, batches = case
     # Before the nonlinearity no unit is dead, so no two matches are equally good.

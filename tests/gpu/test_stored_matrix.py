@@ -58,10 +58,11 @@ def test_the_bound_is_exact_at_zero_duals_so_that_ties_are_seen(gpu):
     assert found.stats["solver"] == "DenseShortlists"  # lists do not suit it
 
 
+@pytest.mark.parametrize("n", [34, pytest.param(70, marks=pytest.mark.slow)])  # two tiles of rows, and three
 @pytest.mark.parametrize("maximize", [False, True])
-def test_solves_reach_the_optimum(gpu, maximize):
+def test_solves_reach_the_optimum(gpu, maximize, n):
     torch.manual_seed(fresh_seed())
-    matrix = torch.randn(70, 70)
+    matrix = torch.randn(n, n)
     found = solve(gpu.tensor(matrix), maximize=maximize, solver=CandidateLists())
     values = matrix.double().numpy()
     assert found.objective == pytest.approx(values[scipy_lsa(values, maximize)].sum(), rel=1e-12)

@@ -92,6 +92,10 @@ class AnyOutput(doctest.OutputChecker):
         return not want or super().check_output(want, got, optionflags)
 
 
+STATEMENTS = ("body", "orelse", "handlers", "finalbody")
+"""The parts of a statement that hold others: no docstring is inside an expression, of which there are far more."""
+
+
 def docstrings() -> Iterator[doctest.DocTest]:
     """Yield every docstring of the packages that has an example, named ``module.object``."""
     parser = doctest.DocTestParser()
@@ -102,14 +106,16 @@ def docstrings() -> Iterator[doctest.DocTest]:
             if text and ">>>" in text:
                 line = node.body[0].lineno - 1
                 yield parser.get_doctest(text, {}, name, str(path.relative_to(ROOT)), line)
-        for child in ast.iter_child_nodes(node):
+        for child in (x for part in STATEMENTS for x in getattr(node, part, ())):
             inner = getattr(child, "name", None)
             yield from visit(child, f"{name}.{inner}" if isinstance(inner, str) else name, path)
 
     for source in SOURCES:
         for path in sorted(source.rglob("*.py")):
+            if ">>>" not in (text := path.read_text()):
+                continue
             module = ".".join(path.relative_to(source.parent).with_suffix("").parts).removesuffix(".__init__")
-            yield from visit(ast.parse(path.read_text()), module, path)
+            yield from visit(ast.parse(text), module, path)
 
 
 def run_docstring(test: doctest.DocTest, folder: Path) -> str:

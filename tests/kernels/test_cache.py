@@ -16,6 +16,7 @@ import pytest
 
 import fastmatch_kernels
 from fastmatch_kernels._numba import cache
+from helpers.forked import Forked
 
 CALLEE = (
     "from fastmatch_kernels._numba.cache import njit\n\n@njit(nogil=True)\ndef inner(x):\n    return x + 1\n"
@@ -48,6 +49,14 @@ print(*[outer(eval(x)) for x in sys.argv[1:]], sum(outer._cache_hits.values()))
 """Prints the values of the arguments and how many of them were loaded from the cache."""
 
 
+@pytest.fixture(scope="module")
+def numba_programs():
+    """Runs programs in processes that have loaded numba, with all that it needs to compile, and none of our modules."""
+    forked = Forked("import numba\nnumba.njit(lambda x: x + 1)(1)")
+    yield forked
+    forked.close()
+
+
 @pytest.fixture
 def package(tmp_path):
     """A copy of the package with ``probe.caller``, a kernel that calls one of ``probe.callee``."""
@@ -68,17 +77,21 @@ def _drop_rights():
     ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)
 
 
-def start(package, *arguments, drop_rights=False, **environment):
-    settings = {
+def _environment(package, more):
+    return {
         "PYTHONPATH": str(package.parent),
         "PYTHONDONTWRITEBYTECODE": "1",
         "HOME": "/dev/null",  # no folder: nothing can be made in it
         "TMPDIR": str(package.parents[1]),
-        **environment,
+        **more,
     }
+
+
+def start(package, *arguments, drop_rights=False, **environment):
+    """A new process, which others can run beside and which rights can be taken from."""
     return subprocess.Popen(
         [sys.executable, "-c", RUN, *(arguments or ["1"])],
-        env=settings,
+        env=_environment(package, environment),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -86,11 +99,24 @@ def start(package, *arguments, drop_rights=False, **environment):
     )
 
 
-def run(package, *arguments, **environment):
+def ended(process):
     """(what was printed, warnings)."""
-    out, errors = (process := start(package, *arguments, **environment)).communicate(timeout=120)
+    out, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     return out.split(), errors
+
+
+@pytest.fixture
+def run(package, numba_programs):
+    """Run the kernel in a process of its own: (what was printed, warnings)."""
+
+    def run(*arguments, code=RUN, **environment):
+        settings = _environment(package, environment)
+        done = numba_programs.run(code, *(arguments or ["1"]), environment=settings)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split(), done.stderr
+
+    return run
 
 
 def block(package):
@@ -98,14 +124,14 @@ def block(package):
     (package / "__pycache__").write_text("not a folder")
 
 
-def test_a_changed_source_recompiles_what_calls_it_and_its_old_code_is_removed(package):
-    assert run(package)[0] == ["4", "0"]
-    assert run(package)[0] == ["4", "1"]
+def test_a_changed_source_recompiles_what_calls_it_and_its_old_code_is_removed(package, run):
+    assert run()[0] == ["4", "0"]
+    assert run()[0] == ["4", "1"]
     files = sorted((package / "__pycache__").glob("*.nbc"))
     assert [p.name.split(".cpython")[0] for p in files] == ["probe.callee.inner", "probe.caller.outer"]
     (package / "probe" / "callee.py").write_text(CALLEE.replace("x + 1", "x + 2"))
-    assert run(package)[0] == ["6", "0"]
-    assert run(package)[0] == ["6", "1"]
+    assert run()[0] == ["6", "0"]
+    assert run()[0] == ["6", "1"]
     changed = sorted((package / "__pycache__").glob("*.nbc"))
     assert len(changed) == 2
     assert not {p.name for p in changed} & {p.name for p in files}
@@ -113,7 +139,7 @@ def test_a_changed_source_recompiles_what_calls_it_and_its_old_code_is_removed(p
 
 @pytest.mark.parametrize("place", ["home", "temporary folder", "NUMBA_CACHE_DIR"])
 def test_where_the_package_cannot_be_written_the_second_run_loads_what_the_first_compiled(
-    package, place, tmp_path
+    package, run, place, tmp_path
 ):
     block(package)
     environment = {
@@ -122,7 +148,7 @@ def test_where_the_package_cannot_be_written_the_second_run_loads_what_the_first
         "NUMBA_CACHE_DIR": {"NUMBA_CACHE_DIR": str(tmp_path / "given")},
     }[place]
     for hits in ("0", "1"):
-        assert run(package, **environment) == (["4", hits], "")
+        assert run(**environment) == (["4", hits], "")
     (found,) = {p.parent for p in tmp_path.rglob("*.nbc")}
     top = found.relative_to(tmp_path).parts[0]
     assert top.startswith(
@@ -131,19 +157,19 @@ def test_where_the_package_cannot_be_written_the_second_run_loads_what_the_first
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="root gives up its right to write anywhere by prctl")
-def test_a_read_only_package_is_still_loaded_from_and_what_is_new_goes_elsewhere(package):
-    assert run(package)[0] == ["4", "0"]
+def test_a_read_only_package_is_still_loaded_from_and_what_is_new_goes_elsewhere(package, run):
+    assert run()[0] == ["4", "0"]
     compiled = package / "__pycache__"
     compiled.chmod(0o555)
     before = sorted(compiled.iterdir())
     for hits in ("1", "2"):
-        assert run(package, "1", "1.0", drop_rights=True)[0] == ["4", "4.0", hits]
+        assert ended(start(package, "1", "1.0", drop_rights=True))[0] == ["4", "4.0", hits]
     assert sorted(compiled.iterdir()) == before
 
 
-def test_without_any_place_every_process_compiles_and_says_what_to_set(package):
+def test_without_any_place_every_process_compiles_and_says_what_to_set(run):
     for _ in range(2):
-        printed, errors = run(package, NUMBA_CACHE_DIR="/dev/null/nowhere")
+        printed, errors = run(NUMBA_CACHE_DIR="/dev/null/nowhere")
         assert printed == ["4", "0"]
         assert errors.count("set NUMBA_CACHE_DIR to a folder that can be written") == 1
 
@@ -151,11 +177,11 @@ def test_without_any_place_every_process_compiles_and_says_what_to_set(package):
 @pytest.mark.parametrize("place", ["home", "temporary folder"])
 @pytest.mark.parametrize("flaw", ["mode", "link"])
 def test_a_folder_that_others_can_write_to_is_neither_loaded_from_nor_saved_to(
-    package, place, flaw, tmp_path
+    package, run, place, flaw, tmp_path
 ):
     block(package)
     environment = {"HOME": str(tmp_path / "home")} if place == "home" else {}
-    assert run(package, **environment)[0] == ["4", "0"]
+    assert run(**environment)[0] == ["4", "0"]
     (folder,) = {p.parent for p in tmp_path.rglob("*.nbc")}
     assert folder.stat().st_mode & 0o777 == 0o700
     if flaw == "mode":
@@ -164,51 +190,51 @@ def test_a_folder_that_others_can_write_to_is_neither_loaded_from_nor_saved_to(
         folder.rename(tmp_path / "elsewhere")
         folder.symlink_to(tmp_path / "elsewhere")
     before = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
-    assert run(package, **environment)[0] == ["4", "0"]
+    assert run(**environment)[0] == ["4", "0"]
     assert {p: p.stat().st_mtime_ns for p in folder.iterdir()} == before
 
 
-def test_a_temporary_folder_made_by_others_is_not_used(package, tmp_path):
+def test_a_temporary_folder_made_by_others_is_not_used(package, run, tmp_path):
     block(package)
     shared = tmp_path / f"fastmatch-{os.geteuid()}"
     shared.mkdir()
     shared.chmod(0o777)
-    assert run(package)[0] == ["4", "0"]
+    assert run()[0] == ["4", "0"]
     assert not list(shared.rglob("*"))
 
 
-def test_versions_of_numba_keep_each_their_own_files(package):
-    run(package)
+def test_versions_of_numba_keep_each_their_own_files(package, run):
+    run()
     compiled = package / "__pycache__"
     other = [
         p.rename(p.with_name(p.name.replace(f"numba{numba.__version__}", "numba0.1")))
         for p in compiled.glob("*.nbc")
     ]
     (package / "probe" / "callee.py").write_text(CALLEE.replace("x + 1", "x + 2"))
-    assert run(package)[0] == ["6", "0"]
+    assert run()[0] == ["6", "0"]
     assert all(p.exists() for p in other)
     assert len(list(compiled.glob("*.nbc"))) == 4
 
 
-def test_a_closure_and_a_function_from_elsewhere_are_not_cached(package):
+def test_a_closure_and_a_function_from_elsewhere_are_not_cached(package, run):
     (package / "probe" / "caller.py").write_text(CLOSURE)
-    assert run(package)[0] == ["4", "0"]
-    assert run(package)[0] == ["4", "0"]
+    assert run()[0] == ["4", "0"]
+    assert run()[0] == ["4", "0"]
     (package / "probe" / "caller.py").write_text("from elsewhere import outer\n")
     (package.parent / "elsewhere.py").write_text(CALLER)
     for _ in range(2):
-        assert run(package)[0] == ["4", "0"]
+        assert run()[0] == ["4", "0"]
     assert not list((package / "__pycache__").glob("*outer*"))
 
 
-def test_temporary_files_of_processes_that_died_are_removed_after_a_day(package):
+def test_temporary_files_of_processes_that_died_are_removed_after_a_day(package, run):
     compiled = package / "__pycache__"
     compiled.mkdir()
     old, new = compiled / "old.nbc.0123", compiled / "new.nbc.4567"
     old.touch()
     new.touch()
     os.utime(old, (0, 0))
-    run(package)
+    run()
     assert not old.exists()
     assert new.exists()
 
@@ -229,29 +255,27 @@ def test_a_full_disk_is_tried_again_and_a_read_only_one_is_not(tmp_path, monkeyp
     assert (tmp_path not in cache._unwritable) == kept
 
 
-def test_processes_that_compile_at_once_leave_what_all_can_load(package):
+def test_processes_that_compile_at_once_leave_what_all_can_load(package, run):
     given = [["1", "1.0"], ["1.0", "1"], ["1j"], ["1"]]
     running = [start(package, *arguments) for arguments in given]
     values = {"1": "4", "1.0": "4.0", "1j": "(2+2j)"}
     for process, arguments in zip(running, given, strict=True):
-        out, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
-        assert out.split()[:-1] == [values[x] for x in arguments]
-    assert run(package, "1", "1.0", "1j")[0] == ["4", "4.0", "(2+2j)", "3"]
+        assert ended(process)[0][:-1] == [values[x] for x in arguments]
+    assert run("1", "1.0", "1j")[0] == ["4", "4.0", "(2+2j)", "3"]
     assert not [p for p in (package / "__pycache__").iterdir() if p.suffix != ".nbc"]
 
 
-def test_a_file_that_was_cut_off_is_compiled_again(package):
-    run(package)
+def test_a_file_that_was_cut_off_is_compiled_again(package, run):
+    run()
     for path in (package / "__pycache__").glob("*.nbc"):
         path.write_bytes(path.read_bytes()[:100])
-    assert run(package)[0] == ["4", "0"]
-    assert run(package)[0] == ["4", "1"]
+    assert run()[0] == ["4", "0"]
+    assert run()[0] == ["4", "1"]
 
 
-def test_kernels_are_compiled_where_numba_is_told_not_to(package):
-    assert run(package, NUMBA_DISABLE_JIT="1")[0] == ["4", "0"]
-    assert run(package)[0] == ["4", "1"]
+def test_kernels_are_compiled_where_numba_is_told_not_to(run):
+    assert run(NUMBA_DISABLE_JIT="1")[0] == ["4", "0"]
+    assert run()[0] == ["4", "1"]
 
 
 INNER = """
@@ -278,48 +302,30 @@ def total(matrix, rows):
 """
 
 
-def test_kernels_for_kernels_are_compiled_cached_and_refused_to_python(package):
+def test_kernels_for_kernels_are_compiled_cached_and_refused_to_python(package, run):
     (package / "probe" / "caller.py").write_text(INNER)
-    assert run(package)[0] == ["4", "0"]
-    assert run(package)[0] == ["4", "1"]
-    code = "from fastmatch_kernels.probe.caller import inner; inner(1)"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(package.parent)},
-        capture_output=True,
-        text=True,
-        check=False,
+    assert run()[0] == ["4", "0"]
+    assert run()[0] == ["4", "1"]
+    code = (
+        "from fastmatch_kernels.probe.caller import inner\n"
+        "try:\n    inner(1)\nexcept TypeError as error:\n    print(error)"
     )
-    assert "TypeError: inner was compiled for kernels only" in done.stderr
+    assert " ".join(run(code=code)[0]).startswith("inner was compiled for kernels only")
 
 
-def test_runs_and_borrowed_arrays_hold_the_same_numbers_and_no_reference(package):
+def test_runs_and_borrowed_arrays_hold_the_same_numbers_and_no_reference(package, run):
     (package / "probe" / "caller.py").write_text(INNER)
     code = (
         "import sys, numpy as np; from fastmatch_kernels.probe.caller import total\n"
         "a, b = np.arange(6.0).reshape(2, 3), np.ones((2, 3)); before = sys.getrefcount(a), sys.getrefcount(b)\n"
         "print(total(a, (a, b)), (sys.getrefcount(a), sys.getrefcount(b)) == before)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(package.parent)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.split() == ["16.0", "True"]
+    assert run(code=code)[0] == ["16.0", "True"]
 
 
-def test_the_garbage_collector_runs_again_after_compiling(package):
+def test_the_garbage_collector_runs_again_after_compiling(run):
     code = (
         "import gc; from fastmatch_kernels.probe.caller import outer\n"
         "outer(1); print(gc.isenabled()); gc.disable(); outer(1.0); print(gc.isenabled())"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(package.parent)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.split() == ["True", "False"]
+    assert run(code=code)[0] == ["True", "False"]

@@ -1,6 +1,4 @@
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -9,18 +7,16 @@ from fastmatch_kernels import ops
 from fastmatch_kernels.ops import backend_of
 
 
-def run(code, **environment):
-    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**clean, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+@pytest.fixture
+def run(programs):
+    def run(code, **environment):
+        clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        return programs.run(code, environment={**clean, **environment})
+
+    return run
 
 
-def test_importing_loads_neither_triton_nor_numba():
+def test_importing_loads_neither_triton_nor_numba(run):
     done = run(
         "import sys, torch; before = set(sys.modules)\n"
         "import fastmatch_kernels.ops\nfrom fastmatch import *\n"
@@ -30,7 +26,7 @@ def test_importing_loads_neither_triton_nor_numba():
     assert done.returncode == 0, done.stderr
 
 
-def test_triton_asked_for_on_cpu_tensors_is_an_error_not_another_backend():
+def test_triton_asked_for_on_cpu_tensors_is_an_error_not_another_backend(run):
     done = run(
         "import torch; from fastmatch_kernels.ops import gain\n"
         "gain([(torch.ones(2, 2), torch.ones(2, 2))], backend='triton')\n"
@@ -85,7 +81,7 @@ def test_a_negative_view_is_written_as_the_numbers_that_it_stands_for():
     assert torch.equal(out.resolve_neg(), a)
 
 
-def test_kernels_run_where_numba_is_told_not_to_compile():
+def test_kernels_run_where_numba_is_told_not_to_compile(run):
     done = run(
         "import numpy as np, torch\n"
         "from fastmatch_kernels.ops import permute_merge\n"

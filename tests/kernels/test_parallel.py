@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -18,17 +16,6 @@ from fastmatch_kernels.ops import channel_affine, moments, permute_merge
 def two_threads(monkeypatch):
     """Two threads, on a machine with one core too."""
     monkeypatch.setattr(parallel, "threads", lambda: 2)
-
-
-def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
 
 
 def test_blocks_cover_the_rows_once_whatever_their_number(two_threads):
@@ -119,8 +106,8 @@ for _ in range(2):  # a child, and a child of the child
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
-def test_a_forked_child_has_threads_of_its_own():
-    done = run(FORKED)
+def test_a_forked_child_has_threads_of_its_own(programs):
+    done = programs.run(FORKED)
     assert done.returncode == 0, done.stderr
 
 
@@ -149,8 +136,8 @@ assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
-def test_a_child_can_compile_that_was_forked_while_another_thread_compiled():
-    done = run(COMPILING)
+def test_a_child_can_compile_that_was_forked_while_another_thread_compiled(programs):
+    done = programs.run(COMPILING)
     assert done.returncode == 0, done.stderr
 
 
@@ -175,8 +162,8 @@ PLACES = {
 
 @pytest.mark.parametrize("places", [list(PLACES), ["atexit"]])
 @pytest.mark.parametrize("warm", [True, False])
-def test_kernels_run_while_the_interpreter_ends(places, warm):
-    done = run(LATE.format(warm=warm, places="\n".join(PLACES[place] for place in places)))
+def test_kernels_run_while_the_interpreter_ends(programs, places, warm):
+    done = programs.run(LATE.format(warm=warm, places="\n".join(PLACES[place] for place in places)))
     assert done.stdout.split() == ["True"] * len(places), done.stderr
 
 
@@ -191,8 +178,8 @@ def test_where_no_thread_can_be_started_the_caller_does_the_work(two_threads, mo
     assert seen == list(range(10))
 
 
-def test_kernels_use_torchs_number_of_threads_and_leave_it():
-    done = run(
+def test_kernels_use_torchs_number_of_threads_and_leave_it(programs):
+    done = programs.run(
         "import torch\n"
         "from fastmatch_kernels._numba import parallel\n"
         "from fastmatch_kernels.ops import channel_affine, moments, permute_merge\n"
@@ -205,6 +192,6 @@ def test_kernels_use_torchs_number_of_threads_and_leave_it():
         "    permute_merge([x, x], [0.5, 0.5])\n"
         "    assert torch.get_num_threads() == count\n"
         "    assert parallel.threads() <= count\n",
-        NUMBA_NUM_THREADS="2",
+        environment={**os.environ, "NUMBA_NUM_THREADS": "2"},
     )
     assert done.returncode == 0, done.stderr

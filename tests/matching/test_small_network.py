@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -23,9 +20,8 @@ print(alignment.matching.sweeps > 0, "numba" in sys.modules, "torch._dynamo" in 
 
 
 @pytest.mark.parametrize(("width", "numba"), [(100, False), (150, True)])
-def test_only_larger_networks_load_compiled_kernels(width, numba):
-    code = ALIGN.format(width=width)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+def test_only_larger_networks_load_compiled_kernels(programs, width, numba):
+    done = programs.run(ALIGN.format(width=width), check=True)
     assert done.stdout.split() == ["True", str(numba), "False"]
 
 

@@ -85,7 +85,7 @@ def test_a_group_that_forgets_an_axis_is_caught(family):
     """What the first test would say of a wrong spec."""
     seed = fresh_seed()
     generator = torch.Generator().manual_seed(seed)
-    models = [family.build(draw) for draw in range(seed, seed + 6)]  # of several, again for the dead ReLUs
+    models = [family.build(seed)]
     inputs = family.inputs(generator)
     spec = PermutationSpec.trace(models[0], (), kwargs=inputs)
     permutations = moving(spec, generator)
@@ -99,7 +99,15 @@ def test_a_group_that_forgets_an_axis_is_caught(family):
         rest = replace(group, axes=kept, within="", block=-1)
         wrong = replace(spec, groups={name: rest})
         change = {name: permutations[name]}
-        assert any(error(model, wrong, change, inputs) > 1e-9 for model in models), forgotten
+        for k in range(
+            6
+        ):  # again for the dead ReLUs: of several models, which are built when one is asked for
+            if k == len(models):
+                models.append(family.build(seed + k))
+            if error(models[k], wrong, change, inputs) > 1e-9:
+                break
+        else:
+            pytest.fail(f"not seen: {forgotten}")
 
 
 def test_the_tables_name_families():
