@@ -68,10 +68,16 @@ def waiting(folder, whole):
     """Runs whose ranks wait ten seconds for one that does not answer; they begin after the undisturbed one, and other tests run meanwhile."""
     arguments = (signal.SIGSTOP, 6, [1], 0, *arguments_of(folder, "stopped"))
     absent = arguments_of(folder, "absent")
-    return {
+    runs = {
         "stopped": CommandOnRanks(folder, 2, align_until, *arguments, timeout=10),
         "absent": CommandOnRanks(folder, 3, align, *absent, timeout=10, started=2),
     }
+    yield runs
+    # Where only other tests were chosen, the process would wait for a stopped rank at its end.
+    for run in runs.values():
+        for rank in run.ranks:
+            rank.kill()
+            rank.join()
 
 
 def arguments_of(folder, out):
