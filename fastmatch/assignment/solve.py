@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Iterable
 from functools import partial
-from typing import Any, overload
+from typing import Any, TypeGuard, overload
 
 import numpy as np
 import torch
@@ -190,7 +190,7 @@ def solve(
     return found
 
 
-def _is_small_array(cost: Any) -> bool:
+def _is_small_array(cost: Any) -> TypeGuard[np.ndarray]:
     """Return whether ``cost`` goes to :func:`solve_small` as it is. A small solve has no time for other questions."""
     return (
         type(cost) is np.ndarray
