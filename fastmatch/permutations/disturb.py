@@ -6,6 +6,7 @@ them, so the weights are disturbed until they differ from unit to unit.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,8 +22,11 @@ SPREAD = 0.1
 
 
 def disturb_weights(model: nn.Module, generator: torch.Generator) -> None:
-    """Disturb every floating point weight in place; a tensor without negative values, such as variances, stays so."""
-    for tensor in _floating(model):
+    """Disturb every floating point weight in place; a tensor without negative values, such as variances, stays so.
+
+    Buffers that no state dict carries are constants: a spec may rest on their values, such as ones for every unit.
+    """
+    for tensor in _floating([*model.parameters(), *_carried_buffers(model)]):
         finite = torch.isfinite(tensor)
         scale = float(tensor[finite].abs().square().mean().sqrt()) if finite.any() else 0.0
         noise = _uniform(tensor, generator) * (SPREAD * (scale or 1.0))
@@ -34,7 +38,7 @@ def disturb_weights(model: nn.Module, generator: torch.Generator) -> None:
 
 def round_weights(model: nn.Module, epsilon: float, generator: torch.Generator) -> None:
     """Change every weight in place by a few rounding errors."""
-    for tensor in _floating(model):
+    for tensor in _floating([*model.parameters(), *model.buffers()]):
         tensor.mul_(1 + 4 * epsilon * _uniform(tensor, generator))
 
 
@@ -119,9 +123,19 @@ def disturbed(value: Any, generator: torch.Generator) -> Any:
     return value
 
 
-def _floating(model: nn.Module) -> list[torch.Tensor]:
-    tensors = {id(t): t.data for t in [*model.parameters(), *model.buffers()]}
-    return [t for t in tensors.values() if _has_rounding(t)]
+def _carried_buffers(model: nn.Module) -> list[torch.Tensor]:
+    """Return the buffers that a state dict of the model carries."""
+    return [
+        buffer
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    ]
+
+
+def _floating(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the memory of those that hold rounded numbers, each once."""
+    return [t for t in {id(t): t.data for t in tensors}.values() if _has_rounding(t)]
 
 
 def _uniform(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -209,3 +209,19 @@ def test_vectors_that_rounding_chooses_are_others_with_other_rounding(function):
     assert sums.decided
     assert max(float((other - before).abs().max()) for other in others) > 0.01
     assert torch.equal(matrix, torch.ones_like(matrix))
+
+
+def test_constants_that_no_state_dict_carries_keep_their_values():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 5), nn.Linear(5, 2)
+            self.register_buffer("scale", torch.full((5,), 2.0), persistent=False)
+
+        def forward(self, x):
+            return self.second(torch.tanh(self.first(x) * self.scale))
+
+    model, x = Scaled(), torch.randn(4, 3)
+    spec = fm.PermutationSpec.trace(model, x)
+    assert [group.size for group in spec.groups.values()] == [5]
+    assert fm.verify(model, spec, x).error < 1e-9
