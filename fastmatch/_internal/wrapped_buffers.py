@@ -23,11 +23,13 @@ def buffers_sent_once(model: nn.Module | None) -> Iterator[None]:
         for module in (model.modules() if model is not None else ())
         if isinstance(module, DistributedDataParallel) and module.broadcast_buffers
     ]
-    for wrapper in wrappers:
-        if wrapper.will_sync_module_buffers():  # not after a pass without gradients, which changes none
-            wrapper._sync_buffers()
-        wrapper.broadcast_buffers = False
     try:
+        for wrapper in wrappers:
+            if (
+                wrapper.will_sync_module_buffers()
+            ):  # not after a pass without gradients, as in DDP's own passes
+                wrapper._sync_buffers()
+            wrapper.broadcast_buffers = False
         yield
     finally:
         for wrapper in wrappers:

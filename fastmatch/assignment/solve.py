@@ -121,7 +121,8 @@ def solve(
 
     Cost: see the solver.
     """
-    if solver is None and warm_start is None and _is_small_array(cost):
+    is_small = solver is None and warm_start is None and _is_small_array(cost)
+    if is_small:
         found = _solve_small(cost, maximize)
         if found is not None:
             return found
@@ -142,7 +143,8 @@ def solve(
         return solve_integers(integers, warm_start, partial(solve, solver=solver))
     given = _as_cost(cost, solver)
     if (
-        solver is None
+        not is_small
+        and solver is None
         and warm_start is None
         and isinstance(given, DenseCost)
         and 0 < given.matrix.size <= SMALL

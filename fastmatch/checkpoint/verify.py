@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from fastmatch._internal.states import check_same_architecture
-from fastmatch._internal.ties import tied_names
 from fastmatch.checkpoint.diffusion.pipeline import networks_of
 from fastmatch.checkpoint.diffusion.single_file import running_means
 from fastmatch.checkpoint.names import Chunk, RenamedCheckpoint, layout_of
@@ -176,12 +175,20 @@ def _verify(
 def _copies(model: nn.Module, states: Sequence[State]) -> int:
     """Return how many copies of a tied tensor are to be run: 1 if those of each checkpoint are equal."""
     most = 1
-    for names in tied_names(model):
-        for state in states:
-            held = [name for name in names if name in state]
-            if any(not torch.equal(_bytes(state[held[0]]), _bytes(state[name])) for name in held[1:]):
-                most = max(most, len(held))
+    for state in states:
+        for names in _held(_places(model), state).values():
+            first, *others = names
+            if others and any(not _equal(state[first], state[name]) for name in others):
+                most = max(most, len(names))
     return most
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Return whether two tensors hold the same numbers, also in two element types. Signs of zero and NaNs count."""
+    if one.dtype != other.dtype and one.is_floating_point() and other.is_floating_point():
+        wider = torch.float64 if torch.float64 in (one.dtype, other.dtype) else torch.float32
+        one, other = one.to(wider), other.to(wider)
+    return one.dtype == other.dtype and torch.equal(_bytes(one), _bytes(other))
 
 
 def _verify_copy(
@@ -197,14 +204,15 @@ def _verify_copy(
     keywords = {k: _cast(v, dtype) for k, v in inputs[1].items()}
     old, new = (_run(model, state, args, keywords, dtype, copy) for state in states)
     path_a, path_b = (state.path for state in states)
+    told = f", run with copy {copy + 1} of tied tensors" if copy else ""
     if not any(bool(torch.isfinite(t).any()) for t in old):
         raise ValueError(
-            f"{path_a}: the model returns {'no finite number' if old else 'no tensor'} on the inputs, so there is nothing to compare"
+            f"{path_a}: the model returns {'no finite number' if old else 'no tensor'} on the inputs{told}, so there is nothing to compare"
         )
     error = max(_difference(x, y) for x, y in zip(old, new, strict=True))
     if not error <= tolerance:
         raise DifferentFunction(
-            f"{path_b}: is not the same function as {path_a}: outputs differ by {error:.2g} relative, "
+            f"{path_b}: is not the same function as {path_a}{told}: outputs differ by {error:.2g} relative, "
             f"at most {tolerance:.2g} is allowed"
         )
     return CheckpointVerification(error, len(old))
@@ -285,20 +293,10 @@ def _read_on_demand(model: nn.Module, state: State, dtype: torch.dtype, copy: in
 
 
 def _names(model: nn.Module, state: State, copy: int) -> dict[tuple[int, str], str]:
-    """Return (module id, own name) -> name in the checkpoint. Tied parameters share a name that it has, of several the given one."""
+    """Return (module id, own name) -> name in the checkpoint. Tied tensors share a name: of those that it has, the one at ``copy``, or the last."""
     names: dict[tuple[int, str], str] = {}
-    held: dict[int, list[str]] = {}
-    places = [
-        (module, key, f"{prefix}.{key}" if prefix else key, tensor)
-        for prefix, module in model.named_modules(remove_duplicate=False)
-        for table in (module._parameters, module._buffers)
-        for key, tensor in table.items()
-        if tensor is not None
-    ]
-    for _, _, name, tensor in places:
-        if name in state:
-            held.setdefault(id(tensor), []).append(name)
-    tied = {key: found[min(copy, len(found) - 1)] for key, found in held.items()}
+    places = _places(model)
+    tied = {key: found[min(copy, len(found) - 1)] for key, found in _held(places, state).items()}
     for module, key, name, tensor in places:
         if id(tensor) in tied:
             found = tied[id(tensor)]
@@ -311,3 +309,27 @@ def _names(model: nn.Module, state: State, copy: int) -> dict[tuple[int, str], s
         elif key in module._parameters:
             raise ValueError(f"{state.path}: has no tensor {name!r}, which the model has")
     return names
+
+
+Place: TypeAlias = tuple[nn.Module, str, str, torch.Tensor]
+"""A module, its own name of a tensor, the model's name of it, and the tensor."""
+
+
+def _places(model: nn.Module) -> list[Place]:
+    """Return every place of a parameter or buffer; a tied one has several."""
+    return [
+        (module, key, f"{prefix}.{key}" if prefix else key, tensor)
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for table in (module._parameters, module._buffers)
+        for key, tensor in table.items()
+        if tensor is not None
+    ]
+
+
+def _held(places: Sequence[Place], state: State) -> dict[int, list[str]]:
+    """Return the names that the checkpoint has for each tensor of the model, by its id."""
+    held: dict[int, list[str]] = {}
+    for _, _, name, tensor in places:
+        if name in state:
+            held.setdefault(id(tensor), []).append(name)
+    return held

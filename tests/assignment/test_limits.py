@@ -196,3 +196,34 @@ def test_sentinels_in_a_nearly_square_matrix_do_not_hide_small_costs(transposed,
     assert found.is_certified
     assert found.gap_bound < 1e-9 * np.abs(costs).sum()
     assert cost[fm.linear_sum_assignment(cost)].sum(dtype=np.float64) == pytest.approx(theirs, rel=1e-9)
+
+
+def outer_products_with_sentinels(seed: int, n: int, m: int) -> np.ndarray:
+    """Return costs a_i * b_j, seven tenths of which are 1e20; an assignment without these exists."""
+    g = np.random.default_rng(seed)
+    cost = g.random((n, 1)) * g.random((1, m))
+    large = g.random((n, m)) < 0.7
+    large[np.arange(n), g.permutation(m)[:n]] = False
+    return np.where(large, 1e20, cost)
+
+
+@pytest.mark.parametrize(("seed", "n", "m", "zeros"), [(11847, 47, 48, 0), (2794, 48, 48, 2)])
+def test_other_first_duals_that_match_every_row_are_proved_too(seed, n, m, zeros):
+    cost = outer_products_with_sentinels(seed, n, m)
+    cost[n - zeros :] = 0
+    best = totals(cost, fm.solve(cost))[1]
+    assert fm.solve(cost).objective == pytest.approx(best)
+    assert cost[fm.linear_sum_assignment(cost)].sum() == pytest.approx(best)
+    cols = solve_batched(cost[None])[0]
+    assert cost[np.arange(n), cols].sum() == pytest.approx(best)
+
+
+def test_a_sentinel_that_no_row_needs_makes_no_large_dual():
+    g = np.random.default_rng(0)
+    n = 64
+    cost = np.where(g.random((n, n)) < 0.97, 1e9, g.random((n, n)))
+    cost[np.arange(n), g.permutation(n)] = g.random(n)
+    found = fm.solve(cost)
+    assert found.objective < n
+    assert max(np.abs(found.u).max(), np.abs(found.v).max()) < 1e6
+    assert found.gap_bound < 1e-12 * n

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import fastmatch as fm
 from fastmatch.checkpoint import align_checkpoints, trace_config, verify_checkpoints
@@ -87,6 +88,32 @@ def test_every_copy_of_a_tied_tensor_in_a_file_is_compared(tmp_path):
     own, other = tensors[embedding].clone(), torch.randn(30, 8)
     assert verify(own, own).outputs == 1
     assert verify(other, other).outputs == 2
+    tensors[embedding] = tensors[embedding].bfloat16().float()
+    rounded = tensors[embedding].bfloat16()
+    assert verify(rounded, rounded).outputs == 1, "the same numbers in another element type"
+    own = tensors[embedding].clone()
     for here, there in ((own, other), (other, own)):
         with pytest.raises(DifferentFunction, match="outputs differ"):
             verify(here, there)
+
+
+def test_every_copy_of_a_tied_buffer_in_a_file_is_compared(tmp_path):
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = self.second = nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            return self.second(torch.relu(self.first(x)))
+
+    model = Shared()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name, change in (("a", {}), ("b", {"second.running_mean": torch.ones(4)})):
+        save_file({**state, **change}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(DifferentFunction, match="copy 2 of tied tensors"):
+        verify_checkpoints(
+            tmp_path / "a.safetensors",
+            tmp_path / "b.safetensors",
+            model=model,
+            example_inputs=torch.randn(3, 4),
+        )

@@ -22,6 +22,7 @@ from fastmatch._internal.divided import DividedState, local_part
 from fastmatch._internal.ranks import ALONE, RanksError, current, is_divided
 from fastmatch._internal.shared_data import runs_alone
 from fastmatch._internal.states import device_of
+from fastmatch._internal.wrapped_buffers import buffers_sent_once
 from fastmatch.assignment import bounded_gain
 from fastmatch.assignment.bounded_gain import BoundedGain
 from fastmatch.backends.sd_mecha import _Loaded
@@ -264,11 +265,16 @@ def wrapped_with_buffers():
     ]
     data = [(torch.randn(16, 12), torch.randint(0, 5, (16,))) for _ in range(3)]
     found = []
-    for models in (networks, [DistributedDataParallel(model) for model in networks]):
+    mean = networks[0][1].running_mean.clone()
+    wrapped = [DistributedDataParallel(model) for model in networks]
+    for models in (networks, wrapped):
         for matcher in (None, fm.FisherMatching(data)):
             alignment = fm.align(*models, data[0][0], matcher)
             found.append(list(alignment.permutations.values()))
-    return found
+    networks[0][1].running_mean += current().rank
+    with buffers_sent_once(wrapped[0]):
+        kept = torch.equal(networks[0][1].running_mean, mean) and not wrapped[0].broadcast_buffers
+    return found, kept and all(model.broadcast_buffers for model in wrapped)
 
 
 def work():
@@ -374,7 +380,8 @@ def test_a_model_of_deepspeed_s_zero_3_is_refused_by_name_and_runs_on_all_ranks_
 
 
 def test_models_in_ddp_with_buffers_are_traced_and_weighted_as_without_it(results):
-    for plain, fisher, *wrapped in (value["wrapped"] for value in results):
+    for (plain, fisher, *wrapped), kept in (value["wrapped"] for value in results):
+        assert kept
         assert [len(permutation) for permutation in plain] == [8]
         for one, other in zip((plain, fisher), wrapped, strict=True):
             assert len(one) == len(other)

@@ -61,7 +61,7 @@ LARGE_DUALS = 2.0**26
 """Largest dual, in typical costs, beyond which small costs may have been lost in its rounding."""
 
 SENTINEL = 2.0**20
-"""Typical gap, in ranges of the rows' minima, beyond which it is one to entries that stand for "never"."""
+"""Typical gap, in ranges of the rows' minima and in smallest gaps, beyond which it is one to entries that stand for "never"."""
 
 SCHEDULE = tuple(SmallSchedule())
 """The default schedule, a constant of the compiled code."""
@@ -163,18 +163,23 @@ def _copy(v, row_of, col_of, from_v, from_row_of, from_col_of):  # pragma: no co
 
 
 @njit(nogil=True, cache=True, inner=True)
-def _largest_fall(least, gap):  # pragma: no cover - compiled
+def _largest_fall(least, seconds, gap):  # pragma: no cover - compiled
     """Return how far a bid may lower a dual: more than good assignments need, and less than a sentinel for "never".
 
-    A dual as large as such an entry would hide small costs in its rounding, and the problem would be solved again. A typical
-    gap that is far beyond the range of the rows' minima is one to a sentinel, and does not count.
+    A dual as large as such an entry would hide small costs in its rounding, and the problem would be solved again. The typical
+    gap does not count if it is far beyond the range of the rows' minima and the smallest gap: then it is one to a sentinel. Among
+    other costs some row has a small gap.
     """
     n = least.shape[0]
     low, high = np.inf, -np.inf
-    for x in least:
-        low, high = min(low, x), max(high, x)
+    smallest = np.inf
+    for i in range(n):
+        low, high = min(low, least[i]), max(high, least[i])
+        x = seconds[i] - least[i]
+        if x > 0.0:
+            smallest = min(smallest, x)
     spread = high - low
-    most = 4.0 * n * (spread if 0.0 < spread * SENTINEL < gap else spread + gap)
+    most = 4.0 * n * (spread if 0.0 < max(spread, smallest) * SENTINEL < gap else spread + gap)
     return most if most > 0.0 else np.inf
 
 
@@ -193,7 +198,7 @@ def _bids(
     n = col_of.shape[0]
     extra = int(extra_steps * n)
     gap = typical_gap(least, seconds)
-    most = _largest_fall(least, gap)
+    most = _largest_fall(least, seconds, gap)
     for turn in range(reductions):
         if n >= reduce_from and (turn == 0 or top <= auction_above * n):
             top = _reduce(c, start, sign, m, v, row_of, col_of, stack, top, most, extra, counts)
@@ -369,8 +374,6 @@ def _finish(
         if other <= n and (attempt == 1 or other <= accepted_below * n):
             _take(room, at, v, least, seconds, columns, row_of, col_of)
             top, other = other, n + 1
-            if top == 0:
-                return SOLVED
             top = free_rows(col_of, stack)
         elif attempt == 1:
             break
