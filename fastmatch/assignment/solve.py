@@ -121,9 +121,9 @@ def solve(
 
     Cost: see the solver.
     """
-    is_small = solver is None and warm_start is None and _is_small_array(cost)
-    if is_small:
-        found = _solve_small(cost, maximize)
+    array = cost if solver is None and warm_start is None and _is_small_array(cost) else None
+    if array is not None:
+        found = _solve_small(array, maximize)
         if found is not None:
             return found
     if isinstance(solver, type) and isinstance(solver, Solver):  # a class has the method too
@@ -143,7 +143,7 @@ def solve(
         return solve_integers(integers, warm_start, partial(solve, solver=solver))
     given = _as_cost(cost, solver)
     if (
-        not is_small
+        array is None
         and solver is None
         and warm_start is None
         and isinstance(given, DenseCost)
