@@ -78,7 +78,11 @@ def aligned(
 
 
 def rows(
-    pairs: int, outputs: int, sequences_of: tuple[int, int], matchers: Sequence[str]
+    pairs: int,
+    outputs: int,
+    sequences_of: tuple[int, int],
+    matchers: Sequence[str],
+    renormalized: Sequence[str] = tuple(RENORMALIZATIONS),
 ) -> Iterator[record.Row]:
     """One row for every network and ensemble, then for every merge and renormalization."""
     networks = pretrained()
@@ -100,8 +104,8 @@ def rows(
             models = aligned(chosen, matched, spec, calibration)
             merged = fm.merge(models)
             seconds = time.perf_counter() - began
-            for name, method in RENORMALIZATIONS.items():
-                model = merged
+            for name in renormalized:
+                model, method = merged, RENORMALIZATIONS[name]
                 if method is not None:
                     ends = None if method.method == "reset" else models
                     model = fm.renormalize(merged, ends, calibration, method, progress=False)

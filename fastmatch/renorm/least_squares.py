@@ -38,7 +38,7 @@ from fastmatch.renorm.options import Renormalization
 from fastmatch_kernels import ops as kernels
 from fastmatch_kernels.moments.reference import Moments
 
-__all__ = ["LayerFit", "fit_jointly", "fit_sequentially", "input_rows"]
+__all__ = ["CannotFit", "LayerFit", "fit_jointly", "fit_sequentially", "input_rows"]
 
 ENTRIES = 1 << 24
 """Of patches that are made at once."""
@@ -48,6 +48,10 @@ SYSTEMS = 1 << 25
 """Entries of the systems of pruned outputs that are solved at once."""
 
 Hook = Callable[..., Any]
+
+
+class CannotFit(ValueError):
+    """A layer has no least squares problem with one solution."""
 
 
 def input_rows(layer: Layer, inputs: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -98,14 +102,14 @@ class LayerFit:
         layer: the merge's.
 
     Raises:
-        ValueError: the weight is computed from another tensor by more than a mask.
+        CannotFit: the weight is computed from another tensor by more than a mask.
     """
 
     def __init__(self, name: str, layer: Layer) -> None:
         self.name, self.layer = name, layer
         raw, weight = raw_weight(layer), layer.weight
         if raw is None or not torch.equal(raw[weight != 0], weight[weight != 0]):
-            raise ValueError(
+            raise CannotFit(
                 f"layers: the weight of {name!r} is computed from another tensor, so least squares cannot set it; name the others"
             )
         self._moments: list[Moments | None] = [None] * int(getattr(layer, "groups", 1))
@@ -197,6 +201,17 @@ class LayerFit:
             own = torch.linalg.inv(system).diagonal()
             scores.append(weight.to(own.device).square() / (2 * own))
         return by_outputs(self.layer, torch.cat(scores).reshape(old.shape).to(old))
+
+    def second_moments(self) -> list[torch.Tensor]:
+        """Return the mean of x x^T over the rows of each group's inputs, (features, features) float64 each.
+
+        Raises:
+            ValueError: the layer was given no rows.
+        """
+        if not self.has_run:
+            raise ValueError(f"layers: {self.name!r} was never run on the data")
+        found = [m for m in self._moments if m is not None]
+        return [m.covariance("aa") + torch.outer(m.mean(0), m.mean(0)) for m in found]
 
     def _store(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
         layer: Any = self.layer
@@ -392,7 +407,7 @@ class _Once:
 
     def see(self, name: str) -> None:
         if name in self._seen:
-            raise ValueError(
+            raise CannotFit(
                 f"layers: {name!r} runs more than once in a forward pass, which least squares cannot fit; name the others"
             )
         self._seen.add(name)

@@ -32,7 +32,7 @@ class Renormalization:
         method: ``"repair"``, ``"rescale"`` or ``"reshift"``, which scale and shift channels; ``"reset"``, which
             measures the running statistics of batch norms again; ``"least-squares"``, which fits each layer's weights to
             the mean of the endpoints' outputs (:mod:`fastmatch.renorm.least_squares`); or ``"auto"``, which chooses among
-            all but the last by what they do on the data (see :func:`fastmatch.plan_renormalization`).
+            them, except ``"reshift"``, by what they do on the data (see :func:`fastmatch.plan_renormalization`).
         mode: ``"joint"`` treats one batch at a time and lets its own statistics stand for the data's, so batches
             should be large; it needs the memory of one batch. ``"sequential"`` measures each layer over all
             batches, after the layers before it are corrected. It is exact for any batch size, and needs the

@@ -10,7 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from fastmatch._internal.batches import Forward, collated, evaluating, prediction_of, split_batch
+from fastmatch._internal.batches import (
+    Forward,
+    collated,
+    evaluating,
+    prediction_of,
+    samples_in,
+    split_batch,
+)
 
 __all__ = ["PREFERENCE", "Disagreement", "Probe", "ProbeRecorder", "disagreement", "joined"]
 
@@ -79,12 +86,20 @@ def joined(first: Sequence[Probe], second: Sequence[Probe]) -> tuple[Probe, ...]
 
 
 def disagreement(
-    model: nn.Module, probes: Sequence[Probe], weights: Sequence[float], forward: Forward
+    model: nn.Module, probes: Sequence[Probe], weights: Sequence[float], forward: Forward, *, after: int = 0
 ) -> Disagreement | None:
-    """Return how far a merge's outputs are from the endpoints' on the probes; None if outputs cannot be compared."""
+    """Return how far a merge's outputs are from the endpoints' on the probes; None if outputs cannot be compared.
+
+    The first ``after`` samples are left out.
+    """
     count, other, angle = 0, 0.0, 0.0
     with evaluating(model):
         for probe in probes:
+            size = samples_in(probe.batch) if after > 0 else 1
+            skipped = min(max(after, 0), size)
+            after -= size if after > 0 else 0
+            if skipped == size:
+                continue
             ours = _features(forward(model, probe.batch))
             if ours is None or any(k is None or k.shape != ours.shape for k in probe.outputs):
                 return None
@@ -92,8 +107,11 @@ def disagreement(
                 w * k.to(ours.device) for w, k in zip(weights, probe.outputs, strict=True) if k is not None
             )
             assert isinstance(theirs, torch.Tensor)
+            has_classes = _is_classification(probe.batch, ours)
+            first = len(ours) * skipped // size
+            ours, theirs = ours[first:], theirs[first:]
             count += len(ours)
-            if _is_classification(probe.batch, ours):
+            if has_classes:
                 other += float((ours.argmax(1) != theirs.argmax(1)).sum())
             angle += _angle(ours, theirs) * len(ours)
     return Disagreement(other / count, angle / count) if count else None

@@ -15,7 +15,15 @@ from fastmatch.renorm.options import Method, Renormalization, renormalization_of
 from fastmatch.renorm.outputs import Disagreement
 from fastmatch.renorm.published import published_layers
 
-__all__ = ["Plan", "Treatment", "applied_plan", "candidates", "plan_renormalization", "remember_plan"]
+__all__ = [
+    "Plan",
+    "Treatment",
+    "applied_plan",
+    "candidates",
+    "plan_renormalization",
+    "remember_plan",
+    "tries_least_squares",
+]
 
 Treatment: TypeAlias = Method | Literal["none"]
 """A method, or ``"none"``: the merge is left as it is."""
@@ -41,7 +49,7 @@ class Plan:
         kept: layer -> the channels that kept gain one because theirs would have done harm, such as those whose weights
             are all pruned. Known after the calibration.
         scores: method -> how its outputs differ from the endpoints', if the automatic choice compared methods:
-            (fraction of samples with another class, one minus the mean cosine).
+            (fraction of samples with another class, one minus the mean cosine). That of least squares is on samples that it was not fitted to.
     """
 
     method: Treatment
@@ -64,7 +72,7 @@ class Plan:
 def candidates(model: nn.Module, options: Renormalization) -> tuple[Treatment, ...]:
     """Return the methods to try: the one that is asked for, or what ``"auto"`` chooses from, the preferred one first.
 
-    ``"reset"`` is one of them for batch norm, unless an option is given that it does not use.
+    ``"reset"`` is one of them for batch norm, unless an option is given that it does not use. Least squares is tried after them.
     """
     if options.method != "auto":
         return (options.method,)
@@ -74,15 +82,21 @@ def candidates(model: nn.Module, options: Renormalization) -> tuple[Treatment, .
     return ("repair", "rescale", "none")
 
 
+def tries_least_squares(options: Renormalization) -> bool:
+    """Return whether ``"auto"`` tries least squares too, which has no target statistics that could be mixed or multiplied."""
+    return options.target == "weighted" and options.std_factor == 1.0
+
+
 def plan_renormalization(model: nn.Module, method: Method | Renormalization = "auto") -> Plan:
     """Return what :func:`fastmatch.renormalize` would do to ``model``. Nothing is run or changed.
 
     The automatic choice is measured: :func:`fastmatch.renormalize` calibrates each candidate on the data and keeps the one
-    whose outputs are nearest to the endpoints'. Until then, the plan's method is ``"auto"``.
+    whose outputs are nearest to the endpoints'. If the endpoints are models, not statistics, it also tries least squares. Until then,
+    the plan's method is ``"auto"``.
 
     Example:
         >>> plan = fm.plan_renormalization(model_a)
-        >>> text = str(plan)  # such as "auto: the best of repair, rescale, none on the data; 8 layers"
+        >>> text = str(plan)  # such as "auto: the best of repair, rescale, none, least-squares on the data; 8 layers"
 
     Args:
         model: the merged or pruned model.
@@ -105,7 +119,8 @@ def plan_renormalization(model: nn.Module, method: Method | Renormalization = "a
     found, left = survey(model, layers)
     why = "as asked"
     if options.method == "auto":
-        why = f"the best of {', '.join(candidates(model, options))} on the data"
+        tried = [*candidates(model, options), *(["least-squares"] if tries_least_squares(options) else [])]
+        why = f"the best of {', '.join(tried)} on the data"
     return Plan(options.method, why, tuple(found), left)
 
 

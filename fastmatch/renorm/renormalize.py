@@ -1,4 +1,4 @@
-"""REPAIR, RESCALE, RESHIFT and RESET of merged or pruned networks."""
+"""Renormalization of merged or pruned networks, by every method."""
 
 from __future__ import annotations
 
@@ -32,8 +32,16 @@ from fastmatch.renorm.least_squares import LayerFit, fit_jointly, fit_sequential
 from fastmatch.renorm.norms import batch_norms
 from fastmatch.renorm.options import Method, Renormalization, renormalization_of
 from fastmatch.renorm.outputs import PREFERENCE, disagreement
-from fastmatch.renorm.plan import Plan, applied_plan, candidates, plan_renormalization, remember_plan
+from fastmatch.renorm.plan import (
+    Plan,
+    applied_plan,
+    candidates,
+    plan_renormalization,
+    remember_plan,
+    tries_least_squares,
+)
 from fastmatch.renorm.targets import Target
+from fastmatch.renorm.trial import Trial, try_least_squares
 
 __all__ = ["renormalize", "renormalize_many"]
 
@@ -71,7 +79,8 @@ def renormalize(
         method: ``"repair"``, ``"rescale"``, ``"reshift"``, ``"reset"`` or ``"least-squares"``, or a
             :class:`fastmatch.Renormalization` with further options. ``"auto"`` tries REPAIR, RESCALE, RESET (with batch norm) and nothing at all, and keeps the
             copy whose outputs are nearest to the weighted mean of the endpoints' outputs on the first 1024 samples: the
-            least often another class, if the data has classes, and then the smallest angle.
+            least often another class, if the data has classes, and then the smallest angle. If the endpoints are models, it also tries
+            least squares, in sequential mode on those samples, and judges it on some that it was not fitted to.
         weights: the weights of the merge, one per endpoint. None takes those that :func:`fastmatch.merge` noted on
             the module, which hold until other tensors are loaded into it.
         forward: ``forward(model, batch)`` runs a model on a batch.
@@ -128,7 +137,8 @@ def renormalize_many(
     Raises:
         TypeError, ValueError: see :func:`renormalize`.
 
-    Memory: all merges at once, ``"auto"`` a copy of each per method; in sequential mode also the calibration batches.
+    Memory: all merges at once, ``"auto"`` a copy of each per method; in sequential mode also the calibration batches, and for the
+    trial of least squares those of the first 1024 samples.
     """
     ranks = current()
     options = renormalization_of(method)
@@ -175,12 +185,21 @@ def renormalize_many(
     calibrate(calibrations, share or read(f"{plan.method} of the merge"), options.mode, progress)
     news = []
     for k, attempts in enumerate(tried):
-        chosen = attempts[0]
+        new, done, kept = attempts[0].model, attempts[0].plan, attempts[0].calibration.kept
         if plan.method == "auto":
             assert statistics is not None
-            chosen = _best(attempts, statistics, alphas[k], forward)
-        new, known = chosen.model, notes[k]
-        remember_plan(new, chosen.plan, chosen.calibration.kept)
+            best = _best(attempts, statistics, alphas[k], forward)
+            new, done, kept = best.model, best.plan, best.calibration.kept
+            if done.scores and tries_least_squares(options) and not isinstance(endpoints, EndpointStatistics):
+                ends = (endpoints or (), alphas[k])
+                trial = try_least_squares(
+                    models[k], ends, statistics.probes, new, plan.layers, forward, len(models)
+                )
+                done = _after(trial, done, plan)
+                if trial.model is not None:
+                    new, kept = trial.model, {}
+        known = notes[k]
+        remember_plan(new, done, kept)
         if known is not None:  # the new tensors are those of the same merge
             remember_weights(new, known)
         if log.isEnabledFor(logging.INFO):
@@ -290,6 +309,16 @@ def _best(
     best = min(attempts, key=distance)
     why = f"nearest to the endpoints' outputs ({', '.join(f'{m} {s}' for m, s in scores.items())})"
     return best.because(why, scores)
+
+
+def _after(trial: Trial, done: Plan, plan: Plan) -> Plan:
+    """Return the plan of the best other candidate, with what the trial of least squares found, or that of least squares."""
+    done = replace(done, why=f"{done.why}; {trial.told}")
+    if trial.found is not None:
+        done = replace(done, scores={**done.scores, "least-squares": trial.found})
+    if trial.model is not None:
+        done = replace(done, method="least-squares", layers=plan.layers, left_alone=plan.left_alone)
+    return done
 
 
 def _without_endpoints(model: nn.Module, options: Renormalization) -> Plan | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -23,7 +23,7 @@ from fastmatch._internal.shared_data import read_in_step
 from fastmatch._internal.states import working_dtype
 from fastmatch._internal.wrapped_buffers import buffers_sent_once
 
-__all__ = ["Labels", "diagonal_fisher"]
+__all__ = ["Labels", "diagonal_fisher", "gradients_by_sample"]
 
 
 Labels: TypeAlias = Literal["data", "sampled"]
@@ -62,6 +62,38 @@ def diagonal_fisher(
     are in float32 or wider; gradients that underflow in a half-precision backward pass are lost. ``torch.autocast`` is off
     inside: torch has no per-sample gradients under it.
     """
+    totals: dict[str, torch.Tensor] = {}
+    count = 0
+    for gradients in gradients_by_sample(
+        model, data, labels=labels, samples=samples, seed=seed, title="diagonal Fisher", progress=progress
+    ):
+        for name, g in gradients.items():
+            square = g.to(working_dtype(g.dtype)).square().sum(0)
+            totals[name] = totals[name] + square if name in totals else square
+        count += len(next(iter(gradients.values())))
+    return {name: total / count for name, total in totals.items()}
+
+
+# parameters: those of diagonal_fisher, and a title
+def gradients_by_sample(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    labels: Labels = "data",
+    samples: int | None = None,
+    seed: int = 0,
+    title: str = "gradients",
+    progress: bool | None = None,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield the gradients of each sample's log-likelihood, batch by batch: parameter name -> (samples, *shape).
+
+    Args:
+        model, data, labels, samples, seed, progress: see :func:`diagonal_fisher`.
+        title: of the progress bar.
+
+    Raises:
+        ValueError: see :func:`diagonal_fisher`.
+    """
     check_choice("labels", labels, Labels)
     check_integer("seed", seed)
     generator = torch.Generator("cpu").manual_seed(seed)
@@ -74,10 +106,8 @@ def diagonal_fisher(
         return F.cross_entropy(prediction_of(output), y[None])
 
     gradient = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0), randomness="different")
-    totals = {n: torch.zeros_like(p, dtype=working_dtype(p.dtype)) for n, p in parameters.items()}
-    count = 0
     with evaluating(model), buffers_sent_once(model), torch.autocast(device_of(model).type, enabled=False):
-        batches = batches_of(data, "diagonal Fisher", samples=samples, progress=progress)
+        batches = batches_of(data, title, samples=samples, progress=progress)
         for batch in read_in_step(batches, model):
             inputs, y = split_batch(batch)
             inputs = arguments_for(model, inputs)
@@ -90,7 +120,4 @@ def diagonal_fisher(
                 raise ValueError(
                     'data: expected (inputs, targets) pairs of tensors, or mappings with labels; labels="sampled" needs none'
                 )
-            for name, g in gradient(parameters, inputs, y.to(device_of(model))).items():
-                totals[name] += g.to(totals[name].dtype).square().sum(0)
-            count += len(y)
-    return {name: total / count for name, total in totals.items()}
+            yield gradient(parameters, inputs, y.to(device_of(model)))

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import fastmatch as fm
+from fastmatch.renorm import outputs, trial
 from fastmatch.renorm.outputs import PREFERENCE, SAMPLES, disagreement
 from fastmatch.studies.digits import Batches, digits, train_new
 from fastmatch.studies.networks import vgg
@@ -31,7 +32,8 @@ def labelled(count: int = 96, size: int = 32) -> Batches:
 def test_the_choice_is_the_method_with_the_nearest_outputs_and_repair_has_a_small_advantage(name, mode):
     ends, data = pair(name), labelled()
     merged = fm.merge(ends, [0.4, 0.6])
-    new = fm.renormalize(merged, ends, data, fm.Renormalization(mode=mode))
+    measured = fm.endpoint_statistics(ends, data)
+    new = fm.renormalize(merged, measured, data, fm.Renormalization(mode=mode))
     assert data.reads == 2
     plan = fm.applied_plan(new)
     assert plan is not None
@@ -104,6 +106,103 @@ def test_without_outputs_to_compare_repair_is_used():
     plan = fm.applied_plan(fm.renormalize(merged, ends, data, forward=silent))
     assert plan is not None
     assert plan.method == "repair"
+
+
+def plain(width: int = 40) -> nn.Module:
+    torch.manual_seed(5)  # which method is nearest depends on the network
+    return nn.Sequential(
+        nn.Linear(12, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 5)
+    ).double()
+
+
+def distance(model: nn.Module, target: nn.Module, x: torch.Tensor) -> tuple[float, float]:
+    """Fraction of other classes, and the mean angle."""
+    with torch.no_grad():
+        ours, theirs = model(x), target(x)
+    rows = [z - z.mean(1, keepdim=True) for z in (ours, theirs)]
+    other = float((ours.argmax(1) != theirs.argmax(1)).double().mean())
+    return other, float(1 - torch.cosine_similarity(*rows).mean())
+
+
+SEQUENTIAL = fm.Renormalization("least-squares", mode="sequential")
+
+
+@pytest.mark.parametrize("mode", ["joint", "sequential"])
+def test_least_squares_is_chosen_where_it_is_nearest_on_samples_that_it_was_not_fitted_to(mode):
+    dense = plain()
+    pruned = global_magnitude(dense, 0.5)
+    x = (
+        torch.randn(400, 3).double() @ torch.randn(3, 12).double()
+    )  # remaining weights make up for pruned ones
+    data = Batches(x, torch.zeros(400, dtype=torch.long), 150)
+    new = fm.renormalize(pruned, [dense], data, fm.Renormalization(mode=mode))
+    assert data.reads == 2  # as without it
+    plan = fm.applied_plan(new)
+    assert plan is not None
+    assert plan.method == "least-squares"
+    assert plan.kept == {}
+    by_name = fm.renormalize(pruned, [dense], data, SEQUENTIAL)
+    for name, tensor in new.state_dict().items():
+        torch.testing.assert_close(tensor, by_name.state_dict()[name])
+    judged = fm.renormalize(pruned, [dense], [data.inputs[:300]], SEQUENTIAL)
+    assert plan.scores["least-squares"] == pytest.approx(distance(judged, dense, data.inputs[300:]), abs=1e-6)
+    assert "on samples that least squares was not fitted to: least-squares" in plan.why
+
+
+def test_least_squares_that_fits_only_the_samples_that_it_saw_is_not_chosen():
+    dense = plain()
+    pruned = global_magnitude(dense, 0.5)
+    # The last quarter is of another kind than what the fit is made from. Without classes, angles alone count.
+    x = torch.cat([0.01 * torch.randn(180, 12) + torch.randn(12), 3 * torch.randn(60, 12)]).double()
+    judged = fm.renormalize(pruned, [dense], [x[:180]], SEQUENTIAL)
+    plan = fm.applied_plan(fm.renormalize(pruned, [dense], [x]))
+    assert plan is not None
+    assert distance(judged, dense, x[:180])[1] < 0.1 * distance(pruned, dense, x[:180])[1]
+    assert plan.scores["least-squares"].angle == pytest.approx(distance(judged, dense, x[180:])[1], abs=1e-6)
+    assert plan.method != "least-squares"
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.again, self.last = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.again(self.again(self.first(x).relu()).relu()).relu())
+
+
+def test_where_least_squares_cannot_be_tried_the_plan_says_why(monkeypatch):
+    dense, x = plain(), torch.randn(40, 12).double()
+    pruned = global_magnitude(dense, 0.8)
+
+    def found(model, end, data, options="auto"):
+        plan = fm.applied_plan(fm.renormalize(model, end, data, options, weights=[1.0]))
+        assert plan is not None
+        assert plan.method != "least-squares"
+        return plan
+
+    for end, options in (
+        (fm.endpoint_statistics([dense], [x]), "auto"),
+        ([dense], fm.Renormalization(std_factor=1.1)),
+        ([dense], fm.Renormalization(target="equal")),
+    ):
+        plan = found(pruned, end, [x], options)
+        assert "least" not in str(plan)
+    assert (
+        "it takes two samples" in found(pruned, [dense], [x[:1]], fm.Renormalization(mode="sequential")).why
+    )
+    torch.manual_seed(fresh_seed())
+    twice = Twice().double()
+    assert "'again' runs more than once" in found(global_magnitude(twice, 0.5), [twice], [x]).why
+    monkeypatch.setattr(trial, "WORK", 2 * (3 * 12**2 + 12**3) * 40.0)
+    assert "multiplications, more than" in found(pruned, [dense], [x]).why
+
+
+def test_the_work_of_a_fit_is_counted_from_rows_inputs_and_groups():
+    net = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1, groups=2), nn.Flatten(), nn.Linear(6 * 25, 3))
+    probe = outputs.Probe(torch.zeros(2, 4, 5, 5), ())
+    found = trial._work(net, ["0", "2"], probe, 10, lambda model, batch: model(batch))
+    assert found == 10 * (25 * 2 * 18**2 + 150**2) + 2 * 18**3 + 150**3
 
 
 def test_batch_norm_without_endpoints_is_reset():
