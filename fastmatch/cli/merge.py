@@ -16,7 +16,7 @@ from fastmatch._internal.files import STATE_SUFFIXES, shared_metadata, writing
 from fastmatch._internal.model_files import with_names_of
 from fastmatch._internal.states import check_finite
 from fastmatch._internal.torch_file import torch_sink
-from fastmatch.cli.loading import build_network, function_from, load_into, load_models
+from fastmatch.cli.loading import build_model, example_from, function_from, load_into, load_models
 from fastmatch.cli.merge_on_disk import add_merge_options, merge_on_disk
 from fastmatch.cli.options import Commands, add, add_command
 from fastmatch.cli.outputs import check_outputs, say, write_weights
@@ -60,10 +60,16 @@ def add_commands(commands: Commands) -> None:
         examples=(
             "partial a.pt b.pt --model net.py:build --input-shape 2,3,32,32 --data net.py:loader --rule zip --keep 2 "
             "--out merged.pt2",
+            "partial a.pt b.pt --model net.py:ten_classes --model net.py:five_classes --input-shape 2,3,32,32 --data net.py:loader "
+            "--rule zip --stop-at 6 --out shared.pt2",
         ),
     )  # fmt: skip
     command.add_argument("checkpoints", nargs="+", help="two or more checkpoints of one architecture")
-    add(command, "--model", required=True)
+    add(
+        command, "--model", required=True, action="append",
+        help="callable that returns the network, or (network, example inputs); given once, or once for each checkpoint if their heads "
+        "differ (see --stop-at)",
+    )  # fmt: skip
     add(command, "--input-shape")
     add(
         command, "--data",
@@ -81,6 +87,11 @@ def add_commands(commands: Commands) -> None:
         "--start-at", metavar="GROUP", help="the first group that is merged, named by `fastmatch inspect`"
     )
     start.add_argument("--keep", type=int, default=0, metavar="N", help="or the number of groups kept apart")
+    command.add_argument(
+        "--stop-at", metavar="GROUP",
+        help="the last group that is merged: the layers after it stay apart, and the program returns the output of every network; for "
+        "networks of different tasks",
+    )  # fmt: skip
     command.add_argument("--apart", nargs="+", default=[], metavar="GROUP", help="further groups kept apart")
     add(
         command,
@@ -129,13 +140,21 @@ def partial_command(args: argparse.Namespace) -> None:
         raise ValueError("--data: --rule identity reads none; it is for another rule or --renormalize")
     if args.data is None and args.forward is not None:
         raise ValueError("--forward: runs the networks on --data, which is not given")
-    model, example = build_network(args)
+    if len(args.model) not in (1, len(args.checkpoints)):
+        raise ValueError(
+            f"--model: expected one, or one for each of the {len(args.checkpoints)} checkpoints; got {len(args.model)}"
+        )
+    built = [build_model(name) for name in args.model]
+    example = example_from(args.input_shape, built[0][1])
     data = [] if args.data is None else loader_from(args.data, "--data")
-    models = [load_into(model, path) for path in args.checkpoints]
+    networks = [network for network, _ in built] * (len(args.checkpoints) if len(built) == 1 else 1)
+    models = [load_into(network, path) for network, path in zip(networks, args.checkpoints, strict=True)]
     forward = function_from(args.forward, "--forward", default_forward)
     rule = MATCHED_RULES[args.rule](data, forward=forward) if args.rule in MATCHED_RULES else Identity()
     start_at = args.keep if args.start_at is None else args.start_at
-    found = merge_partial(models, example, rule, start_at=start_at, apart=args.apart, weights=args.weights)
+    found = merge_partial(
+        models, example, rule, start_at=start_at, stop_at=args.stop_at, apart=args.apart, weights=args.weights
+    )
     merged: nn.Module = found.model
     if args.renormalize is not None:
         endpoints = None

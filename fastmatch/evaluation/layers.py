@@ -26,7 +26,10 @@ from fastmatch.renorm.layers import channel_dim, survey
 from fastmatch.renorm.norms import batch_norms, is_norm
 from fastmatch.statistics.moments import ChannelMoments
 
-__all__ = ["layer_table", "running_statistics"]
+__all__ = ["feature_bound", "layer_table", "running_statistics"]
+
+SLOPE = 0.4
+"""Of the published bound: its smoothing factor less one."""
 
 
 class _LayerMeter:
@@ -37,8 +40,8 @@ class _LayerMeter:
         self.at_zero: torch.Tensor | None = None
         self.kind = kind
         self.weight, self.bias = (_mean_absolute(getattr(layer, name, None)) for name in ("weight", "bias"))
-        self._absolute = self._vanishing = self._of_weight = 0.0
-        self._numbers = 0
+        self._absolute = self._vanishing = self._of_weight = self._norms = 0.0
+        self._numbers = self._samples = 0
         self._alive: torch.Tensor | None = None
 
     def see(self, layer: nn.Module, inputs: torch.Tensor, output: torch.Tensor) -> None:
@@ -55,7 +58,10 @@ class _LayerMeter:
             self._of_weight += float(output_of_weight.abs().sum(dtype=torch.float64))
         else:
             self._of_weight += float(output.abs().sum(dtype=torch.float64))
-        self._vanishing += float((output.double() - self.at_zero).abs().sum())
+        change = output.double() - self.at_zero
+        self._vanishing += float(change.abs().sum())
+        self._norms += float(change.flatten(1).square().mean(1).sqrt().sum())
+        self._samples += len(change)
         self._numbers += output.numel()
         along = dim if self.kind == "norm" else channel_dim(layer, inputs)
         alive = (inputs != 0).movedim(along, -1).flatten(0, -2).any(0)
@@ -64,6 +70,7 @@ class _LayerMeter:
     def row(self) -> dict[str, float]:
         """Return the layer's numbers, over all samples, positions and channels."""
         assert self._alive is not None
+        assert self.at_zero is not None
         return {
             "variance": float(self.moments.variance.mean()),
             "mean |z|": self._absolute / self._numbers,
@@ -71,6 +78,8 @@ class _LayerMeter:
             "mean |W|": self.weight,
             "mean |b|": self.bias,
             "|z(x) - z(0)|": self._vanishing / self._numbers,
+            "rms z(x) - z(0)": self._norms / self._samples,
+            "mean |z(0)|": float(self.at_zero.abs().mean()),
             "dead inputs": 1 - float(self._alive.double().mean()),
         }
 
@@ -121,9 +130,11 @@ def layer_table(
         A :class:`fastmatch.Table` with a row per model and layer and the columns ``model``, ``layer``, ``depth`` (order
         of the first call), ``kind`` (``"layer"`` or ``"norm"``), ``variance`` (of each channel, averaged), ``mean |z|``,
         ``mean |z - b|`` (what the weight gives, without the bias), ``mean |W|``, ``mean |b|``, ``|z(x) - z(0)|`` (the vanishing
-        feature measure: how much the input still changes the output), and ``dead inputs`` (fraction of input channels
-        that are zero on every sample). With ``endpoints`` also ``variance ratio`` and ``feature ratio``: variance and
-        vanishing feature measure, divided by the endpoints' average.
+        feature measure: how much the input still changes the output), ``rms z(x) - z(0)`` (the same as the paper takes it: the root
+        mean square over a sample's numbers, averaged over samples), ``mean |z(0)|`` (what does not depend on the input), and
+        ``dead inputs`` (fraction of input channels that are zero on every sample). With ``endpoints`` also ``variance ratio`` and
+        ``feature ratio``: variance and vanishing feature measure, divided by the endpoints' average; and ``rms ratio`` with its
+        ``feature bound``: the paper's sequence that bounds the ratio and falls with depth (see :func:`feature_bound`).
 
     Raises:
         TypeError: ``models`` is not a mapping, or a model is not a torch module.
@@ -195,7 +206,11 @@ def _zeros(value: Any) -> Any:
 
 
 def _add_ratios(rows: list[dict[str, Any]], endpoints: Sequence[str], weights: list[float]) -> None:
-    for ratio, column in (("variance ratio", "variance"), ("feature ratio", "|z(x) - z(0)|")):
+    for ratio, column in (
+        ("variance ratio", "variance"),
+        ("feature ratio", "|z(x) - z(0)|"),
+        ("rms ratio", "rms z(x) - z(0)"),
+    ):
         averages: dict[str, float] = {}
         for row in rows:
             if row["model"] in endpoints:
@@ -204,6 +219,31 @@ def _add_ratios(rows: list[dict[str, Any]], endpoints: Sequence[str], weights: l
         for row in rows:
             average = averages[row["layer"]]
             row[ratio] = row[column] / average if average else float("nan")
+
+    for key in {row["model"]: None for row in rows}:
+        own = [row for row in rows if row["model"] == key]
+        for row, bound in zip(own, feature_bound([row["rms ratio"] for row in own]), strict=True):
+            row["feature bound"] = bound
+
+
+def feature_bound(ratios: Sequence[float]) -> list[float]:
+    """Return the paper's bound on vanishing features: the sequence that lies on or above ``ratios`` and falls with depth.
+
+    ``e_L = r_L`` and ``e_l = max(r_l, e_(l+1) (1 + 0.4 / (L - l + 2)))`` for layers 1 to L, as in the published code. Features
+    vanish if the bound comes near zero.
+
+    Example:
+        >>> from fastmatch.evaluation.layers import feature_bound
+        >>> [round(e, 2) for e in feature_bound([0.9, 0.5, 0.6, 0.1])]
+        [0.9, 0.66, 0.6, 0.1]
+
+    Args:
+        ratios: of the layers, in the order in which they run.
+    """
+    bound = list(ratios)
+    for k in range(len(bound) - 2, -1, -1):
+        bound[k] = max(bound[k], bound[k + 1] * (1 + SLOPE / (len(bound) - k + 1)))
+    return bound
 
 
 def running_statistics(models: Mapping[str, nn.Module], *, by_channel: bool = False) -> Table:

@@ -21,6 +21,9 @@ from torch import nn
 def build():
     return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 7))
 
+def build_five():
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 5))
+
 def build_with_inputs():
     return build(), torch.zeros(2, 6)
 

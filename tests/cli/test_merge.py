@@ -78,7 +78,31 @@ def test_partial_writes_a_program_that_computes_what_the_library_makes(normed, l
     assert "--force" in capsys.readouterr().err
 
 
+def test_partial_of_networks_of_different_tasks_shares_a_trunk_and_returns_both_outputs(
+    folder, loader, capsys
+):
+    names = ["build", "build_five"]
+    pair = [build_model(f"cli_module:{name}")[0].eval() for name in names]
+    for name, model in zip("ab", pair, strict=True):
+        save_state(model.state_dict(), f"{name}.safetensors")
+    options = ["--rule", "zip", "--stop-at", "2", "--out", "shared.pt2"]
+    own = [part for name in names for part in ("--model", f"cli_module:{name}")]
+    assert (
+        main(["partial", "a.safetensors", "b.safetensors", *own, "--input-shape", "2,6", *DATA, *options])
+        == 0
+    )
+    assert "2 of 2 groups merged by zip" in capsys.readouterr().out
+    expected = fm.merge_partial(pair, torch.zeros(2, 6), fm.Zip(loader), stop_at="2").model
+    x = torch.randn(9, 6)
+    with torch.no_grad():
+        found = torch.export.load("shared.pt2").module()(x)
+        assert [tuple(y.shape) for y in found] == [(9, 7), (9, 5)]
+        torch.testing.assert_close(tuple(found), tuple(expected(x)))
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
+    ([*PARTIAL, *DATA, "--stop-at", "9", "--out", "new.pt2"], "stop_at: unknown group '9'"),
+    ([*PARTIAL, *["--model", "cli_module:build"] * 2, *DATA, "--out", "new.pt2"], "--model: expected one, or one for each of the 2 checkpoints; got 3"),
     ([*PARTIAL, "--out", "new.pt2"], "--data: needed by --rule permute"),
     ([*PARTIAL, "--out", "new.pt"], "expected a file ending in"),
     ([*PARTIAL, *DATA, "--keep", "9", "--out", "new.pt2"], "start_at: expected a position of 0 to 2"),

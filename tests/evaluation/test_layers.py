@@ -190,3 +190,40 @@ def test_running_statistics_by_channel():
         assert norm.running_var is not None
         torch.testing.assert_close(torch.tensor(own.column("running mean")), norm.running_mean)
         torch.testing.assert_close(torch.tensor(own.column("running variance")), norm.running_var)
+
+
+def test_in_a_linear_network_the_input_and_the_biases_give_what_the_table_splits():
+    """The paper's g and h: the output without all biases, and what the biases alone give."""
+    torch.manual_seed(fresh_seed())
+    net = nn.Sequential(*(nn.Linear(6, 6) for _ in range(4))).double()
+    x, bare = torch.randn(30, 6).double(), copy.deepcopy(net)
+    with torch.no_grad():
+        for layer in bare:
+            layer.bias.zero_()
+        table = fm.layer_table({"m": net}, [x[:8], x[8:]])
+        for k, row in enumerate(table.rows):
+            weights_alone, whole = bare[: k + 1](x), net[: k + 1](x)
+            rms = float(weights_alone.square().mean(1).sqrt().mean())
+            assert row["rms z(x) - z(0)"] == pytest.approx(rms)
+            assert row["mean |z(0)|"] == pytest.approx(float((whole - weights_alone)[0].abs().mean()))
+
+
+def test_the_bound_of_vanishing_features_is_the_published_one_and_falls_with_depth():
+    torch.manual_seed(fresh_seed())
+    models = {"a": net(), "b": net()}
+    models["merged"] = fm.merge(list(models.values()))
+    x = torch.randn(40, 6).double()
+    table = fm.layer_table(models, [x], endpoints=["a", "b"])
+    rms = {(r["model"], r["layer"]): r["rms z(x) - z(0)"] for r in table.rows}
+    own = table.where(model="merged").rows
+    ratios = [2 * r["rms z(x) - z(0)"] / (rms["a", r["layer"]] + rms["b", r["layer"]]) for r in own]
+    assert [r["rms ratio"] for r in own] == pytest.approx(ratios)
+    bounds, count = [r["feature bound"] for r in own], len(ratios)
+    expected = ratios.copy()
+    for i in reversed(range(count - 1)):  # with the published smoothing factor of 1.4
+        smooth = 1.4 * expected[i + 1] - 0.4 * expected[i + 1] * (1 - 1 / (count - i + 1))
+        expected[i] = max(ratios[i], smooth)
+    assert bounds == pytest.approx(expected)
+    assert all(bound >= ratio for bound, ratio in zip(bounds, ratios, strict=True))
+    assert bounds == sorted(bounds, reverse=True)
+    assert bounds[-1] == ratios[-1]
