@@ -183,7 +183,7 @@ def _told(rows: list[record.Row], method: str, chosen: str, without: Sequence[st
     return (
         f"`{method}` is within 1 point of the best of {best} in {sum(d <= NEAR + 1e-9 for d in distances)} of {len(rows)} cells, and "
         f"more than 3 points below leaving the model alone in {harmful}. It chose "
-        + ", ".join(f"{m} {n} times" for m, n in picked.most_common())
+        + ", ".join(f"{m} in {n}" for m, n in picked.most_common())
         + "."
     )
 
