@@ -64,7 +64,11 @@ def add_commands(commands: Commands) -> None:
             "--rule zip --stop-at 6 --out shared.pt2",
         ),
     )  # fmt: skip
-    command.add_argument("checkpoints", nargs="+", help="two or more checkpoints of one architecture")
+    command.add_argument(
+        "checkpoints",
+        nargs="+",
+        help="two or more checkpoints of one architecture, but for their heads with --stop-at",
+    )
     add(
         command, "--model", required=True, action="append",
         help="callable that returns the network, or (network, example inputs); given once, or once for each checkpoint if their heads "

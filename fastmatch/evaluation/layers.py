@@ -238,9 +238,9 @@ def feature_bound(ratios: Sequence[float]) -> list[float]:
         [0.9, 0.66, 0.6, 0.1]
 
     Args:
-        ratios: of the layers, in the order in which they run.
+        ratios: of the layers, in the order in which they run. NaN, where a layer has no ratio, counts as 0.
     """
-    bound = list(ratios)
+    bound = [0.0 if r != r else r for r in ratios]
     for k in range(len(bound) - 2, -1, -1):
         bound[k] = max(bound[k], bound[k + 1] * (1 + SLOPE / (len(bound) - k + 1)))
     return bound

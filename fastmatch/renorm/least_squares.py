@@ -358,6 +358,11 @@ def fit_sequentially(
     """
     known = _Ends(*ends)
     by_name, norms = {fit.name: fit for fit in fits}, {hook.name: hook for hook in reset_hooks(model)}
+    for end in known.models:
+        theirs = dict(end.named_modules())
+        for name in (*by_name, *norms):
+            if name not in theirs:
+                raise CannotFit(f"endpoints: one has no module {name!r}, which the model has")
     once, each = _Once(), 1 + len(known.models)
 
     def answer(name: str, values: list[Any]) -> list[Any]:

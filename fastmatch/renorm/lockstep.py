@@ -14,7 +14,11 @@ from typing import Any
 
 import torch
 
-__all__ = ["Lockstep"]
+__all__ = ["Lockstep", "TakesOtherPaths"]
+
+
+class TakesOtherPaths(ValueError):
+    """Passes take different paths through a model, so they never meet."""
 
 
 class _Stopped(BaseException):
@@ -114,7 +118,7 @@ class Lockstep:
             places = {None if t.done else t.key for t in threads}
             if len(places) > 1:
                 names = ", ".join(sorted("the end" if p is None else str(p) for p in places))
-                raise ValueError(
+                raise TakesOtherPaths(
                     f"data: batches take different paths through the model and wait for each other at {names}; "
                     'use mode="joint"'
                 )

@@ -2,7 +2,8 @@
 
 A fit of whole weights answers well on the samples that it is made from, whatever it does on others. So it is first made from three
 quarters of the kept samples and judged on the last quarter, against the best of the other candidates. Only if it is nearer there, it is
-made again from all of them. The samples are those on which the endpoints' outputs are kept, so no data is read, and memory is bounded.
+made again from all of them. The samples are those on which the endpoints' outputs are kept, so no data is read. A layer's inputs and outputs
+on all of them are held at a time, for every model.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from fastmatch._internal.layer_calls import on_call
 from fastmatch._internal.modules import copy_module
 from fastmatch.renorm.layers import Layer, by_outputs, survey
 from fastmatch.renorm.least_squares import CannotFit, LayerFit, fit_sequentially
+from fastmatch.renorm.lockstep import TakesOtherPaths
 from fastmatch.renorm.options import Renormalization
 from fastmatch.renorm.outputs import PREFERENCE, Disagreement, Probe, disagreement
 
@@ -26,11 +28,17 @@ __all__ = ["Trial", "try_least_squares"]
 
 FITTED = 0.75
 """Fraction of the samples that the judged fit is made from."""
+FEWEST = 64
+"""Samples that a trial takes: on a quarter of fewer, chance decides."""
 BATCHES = 64
 """Batches that are used at most: each is a forward pass of every model, and all passes run side by side."""
 WORK = 1e13
 """Multiplications that both fits may take; as many as VGG16 needs for 30,000 images of 32 x 32. Larger networks are fitted if the method is
 named."""
+
+
+MEMORY = 2**31
+"""Bytes that a layer's inputs and outputs on all samples may take, those of all models together."""
 
 
 class Trial(NamedTuple):
@@ -73,17 +81,23 @@ def try_least_squares(
         samples = sum(samples_in(probe.batch) for probe in probes)
     except ValueError:
         return Trial(None, "least squares was not tried: the samples of a batch cannot be counted")
+    if samples < FEWEST:
+        return Trial(None, f"least squares was not tried: it takes {FEWEST} samples")
     fitted = int(FITTED * samples)
-    if fitted == 0:
-        return Trial(None, "least squares was not tried: it takes two samples")
-    work = 2 * merges * _work(model, layers, probes[0], samples, forward)
+    work, memory = _work(model, layers, probes[0], samples, forward)
+    work, memory = 2 * merges * work, (1 + len(ends[0])) * memory
+    if memory > MEMORY:
+        return Trial(
+            None,
+            f"least squares was not tried: a layer's values take {memory:.1g} bytes, more than {MEMORY:.1g}",
+        )
     if work > WORK:
         return Trial(
             None, f"least squares was not tried: it takes {work:.1g} multiplications, more than {WORK:.0g}"
         )
     try:
         judged = _fit(model, ends, first_samples([p.batch for p in probes], fitted), layers, forward)
-    except CannotFit as reason:
+    except (CannotFit, TakesOtherPaths) as reason:
         return Trial(None, f"least squares was not tried: {reason}")
     ours, theirs = (disagreement(m, probes, ends[1], forward, after=fitted) for m in (judged, best))
     assert ours is not None
@@ -93,7 +107,10 @@ def try_least_squares(
     )
     if (ours.choices, ours.angle) >= (theirs.choices, theirs.angle * PREFERENCE):
         return Trial(None, told, ours)
-    return Trial(_fit(model, ends, [p.batch for p in probes], layers, forward), told, ours)
+    try:
+        return Trial(_fit(model, ends, [p.batch for p in probes], layers, forward), told, ours)
+    except (CannotFit, TakesOtherPaths) as reason:
+        return Trial(None, f"{told}; it cannot be fitted to all of them: {reason}", ours)
 
 
 def _fit(
@@ -110,20 +127,27 @@ def _fit(
     return new
 
 
-def _work(model: nn.Module, layers: Sequence[str], probe: Probe, samples: int, forward: Forward) -> float:
-    """Return the multiplications of one fit: the sums of covariances, and the solutions."""
-    sums, solutions = 0.0, 0.0
+def _work(
+    model: nn.Module, layers: Sequence[str], probe: Probe, samples: int, forward: Forward
+) -> tuple[float, float]:
+    """Return (multiplications, bytes) of one fit: the sums of covariances and the solutions, and the largest layer's values in a model."""
+    sums, solutions, largest = 0.0, 0.0, 0.0
 
-    def see(layer: Layer, output: torch.Tensor) -> None:
-        nonlocal sums, solutions
+    def see(layer: Layer, values: torch.Tensor, output: torch.Tensor) -> None:
+        nonlocal sums, solutions, largest
         weight = by_outputs(layer, layer.weight)
         groups, features = int(getattr(layer, "groups", 1)), weight[0].numel()
         sums += output.numel() / len(weight) * groups * features**2
-        solutions += groups * features**3
+        # Where weights are zero, every output has a system of its own.
+        solutions += (groups if bool((weight != 0).all()) else len(weight)) * features**3
+        largest = max(largest, float(sum(t.numel() * t.element_size() for t in (values, output))))
 
     found = survey(model, layers)[0]
     with evaluating(model), ExitStack() as hooks:
         for layer in found.values():
-            hooks.callback(on_call(layer, lambda _, output, layer=layer: see(layer, output)).remove)
+            hooks.callback(
+                on_call(layer, lambda values, output, layer=layer: see(layer, values, output)).remove
+            )
         forward(model, probe.batch)
-    return sums * samples / samples_in(probe.batch) + solutions
+    share = samples / samples_in(probe.batch)
+    return sums * share + solutions, largest * share

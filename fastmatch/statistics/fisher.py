@@ -67,10 +67,12 @@ def diagonal_fisher(
     for gradients in gradients_by_sample(
         model, data, labels=labels, samples=samples, seed=seed, title="diagonal Fisher", progress=progress
     ):
-        for name, g in gradients.items():
+        count += len(next(iter(gradients.values())))
+        for name in list(gradients):
+            g = gradients.pop(name)  # not kept while the next ones are computed
             square = g.to(working_dtype(g.dtype)).square().sum(0)
             totals[name] = totals[name] + square if name in totals else square
-        count += len(next(iter(gradients.values())))
+            del g
     return {name: total / count for name, total in totals.items()}
 
 

@@ -66,12 +66,24 @@ class SparseGPT:
         new = copy_module(dense)
         batches = list(batches_of(self.data, "SparseGPT", samples=self.samples, progress=False))
         layers = survey(new)[0]
+        for name, layer in layers.items():
+            if "weight" not in dict(layer.named_parameters(recurse=False)):
+                raise ValueError(
+                    f"dense: the weight of {name!r} is computed from another tensor; make it permanent first"
+                )
         order: list[str] = []
         handles = [on_call(layer, lambda *_, name=name: order.append(name)) for name, layer in layers.items()]
         with evaluating(new):
-            default_forward(new, batches[0])
-            for handle in handles:
-                handle.remove()
+            try:
+                for batch in batches:
+                    default_forward(new, batch)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            if missing := [name for name in layers if name not in order]:
+                raise ValueError(
+                    f"data: these layers never run as modules on it, so they cannot be pruned: {', '.join(missing)}"
+                )
             for name in dict.fromkeys(order):
                 layer = layers[name]
                 fit = LayerFit(name, layer)
@@ -130,7 +142,7 @@ class WoodFisher:
 
     The Fisher information of a layer is ``damping I + mean of g g^T`` over the gradients g of single samples. It is never formed: by
     Woodbury's identity, as many numbers as samples times weights are enough. The weights with the least saliency
-    ``w^2 / (2 [F^-1]_qq)`` become zero, compared over all layers. Those that stay change to the least of the quadratic loss. (The
+    ``w^2 / (2 [F^-1]_qq)`` become zero, compared over all layers. Those that stay move to the minimum of the quadratic loss. (The
     published code adds up what each removal asks for alone, in blocks of a layer.)
 
     Example:
@@ -169,7 +181,7 @@ class WoodFisher:
         for found in gradients_by_sample(new, self.data, samples=self.samples, title="WoodFisher"):
             for name, rows in parts.items():
                 rows.append(found[name].flatten(1))
-        gradients = {name: torch.cat(rows).double() for name, rows in parts.items()}
+        gradients = {name: torch.cat(parts.pop(name)).double() for name in names}
         weights = {name: known[name].detach().double().flatten() for name in names}
         saliency = {n: woodbury_saliency(weights[n], gradients[n], self.damping) for n in names}
         if self.by_layer:

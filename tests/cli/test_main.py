@@ -65,8 +65,13 @@ def test_a_shared_option_is_the_same_everywhere():
         for action in command._actions:
             for flag in action.option_strings:
                 settings.setdefault(flag, set()).add((action.type, type(action), str(action.choices)))
-    # After a partial merge "auto" is not among the methods. A plan names a kind of device, which need not be there.
-    assert {flag for flag, found in settings.items() if len(found) > 1} == {"--renormalize", "--device"}
+    # After a partial merge "auto" is not among the methods, and a model may be given for each checkpoint. A plan names a kind of
+    # device, which need not be there.
+    assert {flag for flag, found in settings.items() if len(found) > 1} == {
+        "--renormalize",
+        "--device",
+        "--model",
+    }
 
 
 def test_the_installed_command_runs(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fastmatch as fm
-from fastmatch.renorm import outputs, trial
+from fastmatch.renorm import least_squares, outputs, trial
 from fastmatch.renorm.outputs import PREFERENCE, SAMPLES, disagreement
 from fastmatch.studies.digits import Batches, digits, train_new
 from fastmatch.studies.networks import vgg
@@ -171,8 +171,17 @@ class Twice(nn.Module):
         return self.last(self.again(self.again(self.first(x).relu()).relu()).relu())
 
 
+class Branch(nn.Module):
+    def __init__(self, net: nn.Sequential) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x) if x.sum() > 0 else self.net[-1](self.net[:-3](x))
+
+
 def test_where_least_squares_cannot_be_tried_the_plan_says_why(monkeypatch):
-    dense, x = plain(), torch.randn(40, 12).double()
+    dense, x = plain(), torch.randn(80, 12).double()
     pruned = global_magnitude(dense, 0.8)
 
     def found(model, end, data, options="auto"):
@@ -189,12 +198,21 @@ def test_where_least_squares_cannot_be_tried_the_plan_says_why(monkeypatch):
         plan = found(pruned, end, [x], options)
         assert "least" not in str(plan)
     assert (
-        "it takes two samples" in found(pruned, [dense], [x[:1]], fm.Renormalization(mode="sequential")).why
+        "it takes 64 samples" in found(pruned, [dense], [x[:63]], fm.Renormalization(mode="sequential")).why
     )
     torch.manual_seed(fresh_seed())
     twice = Twice().double()
     assert "'again' runs more than once" in found(global_magnitude(twice, 0.5), [twice], [x]).why
-    monkeypatch.setattr(trial, "WORK", 2 * (3 * 12**2 + 12**3) * 40.0)
+    assert "take different paths" in found(Branch(pruned), [Branch(dense)], [x.abs(), -x.abs()]).why
+    with monkeypatch.context() as patch:
+        patch.setattr(trial, "MEMORY", 1000)
+        assert "a layer's values take" in found(pruned, [dense], [x]).why
+    fits = [least_squares.LayerFit(name, getattr(twice, name)) for name in ("first", "last")]
+    with pytest.raises(least_squares.CannotFit, match="one has no module 'first'"):
+        least_squares.fit_sequentially(
+            twice, fits, ([dense], [1.0]), [x], lambda m, b: m(b), SEQUENTIAL, progress=False
+        )
+    monkeypatch.setattr(trial, "WORK", 1000.0)
     assert "multiplications, more than" in found(pruned, [dense], [x]).why
 
 
@@ -202,7 +220,13 @@ def test_the_work_of_a_fit_is_counted_from_rows_inputs_and_groups():
     net = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1, groups=2), nn.Flatten(), nn.Linear(6 * 25, 3))
     probe = outputs.Probe(torch.zeros(2, 4, 5, 5), ())
     found = trial._work(net, ["0", "2"], probe, 10, lambda model, batch: model(batch))
-    assert found == 10 * (25 * 2 * 18**2 + 150**2) + 2 * 18**3 + 150**3
+    sums = 10 * (25 * 2 * 18**2 + 150**2)
+    values = 10 * 4 * 25 * (4 + 6)
+    assert found == (sums + 2 * 18**3 + 150**3, values)
+    with torch.no_grad():
+        net[2].weight[0, 0] = 0  # now each output has a system of its own
+    found = trial._work(net, ["0", "2"], probe, 10, lambda model, batch: model(batch))
+    assert found == (sums + 2 * 18**3 + 3 * 150**3, values)
 
 
 def test_batch_norm_without_endpoints_is_reset():

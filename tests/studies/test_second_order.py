@@ -205,3 +205,12 @@ def test_options_out_of_range_and_weights_that_are_computed_are_named():
     prune.l1_unstructured(net[0], "weight", amount=0.5)
     with pytest.raises(ValueError, match=r"'0\.weight' is computed from another tensor"):
         WoodFisher(data)(net, 0.5)
+    with pytest.raises(ValueError, match="weight of '0' is computed from another tensor"):
+        SparseGPT(data)(net, 0.5)
+
+
+def test_layers_that_do_not_run_are_named():
+    net, data = small()
+    net[0].spare = nn.Linear(3, 3)
+    with pytest.raises(ValueError, match=r"never run as modules on it.*0\.spare"):
+        SparseGPT(data)(net, 0.5)
