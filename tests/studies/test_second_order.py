@@ -177,6 +177,7 @@ def test_woodfisher_prunes_all_layers_by_their_saliency(by_layer):
 
 
 def test_pruners_of_second_order_sweep_sparsities_and_keep_outputs_better_than_magnitude():
+    torch.manual_seed(0)  # how much better it is depends on the draw
     x = correlated(200, 12).float()
     dense = nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 4))
     data = Batches(x, dense(x).argmax(1), 100)
