@@ -209,11 +209,8 @@ def _solve_small(matrix: np.ndarray, maximize: bool) -> Assignment | None:
     if state not in (SOLVED, DOUBTFUL):
         return None
     (row_ind, col_ind), u, v, numbers = found
-    objective, gap, gap_bound, reads, bids, pops, searches = numbers.tolist()
-    stats = {
-        "solver": "SmallDense", "reads": int(reads), "bids": int(bids), "pops": int(pops), "searches": int(searches),
-    }  # fmt: skip
-    solved = Assignment(row_ind, col_ind, u, v, objective, gap, gap_bound, stats)
+    objective, gap, gap_bound, *counts = numbers.tolist()
+    solved = Assignment(row_ind, col_ind, u, v, objective, gap, gap_bound, _stats("SmallDense", counts))
     if state == DOUBTFUL:
         kept = _without_large(matrix, -1.0 if maximize else 1.0, solved)
         if kept is not None:

@@ -129,7 +129,7 @@ def _sites(record: Record, nesting: Nesting, names: Mapping[Key, str]) -> tuple[
 
 
 def _mixes_blocks(nesting: Nesting, labels: Sequence[Label]) -> bool:
-    """Whether an index has picked a block for every row. Then the order of the units inside depends on the row."""
+    """Return whether an index has picked a block for every row. Then the order of the units inside depends on the row."""
     here = {id(x.leaf) for label in labels for x in occurrences(label)}
     containers = [nesting.parents[leaf] for leaf in here & nesting.parents.keys()]
     containers += [nesting.slices[leaf][0] for leaf in here & nesting.slices.keys()]

@@ -48,7 +48,8 @@ class SparseGPT:
         damping: added to the Hessian's diagonal, as a fraction of its mean.
         block: columns whose weights are chosen together; within them, the fraction that goes is the same everywhere.
 
-    Cost: one forward pass over the data and one inversion of a (features, features) matrix for each layer.
+    Cost: one forward pass over the data for the order of the layers, then one and an inversion of a (features, features) matrix
+    for each layer.
     """
 
     data: Iterable[Any] = field(repr=False)
