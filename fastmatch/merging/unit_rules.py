@@ -186,7 +186,8 @@ class CCA(MatchedUnits):
         for k in range(1, len(weights)):
             own = slice(k * n, (k + 1) * n)
             root_b, inverse_b = roots(covariance[own, own], self.ridge, self.gamma)
-            rotation = _orthogonal(inverse_a @ covariance[:n, own] @ inverse_b)
+            near = _pair_constants(covariance[:n, :n].diagonal(), covariance[own, own].diagonal())
+            rotation = _orthogonal(inverse_a @ covariance[:n, own] @ inverse_b, near)
             merge.append((root_a @ rotation @ inverse_b).cpu())
             unmerge.append((root_b @ rotation.T @ inverse_a).cpu())
         return matrix_maps(merge, unmerge)
@@ -206,9 +207,28 @@ def _without_ties(similarity: torch.Tensor, count: int) -> torch.Tensor:
     return alike + 1e-6 * ((unit[:, None] == unit) & other)
 
 
-def _orthogonal(cross: torch.Tensor) -> torch.Tensor:
-    """Return the orthogonal matrix nearest to ``cross``; in its null space, the one nearest to the identity."""
+def _pair_constants(variances_a: torch.Tensor, variances_b: torch.Tensor) -> torch.Tensor:
+    """Return a permutation matrix that maps constant units to constant units, and keeps the index where it can.
+
+    Units that a ReLU holds at zero have negative inputs. Those of a rotated pair may be positive; those of a permuted
+    pair, averaged with another one's, are not.
+    """
+    constant = torch.stack([v <= 1e-12 * v.max() for v in (variances_a, variances_b)])
+    alike = constant[0] == constant[1]
+    rows = torch.arange(constant.shape[1], device=constant.device)
+    columns = rows.clone()
+    # Sorted, the constants of both come first, so that as many as possible meet.
+    left_a, left_b = (rows[~alike][torch.argsort(~own[~alike], stable=True)] for own in constant)
+    columns[left_a] = left_b
+    found = torch.zeros(len(rows), len(rows), dtype=variances_a.dtype, device=constant.device)
+    found[rows, columns] = 1
+    return found
+
+
+def _orthogonal(cross: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
+    """Return the orthogonal matrix nearest to ``cross``; in its null space, the one nearest to ``near``."""
     left, values, right = torch.linalg.svd(cross)
     known = int((values > 1e-6 * values[:1].clamp(min=1e-300)).sum())
-    u, _, v = torch.linalg.svd(left[:, known:].T @ right[known:].T)
-    return left[:, :known] @ right[:known] + left[:, known:] @ u @ v @ right[known:]
+    left, rest_left, right, rest_right = left[:, :known], left[:, known:], right[:known], right[known:]
+    u, _, v = torch.linalg.svd(rest_left.T @ near @ rest_right.T)
+    return left @ right + rest_left @ u @ v @ rest_right

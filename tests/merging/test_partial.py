@@ -550,13 +550,29 @@ def test_networks_of_different_tasks_share_a_trunk_and_keep_their_heads(rule):
 def test_a_trunk_that_both_tasks_have_keeps_both_functions(rule):
     a, b = tasks(3, 5)
     b.trunk.load_state_dict(a.trunk.state_dict())
-    x = torch.randn(4, 6, dtype=DOUBLE)
+    data = inputs_like(torch.empty(1, 6))
+    x = next(iter(data))[0]  # a unit that is zero on the data may be mapped anywhere: other inputs may need it
     if rule != "identity":  # in another order
         spec = fm.PermutationSpec.trace(b, x).select(["trunk.0", "trunk.2"])
         b = fm.Alignment(spec.random(torch.Generator().manual_seed(1)), spec).apply(b)
-    found = fm.merge_partial([a, b], x, rule_of(rule, inputs_like(x)), stop_at="trunk.2")
+    found = fm.merge_partial([a, b], x, rule_of(rule, data), stop_at="trunk.2")
     for model, output in zip((a, b), run(found.model, x), strict=True):
         torch.testing.assert_close(output, run(model, x), rtol=1e-8, atol=1e-8)
+
+
+def test_cca_gives_no_output_to_units_that_both_models_hold_at_zero():
+    (a, _), data = tasks(3, 5), inputs_like(torch.empty(1, 6))
+    x = torch.cat([batch for batch, _ in data])
+    with torch.no_grad():  # the three largest inputs stay a little below zero
+        inputs = a.trunk[:4](x)
+        a.trunk[3].bias[:5] = torch.rand(5, dtype=DOUBLE) - inputs.mean(0)[:5]
+        a.trunk[3].bias[5:] = -inputs.max(0).values[5:] - torch.tensor([0.01, 0.1, 1.0], dtype=DOUBLE)
+    spec = fm.PermutationSpec.trace(a, x).select(["trunk.2"])
+    for seed in range(8):
+        b = fm.Alignment(spec.random(torch.Generator().manual_seed(seed)), spec).apply(a)
+        merged = fm.merge_partial([a, b], x, fm.CCA(data), stop_at="trunk.2").model
+        for output in run(merged, x):
+            torch.testing.assert_close(output, run(a, x), rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", ["mlp", "vgg", "resnet"])
