@@ -60,7 +60,8 @@ def test_samples_are_spread_over_sorted_data_and_classes_are_counted_from_zero()
 
 def test_a_deep_vgg_tells_inputs_apart_before_it_is_trained():
     torch.manual_seed(fresh_seed())
-    outputs = vgg10(16)(torch.randn(64, *SHAPE))
+    with torch.no_grad():
+        outputs = vgg10(16)(torch.randn(64, *SHAPE))
     assert float(outputs.std(0).mean()) > 0.01 * float(outputs.abs().mean()), (
         "torch's own initialization: below 0.001"
     )
