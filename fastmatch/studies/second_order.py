@@ -95,13 +95,11 @@ class SparseGPT:
                 finally:
                     handle.remove()
                 weight = by_outputs(layer, layer.weight)
-                hessians = fit.second_moments()
-                parts = weight.double().reshape(len(hessians), -1, hessians[0].shape[0])
-                pruned = [
-                    surgeon(part, damped(hessian.to(part), self.damping), amount, self.block)
-                    for part, hessian in zip(parts, hessians, strict=True)
-                ]
-                weight.copy_(torch.stack(pruned).reshape(weight.shape))
+                hessians = torch.stack([damped(h, self.damping) for h in fit.second_moments()]).to(
+                    weight.device
+                )
+                parts = weight.double().reshape(len(hessians), -1, hessians.shape[-1])
+                weight.copy_(surgeon(parts, hessians, amount, self.block).reshape(weight.shape))
         return new
 
 
@@ -118,22 +116,26 @@ def surgeon(weight: torch.Tensor, hessian: torch.Tensor, amount: float, block: i
     column j on lose ``w_j C_0 / C_00``.
 
     Args:
-        weight: (outputs, features) float64.
-        hessian: (features, features), positive definite.
+        weight: (groups, outputs, features) float64.
+        hessian: (groups, features, features), positive definite.
         amount: fraction that goes, of each block of columns.
-        block: columns that are chosen together, by the weights that they have after all columns before them.
+        block: columns that are chosen together in all groups, by the weights that they have after all columns before them.
     """
     weight = weight.clone()
     # Row j of the upper Cholesky factor of H^-1 is C_0 / sqrt(C_00) of column j.
     rows = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
-    for start in range(0, weight.shape[1], block):
-        stop = min(start + block, weight.shape[1])
-        saliency = (weight[:, start:stop] / rows.diagonal()[start:stop]).square()
-        goes = ~mask_of(saliency, amount)
+    diagonals = rows.diagonal(dim1=1, dim2=2)
+    gone = 0
+    for start in range(0, weight.shape[2], block):
+        stop = min(start + block, weight.shape[2])
+        saliency = (weight[:, :, start:stop] / diagonals[:, None, start:stop]).square()
+        # Counted from the first column, so that the rounding of many small blocks does not add up.
+        count = round(amount * weight[:, :, :stop].numel()) - gone
+        goes, gone = ~mask_of(saliency, count / saliency.numel()), gone + count
         for j in range(start, stop):
-            lost = torch.where(goes[:, j - start], weight[:, j] / rows[j, j], 0.0)
-            weight[:, j:] -= torch.outer(lost, rows[j, j:])
-            weight[goes[:, j - start], j] = 0
+            lost = torch.where(goes[:, :, j - start], weight[:, :, j] / diagonals[:, j, None], 0.0)
+            weight[:, :, j:] -= lost[:, :, None] * rows[:, j, None, j:]
+            weight[:, :, j][goes[:, :, j - start]] = 0
     return weight
 
 

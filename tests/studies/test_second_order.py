@@ -29,27 +29,31 @@ def correlated(count: int, features: int) -> torch.Tensor:
 
 
 def by_explicit_inverses(
-    weight: torch.Tensor, hessian: torch.Tensor, amount: float, block: int
+    weights: torch.Tensor, hessians: torch.Tensor, amount: float, block: int
 ) -> torch.Tensor:
-    weight, features = weight.clone(), weight.shape[1]
+    """Prune the groups (groups, outputs, features) together, block after block."""
+    weights, (groups, outputs, features) = weights.clone(), weights.shape
+    gone = 0
     for start in range(0, features, block):
         columns = range(start, min(start + block, features))
-        inverses = {j: torch.linalg.inv(hessian[j:, j:]) for j in columns}
-        saliency = torch.stack([weight[:, j] ** 2 / inverses[j][0, 0] for j in columns], dim=1)
-        count = round(amount * saliency.numel())
-        goes = set(saliency.flatten().argsort()[:count].tolist())
+        inverses = {(g, j): torch.linalg.inv(hessians[g, j:, j:]) for g in range(groups) for j in columns}
+        places = [(g, i, j) for g in range(groups) for i in range(outputs) for j in columns]
+        saliency = {(g, i, j): float(weights[g, i, j] ** 2 / inverses[g, j][0, 0]) for g, i, j in places}
+        count = round(amount * groups * outputs * columns.stop) - gone
+        gone += count
+        goes = set(sorted(places, key=saliency.__getitem__)[:count])
         for j in columns:
-            for i in range(len(weight)):
-                if i * len(columns) + j - start in goes:
-                    weight[i, j:] -= weight[i, j] / inverses[j][0, 0] * inverses[j][0]
-    return weight
+            for g, i, _ in (place for place in goes if place[2] == j):
+                weights[g, i, j:] -= weights[g, i, j] / inverses[g, j][0, 0] * inverses[g, j][0]
+    return weights
 
 
 @pytest.mark.parametrize("block", [1, 3, 8, 100])
 @pytest.mark.parametrize("amount", [0.0, 0.4, 0.75, 1.0])
-def test_the_surgeon_equals_explicit_inverses(block, amount):
-    x = correlated(50, 8)
-    weight, hessian = torch.randn(5, 8).double(), damped(x.T @ x / 50, 0.01)
+@pytest.mark.parametrize("groups", [1, 3])
+def test_the_surgeon_equals_explicit_inverses(block, amount, groups):
+    hessian = torch.stack([damped(x.T @ x / 50, 0.01) for x in (correlated(50, 8) for _ in range(groups))])
+    weight = torch.randn(groups, 5, 8).double()
     found = surgeon(weight, hessian, amount, block)
     expected = by_explicit_inverses(weight, hessian, amount, block)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
@@ -60,10 +64,20 @@ def test_one_weight_in_the_last_row_is_removed_at_the_least_cost():
     x = correlated(60, 6)
     hessian, weight = x.T @ x / 60, torch.randn(1, 6).double()
     weight[0, 0] = 1e-3  # the first column goes, all others may make up for it
-    found = surgeon(weight, hessian, 1 / 6, 6)
+    found = surgeon(weight[None], hessian[None], 1 / 6, 6)[0]
     best = torch.linalg.lstsq(x[:, 1:], x @ weight[0]).solution
     assert found[0, 0] == 0
     torch.testing.assert_close(found[0, 1:], best)
+
+
+def test_channels_of_a_depthwise_convolution_are_not_all_pruned_away_by_rounding():
+    torch.manual_seed(fresh_seed())
+    net = nn.Sequential(nn.Conv2d(12, 12, 3, groups=12), nn.Flatten(), nn.Linear(48, 3)).double()
+    data = Batches(torch.randn(40, 12, 4, 4).double(), torch.zeros(40), 16)
+    for block in (1, 4, 128):
+        pruned = SparseGPT(data, block=block)(net, 0.95)
+        zeros = int((pruned[0].weight == 0).sum())
+        assert zeros == round(0.95 * 108), "a channel has nine weights, and 0.95 of nine is rounded to nine"
 
 
 class Convolutional(nn.Module):
@@ -88,17 +102,17 @@ def test_layers_are_pruned_in_order_with_the_inputs_that_pruned_layers_give():
         rows = F.unfold(inputs, 3, padding=layer.padding, stride=layer.stride).movedim(1, 2)
         return list(rows.reshape(-1, rows.shape[2]).chunk(layer.groups, dim=1))
 
-    def expected(weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        hessian = damped(rows.T @ rows / len(rows), 0.02)
-        return by_explicit_inverses(weight.flatten(1), hessian, 0.5, 5)
+    def expected(weight: torch.Tensor, *parts: torch.Tensor) -> torch.Tensor:
+        hessians = torch.stack([damped(rows.T @ rows / len(rows), 0.02) for rows in parts])
+        groups = weight.flatten(1).reshape(len(parts), -1, hessians.shape[-1])
+        return by_explicit_inverses(groups, hessians, 0.5, 5).reshape(len(weight), -1)
 
     with torch.no_grad():
         after_first = pruned.first(x).relu()
         after_second = pruned.second(after_first).relu().flatten(1)
         found = expected(dense.first.weight, parts(x, dense.first)[0])
         torch.testing.assert_close(pruned.first.weight.flatten(1), found, rtol=1e-6, atol=1e-9)
-        halves = zip(dense.second.weight.chunk(2), parts(after_first, dense.second), strict=True)
-        found = torch.cat([expected(weight, rows) for weight, rows in halves])
+        found = expected(dense.second.weight, *parts(after_first, dense.second))
         torch.testing.assert_close(pruned.second.weight.flatten(1), found, rtol=1e-6, atol=1e-9)
         torch.testing.assert_close(
             pruned.last.weight, expected(dense.last.weight, after_second), rtol=1e-6, atol=1e-9
