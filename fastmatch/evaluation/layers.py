@@ -134,7 +134,8 @@ def layer_table(
         mean square over a sample's numbers, averaged over samples), ``mean |z(0)|`` (what does not depend on the input), and
         ``dead inputs`` (fraction of input channels that are zero on every sample). With ``endpoints`` also ``variance ratio`` and
         ``feature ratio``: variance and vanishing feature measure, divided by the endpoints' average; and ``rms ratio`` with its
-        ``feature bound``: the paper's sequence that bounds the ratio and falls with depth (see :func:`feature_bound`).
+        ``feature bound``: the paper's sequence that bounds the ratio and falls with depth (see :func:`feature_bound`). Layers
+        and norms have a sequence each.
 
     Raises:
         TypeError: ``models`` is not a mapping, or a model is not a torch module.
@@ -220,8 +221,8 @@ def _add_ratios(rows: list[dict[str, Any]], endpoints: Sequence[str], weights: l
             average = averages[row["layer"]]
             row[ratio] = row[column] / average if average else float("nan")
 
-    for key in {row["model"]: None for row in rows}:
-        own = [row for row in rows if row["model"] == key]
+    for key in dict.fromkeys((row["model"], row["kind"]) for row in rows):
+        own = [row for row in rows if (row["model"], row["kind"]) == key]
         for row, bound in zip(own, feature_bound([row["rms ratio"] for row in own]), strict=True):
             row["feature bound"] = bound
 

@@ -227,3 +227,20 @@ def test_the_bound_of_vanishing_features_is_the_published_one_and_falls_with_dep
     assert all(bound >= ratio for bound, ratio in zip(bounds, ratios, strict=True))
     assert bounds == sorted(bounds, reverse=True)
     assert bounds[-1] == ratios[-1]
+
+
+def test_measuring_norms_too_leaves_the_bound_of_the_layers():
+    torch.manual_seed(fresh_seed())
+    models = {
+        name: torch.nn.Sequential(
+            torch.nn.Linear(6, 8), torch.nn.LayerNorm(8), torch.nn.ReLU(), torch.nn.Linear(8, 4)
+        )
+        for name in ("a", "b")
+    }
+    models["merged"] = fm.merge(list(models.values()))
+    x = torch.randn(40, 6)
+    layers = fm.layer_table(models, [x], endpoints=["a", "b"]).where(model="merged")
+    both = fm.layer_table(models, [x], endpoints=["a", "b"], norms=True).where(model="merged")
+    assert both.where(kind="layer").column("feature bound") == pytest.approx(layers.column("feature bound"))
+    norm = both.where(kind="norm").rows[0]
+    assert norm["feature bound"] == pytest.approx(norm["rms ratio"]), "the only norm"
