@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -26,9 +28,11 @@ __all__ = [
     "collated",
     "default_forward",
     "evaluating",
+    "first_samples",
     "prediction_of",
     "samples_in",
     "split_batch",
+    "take_rows",
 ]
 
 TARGETS = ("labels", "label")
@@ -169,18 +173,31 @@ def _first_rows(value: Any) -> Any:
     return next((t for t in map(_first_rows, parts) if t is not None), None)
 
 
-def _cut(value: Any, count: int, size: int) -> Any:
-    """Keep the first ``count`` of ``size`` samples in every tensor that has ``size`` rows."""
+def take_rows(value: Any, rows: Sequence[int], size: int) -> Any:
+    """Return a batch of ``size`` samples with these alone, in every tensor and list that has ``size`` rows; containers keep their types."""
     if isinstance(value, torch.Tensor):
-        return value[:count] if value.ndim and len(value) == size else value
+        return value[list(rows)] if value.ndim and len(value) == size else value
     if isinstance(value, Mapping):
-        return {
-            k: v[:count] if (is_rows(v) or is_text(v)) and len(v) == size else _cut(v, count, size)
-            for k, v in value.items()
-        }
+        taken = {k: _taken(v, rows, size) for k, v in value.items()}
+        if not isinstance(value, MutableMapping):
+            return taken
+        found = copy.copy(value)  # a tokenizer's encodings have methods that a forward function may call
+        for name, part in taken.items():
+            found[name] = part
+        return found
     if isinstance(value, (tuple, list)):
-        return [_cut(v, count, size) for v in value]
+        parts = [take_rows(v, rows, size) for v in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return value
+
+
+def _taken(value: Any, rows: Sequence[int], size: int) -> Any:
+    """Return an entry of a mapping, where a list of numbers or texts has a row for each sample too."""
+    if isinstance(value, (list, tuple)) and (is_rows(value) or is_text(value)) and len(value) == size:
+        return [value[k] for k in rows]
+    if isinstance(value, np.ndarray) and value.ndim and len(value) == size:
+        return value[list(rows)]
+    return take_rows(value, rows, size)
 
 
 def first_samples(data: Iterable[Any], samples: int | None) -> Iterator[Any]:
@@ -191,7 +208,7 @@ def first_samples(data: Iterable[Any], samples: int | None) -> Iterator[Any]:
     left = samples
     for batch in map(collated, data):
         size = samples_in(batch)
-        yield batch if size <= left else _cut(batch, left, size)
+        yield batch if size <= left else take_rows(batch, range(left), size)
         left -= size
         if left <= 0:
             return

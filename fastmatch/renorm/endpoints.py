@@ -29,7 +29,7 @@ from fastmatch.permutations.apply import dimension_indices
 from fastmatch.renorm.layers import channel_dim, survey
 from fastmatch.renorm.on_ranks import measured_on_ranks
 from fastmatch.renorm.options import TargetMix
-from fastmatch.renorm.outputs import Probe, ProbeRecorder, joined
+from fastmatch.renorm.probes import Probe, ProbeRecorder, joined
 from fastmatch.renorm.targets import Target, layer_average, mixed_target
 from fastmatch.statistics.finite import FiniteNotes
 from fastmatch.statistics.moments import ChannelMoments
@@ -52,7 +52,7 @@ class EndpointStatistics:
     Attributes:
         calls: per endpoint, layer name -> the moments of the layer's first, second, ... call in a forward
             pass. A module that a network uses twice has two.
-        probes: the endpoints' outputs on the first samples, which ``method="auto"`` compares with those of the merge.
+        probes: samples and the endpoints' outputs on them, which ``method="auto"`` compares with those of the merge.
     """
 
     calls: tuple[dict[str, Calls], ...]
@@ -207,8 +207,8 @@ def endpoint_statistics(
     ranks. With ``samples``, and of data whose number of batches is not known, each rank reads all.
 
     Returns:
-        An :class:`EndpointStatistics` with float64 moments, pooled over all samples and positions, and the outputs on the
-        first 1024 samples.
+        An :class:`EndpointStatistics` with float64 moments, pooled over all samples and positions, and the outputs on
+        1024 samples that are spread over the data.
 
     Raises:
         TypeError: a model is not a torch module.
@@ -261,6 +261,7 @@ def endpoint_statistics(
             else:
                 for note in notes.values():
                     note.batch = share.first - 1
+                recorder.next = share.first
                 device = device_of(models[0])
                 measured_on_ranks(share, list(tables.values()), recorder, run, check, device, progress)
     finally:
@@ -271,7 +272,7 @@ def endpoint_statistics(
     for name in layers or ():
         if name not in measured[0]:
             raise ValueError(f"layers: {name!r} was never run on the data")
-    return EndpointStatistics(measured, tuple(recorder.probes))
+    return EndpointStatistics(measured, recorder.probes(models[0], forward))
 
 
 def _measure(

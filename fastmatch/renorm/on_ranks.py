@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any, TypeAlias
 
 import torch
 
 from fastmatch._internal.shared_data import Share
 from fastmatch._internal.tree import MergeTree
-from fastmatch.renorm.outputs import SAMPLES, Probe, ProbeRecorder
+from fastmatch.renorm.probes import ProbeRecorder, superfluous
 from fastmatch.statistics.moments import ChannelMoments
 
 __all__ = ["measured_on_ranks"]
@@ -33,24 +34,21 @@ def measured_on_ranks(
     Args:
         share: the batches.
         tables: one for each endpoint, to which ``run`` adds.
-        recorder: of the outputs on the first samples, to which ``run`` adds.
+        recorder: of outputs, to which ``run`` adds.
         run: runs the endpoints on one batch.
         check: raises an error if this rank's activations are not finite.
         device: where the moments belong.
         progress: show a progress bar; None shows it on a terminal.
     """
     tree: MergeTree[list[Table]] = MergeTree(share.ranks, share.blocks, _merged)
-    probes: list[tuple[int, Probe]] = []
     for block, batches in share.by_block("endpoint statistics", progress):
         for batch in batches:
-            before = len(recorder.probes)
             run(batch)
-            probes += [(block, probe) for probe in recorder.probes[before:]]
         tree.add(block, [{name: [m.to("cpu") for m in calls] for name, calls in t.items()} for t in tables])
         for table in tables:
             table.clear()
     check()
-    recorder.probes = _first_probes(share, probes)
+    _exchange_probes(share, recorder)
     for table, found in zip(tables, tree.root(), strict=True):
         table |= {name: [m.to(device) for m in calls] for name, calls in found.items()}
 
@@ -65,20 +63,16 @@ def _merged(first: list[Table], second: list[Table]) -> list[Table]:
     return first
 
 
-def _first_probes(share: Share, probes: list[tuple[int, Probe]]) -> list[Probe]:
-    """Return the probes of the first samples of all ranks. A rank has kept those of its own first samples."""
-    sizes = [
-        (block, max((len(k) for k in p.outputs if k is not None), default=SAMPLES)) for block, p in probes
-    ]
-    left, last = SAMPLES, -1
-    for block, size in sorted(
-        x for part in share.ranks.exchange(sizes, "the sizes of outputs") for x in part
-    ):
-        if left > 0:
-            left, last = left - size, block
-    mine = [(block, probe) for block, probe in probes if block <= last]
-    found = [x for part in share.ranks.exchange(mine, "outputs on the first samples") for x in part]
-    recorder = ProbeRecorder()
-    for _, probe in sorted(found, key=lambda x: x[0]):
-        recorder.add(probe.batch, probe.outputs)
-    return recorder.probes
+def _exchange_probes(share: Share, recorder: ProbeRecorder) -> None:
+    """Leave in ``recorder`` what is kept of the batches of all ranks. A rank has kept all that may be."""
+    sizes = {
+        place: size
+        for part in share.ranks.exchange(recorder.sizes(), "the sizes of outputs")
+        for place, size in part.items()
+    }
+    for place in superfluous(sizes):
+        recorder.kept.pop(place, None)
+    found = share.ranks.exchange(recorder.kept, "outputs on some samples")
+    recorder.kept = {place: probe for part in found for place, probe in part.items()}
+    cut = [whole for whole in share.ranks.exchange(recorder.whole, "the first batch") if whole is not None]
+    recorder.whole = min(cut, key=itemgetter(0), default=None)

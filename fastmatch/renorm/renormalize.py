@@ -78,7 +78,7 @@ def renormalize(
             are given, nor for ``"reset"``) and once for the model.
         method: ``"repair"``, ``"rescale"``, ``"reshift"``, ``"reset"`` or ``"least-squares"``, or a
             :class:`fastmatch.Renormalization` with further options. ``"auto"`` tries REPAIR, RESCALE, RESET (with batch norm) and nothing at all, and keeps the
-            copy whose outputs are nearest to the weighted mean of the endpoints' outputs on the first 1024 samples: the
+            copy whose outputs are nearest to the weighted mean of the endpoints' outputs on 1024 samples that are spread over the data: the
             least often another class, if the data has classes, and then the smallest angle. If the endpoints are models, it also tries
             least squares, in sequential mode on those samples (in 64 batches at most), and judges it on some that it was not fitted to.
         weights: the weights of the merge, one per endpoint. None takes those that :func:`fastmatch.merge` noted on
@@ -138,7 +138,7 @@ def renormalize_many(
         TypeError, ValueError: see :func:`renormalize`.
 
     Memory: all merges at once, ``"auto"`` a copy of each per method; in sequential mode also the calibration batches, and for the
-    trial of least squares a layer's inputs and outputs on the first 1024 samples in every model, 2 GiB at most.
+    trial of least squares a layer's inputs and outputs on 1024 samples in every model, 2 GiB at most.
     """
     ranks = current()
     options = renormalization_of(method)

@@ -1,7 +1,7 @@
 """Least squares as a candidate of the automatic choice.
 
 A fit of whole weights answers well on the samples that it is made from, whatever it does on others. So it is first made from three
-quarters of the kept samples and judged on the last quarter, against the best of the other candidates. Only if it is nearer there, it is
+of every four kept samples and judged on the fourth ones, against the best of the other candidates. Only if it is nearer there, it is
 made again from all of them. The samples are those on which the endpoints' outputs are kept, so no data is read. A layer's inputs and outputs
 on all of them are held at a time, for every model.
 """
@@ -15,19 +15,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from fastmatch._internal.batches import Forward, evaluating, first_samples, samples_in
+from fastmatch._internal.batches import Forward, evaluating, samples_in
 from fastmatch._internal.layer_calls import on_call
 from fastmatch._internal.modules import copy_module
 from fastmatch.renorm.layers import Layer, by_outputs, survey
 from fastmatch.renorm.least_squares import CannotFit, LayerFit, fit_sequentially
 from fastmatch.renorm.lockstep import TakesOtherPaths
 from fastmatch.renorm.options import Renormalization
-from fastmatch.renorm.outputs import PREFERENCE, Disagreement, Probe, disagreement
+from fastmatch.renorm.outputs import PREFERENCE, Disagreement, disagreement, is_held_out
+from fastmatch.renorm.probes import Probe, cuts_cleanly, part_of, size_of
 
 __all__ = ["Trial", "try_least_squares"]
 
-FITTED = 0.75
-"""Fraction of the samples that the judged fit is made from."""
+HELD_OUT = 4
+"""Each sample of this number is left out of the judged fit. A last part would be of other classes where loaders are sorted."""
 FEWEST = 64
 """Samples that a trial takes: on a quarter of fewer, chance decides."""
 BATCHES = 64
@@ -70,20 +71,19 @@ def try_least_squares(
     Args:
         model: the merge; it is not changed.
         ends: the endpoints and their weights.
-        probes: the endpoints' outputs on the first samples.
+        probes: samples, and the endpoints' outputs on them.
         best: the best of the other candidates.
         layers: names of the layers to fit.
         forward: runs a model on a batch.
         merges: how many merges are tried; together they may take :data:`WORK`.
     """
-    probes = probes[:BATCHES]
-    try:
-        samples = sum(samples_in(probe.batch) for probe in probes)
-    except ValueError:
+    probes = probes[:: -(-len(probes) // BATCHES)]
+    sizes = [size for probe in probes if (size := size_of(probe)) is not None]
+    samples = sum(sizes)
+    if len(sizes) < len(probes):
         return Trial(None, "least squares was not tried: the samples of a batch cannot be counted")
     if samples < FEWEST:
         return Trial(None, f"least squares was not tried: it takes {FEWEST} samples")
-    fitted = int(FITTED * samples)
     work, memory = _work(model, layers, probes[0], samples, forward)
     work, memory = 2 * merges * work, (1 + len(ends[0])) * memory
     if memory > MEMORY:
@@ -95,11 +95,16 @@ def try_least_squares(
         return Trial(
             None, f"least squares was not tried: it takes {work:.1g} multiplications, more than {WORK:.0g}"
         )
+    fitted = _without_held_out(probes)
+    if not cuts_cleanly(ends[0][0], fitted[0], forward):
+        return Trial(
+            None, "least squares was not tried: a part of a batch does not give what the whole batch gives"
+        )
     try:
-        judged = _fit(model, ends, first_samples([p.batch for p in probes], fitted), layers, forward)
+        judged = _fit(model, ends, [p.batch for p in fitted], layers, forward)
     except (CannotFit, TakesOtherPaths) as reason:
         return Trial(None, f"least squares was not tried: {reason}")
-    ours, theirs = (disagreement(m, probes, ends[1], forward, after=fitted) for m in (judged, best))
+    ours, theirs = (disagreement(m, probes, ends[1], forward, every=HELD_OUT) for m in (judged, best))
     assert ours is not None
     assert theirs is not None
     told = (
@@ -111,6 +116,18 @@ def try_least_squares(
         return Trial(_fit(model, ends, [p.batch for p in probes], layers, forward), told, ours)
     except (CannotFit, TakesOtherPaths) as reason:
         return Trial(None, f"{told}; it cannot be fitted to all of them: {reason}", ours)
+
+
+def _without_held_out(probes: Sequence[Probe]) -> list[Probe]:
+    """Return the samples that the judged fit is made from."""
+    found, seen = [], 0
+    for probe in probes:
+        size = samples_in(probe.batch)
+        rows = (~is_held_out(seen, size, HELD_OUT)).nonzero().flatten().tolist()
+        seen += size
+        if rows:
+            found.append(part_of(probe, rows, size))
+    return found
 
 
 def _fit(

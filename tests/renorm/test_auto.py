@@ -7,11 +7,13 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import fastmatch as fm
-from fastmatch.renorm import least_squares, outputs, trial
-from fastmatch.renorm.outputs import PREFERENCE, SAMPLES, disagreement
+from fastmatch.renorm import least_squares, trial
+from fastmatch.renorm.outputs import PREFERENCE, disagreement
+from fastmatch.renorm.probes import ROWS, SAMPLES, Probe, ProbeRecorder
 from fastmatch.studies.digits import Batches, digits, train_new
 from fastmatch.studies.networks import vgg
 from fastmatch.studies.pruning import global_magnitude
@@ -127,6 +129,16 @@ def distance(model: nn.Module, target: nn.Module, x: torch.Tensor) -> tuple[floa
 SEQUENTIAL = fm.Renormalization("least-squares", mode="sequential")
 
 
+def split(count: int, size: int) -> tuple[list[int], list[int]]:
+    """The samples that the judged fit is made from, and those that are held out: a fourth of those of every part of a batch."""
+    order = []
+    for start in range(0, count, size):
+        stop = min(start + size, count)
+        parts = -(-(stop - start) // ROWS)
+        order += [row for part in range(parts) for row in range(start + part, stop, parts)]
+    return [row for k, row in enumerate(order) if k % 4 != 3], order[3::4]
+
+
 @pytest.mark.parametrize("mode", ["joint", "sequential"])
 def test_least_squares_is_chosen_where_it_is_nearest_on_samples_that_it_was_not_fitted_to(mode):
     dense = plain()
@@ -144,21 +156,29 @@ def test_least_squares_is_chosen_where_it_is_nearest_on_samples_that_it_was_not_
     by_name = fm.renormalize(pruned, [dense], data, SEQUENTIAL)
     for name, tensor in new.state_dict().items():
         torch.testing.assert_close(tensor, by_name.state_dict()[name])
-    judged = fm.renormalize(pruned, [dense], [data.inputs[:300]], SEQUENTIAL)
-    assert plan.scores["least-squares"] == pytest.approx(distance(judged, dense, data.inputs[300:]), abs=1e-6)
+    fitted, held_out = split(400, 150)
+    judged = fm.renormalize(pruned, [dense], [x[fitted]], SEQUENTIAL)
+    assert plan.scores["least-squares"] == pytest.approx(distance(judged, dense, x[held_out]), abs=1e-6)
     assert "on samples that least squares was not fitted to: least-squares" in plan.why
 
 
 def test_least_squares_that_fits_only_the_samples_that_it_saw_is_not_chosen():
     dense = plain()
     pruned = global_magnitude(dense, 0.5)
-    # The last quarter is of another kind than what the fit is made from. Without classes, angles alone count.
-    x = torch.cat([0.01 * torch.randn(180, 12) + torch.randn(12), 3 * torch.randn(60, 12)]).double()
-    judged = fm.renormalize(pruned, [dense], [x[:180]], SEQUENTIAL)
+    # What is held out is of another kind than what the fit is made from. Without classes, angles alone count.
+    fitted, held_out = split(240, 240)
+    x = torch.empty(240, 12).double()
+    x[fitted], x[held_out] = (
+        0.01 * torch.randn(180, 12).double() + torch.randn(12),
+        3 * torch.randn(60, 12).double(),
+    )
+    judged = fm.renormalize(pruned, [dense], [x[fitted]], SEQUENTIAL)
     plan = fm.applied_plan(fm.renormalize(pruned, [dense], [x]))
     assert plan is not None
-    assert distance(judged, dense, x[:180])[1] < 0.1 * distance(pruned, dense, x[:180])[1]
-    assert plan.scores["least-squares"].angle == pytest.approx(distance(judged, dense, x[180:])[1], abs=1e-6)
+    assert distance(judged, dense, x[fitted])[1] < 0.1 * distance(pruned, dense, x[fitted])[1]
+    assert plan.scores["least-squares"].angle == pytest.approx(
+        distance(judged, dense, x[held_out])[1], abs=1e-6
+    )
     assert plan.method != "least-squares"
 
 
@@ -218,7 +238,7 @@ def test_where_least_squares_cannot_be_tried_the_plan_says_why(monkeypatch):
 
 def test_the_work_of_a_fit_is_counted_from_rows_inputs_and_groups():
     net = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1, groups=2), nn.Flatten(), nn.Linear(6 * 25, 3))
-    probe = outputs.Probe(torch.zeros(2, 4, 5, 5), ())
+    probe = Probe(torch.zeros(2, 4, 5, 5), ())
     found = trial._work(net, ["0", "2"], probe, 10, lambda model, batch: model(batch))
     sums = 10 * (25 * 2 * 18**2 + 150**2)
     values = 10 * 4 * 25 * (4 + 6)
@@ -255,12 +275,18 @@ def test_every_merge_of_a_curve_has_a_choice_of_its_own_from_one_read():
         torch.testing.assert_close(new(data.inputs), alone(data.inputs))
 
 
-def test_outputs_are_kept_for_the_first_samples_and_survive_permutation_and_joining():
+def test_outputs_are_kept_for_samples_of_all_the_data_and_survive_permutation_and_joining():
     ends = pair("vgg without norm")
-    data = Batches(torch.randn(SAMPLES + 64, 3, 16, 16), torch.zeros(SAMPLES + 64), 96)
+    count = 2 * SAMPLES + 64
+    data = Batches(torch.randn(count, 3, 16, 16), torch.zeros(count), 96)
     both = fm.endpoint_statistics(ends, data)
     kept = sum(len(probe.batch[0]) for probe in both.probes)
-    assert SAMPLES <= kept < SAMPLES + 96
+    assert SAMPLES <= kept < SAMPLES + ROWS
+    assert len(both.probes) == len(data), "some of every batch"
+    with torch.no_grad():
+        for probe in both.probes:
+            for end, output in zip(ends, probe.outputs, strict=True):
+                torch.testing.assert_close(output, end(probe.batch[0]), rtol=1e-4, atol=1e-5)
     apart = [fm.endpoint_statistics([end], data) for end in ends]
     for ours, theirs in zip((apart[0] + apart[1]).probes, both.probes, strict=True):
         assert all(torch.equal(p, q) for p, q in zip(ours.outputs, theirs.outputs, strict=True))
@@ -290,3 +316,74 @@ def test_a_loader_that_reuses_its_memory_and_one_output_are_compared():
     same = disagreement(model, measured.probes, [1.0], forward)
     assert same is not None
     assert same == pytest.approx((0.0, 0.0), abs=1e-6)
+
+
+def recorded(sizes: list[int]) -> ProbeRecorder:
+    """What is kept of batches of these sizes; every sample is (batch, row)."""
+    recorder = ProbeRecorder()
+    for number, size in enumerate(sizes):
+        rows = torch.stack([torch.full((size,), float(number)), torch.arange(float(size))], dim=1)
+        recorder.add(rows, [rows])
+    return recorder
+
+
+def itself(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    return batch
+
+
+@pytest.mark.parametrize(
+    "sizes", [[1] * 5000, [48] * 400, [256] * 40, [5000] * 6, [30, 2000, 64, 65, 900] * 5, [10] * 20]
+)
+def test_what_is_kept_is_spread_over_all_batches(sizes):
+    found = torch.cat([probe.batch for probe in recorded(sizes).probes(nn.Identity(), itself)])
+    assert len(found.unique(dim=0)) == len(found)
+    assert min(SAMPLES, sum(sizes)) <= len(found) < SAMPLES + ROWS
+    numbers = found[:, 0].unique()
+    widest = int(numbers.diff().max()) if len(numbers) > 1 else 0
+    parts = SAMPLES / min(ROWS, *sizes)
+    assert widest <= max(1, 3 * len(sizes) / parts), "no long stretch of the data is left out"
+    assert numbers[0] == 0
+    assert numbers[-1] >= len(sizes) - 1 - 3 * len(sizes) / parts
+
+
+def test_a_batch_whose_samples_depend_on_each_other_is_kept_whole():
+    nodes = torch.randn(300, 6)
+
+    def forward(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        return model(batch - batch.roll(1, 0))
+
+    model = nn.Linear(6, 4)
+    found = fm.endpoint_statistics([model], [nodes, nodes.flip(0)], forward=forward)
+    assert [len(probe.batch) for probe in found.probes] == [300]
+    assert torch.equal(found.probes[0].batch, nodes)
+    merged = fm.merge([model, nn.Linear(6, 4)])
+    new = fm.renormalize(merged, [model, model], [nodes, nodes.flip(0)], forward=forward)
+    plan = fm.applied_plan(new)
+    assert plan is not None
+    assert "a part of a batch does not give what the whole batch gives" in plan.why
+
+
+def test_batches_sorted_by_class_change_neither_the_choice_nor_what_least_squares_answers():
+    torch.manual_seed(fresh_seed())
+    centres = 4 * torch.randn(8, 10)
+    targets = torch.arange(8).repeat_interleave(200)
+    inputs = centres[targets] + torch.randn(1600, 10)
+    ends = []
+    for _ in range(2):
+        net = nn.Sequential(nn.Linear(10, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 8))
+        optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+        for _ in range(60):
+            optimizer.zero_grad()
+            F.cross_entropy(net(inputs), targets).backward()
+            optimizer.step()
+        ends.append(net.eval())
+    merged, order = fm.merge(ends), torch.randperm(1600)
+    chosen, answers = [], []
+    for x, y in ((inputs, targets), (inputs[order], targets[order])):
+        new = fm.renormalize(merged, ends, Batches(x, y, 64), progress=False)
+        plan = fm.applied_plan(new)
+        assert plan is not None
+        chosen.append(plan.method)
+        answers.append(float((new(inputs).argmax(1) == targets).float().mean()))
+    assert chosen == ["least-squares", "least-squares"]
+    assert answers[0] == pytest.approx(answers[1], abs=0.02)
