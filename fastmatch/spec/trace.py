@@ -24,7 +24,7 @@ from fastmatch.spec.choices import Choices, follow_others
 from fastmatch.spec.escapes import Escapes
 from fastmatch.spec.grouping import Found, find_groups
 from fastmatch.spec.hollow import filled
-from fastmatch.spec.labels import Label, pin, unify
+from fastmatch.spec.labels import Label, is_pinned, pin, unify
 from fastmatch.spec.operations import Call, bind, counts, is_composite, op_name, tensors_in
 from fastmatch.spec.origins import COPIES, follow_origins, follow_ties
 from fastmatch.spec.record import RawSite, Record, ValuesNeeded, fresh, storage_id
@@ -105,6 +105,12 @@ class Tracer(DispatchMode):
         for tensor in call.outputs:
             if not self.record.knows(tensor):
                 self._label_constant(func, call, tensor)
+        if (
+            torch.Tag.dynamic_output_shape in func.tags and call.base != "index"
+        ):  # the rule of index tells masks
+            for label in (label for tensor in call.outputs for label in self.record.labels(tensor)):
+                if is_pinned(label):
+                    self.record.mark_counted(label)
         follow_ties(self.record, call)
         return out
 
@@ -275,6 +281,7 @@ def _trace(
                 follow_others(choices, other, lambda: len(record.unread_tensors(state)))
         training(model, state, record, lambda: passed(*examples[0], Choices()))
         record.sites = sites
+        record.pin_beside_counted()
         unread = pin_unread(record, state)
         return find_groups(record, state, unread)
 
