@@ -358,7 +358,10 @@ class Record:
         Passes with other answers do not show that: a model that is told another count than its mask has fails.
         """
         counted = {id(x.leaf) for label in self._counted for x in occurrences(label)}
-        for label in [label for labels in self.all_labels() for label in labels] if counted else []:
+        every = (
+            {id(find(label)): label for labels in self.all_labels() for label in labels} if counted else {}
+        )
+        for label in every.values():
             leaves = [x.leaf for x in occurrences(label)]
             if not counted.isdisjoint(map(id, leaves)):
                 for leaf in leaves:

@@ -105,12 +105,7 @@ class Tracer(DispatchMode):
         for tensor in call.outputs:
             if not self.record.knows(tensor):
                 self._label_constant(func, call, tensor)
-        if (
-            torch.Tag.dynamic_output_shape in func.tags and call.base != "index"
-        ):  # the rule of index tells masks
-            for label in (label for tensor in call.outputs for label in self.record.labels(tensor)):
-                if is_pinned(label):
-                    self.record.mark_counted(label)
+        self._note_counts(func, call)
         follow_ties(self.record, call)
         return out
 
@@ -137,6 +132,13 @@ class Tracer(DispatchMode):
             self.record.set(tensor, fresh(tensor.shape, call.name))
         else:
             self.record.labels(tensor)
+
+    def _note_counts(self, func: Any, call: Call) -> None:
+        """Note axes whose length depends on values; the rule of index tells which are those of a mask."""
+        if torch.Tag.dynamic_output_shape in func.tags and call.base != "index":
+            for label in (label for tensor in call.outputs for label in self.record.labels(tensor)):
+                if is_pinned(label):
+                    self.record.mark_counted(label)
 
     def _unite_written(self, name: str, tensor: torch.Tensor, before: list[Label]) -> None:
         """Unite the labels that a tensor had before it was written to with those of the result."""
