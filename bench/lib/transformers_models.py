@@ -20,6 +20,9 @@ __all__ = ["families", "inputs_of", "small_model"]
 LARGEST = 30_000_000
 """Parameters above which a model is not small."""
 
+LARGEST_PICTURE = 512
+"""Smaller pictures are tried before those of more pixels a side: a model may make a token of every few."""
+
 BATCH, LENGTH, VOCABULARY = 2, 12, 96
 
 WAYS: tuple[str | int, ...] = ("narrow", "scaled", 16, 8, 4, "shallow")
@@ -81,11 +84,21 @@ def small_model(name: str, seed: int) -> tuple[nn.Module, dict[str, torch.Tensor
             continue
         for inputs in inputs_of(model, seed):
             try:
-                with torch.no_grad():
-                    return model, inputs, model(**inputs)
+                return model, inputs, _output(model, inputs)
             except Exception as error:
                 reasons.append(f"on {', '.join(inputs)}: {_line(error)}")
     raise ValueError(reasons[0] if reasons else "it has no inputs that its arguments suggest")
+
+
+def _output(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Any:
+    """Return what a model returns; where plain attention gives no finite number, because it takes the mask as its opposite, with torch's."""
+    with torch.no_grad():
+        output = model(**inputs)
+        first = next(iter(output.values())) if hasattr(output, "values") else output
+        if isinstance(first, torch.Tensor) and not torch.isfinite(first).any():
+            model.set_attn_implementation("sdpa")  # type: ignore[operator]
+            output = model(**inputs)
+    return output
 
 
 def _line(error: BaseException) -> str:
@@ -265,7 +278,8 @@ def inputs_of(model: nn.Module, seed: int) -> Iterator[dict[str, torch.Tensor]]:
     size = find("image_size", "img_size", "input_size", default=64)
     mels = find("num_mel_bins", "input_feat_per_channel", "feature_size", default=80)
     frames = 2 * find("max_source_positions", default=32)
-    pictures = [noise(channels, n, n) for n in dict.fromkeys((size, 64, 224))]
+    sizes = (size, 64, 224) if size <= LARGEST_PICTURE else (64, size, 224)
+    pictures = [noise(channels, n, n) for n in dict.fromkeys(sizes)]
     pictures += [noise(find("num_frames", default=4), channels, n, n) for n in (size, 64)]
     text: dict[str, torch.Tensor] = {"input_ids": tokens()} if "input_ids" in names else {}
     if "bbox" in names:

@@ -30,7 +30,7 @@ from fastmatch.checkpoint.structure import compared
 __all__ = ["NAME", "judge", "judged_apart", "main"]
 
 NAME = "transformers_families"
-LIMIT = 120
+LIMIT = 300
 """Seconds of processor time for one family."""
 
 WAITING = 20

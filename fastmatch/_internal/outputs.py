@@ -11,7 +11,12 @@ from pathlib import Path
 from fastmatch._internal.locks import hidden, locked
 from fastmatch._internal.renaming import discard, exchange, rename_new, sync, sync_tree
 
-__all__ = ["Claim", "check_target", "claimed", "writing"]
+__all__ = ["Claim", "check_target", "claimed", "real_path", "writing"]
+
+
+def real_path(path: str | Path) -> Path:
+    """Return where a path leads. A link that leads to itself is where it is; ``Path.resolve`` raises RuntimeError for it before Python 3.13."""
+    return Path(os.path.realpath(path))
 
 
 def check_target(path: str | Path, *, force: bool = False, folder: bool = False) -> None:
@@ -100,7 +105,7 @@ def claimed(path: str | Path, *, force: bool = False, folder: bool = False) -> I
     with locked(path):
         part, aside = hidden(path, "part"), hidden(path, "old")
         with _naming(path, part):
-            if os.path.lexists(aside) and not os.path.lexists(path):
+            if aside.is_dir() and not aside.is_symlink() and not os.path.lexists(path):
                 aside.rename(path)  # a run was killed between two renames
             discard(aside)
             discard(part)

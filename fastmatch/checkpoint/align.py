@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from fastmatch._internal.checks import check_type
-from fastmatch._internal.outputs import Claim, check_target
+from fastmatch._internal.outputs import Claim, check_target, real_path
 from fastmatch._internal.ranks import Ranks, current
 from fastmatch._internal.same_on_ranks import check_same_on_ranks
 from fastmatch._internal.stopwatch import Stopwatch
@@ -193,8 +193,8 @@ def _claim_and_align(
         raise ValueError(f"{path_b}: expected a {kind}, like {path_a}")
     check_target(out, force=write.force, folder=Path(path_b).is_dir())
     for path in (path_a, path_b):
-        if Path(path).resolve().is_relative_to(Path(out).resolve()):
-            what = "is" if Path(path).resolve() == Path(out).resolve() else "holds"
+        if real_path(path).is_relative_to(real_path(out)):
+            what = "is" if real_path(path) == real_path(out) else "holds"
             raise ValueError(f"out: {out} {what} one of the inputs; choose another path")
     with claimed_on_ranks(ranks, out, force=write.force, folder=Path(path_b).is_dir()) as claim:
         return _align(a, b, claim, matcher, spec, write, resume=resume, progress=progress, ranks=ranks)

@@ -15,7 +15,7 @@ import torch
 from fastmatch._internal.checks import check_integer
 from fastmatch._internal.coefficients import check_weights
 from fastmatch._internal.locks import hidden, locked
-from fastmatch._internal.outputs import check_target
+from fastmatch._internal.outputs import check_target, real_path
 from fastmatch._internal.renaming import discard
 from fastmatch.checkpoint.align import AlignedTensors, WriteOptions
 from fastmatch.checkpoint.blocks import coefficients_by_name
@@ -136,7 +136,7 @@ def _outputs(paths: list[Path], out: Path, *, is_merge: bool) -> dict[Path, Path
         owners[place] = path
     for place in [out] if is_merge else owners:
         for path in paths:
-            if path.resolve().is_relative_to(place.resolve()):
+            if real_path(path).is_relative_to(real_path(place)):
                 raise ValueError(f"out: {place} is or holds one of the inputs; choose another folder")
     if len(set(paths)) < len(paths):
         raise ValueError("paths: expected each checkpoint once")

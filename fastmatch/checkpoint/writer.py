@@ -19,6 +19,7 @@ from fastmatch._internal.ranks import ALONE, Ranks, deal
 from fastmatch._internal.safetensors_file import write_safetensors
 from fastmatch._internal.states import check_finite
 from fastmatch._internal.torch_file import save_torch
+from fastmatch._internal.words import printable
 from fastmatch.checkpoint.reader import CONFIG, Checkpoint
 from fastmatch.checkpoint.side_files import copy_side_files
 
@@ -161,7 +162,8 @@ def _begin_folder(source: Checkpoint, folder: Path, final: Path, dtype: torch.dt
     weights = {file.name for file in source.files} | {file.name for file in [source.index] if file}
     left = copy_side_files(source.path, folder, weights | set(source.modules))
     if left:
-        log.warning("%s: not copied from %s: %s", final, source.path, ", ".join(left))
+        names = printable(", ".join(left)).replace("\n", r"\n")
+        log.warning("%s: not copied from %s: %s", final, source.path, names)
     if dtype is not None and (folder / CONFIG).is_file():
         _set_dtype(folder / CONFIG, dtype)
 

@@ -71,8 +71,8 @@ def inspect_command(args: argparse.Namespace) -> None:
     )
     if args.json:
         print(spec.to_json())
-    elif not args.quiet:
-        print(described(spec))
+    else:
+        say(args, described(spec))
 
 
 def _spec_of(path: str, args: argparse.Namespace) -> PermutationSpec:

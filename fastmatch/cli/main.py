@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 from fastmatch._internal.checks import nearest
+from fastmatch._internal.words import printable
 from fastmatch.cli.commands import COMMANDS, module_of
 from fastmatch.cli.signals import ended_by_signals, tell_interrupted
 
@@ -156,13 +157,13 @@ def _told(error: Exception, command: str, *, verbose: bool) -> int:
     if not is_expected:
         text = f"{type(error).__name__}: {text} (--verbose shows where)"
     if not getattr(error, "said_by_first", False):  # of several ranks, the first has said it
-        print(f"fastmatch {command}: {text}", file=sys.stderr)
+        print(printable(f"fastmatch {command}: {text}"), file=sys.stderr)
     return getattr(error, "exit_status", 2) if is_expected else 1
 
 
 def _warned(command: str, message: Warning | str, *_: Any) -> None:
     """Print a warning on one line, without the line of code that gave it."""
-    print(f"fastmatch {command}: warning: {' '.join(str(message).split())}", file=sys.stderr)
+    print(printable(f"fastmatch {command}: warning: {' '.join(str(message).split())}"), file=sys.stderr)
 
 
 def _left_by(args: argparse.Namespace) -> str:

@@ -11,8 +11,10 @@ from typing import Any
 
 from fastmatch._internal.files import check_format, check_target, save_state
 from fastmatch._internal.locks import locked
+from fastmatch._internal.outputs import real_path
 from fastmatch._internal.ranks import is_first
 from fastmatch._internal.states import State, check_finite
+from fastmatch._internal.words import printable
 from fastmatch.evaluation.table import Table
 
 __all__ = ["CSV_SUFFIXES", "check_outputs", "say", "write_table", "write_weights"]
@@ -49,21 +51,21 @@ def check_outputs(args: argparse.Namespace, **suffixes: Collection[str] | None) 
     """
     owners: dict[Path, str] = {}
     folders: set[Path] = set()
-    inputs = {Path(path).resolve() for path in _inputs(args)}
+    inputs = {real_path(path) for path in _inputs(args)}
     for name, allowed in suffixes.items():
         option = f"--{name.replace('_', '-')}"
         value = getattr(args, name)
         for path in [] if value is None else [value] if isinstance(value, str) else value:
-            if Path(path).resolve() in owners:
-                other = owners[Path(path).resolve()]
+            if real_path(path) in owners:
+                other = owners[real_path(path)]
                 raise ValueError(
                     f"{option}: {path} is the same file as {other}; each output needs a file of its own"
                 )
-            if Path(path).resolve() in inputs:
+            if real_path(path) in inputs:
                 raise ValueError(f"{option}: {path} is one of the inputs; choose another path")
-            owners[Path(path).resolve()] = option
+            owners[real_path(path)] = option
             if allowed is None:
-                folders.add(Path(path).resolve())
+                folders.add(real_path(path))
             else:
                 check_format(path, option, allowed)
     for path in owners:
@@ -102,7 +104,7 @@ def say(args: argparse.Namespace, text: str, **record: Any) -> None:
     if args.json:
         print(json.dumps(_plain(record)))
     elif not args.quiet:
-        print(text)
+        print(printable(text))
 
 
 def _plain(value: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastmatch._internal.callables import loader_from
 from fastmatch._internal.states import State
+from fastmatch._internal.words import printable
 from fastmatch.spec import PermutationSpec
 
 if TYPE_CHECKING:
@@ -50,4 +51,4 @@ def write_report(report: Report, args: argparse.Namespace) -> None:
     command = shlex.join(["fastmatch", *args.arguments])
     replace(report, command=command).save(args.report, force=args.force)
     if not (args.json or args.quiet):
-        print(f"\n{report}\n\nthe report is {args.report}")
+        print(printable(f"\n{report}\n\nthe report is {args.report}"))

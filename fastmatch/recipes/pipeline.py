@@ -21,6 +21,7 @@ from fastmatch._internal.files import (
 )
 from fastmatch._internal.model_files import named_as, named_for
 from fastmatch._internal.modules import copy_module
+from fastmatch._internal.outputs import real_path
 from fastmatch._internal.states import check_finite, check_same_architecture, state_of
 from fastmatch._internal.stopwatch import Stopwatch
 from fastmatch.checkpoint.align import WriteOptions, align_checkpoints
@@ -109,7 +110,7 @@ def pipeline(
     for key, path in ((f"models[{k}]", path) for k, path in enumerate(asked.models)):
         if not Path(path).exists():
             raise FileNotFoundError(f"{key}: no file or directory {path}")
-        if Path(path).resolve() == asked.out.resolve():
+        if real_path(path) == real_path(asked.out):
             raise ValueError(f"out: {asked.out} is one of the models; choose another path")
     if asked.network is None:
         return _out_of_core(asked, files, force, progress)

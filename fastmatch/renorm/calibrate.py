@@ -55,13 +55,12 @@ class Calibration:
     def _treated(self, name: str, tensors: list[torch.Tensor], call: int) -> list[torch.Tensor]:
         """Return the tensors of one call, corrected; refuse statistics of a single value, or that are not finite."""
         hook = self._hooks[name]
-        before = hook.moments.count
         news = hook.treat(tensors, call)
-        if hook.needs_variance and hook.moments.count - before == 1:
+        if hook.needs_variance and hook.moments.count == 1:
             where = f"batch {self._notes.batch} (counted from 0)" if self._notes.batch >= 0 else "the whole"
             raise ValueError(
                 f"data: {where} has one sample, which gives one value for each channel at {name!r}, so no variance; "
-                'use larger batches (drop_last=True for a short last one), or mode="sequential" with several samples'
+                'use larger batches, or mode="sequential" with several samples'
             )
         if len(tensors) == 1:
             self._notes.see(name, hook.moments)

@@ -91,13 +91,16 @@ class _ResetHook(CalibrationHook):
     needs_variance = True
 
     def treat(self, tensors: list[torch.Tensor], call: int) -> list[torch.Tensor]:
-        """Set the norm to the pooled statistics of its inputs before it runs on them; inputs do not change."""
+        """Set the norm to the pooled statistics of its inputs before it runs on them; inputs do not change.
+
+        One value for each channel, as a short last batch may give, has no variance: all inputs so far stand for it.
+        """
         moments = ChannelMoments()
         for tensor in tensors:
             moments.update(tensor, dim=1 if tensor.ndim > 1 else 0)
         if moments.count:
             self.moments.merge(moments)
-            self._set(moments)
+            self._set(self.moments if moments.count == 1 else moments)
         self.batches += len(tensors)
         return tensors
 

@@ -24,6 +24,11 @@ def storage_id(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
+def _view(tensor: torch.Tensor) -> tuple[object, ...]:
+    """Return where in its memory a tensor is."""
+    return tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+
+
 def fresh(shape: Sequence[int], reason: str | None = None) -> list[Label]:
     """Return new labels; pinned if a reason is given."""
     return [Label(n, pinned=reason if n > 1 else None) for n in shape]
@@ -106,6 +111,7 @@ class Record:
         self._level: set[int] = set()
         self._read: set[int] = set()
         self._followers: dict[int, list[Label]] = {}
+        self._counted: list[Label] = []
         self.sites: list[RawSite] = []
         self.slices: dict[tuple[int, int, int], Slice] = {}
         self.contractions: list[tuple[Label, tuple[Label, ...]]] = []
@@ -117,8 +123,7 @@ class Record:
     def labels(self, tensor: torch.Tensor) -> list[Label]:
         """Return the labels of a tensor's dimensions; an unknown tensor is a constant, pinned unless uniform."""
         if not self.knows(tensor):
-            self.need_values(tensor, "a constant")
-            self.set(tensor, [_constant_label(tensor, d) for d in range(tensor.ndim)])
+            self.set(tensor, self._unknown(tensor))
         if id(tensor) in self._unread:
             along, reason = self._unread.pop(id(tensor))
             for label in along:
@@ -126,6 +131,22 @@ class Record:
         if id(tensor) in self._joined:
             self._joined.pop(id(tensor)).unify()
         return list(self._labels[id(tensor)][1])
+
+    def _unknown(self, tensor: torch.Tensor) -> list[Label]:
+        """Return labels for a tensor that no operation made: a constant, or known memory as another object.
+
+        ``nn.Parameter(h)`` makes such an object.
+        """
+        if self.is_data(tensor) or self.is_state(tensor):
+            shared = [(t, x) for t, x in self._labels.values() if storage_id(t) == storage_id(tensor)]
+            for other, labels in shared:
+                if _view(other) == _view(tensor):
+                    return labels
+            if shared:
+                self.pin_memory(tensor, "another view of its memory")
+                return fresh(tensor.shape, "another view of its memory")
+        self.need_values(tensor, "a constant")
+        return [_constant_label(tensor, d) for d in range(tensor.ndim)]
 
     def need_values(self, tensor: torch.Tensor, reader: str) -> None:
         """Raise ValuesNeeded if the numbers of a tensor, which ``reader`` asks for, were not computed."""
@@ -326,6 +347,25 @@ class Record:
         along = self.positions(tensor)
         if along is not None:
             pin(along, reason)
+
+    def mark_counted(self, label: Label) -> None:
+        """Note that how long an axis is depends on values, as that of what a mask selects does."""
+        self._counted.append(label)
+
+    def pin_beside_counted(self) -> None:
+        """Pin every axis of which such an axis is a part: on other inputs the boundary is elsewhere.
+
+        Passes with other answers do not show that: a model that is told another count than its mask has fails.
+        """
+        counted = {id(x.leaf) for label in self._counted for x in occurrences(label)}
+        every = (
+            {id(find(label)): label for labels in self.all_labels() for label in labels} if counted else {}
+        )
+        for label in every.values():
+            leaves = [x.leaf for x in occurrences(label)]
+            if not counted.isdisjoint(map(id, leaves)):
+                for leaf in leaves:
+                    pin(leaf, "its length depends on values")
 
     def mark_contracted(self, label: Label) -> None:
         """Note that a product with data sums over this dimension of a parameter: units enter there."""

@@ -24,7 +24,7 @@ from fastmatch.spec.choices import Choices, follow_others
 from fastmatch.spec.escapes import Escapes
 from fastmatch.spec.grouping import Found, find_groups
 from fastmatch.spec.hollow import filled
-from fastmatch.spec.labels import Label, pin, unify
+from fastmatch.spec.labels import Label, is_pinned, pin, unify
 from fastmatch.spec.operations import Call, bind, counts, is_composite, op_name, tensors_in
 from fastmatch.spec.origins import COPIES, follow_origins, follow_ties
 from fastmatch.spec.record import RawSite, Record, ValuesNeeded, fresh, storage_id
@@ -105,6 +105,7 @@ class Tracer(DispatchMode):
         for tensor in call.outputs:
             if not self.record.knows(tensor):
                 self._label_constant(func, call, tensor)
+        self._note_counts(func, call)
         follow_ties(self.record, call)
         return out
 
@@ -131,6 +132,13 @@ class Tracer(DispatchMode):
             self.record.set(tensor, fresh(tensor.shape, call.name))
         else:
             self.record.labels(tensor)
+
+    def _note_counts(self, func: Any, call: Call) -> None:
+        """Note axes whose length depends on values; the rule of index tells which are those of a mask."""
+        if torch.Tag.dynamic_output_shape in func.tags and call.base != "index":
+            for label in (label for tensor in call.outputs for label in self.record.labels(tensor)):
+                if is_pinned(label):
+                    self.record.mark_counted(label)
 
     def _unite_written(self, name: str, tensor: torch.Tensor, before: list[Label]) -> None:
         """Unite the labels that a tensor had before it was written to with those of the result."""
@@ -275,6 +283,7 @@ def _trace(
                 follow_others(choices, other, lambda: len(record.unread_tensors(state)))
         training(model, state, record, lambda: passed(*examples[0], Choices()))
         record.sites = sites
+        record.pin_beside_counted()
         unread = pin_unread(record, state)
         return find_groups(record, state, unread)
 

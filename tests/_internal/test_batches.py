@@ -111,6 +111,15 @@ def test_matchers_that_need_targets_read_mappings(matcher):
     assert fm.align(model, model, PADDED, matcher([batch])).moved == 0
 
 
+def test_mappings_with_labels_are_the_pairs_they_hold():
+    models = [Tokens(), Tokens()]
+    pairs = [(PADDED, torch.tensor(LABELS)), (PADDED[:1], torch.tensor(LABELS[:1]))]
+    mappings = [{"input_ids": x, "labels": y} for x, y in pairs]
+    assert fm.interpolate(*models, mappings, points=3) == fm.interpolate(*models, pairs, points=3)
+    with pytest.raises(ValueError, match="targets"):
+        fm.interpolate(*models, [{"input_ids": x} for x, _ in pairs], points=3)
+
+
 def test_logits_are_found_in_output_objects():
     logits = torch.zeros(2, 3)
     for output in (

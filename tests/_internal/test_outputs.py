@@ -16,6 +16,8 @@ from fastmatch._internal.files import save_state
 from fastmatch._internal.locks import hidden, locked
 from fastmatch._internal.outputs import claimed, writing
 from fastmatch._internal.safetensors_file import write_safetensors
+from fastmatch.checkpoint import WriteOptions, align_checkpoints
+from fastmatch.spec.formats import from_axes
 
 AS_ON_WINDOWS = """
 import fcntl, sys, types
@@ -193,6 +195,34 @@ def test_an_old_folder_that_a_kill_left_aside_comes_back(tmp_path):
         pass
     assert names(tmp_path) == ["out"]
     assert names(out) == ["old"]
+
+
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_only_a_folder_comes_back(tmp_path, kind):
+    out, aside = tmp_path / "out.pt", hidden(tmp_path / "out.pt", "old")
+    (tmp_path / "mine").write_text("mine")
+    aside.symlink_to("mine") if kind == "link" else aside.write_text("old")
+    save_state({"a": torch.zeros(1)}, out)
+    assert names(tmp_path) == ["mine", "out.pt"]
+    assert not out.is_symlink()
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_a_link_to_itself_is_replaced_like_any_other(tmp_path):
+    out = tmp_path / "out.safetensors"
+    out.symlink_to(out.name)
+    for name in "ab":
+        save_state(
+            {"0.weight": torch.randn(4, 2), "1.weight": torch.randn(2, 4)}, tmp_path / f"{name}.safetensors"
+        )
+    axes = {"0.weight": ("P", None), "1.weight": (None, "P")}
+    spec = from_axes(axes, {"0.weight": (4, 2), "1.weight": (2, 4)})
+    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    with pytest.raises(FileExistsError, match="exists"):
+        align_checkpoints(*paths, out, spec=spec)
+    align_checkpoints(*paths, out, spec=spec, write=WriteOptions(force=True))
+    assert out.is_file()
+    assert not out.is_symlink()
 
 
 def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):

@@ -40,6 +40,24 @@ def test_batches_of_another_shape_are_the_data_s_fault(pair, call):
         call(*pair)
 
 
+@pytest.mark.parametrize(("data", "error", "message"), [
+    ([(X, CLASSES, CLASSES)], ValueError, r"expected inputs or \(inputs, targets\), or forward="),
+    ([(X.numpy(), CLASSES.numpy())], ValueError, r"does not run on a batch \(ndarray\)"),
+    ([X.double()], ValueError, r"does not run on a batch \(\(\d+, 6\) float64\)"),
+    ([], ValueError, "yielded no batch"),
+    (X, TypeError, "expected batches, got one tensor"),
+    (torch.utils.data.TensorDataset(X, CLASSES), TypeError, "expected a loader or any iterable of batches"),
+])  # fmt: skip
+@pytest.mark.parametrize("call", [
+    lambda a, b, data: fm.align(a, b, X, fm.ActivationMatching(data)),
+    lambda a, b, data: fm.renormalize(fm.merge([a, b]), [a, b], data, "repair"),
+    lambda a, b, data: fm.layer_table({"a": a, "b": b}, data),
+])  # fmt: skip
+def test_what_is_no_loader_of_a_models_inputs_is_told(pair, call, data, error, message):
+    with pytest.raises(error, match=message):
+        call(*pair, data)
+
+
 @pytest.mark.parametrize("error", [
     RanksError("rank 1 does not answer"),
     torch.distributed.DistBackendError("NCCL communicator was aborted"),

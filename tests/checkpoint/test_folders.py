@@ -81,9 +81,12 @@ def test_links_out_of_a_folder_are_not_followed(pair, caplog):
     (folder / "b" / "2_Inner").mkdir()
     (folder / "b" / "2_Inner" / "config.json").symlink_to(folder / "secret.json")
     (folder / "b" / "vocab.json").symlink_to("config.json")  # inside
+    (folder / "b" / "\x1b[2J\n.gguf").write_text("a terminal's command")
     align(pair)
     assert names(folder / "out") == ["config.json", "model.safetensors", "vocab.json"]
     assert not any(p.is_symlink() for p in (folder / "out").iterdir())
+    (said,) = [r.getMessage() for r in caplog.records if r.name == "fastmatch"]
+    assert r"\x1b[2J\n.gguf" in said
 
 
 def test_the_layout_of_hugging_faces_cache_is_read_and_carried(pair):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastmatch._internal.files import load_state
+from fastmatch._internal.files import load_state, save_state
 from fastmatch.cli.main import main
 
 MODEL = ["--model", "cli_module:build_with_inputs"]
@@ -24,6 +24,17 @@ def test_a_path_that_does_not_exist_is_named(planted, refused):
     refused(["align", "a.safetensors", "nowhere", "--out", "o"], "nowhere: no such file or folder")
     refused(["inspect", "nowhere"], "nowhere: no such file or folder")
     refused(["distances", "a.safetensors", "nowhere"], "nowhere: no such file or folder")
+
+
+def test_names_that_hold_commands_of_a_terminal_are_printed_as_text(planted, refused, capsys):
+    refused(["inspect", "\x1b[2Jnowhere"], r"\x1b[2Jnowhere: no such file or folder")
+    state = load_state("a.safetensors")
+    save_state({**state, "\x1b[2Jmore": next(iter(state.values()))}, "more.safetensors")
+    main(["distances", "a.safetensors", "more.safetensors"])
+    main(["align", "more.safetensors", "b.safetensors", *MODEL, "--out", "o.safetensors"])
+    told = capsys.readouterr()
+    assert "\x1b" not in told.out + told.err
+    assert r"\x1b[2Jmore" in told.out + told.err
 
 
 @pytest.mark.parametrize("weight", ["-0.1", "1.5", "nan"])

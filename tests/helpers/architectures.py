@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -138,5 +139,24 @@ def page() -> str:
     return text + PINS + table(["family", "axes pinned by"], pins)
 
 
+def shares(text: str) -> dict[str, float]:
+    """Return the share moved of each family on a page, in percent."""
+    rows = re.findall(r"^\| ([^|]+?) \|.*\| ([0-9.]+) % \|[^|]*\|$", text, re.MULTILINE)
+    return {name: float(share) for name, share in rows}
+
+
+def fallen(old: str, new: str) -> list[str]:
+    """Return the families of which a new page moves less than the old one, or nothing."""
+    found = shares(new)
+    return [
+        f"{name}: {share} %, now {found.get(name, 0)} %"
+        for name, share in shares(old).items()
+        if found.get(name, 0) < share
+    ]
+
+
 if __name__ == "__main__":
-    PAGE.write_text(page())
+    new = page()
+    if less := fallen(PAGE.read_text(), new):
+        raise SystemExit(f"less moves than before, so the page is not written: {'; '.join(less)}")
+    PAGE.write_text(new)

@@ -50,16 +50,50 @@ def test_the_automatic_choice_refuses_them_too(mode):
 
 
 @pytest.mark.parametrize("mode", ["joint", "sequential"])
-def test_one_sample_has_no_running_variance(mode):
-    model, endpoints = network(), None
-    options = fm.Renormalization("reset", mode)
-    for data in ([torch.randn(1, 4)], [torch.randn(6, 4), torch.randn(1, 4)]):
-        if mode == "sequential" and len(data) > 1:  # the variance is that of all batches
-            new = fm.renormalize(model, endpoints, data, options)
-            assert all(bool(torch.isfinite(t).all()) for t in new.state_dict().values())
-            continue
-        with pytest.raises(ValueError, match="has one sample, which gives one value for each channel at"):
-            fm.renormalize(model, endpoints, data, options)
+@pytest.mark.parametrize("sizes", [(1,), (1, 6), (1, 1)])
+def test_one_sample_has_no_running_variance(mode, sizes):
+    model, options = network(), fm.Renormalization("reset", mode)
+    data = [torch.randn(size, 4) for size in sizes]
+    if mode == "sequential" and sum(sizes) > 1:  # the variance is that of all batches
+        new = fm.renormalize(model, None, data, options)
+        assert all(bool(torch.isfinite(t).all()) for t in new.state_dict().values())
+        return
+    with pytest.raises(ValueError, match="has one sample, which gives one value for each channel at"):
+        fm.renormalize(model, None, data, options)
+
+
+@pytest.mark.parametrize("sizes", [(6, 1), (5, 1, 1), (6, 1, 4, 1)])
+def test_a_short_last_batch_counts_as_its_samples(sizes):
+    """One value for each channel has no variance of its own; before, the whole call failed at its end."""
+    model = nn.Sequential(
+        nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 5), nn.BatchNorm1d(5)
+    ).eval()
+    data = [torch.randn(size, 4) for size in sizes]
+    new = fm.renormalize(model, None, data, "reset")
+    inputs = model[0](torch.cat(data))
+    torch.testing.assert_close(new[1].running_mean, inputs.mean(0))
+    torch.testing.assert_close(new[1].running_var, inputs.var(0))
+    so_far = ((torch.cat(data[: k + 1]), batch) for k, batch in enumerate(data))
+    later = torch.cat(
+        [_after_the_first_norm(model, seen if len(batch) == 1 else batch, batch) for seen, batch in so_far]
+    )
+    torch.testing.assert_close(new[4].running_mean, later.mean(0))
+    torch.testing.assert_close(new[4].running_var, later.var(0))
+
+
+def _after_the_first_norm(
+    model: nn.Sequential, normalized_by: torch.Tensor, batch: torch.Tensor
+) -> torch.Tensor:
+    pool, x = model[0](normalized_by), model[0](batch)
+    return model[3](torch.relu((x - pool.mean(0)) / (pool.var(0) + model[1].eps).sqrt())).detach()
+
+
+def test_a_short_last_batch_stops_neither_the_automatic_choice_nor_a_curve():
+    ends = [network(), network()]
+    data = [(torch.randn(size, 4), torch.randint(0, 3, (size,))) for size in (8, 8, 1)]
+    assert fm.applied_plan(fm.renormalize(fm.merge(ends), ends, data)).scores.keys() >= {"repair", "reset"}
+    curve = fm.interpolate(*ends, data, points=3, between=fm.Renormalized(data, "reset"))
+    assert all(value < float("inf") for value in curve.loss)
 
 
 def test_one_image_has_many_positions():

@@ -21,7 +21,7 @@ from helpers.networks import fresh_seed
 
 pytest.importorskip("transformers")
 
-from helpers.architectures import PAGE, page
+from helpers.architectures import PAGE, fallen, page, shares
 from helpers.families import FAMILIES, GAPS, IDLE, UNMOVED, gaps, missing, sites_of, text, translations
 
 CASES = [pytest.param(f, a, id=f"{f.name}-{a}") for f in FAMILIES for a in f.attentions]
@@ -130,6 +130,19 @@ def test_a_config_gives_the_structure_of_its_model(family, tmp_path):
 
 def test_the_page_of_architectures_is_current():
     assert PAGE.read_text() == page(), "write it again: PYTHONPATH=tests python -m helpers.architectures"
+
+
+def test_the_share_that_moves_does_not_fall():
+    """The page is that of the traces, and is not written if a family moves less than on the page before."""
+    text = PAGE.read_text()
+    assert len(shares(text)) == len(FAMILIES)
+    assert fallen(text, text) == []
+    row = next(line for line in text.splitlines() if line.startswith("| T5 |"))
+    share = shares(text)["T5"]
+    assert fallen(text, text.replace(row, row.replace(f"{share} %", f"{share - 0.1:.1f} %"))) == [
+        f"T5: {share} %, now {share - 0.1:.1f} %"
+    ]
+    assert fallen(text, text.replace(row, "")) == [f"T5: {share} %, now 0 %"]
 
 
 @pytest.mark.parametrize(

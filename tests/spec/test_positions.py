@@ -43,6 +43,22 @@ def one(s: Net, x: torch.Tensor) -> torch.Tensor:
     return torch.zeros(len(x), 1, dtype=torch.long)
 
 
+def padded(h: torch.Tensor) -> torch.Tensor:
+    return F.pad(h, (0, 8 - h.shape[1]))
+
+
+def in_front(s: Net, h: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    found = torch.zeros_like(h)
+    found[:, : int(mask.sum())] = h[:, mask]
+    return s.c(found)
+
+
+def halved(s: Net, h: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    count = int(mask.sum())
+    first, second = torch.cat([h[:, mask], h[:, ~mask]], 1).split([count, 8 - count], 1)
+    return s.c(torch.cat([2 * first, second], 1))
+
+
 PINNED: dict[str, Body] = {
     "the largest unit is returned": lambda s, x: s.a(x).argmax(1),
     "the places of the top three are returned": lambda s, x: s.a(x).topk(3, 1)[1],
@@ -68,6 +84,12 @@ PINNED: dict[str, Body] = {
     "the identity turned": lambda s, x: s.c(s.a(x) @ torch.eye(8).to(x).roll(1, 0)),
     "a row of the identity": lambda s, x: s.c(s.a(x) * torch.eye(8).to(x)[2]),
     "the sign of a determinant": lambda s, x: s.c(s.a(x) * s.table.slogdet()[0] * torch.eye(8, 9).to(x).sum(0)[:8].cumsum(0)),
+    "what a mask selects, put in front": lambda s, x: in_front(s, s.a(x), s.a(x).sum(0) > 0),
+    "what a mask selects, padded": lambda s, x: s.c(padded(s.a(x)[:, s.a(x).sum(0) > 0])),
+    "what is not zero, padded": lambda s, x: s.c(padded(s.a(x)[:, (s.a(x).sum(0) > 0).nonzero()[:, 0]])),
+    "what a mask selects in front of the others": lambda s, x: halved(s, s.a(x), s.a(x).sum(0) > 0),
+    "a parameter made of turned units": lambda s, x: s.c(F.relu(nn.Parameter(s.a(x).roll(1, 1)))),
+    "a parameter made of turned weights": lambda s, x: s.c(F.linear(x, nn.Parameter(s.a.weight.flip(0).clone()))),
     "random numbers per unit": lambda s, x: s.c(s.a(x) + torch.randn(8)),
 }  # fmt: skip
 
@@ -97,6 +119,8 @@ FREE: dict[str, Body] = {
     "rounded to a grid": lambda s, x: s.c(
         torch.fake_quantize_per_channel_affine(s.a(x).float(), s.scale.float(), torch.zeros(8), 1, -8, 7).to(x)
     ),
+    "a parameter made of units": lambda s, x: s.c(F.relu(nn.Parameter(s.a(x)) * s.scale)),
+    "a parameter made of weights": lambda s, x: s.c(F.linear(x, nn.Parameter(2 * s.a.weight)) * s.scale),
     "sorted values": lambda s, x: s.b(s.a(x)).sort(1)[0] @ s.table,
 }  # fmt: skip
 

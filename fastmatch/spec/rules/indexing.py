@@ -128,7 +128,9 @@ def _masked(record: Record, call: Call, labels: list[Label], indices: dict[int, 
     kept = [] if len(indices) > 1 else labels[at + indices[at].ndim :]
     if len(indices) > 1 or at + len(kept) + 1 != call.out.ndim:
         raise NotImplementedError("several masks")
-    return [*labels[:at], Label(call.out.shape[at], pinned=call.name), *kept]
+    selected = Label(call.out.shape[at], pinned=call.name)
+    record.mark_counted(selected)
+    return [*labels[:at], selected, *kept]
 
 
 def _gathered(
