@@ -32,14 +32,14 @@ def to_eval_mode(model: nn.Module) -> nn.Module:
 
 
 @torch.inference_mode(False)
-def copy_module(model: nn.Module, memo: dict[int, torch.Tensor] | None = None) -> nn.Module:
+def copy_module(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """Return a deep copy, also of modules that hold computed tensors, as torch.nn.utils.prune leaves them.
 
     Of a module that FSDP2 divides all ranks make the copy, which is divided too.
 
     ``memo`` maps ids of tensors to what replaces them, as for :func:`copy.deepcopy`.
     """
-    memo: dict[int, Any] = dict(memo or {})
+    memo = dict(memo or {})
     if is_fsdp(model):
         from fastmatch._internal.fsdp_copies import copy_fsdp
 
