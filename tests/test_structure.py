@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -37,10 +38,17 @@ def is_upward(path: Path, name: str) -> bool:
     return any(path.as_posix().endswith(f"fastmatch/{file}") and name.startswith(to) for file, to in UPWARD)
 
 
+@cache
+def nodes(path: Path) -> list[ast.AST]:
+    """The imports and functions in a file, which most of these tests look at."""
+    kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef)
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)]
+
+
 def imported(path: Path) -> set[str]:
     """The modules that a file imports, wherever in the file, ``if TYPE_CHECKING`` included."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -81,7 +89,7 @@ def modules_of(package: Path) -> dict[str, Path]:
 def needed(path: Path, modules: dict[str, Path]) -> set[str]:
     """The files that a file's imports name: a submodule, or the ``__init__`` that offers another name."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -142,7 +150,7 @@ def test_no_function_has_more_than_eight_parameters():
     wrong = []
     for path in (ROOT / "fastmatch").rglob("*.py"):
         lines = path.read_text().splitlines()
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 continue
             given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]

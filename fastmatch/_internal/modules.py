@@ -8,9 +8,11 @@ from __future__ import annotations
 import copy
 import dis
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from functools import partial
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -30,7 +32,7 @@ def to_eval_mode(model: nn.Module) -> nn.Module:
 
 
 @torch.inference_mode(False)
-def copy_module(model: nn.Module, memo: dict[int, torch.Tensor] | None = None) -> nn.Module:
+def copy_module(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """Return a deep copy, also of modules that hold computed tensors, as torch.nn.utils.prune leaves them.
 
     Of a module that FSDP2 divides all ranks make the copy, which is divided too.
@@ -43,6 +45,8 @@ def copy_module(model: nn.Module, memo: dict[int, torch.Tensor] | None = None) -
 
         return copy_fsdp(model, memo)
     for module in model.modules():
+        # A dozen tables of hooks, mostly empty, take two thirds of a copy: an OrderedDict is copied through its pickle.
+        memo |= {id(v): OrderedDict() for v in vars(module).values() if type(v) is OrderedDict and not v}
         for tensor in _tensors_in(list(vars(module).values())):
             if not tensor.is_leaf:
                 memo[id(tensor)] = tensor.detach().clone()

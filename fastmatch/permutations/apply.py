@@ -70,10 +70,15 @@ def dimension_indices(
             indices[axis.dim] = perm if index is None else index[perm]
             continue
         indices[axis.dim] = index = torch.arange(length, device="cpu") if index is None else index.clone()
-        positions = axis.positions(size)
         # Read through `index`, since another group may already have moved whole blocks of this dimension.
-        index[positions] = index[positions[:, perm, :]]
+        units = _units(index, axis, size)
+        units.copy_(units[:, perm])
     return indices
+
+
+def _units(index: torch.Tensor, axis: Axis, size: int) -> torch.Tensor:
+    """Return a view (outer, size, inner) of what an index along an axis has at the positions of the units."""
+    return index.as_strided((axis.outer, size, axis.inner), (axis.stride, axis.inner, 1), axis.start)
 
 
 def slice_indices(
@@ -84,8 +89,8 @@ def slice_indices(
     for axis, name in spec.axes_of(parameter):
         if axis.at and axis != skip and not is_identity(permutations[name]):
             index = torch.arange(spec.shapes[parameter][axis.dim], device="cpu")
-            positions = axis.positions(spec.groups[name].size)
-            index[positions] = positions[:, permutations[name], :]
+            units = _units(index, axis, spec.groups[name].size)
+            units.copy_(units[:, permutations[name]])
             found.append((axis, index))
     return found
 

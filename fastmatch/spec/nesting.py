@@ -191,10 +191,10 @@ def _blocks(
     """Yield the places of one leaf along ``dim``: as a whole, or in every unit of its parent."""
     parent = nesting.parents.get(id(leaf))
     blocks = [-1] if parent is None else range(1 if first_only else parent.size)
+    along = [x for label in (labels[dim], *swap.values()) for x in occurrences(label)]
+    here = {key for x in along for key in (id(x.leaf), *(id(y) for y in x.companions))}
     for block in blocks:
         wanted = dict(fixed) if parent is None else {**fixed, id(parent): block}
-        along = [x for label in (labels[dim], *swap.values()) for x in occurrences(label)]
-        here = {key for x in along for key in (id(x.leaf), *(id(y) for y in x.companions))}
         at = tuple(_at(labels, dim, key, position) for key, position in wanted.items() if key not in here)
         inside = {key: position for key, position in wanted.items() if key in here}
         instead = next(iter(swap), 0)

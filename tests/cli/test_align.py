@@ -206,6 +206,7 @@ def test_checkpoints_of_another_architecture_are_named(planted, refused):
     ([*ALIGN, "o.pt", "--dtype", "bfloat16"], "--dtype: is an option of --out-of-core"),
     ([*ALIGN, "o.pt", "--device", "cpu"], "--device: is an option of --out-of-core"),
     ([*ALIGN, "o.pt", "--out-of-core", "--device", "gpu"], "--device: cannot be used here, got 'gpu'"),
+    ([*ALIGN, "o.pt", "--out-of-core", "--device", "cuda:99"], "--device: cannot be used here, got 'cuda:99'"),
     ([*ALIGN, "o.pt", "--resume"], "--resume: is an option of --out-of-core"),
     ([*ALIGN, "o.pt", "--out-of-core", *DATA], "--data: is an option of --matcher activations"),
     ([*ALIGN, "o.pt", "--out-of-core", *DATA, "--matcher", "activations"], "--matcher: alignment out of core matches by weights"),

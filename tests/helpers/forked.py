@@ -12,18 +12,27 @@ from pathlib import Path
 
 __all__ = ["Forked"]
 
+LIMIT = 300
+"""Seconds after which a program is taken to hang: fewer than those after which the test's own process ends."""
+
 SERVER = """
-import json, os, sys, tempfile
+import json, os, signal, sys, tempfile
 exec(sys.argv[1])
 for line in sys.stdin:
     given = json.loads(line)
     child = os.fork()
     if child == 0:
         break
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    expired = []
+    signal.signal(signal.SIGALRM, lambda *_: (expired.append(1), os.kill(child, signal.SIGKILL)))
+    signal.alarm(given["limit"])
+    status = os.waitpid(child, 0)[1]
+    signal.alarm(0)
+    print(json.dumps([os.waitstatus_to_exitcode(status), bool(expired)]), flush=True)
 else:
     os._exit(0)
 # The child: its interpreter ends as any other does.
+signal.signal(signal.SIGALRM, signal.SIG_DFL)
 for number, path in enumerate(given["outputs"], 1):
     os.dup2(os.open(path, os.O_WRONLY), number)
 os.environ.clear()
@@ -54,12 +63,18 @@ class Forked:
         )
 
     def run(
-        self, code: str, *arguments: str, environment: Mapping[str, str] | None = None, check: bool = False
+        self,
+        code: str,
+        *arguments: str,
+        environment: Mapping[str, str] | None = None,
+        check: bool = False,
+        limit: int = LIMIT,
     ) -> subprocess.CompletedProcess[str]:
         """Run ``python -c code *arguments`` in an environment, by default this one.
 
         Raises:
             subprocess.CalledProcessError: the status is not 0, and ``check`` is true.
+            subprocess.TimeoutExpired: the program did not end within ``limit`` seconds, and was killed.
         """
         assert self._server.stdin is not None
         assert self._server.stdout is not None
@@ -72,11 +87,14 @@ class Forked:
                 "arguments": arguments,
                 "environment": dict(os.environ if environment is None else environment),
                 "outputs": list(map(str, outputs)),
+                "limit": limit,
             }
             self._server.stdin.write(json.dumps(given) + "\n")
             self._server.stdin.flush()
-            status = int(self._server.stdout.readline())
+            status, expired = json.loads(self._server.stdout.readline())
             done = subprocess.CompletedProcess(code, status, *(path.read_text() for path in outputs))
+        if expired:
+            raise subprocess.TimeoutExpired(code, limit, done.stdout, done.stderr)
         if check:
             done.check_returncode()
         return done

@@ -16,7 +16,6 @@ import pytest
 
 import fastmatch_kernels
 from fastmatch_kernels._numba import cache
-from helpers.forked import Forked
 
 CALLEE = (
     "from fastmatch_kernels._numba.cache import njit\n\n@njit(nogil=True)\ndef inner(x):\n    return x + 1\n"
@@ -47,14 +46,6 @@ from fastmatch_kernels.probe.caller import outer
 print(*[outer(eval(x)) for x in sys.argv[1:]], sum(outer._cache_hits.values()))
 """
 """Prints the values of the arguments and how many of them were loaded from the cache."""
-
-
-@pytest.fixture(scope="module")
-def numba_programs():
-    """Runs programs in processes that have loaded numba, with all that it needs to compile, and none of our modules."""
-    forked = Forked("import numba\nnumba.njit(lambda x: x + 1)(1)")
-    yield forked
-    forked.close()
 
 
 @pytest.fixture

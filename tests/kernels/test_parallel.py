@@ -106,8 +106,8 @@ for _ in range(2):  # a child, and a child of the child
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
-def test_a_forked_child_has_threads_of_its_own(programs):
-    done = programs.run(FORKED)
+def test_a_forked_child_has_threads_of_its_own(numba_programs):
+    done = numba_programs.run(FORKED)
     assert done.returncode == 0, done.stderr
 
 
@@ -136,8 +136,8 @@ assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
-def test_a_child_can_compile_that_was_forked_while_another_thread_compiled(programs):
-    done = programs.run(COMPILING)
+def test_a_child_can_compile_that_was_forked_while_another_thread_compiled(numba_programs):
+    done = numba_programs.run(COMPILING)
     assert done.returncode == 0, done.stderr
 
 
@@ -162,8 +162,8 @@ PLACES = {
 
 @pytest.mark.parametrize("places", [list(PLACES), ["atexit"]])
 @pytest.mark.parametrize("warm", [True, False])
-def test_kernels_run_while_the_interpreter_ends(programs, places, warm):
-    done = programs.run(LATE.format(warm=warm, places="\n".join(PLACES[place] for place in places)))
+def test_kernels_run_while_the_interpreter_ends(numba_programs, places, warm):
+    done = numba_programs.run(LATE.format(warm=warm, places="\n".join(PLACES[place] for place in places)))
     assert done.stdout.split() == ["True"] * len(places), done.stderr
 
 
@@ -178,8 +178,8 @@ def test_where_no_thread_can_be_started_the_caller_does_the_work(two_threads, mo
     assert seen == list(range(10))
 
 
-def test_kernels_use_torchs_number_of_threads_and_leave_it(programs):
-    done = programs.run(
+def test_kernels_use_torchs_number_of_threads_and_leave_it(numba_programs):
+    done = numba_programs.run(
         "import torch\n"
         "from fastmatch_kernels._numba import parallel\n"
         "from fastmatch_kernels.ops import channel_affine, moments, permute_merge\n"

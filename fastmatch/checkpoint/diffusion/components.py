@@ -69,6 +69,9 @@ class Component:
     layout: Layout
     is_module: bool = False
 
+    def __deepcopy__(self, memo: object) -> Component:
+        return self  # nothing writes to it, and copies of a model that holds it would take half as long again
+
 
 def find_components(shapes: Shapes, argument: str) -> list[Component]:
     """Return the networks in a file, by the names and shapes of its tensors.
