@@ -77,42 +77,27 @@ def _bid(
 
     A row takes its best column and lowers its dual until the column is ``eps`` worse than the row's second best. With
     eps = 0 this is augmenting row reduction: a row whose two best tie is left free. No dual falls by more than ``most``
-    and eps: the pair stays its row's best. Two rows bid at once; the second one's bid is postponed if the first has changed
-    a dual that it depends on.
+    and eps: the pair stays its row's best.
     """
     bids = 0
     while top > 0 and bids < limit:
         top -= 1
+        bids += 1
         i = stack[top]
-        k = stack[top - 1] if top > 0 else i
-        one, two = two_least(c, start + i * m, start + k * m, sign, m, v)
-        first, j, second, tied = one
-        stays = k != i
-        if stays:
-            top -= 1
-            x = sign * np.float64(c[start + k * m + j]) - v[j]
-            stays = x > two[2]
-            if not stays:
-                stack[top] = k
+        first, j, second, tied = two_least(c, start + i * m, sign, m, v)
+        if not second < np.inf:
+            continue  # one allowed column or none: the paths decide
+        if second == first and row_of[j] >= 0:
+            j = tied
+        old = row_of[j]
+        if old < 0 or eps > 0.0 or second > first:
+            v[j] -= min(second - first, most) + eps
+            row_of[j] = i
+            col_of[i] = j
+            if old >= 0:
+                col_of[old] = -1
+                stack[top] = old
                 top += 1
-        for _ in range(2):
-            bids += 1
-            if second == first and row_of[j] >= 0:
-                j = tied
-            old = row_of[j]
-            if second < np.inf and (old < 0 or eps > 0.0 or second > first):
-                v[j] -= min(second - first, most) + eps
-                row_of[j] = i
-                col_of[i] = j
-                if old >= 0:
-                    col_of[old] = -1
-                    stack[top] = old
-                    top += 1
-            if not stays:
-                break
-            i = k
-            first, j, second, tied = two
-            stays = False
     counts[BIDS] += bids
     return top
 
