@@ -370,7 +370,7 @@ def _finish(
     Args:
         limit: scans that paths may be expected to take; NEARLY_SQUARE if they take more.
         other: how many rows other first duals leave free; n + 1 without any.
-        expected: scans that paths from zeros are expected to take. After a price war they go on while they take no more. Then
+        expected: scans that paths from zeros are expected to take. After a price war they go on while they take half of that. Then
             paths from other duals and they take turns, until one is expected to end sooner than the other.
         room: those duals and all that belongs to them, from ``room[at]`` on, as :func:`_keep` writes it, after room for as
             much again.
@@ -384,7 +384,7 @@ def _finish(
         if other <= n and (attempt == 1 or other <= accepted_below * n):
             if attempt == 1:
                 begun, top, rest = _try_paths(
-                    c, start, n, m, sign, v, row_of, col_of, stack, top, expected, counts
+                    c, start, n, m, sign, v, row_of, col_of, stack, top, 0.5 * expected, counts
                 )
                 if begun < 0:
                     return INFEASIBLE
