@@ -34,6 +34,7 @@ from fastmatch_kernels.lap.state import (
     READS,
     SEARCHES,
     SQUARE_SCANS,
+    TURNS,
     VECTOR,
     matrix_lists,
     new_paths,
@@ -296,13 +297,15 @@ class _DensePhases(Phases):
         """
         plan = self.schedule
         others: tuple[np.ndarray, ...] | None = None
+        expected = 0.0
         crowded = plan.crowded_above * self.n
         if not self.warm and self.free() > crowded:
             self.reduce_surveyed()
         if self.is_square and not self.warm and self.free() > crowded:
             tied = (self.least == self.seconds).mean() > 0.5
             scans = plan.short_tied_scans if tied else plan.short_scans
-            if self.augment_by_rows(scans * self.n, 1 / 16) == 0.0:
+            expected = self.augment_by_rows(scans * self.n, 1 / 16)
+            if expected == 0.0:
                 return True
             if self.free() > crowded:
                 free, found = self.better_duals()
@@ -314,9 +317,36 @@ class _DensePhases(Phases):
             return True
         calm = self.bids(plan.slow_above if others is None else plan.slow_above_others)
         if not calm and others is not None:
+            expected = self.augment_by_rows(expected, 1 / 16)
+            if expected == 0.0:
+                return True
+            zeros = [*self.held(), *((x, x.copy()) for x in (self.least, self.seconds, self.columns))]
             self.begin_at(others)
             calm = self.bids(plan.slow_above)
+            if not calm and self.take_turns(expected, zeros):
+                return True
         return self.finish(calm)
+
+    def take_turns(self, expected: float, other: list[tuple[np.ndarray, np.ndarray]]) -> bool:
+        """Augment over whole rows from these duals and from other ones in turns, until one is expected to end sooner.
+
+        Args:
+            expected: scans that the other one's paths are expected to take.
+            other: arrays, each with its contents for the other duals.
+
+        Returns:
+            Whether no row is free any more.
+        """
+        for _ in range(TURNS):
+            rest = self.augment_by_rows(expected, 1 / 16)
+            if rest <= expected:
+                return rest == 0.0
+            for x, old in other:
+                kept = x.copy()
+                x[:] = old
+                old[:] = kept
+            expected = rest
+        return False
 
     def bids(self, slow_above: float) -> bool:
         """Match free rows by row reduction and a short auction; return whether that paid: see :meth:`short_auctions`."""
@@ -341,6 +371,11 @@ class _DensePhases(Phases):
             self.reduce()
             return True
         if self.is_square and self.distinct:
+            held = [(x, x.copy()) for x in (self.v, *self.matching)]
+            if self.augment_by_rows(plan.ends_at_once * before, 1 / 16) == 0.0:
+                return True
+            for x, old in held:
+                x[:] = old
             return self.short_auctions(eps, slow_above, before)
         self.reduce()
         return not self.is_square

@@ -71,7 +71,8 @@ def as_real(cost: Any, name: str = "cost") -> np.ndarray:
     if np.can_cast(matrix.dtype, np.float32):  # half precision, narrow integers, booleans
         return matrix.astype(np.float32)
     if matrix.dtype.kind in "iu" or (matrix.dtype.kind == "O" and all(type(x) is int for x in matrix.flat)):
-        if matrix.size and max(int(matrix.max()), -int(matrix.min())) > EXACT:
+        wide = matrix.dtype.itemsize == 8 and matrix.size > 0  # objects are as wide as that
+        if wide and max(int(matrix.max()), -int(matrix.min())) > EXACT:
             raise ValueError(
                 f"{name}: integers beyond 2^53 are not exact in float64; pass a matrix of int64 or uint64 to solve, "
                 "or subtract a constant"

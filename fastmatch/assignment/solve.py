@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Iterable
 from functools import partial
-from typing import Any, TypeGuard, overload
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from fastmatch.assignment.dense_shortlists import DenseShortlists
 from fastmatch.assignment.device_cost import DeviceCost
 from fastmatch.assignment.factor_cost import FactorCost
 from fastmatch.assignment.gap import duality_gap, settled
-from fastmatch.assignment.integers import solve_integers, wide_integers
+from fastmatch.assignment.integers import is_wide, solve_integers, wide_integers
 from fastmatch.assignment.problem import LapProblem, LapSolution, Solver, TooLarge
 from fastmatch.assignment.reading import as_array
 from fastmatch.assignment.small_dense import SmallDense, solve_small
@@ -44,7 +44,10 @@ ROUNDED = 1e-12
 SCALE = 128
 """Power of two by which a matrix is divided if its sums leave float64."""
 
-FLOATS = (np.dtype(np.float64), np.dtype(np.float32))
+READ_AS = {np.dtype(kind): np.dtype(np.float32) for kind in ("f4", "f2", "i1", "u1", "i2", "u2", "?")} | {
+    np.dtype(kind): np.dtype(np.float64) for kind in ("f8", "i4", "u4", "i8", "u8")
+}
+"""The type in which entries of a type are read, as :func:`fastmatch.assignment.reading.as_real` does."""
 
 STORED = 1 << 24
 """Entries up to which the matrix of a factor cost is computed, in float64 (128 MB), and up to which a matrix on a GPU
@@ -121,7 +124,7 @@ def solve(
 
     Cost: see the solver.
     """
-    array = cost if solver is None and warm_start is None and _is_small_array(cost) else None
+    array = _small_array(cost) if solver is None and warm_start is None else None
     if array is not None:
         found = _solve_small(array, maximize)
         if found is not None:
@@ -192,15 +195,15 @@ def solve(
     return found
 
 
-def _is_small_array(cost: Any) -> TypeGuard[np.ndarray]:
-    """Return whether ``cost`` goes to :func:`solve_small` as it is. A small solve has no time for other questions."""
-    return (
-        type(cost) is np.ndarray
-        and cost.ndim == 2
-        and 0 < cost.size <= SMALL
-        and cost.dtype in FLOATS
-        and cost.flags.aligned
-    )
+def _small_array(cost: Any) -> np.ndarray | None:
+    """Return ``cost`` as :func:`solve_small` takes it, or None. A small solve has no time for other questions."""
+    if type(cost) is not np.ndarray or cost.ndim != 2 or not 0 < cost.size <= SMALL:
+        return None
+    given = cost.dtype
+    dtype = READ_AS.get(given)
+    if dtype == given:
+        return cost if cost.flags.aligned else None
+    return None if dtype is None or is_wide(cost) else cost.astype(dtype)
 
 
 def _solve_small(matrix: np.ndarray, maximize: bool) -> Assignment | None:
@@ -210,7 +213,8 @@ def _solve_small(matrix: np.ndarray, maximize: bool) -> Assignment | None:
         return None
     (row_ind, col_ind), u, v, numbers = found
     objective, gap, gap_bound, *counts = numbers.tolist()
-    solved = Assignment(row_ind, col_ind, u, v, objective, gap, gap_bound, _stats("SmallDense", counts))
+    stats = _stats("SmallDense", counts)
+    solved = Assignment(row_ind, col_ind, u, v, objective, gap, gap_bound, stats)
     if state == DOUBTFUL:
         kept = _without_large(matrix, -1.0 if maximize else 1.0, solved)
         if kept is not None:
@@ -371,12 +375,14 @@ def _closed(
     return gap, gap_bound, u, duals[:m]
 
 
+COUNTS = ("reads", "bids", "pops", "searches")
+
+
 def _stats(solver: str, counts: Iterable[float] | None) -> dict[str, int | float | str]:
     """Return an assignment's ``stats``."""
     if counts is None:
         return {"solver": solver}
-    reads, bids, pops, searches = (int(count) for count in counts)
-    return {"solver": solver, "reads": reads, "bids": bids, "pops": pops, "searches": searches}
+    return {"solver": solver, **dict(zip(COUNTS, map(int, counts), strict=True))}
 
 
 @overload
@@ -403,8 +409,9 @@ def linear_sum_assignment(cost: Any, maximize: bool = False) -> tuple[Any, Any]:
     Raises:
         ValueError: NaN, an infinity of the wrong sign, or no feasible assignment.
     """
-    if _is_small_array(cost):
-        state, (pairs,) = solve_small(cost, maximize, proof=False)
+    array = _small_array(cost)
+    if array is not None:
+        state, (pairs,) = solve_small(array, maximize, proof=False)
         if state == SOLVED:
             return pairs[0], pairs[1]
     if isinstance(cost, np.ma.MaskedArray):

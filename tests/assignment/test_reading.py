@@ -190,3 +190,24 @@ def test_scipys_contract_ignores_a_mask_and_says_so():
     with pytest.warns(UserWarning, match="mask is ignored"):
         found = linear_sum_assignment(np.ma.masked_array(plain, np.eye(5, dtype=bool)))
     assert np.array_equal(found[1], scipy_lsa(plain)[1])
+
+
+@pytest.mark.parametrize("kind", ["?", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f2", ">i4", ">f8"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_entries_of_every_type_are_solved_as_float64_is(kind, order):
+    high = 2 if kind == "?" else 100
+    cost = np.random.default_rng(1).integers(0, high, (30, 40))
+    given = np.asarray(cost, kind, order=order)
+    found, best = solve(given), cost[scipy_lsa(cost)].sum()
+    assert found.objective == best == cost[linear_sum_assignment(given)].sum()
+    assert found.is_certified
+    assert (
+        cost[linear_sum_assignment(given, maximize=True)].sum() == cost[scipy_lsa(cost, maximize=True)].sum()
+    )
+
+
+def test_narrow_integers_at_their_ends_are_exact():
+    ends = np.iinfo(np.int32)
+    cost = np.array([[ends.max, ends.max - 1], [ends.min, ends.min + 2]], np.int32)
+    assert solve(cost).objective == (ends.max - 1) + ends.min
+    assert solve(cost, maximize=True).objective == ends.max + (ends.min + 2)

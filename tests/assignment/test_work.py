@@ -140,3 +140,22 @@ def test_rows_are_not_read_for_the_proof_if_the_survey_bounds_them(solver):
     cost[np.arange(300), g.permutation(300)] = g.random(300)
     found = solved(cost, solver)
     assert found.stats["reads"] == 300
+
+
+@pytest.mark.parametrize("n", [300, 1500])
+def test_paths_from_zeros_end_a_price_war_if_they_are_short(n):
+    """Three choices for every row: other first duals leave fewer rows free, but their paths lead through half of the columns."""
+    found = solved(FAMILIES["three choices"](n, n, 0, "float64"))
+    assert found.stats["bids"] > n
+    assert found.stats["pops"] < 2 * n
+
+
+@pytest.mark.parametrize("family", ["clusters, rows repeated", "column scales"])
+def test_paths_from_other_duals_take_over_if_those_from_zeros_are_long(family):
+    found = solved(FAMILIES[family](300, 300, 0, "float64"))
+    assert found.stats["pops"] < 40 * 300
+
+
+def test_no_auction_runs_if_nearly_every_path_ends_at_once():
+    found = solved(FAMILIES["zero units, unequal"](1500, 1500, 0, "float64"))
+    assert found.stats["bids"] < 2 * 1500

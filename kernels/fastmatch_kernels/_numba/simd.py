@@ -43,6 +43,7 @@ __all__ = [
     "select",
     "splat",
     "store",
+    "sum_lanes",
 ]
 
 WIDTH = 8
@@ -273,6 +274,22 @@ def reduce_minimum(typing: Any, a: Any) -> Any:
             turned = [(k + half) % WIDTH for k in range(WIDTH)]
             y = builder.shuffle_vector(x, x, ir.Constant(ir.VectorType(_I32, WIDTH), turned))
             x = _less(builder, x, y)
+            half //= 2
+        return builder.extract_element(x, ir.Constant(_I32, 0))
+
+    return types.float64(_vector), code
+
+
+@intrinsic
+def sum_lanes(typing: Any, a: Any) -> Any:
+    """Sum of the eight lanes."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        (x,) = args
+        half = WIDTH // 2
+        while half:
+            turned = [(k + half) % WIDTH for k in range(WIDTH)]
+            x = builder.fadd(x, builder.shuffle_vector(x, x, ir.Constant(ir.VectorType(_I32, WIDTH), turned)))
             half //= 2
         return builder.extract_element(x, ir.Constant(_I32, 0))
 

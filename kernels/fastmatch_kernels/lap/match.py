@@ -14,12 +14,12 @@ from fastmatch_kernels._numba.simd import (
     less_equal_mask,
     load,
     magnitude,
-    maximum,
     minimum,
     reduce_minimum,
     replace_at_most,
     select,
     splat,
+    sum_lanes,
 )
 from fastmatch_kernels.lap.copying import copy_to
 from fastmatch_kernels.lap.paths import row_vector
@@ -28,43 +28,80 @@ from fastmatch_kernels.lap.state import LARGEST
 __all__ = ["free_rows", "match_surveyed", "reduce_surveyed", "survey", "two_least"]
 
 
-@njit(nogil=True, cache=True, forceinline=True)
-def two_least(c, at, other, sign, m, v):  # pragma: no cover - compiled
-    """Return (least c - v, its column, second least, its column if the two are equal) of the rows at ``at`` and ``other``.
+SETS = 4 * WIDTH
+"""Sets of columns whose minima are found at once: columns that are alike modulo SETS. The least two entries of a row are
+among these minima and the rest of the set that holds the least, so no column number has to travel with a value."""
 
-    Two rows at once keep the processor busy, because each minimum has to wait for the one before.
+
+@njit(nogil=True, cache=True, forceinline=True)
+def _minima(c, at, sign, m, v, plain, measured):  # pragma: no cover - compiled
+    """Return the least c - v of the SETS sets of columns of the row at ``at``, and sums of unscaled sizes if ``measured``.
+
+    ``plain``: v is 0 and is not read.
     """
-    signs, none = splat(sign), splat(np.inf)
-    first, second, column = none, none, splat(0.0)
-    first2, second2, column2 = none, none, splat(0.0)
-    here, step = splat(0.0), splat(np.float64(WIDTH))
-    for j in range(0, m, WIDTH):
-        duals = load(v, j)
-        x = difference(signs, row_vector(c, at, j, m, sign * np.inf), duals)
-        y = difference(signs, row_vector(c, other, j, m, sign * np.inf), duals)
-        second = minimum(maximum(first, x), second)
-        second2 = minimum(maximum(first2, y), second2)
-        column = select(x, first, here, column)
-        column2 = select(y, first2, here, column2)
-        first = minimum(x, first)
-        first2 = minimum(y, first2)
-        here = add(here, step)
-    return _across(first, second, column), _across(first2, second2, column2)
+    signs, none, zero, fill = splat(sign), splat(np.inf), splat(0.0), sign * np.inf
+    a, b, d, e = none, none, none, none
+    one, two = zero, zero
+    j = 0
+    while j + SETS <= m:
+        x, y = load(c, at + j), load(c, at + j + WIDTH)
+        if measured:
+            one, two = add(one, magnitude(x)), add(two, magnitude(y))
+        a = minimum(difference(signs, x, zero if plain else load(v, j)), a)
+        b = minimum(difference(signs, y, zero if plain else load(v, j + WIDTH)), b)
+        x, y = load(c, at + j + 2 * WIDTH), load(c, at + j + 3 * WIDTH)
+        if measured:
+            one, two = add(one, magnitude(x)), add(two, magnitude(y))
+        d = minimum(difference(signs, x, zero if plain else load(v, j + 2 * WIDTH)), d)
+        e = minimum(difference(signs, y, zero if plain else load(v, j + 3 * WIDTH)), e)
+        j += SETS
+    while j < m:
+        x = row_vector(c, at, j, m, fill)
+        if measured:
+            one = add(one, magnitude(x if j + WIDTH <= m else row_vector(c, at, j, m, 0.0)))
+        x = difference(signs, x, zero if plain else load(v, j))
+        a, b, d, e = b, d, e, minimum(x, a)  # the sets turn: the next vector's is the first
+        j += WIDTH
+    rest = (m % SETS + WIDTH - 1) // WIDTH
+    while 0 < rest < 4:
+        a, b, d, e = b, d, e, a
+        rest += 1
+    return a, b, d, e, add(one, two)
 
 
 @njit(nogil=True, cache=True, forceinline=True)
-def _across(first, second, column):  # pragma: no cover - compiled
-    """Return (least, its column, second least, its column if the two are equal) from the values of every lane."""
-    lowest = reduce_minimum(first)
-    limit = splat(lowest)
-    holders = less_equal_mask(first, limit)
-    k = ctz(holders)
-    j = np.int64(lane(column, k)) + k
+def _least_two(c, at, sign, m, v, a, b, d, e):  # pragma: no cover - compiled
+    """Return (least c - v, its column, second least, its column if the two are equal) of a row, from its sets' minima."""
+    lowest = reduce_minimum(minimum(minimum(a, b), minimum(d, e)))
+    limit, none = splat(lowest), splat(np.inf)
+    holders = less_equal_mask(a, limit) | (less_equal_mask(b, limit) << WIDTH)
+    holders |= (less_equal_mask(d, limit) << (2 * WIDTH)) | (less_equal_mask(e, limit) << (3 * WIDTH))
+    column = ctz(holders)
+    first, second = np.inf, np.inf
+    for j in range(column, m, SETS):  # without branches, which would be mispredicted
+        x = sign * np.float64(c[at + j]) - v[j]
+        column = j if x < first else column
+        high = first if x < first else x
+        first = x if x < first else first
+        second = high if high < second else second
     others = holders & (holders - 1)
-    if others != 0:
-        k = ctz(others)
-        return lowest, j, lowest, np.int64(lane(column, k)) + k
-    return lowest, j, reduce_minimum(replace_at_most(first, limit, second)), j
+    if second == lowest:
+        others = 1 << (column % SETS)
+    if others == 0:
+        a, b = replace_at_most(a, limit, none), replace_at_most(b, limit, none)
+        d, e = replace_at_most(d, limit, none), replace_at_most(e, limit, none)
+        return lowest, column, min(second, reduce_minimum(minimum(minimum(a, b), minimum(d, e)))), column
+    for j in range(ctz(others), m, SETS):
+        if j != column and sign * np.float64(c[at + j]) - v[j] <= lowest:
+            return lowest, column, lowest, j
+    return lowest, column, lowest, column
+
+
+@njit(nogil=True, cache=True, forceinline=True)
+def two_least(c, at, sign, m, v):  # pragma: no cover - compiled
+    """Return (least c - v, its column, second least, its column if the two are equal) of the row at ``at``."""
+    a, b, d, e, _ = _minima(c, at, sign, m, v, False, False)
+    return _least_two(c, at, sign, m, v, a, b, d, e)
 
 
 @njit(nogil=True, cache=True, inner=True)
@@ -94,6 +131,19 @@ def free_rows(col_of, stack):  # pragma: no cover - compiled
     return top
 
 
+@njit(nogil=True, cache=True, forceinline=True)
+def _sizes(c, at, scale, m):  # pragma: no cover - compiled
+    """Return the sum of the sizes of a row's entries but forbidden ones."""
+    scales, zero, top = splat(scale), splat(0.0), splat(LARGEST)
+    sizes, total = zero, 0.0
+    for j in range(0, m, WIDTH):
+        p = difference(scales, row_vector(c, at, j, m, scale * np.inf), zero)
+        sizes = add(sizes, select(top, p, zero, magnitude(p)))
+    for k in range(WIDTH):
+        total += lane(sizes, k)
+    return total
+
+
 @njit(nogil=True, cache=True)
 def survey(c, start, scale, m, v, lo, hi, least, seconds, columns):  # pragma: no cover - compiled
     """Read rows lo..hi once: their least c - v, its column, and the least one of the other columns.
@@ -103,34 +153,19 @@ def survey(c, start, scale, m, v, lo, hi, least, seconds, columns):  # pragma: n
     Return the sum of the sizes of all entries but forbidden ones. It is finite only if there is no NaN and no infinity of the
     wrong sign.
     """
-    scales, none, zero, top = splat(scale), splat(np.inf), splat(0.0), splat(LARGEST)
-    sizes = zero
-    step = splat(np.float64(WIDTH))
-    for i in range(lo, hi, 2):
-        at = start + i * m
-        other = at + m if i + 1 < hi else at
-        first, second, column = none, none, zero
-        first2, second2, column2 = none, none, zero
-        here = zero
-        for j in range(0, m, WIDTH):
-            duals = load(v, j)
-            p, q = row_vector(c, at, j, m, scale * np.inf), row_vector(c, other, j, m, scale * np.inf)
-            x, y = difference(scales, p, duals), difference(scales, q, duals)
-            p, q = difference(scales, p, zero), difference(scales, q, zero)
-            sizes = add(sizes, add(select(top, p, zero, magnitude(p)), select(top, q, zero, magnitude(q))))
-            second = minimum(maximum(first, x), second)
-            second2 = minimum(maximum(first2, y), second2)
-            column = select(x, first, here, column)
-            column2 = select(y, first2, here, column2)
-            first = minimum(x, first)
-            first2 = minimum(y, first2)
-            here = add(here, step)
-        least[i], columns[i], seconds[i], _ = _across(first, second, column)
-        if i + 1 < hi:
-            least[i + 1], columns[i + 1], seconds[i + 1], _ = _across(first2, second2, column2)
     total = 0.0
-    for k in range(WIDTH):
-        total += lane(sizes, k)
+    plain = True
+    for j in range(m):
+        plain &= v[j] == 0.0
+    for i in range(lo, hi):
+        at = start + i * m
+        if plain:
+            a, b, d, e, sizes = _minima(c, at, scale, m, v, True, True)
+        else:
+            a, b, d, e, sizes = _minima(c, at, scale, m, v, False, True)
+        size = abs(scale) * sum_lanes(sizes)
+        total += size if size < np.inf else _sizes(c, at, scale, m)
+        least[i], columns[i], seconds[i], _ = _least_two(c, at, scale, m, v, a, b, d, e)
     return total
 
 

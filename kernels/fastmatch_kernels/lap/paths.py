@@ -17,7 +17,6 @@ from fastmatch_kernels._numba.simd import (
     add,
     ctz,
     difference,
-    lane,
     less_equal_mask,
     less_mask,
     load,
@@ -64,23 +63,24 @@ def _scan(c, at, sign, m, base, i, first, w, dist, came_from):  # pragma: no cov
     Scanned columns have w = -inf and dist = inf. ``first``: it is the search's first row, and distances are new.
     """
     signs, shift, row = splat(sign), splat(base), splat(np.float64(i))
-    nearest, column = splat(np.inf), splat(0.0)
-    here, step = splat(0.0), splat(np.float64(WIDTH))
+    nearest = splat(np.inf)
     for j in range(0, m, WIDTH):
         x = add(shift, difference(signs, row_vector(c, at, j, m, sign * np.inf), load(w, j)))
         if first:
             store(came_from, j, row)
+            store(dist, j, x)
         else:
             old = load(dist, j)
-            store(came_from, j, select(x, old, row, load(came_from, j)))
+            if less_mask(x, old) != 0:  # rare in long searches
+                store(came_from, j, select(x, old, row, load(came_from, j)))
+                store(dist, j, minimum(x, old))
             x = minimum(x, old)
-        store(dist, j, x)
-        column = select(x, nearest, here, column)
         nearest = minimum(x, nearest)
-        here = add(here, step)
     low = reduce_minimum(nearest)
-    k = ctz(less_equal_mask(nearest, splat(low)))
-    return low, np.int64(lane(column, k)) + k
+    j = ctz(less_equal_mask(nearest, splat(low)))
+    while dist[j] > low:
+        j += WIDTH
+    return low, j
 
 
 @njit(nogil=True, cache=True, forceinline=True)

@@ -50,6 +50,7 @@ from fastmatch_kernels.lap.state import (
     SOLVED,
     SQUARE_SCANS,
     TOO_LARGE,
+    TURNS,
     WARM,
     WRONG,
     SmallSchedule,
@@ -77,42 +78,27 @@ def _bid(
 
     A row takes its best column and lowers its dual until the column is ``eps`` worse than the row's second best. With
     eps = 0 this is augmenting row reduction: a row whose two best tie is left free. No dual falls by more than ``most``
-    and eps: the pair stays its row's best. Two rows bid at once; the second one's bid is postponed if the first has changed
-    a dual that it depends on.
+    and eps: the pair stays its row's best.
     """
     bids = 0
     while top > 0 and bids < limit:
         top -= 1
+        bids += 1
         i = stack[top]
-        k = stack[top - 1] if top > 0 else i
-        one, two = two_least(c, start + i * m, start + k * m, sign, m, v)
-        first, j, second, tied = one
-        stays = k != i
-        if stays:
-            top -= 1
-            x = sign * np.float64(c[start + k * m + j]) - v[j]
-            stays = x > two[2]
-            if not stays:
-                stack[top] = k
+        first, j, second, tied = two_least(c, start + i * m, sign, m, v)
+        if not second < np.inf:
+            continue  # one allowed column or none: the paths decide
+        if second == first and row_of[j] >= 0:
+            j = tied
+        old = row_of[j]
+        if old < 0 or eps > 0.0 or second > first:
+            v[j] -= min(second - first, most) + eps
+            row_of[j] = i
+            col_of[i] = j
+            if old >= 0:
+                col_of[old] = -1
+                stack[top] = old
                 top += 1
-        for _ in range(2):
-            bids += 1
-            if second == first and row_of[j] >= 0:
-                j = tied
-            old = row_of[j]
-            if second < np.inf and (old < 0 or eps > 0.0 or second > first):
-                v[j] -= min(second - first, most) + eps
-                row_of[j] = i
-                col_of[i] = j
-                if old >= 0:
-                    col_of[old] = -1
-                    stack[top] = old
-                    top += 1
-            if not stays:
-                break
-            i = k
-            first, j, second, tied = two
-            stays = False
     counts[BIDS] += bids
     return top
 
@@ -244,23 +230,25 @@ def _try_paths(
     """Augment from the rows ``stack[:top]`` while all of it is expected to scan no more than ``limit`` rows.
 
     Returns:
-        (-1 if a row has no path, else 0; the number of free rows, which are then on ``stack``).
+        (-1 if a row has no path, else 0; the number of free rows, which are then on ``stack``; the scans that are expected
+        for these, of which later ones are longer).
     """
     search = new_search(m, v, row_of)
     shuffle(stack, top)
     before = last = counts[POPS] + counts[SEARCHES]
-    tied, done, begin = top < 0, 0, 0
+    tied, done, begin, rest = top < 0, 0, 0, 0.0
     while done < top:
         found, tied = path(c, start, m, sign, v, row_of, col_of, stack[done], search, tied, counts)
         if not found:
-            return -1, top
+            return -1, top, rest
         done += 1
         now = counts[POPS] + counts[SEARCHES]
         if done - begin >= FEW_PATHS and now - last > n // 16:
-            if now - before + (top - done) * ((now - last) / (done - begin)) > limit:
+            rest = (top - done) * ((now - last) / (done - begin))
+            if now - before + rest > limit:
                 break
             begin, last = done, now
-    return 0, free_rows(col_of, stack)
+    return 0, free_rows(col_of, stack), 2.0 * rest
 
 
 @njit(nogil=True, cache=True, inner=True)
@@ -312,7 +300,8 @@ def _start(
     """Match rows from zeros, and along short paths if they are crowded.
 
     Returns:
-        (SOLVED, OPEN or CROWDED; WRONG, INFEASIBLE or TOO_LARGE; ``sign``, or what costs are multiplied by).
+        (SOLVED, OPEN or CROWDED; WRONG, INFEASIBLE or TOO_LARGE; ``sign``, or what costs are multiplied by; the scans that
+        paths are expected to take, if CROWDED).
     """
     crowded_from, crowded_above, _, short_scans, short_tied_scans = schedule[12:-3]
     if not (warm and n == m):
@@ -330,9 +319,9 @@ def _start(
             scale = fitting_scale(c, start, start + n * m, sign)
             counts[READS] += n
             if scale == 0.0:
-                return WRONG, sign
+                return WRONG, sign, 0.0
             if scale == np.inf:
-                return TOO_LARGE, sign
+                return TOO_LARGE, sign, 0.0
             if scale != sign:
                 v[:] = 0.0  # given duals are not scaled, but no other ones are looked for
                 lo = np.int64(0)
@@ -341,37 +330,68 @@ def _start(
     stack = np.empty(n, np.int64)
     top = free_rows(col_of, stack)
     if top == 0:
-        return SOLVED, scale
+        return SOLVED, scale, 0.0
     if warm or n < crowded_from or top <= crowded_above * n:
-        return OPEN, scale
+        return OPEN, scale, 0.0
     top = reduce_surveyed(c, start, scale, m, v, seconds, columns, row_of, col_of, stack, top)
     if n != m or top <= crowded_above * n:
-        return OPEN, scale
+        return OPEN, scale, 0.0
     # If half of the rows have ties for their best column, neither other duals nor auctions help much.
     most = short_tied_scans if typical_gap(least, seconds) == 0.0 else short_scans
-    at, top = _try_paths(c, start, n, m, scale, v, row_of, col_of, stack, top, most * n, counts)
+    at, top, rest = _try_paths(c, start, n, m, scale, v, row_of, col_of, stack, top, most * n, counts)
     if at < 0:
-        return INFEASIBLE, scale
-    return CROWDED if top > crowded_above * n else OPEN, scale
+        return INFEASIBLE, scale, 0.0
+    return CROWDED if top > crowded_above * n else OPEN, scale, rest
 
 
 @njit(nogil=True, cache=True, inner=True, inline="always")
 def _finish(
-    c, start, n, m, sign, schedule, v, least, seconds, columns, row_of, col_of, limit, other, room, at, counts
+    c,
+    start,
+    n,
+    m,
+    sign,
+    schedule,
+    v,
+    least,
+    seconds,
+    columns,
+    row_of,
+    col_of,
+    limit,
+    other,
+    expected,
+    room,
+    at,
+    counts,
 ):  # pragma: no cover - compiled
     """Match the rows that :func:`_start` has left; return SOLVED, INFEASIBLE, DOUBTFUL or NEARLY_SQUARE.
 
     Args:
         limit: scans that paths may be expected to take; NEARLY_SQUARE if they take more.
         other: how many rows other first duals leave free; n + 1 without any.
-        room: those duals and all that belongs to them, from ``room[at]`` on, as :func:`_keep` writes it.
+        expected: scans that paths from zeros are expected to take. After a price war they go on while they take half of that. Then
+            paths from other duals and they take turns, until one is expected to end sooner than the other.
+        room: those duals and all that belongs to them, from ``room[at]`` on, as :func:`_keep` writes it, after room for as
+            much again.
     """
     accepted_below = schedule[14]
     stack = np.empty(n, np.int64)
     top = free_rows(col_of, stack)
+    kept = False
     for attempt in range(2):
         # Duals that leave few rows free are taken at once; others only if bids from zeros are a price war.
         if other <= n and (attempt == 1 or other <= accepted_below * n):
+            if attempt == 1:
+                begun, top, rest = _try_paths(
+                    c, start, n, m, sign, v, row_of, col_of, stack, top, 0.5 * expected, counts
+                )
+                if begun < 0:
+                    return INFEASIBLE
+                if top == 0:
+                    break
+                kept, expected = True, rest
+                _keep(room, np.int64(0), v, least, seconds, columns, row_of, col_of)
             _take(room, at, v, least, seconds, columns, row_of, col_of)
             top, other = other, n + 1
             top = free_rows(col_of, stack)
@@ -381,9 +401,22 @@ def _finish(
             break
         top, calm = _bids(c, start, sign, m, v, least, seconds, row_of, col_of, stack, top, schedule, counts)
         if calm:
+            kept = False
             break
+    here, there = at, np.int64(0)
+    for _ in range(TURNS if kept else 0):
+        if top == 0:
+            break
+        begun, top, rest = _try_paths(c, start, n, m, sign, v, row_of, col_of, stack, top, expected, counts)
+        if begun < 0:
+            return INFEASIBLE
+        if top == 0 or rest <= expected:
+            break
+        _keep(room, here, v, least, seconds, columns, row_of, col_of)
+        _take(room, there, v, least, seconds, columns, row_of, col_of)
+        here, there, expected, top = there, here, rest, free_rows(col_of, stack)
     if top > 0:
-        begun, top = _try_paths(c, start, n, m, sign, v, row_of, col_of, stack, top, limit, counts)
+        begun, top, _ = _try_paths(c, start, n, m, sign, v, row_of, col_of, stack, top, limit, counts)
         if begun < 0:
             return INFEASIBLE
         if top > 0:
@@ -427,14 +460,14 @@ def solve_one(
         counts: as in ``state``, added to.
     """
     seconds, columns = np.empty(n), np.empty(n, np.int64)
-    state, scale = _start(
+    state, scale, expected = _start(
         c, start, n, m, sign, schedule, warm, v, least, seconds, columns, row_of, col_of, counts
     )
     if state in (OPEN, CROWDED):
-        other, room = n + 1, seconds
+        other, room, half = n + 1, seconds, v.shape[0] + KEPT * n
         if state == CROWDED:
-            room = np.empty(v.shape[0] + KEPT * n)
-            other = _other_duals(c, start, n, scale, schedule, col_of, room, np.int64(0), counts)
+            room = np.empty(2 * half)
+            other = _other_duals(c, start, n, scale, schedule, col_of, room, half, counts)
         state = _finish(
             c,
             start,
@@ -450,8 +483,9 @@ def solve_one(
             col_of,
             np.inf,
             other,
+            expected,
             room,
-            np.int64(0),
+            half,
             counts,
         )
     state, _ = _scaled_back(state, sign, scale, v, least)
@@ -516,22 +550,22 @@ def solve_matrix(C, sign, transposed, pairs, proof, room, begin):  # pragma: no 
     v, u, seconds = np.empty((m + WIDTH - 1) // WIDTH * WIDTH), np.empty(n), np.empty(n)
     columns, row_of, counts = np.empty(n, np.int64), np.empty(m, np.int64), np.zeros(4, np.int64)
     rows, col_of = pairs[0], pairs[1]
-    half, other, state, scale = v.shape[0] + KEPT * n, n + 1, OPEN, sign
+    half, other, state, scale, expected = v.shape[0] + KEPT * n, n + 1, OPEN, sign, 0.0
     if begin == RESUMED:
         _take(room, np.int64(0), v, u, seconds, columns, row_of, col_of)
         for k in range(4):
             counts[k] = np.int64(room[2 * half + k])
-        other, scale = np.int64(room[2 * half + 4]), room[2 * half + 5]
+        other, scale, expected = np.int64(room[2 * half + 4]), room[2 * half + 5], room[2 * half + 6]
     else:
         if begin == WARM:
             v[:] = 0.0
             for j in range(m):
                 v[j] = room[j]
-        state, scale = _start(
+        state, scale, expected = _start(
             c, 0, n, m, sign, SCHEDULE, begin == WARM, v, u, seconds, columns, row_of, col_of, counts
         )
         if state == CROWDED:
-            room[2 * half + 5] = scale
+            room[2 * half + 5], room[2 * half + 6] = scale, expected
             _keep(room, np.int64(0), v, u, seconds, columns, row_of, col_of)
             for k in range(4):
                 room[2 * half + k] = counts[k]
@@ -539,7 +573,8 @@ def solve_matrix(C, sign, transposed, pairs, proof, room, begin):  # pragma: no 
         nearly = n < m and m <= n + n // NEARLY and n >= CROWDED_FROM
         limit = np.float64(SQUARE_SCANS * n) if nearly else np.inf
         state = _finish(
-            c, 0, n, m, scale, SCHEDULE, v, u, seconds, columns, row_of, col_of, limit, other, room, half, counts
+            c, 0, n, m, scale, SCHEDULE, v, u, seconds, columns, row_of, col_of, limit, other, expected, room, half,
+            counts,
         )  # fmt: skip
     if proof.shape[0] > 0 and state in (SOLVED, DOUBTFUL):
         numbers = n + m

@@ -89,6 +89,9 @@ FEW_ROWS = 16
 FEW_PATHS = 16
 """Paths from whose lengths those of the others are estimated."""
 
+TURNS = 8
+"""Turns that paths from two kinds of first duals take at most."""
+
 KEPT = 5
 """Numbers per row or column, beside the dual, that a crowded problem keeps."""
 
@@ -182,7 +185,7 @@ def new_paths(n: int, m: int) -> Paths:
 
 def room_for(n: int) -> int:
     """Return the size of the array in which a crowded problem of n rows and columns waits for other first duals."""
-    return 2 * (-(-n // VECTOR) * VECTOR + KEPT * n) + 6
+    return 2 * (-(-n // VECTOR) * VECTOR + KEPT * n) + 7
 
 
 class SmallSchedule(NamedTuple):
