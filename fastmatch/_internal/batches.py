@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections import UserDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeAlias
 
@@ -40,6 +41,9 @@ TARGETS = ("labels", "label")
 
 PREDICTIONS = ("logits", "out", "last_hidden_state")
 """Where output objects hold what a loss compares: transformers' heads, torchvision's segmentation, base models."""
+
+SAMPLE = (bool, int, float, str, Mapping)
+"""What a list of samples holds, if no tensors."""
 
 Forward: TypeAlias = Callable[[nn.Module, Any], Any]
 """``forward(model, batch)`` runs the model on one item of the loader and returns the output."""
@@ -174,17 +178,21 @@ def _first_rows(value: Any) -> Any:
 
 
 def take_rows(value: Any, rows: Sequence[int], size: int) -> Any:
-    """Return a batch of ``size`` samples with these alone, in every tensor and list that has ``size`` rows; containers keep their types."""
+    """Return a batch of ``size`` samples with these alone, in every tensor and list that has ``size`` rows.
+
+    Lists, tuples and a tokenizer's encodings keep their types; other mappings become dicts. What is given is not changed.
+    """
     if isinstance(value, torch.Tensor):
         return value[list(rows)] if value.ndim and len(value) == size else value
     if isinstance(value, Mapping):
         taken = {k: _taken(v, rows, size) for k, v in value.items()}
-        if not isinstance(value, MutableMapping):
+        if not isinstance(value, UserDict):
             return taken
-        found = copy.copy(value)  # a tokenizer's encodings have methods that a forward function may call
-        for name, part in taken.items():
-            found[name] = part
+        found = copy.copy(value)
+        found.data = {**value.data, **taken}
         return found
+    if isinstance(value, list) and len(value) == size and all(isinstance(v, SAMPLE) for v in value):
+        return [value[k] for k in rows]
     if isinstance(value, (tuple, list)):
         parts = [take_rows(v, rows, size) for v in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
@@ -192,7 +200,7 @@ def take_rows(value: Any, rows: Sequence[int], size: int) -> Any:
 
 
 def _taken(value: Any, rows: Sequence[int], size: int) -> Any:
-    """Return an entry of a mapping, where a list of numbers or texts has a row for each sample too."""
+    """Return an entry of a mapping, where any list of numbers, texts or rows has one for each sample."""
     if isinstance(value, (list, tuple)) and (is_rows(value) or is_text(value)) and len(value) == size:
         return [value[k] for k in rows]
     if isinstance(value, np.ndarray) and value.ndim and len(value) == size:

@@ -272,7 +272,7 @@ def endpoint_statistics(
     for name in layers or ():
         if name not in measured[0]:
             raise ValueError(f"layers: {name!r} was never run on the data")
-    return EndpointStatistics(measured, recorder.probes(models[0], forward))
+    return EndpointStatistics(measured, recorder.probes())
 
 
 def _measure(

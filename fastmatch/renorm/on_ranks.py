@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from operator import itemgetter
 from typing import Any, TypeAlias
 
 import torch
 
 from fastmatch._internal.shared_data import Share
 from fastmatch._internal.tree import MergeTree
-from fastmatch.renorm.probes import ProbeRecorder, superfluous
+from fastmatch.renorm.probes import ProbeRecorder, kept_of
 from fastmatch.statistics.moments import ChannelMoments
 
 __all__ = ["measured_on_ranks"]
@@ -66,13 +65,11 @@ def _merged(first: list[Table], second: list[Table]) -> list[Table]:
 def _exchange_probes(share: Share, recorder: ProbeRecorder) -> None:
     """Leave in ``recorder`` what is kept of the batches of all ranks. A rank has kept all that may be."""
     sizes = {
-        place: size
+        n: size
         for part in share.ranks.exchange(recorder.sizes(), "the sizes of outputs")
-        for place, size in part.items()
+        for n, size in part.items()
     }
-    for place in superfluous(sizes):
-        recorder.kept.pop(place, None)
-    found = share.ranks.exchange(recorder.kept, "outputs on some samples")
-    recorder.kept = {place: probe for part in found for place, probe in part.items()}
-    cut = [whole for whole in share.ranks.exchange(recorder.whole, "the first batch") if whole is not None]
-    recorder.whole = min(cut, key=itemgetter(0), default=None)
+    kept = set(kept_of(sizes))
+    mine = {number: probe for number, probe in recorder.kept.items() if number in kept}
+    found = share.ranks.exchange(mine, "outputs on some samples")
+    recorder.kept = {number: probe for part in found for number, probe in part.items()}

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from fastmatch._internal.batches import Forward, collated, evaluating, samples_in, split_batch
+from fastmatch._internal.batches import Forward, collated, evaluating, split_batch
 from fastmatch.renorm.probes import Probe, features
 
-__all__ = ["PREFERENCE", "Disagreement", "disagreement", "is_held_out"]
+__all__ = ["PREFERENCE", "Disagreement", "disagreement"]
 
 PREFERENCE = 0.9
 """Another method than the first one must have an angle smaller by this factor. Angles of equally good methods differ by
@@ -36,15 +36,22 @@ class Disagreement(NamedTuple):
 
 
 def disagreement(
-    model: nn.Module, probes: Sequence[Probe], weights: Sequence[float], forward: Forward, *, every: int = 1
+    model: nn.Module,
+    probes: Sequence[Probe],
+    weights: Sequence[float],
+    forward: Forward,
+    *,
+    held_out: Sequence[torch.Tensor] | None = None,
 ) -> Disagreement | None:
     """Return how far a merge's outputs are from the endpoints' on the probes; None if outputs cannot be compared.
 
-    Of all samples, each ``every``-th one counts.
+    With ``held_out``, only the samples count for which it is True: (samples,) for each probe.
     """
-    count, other, angle, seen = 0, 0.0, 0.0, 0
+    count, other, angle = 0, 0.0, 0.0
     with evaluating(model):
-        for probe in probes:
+        for k, probe in enumerate(probes):
+            if held_out is not None and not bool(held_out[k].any()):
+                continue
             ours = features(forward(model, probe.batch))
             if ours is None or any(k is None or k.shape != ours.shape for k in probe.outputs):
                 return None
@@ -53,22 +60,14 @@ def disagreement(
             )
             assert isinstance(theirs, torch.Tensor)
             has_classes = _is_classification(probe.batch, ours)
-            if every > 1:
-                size = samples_in(probe.batch)
-                counts = is_held_out(seen, size, every).repeat_interleave(len(ours) // size).to(ours.device)
-                ours, theirs, seen = ours[counts], theirs[counts], seen + size
-            if not len(ours):
-                continue
+            if held_out is not None:
+                counts = held_out[k].repeat_interleave(len(ours) // len(held_out[k])).to(ours.device)
+                ours, theirs = ours[counts], theirs[counts]
             count += len(ours)
             if has_classes:
                 other += float((ours.argmax(1) != theirs.argmax(1)).sum())
             angle += _angle(ours, theirs) * len(ours)
     return Disagreement(other / count, angle / count) if count else None
-
-
-def is_held_out(first: int, size: int, every: int) -> torch.Tensor:
-    """Return (size,) True for each ``every``-th sample of all, where ``first`` samples came before."""
-    return torch.arange(first, first + size) % every == every - 1
 
 
 def _angle(a: torch.Tensor, b: torch.Tensor) -> float:

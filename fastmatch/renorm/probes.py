@@ -1,23 +1,20 @@
-"""Samples from all over the data, and the endpoints' outputs on them."""
+"""Batches from all over the data, and the endpoints' outputs on them."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import dataclasses
+import heapq
+from collections import UserDict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
-from fastmatch._internal.batches import (
-    Forward,
-    collated,
-    evaluating,
-    prediction_of,
-    samples_in,
-    take_rows,
-)
+from fastmatch._internal.batches import Forward, evaluating, prediction_of, samples_in, take_rows
+from fastmatch._internal.ranks import is_of_ranks
 
 __all__ = [
     "SAMPLES",
@@ -26,18 +23,27 @@ __all__ = [
     "cuts_cleanly",
     "features",
     "joined",
+    "kept_of",
     "part_of",
-    "superfluous",
+    "size_of",
+    "spread",
 ]
 
 SAMPLES = 1024
-"""Outputs are kept for this many samples, rounded up to a part of a batch."""
-ROWS = 64
-"""Rows of a part: a larger batch is cut, so that samples come from more batches. Loaders may be sorted by class."""
+"""Outputs are kept for this many samples, rounded up to a batch."""
 FEATURES = 4096
 """Of larger outputs, such as those of a language model, this many numbers per sample are kept, evenly spaced."""
 TOLERANCE = 0.05
 """A part's outputs may differ from those of the whole batch by this fraction: half precision rounds by the batch's size."""
+
+
+def spread(number: int) -> int:
+    """Return a place below 2^32: a multiple of the golden section, without its whole part.
+
+    The numbers with the lowest places are spaced evenly, however many there are, and whatever their period: loaders may be sorted by
+    class, or take classes in turn.
+    """
+    return number * 2654435769 % 2**32
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,26 +59,8 @@ class Probe:
     outputs: tuple[torch.Tensor | None, ...]
 
 
-class Place(NamedTuple):
-    """Where a part of a batch is, by what is kept first.
-
-    Attributes:
-        part: rows ``part::parts`` of the batch. First parts of many batches come before second ones.
-        order: spreads the batches: those with the lowest numbers are spaced evenly, however many there are.
-        batch: its number.
-    """
-
-    part: int
-    order: int
-    batch: int
-
-
-def _order(batch: int) -> int:
-    return batch * 2654435769 % 2**32  # multiples of the golden section, without their whole part
-
-
 class ProbeRecorder:
-    """Keeps samples that are spread over a loader's batches, with the outputs of each endpoint.
+    """Keeps batches that are spread over a loader's, with the outputs of each endpoint.
 
     What is kept depends on the numbers and sizes of the batches alone, so ranks that read different ones find together what one
     process finds.
@@ -81,62 +69,42 @@ class ProbeRecorder:
     def __init__(self) -> None:
         self.next = 0
         """Number of the next batch."""
-        self.kept: dict[Place, Probe] = {}
-        self.whole: tuple[int, Probe] | None = None
-        """The first batch that was cut, and its number."""
-        self._highest: Place | None = None  # of the places, once there are enough samples
+        self.kept: dict[int, Probe] = {}
+        """Number of a batch -> what is kept of it."""
+        self._places: list[tuple[int, int]] = []  # a heap, the last place first
+        self._samples = 0
 
     def add(self, batch: Any, outputs: Sequence[Any]) -> None:
-        """Add a batch and the endpoints' outputs on it, or the parts of it that belong to those that are kept."""
+        """Add a batch and the endpoints' outputs on it, if it belongs to those that are kept."""
         number, self.next = self.next, self.next + 1
-        whole = Probe(batch, tuple(features(output) for output in outputs))
-        size = size_of(whole)
-        parts = 1 if size is None else -(-size // ROWS)
-        if parts > 1 and self.whole is None:
-            self.whole = number, Probe(_copied(batch), whole.outputs)
-        for part in range(parts):
-            place = Place(part, _order(number), number)
-            if self._highest is not None and place > self._highest:
-                break
-            probe = whole if size is None or parts == 1 else part_of(whole, range(part, size, parts), size)
-            self.kept[place] = Probe(_copied(probe.batch), probe.outputs)
-            self.trim()
+        place = -spread(number)
+        if self._samples >= SAMPLES and place < self._places[0][0]:
+            return
+        probe = Probe(_copied(batch), tuple(features(output) for output in outputs))
+        self.kept[number] = probe
+        self._samples += _count(probe)
+        heapq.heappush(self._places, (place, number))
+        while self._samples - (last := _count(self.kept[self._places[0][1]])) >= SAMPLES:
+            self._samples -= last
+            del self.kept[heapq.heappop(self._places)[1]]
 
-    def sizes(self) -> dict[Place, int]:
-        """Return the number of samples of every part that is kept."""
-        return {place: _count(probe) for place, probe in self.kept.items()}
+    def sizes(self) -> dict[int, int]:
+        """Return the number of samples of every batch that is kept."""
+        return {number: _count(probe) for number, probe in self.kept.items()}
 
-    def trim(self) -> None:
-        """Leave out what the parts before it make superfluous."""
-        sizes = self.sizes()
-        for place in superfluous(sizes):
-            del self.kept[place], sizes[place]
-        self._highest = max(sizes) if sum(sizes.values()) >= SAMPLES else None
-
-    def probes(self, model: nn.Module, forward: Forward) -> tuple[Probe, ...]:
-        """Return what is kept, in the order of the data.
-
-        If the first endpoint's outputs on a part are not those on the whole batch, samples depend on each other, as the nodes of
-        a graph do. Then the first batch that was cut is returned alone, whole.
-        """
-        places = sorted(self.kept, key=lambda place: (place.batch, place.part))
-        if self.whole is not None:
-            whole = self.whole[1]
-            size = size_of(whole)
-            assert size is not None
-            if not cuts_cleanly(model, part_of(whole, range(0, size, 2), size), forward):
-                return (whole,)
-        return tuple(self.kept[place] for place in places)
+    def probes(self) -> tuple[Probe, ...]:
+        """Return what is kept, in the order of the data."""
+        return tuple(self.kept[number] for number in sorted(self.kept))
 
 
-def superfluous(sizes: Mapping[Place, int]) -> list[Place]:
-    """Return the places that are not needed for enough samples."""
-    total, found = 0, []
-    for place in sorted(sizes):
+def kept_of(sizes: Mapping[int, int]) -> Iterable[int]:
+    """Yield the numbers of the batches that are kept of all, whose sizes are given."""
+    total = 0
+    for number in sorted(sizes, key=spread):
         if total >= SAMPLES:
-            found.append(place)
-        total += sizes[place]
-    return found
+            return
+        total += sizes[number]
+        yield number
 
 
 def cuts_cleanly(model: nn.Module, part: Probe, forward: Forward) -> bool:
@@ -145,11 +113,13 @@ def cuts_cleanly(model: nn.Module, part: Probe, forward: Forward) -> bool:
     try:
         with evaluating(model):
             found = features(forward(model, part.batch))
-    except Exception:  # whatever a forward function raises on a part of a batch
+        if found is None or expected is None or found.shape != expected.shape:
+            return False
+        return bool((found - expected).norm() <= TOLERANCE * expected.norm())
+    except Exception as error:  # whatever a forward function raises on a part of a batch
+        if is_of_ranks(error) or isinstance(error, torch.OutOfMemoryError):
+            raise
         return False
-    if found is None or expected is None or found.shape != expected.shape:
-        return False
-    return bool((found - expected).norm() <= TOLERANCE * expected.norm())
 
 
 def _count(probe: Probe) -> int:
@@ -157,13 +127,26 @@ def _count(probe: Probe) -> int:
 
 
 def size_of(probe: Probe) -> int | None:
-    """Return the number of samples of a batch that can be cut: every output has a row, or as many rows, for each."""
+    """Return the number of samples of a batch that may be cut; None if it may not.
+
+    Every output has a row, or as many rows, for each. Integers with other rows may be indices into the samples, such as a graph's edges.
+    """
     try:
         size = samples_in(probe.batch)
     except ValueError:
         return None
     fits = size > 0 and all(output is not None and len(output) % size == 0 for output in probe.outputs)
-    return size if fits else None
+    return size if fits and not _may_hold_indices(probe.batch, size) else None
+
+
+def _may_hold_indices(value: Any, size: int) -> bool:
+    if isinstance(value, torch.Tensor):
+        is_integer = not (value.is_floating_point() or value.is_complex() or value.dtype is torch.bool)
+        return value.layout is not torch.strided or (is_integer and value.ndim > 0 and len(value) != size)
+    parts = (
+        value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
+    )
+    return any(_may_hold_indices(part, size) for part in parts)
 
 
 def part_of(probe: Probe, rows: Sequence[int], size: int) -> Probe:
@@ -173,7 +156,7 @@ def part_of(probe: Probe, rows: Sequence[int], size: int) -> Probe:
         return output.unflatten(0, (size, -1))[list(rows)].flatten(0, 1)
 
     outputs = tuple(None if output is None else chosen(output) for output in probe.outputs)
-    return Probe(take_rows(collated(probe.batch), rows, size), outputs)
+    return Probe(take_rows(probe.batch, rows, size), outputs)
 
 
 def joined(first: Sequence[Probe], second: Sequence[Probe]) -> tuple[Probe, ...]:
@@ -214,8 +197,12 @@ def _copied(batch: Any) -> Any:
     """Return a batch whose tensors are copies, since a loader may write its next batch into the same memory."""
     if isinstance(batch, torch.Tensor):
         return batch.detach().clone()
-    if type(batch) in (tuple, list):
-        return type(batch)(_copied(part) for part in batch)
-    if type(batch) is dict:
-        return {key: _copied(part) for key, part in batch.items()}
-    return copy.copy(batch)
+    if isinstance(batch, (tuple, list)):
+        parts = [_copied(part) for part in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    if isinstance(batch, (dict, UserDict)):
+        found = copy.copy(batch)
+        for key, part in batch.items():
+            found[key] = _copied(part)
+        return found
+    return copy.deepcopy(batch) if dataclasses.is_dataclass(batch) else copy.copy(batch)

@@ -1,7 +1,7 @@
 """Least squares as a candidate of the automatic choice.
 
 A fit of whole weights answers well on the samples that it is made from, whatever it does on others. So it is first made from three
-of every four kept samples and judged on the fourth ones, against the best of the other candidates. Only if it is nearer there, it is
+quarters of the kept samples and judged on the others, against the best of the other candidates. Only if it is nearer there, it is
 made again from all of them. The samples are those on which the endpoints' outputs are kept, so no data is read. A layer's inputs and outputs
 on all of them are held at a time, for every model.
 """
@@ -22,13 +22,14 @@ from fastmatch.renorm.layers import Layer, by_outputs, survey
 from fastmatch.renorm.least_squares import CannotFit, LayerFit, fit_sequentially
 from fastmatch.renorm.lockstep import TakesOtherPaths
 from fastmatch.renorm.options import Renormalization
-from fastmatch.renorm.outputs import PREFERENCE, Disagreement, disagreement, is_held_out
-from fastmatch.renorm.probes import Probe, cuts_cleanly, part_of, size_of
+from fastmatch.renorm.outputs import PREFERENCE, Disagreement, disagreement
+from fastmatch.renorm.probes import Probe, cuts_cleanly, part_of, size_of, spread
 
 __all__ = ["Trial", "try_least_squares"]
 
-HELD_OUT = 4
-"""Each sample of this number is left out of the judged fit. A last part would be of other classes where loaders are sorted."""
+HELD_OUT = 0.25
+"""Fraction of the samples that is left out of the judged fit. They are spread over all of them: a last part would be of other classes where
+loaders are sorted, and each fourth sample where they take classes in turn."""
 FEWEST = 64
 """Samples that a trial takes: on a quarter of fewer, chance decides."""
 BATCHES = 64
@@ -77,7 +78,8 @@ def try_least_squares(
         forward: runs a model on a batch.
         merges: how many merges are tried; together they may take :data:`WORK`.
     """
-    probes = probes[:: -(-len(probes) // BATCHES)]
+    used = min(len(probes), BATCHES)
+    probes = [probes[k * len(probes) // used] for k in range(used)]
     sizes = [size for probe in probes if (size := size_of(probe)) is not None]
     samples = sum(sizes)
     if len(sizes) < len(probes):
@@ -95,8 +97,18 @@ def try_least_squares(
         return Trial(
             None, f"least squares was not tried: it takes {work:.1g} multiplications, more than {WORK:.0g}"
         )
-    fitted = _without_held_out(probes)
-    if not cuts_cleanly(ends[0][0], fitted[0], forward):
+    held_out = _held_out(sizes)
+    try:
+        fitted = [
+            part_of(probe, (~out).nonzero().flatten().tolist(), len(out))
+            for probe, out in zip(probes, held_out, strict=True)
+            if not bool(out.all())
+        ]
+        checked = max(fitted, key=lambda probe: len(probe.outputs[0]) if probe.outputs[0] is not None else 0)
+        is_clean = cuts_cleanly(ends[0][0], checked, forward)
+    except (RuntimeError, TypeError, ValueError, IndexError):  # batches of kinds that cannot be cut
+        is_clean, fitted = False, []
+    if not is_clean:
         return Trial(
             None, "least squares was not tried: a part of a batch does not give what the whole batch gives"
         )
@@ -104,7 +116,7 @@ def try_least_squares(
         judged = _fit(model, ends, [p.batch for p in fitted], layers, forward)
     except (CannotFit, TakesOtherPaths) as reason:
         return Trial(None, f"least squares was not tried: {reason}")
-    ours, theirs = (disagreement(m, probes, ends[1], forward, every=HELD_OUT) for m in (judged, best))
+    ours, theirs = (disagreement(m, probes, ends[1], forward, held_out=held_out) for m in (judged, best))
     assert ours is not None
     assert theirs is not None
     told = (
@@ -118,16 +130,10 @@ def try_least_squares(
         return Trial(None, f"{told}; it cannot be fitted to all of them: {reason}", ours)
 
 
-def _without_held_out(probes: Sequence[Probe]) -> list[Probe]:
-    """Return the samples that the judged fit is made from."""
-    found, seen = [], 0
-    for probe in probes:
-        size = samples_in(probe.batch)
-        rows = (~is_held_out(seen, size, HELD_OUT)).nonzero().flatten().tolist()
-        seen += size
-        if rows:
-            found.append(part_of(probe, rows, size))
-    return found
+def _held_out(sizes: Sequence[int]) -> list[torch.Tensor]:
+    """Return which samples the judged fit does without, True for them, (samples,) for each batch."""
+    found = torch.tensor([spread(k) < HELD_OUT * 2**32 for k in range(sum(sizes))], device="cpu")
+    return list(found.split(list(sizes)))
 
 
 def _fit(

@@ -95,18 +95,19 @@ class SparseGPT:
                 finally:
                     handle.remove()
                 weight = by_outputs(layer, layer.weight)
-                hessians = torch.stack([damped(h, self.damping) for h in fit.second_moments()]).to(
-                    weight.device
-                )
+                hessians = damped(torch.stack(fit.second_moments()), self.damping).to(weight.device)
                 parts = weight.double().reshape(len(hessians), -1, hessians.shape[-1])
                 weight.copy_(surgeon(parts, hessians, amount, self.block).reshape(weight.shape))
         return new
 
 
-def damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
-    """Return a Hessian that can be inverted: ``damping`` of its mean diagonal is added, or one if it is zero."""
-    scale = float(hessian.diagonal().mean())
-    return hessian + (damping * scale if scale > 0 else 1.0) * torch.eye(len(hessian)).to(hessian)
+def damped(hessians: torch.Tensor, damping: float) -> torch.Tensor:
+    """Return (groups, n, n) Hessians that can be inverted: ``damping`` of their mean diagonal is added, or one if all are zero.
+
+    The mean is over all groups, so that a group without input costs little.
+    """
+    scale = float(hessians.diagonal(dim1=-2, dim2=-1).mean())
+    return hessians + (damping * scale if scale > 0 else 1.0) * torch.eye(hessians.shape[-1]).to(hessians)
 
 
 def surgeon(weight: torch.Tensor, hessian: torch.Tensor, amount: float, block: int) -> torch.Tensor:

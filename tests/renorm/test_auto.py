@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import UserDict
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from torch import nn
 import fastmatch as fm
 from fastmatch.renorm import least_squares, trial
 from fastmatch.renorm.outputs import PREFERENCE, disagreement
-from fastmatch.renorm.probes import ROWS, SAMPLES, Probe, ProbeRecorder
+from fastmatch.renorm.probes import SAMPLES, Probe, ProbeRecorder, spread
 from fastmatch.studies.digits import Batches, digits, train_new
 from fastmatch.studies.networks import vgg
 from fastmatch.studies.pruning import global_magnitude
@@ -129,14 +132,10 @@ def distance(model: nn.Module, target: nn.Module, x: torch.Tensor) -> tuple[floa
 SEQUENTIAL = fm.Renormalization("least-squares", mode="sequential")
 
 
-def split(count: int, size: int) -> tuple[list[int], list[int]]:
-    """The samples that the judged fit is made from, and those that are held out: a fourth of those of every part of a batch."""
-    order = []
-    for start in range(0, count, size):
-        stop = min(start + size, count)
-        parts = -(-(stop - start) // ROWS)
-        order += [row for part in range(parts) for row in range(start + part, stop, parts)]
-    return [row for k, row in enumerate(order) if k % 4 != 3], order[3::4]
+def split(count: int) -> tuple[list[int], list[int]]:
+    """The samples that the judged fit is made from, and those that are held out."""
+    held_out = [k for k in range(count) if spread(k) < 2**30]
+    return [k for k in range(count) if k not in held_out], held_out
 
 
 @pytest.mark.parametrize("mode", ["joint", "sequential"])
@@ -144,9 +143,9 @@ def test_least_squares_is_chosen_where_it_is_nearest_on_samples_that_it_was_not_
     dense = plain()
     pruned = global_magnitude(dense, 0.5)
     x = (
-        torch.randn(400, 3).double() @ torch.randn(3, 12).double()
+        torch.randn(800, 3).double() @ torch.randn(3, 12).double()
     )  # remaining weights make up for pruned ones
-    data = Batches(x, torch.zeros(400, dtype=torch.long), 150)
+    data = Batches(x, torch.zeros(800, dtype=torch.long), 150)
     new = fm.renormalize(pruned, [dense], data, fm.Renormalization(mode=mode))
     assert data.reads == 2  # as without it
     plan = fm.applied_plan(new)
@@ -156,7 +155,7 @@ def test_least_squares_is_chosen_where_it_is_nearest_on_samples_that_it_was_not_
     by_name = fm.renormalize(pruned, [dense], data, SEQUENTIAL)
     for name, tensor in new.state_dict().items():
         torch.testing.assert_close(tensor, by_name.state_dict()[name])
-    fitted, held_out = split(400, 150)
+    fitted, held_out = split(800)
     judged = fm.renormalize(pruned, [dense], [x[fitted]], SEQUENTIAL)
     assert plan.scores["least-squares"] == pytest.approx(distance(judged, dense, x[held_out]), abs=1e-6)
     assert "on samples that least squares was not fitted to: least-squares" in plan.why
@@ -166,12 +165,10 @@ def test_least_squares_that_fits_only_the_samples_that_it_saw_is_not_chosen():
     dense = plain()
     pruned = global_magnitude(dense, 0.5)
     # What is held out is of another kind than what the fit is made from. Without classes, angles alone count.
-    fitted, held_out = split(240, 240)
+    fitted, held_out = split(240)
     x = torch.empty(240, 12).double()
-    x[fitted], x[held_out] = (
-        0.01 * torch.randn(180, 12).double() + torch.randn(12),
-        3 * torch.randn(60, 12).double(),
-    )
+    x[fitted] = 0.01 * torch.randn(len(fitted), 12).double() + torch.randn(12)
+    x[held_out] = 3 * torch.randn(len(held_out), 12).double()
     judged = fm.renormalize(pruned, [dense], [x[fitted]], SEQUENTIAL)
     plan = fm.applied_plan(fm.renormalize(pruned, [dense], [x]))
     assert plan is not None
@@ -281,8 +278,9 @@ def test_outputs_are_kept_for_samples_of_all_the_data_and_survive_permutation_an
     data = Batches(torch.randn(count, 3, 16, 16), torch.zeros(count), 96)
     both = fm.endpoint_statistics(ends, data)
     kept = sum(len(probe.batch[0]) for probe in both.probes)
-    assert SAMPLES <= kept < SAMPLES + ROWS
-    assert len(both.probes) == len(data), "some of every batch"
+    assert SAMPLES <= kept < SAMPLES + 96
+    assert torch.equal(both.probes[0].batch[0], data.inputs[:96])
+    assert torch.equal(both.probes[-1].batch[0][-1], data.inputs[-1]) or kept < count
     with torch.no_grad():
         for probe in both.probes:
             for end, output in zip(ends, probe.outputs, strict=True):
@@ -327,43 +325,123 @@ def recorded(sizes: list[int]) -> ProbeRecorder:
     return recorder
 
 
-def itself(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
-    return batch
-
-
 @pytest.mark.parametrize(
     "sizes", [[1] * 5000, [48] * 400, [256] * 40, [5000] * 6, [30, 2000, 64, 65, 900] * 5, [10] * 20]
 )
 def test_what_is_kept_is_spread_over_all_batches(sizes):
-    found = torch.cat([probe.batch for probe in recorded(sizes).probes(nn.Identity(), itself)])
-    assert len(found.unique(dim=0)) == len(found)
-    assert min(SAMPLES, sum(sizes)) <= len(found) < SAMPLES + ROWS
-    numbers = found[:, 0].unique()
-    widest = int(numbers.diff().max()) if len(numbers) > 1 else 0
-    parts = SAMPLES / min(ROWS, *sizes)
-    assert widest <= max(1, 3 * len(sizes) / parts), "no long stretch of the data is left out"
+    kept = torch.cat([probe.batch for probe in recorded(sizes).probes()])
+    assert len(kept.unique(dim=0)) == len(kept)
+    assert min(SAMPLES, sum(sizes)) <= len(kept) < SAMPLES + max(sizes)
+    numbers = kept[:, 0].unique()
     assert numbers[0] == 0
-    assert numbers[-1] >= len(sizes) - 1 - 3 * len(sizes) / parts
+    edges = torch.cat([numbers, torch.tensor([float(len(sizes))])])
+    assert int(edges.diff().max()) <= 3 * len(sizes) / len(numbers), "no long stretch of the data is left out"
 
 
-def test_a_batch_whose_samples_depend_on_each_other_is_kept_whole():
-    nodes = torch.randn(300, 6)
+@pytest.mark.parametrize("classes", [2, 3, 4, 5, 8, 10, 16])
+def test_classes_in_turn_are_held_out_alike(classes):
+    of = torch.arange(1024) % classes
+    held_out = torch.cat(trial._held_out([100] * 10 + [24]))
+    assert 250 < int(held_out.sum()) < 262
+    shares = torch.stack([held_out[of == k].double().mean() for k in range(classes)])
+    assert float((shares - 0.25).abs().max()) < 0.1
 
-    def forward(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
-        return model(batch - batch.roll(1, 0))
 
-    model = nn.Linear(6, 4)
-    found = fm.endpoint_statistics([model], [nodes, nodes.flip(0)], forward=forward)
-    assert [len(probe.batch) for probe in found.probes] == [300]
-    assert torch.equal(found.probes[0].batch, nodes)
-    merged = fm.merge([model, nn.Linear(6, 4)])
-    new = fm.renormalize(merged, [model, model], [nodes, nodes.flip(0)], forward=forward)
-    plan = fm.applied_plan(new)
+@pytest.mark.parametrize("kind", ["neighbours", "sparse"])
+def test_a_batch_whose_samples_depend_on_each_other_is_run_whole(kind):
+    torch.manual_seed(fresh_seed())
+    x, near = torch.randn(300, 6), (torch.rand(300, 300) < 0.02).float()
+    graph = near.to_sparse() if kind == "sparse" else near.nonzero().T
+
+    def forward(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        nodes, edges = batch
+        if edges.is_sparse:
+            return model(torch.sparse.mm(edges, nodes))
+        assert len(nodes) == 300, "an edge would point out of the nodes"
+        return model(torch.zeros_like(nodes).index_add(0, edges[0], nodes[edges[1]]))
+
+    ends = [nn.Linear(6, 4), nn.Linear(6, 4)]
+    plan = fm.applied_plan(fm.renormalize(fm.merge(ends), ends, [(x, graph)], forward=forward))
+    assert plan is not None
+    assert "least squares was not tried" in plan.why
+
+
+def test_a_part_that_answers_otherwise_than_the_whole_is_no_trial():
+    ends = [nn.Linear(6, 4), nn.Linear(6, 4)]
+    x = torch.randn(300, 6)
+    plan = fm.applied_plan(
+        fm.renormalize(
+            fm.merge(ends), ends, [x], forward=lambda model, batch: model(batch - batch.roll(1, 0))
+        )
+    )
     assert plan is not None
     assert "a part of a batch does not give what the whole batch gives" in plan.why
 
 
-def test_batches_sorted_by_class_change_neither_the_choice_nor_what_least_squares_answers():
+def test_batches_of_one_sample_are_enough_for_a_trial():
+    ends = [nn.Linear(6, 4), nn.Linear(6, 4)]
+    for count in (65, 100, 1000):
+        plan = fm.applied_plan(fm.renormalize(fm.merge(ends), ends, list(torch.randn(count, 1, 6))))
+        assert plan is not None
+        assert "on samples that least squares was not fitted to" in plan.why
+
+
+class Record(UserDict):
+    """Encodings of a tokenizer have methods too."""
+
+    def inputs(self) -> torch.Tensor:
+        return self["x"]
+
+
+class Named(NamedTuple):
+    x: torch.Tensor
+    y: torch.Tensor
+
+    def inputs(self) -> torch.Tensor:
+        return self.x
+
+
+@dataclass
+class Held:
+    x: torch.Tensor
+
+    def inputs(self) -> torch.Tensor:
+        return self.x
+
+
+@pytest.mark.parametrize(
+    "made",
+    [lambda x: Record(x=x), lambda x: Named(x, torch.zeros(len(x))), Held],
+    ids=["mapping", "named", "dataclass"],
+)
+def test_batches_of_every_kind_are_copied_and_keep_their_methods(made):
+    torch.manual_seed(fresh_seed())
+    store, ends = torch.randn(20, 32, 6), [nn.Linear(6, 4), nn.Linear(6, 4)]
+    given = []
+
+    def forward(model: nn.Module, batch: Any) -> torch.Tensor:
+        return model(batch.inputs())
+
+    class Reused:
+        def __iter__(self):
+            memory = torch.empty(32, 6)
+            for part in store:
+                given.append(made(memory.copy_(part)))
+                yield given[-1]
+
+    measured = fm.endpoint_statistics(ends, Reused(), forward=forward)
+    assert len(measured.probes) == 20
+    for probe, part in zip(measured.probes, store, strict=True):
+        assert torch.equal(probe.batch.inputs(), part)
+    assert all(len(batch.inputs()) == 32 for batch in given)
+    plan = fm.applied_plan(fm.renormalize(fm.merge(ends), ends, Reused(), forward=forward))
+    assert plan is not None
+    assert ("on samples that least squares was not fitted to" in plan.why) == (made is not Held)
+    assert all(len(batch.inputs()) == 32 for batch in given)
+
+
+@pytest.mark.parametrize("order", ["sorted", "in turn"])
+def test_batches_sorted_by_class_change_neither_the_choice_nor_what_least_squares_answers(order):
     torch.manual_seed(fresh_seed())
     centres = 4 * torch.randn(8, 10)
     targets = torch.arange(8).repeat_interleave(200)
@@ -377,9 +455,11 @@ def test_batches_sorted_by_class_change_neither_the_choice_nor_what_least_square
             F.cross_entropy(net(inputs), targets).backward()
             optimizer.step()
         ends.append(net.eval())
-    merged, order = fm.merge(ends), torch.randperm(1600)
+    merged, shuffled = fm.merge(ends), torch.randperm(1600)
+    given = torch.arange(1600) if order == "sorted" else torch.arange(1600).view(8, 200).T.flatten()
     chosen, answers = [], []
-    for x, y in ((inputs, targets), (inputs[order], targets[order])):
+    for chosen_order in (given, shuffled):
+        x, y = inputs[chosen_order], targets[chosen_order]
         new = fm.renormalize(merged, ends, Batches(x, y, 64), progress=False)
         plan = fm.applied_plan(new)
         assert plan is not None

@@ -52,7 +52,7 @@ def by_explicit_inverses(
 @pytest.mark.parametrize("amount", [0.0, 0.4, 0.75, 1.0])
 @pytest.mark.parametrize("groups", [1, 3])
 def test_the_surgeon_equals_explicit_inverses(block, amount, groups):
-    hessian = torch.stack([damped(x.T @ x / 50, 0.01) for x in (correlated(50, 8) for _ in range(groups))])
+    hessian = damped(torch.stack([x.T @ x / 50 for x in (correlated(50, 8) for _ in range(groups))]), 0.01)
     weight = torch.randn(groups, 5, 8).double()
     found = surgeon(weight, hessian, amount, block)
     expected = by_explicit_inverses(weight, hessian, amount, block)
@@ -103,7 +103,7 @@ def test_layers_are_pruned_in_order_with_the_inputs_that_pruned_layers_give():
         return list(rows.reshape(-1, rows.shape[2]).chunk(layer.groups, dim=1))
 
     def expected(weight: torch.Tensor, *parts: torch.Tensor) -> torch.Tensor:
-        hessians = torch.stack([damped(rows.T @ rows / len(rows), 0.02) for rows in parts])
+        hessians = damped(torch.stack([rows.T @ rows / len(rows) for rows in parts]), 0.02)
         groups = weight.flatten(1).reshape(len(parts), -1, hessians.shape[-1])
         return by_explicit_inverses(groups, hessians, 0.5, 5).reshape(len(weight), -1)
 
@@ -119,6 +119,17 @@ def test_layers_are_pruned_in_order_with_the_inputs_that_pruned_layers_give():
         )
         for name in ("first", "second", "last"):
             assert torch.equal(pruned.get_submodule(name).bias, dense.get_submodule(name).bias)
+
+
+def test_a_group_without_input_takes_no_weights_from_the_others():
+    torch.manual_seed(fresh_seed())
+    net = nn.Conv2d(8, 8, 3, groups=8).double()
+    x = 0.01 * torch.randn(64, 8, 6, 6).double()
+    x[:, 0] = 0  # a channel that died
+    pruned = SparseGPT(Batches(x, torch.zeros(64), 32))(net, 0.5)
+    kept = (pruned.weight != 0).flatten(1).sum(1)
+    assert int(kept[0]) == 0
+    assert int(kept.sum()) == 36
 
 
 def small() -> tuple[nn.Module, Batches]:
