@@ -18,6 +18,7 @@ from fastmatch._internal.modules import to_eval_mode
 from fastmatch._internal.padding import is_rows, is_text, padded
 from fastmatch._internal.progress import progress_bar
 from fastmatch._internal.ranks import in_group, is_of_ranks
+from fastmatch._internal.sequences import sequence_like
 
 __all__ = [
     "Forward",
@@ -29,7 +30,6 @@ __all__ = [
     "collated",
     "default_forward",
     "evaluating",
-    "first_samples",
     "prediction_of",
     "samples_in",
     "split_batch",
@@ -194,8 +194,7 @@ def take_rows(value: Any, rows: Sequence[int], size: int) -> Any:
     if isinstance(value, list) and len(value) == size and all(isinstance(v, SAMPLE) for v in value):
         return [value[k] for k in rows]
     if isinstance(value, (tuple, list)):
-        parts = [take_rows(v, rows, size) for v in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+        return sequence_like(value, [take_rows(v, rows, size) for v in value])
     return value
 
 

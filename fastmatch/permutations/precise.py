@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastmatch._internal.modules import copy_module, to_eval_mode
 from fastmatch._internal.randomness import random_numbers_kept
+from fastmatch._internal.sequences import sequence_like
 from fastmatch.spec.running import buffers_kept, copies_of, outputs_named, plain_operations
 
 __all__ = ["Wide", "double_copy", "in_double", "largest_difference", "outputs_of"]
@@ -50,10 +51,8 @@ def in_double(value: Any) -> Any:
         return value.double() if value.is_floating_point() else value
     if isinstance(value, Mapping):
         return {k: in_double(v) for k, v in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(in_double, value))
     if isinstance(value, (list, tuple)):
-        return type(value)(in_double(v) for v in value)
+        return sequence_like(value, map(in_double, value))
     return value
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from fastmatch._internal.batches import Forward, evaluating, prediction_of, samples_in, take_rows
 from fastmatch._internal.ranks import is_of_ranks
+from fastmatch._internal.sequences import sequence_like
 
 __all__ = [
     "SAMPLES",
@@ -198,8 +199,7 @@ def _copied(batch: Any) -> Any:
     if isinstance(batch, torch.Tensor):
         return batch.detach().clone()
     if isinstance(batch, (tuple, list)):
-        parts = [_copied(part) for part in batch]
-        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+        return sequence_like(batch, map(_copied, batch))
     if isinstance(batch, (dict, UserDict)):
         found = copy.copy(batch)
         for key, part in batch.items():

@@ -14,6 +14,7 @@ Values are float64; rows may be float32 or float64. Bounds are not checked.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -263,37 +264,27 @@ def lane(typing: Any, a: Any, k: Any) -> Any:
     return types.float64(_vector, types.int64), code
 
 
-@intrinsic
-def reduce_minimum(typing: Any, a: Any) -> Any:
-    """Minimum of the eight lanes."""
+def _across(combine: Callable[[Any, Any, Any], Any], about: str) -> Any:
+    @intrinsic
+    def folded(typing: Any, a: Any) -> Any:
+        def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            (x,) = args
+            half = WIDTH // 2
+            while half:
+                turned = [(k + half) % WIDTH for k in range(WIDTH)]
+                y = builder.shuffle_vector(x, x, ir.Constant(ir.VectorType(_I32, WIDTH), turned))
+                x = combine(builder, x, y)
+                half //= 2
+            return builder.extract_element(x, ir.Constant(_I32, 0))
 
-    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        (x,) = args
-        half = WIDTH // 2
-        while half:
-            turned = [(k + half) % WIDTH for k in range(WIDTH)]
-            y = builder.shuffle_vector(x, x, ir.Constant(ir.VectorType(_I32, WIDTH), turned))
-            x = _less(builder, x, y)
-            half //= 2
-        return builder.extract_element(x, ir.Constant(_I32, 0))
+        return types.float64(_vector), code
 
-    return types.float64(_vector), code
+    folded.__doc__ = about
+    return folded
 
 
-@intrinsic
-def sum_lanes(typing: Any, a: Any) -> Any:
-    """Sum of the eight lanes."""
-
-    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        (x,) = args
-        half = WIDTH // 2
-        while half:
-            turned = [(k + half) % WIDTH for k in range(WIDTH)]
-            x = builder.fadd(x, builder.shuffle_vector(x, x, ir.Constant(ir.VectorType(_I32, WIDTH), turned)))
-            half //= 2
-        return builder.extract_element(x, ir.Constant(_I32, 0))
-
-    return types.float64(_vector), code
+reduce_minimum = _across(_less, "Minimum of the eight lanes.")
+sum_lanes = _across(lambda builder, x, y: builder.fadd(x, y), "Sum of the eight lanes.")
 
 
 def _comparison(relation: str, about: str) -> Any:
