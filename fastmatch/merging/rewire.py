@@ -17,6 +17,7 @@ from torch import fx, nn
 from fastmatch._internal.modules import with_state
 from fastmatch._internal.states import working_dtype
 from fastmatch.merging.average import merge_states
+from fastmatch.merging.mixed_norms import normed_layers, scale_layers, unscale_layers
 from fastmatch.merging.units import UnitMaps, on_axis
 from fastmatch.spec import Axis
 from fastmatch.spec.graph import Structure
@@ -293,11 +294,14 @@ def _merged(
     plan: Rewiring, copies: Sequence[nn.Module], maps: dict[str, UnitMaps], weights: Sequence[float]
 ) -> nn.Module:
     """Return the traced module with the parameters of merged nodes merged; groups without maps are averaged as they are."""
-    states = []
-    for k, copy in enumerate(copies):
-        state = {name: t for name, t in copy.state_dict().items() if name in plan.merged}
-        states.append({name: _mapped(name, t, plan.structure, maps, k) for name, t in state.items()})
-    return with_state(copies[0], {**copies[0].state_dict(), **merge_states(states, weights)})
+    own = [{name: t for name, t in copy.state_dict().items() if name in plan.merged} for copy in copies]
+    normed = normed_layers(plan.structure, plan.merged, maps)
+    states = [
+        {name: _mapped(name, t, plan.structure, maps, k) for name, t in scale_layers(state, normed).items()}
+        for k, state in enumerate(own)
+    ]
+    merged = unscale_layers(merge_states(states, weights), normed, own[0])
+    return with_state(copies[0], {**copies[0].state_dict(), **merged})
 
 
 def _mapped(

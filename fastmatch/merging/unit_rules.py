@@ -143,7 +143,8 @@ class CCA(MatchedUnits):
     """Map each model into the first one's units along canonical directions (CCA-Merge, Horoi et al. 2024).
 
     With covariances S and the orthogonal factor Q of ``S_a^-1/2 S_ab S_b^-1/2``: ``R_b = S_a^1/2 Q S_b^-1/2``, and U_b
-    is its inverse. Both are the identity for the first model.
+    is its inverse. Both are the identity for the first model. A batch norm after a layer keeps the first model's scale, and
+    the other models' scales go through the layer: see :mod:`fastmatch.merging.mixed_norms`.
 
     Example:
         >>> found = fm.merge_partial([model_a, model_b], x, fm.CCA(loader, ridge=0.1), start_at=1)

@@ -625,3 +625,62 @@ def test_the_first_models_statistics_alone_are_a_target_for_every_rule():
         found.endpoint_statistics([a, b], data)
     with pytest.raises(ValueError, match="only: expected a position below 2"):
         found.endpoint_statistics([a, b], data, only=2)
+
+
+def normed(sizes: tuple[int, int, int, int]) -> tuple[list[nn.Linear], list[nn.BatchNorm1d], nn.Sequential]:
+    """Return the layers, the norms and the whole of a network in eval mode, whose norms have drawn parameters."""
+    layers = [nn.Linear(a, b).double() for a, b in pairwise(sizes)]
+    norms = [nn.BatchNorm1d(size).double() for size in sizes[1:3]]
+    with torch.no_grad():
+        for norm in norms:
+            for t in (norm.running_mean, norm.weight, norm.bias):
+                assert t is not None
+                t.normal_()
+            spread(norm).uniform_(0.2, 5)
+    return layers, norms, nn.Sequential(layers[0], norms[0], layers[1], norms[1], layers[2]).eval()
+
+
+def spread(norm: nn.BatchNorm1d) -> torch.Tensor:
+    assert norm.running_var is not None
+    return norm.running_var
+
+
+def test_cca_takes_the_scales_of_batch_norms_through_the_mixture():
+    """Normalized channels in rotated units, with another scale before the norm and in it, are the same network."""
+    torch.manual_seed(fresh_seed())
+    layers, (norm, _), a = normed((10, 8, 7, 4))
+    others, (other, _), b = normed((10, 8, 7, 4))
+    b.load_state_dict(a.state_dict())
+    x = torch.randn(500, 10).double()
+    with torch.no_grad():
+        rotation = torch.linalg.qr(torch.randn(8, 8).double())[0]
+        scale = norm.weight / (spread(norm) + norm.eps).sqrt()
+        other.weight.uniform_(0.1, 2)
+        spread(other).uniform_(0.2, 5)
+        back = (spread(other) + other.eps).sqrt() / other.weight
+        others[0].weight.copy_(back[:, None] * (rotation @ (scale[:, None] * layers[0].weight)))
+        others[0].bias.copy_(
+            other.running_mean + back * (rotation @ (scale * (layers[0].bias - norm.running_mean)))
+        )
+        other.bias.copy_(rotation @ norm.bias)
+        others[1].weight.copy_(layers[1].weight @ rotation.T)
+    torch.testing.assert_close(run(b, x), run(a, x))
+    merged = fm.merge_partial([a, b], x[:2], fm.CCA([x], ridge=0.0)).model
+    torch.testing.assert_close(run(merged, x), run(a, x), rtol=1e-6, atol=1e-6)
+
+
+def test_cca_leaves_a_channel_dead_whose_scale_is_zero_in_the_first_model():
+    torch.manual_seed(fresh_seed())
+    _, (norm, _), a = normed((6, 5, 4, 3))
+    b = normed((6, 5, 4, 3))[2]
+    x = torch.randn(200, 6).double()
+    with torch.no_grad():
+        norm.weight[2] = 0
+    same = fm.merge_partial([a, a], x[:2], fm.CCA([x])).model
+    torch.testing.assert_close(run(same, x), run(a, x))
+    merged = fm.merge_partial([a, b], x[:2], fm.CCA([x])).model
+    state = merged.state_dict()
+    assert state["merged.1.weight"][2] == 0
+    torch.testing.assert_close(state["merged.1.weight"], norm.weight.detach())
+    torch.testing.assert_close(state["merged.1.running_var"], spread(norm))
+    assert all(bool(torch.isfinite(t).all()) for t in state.values())
