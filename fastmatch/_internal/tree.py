@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 from fastmatch._internal.ranks import Ranks
 from fastmatch._internal.shared_data import owner_of
@@ -39,12 +39,17 @@ class MergeTree(Generic[T]):
 
     def root(self) -> T:
         """Return what all blocks are merged into, on all ranks."""
+        found = self.first()
+        return self.ranks.broadcast(lambda: cast("T", found), "merged statistics")
+
+    def first(self) -> T | None:
+        """Return what all blocks are merged into on rank 0, and None on the others. All ranks must make the call."""
         level = 0
         while 1 << level < self.blocks:
             for index in range(0, -(-self.blocks >> level), 2):
                 self._join(level, index)
             level += 1
-        return self.ranks.broadcast(lambda: self.nodes[level, 0], "merged statistics")
+        return self.nodes.get((level, 0))
 
     def _join(self, level: int, index: int) -> None:
         """Merge a left node with the right one, on the rank of the left one."""

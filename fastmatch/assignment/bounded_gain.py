@@ -21,7 +21,7 @@ from fastmatch._internal.concurrent import IN_CACHE
 from fastmatch.assignment.gap import duality_gap
 from fastmatch.assignment.solution import Assignment
 
-__all__ = ["BoundedGain", "PrefixProducts", "multiply", "solve_bounded"]
+__all__ = ["BoundedGain", "PrefixProducts", "multiply", "multiply_if_bounds_pay", "solve_bounded"]
 
 JUDGED = 128
 """Features by which the share that a proof needs is predicted, and which are multiplied in any case."""
@@ -278,6 +278,27 @@ def multiply(factors: Factors, largest_share: float = LARGEST_SHARE) -> BoundedG
     return products.finish(factors)
 
 
+def multiply_if_bounds_pay(
+    factors: Factors, features: int, largest_share: float = LARGEST_SHARE
+) -> BoundedGain | None:
+    """Return what :func:`multiply` does, but None if bounds are not expected to pay, before anything is multiplied.
+
+    Args:
+        factors: see :data:`Factors`.
+        features: how many they have together.
+        largest_share: the share of the features up to which bounds pay.
+    """
+    if features < JUDGED:
+        return None
+    products = PrefixProducts(largest_share, bounds_only=True)
+    for a, b in factors:
+        products.add(a, b)
+        if not products.pays:
+            return None
+    found = products.finish(factors)
+    return found if isinstance(found, BoundedGain) else None
+
+
 class PrefixProducts:
     """A gain with bounds in the making. Its factors come one by one and need not be held.
 
@@ -285,10 +306,14 @@ class PrefixProducts:
         largest_share: the share of the features up to which bounds pay.
         cols: (n,) columns whose entries are computed on the way, one for each row. If the rows have their copies there, the
             factors are not needed again.
+        bounds_only: multiply nothing once bounds are known not to pay; the products are of no use then.
     """
 
-    def __init__(self, largest_share: float, cols: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, largest_share: float, cols: torch.Tensor | None = None, *, bounds_only: bool = False
+    ) -> None:
         self.largest_share, self.cols, self.share = largest_share, cols, 1.0
+        self.bounds_only = bounds_only
         self._forecast: _Forecast | None = None
         self._out = self._squares = torch.empty(0, device="cpu")
         self._values = torch.zeros(0 if cols is None else len(cols), dtype=torch.float64, device="cpu")
@@ -309,6 +334,8 @@ class PrefixProducts:
         at_least = self._forecast.add(a, b)
         if at_least:
             self.share = self._forecast.share(self.largest_share)
+        if self.bounds_only and not self.pays:
+            return
         self._features.append(a.shape[1])
         self._prefixes.append(max(at_least, math.ceil(self.share * a.shape[1])))
         first, rest = slice(self._prefixes[-1]), slice(self._prefixes[-1], None)

@@ -16,6 +16,7 @@ import torch
 from fastmatch._internal.checks import check_integer
 from fastmatch._internal.ranks import deal
 from fastmatch._internal.states import State
+from fastmatch.matching.gains import block_count
 from fastmatch.matching.levels import levels_of
 from fastmatch.matching.objective import WeightObjective
 from fastmatch.spec import PermutationSpec
@@ -28,7 +29,7 @@ DeviceName: TypeAlias = Literal["cpu", "h100"]
 PARTS = ("survey", "read", "products", "assignment", "exchange", "write")
 
 SOLVER = 3.0
-"""Memory of an assignment, gain included, in float32 gains."""
+"""Memory of an assignment, gain included, in float32 gains. Blocks of a gain take one more for every doubling of their number."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ class Work:
         groups: group -> (units, elements and bytes of its tensors in one model). A group of heads or experts counts the
             units inside: all pairs of them are compared.
         coupled: group -> the groups that share a tensor with it.
+        blocks: group -> the blocks of its gain that ranks multiply together where it is the only one that they have to
+            solve; groups that are left out have one.
         files: bytes of each output file.
         tensors: bytes of each tensor of one model.
     """
@@ -78,6 +81,7 @@ class Work:
     coupled: Mapping[str, set[str]]
     files: Sequence[float]
     tensors: Sequence[float]
+    blocks: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -113,7 +117,7 @@ def work_of(state: State, spec: PermutationSpec, files: Sequence[float]) -> Work
     """Return the work of aligning a checkpoint of these tensors, of which only shapes and types are read."""
     problem = WeightObjective(state, state, spec, "affine")
     names = spec.top_level()
-    groups = {}
+    groups, blocks = {}, {}
     for name in names:
         members = [spec.groups[member] for member in problem.grouping[name]]
         parameters = {axis.parameter for group in members for axis in problem.axes(group)}
@@ -121,8 +125,10 @@ def work_of(state: State, spec: PermutationSpec, files: Sequence[float]) -> Work
         tensors = [problem.headers[p] for p in parameters]
         elements, size = (float(sum(f(t) for t in tensors)) for f in (torch.Tensor.numel, _nbytes))
         groups[name] = spec.groups[name].size * inner, elements, size
+        if len(members) == 1:
+            blocks[name] = block_count(spec.groups[name].size, elements)
     sizes = [float(_nbytes(tensor)) for tensor in problem.headers.values()]
-    return Work(groups, {name: problem.coupled(name) for name in names}, files, sizes)
+    return Work(groups, {name: problem.coupled(name) for name in names}, files, sizes, blocks)
 
 
 def _nbytes(tensor: torch.Tensor) -> int:
@@ -160,8 +166,11 @@ def predict(work: Work, device: Device, ranks: int, sweeps: int = 2) -> Predicti
     found.seconds["read"] += _longest(work.files, ranks) / device.read
     found.seconds["write"] += _longest(work.files, ranks) / device.write
     found.read += sum(work.files)
-    units = max((n for n, _, _ in work.groups.values()), default=0)
-    found.memory = SOLVER * 4 * units * units + 2 * max(work.tensors, default=0.0)
+    gains = [
+        4 * n * n * max(SOLVER, 1 + math.log2(work.blocks.get(name, 1)))
+        for name, (n, _, _) in work.groups.items()
+    ]
+    found.memory = max(gains, default=0.0) + 2 * max(work.tensors, default=0.0)
     return found
 
 
@@ -177,8 +186,14 @@ def _add_round(
 ) -> None:
     """Add groups that are solved side by side: the ranks wait for the slowest."""
     slowest = max(names, key=lambda name: sum(seconds[name].values()))
+    blocks = work.blocks.get(slowest, 1) if len(names) == 1 else 1
+    share = math.ceil(blocks / ranks) / blocks
     for part, value in seconds[slowest].items():
-        found.seconds[part] += sweeps * value
+        found.seconds[part] += sweeps * value * (1.0 if part == "assignment" else share)
+    if share < 1.0:  # the sums of two ranks become one, and so on
+        size = 4.0 * work.groups[slowest][0] ** 2 * math.ceil(math.log2(min(ranks, blocks)))
+        found.moved += sweeps * size
+        found.seconds["exchange"] += sweeps * size / device.link
     found.read += sweeps * sum(4 * work.groups[name][2] for name in names)
     if ranks > 1:
         # A permutation and both duals of each group; every rank's message is as long as the longest.

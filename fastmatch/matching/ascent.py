@@ -12,11 +12,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import cast
 
 import torch
 
 from fastmatch._internal.progress import progress_bar
 from fastmatch._internal.ranks import Ranks, current
+from fastmatch._internal.shared_data import owner_of
 from fastmatch.assignment import Assignment, solve
 from fastmatch.assignment.bounded_gain import BoundedGain
 from fastmatch.matching.device_gain import gain_solver
@@ -229,7 +232,16 @@ class Ascent:
             rise = self.problem.change(found.permutations, self.permutations) if is_measured else 0.0
             return replace(found, value=rise)
 
-        for name, shared in self.sharing.of(list(due), compute):
+        def jointly(name: str) -> Step:
+            group = self.problem.spec.groups[name]
+            found, owners = self._solve_jointly(group, due[name])
+            change = (
+                self.problem.change(found.permutations, self.permutations, owners) if is_measured else 0.0
+            )
+            return replace(found, value=change)
+
+        alone = {name: partial(jointly, name) for name in due if self._is_divisible(name, due[name])}
+        for name, shared in self.sharing.of(list(due), compute, alone):
             found = self.hooks.remembered(name, shared)
             self.solves += 1
             self.order.append(name)
@@ -239,6 +251,42 @@ class Ascent:
             if self.placement is not None and not is_measured:
                 is_at_hand = self.at_hand == name and not self.hooks.ranks.is_group
                 self.placement.placed(name, self.permutations, is_at_hand=is_at_hand)
+
+    def _is_divisible(self, name: str, axes: Sequence[Axis]) -> bool:
+        """Return whether all ranks multiply this group's gain, if it is the only one that they have to solve."""
+        group, gains = self.problem.spec.groups[name], self.unkept
+        return (
+            self.hooks.out_of_core
+            and self.hooks.ranks.size > 1
+            and len(self.problem.grouping[name]) == 1
+            and name not in self.problem.bonus
+            and gains.suits_bounds(group, axes)
+            and len(gains.blocks(group, axes)) > 1
+        )
+
+    def _solve_jointly(self, group: Group, axes: Sequence[Axis]) -> tuple[Step, dict[str, int]]:
+        """Return the step of a group whose gain all ranks multiply, and the rank of each of its tensors.
+
+        A gain for which bounds pay is left to rank 0, because its products take less than reading the tensors.
+        """
+        name, ranks, gains = group.name, self.hooks.ranks, self.unkept
+        blocks = gains.blocks(group, axes)
+        owners = {
+            axis.parameter: owner_of(k, len(blocks), ranks.size)
+            for k, block in enumerate(blocks)
+            for axis in block
+        }
+        hold(self.states, [p for p, owner in owners.items() if owner == ranks.rank], group.size)
+        self.at_hand = name
+        bounded = None
+        if ranks.rank == 0:
+            bounded = self._gathered(group, axes)
+            bounded = gains.bounded(group, axes, self.permutations) if bounded is None else bounded
+        what = f"group {name}"
+        if ranks.broadcast(lambda: bounded is not None, what):
+            return ranks.broadcast(lambda: self._solved(group, cast("BoundedGain", bounded)), what), owners
+        gain = gains.in_blocks(group, axes, self.permutations, ranks)
+        return ranks.broadcast(lambda: self._solved(group, gain), what), owners
 
     def _solve(self, group: Group, axes: Sequence[Axis]) -> Step:
         name, problem = group.name, self.problem
@@ -252,10 +300,15 @@ class Ascent:
             gain = self._gathered(group, axes)
             if gain is None:
                 gain = gains.cost_of(group, axes, self.permutations)
+        return self._solved(group, gain)
+
+    def _solved(self, group: Group, gain: torch.Tensor | BoundedGain) -> Step:
+        """Solve the assignment of a group's gain."""
+        name = group.name
         solver = (self.solver or gain_solver(gain)) if isinstance(gain, torch.Tensor) else None
         solution = solve(gain, maximize=True, warm_start=self.solutions.get(name), solver=solver)
         if isinstance(gain, BoundedGain):
-            gains.spend(name, gain.share)
+            self.gains.spend(name, gain.share)
         return Step({name: torch.from_numpy(solution.col_ind)}, solution)
 
     def _gathered(self, group: Group, axes: Sequence[Axis]) -> BoundedGain | None:

@@ -13,15 +13,23 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fastmatch._internal.ranks import ALONE, Ranks
+from fastmatch._internal.shared_data import owner_of
 from fastmatch._internal.states import State, device_of, headers_of, working_dtype
-from fastmatch.assignment.bounded_gain import LARGEST_SHARE, BoundedGain, multiply
+from fastmatch._internal.tree import MergeTree
+from fastmatch.assignment.bounded_gain import (
+    LARGEST_SHARE,
+    BoundedGain,
+    multiply,
+    multiply_if_bounds_pay,
+)
 from fastmatch.matching.device_gain import FactorViews, factor_views
 from fastmatch.permutations.apply import dimension_indices, permute_tensor
 from fastmatch.spec import Axis, Group, Permutations, PermutationSpec
 from fastmatch_kernels._dispatch import backend_of
 from fastmatch_kernels.inner_product import moved_positions
 
-__all__ = ["FactorsOf", "Gains", "Order", "unit_rows"]
+__all__ = ["FactorsOf", "Gains", "Order", "block_count", "unit_rows"]
 
 REBUILD_FRACTION = 0.9
 """A gain is rebuilt if an update would take more than this fraction of the operations."""
@@ -40,6 +48,9 @@ BOUNDED_UNITS, BOUNDED_PRODUCTS = 512, 1 << 30
 
 PAYING_SHARE = 0.25
 """Predicted share of the products up to which bounds are used in memory, where a whole gain would serve later solves too."""
+
+MAX_BLOCKS, BLOCK_FEATURES = 64, 4
+"""Blocks of a gain that are added up in a tree, at most, and their features in units of the gain, at least."""
 
 HELD = 1 << 29
 """Bytes of factors in the order of B's other axes up to which they are held while a gain with bounds is solved."""
@@ -126,6 +137,13 @@ class _Kept:
     updates: int = 0
 
 
+def block_count(size: int, elements: float) -> int:
+    """Return the blocks into which the gain of a group on disk is divided, from its units and the elements of its tensors."""
+    if size < BOUNDED_UNITS or size * elements < BOUNDED_PRODUCTS:
+        return 1
+    return max(1, min(MAX_BLOCKS, int(elements // (BLOCK_FEATURES * size**2))))
+
+
 class FactorsOf:
     """The factors of a group's gain, read again whenever they are iterated over."""
 
@@ -165,13 +183,50 @@ class Gains:
         is_paid = could_keep and self.spent.get(group.name, 0.0) >= 1.0
         if group.name in self.kept or is_paid or not self.suits_bounds(group, axes):
             return self.of(group, axes, permutations)
+        if self.on_disk:
+            bounded = self.bounded(group, axes, permutations)
+            return self.in_blocks(group, axes, permutations) if bounded is None else bounded
         factors: Iterable[tuple[torch.Tensor, torch.Tensor]] = FactorsOf(self, group, axes, permutations)
-        if not self.on_disk and 8 * self._elements(axes) <= HELD:
+        if 8 * self._elements(axes) <= HELD:
             factors = list(factors)
-        gain = multiply(factors, LARGEST_SHARE if self.on_disk else PAYING_SHARE)
+        gain = multiply(factors, PAYING_SHARE)
         if isinstance(gain, torch.Tensor):
             self._keep(group.name, gain, self._orders(axes, permutations))
         return gain
+
+    def bounded(self, group: Group, axes: Sequence[Axis], permutations: Permutations) -> BoundedGain | None:
+        """Return the gain with bounds, for a group that :meth:`suits_bounds`; None if they are not expected to pay."""
+        features = self._elements(axes) // group.size
+        return multiply_if_bounds_pay(FactorsOf(self, group, axes, permutations), features, LARGEST_SHARE)
+
+    def blocks(self, group: Group, axes: Sequence[Axis]) -> list[list[Axis]]:
+        """Return the axes in blocks of about equal elements, whose products are added up in a tree.
+
+        A block has so many features that its products take far longer than adding its gain to another one.
+        """
+        sizes = [math.prod(self.spec.shapes[axis.parameter]) for axis in axes]
+        count = block_count(group.size, sum(sizes))
+        found: list[list[Axis]] = [[] for _ in range(count)]
+        before = 0
+        for axis, size in zip(axes, sizes, strict=True):
+            found[count * (2 * before + size) // (2 * sum(sizes))].append(axis)
+            before += size
+        return [block for block in found if block]
+
+    def in_blocks(
+        self, group: Group, axes: Sequence[Axis], permutations: Permutations, ranks: Ranks = ALONE
+    ) -> torch.Tensor:
+        """Return the gain as :meth:`of` does, with sums in a tree of blocks: the same bits on any number of ranks.
+
+        On rank 0. The others compute their blocks, and what they return is empty.
+        """
+        blocks = self.blocks(group, axes)
+        tree = MergeTree[torch.Tensor](ranks, len(blocks), torch.Tensor.add_)
+        for k, block in enumerate(blocks):
+            if owner_of(k, len(blocks), ranks.size) == ranks.rank:
+                tree.add(k, self._build(group, block, permutations, None))
+        found = tree.first()
+        return torch.empty(0, device="cpu") if found is None else found
 
     def spend(self, name: str, share: float) -> None:
         """Note the share of a gain's products that a solve with bounds has taken."""

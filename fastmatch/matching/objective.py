@@ -141,25 +141,45 @@ class WeightObjective:
                 self._add_inner(total, name, permutations)
         return total.value() + sum(self._bonus(name, p) for name, p in permutations.items())
 
-    def change(self, new: Permutations, old: Permutations) -> float:
+    def change(self, new: Permutations, old: Permutations, owners: Mapping[str, int] | None = None) -> float:
         """Return by how much the objective rises if the groups in ``new`` move there from ``old``.
 
         The result is exact to float64 rounding. The gains of a solve are not: they are float32, where small progress
         may be rounding, and a group that moves both axes of one tensor has only a linear approximation.
+
+        Args:
+            new, old: the permutations.
+            owners: tensor -> the rank that reads it, if all ranks make the call. The sum has the same bits.
         """
         changed = {name: p for name, p in new.items() if not torch.equal(p, old[name])}
         moved = {**old, **changed}
         total = InnerSum()
         for name, p in changed.items():
             total.add_number(self._bonus(name, p) - self._bonus(name, old[name]))
-        for name in sorted({x.parameter for group in changed for x in self.axes(self.spec.groups[group])}):
-            if self.spec.has_slices(name):
-                now, then = (permute_tensor(self.b[name], name, self.spec, p) for p in (moved, old))
-                total.add_number(inner(self.a[name], now, {}) - inner(self.a[name], then, {}))
-            else:
-                orders = (dimension_indices(name, self.spec, p) for p in (moved, old))
-                total.add_change(self.a[name], self.b[name], *orders)
+        names = sorted({x.parameter for group in changed for x in self.axes(self.spec.groups[group])})
+        if owners is None:
+            for name in names:
+                self._add_change(total, name, moved, old)
+            return total.value()
+
+        def terms(name: str) -> list[float]:
+            part = InnerSum()
+            self._add_change(part, name, moved, old)
+            return part.terms()
+
+        tasks = [partial(terms, name) for name in names]
+        for part in self.ranks.share(tasks, [owners[name] for name in names], "sums over tensors"):
+            for number in part:
+                total.add_number(number)
         return total.value()
+
+    def _add_change(self, total: InnerSum, name: str, now: Permutations, then: Permutations) -> None:
+        if self.spec.has_slices(name):
+            new, old = (permute_tensor(self.b[name], name, self.spec, p) for p in (now, then))
+            total.add_number(inner(self.a[name], new, {}) - inner(self.a[name], old, {}))
+        else:
+            orders = (dimension_indices(name, self.spec, p) for p in (now, then))
+            total.add_change(self.a[name], self.b[name], *orders)
 
     def scale(self) -> float:
         """Return the norm of A's times the norm of B's parameters: no inner product is larger.

@@ -117,7 +117,8 @@ class _Gathered:
     def add(self, axis: Axis, gains: Gains, permutations: Permutations) -> None:
         """Add the factors of an axis, unless bounds do not pay."""
         if self.products is None:
-            self.products = PrefixProducts(LARGEST_SHARE, permutations[self.group.name])
+            cols = permutations[self.group.name]
+            self.products = PrefixProducts(LARGEST_SHARE, cols, bounds_only=True)
         self.orders[axis] = dimension_indices(axis.parameter, gains.spec, permutations, skip=axis)
         if not self.products.pays:
             return

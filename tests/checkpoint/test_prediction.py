@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fastmatch.checkpoint.prediction import DEVICES, Device, Work, predict
 from fastmatch.cli.main import main
+from fastmatch.matching.gains import block_count
 
 PAGE = Path(__file__).parents[2] / "docs/guides/several-processes.md"
 RATES = Device(products=1e9, assignment=1e6, survey=1e8, read=1e8, write=1e8, link=1e8, latency=1e-3)
@@ -25,7 +27,7 @@ def llama(hidden: int, inner: int, layers: int, keys: int, *, residual: bool) ->
     """A checkpoint of Llama's shapes in bfloat16, in files of about 5 GB."""
     head, vocabulary = 128, 128_256
     attention = hidden * (2 * hidden + 2 * keys * head)
-    groups, coupled = {}, {}
+    groups, coupled, blocks = {}, {}, {}
     for k in range(layers):
         groups[f"mlp {k}"] = inner, 3.0 * hidden * inner, 6.0 * hidden * inner
         groups[f"heads {k}"] = hidden, float(attention), 2.0 * attention
@@ -34,8 +36,10 @@ def llama(hidden: int, inner: int, layers: int, keys: int, *, residual: bool) ->
     if residual:
         coupled["residual"] = set(groups)
         groups["residual"] = hidden, whole, 2 * whole
+        blocks["residual"] = block_count(hidden, whole)
     files = max(1, round(2 * whole / 5e9))
-    return Work(groups, coupled, [2 * whole / files] * files, [2 * whole / (9 * layers)] * (9 * layers))
+    tensors = [2 * whole / (9 * layers)] * (9 * layers)
+    return Work(groups, coupled, [2 * whole / files] * files, tensors, blocks)
 
 
 def wide() -> Work:
@@ -95,6 +99,19 @@ def test_coupled_groups_wait_for_each_other():
     path = predict(chain(8), RATES, 8)
     assert path.levels == 8  # in the order of the chain each group follows its neighbour
     assert path.seconds["products"] == predict(chain(8), RATES, 1).seconds["products"]
+
+
+def test_ranks_multiply_the_gain_of_a_group_that_is_alone_together():
+    whole = llama(4096, 11008, 32, 32, residual=True)
+    apart = replace(whole, blocks={})
+    assert whole.blocks["residual"] > 8
+    one, two = (predict(whole, RATES, ranks).seconds for ranks in (1, 2))
+    assert one == predict(apart, RATES, 1).seconds
+    spared = predict(apart, RATES, 2).seconds["products"] - two["products"]
+    units, elements, _ = whole.groups["residual"]
+    assert spared == pytest.approx(2 * units * elements * 2 / 2 / RATES.products)
+    assert two["assignment"] == predict(apart, RATES, 2).seconds["assignment"]
+    assert two["exchange"] > predict(apart, RATES, 2).seconds["exchange"]
 
 
 def test_bad_numbers_are_refused():

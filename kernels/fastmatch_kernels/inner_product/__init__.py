@@ -58,16 +58,20 @@ class InnerSum:
         """Add a number, or a scalar that may be on a GPU."""
         self._terms.append(number)
 
-    def value(self) -> float:
-        """Return the sum."""
+    def terms(self) -> list[float]:
+        """Return the terms, which another process may add."""
         for device in {term.device for term in self._terms if isinstance(term, Tensor)}:
             places = [k for k, x in enumerate(self._terms) if isinstance(x, Tensor) and x.device == device]
             numbers = torch.stack([torch.as_tensor(self._terms[k]).double() for k in places]).cpu().tolist()
             for k, number in zip(places, numbers, strict=True):
                 self._terms[k] = number
+        return [float(term) for term in self._terms]
+
+    def value(self) -> float:
+        """Return the sum."""
         total = 0.0
-        for term in self._terms:
-            total += float(term)  # sum() adds otherwise in some versions of Python
+        for term in self.terms():
+            total += term  # sum() adds otherwise in some versions of Python
         self._terms = [total]
         return total
 
