@@ -129,6 +129,8 @@ def test_blocks_hold_every_axis_once_and_are_about_equal():
     state = {name: torch.zeros(shape) for name, shape in spec.shapes.items()}
     found = gains.Gains(state, state, spec, 0)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gains, "BOUNDED_UNITS", STREAM)
+        patch.setattr(gains, "BOUNDED_PRODUCTS", 1)
         for features in (1, 3, 100):
             patch.setattr(gains, "BLOCK_FEATURES", features)
             blocks = found.blocks(group, group.axes)
