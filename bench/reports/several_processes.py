@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +63,13 @@ def rates(folder: Path) -> dict[str, float]:
     """Return the rates of one rank, from one tensor of an MLP and the assignment of its group."""
     from fastmatch import solve
     from fastmatch._internal.safetensors_file import write_safetensors
-    from fastmatch.checkpoint import Checkpoint
+    from fastmatch.checkpoint import Checkpoint, trace_config
     from fastmatch.checkpoint.prediction import DEVICES
+    from fastmatch.checkpoint.structure import bind
     from fastmatch.checkpoint.survey import _of_tensor
+    from fastmatch.matching.gains import Gains
+    from fastmatch.matching.objective import WeightObjective
+    from fastmatch.spec import PermutationSpec
 
     torch.set_num_threads(1)
     a, b = Checkpoint(folder / "a"), Checkpoint(folder / "b")
@@ -73,6 +77,23 @@ def rates(folder: Path) -> dict[str, float]:
     x, y = a[name].float(), b[name].float()
     gain = x.T @ y
     target = folder / "one.safetensors"
+    spec = bind(trace_config(folder / "a"), a.headers, "a")
+    group = spec.groups[next(g for axis, g in spec.axes_of(name) if axis.dim == 1)]
+    names = [axis.parameter for axis in group.axes]
+    near = {g for n in names for _, g in spec.axes_of(n)}
+    groups = {
+        g: replace(spec.groups[g], axes=tuple(x for x in spec.groups[g].axes if x.parameter in names))
+        for g in near
+    }
+    part = PermutationSpec(groups, {n: spec.shapes[n] for n in names})
+    states = [{n: checkpoint[n] for n in names} for checkpoint in (a, b)]
+    problem, gains = WeightObjective(*states, part, "affine"), Gains(*states, part, 0)
+    still, moved = part.identity(), part.random()
+
+    def gather() -> None:
+        for _ in gains.pairs(group, group.axes, moved):
+            pass
+        problem.change({group.name: moved[group.name]}, still)
 
     def write() -> None:
         write_safetensors(target, target, {name: a.headers[name]}, lambda _: a[name], {})
@@ -83,6 +104,7 @@ def rates(folder: Path) -> dict[str, float]:
     found["survey"] = 2 * size / fastest(lambda: _of_tensor(a, b, name))
     found["read"] = size / fastest(lambda: a[name])
     found["products"] = 2.0 * len(gain) * x.numel() / fastest(lambda: x.T @ y)
+    found["gather"] = 2 * sum(a[n].nbytes for n in names) / fastest(gather)
     found["assignment"] = gain.numel() / fastest(lambda: solve(gain, maximize=True))
     found["write"] = size / fastest(write)
     target.unlink()

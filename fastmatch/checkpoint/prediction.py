@@ -1,7 +1,7 @@
 """What an alignment of checkpoints will cost on a number of ranks: the schedule is played through, without a tensor.
 
-The model has six rates of a device and a latency. A rank reads tensors, multiplies them into gains, solves assignments, and exchanges
-permutations with the others; nothing overlaps. Reading and writing are by rank, as from local disks.
+The model has seven rates of a device and a latency. A rank reads tensors, gathers them, multiplies them into gains, solves assignments,
+and exchanges permutations with the others; nothing overlaps. Reading and writing are by rank, as from local disks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["DEVICES", "Device", "DeviceName", "Prediction", "Work", "predict", "
 DeviceName: TypeAlias = Literal["cpu", "h100"]
 """The devices whose rates are known."""
 
-PARTS = ("survey", "read", "products", "assignment", "exchange", "write")
+PARTS = ("survey", "read", "gather", "products", "assignment", "exchange", "write")
 
 SOLVER = 3.0
 """Memory of an assignment, gain included, in float32 gains. Blocks of a gain take one more for every doubling of their number."""
@@ -38,6 +38,8 @@ class Device:
 
     Attributes:
         products: operations per second of float32 matrix products.
+        gather: bytes per second of the tensors of a group, in which they are brought into the order of the other groups and
+            float32, and the progress of the objective is measured.
         assignment: entries per second of an assignment problem.
         survey: bytes per second of the pass that reads, hashes and sums all tensors.
         read, write: bytes per second from and to the disk.
@@ -46,6 +48,7 @@ class Device:
     """
 
     products: float
+    gather: float
     assignment: float
     survey: float
     read: float
@@ -55,8 +58,12 @@ class Device:
 
 
 DEVICES: dict[DeviceName, Device] = {
-    "cpu": Device(products=5e10, assignment=4e7, survey=4e8, read=1e9, write=5e8, link=1e9, latency=2e-3),
-    "h100": Device(products=1e14, assignment=4e7, survey=4e8, read=3e9, write=1e9, link=5e9, latency=2e-3),
+    "cpu": Device(
+        products=5e10, gather=1e9, assignment=4e7, survey=4e8, read=1e9, write=5e8, link=1e9, latency=2e-3
+    ),
+    "h100": Device(
+        products=1e14, gather=1e11, assignment=4e7, survey=4e8, read=3e9, write=1e9, link=5e9, latency=2e-3
+    ),
 }
 """Rough estimates, of one core and of one GPU with a share of its host; no run has checked them together. An H200 multiplied float32
 at 1.5e14 for 4096 units and at 2e14 for 16384 (bench/results/kernels_gpu.md). The rest stands for NVMe drives shared by ranks, and
@@ -206,6 +213,7 @@ def _seconds(units: int, elements: float, size: float, device: Device) -> dict[s
     """The parts of one solve: both models' tensors are read for the gain, and again to measure the progress."""
     return {
         "read": 4 * size / device.read,
+        "gather": 2 * size / device.gather,
         "products": 2.0 * units * elements / device.products,
         "assignment": units * units / device.assignment,
     }

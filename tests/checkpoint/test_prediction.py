@@ -13,7 +13,9 @@ from fastmatch.cli.main import main
 from fastmatch.matching.gains import block_count
 
 PAGE = Path(__file__).parents[2] / "docs/guides/several-processes.md"
-RATES = Device(products=1e9, assignment=1e6, survey=1e8, read=1e8, write=1e8, link=1e8, latency=1e-3)
+RATES = Device(
+    products=1e9, gather=1e8, assignment=1e6, survey=1e8, read=1e8, write=1e8, link=1e8, latency=1e-3
+)
 
 
 def chain(groups: int, *, coupled: bool = True) -> Work:
@@ -87,7 +89,7 @@ def test_one_rank_does_everything_and_more_ranks_share_what_is_not_coupled():
     one, two, many = (predict(free, RATES, ranks) for ranks in (1, 2, 64))
     assert one.levels == two.levels == 1
     assert one.moved == 0
-    for part in ("survey", "read", "products", "assignment", "write"):
+    for part in ("survey", "read", "gather", "products", "assignment", "write"):
         assert two.seconds[part] == pytest.approx(one.seconds[part] / 2)
     assert one.seconds["products"] == pytest.approx(8 * 2 * 2 * 100 * 5e4 / RATES.products)
     assert many.seconds["products"] == pytest.approx(one.seconds["products"] / 8)
