@@ -124,7 +124,7 @@ def disturbed(value: Any, generator: torch.Generator) -> Any:
 
 
 def other_batches(example: Any) -> tuple[int, ...]:
-    """Return how many rows other batches of nested inputs get: more than they have, and one alone.
+    """Return how many rows other batches of nested inputs get: the next multiple of six, which is one of two and three, and one.
 
     None where a tensor is not on the CPU: a batch may have more rows than a table of the model, and an index out of
     range leaves an accelerator unusable.
@@ -133,7 +133,7 @@ def other_batches(example: Any) -> tuple[int, ...]:
     rows = next((t.shape[0] for t in tensors if t.layout == torch.strided and t.ndim), 0)
     if not rows or any(t.device.type != "cpu" or t.layout != torch.strided or t.is_nested for t in tensors):
         return ()
-    return max(rows + 3, 5), 1 if rows > 1 else 2
+    return rows - rows % 6 + 6, 1 if rows > 1 else 2
 
 
 def with_rows(example: Any, rows: int) -> Any:

@@ -90,8 +90,8 @@ def verify(
     """Permute every group of a model at random and compare the outputs, in float64.
 
     For each example the model runs with its own weights, and twice with disturbed weights and inputs, so that no axis
-    is missed because its entries are all alike. On the CPU these two have more rows than the example and one alone, if the
-    model runs on them, because it may choose a path by the size of a batch. Random numbers that the model draws are the same in every pass. Where the
+    is missed because its entries are all alike. On the CPU these two have as many rows as the next multiple of
+    six, and one, if the model runs on them, because it may choose a path by the size of a batch. Random numbers that the model draws are the same in every pass. Where the
     outputs differ, but rounding alone makes them jump as far, a comparison shows nothing: up to six with other disturbed
     weights take the place of such ones, and a warning tells if no more agree than jump.
 
