@@ -28,7 +28,7 @@ def check_target(path: str | Path, *, force: bool = False, folder: bool = False)
         folder: the output is a folder.
 
     Raises:
-        FileExistsError: ``path`` exists and ``force`` is not set.
+        FileExistsError: ``path`` exists and ``force`` is not set, or it is a device, a pipe or a socket.
         IsADirectoryError: ``path`` is a folder, which no file replaces.
         FileNotFoundError: the folder of ``path`` does not exist.
         PermissionError: it cannot be written.
@@ -40,6 +40,10 @@ def check_target(path: str | Path, *, force: bool = False, folder: bool = False)
     if os.path.lexists(path) and not force:
         raise FileExistsError(
             f"{path} exists; choose another path, or pass force=True (--force) to replace it"
+        )
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise FileExistsError(
+            f"{path} is a device, a pipe or a socket, which no output replaces; choose the name of a file"
         )
     if path.is_dir() and not folder:
         raise IsADirectoryError(f"{path} is a folder; choose the name of a file")

@@ -15,7 +15,7 @@ from torch import nn
 from fastmatch._internal.dispatch_mode import DispatchMode
 from fastmatch.spec.operations import op_name, tensors_in
 
-__all__ = ["RoundedSums", "disturb_weights", "disturbed", "round_weights"]
+__all__ = ["RoundedSums", "disturb_weights", "disturbed", "other_batches", "round_weights", "with_rows"]
 
 SPREAD = 0.1
 """How far weights are disturbed, relative to themselves and to the tensor's root mean square."""
@@ -121,6 +121,36 @@ def disturbed(value: Any, generator: torch.Generator) -> Any:
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
         return type(value)(disturbed(v, generator) for v in value)
     return value
+
+
+def other_batches(example: Any) -> tuple[int, ...]:
+    """Return how many rows other batches of nested inputs get: the next multiple of six, which is one of two and three, and one.
+
+    None where a tensor is not on the CPU: a batch may have more rows than a table of the model, and an index out of
+    range leaves an accelerator unusable.
+    """
+    tensors = tensors_in(example)
+    rows = next((t.shape[0] for t in tensors if t.layout == torch.strided and t.ndim), 0)
+    if not rows or any(t.device.type != "cpu" or t.layout != torch.strided or t.is_nested for t in tensors):
+        return ()
+    return rows - rows % 6 + 6, 1 if rows > 1 else 2
+
+
+def with_rows(example: Any, rows: int) -> Any:
+    """Return nested inputs with so many rows in every tensor that has as many as the first: its own, over and over."""
+    before = next(t.shape[0] for t in tensors_in(example) if t.ndim)
+
+    def change(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            same = value.ndim and value.shape[0] == before
+            return value[torch.arange(rows, device="cpu") % before] if same else value
+        if isinstance(value, dict):
+            return {k: change(v) for k, v in value.items()}
+        if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+            return type(value)(change(v) for v in value)
+        return value
+
+    return change(example)
 
 
 def _carried_buffers(model: nn.Module) -> list[torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,14 @@ from fastmatch._internal.callers import warn_user
 from fastmatch._internal.modules import copy_module, to_eval_mode, with_state
 from fastmatch._internal.states import check_module, state_of
 from fastmatch.permutations.apply import apply_permutations
-from fastmatch.permutations.disturb import RoundedSums, disturb_weights, disturbed, round_weights
+from fastmatch.permutations.disturb import (
+    RoundedSums,
+    disturb_weights,
+    disturbed,
+    other_batches,
+    round_weights,
+    with_rows,
+)
 from fastmatch.permutations.precise import (
     absolute_difference,
     double_copy,
@@ -82,7 +90,8 @@ def verify(
     """Permute every group of a model at random and compare the outputs, in float64.
 
     For each example the model runs with its own weights, and twice with disturbed weights and inputs, so that no axis
-    is missed because its entries are all alike. Random numbers that the model draws are the same in every pass. Where the
+    is missed because its entries are all alike. On the CPU these two have as many rows as the next multiple of
+    six, and one, if the model runs on them, because it may choose a path by the size of a batch. Random numbers that the model draws are the same in every pass. Where the
     outputs differ, but rounding alone makes them jump as far, a comparison shows nothing: up to six with other disturbed
     weights take the place of such ones, and a warning tells if no more agree than jump.
 
@@ -124,7 +133,9 @@ def verify(
         for k, example in enumerate(examples):
             try:
                 if number:
-                    error = proof.compare_disturbed(example, generator)
+                    batches = other_batches(example)
+                    rows = batches[number - 1] if number <= len(batches) else None
+                    error = proof.compare_disturbed(example, generator, rows)
                 else:
                     expected = first if k == 0 else proof.run(proof.model, example)
                     error = proof.compare(proof.model, example, expected, tell=True)
@@ -222,17 +233,23 @@ class _Proof:
         return with_state(model, apply_permutations(state_of(model, "model"), self.spec, permutations))
 
     def compare(
-        self, model: nn.Module, example: tuple[Any, Any], expected: list[torch.Tensor], *, tell: bool
+        self,
+        model: nn.Module,
+        example: tuple[Any, Any],
+        expected: list[torch.Tensor],
+        *,
+        tell: bool,
+        told: str = "",
     ) -> float | None:
         """Return the error of random permutations of every group; ``expected`` are the model's own outputs.
 
         None if they hold no finite number, so that there is nothing to compare; an error if ``tell``.
 
         Raises:
-            ValueError: rounding cannot explain it, or there is nothing to compare.
+            ValueError: rounding cannot explain it, or there is nothing to compare. ``told`` is added to what it says.
             _JumpsError: the outputs jump by rounding alone, so the comparison shows nothing.
         """
-        if not any(torch.isfinite(t).any() for t in expected):
+        if not _shows(expected):
             if not tell:
                 return None
             raise ValueError(
@@ -247,28 +264,55 @@ class _Proof:
                 raise _JumpsError(judge, permutations)
             named = _listed(judge.guilty(permutations, list(permutations)))
             raise ValueError(
-                f"spec: permuting changes the network's function; group {named or 'several of them together'}. "
+                f"spec: permuting changes the network's function{told}; group {named or 'several of them together'}. "
                 f"The outputs differ by {error:.2g} relative to the largest or to what rounding explains; "
                 f"at most {judge.limit:.2g} is allowed. The trace did not see that the order of units matters, as it does for "
                 "a branch on one unit's value or an index that is computed in Python; spec.select([...]) matches the other groups"
             )
         return error
 
-    def compare_disturbed(self, example: tuple[Any, Any], generator: torch.Generator) -> float | None:
-        """Compare with disturbed weights and inputs; with the inputs as they are if the model refuses others.
+    def compare_disturbed(
+        self, example: tuple[Any, Any], generator: torch.Generator, rows: int | None
+    ) -> float | None:
+        """Compare with disturbed weights and inputs, of ``rows`` rows; with simpler ones where those show nothing.
 
-        None if that shows nothing: the model refuses the weights, or returns no finite number.
+        None if none shows anything: the model refuses them, or returns no finite number.
         """
         model = copy_module(self.model)
         disturb_weights(model, generator)
-        other = tuple(disturbed(part, generator) for part in example)
-        for inputs in (other, example):
-            try:
-                expected = self.run(model, inputs)  # type: ignore[arg-type]
-            except Exception:
-                continue
-            return self.compare(model, inputs, expected, tell=False)  # type: ignore[arg-type]
+        other = disturbed(example, generator)
+        if rows is not None:
+            batch = disturbed(with_rows(example, rows), generator)
+            expected = self._shown(model, batch)
+            if expected is not None:
+                try:
+                    return self.compare(model, batch, expected, tell=False)
+                except ValueError:
+                    with suppress(_JumpsError):  # what differs there as well is told without the batch
+                        self._compare_first(model, (other, example))
+                    told = f" on a batch of {rows} (the example's rows, disturbed; fm.Examples(x, y) traces it on several sizes)"
+                    return self.compare(model, batch, expected, tell=False, told=told)
+        return self._compare_first(model, (other, example))
+
+    def _compare_first(self, model: nn.Module, several: Iterable[tuple[Any, Any]]) -> float | None:
+        """Compare on the first inputs that show something; None if none do."""
+        for inputs in several:
+            expected = self._shown(model, inputs)
+            if expected is not None:
+                return self.compare(model, inputs, expected, tell=False)
         return None
+
+    def _shown(self, model: nn.Module, inputs: tuple[Any, Any]) -> list[torch.Tensor] | None:
+        """Return the outputs; None if the model refuses the inputs, or returns no finite number."""
+        try:
+            outputs = self.run(model, inputs)
+        except Exception:
+            return None
+        return outputs if _shows(outputs) else None
+
+
+def _shows(outputs: list[torch.Tensor]) -> bool:
+    return any(bool(torch.isfinite(t).any()) for t in outputs)
 
 
 class _Judge:

@@ -7,13 +7,14 @@ not pinned and is on a parameter becomes a permutation group.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+from torch._ops import HigherOrderOperator
 
 from fastmatch._internal.callers import warn_user
 from fastmatch._internal.dispatch_mode import DispatchMode
@@ -60,6 +61,8 @@ class Tracer(DispatchMode):
         choices: the numbers that the model reads in Python.
     """
 
+    supports_higher_order_operators = True  # they reach the mode, which refuses them by name
+
     def __init__(
         self,
         compute: Compute | None = None,
@@ -78,6 +81,10 @@ class Tracer(DispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            raise ValueError(
+                f"model: calls torch's {func.name()!r}, which runs functions that a trace does not see; branch in Python instead"
+            )
         if is_composite(func):
             with (
                 self
@@ -86,6 +93,7 @@ class Tracer(DispatchMode):
         spot = self.spots.at(op_name(func), args, kwargs)
         self.choices.before(self.record, func, args, kwargs)
         out = self.compute(func, args, kwargs)
+        _check_dense(tensors_in(out), "model: computes")
         if isinstance(out, (bool, int, float)) and any(map(self._depends, tensors_in((args, kwargs)))):
             out = self.choices.told(out, spot.module)
         self.number += counts(func)
@@ -149,6 +157,14 @@ class Tracer(DispatchMode):
             else:
                 pin(old, name)
                 pin(new, name)
+
+
+def _check_dense(tensors: Iterable[torch.Tensor], where: str) -> None:
+    """Raise ValueError for sparse and nested tensors: which memory they share, and what is where in it, is not known."""
+    for tensor in tensors:
+        if tensor.layout != torch.strided or tensor.is_nested:
+            kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+            raise ValueError(f"{where} a {kind} tensor, which a trace does not follow; expected dense ones")
 
 
 def _computed(hollow: set[int], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -237,6 +253,8 @@ def _trace(
                 "example_inputs: expected what the model takes, a batch of 2 is enough; got no tensor"
                 f"{_instead_of_tensors(args, keywords)}"
             )
+    _check_dense(state.values(), "model: has")
+    _check_dense(tensors_in(examples), "example_inputs: have")
     hollow = {storage_id(t) for t in state.values() if t.untyped_storage().nbytes() < t.nbytes}
     record = Record(real_values=not hollow)
     _label_state(record, state)

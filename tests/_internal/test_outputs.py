@@ -225,6 +225,22 @@ def test_a_link_to_itself_is_replaced_like_any_other(tmp_path):
     assert not out.is_symlink()
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with names")
+@pytest.mark.parametrize("name", ["pipe", "link"])
+def test_a_pipe_or_a_device_is_replaced_by_no_output(tmp_path, name):
+    """The superuser may rename over ``/dev/null``."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for given in (tmp_path / name, Path(os.devnull)):
+        for folder in (False, True):
+            with (
+                pytest.raises(FileExistsError, match="is a device, a pipe or a socket"),
+                claimed(given, force=True, folder=folder),
+            ):
+                pass
+    assert names(tmp_path) == ["link", "pipe"]
+
+
 def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     events = []
     sync, rename = os.fsync, renaming.rename_new

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
 import fastmatch as fm
@@ -99,6 +100,16 @@ def read_modules(folder):
     return folder / "modules.json", lambda path: dict(Checkpoint(path.parent))
 
 
+def read_distributed(folder, name=".metadata"):
+    path = folder / "shards"
+    dcp.save({"model": small()[0].state_dict()}, checkpoint_id=path)
+    return path / name, lambda path: dict(Checkpoint(path.parent))
+
+
+def read_distributed_shard(folder):
+    return read_distributed(folder, "__0_0.distcp")
+
+
 def lora(folder, name, out):
     """A LoRA of the small network, and how it is read: permuted, and written again."""
     spec = small()[1]
@@ -158,7 +169,7 @@ def _moved(model, spec):
 
 READERS = (
     read_safetensors, read_torch, read_old_torch, read_permutations, read_spec, read_index, read_config,
-    read_torch_index, read_torch_shard, read_modules, read_lora, read_adapter, read_recipe, read_yaml_recipe,
+    read_torch_index, read_torch_shard, read_modules, read_distributed, read_distributed_shard, read_lora, read_adapter, read_recipe, read_yaml_recipe,
     read_journal,
 )  # fmt: skip
 

@@ -64,6 +64,54 @@ def test_a_branch_of_other_inputs_is_proved_with_several_examples():
 
 
 @pytest.mark.parametrize(
+    "turns",
+    [
+        lambda n: n > 4,
+        lambda n: n == 1,
+        lambda n: n % 2 == 1,
+        lambda n: n % 3 == 0,
+        lambda n: n != 2,
+    ],
+    ids=["many", "one", "odd", "threes", "any other"],
+)
+def test_a_path_that_a_batch_of_another_size_takes_is_refused(turns):
+    model = Uses(lambda s, x: s.second(s.first(x).flip(1) if turns(len(x)) else s.first(x)))
+    x = torch.randn(2, 6)
+    spec = fm.PermutationSpec.trace(model, x)
+    with pytest.raises(ValueError, match=r"function on a batch of \d .*fm\.Examples.* group 'first'"):
+        fm.verify(model, spec, x)
+    other = torch.randn(next(n for n in (1, 6) if turns(n)), 6)
+    assert not fm.PermutationSpec.trace(model, fm.Examples(x, other)).groups
+
+
+def test_what_differs_on_a_batch_of_any_size_is_told_without_the_size():
+    model = mlp()
+    nn.init.zeros_(model[0].bias)
+    x = torch.randn(2, 6)
+    (group,) = fm.PermutationSpec.trace(model, x).groups.values()
+    axes = tuple(axis for axis in group.axes if axis.parameter != "0.bias")
+    spec = fm.PermutationSpec({group.name: Group(group.name, 8, axes)}, shapes(model))
+    with pytest.raises(ValueError, match="changes the network's function; group '0'"):
+        fm.verify(model, spec, x)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_a_model_that_takes_batches_of_one_size_only_is_proved_on_these(size):
+    sizes = []
+
+    def body(s: Uses, x: torch.Tensor) -> torch.Tensor:
+        assert len(x) == size
+        sizes.append(len(x))
+        return s.second(s.first(x).relu())
+
+    model, x = Uses(body), torch.randn(size, 6)
+    spec = fm.PermutationSpec.trace(model, x)
+    sizes.clear()
+    assert fm.verify(model, spec, x).compared == 3
+    assert len(sizes) == 6
+
+
+@pytest.mark.parametrize(
     "body",
     [
         lambda s, x: s.second(s.first(x)).softmax(1).sum(1, keepdim=True) - 1,

@@ -142,6 +142,34 @@ def test_bad_input(model, example, error):
         fm.PermutationSpec.trace(model, example)
 
 
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        (lambda s, h: torch.sparse.mm(s[2].weight.to_sparse(), h.t()).t(), "model: computes a sparse_coo tensor"),
+        (lambda s, h: s[2](torch.nested.nested_tensor_from_jagged(h, torch.tensor([0, 2]))).values(), "model: computes a nested tensor"),
+        (lambda s, h: torch.ops.higher_order.cond(h.sum() > 0, lambda u: s[2](u), lambda u: s[2](u.flip(1)), (h,)), "model: calls torch's 'cond'"),
+    ],
+    ids=["sparse", "nested", "cond"],
+)  # fmt: skip
+def test_what_a_trace_cannot_follow_is_refused_by_name(body, named):
+    class Uses(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return body(self, self[0](x))
+
+    model = Uses(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    with pytest.raises(ValueError, match=named):
+        fm.PermutationSpec.trace(model, torch.randn(2, 6))
+
+
+def test_sparse_inputs_and_buffers_are_refused_by_name():
+    model, x = nn.Sequential(nn.Linear(6, 8)), torch.eye(6).to_sparse()
+    with pytest.raises(ValueError, match="example_inputs: have a sparse_coo tensor"):
+        fm.PermutationSpec.trace(model, x)
+    model.register_buffer("edges", torch.eye(6).to_sparse())
+    with pytest.raises(ValueError, match="model: has a sparse_coo tensor"):
+        fm.PermutationSpec.trace(model, torch.randn(2, 6))
+
+
 def test_sites_read_what_the_layers_see_whatever_the_batch():
     model, _ = build("vgg", fresh_seed())
     spec = fm.PermutationSpec.trace(model, torch.randn(2, 3, 16, 16))
