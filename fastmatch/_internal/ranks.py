@@ -314,7 +314,7 @@ def _packed(value: object) -> torch.Tensor:
 
 
 def _unpacked(data: torch.Tensor) -> Any:
-    return pickle.loads(data.numpy().tobytes())
+    return pickle.loads(data.numpy().data)
 
 
 def _text(error: Exception) -> str:

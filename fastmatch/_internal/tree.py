@@ -40,7 +40,7 @@ class MergeTree(Generic[T]):
     def root(self) -> T:
         """Return what all blocks are merged into, on all ranks."""
         found = self.first()
-        return self.ranks.broadcast(lambda: cast("T", found), "merged statistics")
+        return self.ranks.broadcast(lambda: cast("T", found), "merged statistics")  # rank 0 has it
 
     def first(self) -> T | None:
         """Return what all blocks are merged into on rank 0, and None on the others. All ranks must make the call."""

@@ -281,7 +281,7 @@ def multiply(factors: Factors, largest_share: float = LARGEST_SHARE) -> BoundedG
 def multiply_if_bounds_pay(
     factors: Factors, features: int, largest_share: float = LARGEST_SHARE
 ) -> BoundedGain | None:
-    """Return what :func:`multiply` does, but None if bounds are not expected to pay, before anything is multiplied.
+    """Return what :func:`multiply` does, but None if bounds are not expected to pay, once that is known.
 
     Args:
         factors: see :data:`Factors`.

@@ -113,7 +113,13 @@ class Pair:
             remembered: makes a step or repeats it from a journal.
             ranks: the processes that share the work.
         """
-        hooks = Hooks(out_of_core=True, remembered=remembered, ranks=ranks, survey=surveyed.of(self.layout))
+        hooks = Hooks(
+            out_of_core=True,
+            in_blocks=True,
+            remembered=remembered,
+            ranks=ranks,
+            survey=surveyed.of(self.layout),
+        )
         models = self._model(self.a), self._model(self.b)
         matching = match_weights(*models, self.common, matcher, hooks, progress=progress)
         return Alignment(matching.permutations, self.whole, matching, method=as_code(matcher))

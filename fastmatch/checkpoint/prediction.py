@@ -29,7 +29,7 @@ DeviceName: TypeAlias = Literal["cpu", "h100"]
 PARTS = ("survey", "read", "gather", "products", "assignment", "exchange", "write")
 
 SOLVER = 3.0
-"""Memory of an assignment, gain included, in float32 gains. Blocks of a gain take one more for every doubling of their number."""
+"""Memory of an assignment, gain included, in float32 gains."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def predict(work: Work, device: Device, ranks: int, sweeps: int = 2) -> Predicti
     found.seconds["write"] += _longest(work.files, ranks) / device.write
     found.read += sum(work.files)
     gains = [
-        4 * n * n * max(SOLVER, 1 + math.log2(work.blocks.get(name, 1)))
+        4 * n * n * max(SOLVER, _buffers(work.blocks.get(name, 1), ranks))
         for name, (n, _, _) in work.groups.items()
     ]
     found.memory = max(gains, default=0.0) + 2 * max(work.tensors, default=0.0)
@@ -217,6 +217,11 @@ def _seconds(units: int, elements: float, size: float, device: Device) -> dict[s
         "products": 2.0 * units * elements / device.products,
         "assignment": units * units / device.assignment,
     }
+
+
+def _buffers(blocks: int, ranks: int) -> float:
+    """The gains that a rank holds at once while blocks are added up; a message that comes is one more twice."""
+    return 1 + math.log2(blocks) + (2 if ranks > 1 and blocks > 1 else 0)
 
 
 def _longest(sizes: Sequence[float], ranks: int) -> float:

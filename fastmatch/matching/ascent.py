@@ -19,11 +19,10 @@ import torch
 
 from fastmatch._internal.progress import progress_bar
 from fastmatch._internal.ranks import Ranks, current
-from fastmatch._internal.shared_data import owner_of
 from fastmatch.assignment import Assignment, solve
 from fastmatch.assignment.bounded_gain import BoundedGain
 from fastmatch.matching.device_gain import gain_solver
-from fastmatch.matching.gains import Gains
+from fastmatch.matching.gains import Gains, owners_of
 from fastmatch.matching.greedy import greedy_order
 from fastmatch.matching.held import HeldState, hold
 from fastmatch.matching.levels import levels_of
@@ -65,6 +64,8 @@ class Hooks:
         orders: yields the order of groups of each sweep, in place of the seed; the ascent ends with it. There is no
             greedy initialization then: groups without an initial permutation begin at the identity.
         out_of_core: keep no gain between solves, for states that are on disk and do not fit into memory.
+        in_blocks: add up large gains in blocks, and let all ranks multiply the blocks of a group that is alone. Every rank must
+            be able to read any tensor by itself.
         stale: the groups to solve first, if all others are known to be at their best; all of them for None.
         remembered: called for every costly step with its name and the function that computes it. It returns the step:
             computed now, or by an interrupted run whose steps are repeated. A run whose steps are all given back as they
@@ -77,6 +78,7 @@ class Hooks:
     bonus: Mapping[str, torch.Tensor] = field(default_factory=dict)
     orders: Iterator[Sequence[int]] | None = None
     out_of_core: bool = False
+    in_blocks: bool = False
     stale: Collection[str] | None = None
     remembered: Callable[[str, Callable[[], Step]], Step] = lambda name, compute: compute()
     ranks: Ranks = field(default_factory=current)
@@ -113,8 +115,8 @@ class Ascent:
         self.stale = set(self.names if hooks.stale is None else hooks.stale)
         self.sharing = Sharing(hooks.ranks, self.costs, is_bound=not hooks.out_of_core)
         budget = 0 if hooks.out_of_core else KEPT * problem.size()
-        self.gains = Gains(problem.a, problem.b, problem.spec, budget)
-        self.unkept = Gains(problem.a, problem.b, problem.spec, 0)
+        self.gains = Gains(problem.a, problem.b, problem.spec, budget, in_blocks=hooks.in_blocks)
+        self.unkept = Gains(problem.a, problem.b, problem.spec, 0, in_blocks=hooks.in_blocks)
         self.kept: set[str] | None = None
         self.solver = plain_solver(problem.spec)
         if hooks.ranks.is_group:  # which gains are kept must not depend on which groups this rank solves
@@ -234,14 +236,10 @@ class Ascent:
 
         def jointly(name: str) -> Step:
             group = self.problem.spec.groups[name]
-            found, owners = self._solve_jointly(group, due[name])
-            change = (
-                self.problem.change(found.permutations, self.permutations, owners) if is_measured else 0.0
-            )
-            return replace(found, value=change)
+            return self._solve_jointly(group, due[name], is_measured=is_measured)
 
-        alone = {name: partial(jointly, name) for name in due if self._is_divisible(name, due[name])}
-        for name, shared in self.sharing.of(list(due), compute, alone):
+        divided = {name: partial(jointly, name) for name in due if self._is_divisible(name, due[name])}
+        for name, shared in self.sharing.of(list(due), compute, divided):
             found = self.hooks.remembered(name, shared)
             self.solves += 1
             self.order.append(name)
@@ -256,7 +254,7 @@ class Ascent:
         """Return whether all ranks multiply this group's gain, if it is the only one that they have to solve."""
         group, gains = self.problem.spec.groups[name], self.unkept
         return (
-            self.hooks.out_of_core
+            self.hooks.in_blocks
             and self.hooks.ranks.size > 1
             and len(self.problem.grouping[name]) == 1
             and name not in self.problem.bonus
@@ -264,29 +262,37 @@ class Ascent:
             and len(gains.blocks(group, axes)) > 1
         )
 
-    def _solve_jointly(self, group: Group, axes: Sequence[Axis]) -> tuple[Step, dict[str, int]]:
-        """Return the step of a group whose gain all ranks multiply, and the rank of each of its tensors.
+    def _solve_jointly(self, group: Group, axes: Sequence[Axis], *, is_measured: bool) -> Step:
+        """Return the step of a group whose gain all ranks multiply, with its rise if ``is_measured``.
 
         A gain for which bounds pay is left to rank 0, because its products take less than reading the tensors.
         """
-        name, ranks, gains = group.name, self.hooks.ranks, self.unkept
+        ranks, gains, what = self.hooks.ranks, self.unkept, f"group {group.name}"
         blocks = gains.blocks(group, axes)
         owners = {
-            axis.parameter: owner_of(k, len(blocks), ranks.size)
-            for k, block in enumerate(blocks)
+            axis.parameter: owner
+            for block, owner in zip(blocks, owners_of(blocks, ranks.size), strict=True)
             for axis in block
         }
+
+        def bounded() -> BoundedGain | None:
+            hold(self.states, list(owners), group.size)
+            found = self._gathered(group, axes)
+            return gains.bounded(group, axes, self.permutations) if found is None else found
+
+        def solved(gain: torch.Tensor | BoundedGain) -> Step:
+            found = self._solved(group, gain)
+            rise = self.problem.change(found.permutations, self.permutations) if is_measured else 0.0
+            return replace(found, value=rise)
+
+        gain = bounded() if ranks.rank == 0 else None
+        if ranks.broadcast(lambda: gain is not None, what):
+            return ranks.broadcast(lambda: solved(cast("BoundedGain", gain)), what)
         hold(self.states, [p for p, owner in owners.items() if owner == ranks.rank], group.size)
-        self.at_hand = name
-        bounded = None
-        if ranks.rank == 0:
-            bounded = self._gathered(group, axes)
-            bounded = gains.bounded(group, axes, self.permutations) if bounded is None else bounded
-        what = f"group {name}"
-        if ranks.broadcast(lambda: bounded is not None, what):
-            return ranks.broadcast(lambda: self._solved(group, cast("BoundedGain", bounded)), what), owners
-        gain = gains.in_blocks(group, axes, self.permutations, ranks)
-        return ranks.broadcast(lambda: self._solved(group, gain), what), owners
+        whole = gains.in_blocks(blocks, group, self.permutations, ranks)
+        found = ranks.broadcast(lambda: self._solved(group, cast("torch.Tensor", whole)), what)
+        rise = self.problem.change(found.permutations, self.permutations, owners) if is_measured else 0.0
+        return replace(found, value=rise)
 
     def _solve(self, group: Group, axes: Sequence[Axis]) -> Step:
         name, problem = group.name, self.problem

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import overload
 
 import torch
 
@@ -29,7 +30,7 @@ from fastmatch.spec import Axis, Group, Permutations, PermutationSpec
 from fastmatch_kernels._dispatch import backend_of
 from fastmatch_kernels.inner_product import moved_positions
 
-__all__ = ["FactorsOf", "Gains", "Order", "block_count", "unit_rows"]
+__all__ = ["FactorsOf", "Gains", "Order", "block_count", "owners_of", "unit_rows"]
 
 REBUILD_FRACTION = 0.9
 """A gain is rebuilt if an update would take more than this fraction of the operations."""
@@ -49,8 +50,9 @@ BOUNDED_UNITS, BOUNDED_PRODUCTS = 512, 1 << 30
 PAYING_SHARE = 0.25
 """Predicted share of the products up to which bounds are used in memory, where a whole gain would serve later solves too."""
 
-MAX_BLOCKS, BLOCK_FEATURES = 64, 4
-"""Blocks of a gain that are added up in a tree, at most, and their features in units of the gain, at least."""
+MAX_BLOCKS, BLOCK_FEATURES = 8, 4
+"""Blocks of a gain that are added up in a tree, at most, and their features in units of the gain, at least. The tree of eight takes
+the memory of four gains, and an assignment that of three."""
 
 HELD = 1 << 29
 """Bytes of factors in the order of B's other axes up to which they are held while a gain with bounds is solved."""
@@ -138,10 +140,18 @@ class _Kept:
 
 
 def block_count(size: int, elements: float) -> int:
-    """Return the blocks into which the gain of a group on disk is divided, from its units and the elements of its tensors."""
+    """Return into how many blocks the gain of a group is divided, from its units and the elements of its tensors.
+
+    A block has so many features that its products take far longer than adding its gain to another one.
+    """
     if size < BOUNDED_UNITS or size * elements < BOUNDED_PRODUCTS:
         return 1
     return max(1, min(MAX_BLOCKS, int(elements // (BLOCK_FEATURES * size**2))))
+
+
+def owners_of(blocks: Sequence[object], ranks: int) -> list[int]:
+    """Return the rank of each block."""
+    return [owner_of(k, len(blocks), ranks) for k in range(len(blocks))]
 
 
 class FactorsOf:
@@ -161,11 +171,15 @@ class Gains:
     Args:
         a, b: state dicts; rows of a gain are units of A, columns are units of B in their own order.
         spec: which axes move together.
-        budget: bytes of gains to keep; 0 if the states are on disk and there is memory for one gain only.
+        budget: bytes of gains to keep; 0 if the states are on disk and there is memory for few gains only.
+        in_blocks: add up large gains in blocks, which ranks can multiply together.
     """
 
-    def __init__(self, a: State, b: State, spec: PermutationSpec, budget: int) -> None:
+    def __init__(
+        self, a: State, b: State, spec: PermutationSpec, budget: int, *, in_blocks: bool = False
+    ) -> None:
         self.a, self.b, self.spec, self.budget = a, b, spec, budget
+        self.has_blocks = in_blocks
         self.kept: dict[str, _Kept] = {}
         self.on_disk = budget == 0
         self.spent: dict[str, float] = {}
@@ -183,13 +197,15 @@ class Gains:
         is_paid = could_keep and self.spent.get(group.name, 0.0) >= 1.0
         if group.name in self.kept or is_paid or not self.suits_bounds(group, axes):
             return self.of(group, axes, permutations)
-        if self.on_disk:
+        if self.has_blocks:
             bounded = self.bounded(group, axes, permutations)
-            return self.in_blocks(group, axes, permutations) if bounded is None else bounded
+            return (
+                self.in_blocks(self.blocks(group, axes), group, permutations) if bounded is None else bounded
+            )
         factors: Iterable[tuple[torch.Tensor, torch.Tensor]] = FactorsOf(self, group, axes, permutations)
-        if 8 * self._elements(axes) <= HELD:
+        if not self.on_disk and 8 * self._elements(axes) <= HELD:
             factors = list(factors)
-        gain = multiply(factors, PAYING_SHARE)
+        gain = multiply(factors, LARGEST_SHARE if self.on_disk else PAYING_SHARE)
         if isinstance(gain, torch.Tensor):
             self._keep(group.name, gain, self._orders(axes, permutations))
         return gain
@@ -200,10 +216,7 @@ class Gains:
         return multiply_if_bounds_pay(FactorsOf(self, group, axes, permutations), features, LARGEST_SHARE)
 
     def blocks(self, group: Group, axes: Sequence[Axis]) -> list[list[Axis]]:
-        """Return the axes in blocks of about equal elements, whose products are added up in a tree.
-
-        A block has so many features that its products take far longer than adding its gain to another one.
-        """
+        """Return the axes in blocks of about equal elements; see :func:`block_count`."""
         sizes = [math.prod(self.spec.shapes[axis.parameter]) for axis in axes]
         count = block_count(group.size, sum(sizes))
         found: list[list[Axis]] = [[] for _ in range(count)]
@@ -213,20 +226,33 @@ class Gains:
             before += size
         return [block for block in found if block]
 
+    @overload
     def in_blocks(
-        self, group: Group, axes: Sequence[Axis], permutations: Permutations, ranks: Ranks = ALONE
-    ) -> torch.Tensor:
+        self, blocks: Sequence[Sequence[Axis]], group: Group, permutations: Permutations
+    ) -> torch.Tensor: ...
+    @overload
+    def in_blocks(
+        self, blocks: Sequence[Sequence[Axis]], group: Group, permutations: Permutations, ranks: Ranks
+    ) -> torch.Tensor | None: ...
+    def in_blocks(
+        self,
+        blocks: Sequence[Sequence[Axis]],
+        group: Group,
+        permutations: Permutations,
+        ranks: Ranks = ALONE,
+    ) -> torch.Tensor | None:
         """Return the gain as :meth:`of` does, with sums in a tree of blocks: the same bits on any number of ranks.
 
-        On rank 0. The others compute their blocks, and what they return is empty.
+        Every rank multiplies the blocks that :func:`owners_of` says. Rank 0 gets the gain, the others None.
         """
-        blocks = self.blocks(group, axes)
+        owners = owners_of(blocks, ranks.size)
         tree = MergeTree[torch.Tensor](ranks, len(blocks), torch.Tensor.add_)
         for k, block in enumerate(blocks):
-            if owner_of(k, len(blocks), ranks.size) == ranks.rank:
+            if owners[k] == ranks.rank:
                 tree.add(k, self._build(group, block, permutations, None))
-        found = tree.first()
-        return torch.empty(0, device="cpu") if found is None else found
+        if ranks.size > 1:  # a rank that fails says so here, before another one waits for its sums
+            ranks.exchange(None, f"the products of group {group.name}")
+        return tree.first()
 
     def spend(self, name: str, share: float) -> None:
         """Note the share of a gain's products that a solve with bounds has taken."""

@@ -8,6 +8,7 @@ mapped with their scales inside, and the batch norm keeps the first model's scal
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeGuard
@@ -21,8 +22,9 @@ from fastmatch.spec.graph import Structure
 
 __all__ = ["NormedLayer", "normed_layers", "scale_layers", "unscale_layers"]
 
-DEAD = 1e-4
-"""A channel whose scale is below this share of the largest stays as dead as it is in the first model."""
+DEAD, DEAD_IN_HALF = 1e-12, 1e-4
+"""A batch norm's weight below this share of its largest one: the channel's row is the first model's, because what is divided by so
+small a scale, or its square, may not be a number of the parameter's type. The second is for types that end at 65,504."""
 
 LINEAR = (nn.Linear, nn.modules.conv._ConvNd)
 """Layers whose outputs are scaled by scaling their weights and biases."""
@@ -58,38 +60,41 @@ def normed_layers(
         merged: the names of the parameters and buffers that are merged.
         maps: group -> how its units are merged.
     """
-    merged, modules = set(merged), dict(structure.module.named_modules())
-    calls = [node for node in structure.module.graph.nodes if node.op == "call_module"]
-    targets = [node.target for node in calls]
+    merged, module = set(merged), structure.module
+    modules, state = dict(module.named_modules()), module.state_dict()
+    nodes = [node for node in module.graph.nodes if node.op in ("call_module", "get_attr")]
+    uses = Counter(str(node.target) for node in nodes)
+    holders = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
     found = []
-    for node in calls:
-        norm, layer = modules[str(node.target)], next(iter(node.all_input_nodes), node)
-        if not _has_scale(norm) or layer.op != "call_module" or len(layer.users) > 1:
+    for node in nodes:
+        norm, layer = modules.get(str(node.target)), next(iter(node.all_input_nodes), node)
+        before = modules.get(str(layer.target))
+        if not (_has_scale(norm) and isinstance(before, LINEAR) and len(layer.users) == 1):
             continue
-        if not isinstance(modules[str(layer.target)], LINEAR):
-            continue
-        if targets.count(node.target) > 1 or targets.count(layer.target) > 1:
-            continue
-        weight = f"{node.target}.weight"
-        groups = {group for _, group in structure.spec.axes_of(weight)}
-        if not any(maps[group].spread is None for group in groups & maps.keys()):
-            continue
-        size, state = norm.num_features, structure.module.state_dict()
-        scaled = [(f"{node.target}.running_mean", 0)] + [
+        names = [f"{layer.target}.weight", f"{layer.target}.bias", f"{node.target}.weight"]
+        reused = any(uses[str(x)] > 1 for x in (node.target, layer.target)) or any(uses[x] for x in names)
+        tied = any(holders[id(p)] > 1 for p in (*before.parameters(), *norm.parameters()))
+        groups = {group for _, group in structure.spec.axes_of(names[2])}
+        mixes = any(maps[group].spread is None for group in groups & maps.keys())
+        held = [name for name in names[:2] if name in state]
+        scaled = dict.fromkeys(
             (name, axis.dim)
-            for name in (f"{layer.target}.weight", f"{layer.target}.bias")
-            if name in state
+            for name in held
             for axis, group in structure.spec.axes_of(name)
             if group in groups
             and (name, axis.dim) not in structure.inputs
-            and state[name].shape[axis.dim] == size
-        ]
-        if len(scaled) > 1 and {weight, *(name for name, _ in scaled)} <= merged:
-            found.append(NormedLayer(str(node.target), norm.eps, tuple(scaled)))
+            and state[name].shape[axis.dim] == norm.num_features
+        )
+        # A weight that is computed from others, or whose channels are several dimensions, is not scaled; nor is its bias then.
+        whole = names[0] in held and {name for name, _ in scaled} == set(held)
+        if mixes and whole and not (reused or tied) and {*held, names[2]} <= merged:
+            found.append(
+                NormedLayer(str(node.target), norm.eps, (*scaled, (f"{node.target}.running_mean", 0)))
+            )
     return found
 
 
-def _has_scale(module: nn.Module) -> TypeGuard[nn.modules.batchnorm._BatchNorm]:
+def _has_scale(module: nn.Module | None) -> TypeGuard[nn.modules.batchnorm._BatchNorm]:
     return (
         isinstance(module, nn.modules.batchnorm._BatchNorm)
         and module.weight is not None
@@ -111,15 +116,23 @@ def unscale_layers(merged: State, layers: Iterable[NormedLayer], first: State) -
     for layer in layers:
         for name in (f"{layer.norm}.weight", f"{layer.norm}.running_var"):
             new[name] = first[name]
-        scale = layer.scale(first)
-        alive = scale.abs() > DEAD * scale.abs().max()
+        weight, scale = first[f"{layer.norm}.weight"].abs(), layer.scale(first)
+        share = DEAD if torch.finfo(weight.dtype).max > 1e30 else DEAD_IN_HALF
+        alive = weight > share * weight.max()
         _multiply(new, layer, torch.where(alive, 1 / torch.where(alive, scale, 1.0), 0.0))
+        for name, dim in layer.scaled:
+            new[name] = torch.where(_along(alive, new[name], dim), new[name], first[name].to(new[name].dtype))
     return new
+
+
+def _along(values: torch.Tensor, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    """Return a vector in a shape that goes along a dimension of a tensor."""
+    shape = [1] * tensor.ndim
+    shape[dim] = -1
+    return values.view(shape)
 
 
 def _multiply(state: dict[str, torch.Tensor], layer: NormedLayer, factors: torch.Tensor) -> None:
     for name, dim in layer.scaled:
-        shape = [1] * state[name].ndim
-        shape[dim] = -1
         work = working_dtype(state[name].dtype)
-        state[name] = state[name].to(work) * factors.to(work).view(shape)
+        state[name] = state[name].to(work) * _along(factors.to(work), state[name], dim)

@@ -106,7 +106,7 @@ def test_coupled_groups_wait_for_each_other():
 def test_ranks_multiply_the_gain_of_a_group_that_is_alone_together():
     whole = llama(4096, 11008, 32, 32, residual=True)
     apart = replace(whole, blocks={})
-    assert whole.blocks["residual"] > 8
+    assert whole.blocks["residual"] == 8
     one, two = (predict(whole, RATES, ranks).seconds for ranks in (1, 2))
     assert one == predict(apart, RATES, 1).seconds
     spared = predict(apart, RATES, 2).seconds["products"] - two["products"]

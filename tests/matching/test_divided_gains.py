@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
 import fastmatch as fm
-from fastmatch._internal.ranks import Ranks, current
+from fastmatch._internal.ranks import Ranks, RanksError, current
+from fastmatch.assignment import bounded_gain
 from fastmatch.matching import gains
 from fastmatch.matching.ascent import Hooks
 from fastmatch.matching.weights import match_weights
@@ -36,11 +39,11 @@ class Residual(torch.nn.Module):
 
 
 class Reads(dict):
-    """A state that counts the numbers that are read from it."""
+    """A state as if it were on disk, which counts the numbers that are read from it."""
 
     def __init__(self, state):
         super().__init__(state)
-        self.numbers = 0
+        self.headers, self.device, self.numbers = dict(state), torch.device("cpu"), 0
 
     def __getitem__(self, name):
         tensor = super().__getitem__(name)
@@ -48,7 +51,7 @@ class Reads(dict):
         return tensor
 
 
-def match(seed, near, ranks=None):
+def match(seed, near, *, in_blocks=True):
     """Match two states as if they were on disk; return the result, what was read, and the groups that were divided."""
     torch.manual_seed(seed)
     a, b = Residual(), Residual()
@@ -60,25 +63,47 @@ def match(seed, near, ranks=None):
         states[1] = {k: t + 1e-3 * torch.randn_like(t) for k, t in moved.items()}
     counted = [Reads(state) for state in states]
     divided = []
-    # Bounds and blocks from a few units and features on, so that small networks have them.
+    # Bounds and blocks from a few units and features on, so that small networks have them; one tensor tells whether bounds pay.
     sizes = {"BOUNDED_UNITS": STREAM, "BOUNDED_PRODUCTS": 1, "BLOCK_FEATURES": 2}
     whole = gains.Gains.in_blocks
 
-    def noted(self, group, axes, permutations, ranks=None, **options):
-        divided.append((group.name, len(self.blocks(group, axes)), 1 if ranks is None else ranks.size))
-        return whole(self, group, axes, permutations, *([] if ranks is None else [ranks]), **options)
+    def noted(self, blocks, group, permutations, *ranks):
+        divided.append((group.name, len(blocks), ranks[0].size if ranks else 1))
+        return whole(self, blocks, group, permutations, *ranks)
 
     with pytest.MonkeyPatch.context() as patch:
         for name, value in sizes.items():
             patch.setattr(gains, name, value)
+        patch.setattr(bounded_gain, "JUDGED", 20)
         patch.setattr(gains.Gains, "in_blocks", noted)
-        hooks = Hooks(out_of_core=True, ranks=current() if ranks is None else ranks)
+        hooks = Hooks(out_of_core=True, in_blocks=in_blocks, ranks=current())
         found = match_weights(*counted, spec, fm.WeightMatching(seed=3), hooks, progress=False)
     return found, sum(state.numbers for state in counted), divided
 
 
+def failing(seed):
+    """What a rank says if the last one cannot read its part."""
+    ranks, build = current(), gains.Gains._build
+
+    def failed(self, *args):
+        if ranks.rank == ranks.size - 1:
+            raise OSError("the disk is gone")
+        return build(self, *args)
+
+    gains.Gains._build = failed
+    began = time.monotonic()
+    try:
+        match(seed, False)
+    except (OSError, RanksError) as error:
+        return str(error), time.monotonic() - began
+    finally:
+        gains.Gains._build = build
+    return "", 0.0
+
+
 def of_ranks(seed):
-    return match(seed, False), match(seed, True)
+    failed = failing(seed) if current().size > 1 else None
+    return match(seed, False), match(seed, True), failed, match(seed, True, in_blocks=False)
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +145,21 @@ def test_bounds_that_pay_are_left_to_one_rank(results):
     for size in SIZES:
         for _, _, divided in (value[True] for value in results[size]):
             assert all(blocks == 1 for _, blocks, _ in divided)
+
+
+def test_near_copies_are_read_as_often_as_without_blocks(results):
+    for size in SIZES:
+        divided, undivided = (sum(value[k][1] for value in results[size]) for k in (True, 3))
+        assert divided <= undivided
+
+
+def test_a_rank_that_fails_in_its_part_ends_the_others_at_once(results):
+    for size in SIZES[1:]:
+        *others, last = [value[2] for value in results[size]]
+        assert last[0] == "the disk is gone"
+        for said, seconds in others:
+            assert f"rank {size - 1} failed: OSError: the disk is gone" in said
+            assert seconds < 100  # ranks wait 300 seconds for one that does not answer
 
 
 def test_blocks_hold_every_axis_once_and_are_about_equal():

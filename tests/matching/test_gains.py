@@ -134,7 +134,7 @@ def test_gains_with_bounds_give_the_matching_of_whole_gains(name, cosine, on_dis
     generator = torch.Generator().manual_seed(seed)
     a = {n: t.detach() for n, t in model.state_dict().items()}
     b = apply_permutations(near_copy(a, cosine, generator), spec, spec.random(generator))
-    hooks = Hooks(out_of_core=on_disk)
+    hooks = Hooks(out_of_core=on_disk, in_blocks=on_disk)
     found = match_weights(a, b, spec, WeightMatching(seed=seed), hooks)
     assert bounds or cosine < 0.9 or name == "grouped"  # all of its groups are nested
     monkeypatch.setattr(gains_module, "BOUNDED_UNITS", 1 << 40)

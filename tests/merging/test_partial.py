@@ -12,7 +12,11 @@ from torch import nn
 import bench.reports.partial_merging as bench
 import fastmatch as fm
 from bench.lib import record as records
+from fastmatch.merging.mixed_norms import normed_layers
+from fastmatch.merging.rewire import Rewiring
+from fastmatch.merging.units import matrix_maps
 from fastmatch.renorm import endpoint_statistics
+from fastmatch.spec.graph import trace_graph
 from fastmatch.statistics.moments import CrossMoments
 from fastmatch.studies.digits import Batches, digits, train
 from helpers.networks import NETWORKS, build, fresh_seed, mlp
@@ -669,18 +673,98 @@ def test_cca_takes_the_scales_of_batch_norms_through_the_mixture():
     torch.testing.assert_close(run(merged, x), run(a, x), rtol=1e-6, atol=1e-6)
 
 
-def test_cca_leaves_a_channel_dead_whose_scale_is_zero_in_the_first_model():
+class Halves(nn.Module):
+    """A layer before a batch norm, whose units belong to two groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Linear(10, 8), nn.BatchNorm1d(8)
+        self.left, self.right = nn.Linear(3, 4), nn.Linear(5, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.tanh(self.norm(self.layer(x)))
+        return self.left(h[:, :3]) + self.right(h[:, 3:])
+
+
+def grouped() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, groups=1), nn.BatchNorm2d(8), nn.Tanh(), nn.Conv2d(8, 4, 3, groups=2)
+    )
+
+
+def transposed() -> nn.Module:
+    return nn.Sequential(nn.ConvTranspose2d(3, 8, 3), nn.BatchNorm2d(8), nn.Tanh(), nn.Conv2d(8, 4, 3))
+
+
+@pytest.mark.parametrize(
+    ("make", "names", "shape"),
+    [
+        (Halves, ("layer", "norm"), (10,)),
+        (grouped, ("0", "1"), (3, 6, 6)),
+        (transposed, ("0", "1"), (3, 6, 6)),
+    ],
+)
+def test_cca_does_not_see_how_units_are_scaled_before_their_norm(make, names, shape):
     torch.manual_seed(fresh_seed())
-    _, (norm, _), a = normed((6, 5, 4, 3))
+    a = make().double().eval()
+    x = torch.randn(60, *shape, dtype=DOUBLE)
+    layer, norm = (a.get_submodule(name) for name in names)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.2, 5)
+    b = copy.deepcopy(a)
+    layer, norm = (b.get_submodule(name) for name in names)
+    factor = torch.rand(8, dtype=DOUBLE) + 0.5
+    with torch.no_grad():
+        along = (
+            factor[None, :, None, None]
+            if make is transposed
+            else factor.view(-1, *[1] * (layer.weight.ndim - 1))
+        )
+        layer.weight.mul_(along)
+        layer.bias.mul_(factor)
+        norm.running_mean.mul_(factor)
+        norm.running_var.copy_((norm.running_var + norm.eps) * factor.square() - norm.eps)
+    torch.testing.assert_close(run(b, x), run(a, x))
+    merged = fm.merge_partial([a, b], x[:2], fm.CCA([x])).model
+    torch.testing.assert_close(run(merged, x), run(a, x))
+
+
+def test_cca_keeps_units_whose_scales_are_far_apart_and_those_that_are_dead():
+    torch.manual_seed(fresh_seed())
+    layers, (norm, _), a = normed((6, 5, 4, 3))
     b = normed((6, 5, 4, 3))[2]
     x = torch.randn(200, 6).double()
     with torch.no_grad():
+        spread(norm)[0] = 0  # a constant unit beside others of large variance
+        spread(norm)[1:] = 1e7
+        norm.weight[1] *= 1e-5
+        layers[1].weight[:, 1] *= 1e5
         norm.weight[2] = 0
     same = fm.merge_partial([a, a], x[:2], fm.CCA([x])).model
     torch.testing.assert_close(run(same, x), run(a, x))
     merged = fm.merge_partial([a, b], x[:2], fm.CCA([x])).model
     state = merged.state_dict()
-    assert state["merged.1.weight"][2] == 0
     torch.testing.assert_close(state["merged.1.weight"], norm.weight.detach())
     torch.testing.assert_close(state["merged.1.running_var"], spread(norm))
+    torch.testing.assert_close(state["merged.0.weight"][2], layers[0].weight[2].detach())
     assert all(bool(torch.isfinite(t).all()) for t in state.values())
+
+
+def test_cca_leaves_scales_where_they_are_if_the_layer_computes_its_weight_or_shares_it():
+    """Such a layer cannot be scaled; then neither is its bias."""
+    torch.manual_seed(fresh_seed())
+    x = torch.randn(60, 6, dtype=DOUBLE)
+    layers, _, plain = normed((6, 5, 4, 3))
+    state = copy.deepcopy(plain.state_dict())
+    nn.utils.parametrizations.weight_norm(layers[0])
+    merged = fm.merge_partial([plain, plain], x[:2], fm.CCA([x])).model
+    torch.testing.assert_close(run(merged, x), run(plain, x))
+    torch.testing.assert_close(merged.state_dict()["merged.0.bias"], state["0.bias"])
+    plan = Rewiring(trace_graph(plain, x[:2]), 0, ())
+    maps = dict.fromkeys(plan.joined, matrix_maps([torch.eye(5)], [torch.eye(5)]))
+    assert [found.norm for found in normed_layers(plan.structure, plan.merged, maps)] == ["3"]
+    tied = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 4)).eval()
+    tied[3].weight = tied[0].weight
+    plan = Rewiring(trace_graph(tied, torch.randn(2, 4)), 0, ())
+    maps = dict.fromkeys(plan.structure.spec.groups, matrix_maps([torch.eye(4)], [torch.eye(4)]))
+    assert normed_layers(plan.structure, plan.merged, maps) == []
