@@ -16,13 +16,13 @@ import pytest
 import torch
 
 from helpers.forked import Forked
-from helpers.interpreter import list_builtins_once
+from helpers.interpreter import quicken
 
 # Without a GPU, Triton runs kernels in its interpreter, on CPU tensors. It reads this when it is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     if find_spec("triton"):
-        list_builtins_once()
+        quicken()
 
 torch.set_num_threads(1)
 
