@@ -7,18 +7,26 @@ its wheel carries NVIDIA's cuobjdump; AMD's assembly states the same numbers its
 from __future__ import annotations
 
 import re
+import struct
 import subprocess
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bench.lib.aot_cases import DIVISIBLE, Case, cases
 from fastmatch_kernels._triton.tiles import TARGETS, Target
 
-__all__ = ["Case", "Compiled", "cases", "compile_all", "compile_case"]
+__all__ = ["Case", "Compiled", "cases", "compile_all", "compile_case", "count_instructions", "disassembled"]
 
 MATRIX = {"sm_80": r"mma\.sync", "sm_90": r"wgmma\.mma_async", "sm_100": r"tcgen05\.mma", "gfx942": r"v_mfma"}
+STL, LDL, LDG, LDGSTS = 0x387, 0x983, 0x981, 0xFAE
+"""Operations as machine code names them: stores and loads of spilled registers, loads, copies into shared memory."""
+COPY_SIZE = {"sm_80": 9, "sm_90": 9, "sm_100": 10}
+"""The first of three bits that hold the size of a copy, in the second word of the instruction; a load's is 9."""
+SIXTEEN_BYTES = 6
 
 
 @dataclass(frozen=True)
@@ -109,9 +117,8 @@ def compile_case(case: Case, target: Target) -> Compiled:
         options=case.tiles.options,
     )
     if target.backend == "cuda":
-        registers, spills, text = _read_cubin(compiled.asm["cubin"])
+        registers, spills, wide = _read_cubin(compiled.asm["cubin"], target.name)
         matrix_text = compiled.asm["ptx"]
-        wide = len(re.findall(r"\bLDG\.E\.128|\bLDG\.E\S*\.128|\bLDGSTS\S*\.128", text))
     else:
         text = matrix_text = compiled.asm["amdgcn"]
         registers = _number(text, "vgpr_count")
@@ -160,22 +167,51 @@ def _number(assembly: str, name: str) -> int:
     return int(found.group(1))
 
 
-def _read_cubin(cubin: bytes) -> tuple[int, int, str]:
-    """(registers, loads and stores of spilled registers, disassembly)."""
+def _read_cubin(cubin: bytes, target: str) -> tuple[int, int, int]:
+    """(registers, loads and stores of spilled registers, 16-byte loads)."""
+    found = re.search(r"REG:(\d+) STACK:(\d+)", _dumped(cubin, "--dump-resource-usage"))
+    if found is None:
+        raise ValueError("cuobjdump: expected REG and STACK")
+    spills, wide = count_instructions(cubin, target)
+    return int(found.group(1)), max(spills, int(found.group(2)) // 4), wide
+
+
+def _dumped(cubin: bytes, *options: str) -> str:
     import triton.backends.nvidia
 
     tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        # One call for both: it takes half a second, as long as the compilation.
-        command = [str(tool), "-sass", "--dump-resource-usage", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    if found is None:
-        raise ValueError(f"cuobjdump: expected REG and STACK, got {text[:1000]!r}")
-    spills = len(re.findall(r"\b(?:LDL|STL)\b", text))
-    return int(found.group(1)), max(spills, int(found.group(2)) // 4), text
+        command = [str(tool), *options, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def count_instructions(cubin: bytes, target: str) -> tuple[int, int]:
+    """(loads and stores of spilled registers, 16-byte loads), read from the machine code itself.
+
+    An instruction is two words of 64 bits, and its operation is the low 12 bits of the first. cuobjdump counts the same, but
+    takes as long to write code as text as Triton takes to make it.
+    """
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<3H", cubin, 0x3A)
+    sections = [struct.unpack_from("<2I4Q", cubin, table + k * size) for k in range(count)]
+    spills = wide = 0
+    for name, _, _, _, offset, length in sections:
+        if cubin.startswith(b".text.", sections[names][4] + name):
+            first, second = np.frombuffer(cubin, "<u8", length // 8, offset).reshape(-1, 2).astype(np.int64).T
+            operation = first & 0xFFF
+            spills += np.isin(operation, (STL, LDL)).sum()
+            for kind, bit in ((LDG, 9), (LDGSTS, COPY_SIZE[target])):
+                wide += ((operation == kind) & (second >> bit & 7 == SIXTEEN_BYTES)).sum()
+    return int(spills), int(wide)
+
+
+def disassembled(cubin: bytes) -> tuple[int, int]:
+    """What :func:`count_instructions` counts, from cuobjdump's text."""
+    text = _dumped(cubin, "-sass")
+    wide = re.findall(r"\bLDG\.E\.128|\bLDG\.E\S*\.128|\bLDGSTS\S*\.128", text)
+    return len(re.findall(r"\b(?:LDL|STL)\b", text)), len(wide)
 
 
 def compile_all(names: list[str], quick: bool) -> list[Compiled]:

@@ -61,6 +61,33 @@ def test_one_variant_of_every_kernel(tmp_path, target):
     check(rows)
 
 
+COUNTED = """
+import sys
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from bench.lib import aot
+from fastmatch_kernels._triton.tiles import TARGETS
+
+target = TARGETS[sys.argv[1]]
+for op, limit in (("moments", {"maxnreg": 40}), ("permute_merge", {})):
+    case = next(c for c in aot.cases(target) if c.op == op and c.precision in ("ieee", "-"))
+    chip = GPUTarget(target.backend, target.arch, target.warp_size)
+    cubin = compile(aot._source(case), target=chip, options=case.tiles.options | limit).asm["cubin"]
+    counted = aot.count_instructions(cubin, target.name)
+    assert counted == aot.disassembled(cubin), (counted, aot.disassembled(cubin))
+    assert counted[1] > 0
+    assert (counted[0] > 0) == bool(limit)  # registers are spilled where there are few
+"""
+
+
+@pytest.mark.parametrize(
+    "target", [pytest.param(t, marks=[pytest.mark.slow] if t != "sm_90" else []) for t in TARGETS[:3]]
+)
+def test_instructions_are_counted_as_the_disassembler_does(programs, target):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    programs.run(COUNTED, target, environment=environment, check=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_configuration(tmp_path, target):
