@@ -107,7 +107,7 @@ def _bid(
 def bid_rows(c, sign, m, v, row_of, col_of, stack, top, eps, limit, counts):  # pragma: no cover - compiled
     """Let rows bid as in :func:`_bid`, for the solver of larger matrices where candidate lists do not pay."""
     before = counts[BIDS]
-    top = _bid(c, 0, sign, m, v, row_of, col_of, stack, top, eps, np.inf, limit, counts)
+    top = _bid(c, np.int64(0), sign, m, v, row_of, col_of, stack, top, eps, np.inf, limit, counts)
     counts[READS] += counts[BIDS] - before
     return top
 
@@ -169,7 +169,7 @@ def _largest_fall(least, seconds, gap):  # pragma: no cover - compiled
     return most if most > 0.0 else np.inf
 
 
-@njit(nogil=True, cache=True, inner=True, inline="always")
+@njit(nogil=True, cache=True, inner=True)
 def _bids(
     c, start, sign, m, v, least, seconds, row_of, col_of, stack, top, schedule, counts
 ):  # pragma: no cover - compiled
@@ -223,7 +223,7 @@ def _bids(
     return top, calm
 
 
-@njit(nogil=True, cache=True, inner=True, inline="always")
+@njit(nogil=True, cache=True, inner=True)
 def _try_paths(
     c, start, n, m, sign, v, row_of, col_of, stack, top, limit, counts
 ):  # pragma: no cover - compiled
@@ -521,7 +521,7 @@ def crowded_duals(C, room):  # pragma: no cover - compiled
         col_of[k] = np.int64(room[n + k])
     half = (n + WIDTH - 1) // WIDTH * WIDTH + KEPT * n
     scale = room[2 * half + 5]
-    room[2 * half + 4] = _other_duals(flat(C), 0, n, scale, SCHEDULE, col_of, room, half, counts)
+    room[2 * half + 4] = _other_duals(flat(C), np.int64(0), n, scale, SCHEDULE, col_of, room, half, counts)
     for k in range(4):
         room[2 * half + k] += counts[k]
 
@@ -547,6 +547,9 @@ def solve_matrix(C, sign, transposed, pairs, proof, room, begin):  # pragma: no 
     """
     n, m = C.shape
     c = flat(C)
+    start = np.int64(
+        0
+    )  # a plain 0 has a type of its own, for which all that is called would be compiled once more
     v, u, seconds = np.empty((m + WIDTH - 1) // WIDTH * WIDTH), np.empty(n), np.empty(n)
     columns, row_of, counts = np.empty(n, np.int64), np.empty(m, np.int64), np.zeros(4, np.int64)
     rows, col_of = pairs[0], pairs[1]
@@ -562,7 +565,7 @@ def solve_matrix(C, sign, transposed, pairs, proof, room, begin):  # pragma: no 
             for j in range(m):
                 v[j] = room[j]
         state, scale, expected = _start(
-            c, 0, n, m, sign, SCHEDULE, begin == WARM, v, u, seconds, columns, row_of, col_of, counts
+            c, start, n, m, sign, SCHEDULE, begin == WARM, v, u, seconds, columns, row_of, col_of, counts
         )
         if state == CROWDED:
             room[2 * half + 5], room[2 * half + 6] = scale, expected
@@ -573,12 +576,12 @@ def solve_matrix(C, sign, transposed, pairs, proof, room, begin):  # pragma: no 
         nearly = n < m and m <= n + n // NEARLY and n >= CROWDED_FROM
         limit = np.float64(SQUARE_SCANS * n) if nearly else np.inf
         state = _finish(
-            c, 0, n, m, scale, SCHEDULE, v, u, seconds, columns, row_of, col_of, limit, other, expected, room, half,
+            c, start, n, m, scale, SCHEDULE, v, u, seconds, columns, row_of, col_of, limit, other, expected, room, half,
             counts,
         )  # fmt: skip
     if proof.shape[0] > 0 and state in (SOLVED, DOUBTFUL):
         numbers = n + m
-        total, gap, bound = gap_of(c, 0, n, m, scale, v, u, col_of)
+        total, gap, bound = gap_of(c, start, n, m, scale, v, u, col_of)
         proof[numbers], proof[numbers + 1], proof[numbers + 2] = total / scale, gap, bound
     state, factor = _scaled_back(state, sign, scale, v, u)
     if state != SOLVED and state != DOUBTFUL:
