@@ -40,10 +40,16 @@ def model_card(recipe: Recipe, report: Report) -> str:
 
 def _metadata(recipe: Recipe) -> str:
     """Return the metadata as YAML, checked by huggingface_hub where that is installed."""
-    bases = [path for path in recipe.models if path.count("/") == 1 and not Path(path).exists()]
+    bases = [name for name in map(_name_on_the_hub, recipe.models) if name is not None]
     given: dict[str, Any] = {"tags": ["merge", "fastmatch"], **({"base_model": bases} if bases else {})}
     try:
         from huggingface_hub import ModelCardData
     except ImportError:
         return "\n".join(f"{key}: {json.dumps(value)}" for key, value in given.items())
     return ModelCardData(**given).to_yaml()
+
+
+def _name_on_the_hub(path: str) -> str | None:
+    """Return what the hub calls a model in its cache, whose folders are named so; None for another."""
+    folders = [part for part in Path(path).absolute().parts if part.startswith("models--")]
+    return folders[-1].removeprefix("models--").replace("--", "/") if folders else None

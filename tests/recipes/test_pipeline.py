@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import fastmatch as fm
 from fastmatch._internal.files import load_state, save_state
@@ -110,6 +111,21 @@ def test_directories_are_merged_tensor_by_tensor(tmp_path, monkeypatch, capsys):
     for name in ("recipe.yaml", "README.md", "report.html", "config.json"):
         assert (Path("merged") / name).is_file()
     assert "Merge of 2 networks" in capsys.readouterr().out
+
+
+def test_the_card_is_one_of_the_hub_and_names_the_models_and_the_recipe(tmp_path, monkeypatch):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.chdir(tmp_path)
+    prepare(tmp_path, "model-a model-b")
+    cached = Path("cache/models--some-org--model-a/snapshots/0123abc")
+    cached.parent.mkdir(parents=True)
+    Path("model-a").rename(cached)
+    fm.pipeline({"models": [str(cached), "model-b"]}, "merged")
+    card = huggingface_hub.ModelCard.load("merged/README.md")
+    assert card.data.base_model == ["some-org/model-a"]
+    assert card.data.tags == ["merge", "fastmatch"]
+    written = yaml.safe_load(card.text.split("```yaml")[1].split("```")[0])
+    assert written == read_recipe("merged/recipe.yaml").given
 
 
 @pytest.mark.parametrize(("change", "message"), [
