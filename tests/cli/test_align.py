@@ -123,6 +123,21 @@ def test_only_some_groups_move(models):
     assert not torch.equal(b["2.weight"], aligned["2.weight"])
 
 
+@pytest.mark.parametrize(
+    ("patterns", "moved"),
+    [
+        (["2.hidden"], {"2"}),
+        (["2*"], {"2"}),
+        (["[1-9].hid*"], {"2"}),
+        (["*.hidden"], {"0", "2"}),
+        (["0", "2.h*"], {"0", "2"}),
+    ],
+)
+def test_groups_are_chosen_by_what_they_are_and_by_patterns(models, patterns, moved):
+    assert main([*ALIGN, "o.pt", "--permutations", "p.safetensors", "--groups", *patterns]) == 0
+    assert set(fm.Alignment.load("p.safetensors").permutations) == moved
+
+
 def test_merge_writes_the_average(planted):
     assert main([*ALIGN, "merged.pt", "--merge", "0.5"]) == 0
     a, merged = load_state("a.safetensors"), load_state("merged.pt")
@@ -202,6 +217,8 @@ def test_checkpoints_of_another_architecture_are_named(planted, refused):
     ([*ALIGN, "o.pt", "--init", "a.safetensors"], "holds no permutations"),
     ([*ALIGN, "o.pt", *DATA, "--matcher", "mixture", "--activation-weight", "1"], "activation_weight: expected"),
     ([*ALIGN, "o.pt", "--groups", "nothing"], "--groups: 'nothing' is not in the spec"),
+    ([*ALIGN, "o.pt", "--groups", "2", "0.hiden"],
+     "--groups: '0.hiden' is not in the spec and fits no group of 0 (0.hidden), 2 (2.hidden); did you mean '0.hidden'?"),
     # Out of core, and what is only out of core.
     ([*ALIGN, "o.pt", "--dtype", "bfloat16"], "--dtype: is an option of --out-of-core"),
     ([*ALIGN, "o.pt", "--device", "cpu"], "--device: is an option of --out-of-core"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -175,6 +176,19 @@ def test_quiet_hides_bars_on_a_terminal(monkeypatch):
             list(progress.progress_bar([1], "title"))
             list(progress.progress_bar([1], "title", show=True))
     assert shown == [True, True, False, True]
+
+
+@pytest.mark.parametrize(("items", "total"), [([1, 2, 3, 4], None), (iter([1, 2, 3, 4]), 4)])
+def test_a_bar_shows_how_much_is_done_and_the_time_that_remains(monkeypatch, capsys, items, total):
+    from fastmatch._internal import progress
+
+    at_once = {"delay": 0, "mininterval": 0}  # not after the second in which most calls end
+    monkeypatch.setattr(
+        progress, "tqdm", lambda items, real=progress.tqdm, **options: real(items, **{**options, **at_once})
+    )
+    shown = progress.progress_bar(items, "reading", show=True, total=total)
+    assert [next(shown), next(shown), next(shown)] == [1, 2, 3]
+    assert re.search(r"reading: +50%.* 2/4 \[\d\d:\d\d<\d\d:\d\d,", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(("line", "message"), [
