@@ -78,10 +78,10 @@ class Work:
         groups: group -> (units, elements and bytes of its tensors in one model). A group of heads or experts counts the
             units inside: all pairs of them are compared.
         coupled: group -> the groups that share a tensor with it.
-        blocks: group -> the blocks of its gain that ranks multiply together where it is the only one that they have to
-            solve; groups that are left out have one.
         files: bytes of each output file.
         tensors: bytes of each tensor of one model.
+        blocks: group -> the blocks of its gain that ranks multiply together where it is the only one that they have to
+            solve; groups that are left out have one.
     """
 
     groups: Mapping[str, tuple[int, float, float]]

@@ -230,13 +230,14 @@ class Ascent:
             if self.states:
                 hold(self.states, [axis.parameter for axis in due[name]], group.size)
                 self.at_hand = name
-            found = self._solve(group, due[name])
-            rise = self.problem.change(found.permutations, self.permutations) if is_measured else 0.0
-            return replace(found, value=rise)
+            return measured(self._solve(group, due[name]), None)
 
         def jointly(name: str) -> Step:
-            group = self.problem.spec.groups[name]
-            return self._solve_jointly(group, due[name], is_measured=is_measured)
+            return self._solve_jointly(self.problem.spec.groups[name], due[name], measured)
+
+        def measured(found: Step, owners: Mapping[str, int] | None) -> Step:
+            rise = self.problem.change(found.permutations, self.permutations, owners) if is_measured else 0.0
+            return replace(found, value=rise)
 
         divided = {name: partial(jointly, name) for name in due if self._is_divisible(name, due[name])}
         for name, shared in self.sharing.of(list(due), compute, divided):
@@ -262,8 +263,15 @@ class Ascent:
             and len(gains.blocks(group, axes)) > 1
         )
 
-    def _solve_jointly(self, group: Group, axes: Sequence[Axis], *, is_measured: bool) -> Step:
-        """Return the step of a group whose gain all ranks multiply, with its rise if ``is_measured``.
+    def _solve_jointly(
+        self,
+        group: Group,
+        axes: Sequence[Axis],
+        measured: Callable[[Step, Mapping[str, int] | None], Step],
+    ) -> Step:
+        """Return the step of a group whose gain all ranks multiply.
+
+        ``measured`` adds the rise: from the ranks that own the tensors, or by this rank alone if there are no owners.
 
         A gain for which bounds pay is left to rank 0, because its products take less than reading the tensors.
         """
@@ -280,19 +288,15 @@ class Ascent:
             found = self._gathered(group, axes)
             return gains.bounded(group, axes, self.permutations) if found is None else found
 
-        def solved(gain: torch.Tensor | BoundedGain) -> Step:
-            found = self._solved(group, gain)
-            rise = self.problem.change(found.permutations, self.permutations) if is_measured else 0.0
-            return replace(found, value=rise)
-
         gain = bounded() if ranks.rank == 0 else None
         if ranks.broadcast(lambda: gain is not None, what):
-            return ranks.broadcast(lambda: solved(cast("BoundedGain", gain)), what)
+            return ranks.broadcast(
+                lambda: measured(self._solved(group, cast("BoundedGain", gain)), None), what
+            )
         hold(self.states, [p for p, owner in owners.items() if owner == ranks.rank], group.size)
         whole = gains.in_blocks(blocks, group, self.permutations, ranks)
         found = ranks.broadcast(lambda: self._solved(group, cast("torch.Tensor", whole)), what)
-        rise = self.problem.change(found.permutations, self.permutations, owners) if is_measured else 0.0
-        return replace(found, value=rise)
+        return measured(found, owners)
 
     def _solve(self, group: Group, axes: Sequence[Axis]) -> Step:
         name, problem = group.name, self.problem

@@ -688,7 +688,7 @@ class Halves(nn.Module):
 
 def grouped() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1, groups=1), nn.BatchNorm2d(8), nn.Tanh(), nn.Conv2d(8, 4, 3, groups=2)
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Tanh(), nn.Conv2d(8, 4, 3, groups=2)
     )
 
 

@@ -547,9 +547,8 @@ def solve_matrix(C, sign, transposed, pairs, proof, room, begin):  # pragma: no 
     """
     n, m = C.shape
     c = flat(C)
-    start = np.int64(
-        0
-    )  # a plain 0 has a type of its own, for which all that is called would be compiled once more
+    # A plain 0 has a type of its own, for which all that is called would be compiled once more.
+    start = np.int64(0)
     v, u, seconds = np.empty((m + WIDTH - 1) // WIDTH * WIDTH), np.empty(n), np.empty(n)
     columns, row_of, counts = np.empty(n, np.int64), np.empty(m, np.int64), np.zeros(4, np.int64)
     rows, col_of = pairs[0], pairs[1]
