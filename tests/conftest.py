@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from importlib.util import find_spec
+from typing import Any
 
 # Tests run in parallel processes, one for each core. OpenMP's threads spin while they wait for each other, which
 # slows every process of a full machine down by an order of magnitude; passive ones sleep.
@@ -17,6 +18,7 @@ import torch
 
 from helpers.forked import Forked
 from helpers.interpreter import quicken
+from helpers.plain_text import encodable
 
 # Without a GPU, Triton runs kernels in its interpreter, on CPU tensors. It reads this when it is imported.
 if not torch.cuda.is_available():
@@ -39,6 +41,12 @@ def pytest_collection_finish():
     """Leave what torch, transformers and diffusers loaded out of garbage collections: they take a tenth of the time."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Generator[None, Any, Any]:
+    """Escape what UTF-8 cannot hold: a report with such a string, from a damaged file, would end the whole run."""
+    return encodable((yield))
 
 
 def pytest_unconfigure():
