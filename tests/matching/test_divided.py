@@ -181,6 +181,20 @@ def peak_bytes(mesh):
     return one.peak, divided.peak
 
 
+def wide_as_whole(mesh):
+    """Whether divided models of a size from which bounds are tried are matched as whole ones, and with bounds."""
+    a, b, _, spec = pair((3000, 640, 5))
+    states = [by_fsdp(model, mesh).state_dict() for model in (a, b)]
+    with patch.object(BoundedGain, "__init__", autospec=True, side_effect=BoundedGain.__init__) as made:
+        found = fm.align(*states, spec=spec)
+    expected = match_weights(a.state_dict(), b.state_dict(), spec, hooks=Hooks(out_of_core=True, ranks=ALONE))
+    return {
+        "the permutations are those of the whole model": same(found.permutations, expected.permutations),
+        "the objective is that of the whole model": found.matching.objective == expected.objective,
+        "bounds are used": any(current().exchange(made.called, "whether bounds are used")),
+    }
+
+
 def refusals(mesh):
     """The messages of calls that divided models do not have."""
     a, b, x, spec = pair()
@@ -282,6 +296,7 @@ def work():
     return {
         "FSDP2": found_with(by_fsdp, mesh),
         "tensor parallel": found_with(by_tensor_parallelism, mesh),
+        "wide": wide_as_whole(mesh),
         "bytes": peak_bytes(mesh),
         "refused": refusals(mesh),
         "wrapped": wrapped_with_buffers(),
@@ -293,7 +308,7 @@ def results(tmp_path_factory):
     return on_ranks(tmp_path_factory.mktemp("ranks"), (2,), [work])[0][2]
 
 
-@pytest.mark.parametrize("kind", ["FSDP2", "tensor parallel"])
+@pytest.mark.parametrize("kind", ["FSDP2", "tensor parallel", "wide"])
 def test_divided_models_are_aligned_applied_and_merged_as_whole_ones(results, kind):
     for value in results:
         assert [what for what, holds in value[kind].items() if not holds] == []
