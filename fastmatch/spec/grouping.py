@@ -91,7 +91,7 @@ def _axes_and_pins(
             reasons: list[str] = []
             moves = False
             for whole in {id(x.leaf): x.leaf for x in occurrences(label)}.values():
-                for leaf, block, axis in locate(nesting, listed, dim, whole):
+                for leaf, block, axis in locate(nesting, listed, dim, whole, name):
                     if leaf.pinned is not None:
                         reasons.append(leaf.pinned)
                         if leaf.pinned == UNUSED and axis.at:
@@ -99,7 +99,7 @@ def _axes_and_pins(
                         continue
                     moves = True
                     group = axes.setdefault((id(leaf), block), _Unnamed(leaf.size, []))
-                    group.axes.append(replace(axis, parameter=name))
+                    group.axes.append(axis)
             if label.size > 1 and not moves:
                 reasons = reasons or [CUT]
                 # The blocks of a flatten and the positions of a kernel are not hidden units: no pin for them.

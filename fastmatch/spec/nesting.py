@@ -148,7 +148,13 @@ def _inexpressible(nesting: Nesting, tensors: Sequence[Sequence[Label]]) -> set[
 
 
 def locate(
-    nesting: Nesting, labels: Sequence[Label], dim: int, leaf: Label, *, first_only: bool = False
+    nesting: Nesting,
+    labels: Sequence[Label],
+    dim: int,
+    leaf: Label,
+    parameter: str = "",
+    *,
+    first_only: bool = False,
 ) -> Iterator[tuple[Label, int, Axis]]:
     """Yield (leaf, block or -1, axis) for every part of ``leaf`` along dimension ``dim`` of a tensor.
 
@@ -157,13 +163,14 @@ def locate(
         labels: of the tensor's dimensions.
         dim: the dimension.
         leaf: one of its leaves.
+        parameter: the name of the tensor, which the axes get.
         first_only: only the first block, which tells whether the others can be located.
 
     Raises:
         ValueError: the positions do not form one strided range.
     """
     if id(leaf) not in nesting.slices:
-        yield from _blocks(nesting, labels, dim, leaf, {}, {}, first_only)
+        yield from _blocks(nesting, labels, dim, leaf, {}, {}, parameter, first_only)
         return
     along, parts = nesting.slices[id(leaf)]
     for position, part in enumerate(parts):
@@ -172,7 +179,7 @@ def locate(
         inner = {id(x.leaf): x.leaf for x in occurrences(swap[id(leaf)])}
         for each in inner.values():
             found = False
-            for item in _blocks(nesting, labels, dim, each, fixed, swap, first_only):
+            for item in _blocks(nesting, labels, dim, each, fixed, swap, parameter, first_only):
                 found = True
                 yield item
             if not found:
@@ -186,6 +193,7 @@ def _blocks(
     leaf: Label,
     fixed: Mapping[int, int],
     swap: Mapping[int, Label],
+    parameter: str,
     first_only: bool,
 ) -> Iterator[tuple[Label, int, Axis]]:
     """Yield the places of one leaf along ``dim``: as a whole, or in every unit of its parent."""
@@ -204,7 +212,7 @@ def _blocks(
         if (inside and not found) or any(p.start == NOWHERE for p in found):
             raise ValueError("a block is in several parts")
         for p in found:
-            yield leaf, block, Axis("", dim, p.start, p.outer, p.stride, p.inner, at)
+            yield leaf, block, Axis(parameter, dim, p.start, p.outer, p.stride, p.inner, at)
 
 
 def _at(labels: Sequence[Label], dim: int, key: int, position: int) -> tuple[int, int, int]:

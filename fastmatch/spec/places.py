@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from fastmatch.spec.labels import Label, factors, find, pin
 
@@ -13,8 +14,7 @@ NOWHERE = -1
 """The start of a place that the fields of an Axis cannot describe."""
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """The positions of a leaf along an axis; see :class:`fastmatch.spec.Axis` for the fields.
 
     ``instead`` is the id of the leaf that this one replaces, or 0.
@@ -45,25 +45,23 @@ def places(
 
 
 def _places(label: Label, at: Place, fixed: Mapping[int, int], swap: Mapping[int, Label]) -> Iterator[Place]:
-    label, instead = find(label), at.instead
+    _, start, outer, stride, inner, instead = at
+    label = find(label)
     if id(label) in swap:
         label, instead = find(swap[id(label)]), id(label)
     if label.kind == "leaf":
-        yield replace(at, leaf=label, instead=instead)
+        yield Place(label, start, outer, stride, inner, instead)
     elif label.kind == "sum":
-        offset = 0
         for part in label.parts:
-            inside = replace(at, leaf=part, start=at.start + offset * at.inner, instead=instead)
-            yield from _places(part, inside, fixed, swap)
-            offset += part.size
+            yield from _places(part, Place(part, start, outer, stride, inner, instead), fixed, swap)
+            start += part.size * inner
     else:
-        parts, step, steps = factors(label), label.size * at.inner, []
+        parts, step, steps = factors(label), label.size * inner, []
         for part in parts:
             step //= part.size
             steps.append(step)
         fixed_at = [fixed.get(id(find(part))) for part in parts]
-        start = at.start + sum(f * step for f, step in zip(fixed_at, steps, strict=True) if f is not None)
-        outer, stride = at.outer, at.stride
+        start += sum(f * step for f, step in zip(fixed_at, steps, strict=True) if f is not None)
         for k, part in enumerate(parts):
             if fixed_at[k] is not None:
                 continue

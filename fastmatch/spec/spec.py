@@ -45,6 +45,9 @@ class PermutationSpec:
     _by_parameter: dict[str, tuple[tuple[Axis, str], ...]] = field(
         init=False, repr=False, compare=False, default_factory=dict
     )
+    _subgroups: dict[tuple[str, int], tuple[str, ...]] = field(
+        init=False, repr=False, compare=False, default_factory=dict
+    )
 
     def __post_init__(self) -> None:
         table: dict[str, list[tuple[Axis, str]]] = {}
@@ -64,6 +67,7 @@ class PermutationSpec:
                 self._check_axis(group, axis)
                 table.setdefault(axis.parameter, []).append((axis, name))
         self._by_parameter.update({k: tuple(v) for k, v in table.items()})
+        self._subgroups.update(_families_of(self.groups))
 
     def __hash__(self) -> int:
         """A hash of the groups, whatever their order; the shapes and pins of two specs seldom differ alone."""
@@ -154,13 +158,7 @@ class PermutationSpec:
 
         A group of heads may have several such families: the channels of its query heads, those of its values.
         """
-        found: dict[tuple[str, int], list[str]] = {}
-        counts: dict[str, int] = {}
-        for name, group in self.groups.items():
-            if group.within:
-                counts[group.within] = counts.get(group.within, 0) + (group.block == 0)
-                found.setdefault((group.within, counts[group.within] - 1), []).append(name)
-        return {key: tuple(names) for key, names in found.items()}
+        return dict(self._subgroups)
 
     def top_level(self) -> list[str]:
         """Return the groups that are not within another."""
@@ -346,3 +344,14 @@ def _axis_from_list(values: list[Any]) -> Axis:
     at = tuple((_size(dim), _size(start), _size(length)) for dim, start, length in (values[6:] or [[]])[0])
     parameter, dim, start, outer, stride, inner = values[:6]
     return Axis(_text(parameter), _size(dim), _size(start), _size(outer), _size(stride), _size(inner), at=at)
+
+
+def _families_of(groups: Mapping[str, Group]) -> dict[tuple[str, int], tuple[str, ...]]:
+    """Return what :meth:`PermutationSpec.subgroups` does."""
+    found: dict[tuple[str, int], list[str]] = {}
+    counts: dict[str, int] = {}
+    for name, group in groups.items():
+        if group.within:
+            counts[group.within] = counts.get(group.within, 0) + (group.block == 0)
+            found.setdefault((group.within, counts[group.within] - 1), []).append(name)
+    return {key: tuple(names) for key, names in found.items()}

@@ -17,7 +17,7 @@ from fastmatch.checkpoint.tracing import prove_checkpoint, trace_checkpoint
 from fastmatch.checkpoint.writer import write_like
 from fastmatch.cli.main import main
 from fastmatch.permutations.apply import permute_tensor
-from helpers.diffusion import CLIP, TINY_UNET, VAE, diffusers, transformers
+from helpers.diffusion import CLIP, TINY_UNET, diffusers, transformers
 
 SD3 = {
     "sample_size": 8, "patch_size": 2, "in_channels": 4, "num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2,
@@ -29,8 +29,13 @@ FLUX = {
     "num_attention_heads": 2, "joint_attention_dim": 24, "pooled_projection_dim": 20, "axes_dims_rope": (4, 6, 6),
     "guidance_embeds": True,
 }  # fmt: skip
+UNET = {**TINY_UNET, "layers_per_block": 1}
+VAE = {
+    "block_out_channels": (32, 64), "down_block_types": ("DownEncoderBlock2D",) * 2, "layers_per_block": 1,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+}  # fmt: skip
 NETWORKS = {
-    "UNet2DConditionModel": TINY_UNET, "AutoencoderKL": VAE, "SD3Transformer2DModel": SD3, "FluxTransformer2DModel": FLUX,
+    "UNet2DConditionModel": UNET, "AutoencoderKL": VAE, "SD3Transformer2DModel": SD3, "FluxTransformer2DModel": FLUX,
 }  # fmt: skip
 
 

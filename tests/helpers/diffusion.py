@@ -15,9 +15,8 @@ transformers = pytest.importorskip("transformers")
 sd_mecha = pytest.importorskip("sd_mecha")
 
 SD1_UNET = {
-    "block_out_channels": (32, 64, 64, 64), "cross_attention_dim": 64, "attention_head_dim": 8, "layers_per_block": 2,
-    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    "block_out_channels": (32, 64), "cross_attention_dim": 64, "attention_head_dim": 8, "layers_per_block": 2,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
 }  # fmt: skip
 TINY_UNET = {
     "block_out_channels": (64, 128), "cross_attention_dim": 32, "attention_head_dim": (1, 2), "layers_per_block": 2,

@@ -52,6 +52,9 @@ class _Runner(nn.Module):
         super().__init__()
         self.model, self.call = model, component.kind.call
 
+    def __deepcopy__(self, memo: object) -> _Runner:
+        return self  # it runs with the parameters that it is given, and keeps nothing
+
     def forward(self, *inputs: torch.Tensor) -> Any:
         return self.call(self.model, *inputs)
 
