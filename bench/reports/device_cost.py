@@ -86,7 +86,7 @@ def row(kind: str, matrix: torch.Tensor) -> record.Row:
 
 
 def measure(options: argparse.Namespace) -> record.Record:
-    n = 200 if options.tiny else 4096
+    n = 100 if options.tiny else 4096
     return record.record(row(kind, matrix) for kind, matrix in instances(n))
 
 

@@ -121,7 +121,7 @@ def rows(kinds: tuple[FactorKind, ...], n: int) -> Iterator[record.Row]:
 
 
 def measure(options: argparse.Namespace) -> record.Record:
-    measured = rows(KINDS[1:3], 96) if options.tiny else rows(KINDS, 2048)
+    measured = rows(KINDS[1:3], 40) if options.tiny else rows(KINDS, 2048)
     return record.record(measured, **{"refills per row, at most": MAX_REFILLS})
 
 

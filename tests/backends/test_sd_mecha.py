@@ -47,13 +47,23 @@ def test_rebasin_recovers_a_planted_order_and_moves_the_running_mean(tmp_path, s
     models = {x: sd_mecha.model(tmp_path / f"{x}.safetensors", config=CONFIG) for x in "ab"}
     backend.register(CONFIG)  # a second time
 
-    aligned = sd_mecha.rebasin(models["b"], models["a"])
+    aligned = sd_mecha.rebasin(models["b"], models["a"], iters=3)
     out = sd_mecha.merge(aligned, merge_dtype=torch.float32, output_dtype=torch.float32)
     out.pop("__metadata__", None)
 
     assert out.keys() == b.keys()
     assert all(torch.equal(out[name], tensor) for name, tensor in (a | mean).items())
-    half = sd_mecha.weighted_sum(models["a"], sd_mecha.rebasin(models["b"], models["a"], iters=3), alpha=0.5)
+
+
+@pytest.mark.slow
+def test_rebasin_is_a_step_of_a_merge(tmp_path, shapes):
+    generator = torch.Generator().manual_seed(fresh_seed())
+    a = random_file(shapes, generator, torch.float32)
+    spec = trace_file({name: tuple(tensor.shape) for name, tensor in a.items()}, "b")
+    save_file(a, tmp_path / "a.safetensors")
+    save_file(apply_permutations(a, spec, spec.random(generator)), tmp_path / "b.safetensors")
+    first, second = (sd_mecha.model(tmp_path / f"{x}.safetensors", config=CONFIG) for x in "ab")
+    half = sd_mecha.weighted_sum(first, sd_mecha.rebasin(second, first), alpha=0.5)
     merged = sd_mecha.merge(half, merge_dtype=torch.float32, output_dtype=torch.float32)
     assert all(torch.allclose(merged[name], tensor) for name, tensor in a.items())
 

@@ -114,8 +114,8 @@ def test_a_finding_that_fails_or_comes_too_late_stops_nothing(tmp_path):
 
 def test_the_reading_of_device_matrices_is_counted():
     rows = {row["cost"]: row for row in device_cost.measure(TINY)["rows"]}
-    assert (rows["constant"]["n"], rows["constant"]["lists"]) == (200, "given up")
-    assert (rows["sibling 1"]["n"], rows["sibling 1"]["lists"]) == (200, "accepted")
+    assert (rows["constant"]["n"], rows["constant"]["lists"]) == (100, "given up")
+    assert (rows["sibling 1"]["n"], rows["sibling 1"]["lists"]) == (100, "accepted")
 
 
 def test_initial_duals_are_simulated():

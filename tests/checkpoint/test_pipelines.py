@@ -70,7 +70,9 @@ def test_a_folder_with_one_network_is_traced_and_proved(tmp_path, name):
     assert len(spec.groups) > 10
 
 
-@pytest.mark.parametrize("options", [{"variant": "fp16"}, {"max_shard_size": "1MB", "variant": "fp16"}])
+@pytest.mark.parametrize("options", [
+    {"max_shard_size": "1MB", "variant": "fp16"}, pytest.param({"variant": "fp16"}, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_a_planted_folder_is_recovered_with_its_files(tmp_path, options):
     network("AutoencoderKL").half().save_pretrained(tmp_path / "a", **options)
     permuted(tmp_path / "a", tmp_path / "b")

@@ -8,6 +8,9 @@ from fastmatch.studies import demo
 
 
 def test_demo_writes_what_it_prints(tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    for name in ("demo.json", "demo.png"):
+        (tmp_path / "out" / name).write_text("of an earlier run")  # safe to repeat
     rows = demo.run(128, tmp_path / "out", points=3, progress=False)
     printed = capsys.readouterr().out
     record = json.loads((tmp_path / "out" / "demo.json").read_text())
@@ -20,4 +23,3 @@ def test_demo_writes_what_it_prints(tmp_path, capsys):
     naive, *others = [r for r in rows if r.network == "MLP 128"]
     assert len(others) == 6
     assert all(r.loss_barrier < naive.loss_barrier for r in others)
-    demo.run(128, tmp_path / "out", points=3, progress=False)  # safe to repeat
