@@ -57,6 +57,7 @@ def dimension_indices(
     written to, because it may be the permutation itself.
     """
     indices: dict[int, torch.Tensor] = {}
+    shared: set[int] = set()  # dimensions whose index is the permutation itself
     for axis, name in spec.axes_of(parameter):
         if axis == skip or axis.at:
             continue
@@ -64,12 +65,16 @@ def dimension_indices(
         perm = permutations[name]
         if is_identity(perm):
             continue
-        length = spec.shapes[parameter][axis.dim]
-        index = indices.get(axis.dim)
+        dim, length = axis.dim, spec.shapes[parameter][axis.dim]
+        index = indices.get(dim)
         if axis.is_whole(size, length):
-            indices[axis.dim] = perm if index is None else index[perm]
+            indices[dim] = perm if index is None else index[perm]
+            (shared.add if index is None else shared.discard)(dim)
             continue
-        indices[axis.dim] = index = torch.arange(length, device="cpu") if index is None else index.clone()
+        if index is None or dim in shared:
+            index = torch.arange(length, device="cpu") if index is None else index.clone()
+            indices[dim] = index
+            shared.discard(dim)
         # Read through `index`, since another group may already have moved whole blocks of this dimension.
         units = _units(index, axis, size)
         units.copy_(units[:, perm])

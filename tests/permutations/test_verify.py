@@ -129,8 +129,10 @@ class Doubtful(Jumping):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.a(x)
-        balance = h.sum(1) - (h * 3).sum(1) / 3
-        jump = torch.where(self.c.bias[0] != 0, (balance * 1e13).tanh(), 0)
+        # Of 64 sums that are zero but for rounding, some come out otherwise even where a batch has one row.
+        several = h[:, None] * torch.arange(1.0, 65.0, dtype=h.dtype)[:, None]
+        balance = several.sum(2) - (several * 3).sum(2) / 3
+        jump = torch.where(self.c.bias[0] != 0, (balance * 1e13).tanh().sum(1), 0)
         return self.c(h.cumsum(1) if self.ordered else h) + jump[:, None]
 
 
