@@ -73,6 +73,35 @@ def test_rows_on_ranks_are_solved_as_the_whole_cost_is(results):
             assert all(np.array_equal(x, y) for x, y in zip(first, value["found"], strict=True))
 
 
+WIDE = 20_000
+
+
+def wide_factors():
+    """Rows, and the same in another order with noise, as the units of two networks that were one."""
+    generator = torch.Generator().manual_seed(7)
+    a = torch.randn(WIDE, 64, generator=generator)
+    return a, a[torch.randperm(WIDE, generator=generator)] + 0.3 * torch.randn(WIDE, 64, generator=generator)
+
+
+def wide_work():
+    ranks, (a, b) = current(), wide_factors()
+    cuts = [WIDE * k // ranks.size for k in range(ranks.size + 1)]
+    found = ShardedCost(FactorCost([(a[cuts[ranks.rank] : cuts[ranks.rank + 1]], b)])).solve(maximize=True)
+    return found.row_ind, found.col_ind, found.u, found.v, found.objective, found.gap, found.gap_bound
+
+
+@pytest.mark.slow
+def test_a_wide_cost_of_twenty_thousand_rows_has_the_same_bits_on_every_number_of_ranks(tmp_path):
+    results = on_ranks(tmp_path, SIZES, [wide_work])[0]
+    first = results[1][0]
+    whole = fm.solve(FactorCost([wide_factors()]), maximize=True)
+    assert np.array_equal(first[1], whole.col_ind)
+    assert abs(first[5]) <= first[6]
+    for values in results.values():
+        for value in values:
+            assert all(np.array_equal(x, y) for x, y in zip(first, value, strict=True))
+
+
 def test_an_error_about_rows_is_told_to_all_ranks(results):
     for size in (2, 3, 4):
         for rank, value in enumerate(results[size]):
