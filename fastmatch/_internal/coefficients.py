@@ -39,11 +39,11 @@ def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     return values
 
 
-def warn_of_scale(weights: Sequence[float]) -> None:
+def warn_of_scale(weights: Sequence[float], call: str = "merge", scaled: str = "every tensor") -> None:
     """Warn of weights of a merge that do not sum to one."""
     total = sum(weights)
     if abs(total - 1) > 1e-6:
-        warn_user(f"merge: weights sum to {total:g}, not one: every tensor is scaled by that")
+        warn_user(f"{call}: weights sum to {total:g}, not one: {scaled} is scaled by that")
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,8 @@ def load_torch(path: Path, *, mmap: bool = False) -> dict[str, torch.Tensor]:
         if is_zip:
             check_archive(path, path.stat().st_size)
         data = _load(path, mmap=mmap and is_zip)
+    except PermissionError:
+        raise
     except Exception as error:  # torch raises many types for a damaged or unsafe pickle
         data = _state_of_training(path, mmap=mmap) if isinstance(error, UnpicklingError) else None
         if data is None:

@@ -387,11 +387,13 @@ def _stats(solver: str, counts: Iterable[float] | None) -> dict[str, int | float
 
 @overload
 def linear_sum_assignment(
-    cost: torch.Tensor, maximize: bool = False
+    cost_matrix: torch.Tensor, maximize: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 @overload
-def linear_sum_assignment(cost: np.ndarray, maximize: bool = False) -> tuple[np.ndarray, np.ndarray]: ...
-def linear_sum_assignment(cost: Any, maximize: bool = False) -> tuple[Any, Any]:
+def linear_sum_assignment(
+    cost_matrix: np.ndarray, maximize: bool = False
+) -> tuple[np.ndarray, np.ndarray]: ...
+def linear_sum_assignment(cost_matrix: Any, maximize: bool = False) -> tuple[Any, Any]:
     """Solve as ``scipy.optimize.linear_sum_assignment`` does, for numpy arrays and torch tensors.
 
     Example:
@@ -400,7 +402,7 @@ def linear_sum_assignment(cost: Any, maximize: bool = False) -> tuple[Any, Any]:
         [1, 0]
 
     Args:
-        cost: (n, m); see :func:`solve`. The mask of a masked array is ignored, as by scipy, with a warning.
+        cost_matrix: (n, m); see :func:`solve`. The mask of a masked array is ignored, as by scipy, with a warning.
         maximize: look for the largest total.
 
     Returns:
@@ -409,22 +411,22 @@ def linear_sum_assignment(cost: Any, maximize: bool = False) -> tuple[Any, Any]:
     Raises:
         ValueError: NaN, an infinity of the wrong sign, or no feasible assignment.
     """
-    array = _small_array(cost)
+    array = _small_array(cost_matrix)
     if array is not None:
         state, (pairs,) = solve_small(array, maximize, proof=False)
         if state == SOLVED:
             return pairs[0], pairs[1]
-    if isinstance(cost, np.ma.MaskedArray):
-        if np.ma.is_masked(cost):
+    if isinstance(cost_matrix, np.ma.MaskedArray):
+        if np.ma.is_masked(cost_matrix):
             warnings.warn(
                 "cost: its mask is ignored, as by scipy; fill masked entries with inf to forbid them",
                 stacklevel=2,
             )
-        cost = np.asarray(cost)
-    found = solve(cost, maximize=maximize)
-    if isinstance(cost, torch.Tensor):
+        cost_matrix = np.asarray(cost_matrix)
+    found = solve(cost_matrix, maximize=maximize)
+    if isinstance(cost_matrix, torch.Tensor):
         return (
-            torch.from_numpy(found.row_ind).to(cost.device),
-            torch.from_numpy(found.col_ind).to(cost.device),
+            torch.from_numpy(found.row_ind).to(cost_matrix.device),
+            torch.from_numpy(found.col_ind).to(cost_matrix.device),
         )
     return found.row_ind, found.col_ind

@@ -190,6 +190,25 @@ def _difference(other: Tensors, base: Checkpoint, names: Collection[str]) -> Ten
     return Tensors(checkpoint, make)
 
 
+def _check_hidden(first: Checkpoint, other: Checkpoint, names: Sequence[str]) -> None:
+    """Raise ValueError where hidden units differ in number: a size by which one tensor's outputs differ, and another's inputs.
+
+    Classes and words differ in number on one side alone, and the rest of the networks can be merged.
+    """
+    outputs: dict[tuple[int, int], str] = {}
+    inputs: dict[tuple[int, int], str] = {}
+    for name in names:
+        shapes = first.headers[name].shape, other.headers[name].shape
+        for dim, pair in enumerate(zip(*shapes, strict=False)):
+            if pair[0] != pair[1] and len(shapes[0]) == len(shapes[1]) > 1:
+                (inputs if dim else outputs).setdefault(pair, name)
+    for pair in outputs.keys() & inputs.keys():
+        raise ValueError(
+            f"{other.path}: has {pair[1]} units between {outputs[pair]!r} and {inputs[pair]!r}, {first.path} has {pair[0]}; "
+            "architectures must be equal"
+        )
+
+
 def _present(first: Checkpoint, other: Checkpoint) -> frozenset[str]:
     """Return the names of the tensors that both have in one size, or with other input channels; lines name those that differ.
 
@@ -203,6 +222,7 @@ def _present(first: Checkpoint, other: Checkpoint) -> frozenset[str]:
         check_same_architecture(first.headers, other.headers, str(first.path), str(other.path))
     wider = [n for n in sizes if differ_in_inputs(n, first.headers[n].shape, other.headers[n].shape)]
     sizes = [name for name in sizes if name not in wider]
+    _check_hidden(first, other, sizes)
     absent = [name for name in first if name not in other]
     no_part = "it has no part in those"
     for what, found, then in (

@@ -233,7 +233,7 @@ def bind(spec: PermutationSpec, state: State, argument: str) -> PermutationSpec:
     for name, shape in spec.shapes.items():
         if name in state and tuple(state[name].shape) != shape:
             raise ValueError(
-                f"{argument}: tensor {name!r} has shape {tuple(state[name].shape)}, its config says {shape}"
+                f"{argument}: tensor {name!r} has shape {tuple(state[name].shape)}, its structure has {shape}"
             )
     groups = {}
     for group in spec.groups.values():
@@ -242,7 +242,9 @@ def bind(spec: PermutationSpec, state: State, argument: str) -> PermutationSpec:
         for axis in group.axes:
             # A tied parameter is in the file once. Its other name has the same axis, shape and group.
             if axis not in kept and (replace(axis, parameter=""), spec.shapes[axis.parameter]) not in places:
-                raise ValueError(f"{argument}: has no tensor {axis.parameter!r}, which its config requires")
+                raise ValueError(
+                    f"{argument}: has no tensor {axis.parameter!r}, which its structure requires"
+                )
         groups[group.name] = replace(group, axes=kept)
     shapes = {name: shape for name, shape in spec.shapes.items() if name in state}
     return replace(

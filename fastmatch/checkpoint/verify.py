@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from fastmatch._internal.states import check_same_architecture
+from fastmatch._internal.states import check_same_architecture, prefix_of
 from fastmatch.checkpoint.diffusion.pipeline import networks_of
 from fastmatch.checkpoint.diffusion.single_file import running_means
 from fastmatch.checkpoint.names import Chunk, RenamedCheckpoint, layout_of
@@ -94,7 +94,8 @@ def verify_checkpoints(
     a, b = Checkpoint(path_a), Checkpoint(path_b)
     check_same_architecture(a.headers, b.headers, str(path_a), str(path_b))
     if model is not None:
-        return _verify(model, (a, b), arguments_of(example_inputs, kwargs), dtype, tolerance)
+        own = (_without_prefix(model, a), _without_prefix(model, b))
+        return _verify(model, own, arguments_of(example_inputs, kwargs), dtype, tolerance)
     if a.parts:
         return _verify_pipeline(a, b, dtype, tolerance)
     if is_diffusion(path_a, a):
@@ -105,6 +106,17 @@ def verify_checkpoints(
     own = model.state_dict().keys()
     _check_carried(a, b, (name for name, chunk in layout.items() if chunk.parameter not in own))
     return _verify(model, states, ((), config_inputs(model)), dtype, tolerance)
+
+
+def _without_prefix(model: nn.Module, checkpoint: Checkpoint) -> Checkpoint | RenamedCheckpoint:
+    """Return a checkpoint under the names of the model, of which all have a prefix such as ``module.`` in some files."""
+    prefix = prefix_of(model.state_dict(), checkpoint.headers)
+    if not prefix or not all(name.startswith(prefix) for name in checkpoint.headers):
+        return checkpoint
+    layout = {
+        name: Chunk(name.removeprefix(prefix), tensor.shape) for name, tensor in checkpoint.headers.items()
+    }
+    return RenamedCheckpoint(checkpoint, layout)
 
 
 def _verify_pipeline(

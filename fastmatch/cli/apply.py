@@ -35,8 +35,17 @@ def apply_command(args: argparse.Namespace) -> None:
     """Read both files, permute, and write."""
     from fastmatch.checkpoint import apply_to_checkpoint
 
+    alignment = _permutations(args.alignment)
     check_outputs(args, out=None if Path(args.checkpoint).is_dir() else STATE_SUFFIXES)
-    alignment = Alignment.load(args.alignment)
     kind = apply_to_checkpoint(alignment, args.checkpoint, args.out, force=args.force)
     text = f"permuted the {kind} {args.checkpoint}: {alignment.moved} units moved; wrote {args.out}"
     say(args, text, kind=kind, moved=alignment.moved, out=args.out)
+
+
+def _permutations(path: str) -> Alignment:
+    """Return the permutations in a file; an error says which argument they are."""
+    if Path(path).is_dir() or Path(path).suffix != ".safetensors":
+        raise ValueError(
+            f"permutations: expected the .safetensors file that `fastmatch align --permutations` wrote, as the first argument; got {path}"
+        )
+    return Alignment.load(path)

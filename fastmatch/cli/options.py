@@ -153,7 +153,7 @@ MATCHER_OPTIONS = (
     ),
     _option(WeightMatching, "max_sweeps", "maximum number of passes over the groups", type=int, metavar="N"),
     _option(
-        WeightMatching, "tolerance", "smallest relative rise of the objective that counts as progress",
+        WeightMatching, "tolerance", "smallest rise of the objective that counts as progress, relative to the product of both networks' norms",
         type=float, metavar="X",
     ),
     _option(

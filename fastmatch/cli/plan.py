@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
+from pathlib import Path
 from typing import get_args
 
 from fastmatch._internal.states import check_same_architecture
@@ -44,9 +45,14 @@ def plan_command(args: argparse.Namespace) -> None:
     from fastmatch.checkpoint.pairs import layout_for
     from fastmatch.checkpoint.prediction import DEVICES, predict, work_of
     from fastmatch.checkpoint.structure import bind
-    from fastmatch.checkpoint.tracing import trace_checkpoint
+    from fastmatch.checkpoint.tracing import is_diffusion, trace_checkpoint
 
     a, b = Checkpoint(args.a), Checkpoint(args.b)
+    for path, checkpoint in ((args.a, a), (args.b, b)):
+        if not Path(path).is_dir() and not is_diffusion(path, checkpoint):
+            raise ValueError(
+                f"{path}: expected a folder with a config.json, or a file of a diffusion model, which tell the structure"
+            )
     check_same_architecture(a.headers, b.headers, args.a, args.b)
     traced = trace_checkpoint(args.b, b)
     state = RenamedCheckpoint(b, layout_for(args.b, b, traced))

@@ -61,7 +61,7 @@ def run_script(command: list[str]) -> None:
             if is_module:
                 runpy.run_module(command[0], run_name="__main__", alter_sys=True)
             else:
-                runpy.run_path(command[0], run_name="__main__")
+                runpy.run_path(str(Path(command[0]).absolute()), run_name="__main__")  # as python does
     finally:
         sys.argv, sys.path[:] = arguments, path
 

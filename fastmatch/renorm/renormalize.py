@@ -18,6 +18,7 @@ from fastmatch._internal.coefficients import (
     has_stale_note,
     remember_weights,
     remembered_weights,
+    warn_of_scale,
 )
 from fastmatch._internal.divided import check_undivided
 from fastmatch._internal.modules import copy_module
@@ -354,7 +355,12 @@ def _weights_of_merges(
     if count == 0:
         raise ValueError("endpoints: expected at least one model")
     if weights is not None:
-        return [check_weights(row, count) for row in weights]
+        given = [check_weights(row, count) for row in weights]
+        for row in given:
+            if abs(sum(row)) < 1e-6:
+                raise ValueError(f"weights: expected those of the merge, which do not sum to zero; got {row}")
+            warn_of_scale(row, "renormalize", "what activations are brought to")
+        return given
     if plan.method == "reset":
         return []
     return [_noted_weights(model, known, count) for model, known in zip(models, notes, strict=True)]

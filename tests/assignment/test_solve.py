@@ -227,7 +227,7 @@ def test_torch_and_dtypes():
         torch.int8,
     ):
         cost = base.to(dtype)
-        rows, cols = linear_sum_assignment(cost)
+        rows, cols = linear_sum_assignment(cost_matrix=cost)  # by scipy's name
         assert rows.dtype == cols.dtype == torch.int64
         assert int(base[rows, cols].sum()) == value
         assert solve(cost.T).objective == value

@@ -184,6 +184,32 @@ def test_another_architecture_is_refused(files):
         merged(files, "ab", MergeOptions())
 
 
+def layers(inputs, hidden, outputs):
+    return {
+        "a.weight": torch.ones(hidden, inputs), "a.bias": torch.ones(hidden), "b.weight": torch.ones(outputs, hidden),
+        "b.bias": torch.ones(outputs),
+    }  # fmt: skip
+
+
+def test_other_classes_are_left_out_and_other_hidden_units_are_refused(tmp_path, caplog):
+    paths = {name: tmp_path / f"{name}.safetensors" for name in ("first", "classes", "hidden", "out")}
+    save_file(layers(4, 6, 3), paths["first"])
+    save_file({name: 3 * t for name, t in layers(4, 6, 2).items()}, paths["classes"])
+    save_file(layers(4, 5, 3), paths["hidden"])
+    with caplog.at_level(logging.WARNING, logger="fastmatch"):
+        merge_checkpoints([paths["first"], paths["classes"]], paths["out"])
+    assert "has another size of 2 of the 4 tensors" in caplog.text
+    found = load_file(paths["out"])
+    assert found["a.weight"].unique().tolist() == [2]
+    assert found["b.weight"].unique().tolist() == [1]
+    with pytest.raises(
+        ValueError,
+        match=r"hidden.*: has 5 units between 'a\.weight' and 'b\.weight', .* has 6; architectures",
+    ):
+        merge_checkpoints([paths["first"], paths["hidden"]], tmp_path / "none.safetensors")
+    assert not (tmp_path / "none.safetensors").exists()
+
+
 def test_a_merge_that_overflows_is_refused_by_name(files):
     with pytest.raises(ValueError, match=r"nothing is written: the merge: tensor .* holds 6 NaN or infinite"):
         merged(files, "ab", MergeOptions([1.0], base=files["base"], blocks={"*": 1e6}))

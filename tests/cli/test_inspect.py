@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 import fastmatch as fm
+from fastmatch._internal.files import load_state, save_state
 from fastmatch.cli.main import main
 
 
@@ -25,7 +26,18 @@ def test_verify_compares_files_under_a_model(planted, capsys):
     assert "the same function: 1 output agrees" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("prefix", ["module.", "model."])
+def test_verify_takes_a_prefix_off(planted, capsys, prefix):
+    for name in "ab":
+        state = load_state(f"{name}.safetensors")
+        save_state({prefix + key: tensor for key, tensor in state.items()}, f"{name}.pt")
+    assert main(["verify", "a.pt", "b.pt", "--model", "cli_module:build", "--input-shape", "5,6"]) == 0
+    assert "the same function: 1 output agrees" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
+    (["plan", "a.safetensors", "b.safetensors"], "a.safetensors: expected a folder with a config.json"),
+    (["apply", "cli_module.py", "b.safetensors", "--out", "o.safetensors"], "as the first argument; got cli_module.py"),
     (["inspect", "--model", "cli_module"], "expected module:callable"),
     (["inspect", "--model", "no_such:build"], "no module 'no_such'"),
     (["inspect", "--model", "cli_module:nothing"], "has no callable 'nothing'"),

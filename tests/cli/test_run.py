@@ -18,13 +18,14 @@ from fastmatch.cli.main import main
 def test_a_script_runs_unedited(tmp_path, way):
     (tmp_path / "published.py").write_text(
         textwrap.dedent("""
-            import sys
+            import os, sys
             import numpy as np
             from scipy.optimize import linear_sum_assignment
             if __name__ == "__main__":
                 cost = np.random.default_rng(0).random((300, 300))
                 rows, cols = linear_sum_assignment(cost)
                 print(hasattr(linear_sum_assignment, "__wrapped__"), f"{cost[rows, cols].sum():.10f}", sys.argv[1:])
+                assert os.path.isabs(__file__)  # as python has it
                 sys.exit(3)
         """)
     )

@@ -219,6 +219,7 @@ def test_bad_input():
             "'features.1' is not a linear or convolution layer",
         ),
         ({"weights": [1.0]}, ValueError, "weights: expected 2"),
+        ({"weights": [1.0, -1.0]}, ValueError, "which do not sum to zero"),
         ({"endpoints": None}, ValueError, "endpoints: expected the merged models"),
         ({"endpoints": [a, build("resnet", 0)[0]]}, ValueError, r"endpoints\[1\]: has no tensor"),
     ]
@@ -241,6 +242,8 @@ def test_bad_input():
     ):
         with pytest.raises(TypeError, match="expected a torch module, since it is run on data"):
             call()
+    with pytest.warns(UserWarning, match="renormalize: weights sum to 8, not one"):
+        fm.renormalize(a, [a, b], data, "repair", weights=[3, 5])
     with pytest.raises(ValueError, match="in the pass for repair of the merge; a generator"):
         fm.renormalize(a, [a, b], iter(list(data)), "repair", weights=[0.5, 0.5])
     with pytest.raises(ValueError, match="needs batch norm"):
