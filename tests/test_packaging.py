@@ -71,6 +71,8 @@ def test_an_installation_needs_no_compiler():
     (lapjv,) = (r for r in map(Requirement, project["dependencies"]) if r.name == "lapjv")
     assert lapjv.marker is not None
     assert lapjv.marker.evaluate({"python_version": "3.11"})
+    assert "1.3.27" in lapjv.specifier
+    assert "1.3.29" not in lapjv.specifier  # which has no wheel for any version of Python
     for version in ("3.12", "3.13", "3.14"):
         assert not lapjv.marker.evaluate({"python_version": version})
     assert [Requirement(r).name for r in project["optional-dependencies"]["lapjv"]] == ["lapjv"]
