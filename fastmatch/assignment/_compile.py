@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from collections.abc import Callable, Hashable
 from contextlib import suppress
@@ -12,7 +13,7 @@ __all__ = ["prepared"]
 LOG = logging.getLogger("fastmatch.assignment")
 
 SILENT_SECONDS = 1.0
-"""Seconds before the warning: kernels that load from the cache of fastmatch_kernels are ready by then."""
+"""Seconds before the warning: a small kernel is compiled by then."""
 
 _READY: set[Hashable] = set()
 
@@ -20,7 +21,8 @@ _READY: set[Hashable] = set()
 def prepared(what: str, key: Hashable, run_tiny: Callable[[], object]) -> None:
     """Compile kernels, or load them from the cache of fastmatch_kernels, by running them on a tiny problem, once per process.
 
-    If that takes more than a second, the logger ``fastmatch.assignment`` warns that they are being compiled.
+    If that takes more than a second, and some are not in the cache, the logger ``fastmatch.assignment`` warns that they are
+    being compiled.
 
     Args:
         what: what is being compiled, for the warning.
@@ -29,16 +31,27 @@ def prepared(what: str, key: Hashable, run_tiny: Callable[[], object]) -> None:
     """
     if key in _READY:
         return
-    line = threading.Timer(
-        SILENT_SECONDS,
-        LOG.warning,
-        (f"compiling {what} (some seconds, once per installation and version of the sources)",),
-    )
-    line.daemon = True
+    before, done = _compiled(), threading.Event()
+
+    def tell() -> None:
+        while not done.wait(SILENT_SECONDS):
+            if _compiled() > before:  # on a busy machine loading takes seconds too
+                LOG.warning(
+                    "compiling %s (some seconds, once per installation and version of the sources)", what
+                )
+                return
+
     with suppress(RuntimeError):  # no thread can be started while the interpreter ends
-        line.start()
+        threading.Thread(target=tell, daemon=True).start()
     try:
         run_tiny()
     finally:
-        line.cancel()
+        done.set()
     _READY.add(key)
+
+
+def _compiled() -> int:
+    """Return how many functions this process has begun to compile; none if it has not loaded the kernels."""
+    cache = sys.modules.get("fastmatch_kernels._numba.cache")
+    count = getattr(cache, "compiled", None)
+    return 0 if count is None else count()

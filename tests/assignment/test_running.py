@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from fastmatch.assignment import CandidateLists, DenseShortlists, FactorCost, solve
+from fastmatch.assignment import CandidateLists, DenseShortlists, FactorCost, _compile, solve
 from helpers.networks import fresh_seed
 
 
@@ -36,6 +36,18 @@ def test_compiling_is_announced_and_loading_is_not(programs, tmp_path):
     assert {
         path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nbc")
     } == files  # nothing compiled again
+
+
+def test_a_kernel_that_is_long_in_loading_is_not_announced_as_compiling(monkeypatch, caplog):
+    monkeypatch.setattr(_compile, "SILENT_SECONDS", 0.02)
+    _compile.prepared("a kernel", object(), lambda: time.sleep(0.2))
+    assert not caplog.records
+    begun = []
+    monkeypatch.setattr(_compile, "_compiled", lambda: len(begun))
+    _compile.prepared("a kernel", object(), lambda: begun.append(1) or time.sleep(0.2))
+    assert caplog.messages == [
+        "compiling a kernel (some seconds, once per installation and version of the sources)"
+    ]
 
 
 INTERRUPTED = """

@@ -36,7 +36,7 @@ from numba.core.registry import CPUDispatcher
 from numba.core.serialize import dumps
 from numba.misc.appdirs import AppDirs
 
-__all__ = ["folders", "njit"]
+__all__ = ["compiled", "folders", "njit"]
 
 config: Any = numba_config  # its attributes come from the environment: no checker knows them
 
@@ -120,6 +120,15 @@ def _is_chosen(folder: Path) -> bool:
     return bool(config.CACHE_DIR) or folder == PACKAGE / "__pycache__"
 
 
+_missing: list[str] = []
+"""Files that no folder had, so that what is in them is compiled."""
+
+
+def compiled() -> int:
+    """Return how many functions this process has begun to compile, because no folder has them."""
+    return len(_missing)
+
+
 class _FileCache(_Cache):
     """The files of one function; see the module."""
 
@@ -164,6 +173,7 @@ class _FileCache(_Cache):
                 continue
             except Exception as error:  # unreadable or cut off by a full disk: compiled again
                 LOG.debug("%s: %s", folder / name, error)
+        _missing.append(name)
         return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
