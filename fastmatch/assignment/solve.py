@@ -419,7 +419,7 @@ def linear_sum_assignment(cost_matrix: Any, maximize: bool = False) -> tuple[Any
     if isinstance(cost_matrix, np.ma.MaskedArray):
         if np.ma.is_masked(cost_matrix):
             warnings.warn(
-                "cost: its mask is ignored, as by scipy; fill masked entries with inf to forbid them",
+                "cost_matrix: its mask is ignored, as by scipy; fill masked entries with inf to forbid them",
                 stacklevel=2,
             )
         cost_matrix = np.asarray(cost_matrix)

@@ -18,7 +18,7 @@ from torch import nn
 
 from fastmatch.checkpoint.reader import Checkpoint
 
-__all__ = ["Chunk", "Layout", "RenamedCheckpoint", "layout_of"]
+__all__ = ["Chunk", "Layout", "RenamedCheckpoint", "layout_of", "layout_without"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def layout_of(model: nn.Module, headers: Mapping[str, torch.Tensor], argument: s
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
     except ImportError:  # before 5.0 the modules had the same names as the files
-        return {name: Chunk(name, tensor.shape) for name, tensor in headers.items()}
+        return layout_without("", headers)
     steps: Any = get_model_conversion_mapping(model)  # type: ignore[arg-type]
     renamings = [s for s in steps if isinstance(s, WeightRenaming)]
     converters = [s for s in steps if isinstance(s, WeightConverter)]
@@ -82,6 +82,11 @@ def layout_of(model: nn.Module, headers: Mapping[str, torch.Tensor], argument: s
     if twice:
         raise ValueError(f"{argument}: holds {twice[0]!r} under several names")
     return layout
+
+
+def layout_without(prefix: str, headers: Mapping[str, torch.Tensor]) -> Layout:
+    """Return the layout of a checkpoint whose names are those of the model after a prefix, which may be empty."""
+    return {name: Chunk(name.removeprefix(prefix), tensor.shape) for name, tensor in headers.items()}
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

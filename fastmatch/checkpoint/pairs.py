@@ -14,7 +14,7 @@ from fastmatch._internal.states import prefix_of, under_prefix
 from fastmatch._internal.ties import tied_names
 from fastmatch.checkpoint.diffusion.pipeline import pipeline_layout
 from fastmatch.checkpoint.modules import leave_what_does_not_fit
-from fastmatch.checkpoint.names import Chunk, Layout, RenamedCheckpoint, layout_of
+from fastmatch.checkpoint.names import Layout, RenamedCheckpoint, layout_of, layout_without
 from fastmatch.checkpoint.reader import CONFIG, Checkpoint
 from fastmatch.checkpoint.structure import bind, build_empty
 from fastmatch.checkpoint.survey import Surveyed, survey
@@ -142,7 +142,7 @@ def layout_for(path: str | Path, checkpoint: Checkpoint, spec: PermutationSpec) 
         prefix = prefix_of(named, checkpoint)
     if not all(name.startswith(prefix) for name in checkpoint):
         raise ValueError(f"{path}: {under_prefix(prefix, checkpoint)}")
-    return {name: Chunk(name.removeprefix(prefix), t.shape) for name, t in checkpoint.headers.items()}
+    return layout_without(prefix, checkpoint.headers)
 
 
 def _hash(text: str) -> str:

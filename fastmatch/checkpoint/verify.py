@@ -14,7 +14,7 @@ from torch import nn
 from fastmatch._internal.states import check_same_architecture, prefix_of
 from fastmatch.checkpoint.diffusion.pipeline import networks_of
 from fastmatch.checkpoint.diffusion.single_file import running_means
-from fastmatch.checkpoint.names import Chunk, RenamedCheckpoint, layout_of
+from fastmatch.checkpoint.names import Chunk, RenamedCheckpoint, layout_of, layout_without
 from fastmatch.checkpoint.reader import Checkpoint
 from fastmatch.checkpoint.structure import build_empty, compared, config_inputs
 from fastmatch.checkpoint.tracing import is_diffusion, models_of
@@ -113,10 +113,7 @@ def _without_prefix(model: nn.Module, checkpoint: Checkpoint) -> Checkpoint | Re
     prefix = prefix_of(model.state_dict(), checkpoint.headers)
     if not prefix or not all(name.startswith(prefix) for name in checkpoint.headers):
         return checkpoint
-    layout = {
-        name: Chunk(name.removeprefix(prefix), tensor.shape) for name, tensor in checkpoint.headers.items()
-    }
-    return RenamedCheckpoint(checkpoint, layout)
+    return RenamedCheckpoint(checkpoint, layout_without(prefix, checkpoint.headers))
 
 
 def _verify_pipeline(

@@ -95,9 +95,12 @@ def renormalize(
         TypeError: a model is not a torch module, or is divided among ranks, or ``method`` is neither a word nor a
             Renormalization.
         ValueError: an unknown method, an option that the method does not use, no batch norm for ``"reset"``, weights
-            that are not known, no data, an endpoint of another architecture, a named layer that is never run, a batch
+            that are not known or sum to zero, no data, an endpoint of another architecture, a named layer that is never run, a batch
             of one value for each channel, activations that are not finite (batch and layer are named), or ranks that were given
             different models, options or data.
+
+    Warns:
+        UserWarning: ``weights`` do not sum to one, so that the targets are scaled; or layers are left alone.
 
     Source:
         Jordan et al. 2022 (REPAIR); Qu and Horvath 2024 (RESCALE, RESHIFT); Nasery et al. 2024 (least squares).
