@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from helpers.forked import Forked
+from helpers.grid import mark_repeated_values_slow
 from helpers.interpreter import quicken
 from helpers.plain_text import encodable
 
@@ -35,6 +36,11 @@ def programs() -> Iterator[Forked]:
     forked = Forked("import torch")
     yield forked
     forked.close()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_repeated_values_slow(items)
 
 
 def pytest_collection_finish():

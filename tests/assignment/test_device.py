@@ -28,7 +28,10 @@ def check(matrix: torch.Tensor, maximize: bool, **options):
     return found
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [
+    pytest.param(kind, marks=pytest.mark.slow) if kind.startswith(("log-normal", "machol-wien", "dead", "duplicated")) else kind
+    for kind in KINDS
+])  # fmt: skip
 def test_every_kind_ends_at_the_optimum(kind):
     g = np.random.default_rng(fresh_seed())
     for n, m in ((1, 1), (40, 40), (70, 30), (150, 260), (300, 300)):

@@ -21,6 +21,7 @@ def test_a_factor_cost_does_not_load_torchs_compiler(programs):
     assert programs.run(code, check=True).stdout.strip() == "False"
 
 
+@pytest.mark.slow
 def test_compiling_is_announced_and_loading_is_not(programs, tmp_path):
     code = (
         "import numpy as np; from fastmatch.assignment import DenseShortlists, solve;"
@@ -88,7 +89,9 @@ LONG = {
 }
 
 
-@pytest.mark.parametrize("kind", LONG)
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "matrix" else pytest.param(kind, marks=pytest.mark.slow) for kind in LONG]
+)
 def test_an_interrupt_is_heard_within_a_second_of_work(programs, kind):
     setup, call = LONG[kind]
     done = programs.run(INTERRUPTED.format(setup=setup, call=call), check=True)

@@ -61,6 +61,7 @@ def results(tmp_path_factory):
     return on_ranks(tmp_path_factory.mktemp("ranks"), SIZES, [work])[0]
 
 
+@pytest.mark.slow
 def test_rows_on_ranks_are_solved_as_the_whole_cost_is(results):
     a, b = factors()
     whole = fm.solve(FactorCost([(a, b)]), maximize=True, solver=CandidateLists())
@@ -102,8 +103,9 @@ def test_a_wide_cost_of_twenty_thousand_rows_has_the_same_bits_on_every_number_o
             assert all(np.array_equal(x, y) for x, y in zip(first, value, strict=True))
 
 
+@pytest.mark.slow
 def test_an_error_about_rows_is_told_to_all_ranks(results):
-    for size in (2, 3, 4):
+    for size in SIZES[1:]:
         for rank, value in enumerate(results[size]):
             expected = "MemoryError: no room for the rows"
             assert value["errors"][0] == (

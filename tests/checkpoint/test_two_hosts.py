@@ -61,6 +61,7 @@ def hosts():
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
+@pytest.mark.slow
 def test_two_hosts_write_the_files_of_one_process(hosts, tmp_path):
     write_llama_pair(tmp_path)
     arguments = [str(tmp_path / "a"), str(tmp_path / "b"), "--merge", "0.25", "--out"]

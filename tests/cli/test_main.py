@@ -303,7 +303,10 @@ def signalled(process, number):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGHUP, signal.SIGINT))],
+)
 def test_a_signal_ends_a_command_as_ctrl_c_does(planted, number):
     (planted / "waiting.py").write_text(WAITING)
     (planted / ".o.pt.journal").write_text("")

@@ -174,6 +174,7 @@ def test_every_command_is_run_with_all_its_options():
     assert commands().keys() - apart == {line[0] for line in WAYS.values()}
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("word", list(PARTS))
 @pytest.mark.parametrize("option", MATCHER_OPTIONS, ids=lambda option: option.flag)
 def test_an_option_of_a_matcher_arrives_in_the_matcher_or_is_refused(ready, word, option):

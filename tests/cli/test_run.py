@@ -14,7 +14,7 @@ from scipy.optimize import linear_sum_assignment
 from fastmatch.cli.main import main
 
 
-@pytest.mark.parametrize("way", ["script", "module"])
+@pytest.mark.parametrize("way", ["script", pytest.param("module", marks=pytest.mark.slow)])
 def test_a_script_runs_unedited(tmp_path, way):
     (tmp_path / "published.py").write_text(
         textwrap.dedent("""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.browser import faults
+from helpers.browser import browser, faults
 
 PAGES = (
     "index.html",
@@ -23,6 +23,12 @@ PAGES = (
     "design/tracing/index.html",
     "notebooks/merge/index.html",
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _chromium() -> None:
+    """Skip these tests before the site is built for them."""
+    browser()
 
 
 @pytest.mark.parametrize(("width", "dark"), [(360, True), (1280, False)])

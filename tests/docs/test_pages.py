@@ -21,6 +21,7 @@ NOTEBOOK = ROOT / "docs/notebooks/merge.ipynb"
 PAGES = [p for p in sorted((ROOT / "docs").rglob("*.md")) if p != NOTEBOOK.with_suffix(".md")]
 PAGES += [ROOT / "README.md"]
 WITH_CODE = [page for page in PAGES if python_blocks(page)]
+SLOW = {"several-processes", "pruning", "cnn"}
 
 
 def names_of_a_page() -> dict[str, Any]:
@@ -45,7 +46,9 @@ def is_ready_to_copy(page: Path) -> bool:
     return page.parent.name in ("guides", "start") and page.stem != "several-processes"
 
 
-@pytest.mark.parametrize("page", WITH_CODE, ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("page", [
+    pytest.param(page, marks=pytest.mark.slow) if page.stem in SLOW else page for page in WITH_CODE
+], ids=lambda p: str(p.relative_to(ROOT)))  # fmt: skip
 def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Its Python blocks run one after the other, those of guides from nothing. A traceback names the page and its line."""
     monkeypatch.chdir(tmp_path)
@@ -87,6 +90,7 @@ def test_the_page_of_commands_lists_them_all():
     assert not [name for name in commands.choices if f"`{name}`" not in page]
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_and_its_page_is_current():
     """Cells hold no outputs in the tree. The page has the notebook's cells, and the outputs of the run that wrote it."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)

@@ -70,6 +70,7 @@ def loads(first, *others):
     ]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     ("similarity", "load"),
     loads("correlation", "covariance", "inner", "batch-correlation", "cca"),
@@ -96,6 +97,7 @@ def test_a_forward_function_that_prepares_the_batch_itself(gpu, case):
     check_objectives(found, expected)
 
 
+@pytest.mark.grid
 def test_mixture(gpu, case, load):
     (a, b, _), x, batches = case
 
@@ -124,8 +126,15 @@ def test_matchers_with_gradients(gpu, case, load, kind):
         assert found.matching.objective[-1] >= found.matching.objective[0]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
-    "strategy", [fm.ToReference(), fm.Chain(), fm.MergeMany(), fm.FrankWolfe(max_steps=2)]
+    "strategy",
+    [
+        fm.ToReference(),
+        fm.Chain(),
+        pytest.param(fm.MergeMany(), marks=pytest.mark.slow),
+        fm.FrankWolfe(max_steps=2),
+    ],
 )
 def test_align_many(gpu, case, strategy, request):
     if isinstance(strategy, fm.MergeMany) and "cnn" in request.node.name and not gpu.has_autograd:
@@ -150,6 +159,7 @@ def test_merge(gpu, biases):
     check_models(fm.merge([gpu.module(m) for m in models], weights, biases=biases), expected, 1e-6)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("mode", ["joint", "sequential"])
 @pytest.mark.parametrize("method", ["repair", "rescale", "reshift", "reset", "auto"])
 def test_renormalize(gpu, case, method, mode):
@@ -162,6 +172,7 @@ def test_renormalize(gpu, case, method, mode):
     check_models(fm.renormalize(fm.merge([ga, gb]), [ga, gb], batches, options), expected, 1e-3)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(("rule", "load"), loads(fm.Permute, fm.Zip, fm.CCA), indirect=["load"])
 def test_merge_partially(gpu, case, load, rule):
     (a, b, _), x, batches = case
@@ -177,6 +188,7 @@ def test_merge_partially(gpu, case, load, rule):
         torch.testing.assert_close(out, wanted, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.grid
 def test_evaluate_and_interpolate(gpu, case, load):
     (a, b, _), _, batches = case
     expected = fm.interpolate(a, b, batches)

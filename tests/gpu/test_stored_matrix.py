@@ -16,7 +16,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 EVERY_NIGHT = list(product(DTYPES, (False, True), (1.0, -1.0)))
-EVERY_TIME = [(DTYPES[k % 3], *kind) for k, kind in enumerate(product((False, True), (1.0, -1.0)))]
+EVERY_TIME = [(torch.float32, False, 1.0), (torch.bfloat16, False, -1.0)]
 
 
 @pytest.mark.parametrize(("dtype", "transposed", "sign"), [
@@ -59,7 +59,7 @@ def test_the_bound_is_exact_at_zero_duals_so_that_ties_are_seen(gpu):
 
 
 @pytest.mark.parametrize("n", [34, pytest.param(70, marks=pytest.mark.slow)])  # two tiles of rows, and three
-@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("maximize", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_solves_reach_the_optimum(gpu, maximize, n):
     torch.manual_seed(fresh_seed())
     matrix = torch.randn(n, n)

@@ -44,6 +44,7 @@ def check_crossed(gpu, units: int = UNITS, passes: int = 16) -> None:
     assert gpu.traffic.total <= passes * 12 * LISTED * units, gpu.traffic.bytes_to_host.most_common(3)
 
 
+@pytest.mark.slow
 def test_align_by_weights(gpu, siblings):
     a, b, order = siblings
     spec = fm.PermutationSpec.trace(a, torch.randn(2, 6))
@@ -125,7 +126,8 @@ def test_a_solve_waits_for_its_check_once(gpu):
 
 
 @pytest.mark.parametrize(("metric", "dtype", "n"), [
-    ("dot", torch.float32, 48), ("l2", torch.bfloat16, 48), ("dot", torch.float64, 48),
+    ("dot", torch.float64, 48),
+    pytest.param("dot", torch.float32, 48, marks=pytest.mark.slow), pytest.param("l2", torch.bfloat16, 48, marks=pytest.mark.slow),
     # Only from 128 on is a matrix in float32 larger than what may cross; Triton's interpreter takes a minute for it.
     *(pytest.param(metric, dtype, 160, marks=pytest.mark.slow)
       for metric in ("dot", "l2") for dtype in (torch.float32, torch.bfloat16, torch.float64)),

@@ -51,6 +51,7 @@ def test_groups_that_move_the_units_own_dimension_are_left_to_copies():
     assert factor_views(x, x, Axis("w", 0, inner=2), 3, {0: torch.arange(6)}) is None
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("network", [mlp, VGG, ResNet])
 def test_gains_equal_the_cpus_while_groups_move(gpu, network, dtype):

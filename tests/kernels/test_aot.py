@@ -80,9 +80,8 @@ for op, limit in (("moments", {"maxnreg": 40}), ("permute_merge", {})):
 """
 
 
-@pytest.mark.parametrize(
-    "target", [pytest.param(t, marks=[pytest.mark.slow] if t != "sm_90" else []) for t in TARGETS[:3]]
-)
+@pytest.mark.parametrize("target", TARGETS[:3])
+@pytest.mark.slow
 def test_instructions_are_counted_as_the_disassembler_does(programs, target):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     programs.run(COUNTED, target, environment=environment, check=True)

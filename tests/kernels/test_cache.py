@@ -128,7 +128,10 @@ def test_a_changed_source_recompiles_what_calls_it_and_its_old_code_is_removed(p
     assert not {p.name for p in changed} & {p.name for p in files}
 
 
-@pytest.mark.parametrize("place", ["home", "temporary folder", "NUMBA_CACHE_DIR"])
+@pytest.mark.parametrize(
+    "place",
+    [*(pytest.param(p, marks=pytest.mark.slow) for p in ("home", "temporary folder")), "NUMBA_CACHE_DIR"],
+)
 def test_where_the_package_cannot_be_written_the_second_run_loads_what_the_first_compiled(
     package, run, place, tmp_path
 ):
@@ -147,6 +150,7 @@ def test_where_the_package_cannot_be_written_the_second_run_loads_what_the_first
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="root gives up its right to write anywhere by prctl")
 def test_a_read_only_package_is_still_loaded_from_and_what_is_new_goes_elsewhere(package, run):
     assert run()[0] == ["4", "0"]
@@ -158,6 +162,7 @@ def test_a_read_only_package_is_still_loaded_from_and_what_is_new_goes_elsewhere
     assert sorted(compiled.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_without_any_place_every_process_compiles_and_says_what_to_set(run):
     for _ in range(2):
         printed, errors = run(NUMBA_CACHE_DIR="/dev/null/nowhere")
@@ -165,6 +170,7 @@ def test_without_any_place_every_process_compiles_and_says_what_to_set(run):
         assert errors.count("set NUMBA_CACHE_DIR to a folder that can be written") == 1
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("place", ["home", "temporary folder"])
 @pytest.mark.parametrize("flaw", ["mode", "link"])
 def test_a_folder_that_others_can_write_to_is_neither_loaded_from_nor_saved_to(
@@ -185,6 +191,7 @@ def test_a_folder_that_others_can_write_to_is_neither_loaded_from_nor_saved_to(
     assert {p: p.stat().st_mtime_ns for p in folder.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_a_temporary_folder_made_by_others_is_not_used(package, run, tmp_path):
     block(package)
     shared = tmp_path / f"fastmatch-{os.geteuid()}"
@@ -194,6 +201,7 @@ def test_a_temporary_folder_made_by_others_is_not_used(package, run, tmp_path):
     assert not list(shared.rglob("*"))
 
 
+@pytest.mark.slow
 def test_versions_of_numba_keep_each_their_own_files(package, run):
     run()
     compiled = package / "__pycache__"
@@ -207,6 +215,7 @@ def test_versions_of_numba_keep_each_their_own_files(package, run):
     assert len(list(compiled.glob("*.nbc"))) == 4
 
 
+@pytest.mark.slow
 def test_a_closure_and_a_function_from_elsewhere_are_not_cached(package, run):
     (package / "probe" / "caller.py").write_text(CLOSURE)
     assert run()[0] == ["4", "0"]
@@ -246,6 +255,7 @@ def test_a_full_disk_is_tried_again_and_a_read_only_one_is_not(tmp_path, monkeyp
     assert (tmp_path not in cache._unwritable) == kept
 
 
+@pytest.mark.slow
 def test_processes_that_compile_at_once_leave_what_all_can_load(package, run):
     given = [["1", "1.0"], ["1.0", "1"], ["1j"], ["1"]]
     running = [start(package, *arguments) for arguments in given]
@@ -264,6 +274,7 @@ def test_a_file_that_was_cut_off_is_compiled_again(package, run):
     assert run()[0] == ["4", "1"]
 
 
+@pytest.mark.slow
 def test_kernels_are_compiled_where_numba_is_told_not_to(run):
     assert run(NUMBA_DISABLE_JIT="1")[0] == ["4", "0"]
     assert run()[0] == ["4", "1"]

@@ -30,6 +30,7 @@ def goals(generator, channels):
     return normal(generator, channels).double(), normal(generator, channels).double().abs() + 0.1
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shape", SHAPES)

@@ -22,6 +22,7 @@ def pair(g: np.random.Generator, kind: str, n: int, m: int, d: int) -> tuple[tor
     return torch.from_numpy(a).float().to(DEVICE), torch.from_numpy(b).float().to(DEVICE)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("metric", ["dot", "l2"])
 @pytest.mark.parametrize("kind", ["gaussian", "sibling", "dead"])
 @pytest.mark.parametrize(("n", "m"), [(48, 48), (30, 50), (50, 30)])

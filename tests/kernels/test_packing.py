@@ -129,6 +129,7 @@ def test_bounds_hold_for_pairs_of_opposite_sizes(precision, apart):
         assert found.objective == pytest.approx(best, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_the_longest_lists_have_candidates():
     few = [cost_rows.few_of(k, tiles) for k in (1021, 1024, 4000) for tiles in (2, 4, 16, 64)]
     assert all(f >= 1 for f in few)

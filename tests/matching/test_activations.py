@@ -53,6 +53,7 @@ def dead_units(model, spec, data, place="post", reduce="last"):
     return dead
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("similarity", get_args(Similarity))
 @pytest.mark.parametrize("site", get_args(Site))
 @pytest.mark.parametrize("reduce", get_args(Reduce))

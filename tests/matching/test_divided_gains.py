@@ -121,6 +121,7 @@ def described(found):
     return {name: p.tolist() for name, p in found.permutations.items()}, numbers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("near", [False, True])
 def test_a_divided_gain_has_the_bits_of_one_process(seed, results, near):
     torch.set_num_threads(1)
@@ -130,6 +131,7 @@ def test_a_divided_gain_has_the_bits_of_one_process(seed, results, near):
             assert described(found[near][0]) == described(expected)
 
 
+@pytest.mark.slow
 def test_all_ranks_multiply_the_gain_of_a_stream_whose_bounds_do_not_pay(seed, results):
     alone = match(seed, False)
     assert any(blocks > 4 for _, blocks, _ in alone[2])
@@ -141,18 +143,21 @@ def test_all_ranks_multiply_the_gain_of_a_stream_whose_bounds_do_not_pay(seed, r
         assert max(read for _, read, _ in found) < alone[1]  # no rank reads all that one process reads
 
 
+@pytest.mark.slow
 def test_bounds_that_pay_are_left_to_one_rank(results):
     for size in SIZES:
         for _, _, divided in (value[True] for value in results[size]):
             assert all(blocks == 1 for _, blocks, _ in divided)
 
 
+@pytest.mark.slow
 def test_near_copies_are_read_as_often_as_without_blocks(results):
     for size in SIZES:
         divided, undivided = (sum(value[k][1] for value in results[size]) for k in (True, 3))
         assert divided <= undivided
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_in_its_part_ends_the_others_at_once(results):
     for size in SIZES[1:]:
         *others, last = [value[2] for value in results[size]]

@@ -124,6 +124,7 @@ def bounds(monkeypatch):
     return used
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("on_disk", [False, True])
 @pytest.mark.parametrize("cosine", [1.0, 0.99, 0.0])
 @pytest.mark.parametrize("name", NETWORKS)

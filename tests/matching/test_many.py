@@ -48,6 +48,7 @@ def test_planted_orders_are_recovered_and_merge_to_the_model(how):
         torch.testing.assert_close(tensor, model.state_dict()[name])
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", ["mlp", "vgg", "resnet"])
 @pytest.mark.parametrize("how", STRATEGIES)
 def test_every_cycle_is_the_identity_and_the_reference_stays(name, how):
@@ -67,6 +68,7 @@ def test_every_cycle_is_the_identity_and_the_reference_stays(name, how):
         torch.testing.assert_close(alignment.apply(double)(x), double(x))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     ("match", "strategy"), [(match_mean, fm.MergeMany), (match_frank_wolfe, fm.FrankWolfe)]
 )

@@ -106,6 +106,7 @@ def test_an_equal_fisher_is_plain_weight_matching():
     assert all(torch.equal(found.permutations[k], p) for k, p in plain.permutations.items())
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", TRAINED)
 @pytest.mark.parametrize("matcher", [fm.FisherMatching, fm.StraightThrough])
 def test_a_planted_permutation_is_recovered(name, matcher):

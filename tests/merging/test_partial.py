@@ -47,6 +47,7 @@ def run(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return model(x)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_model_merged_with_itself_is_itself(name, rule):
@@ -182,6 +183,7 @@ def test_data_is_read_once(rule):
     assert data.reads == (0 if rule == "identity" else 1)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", ["vgg", "grouped", "encoder"])
 def test_the_merge_saves_copies_and_exports(name, rule, tmp_path):
@@ -437,6 +439,7 @@ def test_the_site_is_where_activations_are_read():
     assert not torch.allclose(run(post.model, x), run(pre.model, x))
 
 
+@pytest.mark.slow
 def test_on_digits_partial_zip_beats_merging_everything():
     """Two conv nets trained apart: the more layers stay apart, the nearer the merge is to the ensemble."""
     seed = fresh_seed()

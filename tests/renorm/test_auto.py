@@ -32,6 +32,7 @@ def labelled(count: int = 96, size: int = 32) -> Batches:
     return Batches(torch.randn(count, 3, 16, 16), torch.zeros(count, dtype=torch.long), size)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", ["vgg", "vgg without norm", "resnet with layer norm"])
 @pytest.mark.parametrize("mode", ["joint", "sequential"])
 def test_the_choice_is_the_method_with_the_nearest_outputs_and_repair_has_a_small_advantage(name, mode):
@@ -65,6 +66,7 @@ def test_the_choice_is_the_method_with_the_nearest_outputs_and_repair_has_a_smal
     assert f"{plan.method}: nearest to the endpoints' outputs (" in str(plan)
 
 
+@pytest.mark.slow
 def test_repair_is_found_for_plain_networks_where_rescale_harms():
     train_data, test_data = digits()
     gaps = []
@@ -378,12 +380,12 @@ def test_a_part_that_answers_otherwise_than_the_whole_is_no_trial():
     assert "a part of a batch does not give what the whole batch gives" in plan.why
 
 
-def test_batches_of_one_sample_are_enough_for_a_trial():
+@pytest.mark.parametrize("count", [65, 100, pytest.param(1000, marks=pytest.mark.slow)])
+def test_batches_of_one_sample_are_enough_for_a_trial(count):
     ends = [nn.Linear(6, 4), nn.Linear(6, 4)]
-    for count in (65, 100, 1000):
-        plan = fm.applied_plan(fm.renormalize(fm.merge(ends), ends, list(torch.randn(count, 1, 6))))
-        assert plan is not None
-        assert "on samples that least squares was not fitted to" in plan.why
+    plan = fm.applied_plan(fm.renormalize(fm.merge(ends), ends, list(torch.randn(count, 1, 6))))
+    assert plan is not None
+    assert "on samples that least squares was not fitted to" in plan.why
 
 
 class Record(UserDict):

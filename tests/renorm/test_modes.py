@@ -83,6 +83,7 @@ def sequential_reference(model, ends, data, method, weights):
     return new
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("method", FOLDED)
 @pytest.mark.parametrize("name", ["vgg without norm", "resnet with layer norm", "inception"])
 def test_sequential_mode_matches_a_pass_for_every_layer(method, name):

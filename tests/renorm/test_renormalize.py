@@ -105,6 +105,7 @@ def joint_reference(model, ends, data, method, weights):
     return new
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("method", FOLDED)
 @pytest.mark.parametrize("name", ["vgg without norm", "resnet", "dense"])
 def test_joint_mode_matches_a_plain_reference(method, name):

@@ -94,7 +94,9 @@ def test_every_parameter_matters(family):
     pytest.fail(f"without effect: {idle}")
 
 
-@EACH
+@pytest.mark.parametrize("family", [
+    family if k % 4 == 0 else pytest.param(family, marks=pytest.mark.slow) for k, family in enumerate(FAMILIES)
+], ids=lambda f: f.name)  # fmt: skip
 def test_a_group_that_forgets_an_axis_is_caught(family):
     """What the first test would say of a wrong spec."""
     seed = fresh_seed()
@@ -144,6 +146,7 @@ def test_a_config_gives_the_structure_of_its_model(family, tmp_path):
     assert (traced.groups, traced.shapes, traced.pins) == (expected.groups, expected.shapes, expected.pins)
 
 
+@pytest.mark.slow
 def test_the_page_of_architectures_is_current():
     assert PAGE.read_text() == page(), "write it again: PYTHONPATH=tests python -m helpers.architectures"
 

@@ -37,6 +37,7 @@ FORMS = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN], ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("form", FORMS)
 def test_every_layer_and_direction_is_a_group_and_is_found_again(kind, form):
