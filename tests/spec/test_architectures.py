@@ -59,6 +59,7 @@ def change_of_outputs(model, expected, spec, permutations, inputs) -> float:
     return largest_difference(expected, found)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(("family", "attention"), CASES)
 def test_every_group_moves_without_a_change_of_function(family, attention):
     seed = fresh_seed()
