@@ -386,7 +386,7 @@ def _record(alignment: Alignment) -> dict[str, Any]:
         "sweeps": matching.sweeps,
         "assignments": matching.solves,
         "converged": matching.converged,
-        "proof error": None if alignment.proof is None else alignment.proof.error,
+        "proof_error": None if alignment.proof is None else alignment.proof.error,
     }
 
 

@@ -136,7 +136,8 @@ INSPECT = ["inspect", "--model", "cli_module:build_with_inputs"]
     (["merge", *PAIR, "--out", "o.pt"], {"checkpoints", "biases", "out"}),
     (["partial", *PAIR, "--rule", "identity", "--out", "o.pt2"], {"merged", "parameters", "out"}),
     (["renormalize", PAIR[0], "--endpoints", PAIR[1], *DATA, "--out", "o.pt"], {"method", "layers", "out"}),
-    (["curve", *PAIR, *DATA, "--points", "3", "--out", "o.csv"], {"rows", "loss barrier", "out"}),
+    (["curve", *PAIR, *DATA, "--points", "3", "--out", "o.csv"], {"rows", "loss_barrier", "out"}),
+    (["triangle", *PAIR, PAIR[0], *DATA, "--points", "3", "--out", "o.csv"], {"rows", "loss_barrier", "out"}),
     (["layers", *PAIR, *DATA, "--out", "o.csv"], {"rows", "out"}),
     (["verify", *PAIR], {"outputs", "error"}),
     (["inspect"], {"groups", "pins"}),
@@ -157,7 +158,12 @@ def test_json_is_one_object_and_quiet_is_silent(planted, capsys, line, keys):
     model = [] if line[0] in ("libraries", "apply", "pipeline") else model
     line = [*line, *model]
     assert main([*line, "--json"]) == 0
-    assert keys <= json.loads(capsys.readouterr().out).keys()
+    every: list[str] = []
+    said = json.loads(
+        capsys.readouterr().out, object_pairs_hook=lambda pairs: every.extend(k for k, _ in pairs) or dict(pairs)
+    )
+    assert keys <= said.keys()
+    assert not [key for key in every if " " in key]
     assert main([*line, "--quiet", *(["--force"] if "--out" in line else [])]) == 0
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""
