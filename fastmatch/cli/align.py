@@ -39,7 +39,7 @@ from fastmatch.cli.options import (
     matcher_from,
 )
 from fastmatch.cli.outputs import check_inputs, check_outputs, say, write_weights
-from fastmatch.cli.reports import PAGES, open_states, report_data, write_report
+from fastmatch.cli.reports import PAGES, report_data, write_report
 from fastmatch.cli.speaking import speaking
 from fastmatch.matching.align import align
 from fastmatch.matching.align_many import align_many
@@ -195,7 +195,9 @@ def _align_pair(args: argparse.Namespace) -> None:
     said = {"out": args.out, "permutations": args.permutations, "report": args.report}
     say(args, f"{_summary(alignment)}; wrote {_written(args)}", **_record(alignment), **said)
     if args.report is not None:
-        a, b = models or open_states(args.a, args.b, alignment.spec)
+        from fastmatch.checkpoint.pairs import open_pair
+
+        a, b = models or open_pair(args.a, args.b, alignment.spec)
         forward = function_from(args.forward, "--forward", default_forward)
         write_report(alignment.report(a, b, data, names=(args.a, args.b), forward=forward), args)
 
