@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -108,7 +110,8 @@ def gradients_by_sample(
         return F.cross_entropy(prediction_of(output), y[None])
 
     gradient = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0), randomness="different")
-    with evaluating(model), buffers_sent_once(model), torch.autocast(device_of(model).type, enabled=False):
+    autocast_off = torch.autocast(device_of(model).type, enabled=False)
+    with evaluating(model), buffers_sent_once(model), autocast_off, _loops_untold():
         batches = batches_of(data, title, samples=samples, progress=progress)
         for batch in read_in_step(batches, model):
             inputs, y = split_batch(batch)
@@ -123,3 +126,13 @@ def gradients_by_sample(
                     'data: expected (inputs, targets) pairs of tensors, or mappings with labels; labels="sampled" needs none'
                 )
             yield gradient(parameters, inputs, y.to(device_of(model)))
+
+
+@contextmanager
+def _loops_untold() -> Iterator[None]:
+    """Inside, torch does not tell which operations ``vmap`` runs sample by sample: a user can do nothing about it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "There is a performance drop because we have not yet implemented the batching rule"
+        )
+        yield
