@@ -62,7 +62,12 @@ def take_names(checkpoint: Checkpoint, other: Checkpoint) -> None:
     for one, two in ((checkpoint, other), (other, checkpoint)):
         prefix = prefix_before(two, one)
         if names and prefix:
-            log.warning("%s: the prefix %r of all its names, which %s has not, does not count", one.path, prefix, two.path)
+            log.warning(
+                "%s: the prefix %r of all its names, which %s has not, does not count",
+                one.path,
+                prefix,
+                two.path,
+            )
     checkpoint.rename(names)
 
 

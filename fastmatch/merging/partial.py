@@ -82,11 +82,15 @@ class PartialMerge:
         """Names of the groups of which a layer is merged that gives its units."""
         held = self.model.state_dict().keys()
         made = {
-            group: [a.parameter for a in self.spec.groups[group].axes if (a.parameter, a.dim) not in self.inputs]
+            group: [
+                a.parameter for a in self.spec.groups[group].axes if (a.parameter, a.dim) not in self.inputs
+            ]
             for group in self.maps
         }
         return tuple(
-            group for group, names in made.items() if not names or any(f"merged.{name}" in held for name in names)
+            group
+            for group, names in made.items()
+            if not names or any(f"merged.{name}" in held for name in names)
         )
 
     def __repr__(self) -> str:
@@ -137,8 +141,8 @@ class PartialMerge:
         if only != 0 and any(maps.spread is None for maps in self.maps.values()):
             raise ValueError(
                 f"rule {self.rule!r} mixes units, whose spread takes covariances of layers that are not kept; "
-                'take the first model\'s statistics (only=0), renormalize with method="reset", which needs no endpoints, or '
-                "merge by another rule"
+                'merge by another rule or renormalize with method="reset", which needs no endpoints; or pass only=0 to take the first '
+                "model's statistics"
             )
         if len(models) != len(self.weights):
             raise ValueError(f"models: expected the {len(self.weights)} that were merged, got {len(models)}")

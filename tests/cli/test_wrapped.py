@@ -68,7 +68,7 @@ def test_a_reference_without_the_prefix_and_a_checkpoint_with_it(wrapped):
 @pytest.mark.parametrize("paths", [("plain.pt", "b.ckpt"), ("a.ckpt", "plain_b.pt")])
 def test_on_disk_a_prefix_of_one_side_does_not_count(wrapped, paths, caplog):
     """The output has the names that it has anyway: of B aligned, and of the first that is merged."""
-    _, spec, planted = wrapped
+    _, _, planted = wrapped
     save_state(planted.apply(load_state("plain.pt")), "plain_b.pt")
     align = ["align", *paths, *MODEL, "--out-of-core", "--out", "aligned.pt", "--report", "page.html"]
     assert main(align) == 0
