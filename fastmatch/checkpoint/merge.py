@@ -85,7 +85,8 @@ def merge_checkpoints(
         OSError: a file is missing or cannot be written. Nothing is left half-written.
 
     Warns:
-        UserWarning: the weights do not sum to one. A line of the logger ``fastmatch`` names tensors that a checkpoint lacks or has in
+        UserWarning: the weights do not sum to one. Lines of the logger ``fastmatch`` name a prefix that one checkpoint has before
+            all its names, which does not count, and tensors that a checkpoint lacks or has in
             another size; the first checkpoint counts in its place there. Of kernels with other input channels, as for
             inpainting, those that both have are merged.
 

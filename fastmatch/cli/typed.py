@@ -48,7 +48,7 @@ def as_typed(text: str, args: argparse.Namespace) -> str:
     text = CALL.sub(lambda match: match[1] or match[2], text)
     for name in IN_PYTHON:
         if words.flag(name) is None and words.flag(f"no_{name}") is None:
-            text = re.sub(rf"[;,.] (?:or )?[^;,.()]*\b{name}=[^;.()]*", "", text)
+            text = re.sub(rf"[;,.] (?:or )?(?:pass |give |use )?{name}=[^;.()]*", "", text)
     text = re.sub(rf"\b([a-z_]+)={VALUE}", lambda match: words.given(match[1], match[2]) or match[0], text)
     for name in (*words.actions, *NAMED):
         flag = words.flag(name)
