@@ -110,8 +110,7 @@ def gradients_by_sample(
         return F.cross_entropy(prediction_of(output), y[None])
 
     gradient = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0), randomness="different")
-    autocast_off = torch.autocast(device_of(model).type, enabled=False)
-    with evaluating(model), buffers_sent_once(model), autocast_off, _loops_untold():
+    with evaluating(model), buffers_sent_once(model), torch.autocast(device_of(model).type, enabled=False):
         batches = batches_of(data, title, samples=samples, progress=progress)
         for batch in read_in_step(batches, model):
             inputs, y = split_batch(batch)
@@ -125,7 +124,9 @@ def gradients_by_sample(
                 raise ValueError(
                     'data: expected (inputs, targets) pairs of tensors, or mappings with labels; labels="sampled" needs none'
                 )
-            yield gradient(parameters, inputs, y.to(device_of(model)))
+            with _loops_untold():
+                found = gradient(parameters, inputs, y.to(device_of(model)))
+            yield found
 
 
 @contextmanager
