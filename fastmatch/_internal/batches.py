@@ -29,6 +29,7 @@ __all__ = [
     "check_module",
     "collated",
     "default_forward",
+    "described",
     "evaluating",
     "prediction_of",
     "samples_in",
@@ -129,14 +130,14 @@ def default_forward(model: nn.Module, batch: Any) -> Any:
     except (RuntimeError, TypeError, IndexError) as error:
         if is_of_ranks(error):
             raise
-        given = ", ".join([_described(x) for x in args] + [f"{k}={_described(x)}" for k, x in kwargs.items()])
+        given = ", ".join([described(x) for x in args] + [f"{k}={described(x)}" for k, x in kwargs.items()])
         raise ValueError(
             f"data: {type(model).__name__} does not run on a batch ({given}): {error}; expected what the model takes, "
             "or give forward="
         ) from error
 
 
-def _described(value: Any) -> str:
+def described(value: Any) -> str:
     """Return the shape and type of a tensor, the type of anything else."""
     if isinstance(value, torch.Tensor):
         return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"

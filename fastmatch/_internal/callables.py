@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import operator
@@ -13,11 +14,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
+from fastmatch._internal.batches import described
 from fastmatch._internal.checks import nearest
+from fastmatch._internal.ranks import is_of_ranks
+from fastmatch._internal.words import error_line
 
-__all__ = ["callable_from", "called", "loader_from", "network_from"]
+__all__ = ["called", "function_of", "loader_from", "network_from"]
 
 
 def callable_from(argument: str, option: str) -> Callable[..., Any]:
@@ -90,11 +95,37 @@ def called(argument: str, option: str) -> Any:
         raise ValueError(f"{option}: {argument} failed with {_text_of(error)}") from error
 
 
+def function_of(argument: str, option: str) -> Callable[..., Any]:
+    """Import the function that ``module:callable`` names. An error inside of it names the function, and what it was given.
+
+    Raises:
+        ValueError: see :func:`callable_from`; or, where it is called, the function fails.
+    """
+    function = callable_from(argument, option)
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever the user's code does
+            if is_of_ranks(error):
+                raise
+            given = ", ".join([*map(described, args), *(f"{k}={described(v)}" for k, v in kwargs.items())])
+            raise ValueError(f"{option}: {argument} failed on ({given}) with {_text_of(error)}") from error
+
+    return run
+
+
 def _text_of(error: Exception) -> str:
-    """Return an error on one line, with the innermost place in the user's code."""
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text} ({Path(where.filename).name}, line {where.lineno})"
+    """Return an error on one line, with the innermost place that is not in an installed package if there is one."""
+    places = traceback.extract_tb(error.__traceback__)[1:]
+    own = [
+        place for place in places if not {"site-packages", "dist-packages"} & {*Path(place.filename).parts}
+    ]
+    where = (own or places or traceback.extract_tb(error.__traceback__))[-1]
+    return f"{error_line(error)} ({Path(where.filename).name}, line {where.lineno})"
 
 
 def network_from(argument: str, option: str) -> tuple[nn.Module, Any]:

@@ -17,11 +17,11 @@ def nearest(name: str, names: Iterable[str], text: str = "did you mean {}?") -> 
     return "; " + text.format(repr(found[0])) if found else ""
 
 
-def check_choice(name: str, value: object, choices: Any) -> None:
-    """Raise ValueError unless ``value`` is one of the words of ``choices``, a ``Literal`` type."""
+def check_choice(name: str, value: object, choices: Any, other: str = "") -> None:
+    """Raise ValueError unless ``value`` is one of the words of ``choices``, a ``Literal`` type; ``other`` says what else may be given."""
     words = get_args(choices)
     if not isinstance(value, str) or value not in words:
-        expected = ", ".join(map(repr, words))
+        expected = ", ".join(map(repr, words)) + (f", or {other}" if other else "")
         raise ValueError(f"{name}: expected one of {expected}; got {value!r}")
 
 

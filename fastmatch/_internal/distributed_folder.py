@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, ClassVar
 import torch
 
 from fastmatch._internal.torch_file import check_archive
+from fastmatch._internal.words import error_line
 
 __all__ = ["METADATA", "DistributedFolder", "Stored"]
 
@@ -200,7 +201,9 @@ class DistributedFolder:
             plan = reader.prepare_local_plan(planner.create_local_plan())
             reader.read_data(planner.finish_plan(plan), planner).wait()
         except Exception as error:  # torch raises many types for damaged files
-            raise ValueError(f"{stored.file}: tensor {name!r} cannot be read ({_line(error)})") from error
+            raise ValueError(
+                f"{stored.file}: tensor {name!r} cannot be read ({error_line(error)})"
+            ) from error
         return tensor
 
 
@@ -332,9 +335,4 @@ def _text_of_path(*parts: str) -> str:
 def _damage(error: Exception) -> str:
     if isinstance(error, _Refused):
         return f"these are no metadata of a model by {FORMAT}: {error}"
-    return f"not readable as metadata of {FORMAT} ({_line(error)})"
-
-
-def _line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text[:200] or type(error).__name__
+    return f"not readable as metadata of {FORMAT} ({error_line(error)})"

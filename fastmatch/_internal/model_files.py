@@ -36,7 +36,7 @@ def named_for(model: nn.Module, state: dict[str, torch.Tensor], argument: str) -
     """
     prefix = _prefix(model, state)
     if not all(name.startswith(prefix) for name in state):
-        raise ValueError(f"{argument}: {under_prefix(prefix, state)}")
+        raise ValueError(f"{argument}: {under_prefix(prefix, state, argument)}")
     state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     for names in tied_names(model):
         known = [name for name in names if name in state]

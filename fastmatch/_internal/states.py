@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TypeAlias
 
 import torch
@@ -14,7 +17,7 @@ from fastmatch._internal.divided import check_in_parts, check_undivided, local_p
 
 __all__ = [
     "State", "check_finite", "check_models", "check_module", "check_same_architecture", "check_same_names", "device_of",
-    "headers_of", "prefix_of", "state_of", "under_prefix", "working_dtype",
+    "headers_of", "prefix_before", "prefix_of", "state_of", "under_prefix", "working_dtype",
 ]  # fmt: skip
 
 State: TypeAlias = Mapping[str, torch.Tensor]
@@ -121,12 +124,40 @@ def prefix_of(names: Iterable[str], held: Collection[str]) -> str:
     return next((p for p in candidates if all(p + name in held for name in wanted)), "")
 
 
-def under_prefix(prefix: str, held: Collection[str]) -> str:
-    """Return what an error says about names that another model has without a prefix."""
+def prefix_before(names: Collection[str], held: Collection[str]) -> str:
+    """Return the prefix that all of ``held`` have before names of the other; empty if there is none, or both share a name.
+
+    One of the two may lack some of the other's names, as of tied tensors.
+    """
+    first, others = next(iter(held), ""), set(names)
+    if not others.isdisjoint(held):
+        return ""
+    for prefix in (first[: k + 1] for k, letter in enumerate(first) if letter == "."):
+        rest = {name.removeprefix(prefix) for name in held}
+        if all(name.startswith(prefix) for name in held) and (rest <= others or rest >= others > set()):
+            return prefix
+    return ""
+
+
+def under_prefix(prefix: str, held: Collection[str], where: str) -> str:
+    """Return what an error says about names that another model has without a prefix.
+
+    Args:
+        where: the name of the model in errors; for a file or folder, its path.
+    """
     origin = ORIGINS.get(prefix, "as modules that hold a model add it; give the model that they hold")
     others = [name for name in held if not name.startswith(prefix)]
     besides = f" (besides {others[0]!r}{_others(others)})" if others else ""
-    start = f"has the names of the other with the prefix {prefix!r}{besides}, {origin}, or take it off: "
+    start = f"has the names of the other with the prefix {prefix!r}{besides}, "
+    if Path(where).exists():
+        out = Path(where).with_name(f"{Path(where).stem}_plain.pt")
+        taken = f"{{k[{len(prefix)}:]: c[k] for k in c if k.startswith({json.dumps(prefix)})}}"
+        code = (
+            f"import torch; from fastmatch.checkpoint import Checkpoint; c = Checkpoint({json.dumps(where)}); "
+            f"torch.save({taken}, {json.dumps(str(out))})"
+        )
+        return f"{start}{origin.partition(';')[0]}; this writes them alone, without it: python -c {shlex.quote(code)}"
+    start += f"{origin}, or take it off: "
     return start + f"{{k[{len(prefix)}:]: v for k, v in state.items() if k.startswith({prefix!r})}}"
 
 
@@ -145,7 +176,7 @@ def check_same_names(a: State, b: State, name_a: str = "model_a", name_b: str = 
         prefix = prefix_of(inner, held) if lacking and extra else ""
         # A small model may have the names of a layer of another one, but seldom its shapes.
         if prefix and all(held[prefix + name].shape == tensor.shape for name, tensor in inner.items()):
-            raise ValueError(f"{where}: {under_prefix(prefix, held)}")
+            raise ValueError(f"{where}: {under_prefix(prefix, held, where)}")
     if lacking:
         raise ValueError(
             f"{name_b}: has no tensor {lacking[0]!r}, which {name_a} has{_others(lacking)}; architectures must be equal"

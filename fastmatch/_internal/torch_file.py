@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +14,21 @@ from typing import IO, Any
 
 import torch
 
+from fastmatch._internal.words import error_line
+
 __all__ = ["check_archive", "load_torch", "save_torch", "torch_sink"]
+
+PICKLE = b"\x80"
+FORMATS = {
+    b"version https://git-lfs": "a pointer of Git LFS; `git lfs pull` fetches the file",
+    b"<!DOCTYPE": "a web page; download the file itself",
+    b"<html": "a web page; download the file itself",
+    b"GGUF": "a GGUF file",
+    b"\x89HDF": "an HDF5 file",
+    b"\x93NUMPY": "a NumPy file",
+    b"\x1f\x8b": "compressed by gzip; unpack it",
+}
+"""How files begin that are sometimes called like torch files, and what they are."""
 
 
 def load_torch(path: Path, *, mmap: bool = False) -> dict[str, torch.Tensor]:
@@ -36,7 +51,7 @@ def load_torch(path: Path, *, mmap: bool = False) -> dict[str, torch.Tensor]:
     except Exception as error:  # torch raises many types for a damaged or unsafe pickle
         data = _state_of_training(path, mmap=mmap) if isinstance(error, UnpicklingError) else None
         if data is None:
-            reason = f"not a torch file that weights_only can read ({_reason(error)})"
+            reason = f"not a torch file that weights_only can read ({_other_format(path) or _reason(error)})"
             raise ValueError(f"{path}: {reason}") from error
     if isinstance(data, Mapping) and isinstance(data.get("state_dict"), Mapping):
         data = data["state_dict"]
@@ -48,7 +63,9 @@ def load_torch(path: Path, *, mmap: bool = False) -> dict[str, torch.Tensor]:
 
 
 def _load(path: Path, *, mmap: bool) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected pickle protocol")  # what it cannot read is an error
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 class _Inert:
@@ -110,9 +127,35 @@ def _reason(error: Exception) -> str:
     text = str(error).replace("\n", " ")
     if "weights_only" in text or "Unsupported" in text:
         kept = [part for part in text.split("WeightsUnpickler error: ")[1:] if part]
-        named = kept[0].split(". ")[0].split(" was not an allowed")[0].strip() if kept else "other objects"
+        named = (
+            kept[0].split(". ")[0].split("  Check")[0].split(" was not an allowed")[0].strip()
+            if kept
+            else "other objects"
+        )
+        if named.startswith("Unsupported operand"):
+            return f"it is damaged, or a pickle that torch.save has not written: {named}"
         return f"it is damaged or holds objects other than tensors: {named[:120]}; save model.state_dict() instead"
-    return text[:300] or type(error).__name__
+    return error_line(error)
+
+
+def _other_format(path: Path) -> str:
+    """Return what a file is that begins like no torch file; empty for one that begins like one."""
+    with path.open("rb") as file:
+        head = file.read(256)
+    if head.startswith(b"PK") and not zipfile.is_zipfile(path):
+        return "it begins like one and has no end: it was cut off, or is still being written"
+    if head.startswith((b"PK", PICKLE)):
+        return ""
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
+        return "it is a safetensors file; give it a name that ends in .safetensors"
+    text = (
+        "text"
+        if head.isascii() and head.decode().replace("\n", "").isprintable()
+        else "no archive and no pickle"
+    )
+    return "it is " + next(
+        (what for begin, what in FORMATS.items() if head.startswith(begin)), text if head else "empty"
+    )
 
 
 class _Sink:

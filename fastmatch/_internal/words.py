@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["count_of", "printable", "short"]
+__all__ = ["count_of", "error_line", "printable", "short"]
 
 
 def short(value: float, digits: int = 2) -> str:
@@ -18,3 +18,9 @@ def count_of(number: int, singular: str, plural: str = "") -> str:
 def printable(text: str) -> str:
     """Return a text that does nothing to a terminal but to be read: names in files may hold its commands."""
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+def error_line(error: BaseException, most: int = 300) -> str:
+    """Return an error on one line: its class, without which the text of some (``KeyError: 105``) says nothing, and its text."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+    return text if len(text) <= most else f"{text[:most]}..."

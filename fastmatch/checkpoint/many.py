@@ -23,7 +23,7 @@ from fastmatch.checkpoint.journal import journaling
 from fastmatch.checkpoint.merge import MergeOptions, Tensors, write_merge
 from fastmatch.checkpoint.pairs import Pair, check_runs_nothing, layout_for
 from fastmatch.checkpoint.reader import CONFIG, Checkpoint
-from fastmatch.checkpoint.tracing import names_of_networks, prove_checkpoint, trace_checkpoint
+from fastmatch.checkpoint.tracing import names_in, prove_checkpoint, trace_checkpoint
 from fastmatch.checkpoint.writer import write_like
 from fastmatch.matching.weights import WeightMatching
 from fastmatch.permutations.alignment import Alignment
@@ -264,7 +264,7 @@ class _Run:
 
 def _in_names_of(first: Checkpoint, checkpoint: Checkpoint, aligned: AlignedTensors) -> Tensors:
     """Return aligned tensors by the names that the same networks have in the first checkpoint."""
-    names = names_of_networks(checkpoint, first)
+    names = names_in(first, of=checkpoint)
     if not names:
         return Tensors(checkpoint, aligned)
     renamed = Checkpoint(checkpoint.path)

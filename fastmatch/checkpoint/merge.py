@@ -18,7 +18,7 @@ from fastmatch.checkpoint.blocks import Blocks, coefficients_by_name
 from fastmatch.checkpoint.inputs import differ_in_inputs, with_more_inputs
 from fastmatch.checkpoint.reader import CONFIG, Checkpoint
 from fastmatch.checkpoint.structure import build_empty
-from fastmatch.checkpoint.tracing import is_diffusion, take_names_of_networks
+from fastmatch.checkpoint.tracing import is_diffusion, take_names
 from fastmatch.checkpoint.writer import write_like
 
 __all__ = ["MergeOptions", "Tensors", "merge_checkpoints", "write_merge"]
@@ -85,7 +85,8 @@ def merge_checkpoints(
         OSError: a file is missing or cannot be written. Nothing is left half-written.
 
     Warns:
-        UserWarning: the weights do not sum to one. A line of the logger ``fastmatch`` names tensors that a checkpoint lacks or has in
+        UserWarning: the weights do not sum to one. Lines of the logger ``fastmatch`` name a prefix that one checkpoint has before
+            all its names, which does not count, and tensors that a checkpoint lacks or has in
             another size; the first checkpoint counts in its place there. Of kernels with other input channels, as for
             inpainting, those that both have are merged.
 
@@ -99,7 +100,7 @@ def merge_checkpoints(
             if other.keys() != first.keys():
                 other.take_names(first, tied_names(build_empty(first.path)))
     for other in others:
-        take_names_of_networks(other, first)
+        take_names(other, first)
     models = [Tensors(c, c.__getitem__) for c in checkpoints]
     write_merge(models, out, options, dtype=dtype, force=force, progress=progress)
 
@@ -121,7 +122,7 @@ def write_merge(
     present = [_present(first.checkpoint, other.checkpoint) for other in others]
     base = None if options.base is None else Checkpoint(options.base)
     if base is not None:
-        take_names_of_networks(base, first.checkpoint)
+        take_names(base, first.checkpoint)
         others = [_difference(other, base, has) for other, has in zip(others, present, strict=True)]
     steps = iter(progress_bar(range(len(names)), "merging", show=progress))
 

@@ -18,14 +18,14 @@ from fastmatch.checkpoint.names import Layout, RenamedCheckpoint, layout_of, lay
 from fastmatch.checkpoint.reader import CONFIG, Checkpoint
 from fastmatch.checkpoint.structure import bind, build_empty
 from fastmatch.checkpoint.survey import Surveyed, survey
-from fastmatch.checkpoint.tracing import common_spec, is_diffusion, take_names_of_networks
+from fastmatch.checkpoint.tracing import common_spec, is_diffusion, names_in, take_names
 from fastmatch.matching.ascent import Hooks, Step
 from fastmatch.matching.matcher import as_code
 from fastmatch.matching.weights import WeightMatching, check_unbalanced, match_weights
 from fastmatch.permutations.alignment import Alignment
 from fastmatch.spec import PermutationSpec
 
-__all__ = ["Pair", "check_runs_nothing", "layout_for"]
+__all__ = ["Pair", "check_runs_nothing", "layout_for", "open_pair"]
 
 
 def check_runs_nothing(matcher: object) -> None:
@@ -64,7 +64,7 @@ class Pair:
         leave_what_does_not_fit(b, traced)
         if a.keys() != b.keys() and (a.path / CONFIG).is_file() and not is_diffusion(b.path, b):
             a.take_names(b, tied_names(build_empty(a.path)))
-        take_names_of_networks(a, b)
+        take_names(a, b)
         layout = layout_for(b.path, b, traced)
         whole = bind(traced, RenamedCheckpoint(b, layout).headers, str(b.path))
         pair = cls(a, b, layout, whole, whole)
@@ -141,8 +141,18 @@ def layout_for(path: str | Path, checkpoint: Checkpoint, spec: PermutationSpec) 
     else:
         prefix = prefix_of(named, checkpoint)
     if not all(name.startswith(prefix) for name in checkpoint):
-        raise ValueError(f"{path}: {under_prefix(prefix, checkpoint)}")
+        raise ValueError(f"{path}: {under_prefix(prefix, checkpoint, str(path))}")
     return layout_without(prefix, checkpoint.headers)
+
+
+def open_pair(
+    path_a: str | Path, path_b: str | Path, spec: PermutationSpec
+) -> tuple[RenamedCheckpoint, RenamedCheckpoint]:
+    """Return the tensors that two checkpoints have in common, under the names of the spec that was traced for B."""
+    a, b = Checkpoint(path_a), Checkpoint(path_b)
+    a.rename(names_in(b, of=a))
+    layout = {name: chunk for name, chunk in layout_for(path_b, b, spec).items() if name in a}
+    return RenamedCheckpoint(a, layout), RenamedCheckpoint(b, layout)
 
 
 def _hash(text: str) -> str:

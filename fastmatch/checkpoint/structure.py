@@ -18,6 +18,7 @@ from torch import nn
 
 from fastmatch._internal.json_files import read_json
 from fastmatch._internal.states import State
+from fastmatch._internal.words import error_line
 from fastmatch.checkpoint.reader import CONFIG
 from fastmatch.spec import PermutationSpec
 from fastmatch.spec.unread import Unread
@@ -79,7 +80,7 @@ def config_of(directory: str | Path) -> Any:
             str(directory), local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # a config can hold anything
-        raise ValueError(f"{path}: no model can be built from it ({_line(error)})") from error
+        raise ValueError(f"{path}: no model can be built from it ({error_line(error)})") from error
 
 
 def _refuse_code(config: Mapping[str, Any], path: Path, is_known: bool) -> None:
@@ -89,10 +90,6 @@ def _refuse_code(config: Mapping[str, Any], path: Path, is_known: bool) -> None:
             f"{path}: the model needs Python code from its folder (auto_map), which is never run; build it yourself and "
             "give --model, or a spec"
         )
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".replace("\n", " ")[:300]
 
 
 def build_from(config: Any, directory: str | Path, *, on_meta: bool) -> nn.Module:
@@ -120,7 +117,7 @@ def build_from(config: Any, directory: str | Path, *, on_meta: bool) -> nn.Modul
     except ImportError:
         raise
     except Exception as error:  # a config can hold anything
-        raise ValueError(f"{path}: no model can be built from it ({_line(error)})") from error
+        raise ValueError(f"{path}: no model can be built from it ({error_line(error)})") from error
     model.config.use_cache = False
     if hasattr(model, "set_experts_implementation"):
         # The grouped product of the experts does not support float64, the type in which functions are compared.

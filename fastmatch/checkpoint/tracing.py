@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from fastmatch._internal.json_files import read_json
-from fastmatch._internal.states import check_same_architecture
+from fastmatch._internal.states import check_same_architecture, prefix_before
 from fastmatch.checkpoint.diffusion.components import UNUSED, find_components, has_networks
 from fastmatch.checkpoint.diffusion.folders import folder_component, is_diffusers, prove_folder, trace_folder
 from fastmatch.checkpoint.diffusion.namings import translation
@@ -31,9 +31,9 @@ __all__ = [
     "common_spec",
     "is_diffusion",
     "models_of",
-    "names_of_networks",
+    "names_in",
     "prove_checkpoint",
-    "take_names_of_networks",
+    "take_names",
     "trace_checkpoint",
 ]
 
@@ -56,18 +56,37 @@ def models_of(checkpoint: Checkpoint) -> Iterator[FileModel]:
         yield FileModel([component], shapes)
 
 
-def take_names_of_networks(checkpoint: Checkpoint, other: Checkpoint) -> None:
-    """Give the networks in a file of a diffusion model the names that they have in another one."""
-    checkpoint.rename(names_of_networks(checkpoint, other))
+def take_names(checkpoint: Checkpoint, other: Checkpoint) -> None:
+    """Give a checkpoint the names that its tensors have in another one; a line of the logger ``fastmatch`` names a prefix."""
+    names = names_in(other, of=checkpoint)
+    for one, two in ((checkpoint, other), (other, checkpoint)):
+        prefix = prefix_before(two, one)
+        if names and prefix:
+            log.warning(
+                "%s: the prefix %r of all its names, which %s has not, does not count",
+                one.path,
+                prefix,
+                two.path,
+            )
+    checkpoint.rename(names)
 
 
-def names_of_networks(checkpoint: Checkpoint, other: Checkpoint) -> dict[str, str]:
-    """Return name -> the one that another file has, for the networks in a file of a diffusion model that it names differently."""
-    if checkpoint.path.is_dir() or other.path.is_dir():
+def names_in(other: Checkpoint, *, of: Checkpoint) -> dict[str, str]:
+    """Return name -> the one that another checkpoint has, for tensors that it names differently.
+
+    These are networks in a file of a diffusion model, and all tensors where one of the two has a prefix before every name.
+    """
+    if of.parts or other.parts or of.modules or other.modules:
         return {}
-    return translation(
-        _shapes(checkpoint.headers), _shapes(other.headers), str(checkpoint.path), str(other.path)
-    )
+    found: dict[str, str] = {}
+    if not (of.path.is_dir() or other.path.is_dir()):
+        found = translation(_shapes(of.headers), _shapes(other.headers), str(of.path), str(other.path))
+    if found:
+        return found
+    if prefix := prefix_before(other, of):
+        return {name: name.removeprefix(prefix) for name in of}
+    prefix = prefix_before(of, other)
+    return {name: prefix + name for name in of if prefix}
 
 
 def trace_checkpoint(

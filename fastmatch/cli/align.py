@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 from torch import nn
 
 from fastmatch._internal.batches import default_forward
@@ -39,12 +40,12 @@ from fastmatch.cli.options import (
     matcher_from,
 )
 from fastmatch.cli.outputs import check_inputs, check_outputs, say, write_weights
-from fastmatch.cli.reports import PAGES, open_states, report_data, write_report
+from fastmatch.cli.reports import PAGES, report_data, write_report
 from fastmatch.cli.speaking import speaking
 from fastmatch.matching.align import align
 from fastmatch.matching.align_many import align_many
 from fastmatch.matching.frank_wolfe import FrankWolfe
-from fastmatch.matching.matcher import Strategy
+from fastmatch.matching.matcher import Matcher, Strategy
 from fastmatch.matching.merge_many import MergeMany
 from fastmatch.matching.pairwise import Chain, ToReference
 from fastmatch.matching.weights import WeightMatching
@@ -52,6 +53,7 @@ from fastmatch.merging.average import merge_states
 from fastmatch.permutations.alignment import Alignment
 from fastmatch.permutations.verify import verify
 from fastmatch.spec import PermutationSpec
+from fastmatch.spec.common import other_sizes
 from fastmatch.spec.unread import Unread
 
 __all__ = ["add_commands", "kept_by"]
@@ -195,7 +197,9 @@ def _align_pair(args: argparse.Namespace) -> None:
     said = {"out": args.out, "permutations": args.permutations, "report": args.report}
     say(args, f"{_summary(alignment)}; wrote {_written(args)}", **_record(alignment), **said)
     if args.report is not None:
-        a, b = models or open_states(args.a, args.b, alignment.spec)
+        from fastmatch.checkpoint.pairs import open_pair
+
+        a, b = models or open_pair(args.a, args.b, alignment.spec)
         forward = function_from(args.forward, "--forward", default_forward)
         write_report(alignment.report(a, b, data, names=(args.a, args.b), forward=forward), args)
 
@@ -218,9 +222,11 @@ def _align_in_memory(args: argparse.Namespace) -> tuple[Alignment, tuple[nn.Modu
     matcher = matcher_from(args)
     model, example = build_network(args)
     states = [load_state_for(model, path) for path in (args.a, args.b)]
-    check_same_architecture(state_of(model, "--model"), states[0], "--model", args.a)
-    check_same_architecture(state_of(model, "--model"), states[1], "--model", args.b)
-    check_same_architecture(states[0], states[1], args.a, args.b)
+    try:
+        check_same_architecture(state_of(model, "--model"), states[0], "--model", args.a)
+        check_same_architecture(state_of(model, "--model"), states[1], "--model", args.b)
+    except ValueError as error:
+        raise ValueError(f"{error}{_other_heads(args, model, example, matcher, states)}") from error
     for path, state in zip((args.a, args.b), states, strict=True):
         check_finite(state, path)
     # The modules have the builder's types. The states keep the types of the files, which the output has too.
@@ -251,6 +257,29 @@ def _align_in_memory(args: argparse.Namespace) -> tuple[Alignment, tuple[nn.Modu
     return alignment, (model, model_b)
 
 
+def _other_heads(
+    args: argparse.Namespace,
+    model: nn.Module,
+    example: Any,
+    matcher: Matcher,
+    states: list[dict[str, torch.Tensor]],
+) -> str:
+    """Return what an error about shapes can add where the checkpoints differ in heads alone: out of core those are left out."""
+    if not isinstance(matcher, WeightMatching) or matcher.balance:
+        return ""
+    a, b = states
+    try:
+        heads = other_sizes(PermutationSpec.trace(model, example, unread=args.unread), a, b)
+        check_same_architecture(a, {**b, **{name: a[name] for name in heads}})
+    except ValueError:  # they differ in more, or the example does not fit
+        return ""
+    if not heads:
+        return ""
+    fits = all(b[name].shape == model.state_dict()[name].shape for name in heads)
+    builder = "" if fits else f" and a --model that builds {args.b}"
+    return f". With --out-of-core{builder}, {' and '.join(heads)} of another size are left out and the rest is aligned"
+
+
 def _align_out_of_core(args: argparse.Namespace, *, is_folder: bool) -> Alignment:
     """Return the alignment of two checkpoints whose tensors are read when they are needed."""
     from fastmatch.checkpoint import Checkpoint, WriteOptions, align_checkpoints
@@ -269,6 +298,8 @@ def _align_out_of_core(args: argparse.Namespace, *, is_folder: bool) -> Alignmen
         raise ValueError("--input-shape: needs --model; without it the inputs follow A's config.json")
     if args.no_verify:
         raise ValueError("--no-verify: alignment out of core does not verify; `fastmatch verify` does")
+    if args.balance:
+        raise ValueError("--balance: has to run the networks, which alignment out of core does not")
     if args.matcher not in (None, "weights"):
         raise ValueError(
             f"--matcher: alignment out of core matches by weights, because {args.matcher} has to run the networks"
@@ -298,6 +329,8 @@ def _align_out_of_core(args: argparse.Namespace, *, is_folder: bool) -> Alignmen
 
 def align_many_command(args: argparse.Namespace) -> None:
     """Align all checkpoints to the order of the first one and write the others."""
+    if args.balance:
+        raise ValueError("--balance: is for two networks; `fastmatch align` takes it")
     if args.model is None:
         align_many_on_disk(args, _summary, _record)
         return
@@ -386,7 +419,7 @@ def _record(alignment: Alignment) -> dict[str, Any]:
         "sweeps": matching.sweeps,
         "assignments": matching.solves,
         "converged": matching.converged,
-        "proof error": None if alignment.proof is None else alignment.proof.error,
+        "proof_error": None if alignment.proof is None else alignment.proof.error,
     }
 
 

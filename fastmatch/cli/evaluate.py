@@ -132,7 +132,7 @@ def curve_command(args: argparse.Namespace) -> None:
     text = f"loss barrier {curve.barrier:.4f}"
     if curve.accuracy:
         text += f", accuracy barrier {curve.accuracy_barrier:.4f}"
-    barriers = {"loss barrier": curve.barrier, "accuracy barrier": curve.accuracy_barrier}
+    barriers = {"loss_barrier": curve.barrier, "accuracy_barrier": curve.accuracy_barrier}
     write_table(curve.table(), args, text, **barriers)
 
 
@@ -144,7 +144,7 @@ def triangle_command(args: argparse.Namespace) -> None:
     )
     if args.plot is not None:
         found.plot(args.plot, names=[Path(path).stem for path in args.checkpoints])
-    write_table(found.table(), args, f"loss barrier {found.barrier:.4f}", **{"loss barrier": found.barrier})
+    write_table(found.table(), args, f"loss barrier {found.barrier:.4f}", loss_barrier=found.barrier)
 
 
 def layers_command(args: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from fastmatch._internal.callables import callable_from, network_from
+from fastmatch._internal.callables import function_of, network_from
 from fastmatch._internal.model_files import load_state_for
 from fastmatch._internal.modules import copy_module
 from fastmatch._internal.states import check_finite, check_same_architecture, state_of
@@ -37,7 +37,7 @@ def in_a_folder(path: str | Path) -> str:
 
 def function_from(argument: str | None, option: str, default: T) -> T | Callable[..., Any]:
     """Return the function that an option names, such as ``torch.nn.functional:mse_loss``; ``default`` for None."""
-    return default if argument is None else callable_from(argument, option)
+    return default if argument is None else function_of(argument, option)
 
 
 def build_model(argument: str) -> tuple[nn.Module, Any]:

@@ -23,6 +23,7 @@ from fastmatch._internal.checks import nearest
 from fastmatch._internal.words import printable
 from fastmatch.cli.commands import COMMANDS, module_of
 from fastmatch.cli.signals import ended_by_signals, tell_interrupted
+from fastmatch.cli.typed import as_typed
 
 __all__ = ["main", "parser"]
 
@@ -128,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warnings.catch_warnings(),
             ExitStack() as args.outputs,
         ):
-            warnings.showwarning = partial(_warned, args.command)
+            warnings.showwarning = partial(_warned, args)
             script: Callable[[], None] | None = args.run(args)
             sys.stdout.flush()
     except BrokenPipeError:
@@ -139,13 +140,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         what = f"fastmatch {args.command}: {{}}; {_left_by(args)}"
         return tell_interrupted(interrupt, what if is_first() else None)
     except Exception as error:
-        return _told(error, args.command, verbose=verbose)
+        return _told(error, args, verbose=verbose)
     if script is not None:
         script()  # the user's own script: its errors are not ours, and its traceback is wanted
     return 0
 
 
-def _told(error: Exception, command: str, *, verbose: bool) -> int:
+def _told(error: Exception, args: argparse.Namespace, *, verbose: bool) -> int:
     """Print an error on one line, after its traceback if ``verbose``, and return the exit status."""
     if verbose:
         traceback.print_exception(error)
@@ -154,16 +155,19 @@ def _told(error: Exception, command: str, *, verbose: bool) -> int:
     text, is_expected = " ".join(str(error).split()), isinstance(error, (*EXPECTED, RanksError))
     if isinstance(error, OSError) and error.filename and error.strerror:
         text = f"{error.filename}: {error.strerror}"
+    elif is_expected:
+        text = as_typed(text, args)
     if not is_expected:
         text = f"{type(error).__name__}: {text} (--verbose shows where)"
     if not getattr(error, "said_by_first", False):  # of several ranks, the first has said it
-        print(printable(f"fastmatch {command}: {text}"), file=sys.stderr)
+        print(printable(f"fastmatch {args.command}: {text}"), file=sys.stderr)
     return getattr(error, "exit_status", 2) if is_expected else 1
 
 
-def _warned(command: str, message: Warning | str, *_: Any) -> None:
+def _warned(args: argparse.Namespace, message: Warning | str, *_: Any) -> None:
     """Print a warning on one line, without the line of code that gave it."""
-    print(printable(f"fastmatch {command}: warning: {' '.join(str(message).split())}"), file=sys.stderr)
+    text = as_typed(" ".join(str(message).split()), args)
+    print(printable(f"fastmatch {args.command}: warning: {text}"), file=sys.stderr)
 
 
 def _left_by(args: argparse.Namespace) -> str:

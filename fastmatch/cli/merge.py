@@ -171,9 +171,9 @@ def partial_command(args: argparse.Namespace) -> None:
     flops = f", {cost.flops / single.flops:.2f} times the FLOPs" if single.flops else ""
     say(
         args,
-        f"{len(found.maps)} of {len(found.spec.groups)} groups merged by {args.rule}; {cost.parameters} parameters, "
+        f"{len(found.merged)} of {len(found.spec.groups)} groups merged by {args.rule}; {cost.parameters} parameters, "
         f"{cost.parameters / single.parameters:.2f} times one model's{flops}; wrote {args.out}",
-        merged=list(found.maps),
+        merged=list(found.merged),
         groups=len(found.spec.groups),
         rule=args.rule,
         parameters=cost.parameters,

@@ -21,7 +21,7 @@ from fastmatch.matching.objective import Include
 from fastmatch.matching.similarity import Similarity
 from fastmatch.matching.sites import Reduce, Site
 from fastmatch.matching.straight_through import StraightThrough
-from fastmatch.matching.weights import WeightMatching
+from fastmatch.matching.weights import Init, WeightMatching
 from fastmatch.permutations.alignment import Alignment
 from fastmatch.renorm.options import Method, Mode
 
@@ -283,7 +283,11 @@ def matcher_from(args: argparse.Namespace) -> Matcher:
     if word != "weights" and args.data is None:
         raise ValueError(f"--data: --matcher {word} needs a loader, as module:callable")
     init = values.get(WeightMatching, {}).get("init")
-    if init is not None and init.endswith(".safetensors"):
+    if init is not None and init not in get_args(Init):
+        if not init.endswith(".safetensors"):
+            raise ValueError(
+                f"--init: expected greedy, identity or a .safetensors FILE of --permutations; got {init!r}"
+            )
         values[WeightMatching]["init"] = Alignment.load(init).permutations
     own = values.get(ActivationMatching, {})
     if "forward" in own:

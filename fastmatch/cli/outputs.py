@@ -85,7 +85,10 @@ def write_weights(state: State, out: str, *, force: bool, metadata: Mapping[str,
 
 
 def write_table(table: Table, args: argparse.Namespace, text: str = "", **record: Any) -> None:
-    """Write a table to ``--out`` as CSV, if that is given, and say it with a last line of text."""
+    """Write a table to ``--out`` as CSV, if that is given, and say it with a last line of text.
+
+    Keys of ``--json`` hold no blanks, as some columns of the CSV do.
+    """
     last = [text] if text else []
     if args.out is not None:
         table.to_csv(args.out, force=args.force)
@@ -94,7 +97,7 @@ def write_table(table: Table, args: argparse.Namespace, text: str = "", **record
         args,
         "\n".join([str(table), *(["; ".join(last)] if last else [])]),
         **record,
-        rows=list(table.rows),
+        rows=[{name.replace(" ", "_"): value for name, value in row.items()} for row in table.rows],
         out=args.out,
     )
 

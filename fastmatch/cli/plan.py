@@ -45,7 +45,7 @@ def plan_command(args: argparse.Namespace) -> None:
     from fastmatch.checkpoint.pairs import layout_for
     from fastmatch.checkpoint.prediction import DEVICES, predict, work_of
     from fastmatch.checkpoint.structure import bind
-    from fastmatch.checkpoint.tracing import is_diffusion, trace_checkpoint
+    from fastmatch.checkpoint.tracing import is_diffusion, take_names, trace_checkpoint
 
     a, b = Checkpoint(args.a), Checkpoint(args.b)
     for path, checkpoint in ((args.a, a), (args.b, b)):
@@ -53,6 +53,7 @@ def plan_command(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"{path}: expected a folder with a config.json, or a file of a diffusion model, which tell the structure"
             )
+    take_names(a, b)
     check_same_architecture(a.headers, b.headers, args.a, args.b)
     traced = trace_checkpoint(args.b, b)
     state = RenamedCheckpoint(b, layout_for(args.b, b, traced))

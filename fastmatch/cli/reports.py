@@ -9,14 +9,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fastmatch._internal.callables import loader_from
-from fastmatch._internal.states import State
 from fastmatch._internal.words import printable
-from fastmatch.spec import PermutationSpec
 
 if TYPE_CHECKING:
     from fastmatch.report.report import Report
 
-__all__ = ["PAGES", "open_states", "report_data", "write_report"]
+__all__ = ["PAGES", "report_data", "write_report"]
 
 PAGES = frozenset({".html", ".htm"})
 """Suffixes of ``--report``; the module that writes pages is imported only if one is asked for."""
@@ -33,17 +31,6 @@ def report_data(args: argparse.Namespace) -> Iterable[Any] | None:
     if args.report is None:
         raise ValueError("--report-data: is an option of --report, which is not given")
     return loader_from(args.report_data, "--report-data")
-
-
-def open_states(path_a: str, path_b: str, spec: PermutationSpec) -> tuple[State, State]:
-    """Return two checkpoints on disk under the names of a spec; their tensors are read when they are needed."""
-    from fastmatch.checkpoint import Checkpoint
-    from fastmatch.checkpoint.names import RenamedCheckpoint
-    from fastmatch.checkpoint.pairs import layout_for
-
-    a, b = Checkpoint(path_a), Checkpoint(path_b)
-    layout = layout_for(path_a, a, spec)
-    return RenamedCheckpoint(a, layout), RenamedCheckpoint(b, layout)
 
 
 def write_report(report: Report, args: argparse.Namespace) -> None:

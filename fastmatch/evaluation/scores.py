@@ -18,6 +18,7 @@ from fastmatch._internal.batches import (
     check_forward,
     check_module,
     default_forward,
+    described,
     evaluating,
     prediction_of,
     samples_in,
@@ -114,9 +115,12 @@ def score(
         if isinstance(output, torch.Tensor):
             targets = targets.to(output.device)
         value = _loss_of(returned, output, targets) if loss is None else loss(output, targets)
+        _check_number("loss", value)
         if not math.isfinite(float(value)):
             _check_inputs(inputs, number)
         measured = None if metric is None else metric(output, targets)
+        if metric is not None:
+            _check_number("metric", measured)
         totals.add(value, measured, output, targets, samples_in(batch))
 
     totals = _Totals()
@@ -160,6 +164,14 @@ def _shared(share: Share, add: Callable[[_Totals, Any], None], progress: bool | 
     tables = share.ranks.exchange(mine, "the end of the evaluation")
     found = {block: totals for table in tables for block, totals in table.items()}
     return [found[block] for block in sorted(found)]
+
+
+def _check_number(argument: str, value: Any) -> None:
+    """Raise TypeError unless a measure of a batch is one number."""
+    if not hasattr(value, "__float__") or (isinstance(value, torch.Tensor) and value.numel() != 1):
+        raise TypeError(
+            f"{argument}: expected one number for a batch, its mean; the function returned {described(value)}"
+        )
 
 
 def _check_inputs(inputs: Any, number: int | None) -> None:

@@ -80,7 +80,7 @@ class WeightMatching(Matcher):
                     raise ValueError(f"init: expected names of groups as keys; got {name!r}")
             object.__setattr__(self, "init", {name: _index(name, p) for name, p in self.init.items()})
         else:
-            check_choice("init", self.init, Init)
+            check_choice("init", self.init, Init, "permutations by names of groups")
         check_integer("max_sweeps", self.max_sweeps, least=1)
         check_number("tolerance", self.tolerance)
         check_choice("include", self.include, Include)

@@ -64,7 +64,8 @@ class PartialMerge:
         weights: one per model.
         spec: the groups that were traced.
         apart: names of the parameters in ``model`` that each model keeps.
-        maps: group -> how its units are merged, for the groups that are.
+        maps: group -> how its units are merged, for the groups that are, and for those at a boundary: their layers stay apart, and
+            their units are joined where merged layers read them.
         inputs: the (parameter, dimension) pairs at which units enter.
     """
 
@@ -76,12 +77,28 @@ class PartialMerge:
     maps: dict[str, UnitMaps]
     inputs: frozenset[tuple[str, int]]
 
+    @property
+    def merged(self) -> tuple[str, ...]:
+        """Names of the groups of which a layer is merged that gives its units."""
+        held = self.model.state_dict().keys()
+        made = {
+            group: [
+                a.parameter for a in self.spec.groups[group].axes if (a.parameter, a.dim) not in self.inputs
+            ]
+            for group in self.maps
+        }
+        return tuple(
+            group
+            for group, names in made.items()
+            if not names or any(f"merged.{name}" in held for name in names)
+        )
+
     def __repr__(self) -> str:
         """The rule, the weights, and how many layers are merged and kept apart."""
         own = {name.split(".", 2)[2].rpartition(".")[0] for name in self.apart}
         apart = ", ".join(sorted(own)[:4]) + (", ..." if len(own) > 4 else "") if own else "nothing"
         return (
-            f"PartialMerge(rule={self.rule!r}, weights={self.weights}, {len(self.maps)} of {len(self.spec.groups)} groups "
+            f"PartialMerge(rule={self.rule!r}, weights={self.weights}, {len(self.merged)} of {len(self.spec.groups)} groups "
             f"merged, apart: {apart})"
         )
 
@@ -124,8 +141,8 @@ class PartialMerge:
         if only != 0 and any(maps.spread is None for maps in self.maps.values()):
             raise ValueError(
                 f"rule {self.rule!r} mixes units, whose spread takes covariances of layers that are not kept; "
-                'take the first model\'s statistics (only=0), renormalize with method="reset", which needs no endpoints, or '
-                "merge by another rule"
+                'merge by another rule or renormalize with method="reset", which needs no endpoints; or pass only=0 to take the first '
+                "model's statistics"
             )
         if len(models) != len(self.weights):
             raise ValueError(f"models: expected the {len(self.weights)} that were merged, got {len(models)}")

@@ -13,6 +13,7 @@ from torch import nn
 from fastmatch._internal.callers import warn_user
 from fastmatch._internal.modules import copy_module, to_eval_mode, with_state
 from fastmatch._internal.states import check_module, state_of
+from fastmatch._internal.words import error_line
 from fastmatch.permutations.apply import apply_permutations
 from fastmatch.permutations.disturb import (
     RoundedSums,
@@ -207,7 +208,7 @@ def _proof(
             if isinstance(other, ValueError) and str(other) == str(error):
                 raise
             raise ValueError(
-                f"model: runs in neither float64 nor float32 on the example inputs ({error}); "
+                f"model: runs in neither float64 nor float32 on the example inputs ({error_line(error)}); "
                 "pass verify=False to go on without the proof"
             ) from error
 

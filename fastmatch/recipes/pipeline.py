@@ -25,8 +25,7 @@ from fastmatch._internal.outputs import real_path
 from fastmatch._internal.states import check_finite, check_same_architecture, state_of
 from fastmatch._internal.stopwatch import Stopwatch
 from fastmatch.checkpoint.align import WriteOptions, align_checkpoints
-from fastmatch.checkpoint.names import RenamedCheckpoint
-from fastmatch.checkpoint.pairs import layout_for
+from fastmatch.checkpoint.pairs import open_pair
 from fastmatch.checkpoint.reader import Checkpoint
 from fastmatch.matching.align import align
 from fastmatch.matching.matcher import Matcher
@@ -213,9 +212,7 @@ def _out_of_core(recipe: Recipe, files: dict[str, Path], force: bool, progress: 
     write = WriteOptions(recipe.weights[1 - recipe.reference], recipe.dtype, force)
     matcher = WeightMatching(**recipe.align.options)
     found = align_checkpoints(path_a, path_b, recipe.out, matcher, write=write, progress=progress)
-    a, b = Checkpoint(path_a), Checkpoint(path_b)
-    layout = layout_for(path_a, a, found.spec)
-    report = found.report(RenamedCheckpoint(a, layout), RenamedCheckpoint(b, layout), names=(path_a, path_b))
+    report = found.report(*open_pair(path_a, path_b, found.spec), names=(path_a, path_b))
     report = replace(report, title="Merge of 2 networks", command=as_text(recipe.given).strip())
     _write_texts(recipe, report, files)
     return Outcome(None, (found,), report, files)

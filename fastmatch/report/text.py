@@ -17,6 +17,8 @@ WIDTH = 80
 MOST_ROWS = 10
 """Rows of a table on the screen; of a longer table the worst ones."""
 
+NUMBERS = 14
+"""Columns of a row's numbers, such as ``-0.01 -> 10.00``."""
 BAR = 16
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 
@@ -50,8 +52,11 @@ def _table(table: LayerTable) -> list[str]:
     if not rows:
         return []
     name = min(max(len(row.name) for row in rows), 36)
+    low, high = short(table.low), short(table.high)
+    scale = f"{low}{high:>{BAR - len(low)}}"
     return [
         f"{title}, {' -> '.join(filter(None, table.words))}",
+        f"  {'':<{name}}  {'':>6}  {'':>{NUMBERS}}  {scale}",
         *(f"  {_row(row, name, table)}" for row in rows),
     ]
 
@@ -64,4 +69,4 @@ def _row(row: Layer, width: int, table: LayerTable) -> str:
     before = "" if row.before is None else f"{short(row.before)} -> "
     filled = round(table.place(row.after) / 100 * BAR * 8)
     bar = "█" * (filled // 8) + (EIGHTHS[filled % 8] if filled % 8 else "")
-    return f"{name:<{width}}  {units}  {before:>9}{short(row.after)}  {bar}"
+    return f"{name:<{width}}  {units}  {before + short(row.after):>{NUMBERS}}  {bar}"

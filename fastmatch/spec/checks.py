@@ -16,7 +16,7 @@ def check_spec(spec: PermutationSpec, state: State, argument: str) -> None:
             if tensor is None:
                 prefix = prefix_of(spec.shapes, state)
                 if prefix:
-                    raise ValueError(f"{argument}: {under_prefix(prefix, state)}")
+                    raise ValueError(f"{argument}: {under_prefix(prefix, state, argument)}")
                 raise ValueError(
                     f"{argument}: has no tensor {axis.parameter!r}, which the spec's group {group.name!r} moves"
                 )

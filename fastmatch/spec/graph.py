@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fastmatch._internal.words import error_line
 from fastmatch.spec.axes import Axis
 from fastmatch.spec.exported import export_graph
 from fastmatch.spec.operations import tensors_in
@@ -112,16 +113,11 @@ def _followed(
             "; model.config.use_cache = False leaves out the cache, which cannot be traced" if cache else ""
         )
         raise ValueError(
-            f"models: neither torch.fx ({_line(reason)}) nor torch.export ({_line(error)}) can follow the forward pass of "
+            f"models: neither torch.fx ({error_line(reason, 160)}) nor torch.export ({error_line(error, 160)}) can follow the forward pass of "
             f"{type(model).__name__}; a partial merge rewires the graph and needs a forward pass without control flow on "
             f"values{advice}"
         ) from error
     return module_on(model, graph, constants), constants
-
-
-def _line(error: Exception) -> str:
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return text if len(text) <= 160 else f"{text[:160]}..."
 
 
 def module_on(model: nn.Module, graph: fx.Graph, constants: Mapping[str, Any]) -> fx.GraphModule:

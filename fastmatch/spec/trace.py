@@ -20,6 +20,7 @@ from fastmatch._internal.callers import warn_user
 from fastmatch._internal.dispatch_mode import DispatchMode
 from fastmatch._internal.divided import undivided
 from fastmatch._internal.states import check_module
+from fastmatch._internal.words import error_line
 from fastmatch.spec.branches import Siblings, training
 from fastmatch.spec.choices import Choices, follow_others
 from fastmatch.spec.escapes import Escapes
@@ -315,7 +316,7 @@ def _can_follow(model: nn.Module, choices: Choices) -> bool:
     except Exception as error:
         warn_user(
             "model: it reads numbers in Python, and the paths that others lead to were not followed, because it cannot be "
-            f"copied ({error})"
+            f"copied ({error_line(error)})"
         )
         return False
     return True

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -122,4 +124,16 @@ def gradients_by_sample(
                 raise ValueError(
                     'data: expected (inputs, targets) pairs of tensors, or mappings with labels; labels="sampled" needs none'
                 )
-            yield gradient(parameters, inputs, y.to(device_of(model)))
+            with _loops_untold():
+                found = gradient(parameters, inputs, y.to(device_of(model)))
+            yield found
+
+
+@contextmanager
+def _loops_untold() -> Iterator[None]:
+    """Inside, torch does not tell which operations ``vmap`` runs sample by sample: a user can do nothing about it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "There is a performance drop because we have not yet implemented the batching rule"
+        )
+        yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import zipfile
 
 import numpy as np
@@ -110,6 +111,33 @@ def test_other_objects_in_the_place_of_weights_are_refused(tmp_path, data):
         ValueError, match=r"model\.ckpt: not a torch file that weights_only can read .*Callback"
     ):
         load_state(tmp_path / "model.ckpt")
+
+
+def test_what_is_no_torch_file_is_told_by_what_it_is(tmp_path):
+    path = tmp_path / "m.pt"
+    torch.save({"w": torch.ones(9)}, path)
+    whole = path.read_bytes()
+    torch.save({"w": torch.ones(9)}, path, _use_new_zipfile_serialization=False)
+    old = path.read_bytes()
+    save_file({"w": torch.ones(2)}, path)
+    for data, told in (
+        (b"", "it is empty"),
+        (
+            b"hi there",
+            "it is text",
+        ),  # a pickle's words for "the object 105", which torch answers with KeyError(105)
+        (bytes(range(104, 200)), "it is no archive and no pickle"),
+        (b"<!DOCTYPE html>", "it is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "it is a pointer of Git LFS"),
+        (path.read_bytes(), "it is a safetensors file"),
+        (whole[:-50], "it was cut off"),
+        (old[:200], "IndexError: index out of range"),
+        (pickle.dumps({"w": 1}), "a pickle that torch.save has not written: Unsupported operand 149)"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"m\.pt: not a torch file that weights_only can read") as error:
+            load_state(path)
+        assert told in str(error.value)
 
 
 def test_suffixes_that_say_nothing_are_refused(tmp_path):

@@ -185,6 +185,19 @@ def test_checkpoints_of_another_architecture_are_named(planted, refused):
     refused(arguments, "c.safetensors: tensor '2.weight' has shape (16, 15)")
 
 
+def test_other_heads_are_led_out_of_core(planted, capsys):
+    """The advice is followed: it works. Where it would not, it is not given."""
+    save_state(build_model("cli_module:build_five")[0].state_dict(), "five.pt")
+    line = ["align", "a.safetensors", "five.pt", "--input-shape", "2,6", "--out", "o.pt"]
+    advice = "With --out-of-core{}, 4.weight and 4.bias of another size are left out and the rest is aligned"
+    for builder, more in (("build", " and a --model that builds five.pt"), ("build_five", "")):
+        assert main([*line, "--model", f"cli_module:{builder}"]) == 2
+        assert advice.format(more) in capsys.readouterr().err
+    assert main([*line, "--model", "cli_module:build", *DATA, "--matcher", "activations"]) == 2
+    assert "--out-of-core" not in capsys.readouterr().err
+    assert main([*line, "--model", "cli_module:build_five", "--out-of-core"]) == 0
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (["align", "a.safetensors", "none.safetensors", *ALIGN[3:], "o.pt"], "none.safetensors: no such file"),
     ([*ALIGN, "missing/out.pt"], "is not a folder"),
@@ -210,12 +223,12 @@ def test_checkpoints_of_another_architecture_are_named(planted, refused):
         )
     ),
     # Values out of range, and what is not there.
-    ([*ALIGN, "o.pt", "--max-sweeps", "-5"], "max_sweeps: expected a whole number of at least 1"),
-    ([*ALIGN, "o.pt", "--tolerance", "nan"], "tolerance: expected a finite number"),
-    ([*ALIGN, "o.pt", "--init", "nonsense"], "init: expected one of 'greedy', 'identity'"),
+    ([*ALIGN, "o.pt", "--max-sweeps", "-5"], "--max-sweeps: expected a whole number of at least 1"),
+    ([*ALIGN, "o.pt", "--tolerance", "nan"], "--tolerance: expected a finite number"),
+    ([*ALIGN, "o.pt", "--init", "nonsense"], "--init: expected greedy, identity or a .safetensors FILE of --permutations; got 'nonsense'"),
     ([*ALIGN, "o.pt", "--init", "none.safetensors"], "none.safetensors: no such file"),
     ([*ALIGN, "o.pt", "--init", "a.safetensors"], "holds no permutations"),
-    ([*ALIGN, "o.pt", *DATA, "--matcher", "mixture", "--activation-weight", "1"], "activation_weight: expected"),
+    ([*ALIGN, "o.pt", *DATA, "--matcher", "mixture", "--activation-weight", "1"], "--activation-weight: expected"),
     ([*ALIGN, "o.pt", "--groups", "nothing"], "--groups: 'nothing' is not in the spec"),
     ([*ALIGN, "o.pt", "--groups", "2", "0.hiden"],
      "--groups: '0.hiden' is not in the spec and fits no group of 0 (0.hidden), 2 (2.hidden); did you mean '0.hidden'?"),
@@ -227,10 +240,11 @@ def test_checkpoints_of_another_architecture_are_named(planted, refused):
     ([*ALIGN, "o.pt", "--resume"], "--resume: is an option of --out-of-core"),
     ([*ALIGN, "o.pt", "--out-of-core", *DATA], "--data: is an option of --matcher activations"),
     ([*ALIGN, "o.pt", "--out-of-core", *DATA, "--matcher", "activations"], "--matcher: alignment out of core matches by weights"),
+    ([*ALIGN, "o.pt", "--out-of-core", "--balance"], "--balance: has to run the networks"),
     ([*ALIGN, "o.pt", "--out-of-core", "--no-verify"], "--no-verify: alignment out of core does not verify"),
     ([*ALIGN, "o.pt", "--out-of-core", "--similarity", "cca"], "--similarity: is an option of"),
     ([*ALIGN, "o.pt", "--out-of-core", "--dtype", "int64"], "--dtype: expected a floating point type"),
-    ([*ALIGN, "o.pt", "--out-of-core", "--merge", "inf"], "merge: expected a finite number"),
+    ([*ALIGN, "o.pt", "--out-of-core", "--merge", "inf"], "--merge: expected a finite number"),
     (["align", "a.safetensors", "b.safetensors", "--out", "o.pt"], "--model: needed"),
     (["align", ".", ".", "--out", "o", "--input-shape", "2,6"], "--input-shape: needs --model"),
 ])  # fmt: skip
@@ -273,8 +287,8 @@ def test_align_many(models, loader, options, strategy, capsys):
     ([*MANY, *OUTS, *DATA, "--strategy", "frank-wolfe", "--matcher", "fisher"], "--matcher: --strategy frank-wolfe matches by weights"),
     ([*MANY, *OUTS, "--strategy", "chain", "--max-rounds", "3"], "--max-rounds: is an option of --strategy merge-many or frank-wolfe"),
     ([*MANY, *OUTS, "--max-steps", "3"], "--max-steps: is an option of --strategy frank-wolfe"),
-    ([*MANY, *OUTS, "--max-rounds", "0"], "max_rounds: expected a whole number of at least 1"),
-    ([*MANY, *OUTS, "--init", "greedy"], "matcher: each match begins at the current permutations"),
+    ([*MANY, *OUTS, "--max-rounds", "0"], "--max-rounds: expected a whole number of at least 1"),
+    ([*MANY, *OUTS, "--init", "greedy"], "the first at the identity; write --init identity, got --init greedy"),
     ([*MANY, *OUTS, "--strategy", "chain", "--site", "pre"], "--site: is an option of --matcher activations or mixture"),
     (["align-many", "a.safetensors", "--model", "cli_module:build", "--out", "o.pt"], "--out: expected 0 files"),
 ])  # fmt: skip

@@ -136,7 +136,8 @@ INSPECT = ["inspect", "--model", "cli_module:build_with_inputs"]
     (["merge", *PAIR, "--out", "o.pt"], {"checkpoints", "biases", "out"}),
     (["partial", *PAIR, "--rule", "identity", "--out", "o.pt2"], {"merged", "parameters", "out"}),
     (["renormalize", PAIR[0], "--endpoints", PAIR[1], *DATA, "--out", "o.pt"], {"method", "layers", "out"}),
-    (["curve", *PAIR, *DATA, "--points", "3", "--out", "o.csv"], {"rows", "loss barrier", "out"}),
+    (["curve", *PAIR, *DATA, "--points", "3", "--out", "o.csv"], {"rows", "loss_barrier", "out"}),
+    (["triangle", *PAIR, PAIR[0], *DATA, "--points", "3", "--out", "o.csv"], {"rows", "loss_barrier", "out"}),
     (["layers", *PAIR, *DATA, "--out", "o.csv"], {"rows", "out"}),
     (["verify", *PAIR], {"outputs", "error"}),
     (["inspect"], {"groups", "pins"}),
@@ -157,7 +158,13 @@ def test_json_is_one_object_and_quiet_is_silent(planted, capsys, line, keys):
     model = [] if line[0] in ("libraries", "apply", "pipeline") else model
     line = [*line, *model]
     assert main([*line, "--json"]) == 0
-    assert keys <= json.loads(capsys.readouterr().out).keys()
+    every: list[str] = []
+    said = json.loads(
+        capsys.readouterr().out,
+        object_pairs_hook=lambda pairs: every.extend(k for k, _ in pairs) or dict(pairs),
+    )
+    assert keys <= said.keys()
+    assert not [key for key in every if " " in key]
     assert main([*line, "--quiet", *(["--force"] if "--out" in line else [])]) == 0
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""
@@ -221,7 +228,7 @@ def test_words_that_are_not_known_are_one_line_with_the_nearest(line, message, c
     ({"a": "renamed.pt"}, "renamed.pt: has no tensor '0.weight', which --model has (also '2.weight', '4.weight'; 3 in all)"),
     ({"a": "renamed.pt"}, "the nearest that it has is '0.weigth'"),
     ({"a": "wrapped.pt"}, "has the names of the other with the prefix '_orig_mod.' (besides 'ema'), as torch.compile adds it"),
-    ({"--seed": "-1"}, "seed: expected a whole number of at least 0; got -1"),
+    ({"--seed": "-1"}, "--seed: expected a whole number of at least 0; got -1"),
 ])  # fmt: skip
 def test_wrong_input_is_one_line_that_says_what_to_do(planted, refused, change, message):
     with Path("cli_module.py").open("a") as file:

@@ -16,6 +16,7 @@ from fastmatch._internal.files import save_state
 from fastmatch.cli.loading import build_model
 from fastmatch.cli.main import parser
 from fastmatch.cli.options import MATCHER_OPTIONS, PARTS, matcher_from
+from fastmatch.cli.typed import as_typed
 
 MODEL = ["--model", "cli_module:build_with_inputs"]
 DATA = ["--data", "cli_module:loader"]
@@ -202,7 +203,7 @@ def test_an_option_of_a_matcher_arrives_in_the_matcher_or_is_refused(ready, word
     assert value != default
     expected = vars(args)[option.field]
     if option.field == "forward":
-        expected = sys.modules["cli_module"].run
+        value, expected = value.__wrapped__, sys.modules["cli_module"].run
     assert value == expected
 
 
@@ -250,3 +251,66 @@ def test_functions_of_the_user_are_called(ready):
     assert rows[0] == ["position", "loss", "top-1", "top-5", "metric"]
     assert float(rows[1][1]) == pytest.approx(7 * torch.pi, rel=1e-3)
     assert rows[1][4] == rows[1][1]
+
+
+def test_an_error_about_an_argument_names_the_option():
+    """Every option of every command, as the library calls it: first in an error, in advice, and in a sentence."""
+    for name, command in commands().items():
+        args = argparse.Namespace(grammar=parser(), command=name, arguments=[name])
+        for action in command._actions:
+            if not action.option_strings or action.dest == "help":
+                continue
+            flag = action.option_strings[-1]
+            args.__dict__[action.dest] = (
+                "typed"  # of several options for one argument, the one that was typed counts
+            )
+            assert as_typed(f"{action.dest}: expected 2; got 3", args) == f"{flag}: expected 2; got 3"
+            assert (
+                as_typed(f"use {action.dest}='word'; or {action.dest}=", args)
+                == f"use {flag} word; or {flag}"
+            )
+            if "_" in action.dest:
+                assert as_typed(f"choose another {action.dest}", args) == f"choose another {flag}"
+
+
+@pytest.mark.parametrize(("line", "said", "told"), [
+    (WAYS["align by weights"], "x exists; pass force=True (--force) to replace it", "x exists; pass --force to replace it"),
+    (WAYS["align by weights"], "model: fails; pass verify=False to go on", "--model: fails; pass --no-verify to go on"),
+    (WAYS["align-many, to-reference"], "model: fails; pass verify=False to go on", "--model: fails"),
+    (WAYS["align by weights"], "model_b: no tensor 'x'", "b.safetensors: no tensor 'x'"),
+    (WAYS["partial, zip"], "models[1]: no tensor 'x'", "b.safetensors: no tensor 'x'"),
+    (WAYS["partial, zip"], "endpoints: try method=\"reset\"", "endpoints: try --renormalize reset"),
+    (WAYS["merge"], "weights: too small for biases=\"normalize\"", "--weights: too small for --biases normalize"),
+    (WAYS["renormalize"], "endpoints: pass weights= to them (weights=[1.0] for one)", "--endpoints: pass --weights to them (--weights 1.0 for one)"),
+    (WAYS["align by weights"], "or trace(..., unread='hold'), which", "or --unread hold, which"),
+    (WAYS["inspect"], "example_inputs: give several; or trace(..., unread='hold'), which holds", "--model (its example inputs): give several"),
+    (["inspect", *MODEL, "--input-shape", "2,6"], "example_inputs: no", "--input-shape: no"),
+    (["pipeline", "recipe.json"], "out: expected a file", "out: expected a file"),  # a key of the recipe, for it was not typed
+    (["pipeline", "recipe.json", "--out", "x"], "out: expected a file", "--out: expected a file"),
+    (["align", "data", "b", "--data", "m:f", "--out", "o"], "data: is damaged", "data: is damaged"),  # a path
+    (WAYS["align by weights"], "--data: m:f failed with Error: seed=3", "--data: m:f failed with Error: seed=3"),
+])  # fmt: skip
+def test_what_the_library_says_is_said_as_it_was_typed(line, said, told):
+    args = parser().parse_args(line)
+    args.grammar, args.arguments = parser(), line
+    assert as_typed(said, args) == told
+
+
+def test_a_function_of_the_user_that_fails_is_named_with_what_it_was_given(ready, capsys):
+    from fastmatch.cli.main import main
+
+    Path("measures.py").write_text(
+        "def fails(*given):\n    return {}['width']\n\ndef rows(outputs, targets):\n    return targets\n"
+    )
+    error = "KeyError: 'width' (measures.py, line 2)"
+    for option, given in (
+        ("--loss", "(40, 7) float32, (40,) int64"),
+        ("--metric", "(40, 7) float32, (40,) int64"),
+        ("--forward", "Sequential, tuple"),
+    ):
+        assert main([*WAYS["curve"], option, "measures.py:fails"]) == 2
+        assert f"{option}: measures.py:fails failed on ({given}) with {error}" in capsys.readouterr().err
+    for option in ("--loss", "--metric"):
+        assert main([*WAYS["curve"], option, "measures.py:rows"]) == 2
+        told = f"{option}: expected one number for a batch, its mean; the function returned (40,) int64"
+        assert told in capsys.readouterr().err

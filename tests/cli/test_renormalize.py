@@ -34,7 +34,7 @@ def test_renormalize_writes_what_the_library_makes(merged, loader, mode, capsys)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    ([*RENORMALIZE, "--out", "new.pt"], "weights: needed for 2 endpoints"),
+    ([*RENORMALIZE, "--out", "new.pt"], "--weights: needed for 2 endpoints"),
     (["renormalize", "merged.pt", *MODEL, *DATA, "--out", "new.pt"], "--endpoints: needed"),
     ([*RENORMALIZE, "--out", "new.npz"], "expected a file ending in"),
     ([*RENORMALIZE[:-1], "cli_module:stream", "--out", "new.pt"], "--data: expected a callable that returns a loader"),

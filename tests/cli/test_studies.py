@@ -6,7 +6,7 @@ import pytest
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["demo", "--width", "100000"], "width: expected 128 to 8192"),
+    (["demo", "--width", "100000"], "--width: expected 128 to 8192"),
     (["study", "--data", "cli_module:broken"], "--data: cli_module:broken returned int, expected (train, test)"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(folder, refused, arguments, message):

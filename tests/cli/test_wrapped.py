@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -60,6 +63,42 @@ def test_a_reference_without_the_prefix_and_a_checkpoint_with_it(wrapped):
     assert main(["align", "plain.pt", "b.ckpt", *MODEL, "--out", "out.ckpt"]) == 0
     assert same("out.ckpt", "a.ckpt")
     assert all(name.startswith(prefix) for name in load_state("out.ckpt"))
+
+
+@pytest.mark.parametrize("paths", [("plain.pt", "b.ckpt"), ("a.ckpt", "plain_b.pt")])
+def test_on_disk_a_prefix_of_one_side_does_not_count(wrapped, paths, caplog):
+    """The output has the names that it has anyway: of B aligned, and of the first that is merged."""
+    _, _, planted = wrapped
+    save_state(planted.apply(load_state("plain.pt")), "plain_b.pt")
+    align = ["align", *paths, *MODEL, "--out-of-core", "--out", "aligned.pt", "--report", "page.html"]
+    assert main(align) == 0
+    like_b = "a.ckpt" if paths[1] == "b.ckpt" else "plain.pt"
+    assert same("aligned.pt", like_b)
+    half = ["align", *paths, *MODEL, "--out-of-core", "--merge", "0.5", "--out", "half.pt"]
+    assert main(half) == 0
+    assert same("half.pt", like_b)
+    assert main(["merge", paths[0], "aligned.pt", "--out", "merged.pt"]) == 0
+    assert same("merged.pt", paths[0])
+    assert main(["verify", *paths, *MODEL]) == 0
+    assert [r.message.partition(": ")[2][:10] for r in caplog.records] == ["the prefix"] * 4
+
+
+def test_a_shell_takes_the_network_out_of_a_module_that_holds_more(wrapped, capfd):
+    save_state({**load_state("b.ckpt"), "criterion.weight": torch.ones(7)}, "more $x.pt")
+    for command in (
+        ["align", "plain.pt", "more $x.pt", *MODEL, "--out-of-core", "--out", "out.pt"],
+        ["align", "plain.pt", "more $x.pt", *MODEL, "--out", "out.pt"],
+        ["merge", "plain.pt", "more $x.pt", "--out", "out.pt"],
+    ):
+        assert main(command) == 2
+        line = capfd.readouterr().err.partition("without it: ")[2]
+        python, _, code = shlex.split(line)
+        assert python == "python"
+        exec(code, {})
+        assert main(["align", "plain.pt", "more $x_plain.pt", *MODEL, "--out", "out.pt"]) == 0
+        assert same("out.pt", "plain.pt")
+        Path("out.pt").unlink()
+        Path("more $x_plain.pt").unlink()
 
 
 @pytest.mark.filterwarnings("ignore:renormalize leaves these alone")

@@ -15,11 +15,17 @@ SHAPES = {"mlp": (12,), "cnn": (3, 8, 8)}
 
 
 @pytest.fixture(params=["mlp", "cnn"])
-def case(request):
+def network(request):
+    """The kind of the networks of ``case``."""
+    return request.param
+
+
+@pytest.fixture
+def case(network):
     """Three networks of one kind, an example input, and batches on the CPU."""
     torch.manual_seed(fresh_seed())
-    models = [(mlp() if request.param == "mlp" else VGG()).eval() for _ in range(3)]
-    shape = SHAPES[request.param]
+    models = [(mlp() if network == "mlp" else VGG()).eval() for _ in range(3)]
+    shape = SHAPES[network]
     batches = [(torch.randn(8, *shape), torch.randint(5, (8,))) for _ in range(3)]
     return models, torch.randn(2, *shape), batches
 
@@ -136,8 +142,8 @@ def test_matchers_with_gradients(gpu, case, load, kind):
         fm.FrankWolfe(max_steps=2),
     ],
 )
-def test_align_many(gpu, case, strategy, request):
-    if isinstance(strategy, fm.MergeMany) and "cnn" in request.node.name and not gpu.has_autograd:
+def test_align_many(gpu, case, network, strategy):
+    if isinstance(strategy, fm.MergeMany) and network == "cnn" and not gpu.has_autograd:
         pytest.skip("a quarter of a minute in the interpreter; the MLP has the same kernels")
     if isinstance(strategy, fm.FrankWolfe) and not gpu.has_autograd:
         pytest.skip("needs a GPU: the pretended one has no backward pass")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -309,3 +310,20 @@ def test_fisher_matching_takes_labels_and_samples_and_refuses_what_it_does_not_u
     for option, value in {"labels": "theirs", "samples": 0, "seed": 1}.items():
         with pytest.raises(ValueError, match=option):
             fm.FisherMatching(data, **{option: value})  # type: ignore[arg-type]
+
+
+def test_torch_does_not_tell_which_kernels_it_runs_sample_by_sample():
+    """Attention, in torch 2.14. Warnings are errors here; those of the model's own are told."""
+
+    class Attention(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.outer = torch.nn.Linear(8, 8), torch.nn.Linear(8, 3)
+
+        def forward(self, x):
+            warnings.warn("of the model", stacklevel=1)
+            h = self.inner(x)[:, None]
+            return self.outer(torch.nn.functional.scaled_dot_product_attention(h, h, h)).mean((1, 2))
+
+    with pytest.warns(UserWarning, match="of the model"):
+        diagonal_fisher(Attention(), [(torch.randn(4, 5, 8), torch.tensor([0, 1, 2, 0]))])

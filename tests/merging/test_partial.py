@@ -76,6 +76,8 @@ def test_named_groups_stay_apart(rule):
         assert kept in found.apart
         assert torch.equal(found.model.get_parameter(kept), model.get_parameter("stage1.0.conv1.weight"))
     assert "merged.stage1.0.conv1.weight" not in dict(found.model.named_parameters())
+    assert set(found.spec.groups) - set(found.merged) == {"stage1.0.conv1"}
+    assert f"{len(found.merged)} of {len(found.spec.groups)} groups merged" in repr(found)
 
 
 @pytest.mark.parametrize("name", ["mlp", "vgg", "resnet", "resnet with layer norm", "encoder"])

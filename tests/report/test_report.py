@@ -141,6 +141,11 @@ def test_the_text_fits_a_screen(report, alignment, names):
     assert len(lines) <= 30
     assert max(map(len, lines)) <= 80
     assert any("Loss barrier" in line and "->" in line for line in lines)
+    rows = [line for line in lines if "█" in line]
+    scale = lines[lines.index(rows[0]) - 1]
+    table = report.tables[0]
+    assert [float(end) for end in scale.split()] == [table.low, table.high]
+    assert {line.index("█") for line in rows} == {len(scale) - len(scale.lstrip())}
     many = torch.nn.Sequential(
         *[layer for _ in range(40) for layer in (torch.nn.Linear(6, 6), torch.nn.ReLU())]
     )

@@ -106,8 +106,6 @@ def masks(kind: str, dense: nn.Module, data: Batches) -> dict[str, torch.Tensor]
     return {n: mask_of(m.weight**2 * fisher[f"{n}.weight"], 0.6) for n, m in layers.items()}
 
 
-# Gradients by sample through attention, in torch 2.14.
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize(("method", "mode"), [
     ("repair", "joint"), ("repair", "sequential"), ("rescale", "joint"), ("reshift", "sequential"),
 ])  # fmt: skip

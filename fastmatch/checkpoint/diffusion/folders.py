@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from fastmatch._internal.json_files import read_json
+from fastmatch._internal.words import error_line
 from fastmatch.checkpoint.diffusion.components import (
     KINDS,
     Component,
@@ -87,7 +88,9 @@ def folder_component(folder: str | Path) -> Component:
     try:
         whole: Any = made_empty(lambda: kind_of_module.from_config(read_json(Path(folder) / CONFIG)))
     except (TypeError, ValueError, KeyError) as error:
-        raise ValueError(f"{Path(folder) / CONFIG}: no {name} can be built from it ({error})") from error
+        raise ValueError(
+            f"{Path(folder) / CONFIG}: no {name} can be built from it ({error_line(error)})"
+        ) from error
 
     def build(_: Shapes, scale: int) -> nn.Module:
         # The module's own config has the defaults as well.
