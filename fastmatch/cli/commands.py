@@ -26,6 +26,7 @@ COMMANDS: dict[str, dict[str, str]] = {
         "pipeline": "align, merge, renormalize, evaluate and report as a recipe says; recipe, model card and page go beside the output",
     },
     "evaluate": {
+        "score": "loss, top-1 and top-5 accuracy of checkpoints",
         "curve": "loss, top-1 and top-5 accuracy on the line between two checkpoints",
         "triangle": "loss and accuracy over the triangle of three checkpoints",
         "layers": "per layer: variances, dead inputs and vanishing features on data",

@@ -1,4 +1,4 @@
-"""``fastmatch curve``, ``triangle``, ``layers`` and ``distances``: evaluate checkpoints and write a table."""
+"""``fastmatch score``, ``curve``, ``triangle``, ``layers`` and ``distances``: evaluate checkpoints and write a table."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from fastmatch.evaluation.curve import interpolate
 from fastmatch.evaluation.distances import distances
 from fastmatch.evaluation.layers import layer_table
 from fastmatch.evaluation.plots import PICTURES
+from fastmatch.evaluation.scores import score
+from fastmatch.evaluation.table import Table
 from fastmatch.evaluation.triangle import triangle
 from fastmatch.renorm import Renormalization
 
@@ -27,6 +29,19 @@ LABELLED = "callable that returns a loader of (inputs, targets), or of mappings 
 
 def add_commands(commands: Commands) -> None:
     """Add the commands to the grammar."""
+    command = add_command(
+        commands, "score", score_command,
+        examples=(
+            "score a.pt b.pt merged.pt --model net.py:build --data net.py:test_loader",
+            "score merged.pt --model net.py:build --data net.py:test_loader --metric net.py:error_rate --out scores.csv",
+        ),
+    )  # fmt: skip
+    command.add_argument("checkpoints", nargs="+", help="one or more checkpoints of one architecture")
+    add(command, "--model", required=True)
+    add(command, "--data", required=True, help=LABELLED)
+    _add_measures(command)
+    _add_outputs(command, required=False)
+
     command = add_command(
         commands, "curve", curve_command,
         examples=(
@@ -109,6 +124,21 @@ def _add_outputs(command: argparse.ArgumentParser, *, plot: bool = False, requir
     if plot:
         add(command, "--plot")
     add(command, "--force")
+
+
+def score_command(args: argparse.Namespace) -> None:
+    """Evaluate checkpoints one after the other."""
+    check_outputs(args, out=CSV_SUFFIXES)
+    check_inputs(args)
+    model, _ = build_model(args.model)
+    data, measures = loader_from(args.data, "--data"), _measures(args)
+    rows = []
+    for path in args.checkpoints:
+        found = score(load_into(model, path), data, **measures)
+        rows.append({"checkpoint": path, "loss": found.loss, "top-1": found.accuracy, "top-5": found.top5})
+        if args.metric is not None:
+            rows[-1]["metric"] = found.metric
+    write_table(Table(tuple(rows)), args)
 
 
 def curve_command(args: argparse.Namespace) -> None:

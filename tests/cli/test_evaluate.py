@@ -1,8 +1,9 @@
-"""``fastmatch curve``, ``triangle``, ``layers`` and ``distances`` write what the library calls return."""
+"""``fastmatch score``, ``curve``, ``triangle``, ``layers`` and ``distances`` write what the library calls return."""
 
 from __future__ import annotations
 
 import csv
+import json
 
 import pytest
 
@@ -33,6 +34,24 @@ def test_curve_writes_what_the_library_makes(models, loader, folder, capsys):
     assert "--force" in capsys.readouterr().err
 
 
+def test_score_prints_and_writes_what_the_library_measures(models, loader, capsys):
+    expected = [fm.score(model, loader) for model in models]
+    assert main(["score", *FILES, *MODEL, *DATA, "--out", "s.csv"]) == 0
+    printed = capsys.readouterr().out
+    for row, path, one in zip(rows_of("s.csv"), FILES, expected, strict=True):
+        assert path in printed
+        assert row["checkpoint"] == path
+        found = [float(row[name]) for name in ("loss", "top-1", "top-5")]
+        assert found == pytest.approx([one.loss, one.accuracy, one.top5])
+        assert "metric" not in row
+    assert (
+        main(["score", FILES[2], *MODEL, *DATA, "--metric", "torch.nn.functional:cross_entropy", "--json"])
+        == 0
+    )
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert row["metric"] == pytest.approx(row["loss"]) == pytest.approx(expected[2].loss)
+
+
 def test_triangle_layers_and_distances(models, loader, capsys):
     options = ["--points", "3", "--out", "t.csv", "--plot", "t.png"]
     assert main(["triangle", *FILES, *MODEL, *DATA, *options]) == 0
@@ -58,6 +77,7 @@ def test_triangle_layers_and_distances(models, loader, capsys):
     ([*CURVE[:-1], "c.txt"], "--out: expected a file ending in .csv"),
     (["triangle", *FILES, *MODEL, *DATA, "--out", "t.csv", "--plot", "t.csv"], "--plot: t.csv is the same file as --out"),
     (["distances", *FILES, "--out", "d.txt"], "--out"),
+    (["score", "a.safetensors", "nowhere.pt", *MODEL, *DATA], "nowhere.pt: no such file"),
     (["layers", *FILES, *MODEL, *DATA, "--endpoints", "z", "--out", "l.csv"], "endpoints"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(models, refused, arguments, message):

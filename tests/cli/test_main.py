@@ -26,7 +26,7 @@ PAIR = ["a.safetensors", "b.safetensors"]
 DATA = ["--data", "cli_module:loader"]
 
 COMMANDS = {
-    "align", "align-many", "apply", "merge", "partial", "plan", "renormalize", "pipeline", "curve", "triangle", "layers",
+    "align", "align-many", "apply", "merge", "partial", "plan", "renormalize", "pipeline", "score", "curve", "triangle", "layers",
     "distances", "inspect", "verify", "demo", "study", "bench", "run", "libraries", "warm-up", "completion",
 }  # fmt: skip
 

@@ -49,6 +49,7 @@ WAYS: dict[str, list[str]] = {
         "renormalize", "normed.pt", "--model", "cli_module:build_normed", *DATA, "--method", "reset", "--out", "out.pt",
     ],
     "pipeline": ["pipeline", "recipe.json", "--out", "out.pt"],
+    "score": ["score", *PAIR, *MODEL, *DATA, "--out", "out.csv"],
     "curve": ["curve", *PAIR, *MODEL, *DATA, "--points", "3", "--out", "out.csv"],
     "curve, renormalized": [
         "curve", *PAIR, *MODEL, *DATA, "--renormalize", "rescale", "--calibration", "cli_module:loader", "--out", "out.csv",
