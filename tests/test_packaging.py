@@ -52,6 +52,7 @@ def test_the_wheel_holds_both_packages(wheel):
     } <= held
 
 
+@pytest.mark.slow
 def test_the_sdist_holds_what_its_tests_read(tmp_path):
     if not (ROOT / ".git").exists():
         pytest.skip("the list of files is git's")
@@ -78,6 +79,7 @@ def test_an_installation_needs_no_compiler():
     assert [Requirement(r).name for r in project["optional-dependencies"]["lapjv"]] == ["lapjv"]
 
 
+@pytest.mark.slow
 def test_without_lapjv_all_but_its_solver_works():
     code = """
 import sys
@@ -95,6 +97,7 @@ except ImportError as error:
     assert done.stdout == "LapJV needs the package lapjv: pip install 'fastmatch[lapjv]'\n"
 
 
+@pytest.mark.slow
 def test_the_package_is_found_from_the_folder_that_holds_the_clone(tmp_path):
     """There, the clone's own folder is a namespace package of the same name; an installed one comes before it."""
     (tmp_path / "fastmatch").symlink_to(ROOT, target_is_directory=True)

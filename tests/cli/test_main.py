@@ -383,6 +383,7 @@ def test_a_signal_while_torch_is_loaded_is_one_line_too(tmp_path, number):
     assert error == f"fastmatch: {how} before it began\n"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no terminals of this kind")
 def test_a_terminal_that_closes_ends_the_command_with_its_status(planted):
     """Then the line about it has no place to go."""

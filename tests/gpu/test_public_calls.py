@@ -210,7 +210,10 @@ def test_verify_and_models_of_two_devices(gpu, case):
     assert same(found, fm.align(a, b, spec=spec))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bfloat16, *(pytest.param(d, marks=pytest.mark.slow) for d in (torch.float16, torch.float64))],
+)
 def test_other_dtypes(gpu, dtype):
     torch.manual_seed(fresh_seed())
     a, b = (mlp().eval().to(dtype) for _ in range(2))

@@ -38,6 +38,7 @@ def expected(weights, alphas, first, second, dims, blocks):
     return total
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("shape", "dims", "blocks"), CASES)
@@ -87,6 +88,7 @@ def test_half_precision_numbers_survive_the_cpu_twin(dtype):
     torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize(("shape", "dims", "blocks"), CASES)
 def test_what_is_stored_past_the_caches_is_what_is_stored_in_them(monkeypatch, dtype, shape, dims, blocks):

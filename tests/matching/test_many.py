@@ -255,6 +255,7 @@ def test_activations_of_all_pairs_find_the_best_order_of_three_small_networks():
     assert torch.equal(permutations[0][group], torch.arange(3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlp", "resnet"])
 def test_the_similarity_of_all_pairs_never_falls_and_is_at_least_that_of_the_matches_to_the_reference(name):
     seed = fresh_seed()

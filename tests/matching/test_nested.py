@@ -54,6 +54,7 @@ def every_permutation(spec: PermutationSpec):
         yield dict(zip(spec.groups, chosen, strict=True))
 
 
+@pytest.mark.slow
 def test_one_family_is_matched_optimally():
     """All 6^4 arrangements of three heads with three channels each."""
     spec, generator = heads_of(shared=False), torch.Generator().manual_seed(fresh_seed())

@@ -237,8 +237,16 @@ def test_other_dtypes_are_matched_and_returned_as_they_came(dtype):
         ("tolerance", -1e-9, "tolerance: expected a finite number of at least 0"),
         ("seed", -1, "seed: expected a whole number of at least 0; got -1"),
         ("seed", None, "seed: expected a whole number of at least 0; got None"),
-        ("init", "placed", "init: expected one of 'greedy', 'identity'; got 'placed'"),
-        ("init", None, "init: expected one of 'greedy', 'identity'; got None"),
+        (
+            "init",
+            "placed",
+            "init: expected one of 'greedy', 'identity', or permutations by names of groups; got 'placed'",
+        ),
+        (
+            "init",
+            None,
+            "init: expected one of 'greedy', 'identity', or permutations by names of groups; got None",
+        ),
         ("init", {"0": torch.zeros(24, dtype=torch.long)}, r"init\['0'\]: not a permutation"),
         ("init", {"0": torch.rand(24)}, r"init\['0'\]: expected integers of shape"),
         ("init", {"0": torch.zeros(2, 2, dtype=torch.long)}, r"init\['0'\]: expected integers of shape"),

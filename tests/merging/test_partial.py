@@ -80,7 +80,14 @@ def test_named_groups_stay_apart(rule):
     assert f"{len(found.merged)} of {len(found.spec.groups)} groups merged" in repr(found)
 
 
-@pytest.mark.parametrize("name", ["mlp", "vgg", "resnet", "resnet with layer norm", "encoder"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vgg",
+        "encoder",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("mlp", "resnet", "resnet with layer norm")),
+    ],
+)
 def test_permute_from_the_start_is_align_and_merge(name):
     (a, b), x = two(name, fresh_seed())
     data = inputs_like(x)

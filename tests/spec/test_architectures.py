@@ -28,6 +28,12 @@ CASES = [pytest.param(f, a, id=f"{f.name}-{a}") for f in FAMILIES for a in f.att
 EACH = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 
 
+def sampled(families):
+    """Each third of the families, and the others in `make nightly`."""
+    cases = [f if k % 3 == 0 else pytest.param(f, marks=pytest.mark.slow) for k, f in enumerate(families)]
+    return pytest.mark.parametrize("family", cases, ids=lambda f: f.name)
+
+
 def moving(spec: PermutationSpec, generator: torch.Generator):
     """A permutation of every group that is not the identity."""
     permutations = {}
@@ -95,9 +101,7 @@ def test_every_parameter_matters(family):
     pytest.fail(f"without effect: {idle}")
 
 
-@pytest.mark.parametrize("family", [
-    family if k % 4 == 0 else pytest.param(family, marks=pytest.mark.slow) for k, family in enumerate(FAMILIES)
-], ids=lambda f: f.name)  # fmt: skip
+@sampled(FAMILIES)
 def test_a_group_that_forgets_an_axis_is_caught(family):
     """What the first test would say of a wrong spec."""
     seed = fresh_seed()
@@ -136,7 +140,7 @@ def test_the_tables_name_families():
     assert not set(GAPS) & set(UNMOVED)
 
 
-@EACH
+@sampled(FAMILIES)
 def test_a_config_gives_the_structure_of_its_model(family, tmp_path):
     """Without the weights, and with inputs that come from the config."""
     model = family.build(fresh_seed())
@@ -165,9 +169,7 @@ def test_the_share_that_moves_does_not_fall():
     assert fallen(text, text.replace(row, "")) == [f"T5: {share} %, now 0 %"]
 
 
-@pytest.mark.parametrize(
-    "family", [f for f in FAMILIES if f.inputs in (text, translations)], ids=lambda f: f.name
-)
+@sampled(f for f in FAMILIES if f.inputs in (text, translations))
 def test_padding_holds_nothing(family):
     seed = fresh_seed()
     model, generator = family.build(seed), torch.Generator().manual_seed(seed)

@@ -125,6 +125,7 @@ def test_twenty_thousand_random_networks_keep_their_function():
     hunt(20_000)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_random_networks_hand_out_the_units_of_their_sites():
     seeds, sites, failed = random.Random(fresh_seed()), 0, {}
