@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 __all__ = ["FAMILIES", "UNets", "listed_shapes", "sd35_shapes", "shapes_of", "unet_shapes"]
@@ -25,9 +26,13 @@ def listed_shapes(config: str, *components: str) -> Shapes:
         components: such as ``"diffuser"``; every one by default.
     """
     import yaml
-    from sd_mecha.extensions import model_configs
 
-    folder = Path(model_configs.__file__).parent / "builtin" / "model_configs"
+    found = find_spec("sd_mecha")  # without its import, which takes seconds
+    if found is None or found.origin is None:
+        raise ImportError(
+            "the names in files of diffusion models are read from sd-mecha: pip install sd-mecha"
+        )
+    folder = Path(found.origin).parent / "extensions" / "builtin" / "model_configs"
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     tables = yaml.load((folder / f"{config}.yaml").read_text(), loader)["components"]
     return {
@@ -51,6 +56,7 @@ class UNets:
         inputs: channels of the input.
         added: width of the added condition; 0 for none.
         linear: the projections of the transformers are linear layers, not convolutions.
+        layers: residual blocks of each resolution on the way down; one more on the way up.
     """
 
     depths: tuple[int, ...]
@@ -61,10 +67,7 @@ class UNets:
     inputs: int = 4
     added: int = 0
     linear: bool = True
-
-
-LAYERS = 2
-"""Residual blocks of each resolution on the way down; one more on the way up."""
+    layers: int = 2
 
 
 def unet_shapes(unet: UNets) -> Shapes:
@@ -110,7 +113,7 @@ def unet_shapes(unet: UNets) -> Shapes:
     add("input_blocks.0.0", unet.channels, unet.inputs, 3, 3)
     width, skips, index, last = unet.channels, [unet.channels], 1, len(unet.multiples) - 1
     for level, (multiple, depth) in enumerate(zip(unet.multiples, unet.depths, strict=True)):
-        for _ in range(LAYERS):
+        for _ in range(unet.layers):
             residual(f"input_blocks.{index}.0", width, multiple * unet.channels)
             width = multiple * unet.channels
             if depth:
@@ -126,12 +129,12 @@ def unet_shapes(unet: UNets) -> Shapes:
     residual("middle_block.2", width, width)
     index = 0
     for level in range(last, -1, -1):
-        for layer in range(LAYERS + 1):
+        for layer in range(unet.layers + 1):
             residual(f"output_blocks.{index}.0", width + skips.pop(), unet.multiples[level] * unet.channels)
             width = unet.multiples[level] * unet.channels
             if unet.depths[level]:
                 transformer(f"output_blocks.{index}.1", width, unet.depths[level])
-            if level and layer == LAYERS:
+            if level and layer == unet.layers:
                 add(f"output_blocks.{index}.{2 if unet.depths[level] else 1}.conv", width, width, 3, 3)
             index += 1
     add("out.0", width)

@@ -19,13 +19,17 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     ("modules", "calls"),
     [
-        (["scipy.optimize.tests.test_linear_assignment"], 20),
-        (["scipy.optimize.tests.test_quadratic_assignment"], 100),
-        (["networkx.algorithms.bipartite.tests.test_matching", "networkx.algorithms.tests.test_matching"], 5),
-        (["sklearn.metrics.cluster.tests"], 3),
+        pytest.param(["scipy.optimize.tests.test_linear_assignment"], 20, id="scipy, linear"),
+        pytest.param(
+            ["scipy.optimize.tests.test_quadratic_assignment"], 100, id="scipy, quadratic", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ["networkx.algorithms.bipartite.tests.test_matching", "networkx.algorithms.tests.test_matching"], 5,
+            id="networkx", marks=pytest.mark.slow,
+        ),
+        pytest.param(["sklearn.metrics.cluster.tests"], 3, id="scikit-learn", marks=pytest.mark.slow),
     ],
-    ids=["scipy, linear", "scipy, quadratic", "networkx", "scikit-learn"],
-)
+)  # fmt: skip
 def test_others_own_tests_pass_on_our_solvers(tmp_path, modules, calls):
     """``calls``: as many, at least, our solver has to answer. All sizes count: the tests' problems are small."""
     for module in modules:

@@ -9,8 +9,10 @@ from safetensors.torch import save_file
 from fastmatch.backends import sd_mecha as backend
 from fastmatch.checkpoint.diffusion.single_file import trace_file
 from fastmatch.permutations.apply import apply_permutations
-from helpers.diffusion import random_file, sd_mecha, small_shapes
+from helpers.diffusion import random_file, small_shapes
 from helpers.networks import fresh_seed
+
+sd_mecha = pytest.importorskip("sd_mecha")
 
 CONFIG = "fastmatchtiny-ldm"
 UNET = "model.diffusion_model."
@@ -24,7 +26,7 @@ def running_mean(name):
 def shapes():
     from sd_mecha.extensions.model_configs import KeyMetadata, ModelComponent, ModelConfigImpl, register_aux
 
-    found = {**small_shapes("tiny"), "other.weight": (3, 5)}
+    found = {**small_shapes("unet"), "other.weight": (3, 5)}
     keys = {name: KeyMetadata(list(shape), "float32") for name, shape in found.items()}
     means = {
         running_mean(name): KeyMetadata(list(shape), "float32", optional=True)

@@ -25,6 +25,12 @@ class Scripted:
         self.outcomes = {name: list(turns) for name, turns in outcomes.items()}
         self.asked: list[str] = []
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
     def place(self, cost):
         pass
 
@@ -165,7 +171,12 @@ def test_shapes_have_at_least_one_column_more():
     assert report.sides(300, "10:1") == (3000, 300)
 
 
-def test_a_run_is_kept_and_continued(tmp_path, capsys):
+@pytest.mark.parametrize("solves", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_run_is_kept_and_continued(tmp_path, capsys, monkeypatch, solves):
+    """``solves``: in processes of their own, which each compile first; otherwise the outcomes are given."""
+    if not solves:
+        given = Scripted(**{OURS: [outcome(1.0)], "scipy": [outcome(1.0)]})
+        monkeypatch.setattr(report, "Runner", lambda limit: given)
     out = tmp_path / "found.json"
     arguments = ["--sizes=12", "--shapes=1:2", "--dtypes=float64,factors", "--repeats=1", "--peers=scipy"]
     found = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from bench.lib.mnist import DEEP, SHAPE, of_classes, vgg10
@@ -20,10 +21,14 @@ def pair(name: str) -> report.Pair:
     return report.Pair(a, b, DEEP[name], samples(80), samples(40))
 
 
+@pytest.mark.slow
 def test_midpoints_are_of_every_matching_and_correction():
     rows = list(report.midpoints(pair("MLP")))
     assert len(rows) == 2 + 3 * 6, "two ends, three matchings, six corrections"
     assert all(0 <= row["accuracy"] <= 1 for row in rows)
+
+
+def test_networks_with_batch_norm_are_reset():
     assert "reset" in pair("VGG10, BN").corrections()
     assert "reset" not in pair("MLP").corrections()
 

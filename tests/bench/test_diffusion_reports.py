@@ -31,13 +31,15 @@ def test_a_network_has_as_many_parameters_as_published(model):
     assert total / 1e9 == pytest.approx(PUBLISHED[model], rel=0.03)
 
 
-def test_a_file_of_sd35_with_norms_of_heads_and_a_second_attention_is_proved():
-    shapes = sd35_shapes(1536, layers=2, side=32, double=1)
+@pytest.mark.parametrize("width", [128, pytest.param(1536, marks=pytest.mark.slow)])
+def test_a_file_of_sd35_with_norms_of_heads_and_a_second_attention_is_proved(width):
+    shapes = sd35_shapes(width, layers=2, side=32, double=1)
     spec = trace_file(shapes, "sd3.5")
     assert prove_file(shapes, spec, "sd3.5").error < 1e-12
     assert any(axis.parameter.endswith("attn2.proj.weight") for g in spec.groups.values() for axis in g.axes)
 
 
+@pytest.mark.slow
 def test_names_are_traced_and_proved():
     found = diffusion_names.measure(Namespace(tiny=True))
     (row,) = found["rows"]

@@ -55,7 +55,7 @@ def gpu_options(tmp_path, backend, *parts):
     return Namespace(tiny=True, device="cpu", backend=backend, sizes=None, parts=parts, out=tmp_path)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("backend", [pytest.param("cpu", marks=pytest.mark.slow), "triton"])
 def test_every_kernel_is_checked_and_timed(tmp_path, backend):
     if torch.cuda.is_available() and backend == "triton":
         pytest.skip("the interpreter is for machines without a GPU")
@@ -112,6 +112,7 @@ def test_a_finding_that_fails_or_comes_too_late_stops_nothing(tmp_path):
     assert "time is used up" in rows[2]["error"]
 
 
+@pytest.mark.slow
 def test_the_reading_of_device_matrices_is_counted():
     rows = {row["cost"]: row for row in device_cost.measure(TINY)["rows"]}
     assert (rows["constant"]["n"], rows["constant"]["lists"]) == (100, "given up")
@@ -148,6 +149,7 @@ def fixed(row: dict[str, Any]) -> dict[str, float]:
     return {k: v for k, v in found.items() if not k.startswith("auto")}
 
 
+@pytest.mark.slow
 def test_the_automatic_choice_is_compared_with_every_method():
     found = renormalization_choice.measure(TINY)
     assert len(found["rows"]) == 12
@@ -170,6 +172,7 @@ def test_the_committed_choices_are_near_the_best_and_do_no_harm():
         assert max(row["accuracy, none"] - o for row, o in zip(rows, ours, strict=True)) <= 0.03
 
 
+@pytest.mark.slow
 def test_screening_is_counted():
     """In a process of its own: it replaces kernels and binds itself to one core."""
     command = [sys.executable, "-m", "bench.reports.bfloat16_screening", "--tiny", "--repeats", "1"]
@@ -257,6 +260,7 @@ def test_a_record_is_kept_and_its_page_written(tmp_path, monkeypatch):
     assert (tmp_path / "name.md").read_text() == text
 
 
+@pytest.mark.slow
 def test_hunts_for_faults_write_what_they_tried(tmp_path):
     lines = tmp_path / "rows"
     found = soundness.measure(Namespace(tiny=True, parts=["networks"], seed=1, count=2, lines=lines))

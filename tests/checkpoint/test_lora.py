@@ -14,7 +14,7 @@ import fastmatch as fm
 from fastmatch.checkpoint.diffusion.lora import permute_lora
 from fastmatch.checkpoint.diffusion.single_file import trace_file
 from fastmatch.cli.main import main
-from helpers.diffusion import CLIP, TINY_UNET, diffusers, names_in_file, random_file, small_shapes
+from helpers.diffusion import CLIP, TINY_UNET, diffusers, names_in_file, random_file, small_shapes, small_spec
 
 RANK = 3
 
@@ -27,7 +27,7 @@ def model():
     generator = torch.Generator().manual_seed(seed)
     shapes = small_shapes("tiny")
     b = random_file(shapes, generator, torch.float64)
-    spec = trace_file(shapes, "b")
+    spec = small_spec("tiny")
     alignment = fm.Alignment(spec.random(generator), spec)
     return b, alignment.apply(b), alignment, generator
 
@@ -35,7 +35,7 @@ def model():
 def weights(shapes=None):
     """(name of the module in diffusers, name in the file, shape) of every matrix and kernel that a LoRA can change."""
     shapes = small_shapes("tiny") if shapes is None else shapes
-    names = names_in_file("sdxl-sgm", "diffuser")
+    names = names_in_file("tiny")
     return [
         (module.removesuffix(".weight"), name, shapes[name])
         for module, name in names.items()
@@ -46,7 +46,7 @@ def weights(shapes=None):
 def output(state):
     """The output of the UNet of diffusers with these tensors."""
     net = diffusers.UNet2DConditionModel(**TINY_UNET).double().eval()
-    names = names_in_file("sdxl-sgm", "diffuser")
+    names = names_in_file("tiny")
     net.load_state_dict({name: state[names[name]] for name in net.state_dict()})
     inputs = torch.Generator().manual_seed(5)
     sample = torch.randn(2, 4, 8, 8, generator=inputs, dtype=torch.float64)

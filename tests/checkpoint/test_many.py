@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 import fastmatch as fm
 from fastmatch._internal.files import save_state
 from fastmatch.checkpoint import MergeOptions, WriteOptions, align_many_checkpoints, many, reader
-from fastmatch.checkpoint.diffusion.single_file import trace_file
 from fastmatch.cli.main import main
 from fastmatch.permutations.apply import apply_permutations
 from helpers.networks import build, fresh_seed
@@ -185,9 +184,8 @@ def test_bad_input_is_refused_before_anything_is_written(planted, tmp_path, chan
 
 def test_files_of_diffusion_models_are_traced_once_and_merged(tmp_path, capsys, monkeypatch):
     diffusion = pytest.importorskip("helpers.diffusion")
-    shapes = diffusion.small_shapes("tiny")
+    shapes, spec = diffusion.small_shapes("unet"), diffusion.small_spec("unet")
     generator = torch.Generator().manual_seed(fresh_seed())
-    spec = trace_file(shapes, "a")
     a = diffusion.random_file(shapes, generator)
     traced = []
     plain = many.trace_checkpoint

@@ -111,6 +111,7 @@ def test_every_suite_has_a_file():
     assert set(report.SUITES) == {*SUITES, "families"}
 
 
+@pytest.mark.slow
 def test_families_of_costs_are_measured_beside_every_solver(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     out = tmp_path / "run.json"

@@ -3,72 +3,103 @@
 from __future__ import annotations
 
 import functools
+import re
+from importlib.util import find_spec
 
 import pytest
 import torch
 
-from bench.lib.diffusion_shapes import listed_shapes
+from bench.lib.diffusion_shapes import UNET, UNets, listed_shapes, unet_shapes
 from fastmatch.checkpoint.diffusion.components import find_components
+from fastmatch.checkpoint.diffusion.single_file import trace_file
+from fastmatch.spec import PermutationSpec
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
-sd_mecha = pytest.importorskip("sd_mecha")
+if find_spec("sd_mecha") is None:  # its lists of names are read; to import it takes seconds
+    pytest.skip("could not find 'sd_mecha'", allow_module_level=True)
 
-SD1_UNET = {
-    "block_out_channels": (32, 64), "cross_attention_dim": 64, "attention_head_dim": 8, "layers_per_block": 2,
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-}  # fmt: skip
 TINY_UNET = {
-    "block_out_channels": (64, 128), "cross_attention_dim": 32, "attention_head_dim": (1, 2), "layers_per_block": 2,
+    "block_out_channels": (64, 128), "cross_attention_dim": 32, "attention_head_dim": (1, 2), "layers_per_block": 1,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
     "use_linear_projection": True,
 }  # fmt: skip
-SDXL_UNET = {
-    "block_out_channels": (64, 128, 128), "cross_attention_dim": 2048, "attention_head_dim": (1, 2, 2),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "use_linear_projection": True,
-    "transformer_layers_per_block": (1, 1, 2), "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 1344,
-}  # fmt: skip
-VAE = {
-    "block_out_channels": (32, 64, 96, 96), "down_block_types": ("DownEncoderBlock2D",) * 4, "layers_per_block": 2,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-}  # fmt: skip
+"""What diffusers calls the UNet of the file ``"tiny"``."""
+UNETS = {
+    "unet": UNets((1,), 1, 64, channels=32, multiples=(1,), linear=False, layers=1),
+    "tiny": UNets((0, 1), 1, 32, channels=64, multiples=(1, 2), layers=1),
+    "sdxl": UNets((2,), 2, 2048, channels=128, multiples=(1,), added=1344, layers=1),
+}
+DEEP_UNETS = {
+    "unet": UNets((1,), 1, 64, channels=32, multiples=(1,), linear=False, layers=1),
+    "sd1": UNets((1, 0), 1, 64, channels=32, multiples=(1, 2), linear=False),
+    "sdxl": UNets((0, 1, 2), 2, 2048, channels=64, multiples=(1, 2, 2), added=1344),
+}
+"""With two residual blocks of each resolution, as the real ones have."""
+VAE_WIDTHS, DEEP_VAE_WIDTHS = (32, 64), (32, 64, 96, 96)
 CLIP = {
     "vocab_size": 64, "hidden_size": 128, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 2,
     "max_position_embeddings": 16, "bos_token_id": 62, "eos_token_id": 63,
 }  # fmt: skip
 
 
-@functools.cache
-def names_in_file(file: str, component: str) -> dict[str, str]:
-    """Name of a parameter of the module -> its name in the real file."""
-    (found,) = find_components(listed_shapes(file, component), file)
+def _names(shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
+    """Name of a parameter of the module -> its name in a file that holds one network."""
+    (found,) = find_components(shapes, "a file")
     return {name: found.prefix + source.parts[0].name for name, source in found.layout.items()}
 
 
 @functools.cache
-def small_shapes(kind: str = "sd1") -> dict[str, tuple[int, ...]]:
-    """Name -> shape of a small file: UNet, VAE and text encoder of ``"sd1"``, or a UNet: ``"sdxl"`` or ``"tiny"``."""
+def names_in_file(kind: str) -> dict[str, str]:
+    """Name of a parameter of the UNet of diffusers -> its name in a small file."""
+    return _names({name: shape for name, shape in small_shapes(kind).items() if name.startswith(UNET)})
+
+
+def small_shapes(kind: str = "sd1", *, deep: bool = False) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of a small file: UNet, VAE and text encoder of ``"sd1"``, or a UNet: ``"unet"``, ``"tiny"``, ``"sdxl"``.
+
+    ``deep``: with as many residual blocks as real files have; to trace and prove it takes several times as long.
+    """
+    unet = DEEP_UNETS[kind] if deep else UNETS["unet" if kind == "sd1" else kind]
+    shapes = {UNET + name: shape for name, shape in unet_shapes(unet).items()}
+    return shapes | _vae_and_clip(deep) if kind == "sd1" else shapes
+
+
+@functools.cache
+def _vae_and_clip(deep: bool) -> dict[str, tuple[int, ...]]:
+    widths = DEEP_VAE_WIDTHS if deep else VAE_WIDTHS
+    levels = len(widths)
+    vae = {
+        "block_out_channels": widths, "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels, "layers_per_block": 2 if deep else 1,
+    }  # fmt: skip
     with torch.device("meta"):
-        if kind != "sd1":
-            config = SDXL_UNET if kind == "sdxl" else TINY_UNET
-            parts = [("sdxl-sgm", "diffuser", diffusers.UNet2DConditionModel(**config))]
-        else:
-            parts = [
-                ("sd1-ldm", "diffuser", diffusers.UNet2DConditionModel(**SD1_UNET)),
-                ("sd1-ldm", "vae", diffusers.AutoencoderKL(**VAE)),
-                ("sd1-ldm", "clip_l", transformers.CLIPTextModel(transformers.CLIPTextConfig(**CLIP))),
-            ]
+        modules = {
+            "vae": diffusers.AutoencoderKL(**vae),
+            "clip_l": transformers.CLIPTextModel(transformers.CLIPTextConfig(**CLIP)),
+        }
     shapes = {}
-    for file, component, module in parts:
-        names = names_in_file(file, component)
-        shapes |= {names[k]: tuple(t.shape) for k, t in module.state_dict().items() if k in names}
-    convolution = "attn_1.{}.weight"
-    for name, shape in shapes.items():
-        if name.endswith(tuple(map(convolution.format, ("q", "k", "v", "proj_out")))):
-            shapes[name] = (*shape, 1, 1)
+    for component, module in modules.items():
+        names = _names(listed_shapes("sd1-ldm", component))
+        for parameter, tensor in module.state_dict().items():
+            # Files count the decoder's levels from its end: the last of four have the names of the last of two.
+            real = re.sub(
+                r"(?<=decoder\.up_blocks\.)\d+", lambda level: str(int(level[0]) + 4 - levels), parameter
+            )
+            if real in names:
+                is_kernel = re.search(r"attn_1\.(q|k|v|proj_out)\.weight$", names[real])
+                shapes[names[real]] = (*tensor.shape, 1, 1) if is_kernel else tuple(tensor.shape)
     return shapes
+
+
+def small_spec(kind: str = "sd1", *, deep: bool = False) -> PermutationSpec:
+    """The spec of a small file, traced once in a process."""
+    return _traced(kind, deep)
+
+
+@functools.cache
+def _traced(kind: str, deep: bool) -> PermutationSpec:
+    return trace_file(small_shapes(kind, deep=deep), kind)
 
 
 def random_file(

@@ -106,11 +106,18 @@ def masks(kind: str, dense: nn.Module, data: Batches) -> dict[str, torch.Tensor]
     return {n: mask_of(m.weight**2 * fisher[f"{n}.weight"], 0.6) for n, m in layers.items()}
 
 
-@pytest.mark.parametrize(("method", "mode"), [
-    ("repair", "joint"), ("repair", "sequential"), ("rescale", "joint"), ("reshift", "sequential"),
-])  # fmt: skip
-@pytest.mark.parametrize("kind", ["N:M", "Wanda", "Fisher"])
-@pytest.mark.parametrize("name", NAMES)
+METHODS = [("repair", "joint"), ("rescale", "joint"), ("repair", "sequential"), ("reshift", "sequential")]
+PLACES = [(name, kind) for name in NAMES for kind in ("N:M", "Wanda", "Fisher")]
+EVERY_TIME = [(*place, *METHODS[k % 4]) for k, place in enumerate(PLACES)]
+EVERY_NIGHT = [
+    pytest.param(*place, *method, marks=pytest.mark.slow)
+    for place in PLACES
+    for method in METHODS
+    if (*place, *method) not in EVERY_TIME
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "method", "mode"), [*EVERY_TIME, *EVERY_NIGHT])
 def test_any_mask_is_kept_and_sparsity_unchanged(name, kind, method, mode):
     dense, data = network(name)
     chosen = masks(kind, dense, data)
