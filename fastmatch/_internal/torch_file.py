@@ -142,7 +142,7 @@ def _other_format(path: Path) -> str:
     """Return what a file is that begins like no torch file; empty for one that begins like one."""
     with path.open("rb") as file:
         head = file.read(256)
-    if head.startswith(b"PK") and not zipfile.is_zipfile(path):
+    if head.startswith(b"PK") and not _has_end(path):
         return "it begins like one and has no end: it was cut off, or is still being written"
     if head.startswith((b"PK", PICKLE)):
         return ""
@@ -156,6 +156,14 @@ def _other_format(path: Path) -> str:
     return "it is " + next(
         (what for begin, what in FORMATS.items() if head.startswith(begin)), text if head else "empty"
     )
+
+
+def _has_end(path: Path) -> bool:
+    """Return whether a zip archive has an end, be it a damaged one."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        return True
 
 
 class _Sink:

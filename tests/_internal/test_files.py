@@ -117,6 +117,8 @@ def test_what_is_no_torch_file_is_told_by_what_it_is(tmp_path):
     path = tmp_path / "m.pt"
     torch.save({"w": torch.ones(9)}, path)
     whole = path.read_bytes()
+    end = whole.rindex(b"PK\x06\x07") + 16  # of a locator, which says here that the archive is on seven disks
+    spanning = whole[:end] + (7).to_bytes(4, "little") + whole[end + 4 :]
     torch.save({"w": torch.ones(9)}, path, _use_new_zipfile_serialization=False)
     old = path.read_bytes()
     save_file({"w": torch.ones(2)}, path)
@@ -131,6 +133,7 @@ def test_what_is_no_torch_file_is_told_by_what_it_is(tmp_path):
         (b"version https://git-lfs.github.com/spec/v1\n", "it is a pointer of Git LFS"),
         (path.read_bytes(), "it is a safetensors file"),
         (whole[:-50], "it was cut off"),
+        (spanning, "BadZipFile"),
         (old[:200], "IndexError: index out of range"),
         (pickle.dumps({"w": 1}), "a pickle that torch.save has not written: Unsupported operand 149)"),
     ):

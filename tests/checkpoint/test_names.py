@@ -57,7 +57,9 @@ def test_a_directory_is_read_as_the_model_that_was_saved(family, tmp_path):
     assert {k: v.shape for k, v in named.headers.items()} == {k: v.shape for k, v in assembled.items()}
 
 
-@EACH
+@pytest.mark.parametrize("family", [
+    family if k % 3 == 0 else pytest.param(family, marks=pytest.mark.slow) for k, family in enumerate(FAMILIES)
+], ids=lambda f: f.name)  # fmt: skip
 def test_a_permuted_directory_is_the_same_function(family, tmp_path):
     save(family, tmp_path / "a")
     permute(tmp_path / "a", tmp_path / "b")

@@ -61,7 +61,7 @@ def whole(folder):
     return contents(folder / "out")
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def waiting(folder):
     """Runs whose ranks wait ten seconds for one that does not answer; other tests run meanwhile."""
     arguments = (signal.SIGSTOP, 6, [1], 0, *arguments_of(folder, "stopped"))
@@ -111,6 +111,7 @@ def test_the_others_end_when_a_rank_is_killed_and_a_restart_goes_on(folder, whol
     assert go_on(folder, "killed", 2) == whole
 
 
+@pytest.mark.slow
 def test_a_rank_that_stops_ends_the_others_after_the_timeout(folder, waiting):
     run = waiting["stopped"]
     said = run.end(stopped=[1])
@@ -120,6 +121,7 @@ def test_a_rank_that_stops_ends_the_others_after_the_timeout(folder, waiting):
     assert not (folder / "stopped").exists()
 
 
+@pytest.mark.slow
 def test_a_rank_that_never_comes_is_named_by_all_others(folder, waiting):
     run = waiting["absent"]
     said = run.end()

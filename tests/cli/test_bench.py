@@ -16,6 +16,7 @@ from fastmatch.cli.main import main
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_a_suite_runs_is_kept_drawn_and_compared(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     out = tmp_path / "run.json"

@@ -151,7 +151,6 @@ def ready(folder):
     return folder
 
 
-@pytest.mark.grid
 @pytest.mark.parametrize(("line", "action", "flag"), list(cases()))
 def test_an_option_is_read_or_refused_by_name(ready, line, action, flag, capsys):
     if line[0] == "plan":
