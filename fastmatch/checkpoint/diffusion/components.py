@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -81,7 +82,7 @@ def find_components(shapes: Shapes, argument: str) -> list[Component]:
         ValueError: a network's tensors do not fit its architecture. The file and the tensor are named.
     """
     return [
-        _component(kind, name.removesuffix(kind.marker), shapes, argument)
+        _component(kind, name.removesuffix(kind.marker), argument, tuple(shapes.items()))
         for name in shapes
         for kind in KINDS
         if _is_marked(name, kind)
@@ -102,8 +103,11 @@ def _is_marked(name: str, kind: Kind) -> bool:
     return name == kind.marker or name.endswith("." + kind.marker)
 
 
-def _component(kind: Kind, prefix: str, shapes: Shapes, argument: str) -> Component:
-    own = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+@functools.lru_cache(
+    maxsize=16
+)  # a file is asked for its networks when it is named, traced, proved and written
+def _component(kind: Kind, prefix: str, argument: str, shapes: tuple[tuple[str, Any], ...]) -> Component:
+    own = {name.removeprefix(prefix): tuple(shape) for name, shape in shapes if name.startswith(prefix)}
     if not prefix:
         own = {name: shape for name, shape in own.items() if not name.startswith(OTHERS)}
     own = {name: shape for name, shape in own.items() if not name.endswith(UNUSED)}
