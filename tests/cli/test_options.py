@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from contextlib import ExitStack
@@ -22,6 +23,7 @@ MODEL = ["--model", "cli_module:build_with_inputs"]
 DATA = ["--data", "cli_module:loader"]
 PAIR = ["a.safetensors", "b.safetensors"]
 TRIPLE = [*PAIR, "c.pt"]
+FILES = [*TRIPLE, "merged.pt", "normed.pt", "found.safetensors", "recipe.json"]
 
 WAYS: dict[str, list[str]] = {
     "align by weights": ["align", *PAIR, *MODEL, "--out", "out.pt"],
@@ -99,8 +101,12 @@ class Watched(argparse.Namespace):
         return object.__getattribute__(self, name)
 
 
+grammar = functools.cache(parser)
+"""The parser, which takes as long to make as many of these tests."""
+
+
 def commands() -> dict[str, argparse.ArgumentParser]:
-    (action,) = (a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
+    (action,) = (a for a in grammar()._actions if isinstance(a, argparse._SubParsersAction))
     return dict(action.choices)
 
 
@@ -137,8 +143,21 @@ def write_folder(path: str) -> None:
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained(path)
 
 
+WRITTEN: dict[str, bytes] = {}
+"""The files that command lines name, made once: a file that is on the disk for sure takes longer than most of these tests."""
+
+
 @pytest.fixture
 def ready(folder):
+    if not WRITTEN:
+        write_files()
+        WRITTEN.update((path.name, path.read_bytes()) for path in map(Path, FILES))
+    for name, data in WRITTEN.items():
+        Path(name).write_bytes(data)
+    return folder
+
+
+def write_files() -> None:
     found = [build_model("cli_module:build")[0].eval() for _ in range(3)]
     for path, model in zip(TRIPLE, found, strict=True):
         save_state(model.state_dict(), path)
@@ -148,7 +167,6 @@ def ready(folder):
     fm.Alignment(spec.random(), spec).save("found.safetensors")
     Path("recipe.json").write_text(json.dumps({"models": PAIR, "network": MODEL[1]}))
     save_state(found[0].state_dict(), "b.safetensors", force=True)  # the same function, for verify
-    return folder
 
 
 @pytest.mark.parametrize(("line", "action", "flag"), list(cases()))
@@ -156,7 +174,7 @@ def test_an_option_is_read_or_refused_by_name(ready, line, action, flag, capsys)
     if line[0] == "plan":
         write_folder("folder")
     given = [*line, *words(action, flag)]
-    args = parser().parse_args(given, Watched())
+    args = grammar().parse_args(given, Watched())
     args.arguments = given
     vars(args).pop("_read", None)
     refusal = None
@@ -192,7 +210,7 @@ def test_an_option_of_a_matcher_arrives_in_the_matcher_or_is_refused(ready, word
         *(DATA if word != "weights" else []),
     ]
     action = next(a for a in commands()["align"]._actions if option.flag in a.option_strings)
-    args = parser().parse_args([*line, *words(action, option.flag)])
+    args = grammar().parse_args([*line, *words(action, option.flag)])
     if word not in option.words:
         with pytest.raises(ValueError, match=f"{option.flag}: is an option of --matcher"):
             matcher_from(args)
@@ -229,7 +247,7 @@ def test_out_of_core_uses_every_option_of_weight_matching(ready, monkeypatch):
         "--seed",
         "4",
     ]
-    args = parser().parse_args([*line, *options])
+    args = grammar().parse_args([*line, *options])
     with ExitStack() as args.outputs, pytest.raises(ValueError, match="seen"):
         args.run(args)
     assert [vars(matcher) for matcher in seen] == [vars(fm.WeightMatching("identity", 3, 0.5, "weights", 4))]
@@ -257,7 +275,7 @@ def test_functions_of_the_user_are_called(ready):
 def test_an_error_about_an_argument_names_the_option():
     """Every option of every command, as the library calls it: first in an error, in advice, and in a sentence."""
     for name, command in commands().items():
-        args = argparse.Namespace(grammar=parser(), command=name, arguments=[name])
+        args = argparse.Namespace(grammar=grammar(), command=name, arguments=[name])
         for action in command._actions:
             if not action.option_strings or action.dest == "help":
                 continue
@@ -292,8 +310,8 @@ def test_an_error_about_an_argument_names_the_option():
     (WAYS["align by weights"], "--data: m:f failed with Error: seed=3", "--data: m:f failed with Error: seed=3"),
 ])  # fmt: skip
 def test_what_the_library_says_is_said_as_it_was_typed(line, said, told):
-    args = parser().parse_args(line)
-    args.grammar, args.arguments = parser(), line
+    args = grammar().parse_args(line)
+    args.grammar, args.arguments = grammar(), line
     assert as_typed(said, args) == told
 
 
