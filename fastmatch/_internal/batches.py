@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import UserDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeAlias
 
@@ -271,6 +271,8 @@ def batches_of(
     for batch in first_samples(progress_bar(data, title, show=progress), samples):
         empty = False
         yield batch
+    if empty and isinstance(data, Sized) and not len(data):
+        raise ValueError("data: holds no batch")
     if empty:
         raise ValueError(
             f"data: yielded no batch in the pass for {title}; a generator can be read only once, and an earlier pass "

@@ -150,8 +150,13 @@ def loader_from(argument: str, option: str) -> Iterable[Any]:
         ValueError: it returns something else, or an iterator, which could be read only once.
     """
     data = called(argument, option)
-    if not isinstance(data, Iterable) or iter(data) is data:
+    if not isinstance(data, Iterable):
         raise ValueError(
             f"{option}: expected a callable that returns a loader or a list of batches, got {data!r}"
+        )
+    if iter(data) is data:
+        raise ValueError(
+            f"{option}: expected a callable that returns a loader or a list of batches, which are read several times; {argument} "
+            f"returns an iterator ({type(data).__name__}), which can be read only once"
         )
     return data

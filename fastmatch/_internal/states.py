@@ -149,6 +149,10 @@ def under_prefix(prefix: str, held: Collection[str], where: str) -> str:
     others = [name for name in held if not name.startswith(prefix)]
     besides = f" (besides {others[0]!r}{_others(others)})" if others else ""
     start = f"has the names of the other with the prefix {prefix!r}{besides}, "
+    if (Path(where) / "config.json").is_file():
+        code = f"from transformers import AutoModel; AutoModel.from_pretrained({json.dumps(where)}).save_pretrained"
+        code += f"({json.dumps(f'{where}_base')})"
+        return f"{start}as a model with a head has it; this writes the one without: python -c {shlex.quote(code)}"
     if Path(where).exists():
         out = Path(where).with_name(f"{Path(where).stem}_plain.pt")
         taken = f"{{k[{len(prefix)}:]: c[k] for k in c if k.startswith({json.dumps(prefix)})}}"

@@ -37,7 +37,8 @@ def prepared(what: str, key: Hashable, run_tiny: Callable[[], object]) -> None:
         while not done.wait(SILENT_SECONDS):
             if _compiled() > before:  # on a busy machine loading takes seconds too
                 LOG.warning(
-                    "compiling %s (some seconds, once per installation and version of the sources)", what
+                    "compiling %s (up to a minute on an old processor, once per installation and version of the sources)",
+                    what,
                 )
                 return
 

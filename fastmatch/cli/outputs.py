@@ -92,7 +92,8 @@ def write_table(table: Table, args: argparse.Namespace, text: str = "", **record
     last = [text] if text else []
     if args.out is not None:
         table.to_csv(args.out, force=args.force)
-        last.append(f"wrote {args.out}")
+    if written := [path for path in (args.out, getattr(args, "plot", None)) if path is not None]:
+        last.append(f"wrote {' and '.join(written)}")
     say(
         args,
         "\n".join([str(table), *(["; ".join(last)] if last else [])]),

@@ -85,14 +85,19 @@ def renormalize_command(args: argparse.Namespace) -> None:
     write_weights(state, args.out, force=args.force, metadata=shared_metadata([args.checkpoint]))
     plan = applied_plan(new)
     assert plan is not None
+    added = [name for name in new.state_dict() if name not in merged.state_dict()]
+    text = f"{plan}\n"
+    if added:
+        text += f"new: {', '.join(added)}; a --model needs these biases to load {args.out} (rescale and reset add none)\n"
     say(
         args,
-        f"{plan}\nwrote {args.out}",
+        f"{text}wrote {args.out}",
         method=plan.method,
         why=plan.why,
         layers=list(plan.layers),
         left_alone=dict(plan.left_alone),
         kept=dict(plan.kept),
+        new_parameters=added,
         out=args.out,
         report=args.report,
     )

@@ -91,6 +91,9 @@ class _Words:
         """Return an argument with a value as it is typed; None if there is no option for it."""
         if value == "False":
             return self.flag(f"no_{name}")
+        action, _ = self._action(name)
+        if action is not None and action.type is None and re.fullmatch(r"[\d.]+", value):
+            return None  # it is of another function, such as the groups=1 of a convolution
         flag = self.flag(name)
         word = "" if value == "True" else re.sub(r"""["'\[\],]""", "", value)
         return flag and f"{flag} {word}".rstrip()

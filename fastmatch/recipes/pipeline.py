@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,6 +42,8 @@ from fastmatch.report.report import Report
 from fastmatch.spec import PermutationSpec
 
 __all__ = ["Outcome", "pipeline"]
+
+LOG = logging.getLogger("fastmatch")
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,9 +173,24 @@ def _in_memory(recipe: Recipe, files: dict[str, Path], force: bool, progress: bo
         other = models[1 - recipe.reference]
         report = _joined(alignments[0].report(first, other, data, names=names, points=points), report)
     result = state_of(merged if final is None else final, "merge")
-    result = {
-        name: _cast(tensor, states[recipe.reference][name], recipe.dtype) for name, tensor in result.items()
+    held = states[recipe.reference]
+    added = [name for name in result if name not in held]  # biases
+    if added and files["recipe"].parent == recipe.out:
+        raise ValueError(
+            f"renormalize: it needs the new parameter {added[0]!r}, for which the architecture of {recipe.out} has no place; "
+            'the methods "rescale" and "reset" need none'
+        )
+    if added:
+        LOG.warning(
+            "renormalize: new are %s; a network needs these biases to load %s (rescale and reset add none)",
+            ", ".join(added),
+            recipe.out,
+        )
+    like = {
+        name: held.get(name, held.get(f"{name.rpartition('.')[0]}.weight", tensor))
+        for name, tensor in result.items()
     }
+    result = {name: _cast(tensor, like[name], recipe.dtype) for name, tensor in result.items()}
     result = named_as(result, files_hold[recipe.reference], network)
     check_finite(
         result, f"{recipe.out} is not written: the result"

@@ -61,7 +61,8 @@ def renormalize(
 ) -> nn.Module:
     """Return a copy of a merged or pruned model whose activations have the endpoints' statistics again.
 
-    The methods and their formulas are in :mod:`fastmatch.renorm`. A missing bias is created if the method needs one.
+    The methods and their formulas are in :mod:`fastmatch.renorm`. A missing bias is created if the method
+    needs one, as all but RESCALE and RESET do: a model that loads the result then needs it too (``bias=True``).
     Masks of pruned layers do not change. Modules that are left alone are listed in a warning. Channels that a gain would
     harm, such as those whose weights are all pruned, keep gain one; :func:`fastmatch.applied_plan` lists them.
 

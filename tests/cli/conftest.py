@@ -32,6 +32,12 @@ def build_normed():
         nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 7)
     )
 
+def build_without_bias():
+    return nn.Sequential(nn.Linear(6, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 7)), torch.zeros(2, 6)
+
+def empty():
+    return []
+
 class Tasks(nn.Module):
     def __init__(self):
         super().__init__()

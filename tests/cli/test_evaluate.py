@@ -28,7 +28,9 @@ def test_curve_writes_what_the_library_makes(models, loader, folder, capsys):
     rows = rows_of("curve.csv")
     assert [float(r["loss"]) for r in rows] == pytest.approx(list(curve.loss))
     assert [float(r["top-5"]) for r in rows] == pytest.approx(list(curve.top5))
-    assert f"loss barrier {curve.barrier:.4f}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"loss barrier {curve.barrier:.4f}" in printed
+    assert "; wrote curve.csv and curve.png" in printed
     assert (folder / "curve.png").read_bytes()[:4] == b"\x89PNG"
     assert main(CURVE) == 2
     assert "--force" in capsys.readouterr().err

@@ -307,6 +307,7 @@ def test_an_error_about_an_argument_names_the_option():
     (["pipeline", "recipe.json"], "out: expected a file", "out: expected a file"),  # a key of the recipe, for it was not typed
     (["pipeline", "recipe.json", "--out", "x"], "out: expected a file", "--out: expected a file"),
     (["align", "data", "b", "--data", "m:f", "--out", "o"], "data: is damaged", "data: is damaged"),  # a path
+    (WAYS["align by weights"], "does not run (Given groups=1, weight", "does not run (Given groups=1, weight"),  # torch's
     (WAYS["align by weights"], "--data: m:f failed with Error: seed=3", "--data: m:f failed with Error: seed=3"),
 ])  # fmt: skip
 def test_what_the_library_says_is_said_as_it_was_typed(line, said, told):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
 import fastmatch as fm
 from fastmatch._internal.files import load_state, save_state
+from fastmatch.cli.loading import build_model
 from fastmatch.cli.main import main
 
 MODEL = ["--model", "cli_module:build"]
@@ -33,11 +37,33 @@ def test_renormalize_writes_what_the_library_makes(merged, loader, mode, capsys)
         torch.testing.assert_close(tensor, expected.state_dict()[name])
 
 
+def test_biases_that_a_network_had_not_are_named(merged, folder, capfd, caplog):
+    """A layer has none before a batch norm; what REPAIR writes does not fit the network then."""
+    model = ["--model", "cli_module:build_without_bias"]
+    network = build_model(model[1])[0].eval()
+    for path in ("d.pt", "e.pt"):
+        save_state(network.state_dict(), path)
+    line = ["renormalize", "d.pt", "--endpoints", "e.pt", *model, *DATA, "--out"]
+    assert main([*line, "rescaled.pt", "--method", "rescale"]) == 0
+    assert "new:" not in capfd.readouterr().out
+    assert main([*line, "new.pt", "--method", "repair"]) == 0
+    assert "new: 0.bias; a --model needs these biases to load new.pt" in capfd.readouterr().out
+    assert load_state("new.pt").keys() - network.state_dict().keys() == {"0.bias"}
+    recipe = {
+        "models": ["d.pt", "e.pt"], "network": model[1], "renormalize": {"method": "repair", "data": DATA[1]}, "out": "r.pt",
+    }  # fmt: skip
+    Path("r.json").write_text(json.dumps(recipe))
+    assert main(["pipeline", "r.json"]) == 0
+    assert "new are 0.bias; a network needs these biases to load r.pt" in caplog.text
+    assert load_state("r.pt").keys() == load_state("new.pt").keys()
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     ([*RENORMALIZE, "--out", "new.pt"], "--weights: needed for 2 endpoints"),
     (["renormalize", "merged.pt", *MODEL, *DATA, "--out", "new.pt"], "--endpoints: needed"),
     ([*RENORMALIZE, "--out", "new.npz"], "expected a file ending in"),
-    ([*RENORMALIZE[:-1], "cli_module:stream", "--out", "new.pt"], "--data: expected a callable that returns a loader"),
+    ([*RENORMALIZE[:-1], "cli_module:stream", "--out", "new.pt"], "can be read only once"),
+    ([*RENORMALIZE[:-1], "cli_module:empty", "--weights", "0.5", "0.5", "--out", "new.pt"], "--data: holds no batch"),
     (["renormalize", "merged.pt", *MODEL, *DATA, "--method", "reset", "--out", "new.pt"], "needs batch norm"),
     ([*RENORMALIZE, "--method", "reset", "--out", "new.pt"], "--endpoints: --method reset uses the data alone"),
     (["renormalize", "merged.pt", *MODEL, *DATA, "--method", "reset", "--weights", "1", "--out", "new.pt"],

@@ -101,6 +101,22 @@ def test_a_shell_takes_the_network_out_of_a_module_that_holds_more(wrapped, capf
         Path("more $x_plain.pt").unlink()
 
 
+def test_a_directory_of_a_model_with_a_head_is_led_to_one_without(tmp_path, monkeypatch, capfd):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(num_attention_heads=2, **sizes)
+    headed, bare = transformers.LlamaForCausalLM(config), transformers.LlamaModel(config)
+    headed.save_pretrained("headed")
+    bare.save_pretrained("bare")
+    assert main(["align", "headed", "bare", "--out", "out"]) == 2
+    line = capfd.readouterr().err.partition("the one without: ")[2]
+    python, _, code = shlex.split(line)
+    assert python == "python"
+    exec(code, {})
+    assert main(["align", "headed_base", "bare", "--out", "out"]) == 0
+
+
 @pytest.mark.filterwarnings("ignore:renormalize leaves these alone")
 @pytest.mark.parametrize("command", [
     ["merge", "a.ckpt", "plain.pt"],

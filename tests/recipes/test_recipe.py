@@ -78,6 +78,8 @@ def test_what_is_written_is_read_again(tmp_path):
     ({"align": {"data": "m:d"}}, "align.data: matching by weights reads no data"),
     ({"align": "mixture"}, "align.matcher: expected one of"),
     ({"align": {"similarity": "cca"}}, "align.similarity: unknown key"),
+    ({"align": {"matchr": "activations"}}, "align.matchr: unknown key; did you mean 'matcher'"),
+    ({"renormalize": {"methd": "repair"}}, "renormalize.methd: unknown key; did you mean 'method'"),
     ({"align": {"max_sweeps": -1}}, "max_sweeps: expected a whole number"),
     ({"renormalize": "repair"}, "renormalize.data: needed"),
     ({"renormalize": {"method": "fix", "data": "m:d"}}, "method: expected one of"),
