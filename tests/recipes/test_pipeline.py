@@ -113,6 +113,25 @@ def test_directories_are_merged_tensor_by_tensor(tmp_path, monkeypatch, capsys):
     assert "Merge of 2 networks" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:renormalize leaves these alone")
+def test_a_directory_has_no_place_for_biases_that_its_architecture_lacks(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    prepare(tmp_path, "model-a model-b")
+    model = transformers.AutoModelForCausalLM.from_pretrained("model-a")
+    tokens = torch.randint(0, model.config.vocab_size, (8, 6))
+    module = types.ModuleType("causal")
+    module.build, module.loader = lambda: (model, {"input_ids": tokens[:2]}), lambda: [{"input_ids": tokens}]
+    monkeypatch.setitem(sys.modules, "causal", module)
+    recipe = {"models": ["model-a", "model-b"], "network": "causal:build", "out": "merged"}
+    given = {"method": "repair", "data": "causal:loader"}
+    with pytest.raises(
+        ValueError, match=r"renormalize: it needs the new parameter '.*bias', for which the architecture"
+    ):
+        fm.pipeline({**recipe, "renormalize": given})
+    assert not Path("merged").exists()
+
+
 def test_the_card_is_one_of_the_hub_and_names_the_models_and_the_recipe(tmp_path, monkeypatch):
     huggingface_hub = pytest.importorskip("huggingface_hub")
     monkeypatch.chdir(tmp_path)
