@@ -272,7 +272,7 @@ def batches_of(
         empty = False
         yield batch
     if empty and isinstance(data, Sized) and not len(data):
-        raise ValueError("data: holds no batch")
+        raise ValueError("data: yielded no batch; it is empty")
     if empty:
         raise ValueError(
             f"data: yielded no batch in the pass for {title}; a generator can be read only once, and an earlier pass "

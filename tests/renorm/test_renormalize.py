@@ -213,7 +213,7 @@ def test_bad_input():
     data = loader()
     cases = [
         ({"method": "fix"}, ValueError, "method: expected one of"),
-        ({"data": []}, ValueError, "holds no batch"),
+        ({"data": []}, ValueError, "yielded no batch"),
         (
             {"method": fm.Renormalization("repair", layers=["features.1"])},
             ValueError,
