@@ -30,6 +30,7 @@ __all__ = [
     "collated",
     "default_forward",
     "described",
+    "described_call",
     "evaluating",
     "prediction_of",
     "samples_in",
@@ -130,11 +131,15 @@ def default_forward(model: nn.Module, batch: Any) -> Any:
     except (RuntimeError, TypeError, IndexError) as error:
         if is_of_ranks(error):
             raise
-        given = ", ".join([described(x) for x in args] + [f"{k}={described(x)}" for k, x in kwargs.items()])
         raise ValueError(
-            f"data: {type(model).__name__} does not run on a batch ({given}): {error}; expected what the model takes, "
+            f"data: {type(model).__name__} does not run on a batch ({described_call(args, kwargs)}): {error}; expected what the model takes, "
             "or give forward="
         ) from error
+
+
+def described_call(args: Iterable[Any], kwargs: Mapping[str, Any]) -> str:
+    """Return the shapes and types of what a function is given, as they stand in a call."""
+    return ", ".join([*map(described, args), *(f"{k}={described(v)}" for k, v in kwargs.items())])
 
 
 def described(value: Any) -> str:

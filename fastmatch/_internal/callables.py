@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastmatch._internal.batches import described
+from fastmatch._internal.batches import described_call
 from fastmatch._internal.checks import nearest
 from fastmatch._internal.ranks import is_of_ranks
 from fastmatch._internal.words import error_line
@@ -112,7 +112,7 @@ def function_of(argument: str, option: str) -> Callable[..., Any]:
         except Exception as error:  # whatever the user's code does
             if is_of_ranks(error):
                 raise
-            given = ", ".join([*map(described, args), *(f"{k}={described(v)}" for k, v in kwargs.items())])
+            given = described_call(args, kwargs)
             raise ValueError(f"{option}: {argument} failed on ({given}) with {_text_of(error)}") from error
 
     return run

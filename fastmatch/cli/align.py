@@ -275,7 +275,8 @@ def _other_heads(
         return ""
     if not heads:
         return ""
-    fits = all(b[name].shape == model.state_dict()[name].shape for name in heads)
+    built = state_of(model, "--model")
+    fits = all(b[name].shape == built[name].shape for name in heads)
     builder = "" if fits else f" and a --model that builds {args.b}"
     return f". With --out-of-core{builder}, {' and '.join(heads)} of another size are left out and the rest is aligned"
 

@@ -85,7 +85,8 @@ def renormalize_command(args: argparse.Namespace) -> None:
     write_weights(state, args.out, force=args.force, metadata=shared_metadata([args.checkpoint]))
     plan = applied_plan(new)
     assert plan is not None
-    added = [name for name in new.state_dict() if name not in merged.state_dict()]
+    known = merged.state_dict()
+    added = [name for name in new.state_dict() if name not in known]
     text = f"{plan}\n"
     if added:
         text += f"new: {', '.join(added)}; a --model needs these biases to load {args.out} (rescale and reset add none)\n"

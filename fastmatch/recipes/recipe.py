@@ -175,14 +175,9 @@ def _loaded(path: Path) -> dict[str, Any]:
 
 
 def _check_keys(
-    given: Mapping[Any, Any],
-    known: Collection[str],
-    place: str,
-    others: Mapping[str, str] | None = None,
-    among: Collection[str] = (),
+    given: Mapping[Any, Any], known: Collection[str], place: str, others: Mapping[str, str] | None = None
 ) -> None:
-    """Raise ValueError for the first key that is not known, with the reason or the nearest one that is, also ``among`` these."""
-    known = [*among, *known]
+    """Raise ValueError for the first key that is not known, with the reason or the nearest one that is."""
     for key in given:
         if key in known:
             continue
@@ -257,7 +252,7 @@ def _align_of(value: Any) -> Step | None:
         value = "weights"
     step = _step("align", value, "matcher", "weights")
     check_choice("align.matcher", step.word, MatcherWord)
-    _check_keys(step.options, OPTIONS[step.word], "align.", among=("matcher", "data"))
+    _check_keys(step.options, ("matcher", "data", *OPTIONS[step.word]), "align.")
     if step.word == "weights" and step.data is not None:
         raise ValueError("align.data: matching by weights reads no data")
     if step.word != "weights" and step.data is None:
@@ -271,8 +266,7 @@ def _renormalize_of(value: Any) -> Step | None:
     if value is None or value is False:
         return None
     step = _step("renormalize", value, "method", "auto")
-    own = [f.name for f in fields(Renormalization) if f.name != "method"]
-    _check_keys(step.options, own, "renormalize.", among=("method", "data"))
+    _check_keys(step.options, ("data", *(f.name for f in fields(Renormalization))), "renormalize.")
     Renormalization(step.word, **step.options)  # type: ignore[arg-type] - checks the options
     if step.data is None:
         raise ValueError("renormalize.data: needed, a loader as module:callable")

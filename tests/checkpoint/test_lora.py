@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from numpy.random import SeedSequence
@@ -182,13 +180,11 @@ KERNELS = (locon_with_core, hadamard_with_core)
 
 
 NAMINGS = (kohya, kohya_of_file, name_in_file, diffusers_name)
-EVERY_TIME = [(make, NAMINGS[k % 4]) for k, make in enumerate((*ANY, *KERNELS))]
-EVERY_NIGHT = [pair for pair in itertools.product((*ANY, *KERNELS), NAMINGS) if pair not in EVERY_TIME]
 
 
-@pytest.mark.parametrize(
-    ("make", "naming"), [*EVERY_TIME, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in EVERY_NIGHT)]
-)
+@pytest.mark.grid
+@pytest.mark.parametrize("naming", NAMINGS)
+@pytest.mark.parametrize("make", [*ANY, *KERNELS])
 def test_a_permuted_lora_adds_to_the_aligned_model_what_it_added_to_the_model(model, make, naming):
     b, aligned, alignment, generator = model
     tensors, keys = {}, {}

@@ -21,6 +21,7 @@ import transformers
 from transformers import conversion_mapping, core_model_loading
 
 from helpers.families import FAMILIES
+from helpers.grid import sampled
 
 EACH = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 NAMED = {family.name: family for family in FAMILIES}
@@ -57,9 +58,7 @@ def test_a_directory_is_read_as_the_model_that_was_saved(family, tmp_path):
     assert {k: v.shape for k, v in named.headers.items()} == {k: v.shape for k, v in assembled.items()}
 
 
-@pytest.mark.parametrize("family", [
-    family if k % 3 == 0 else pytest.param(family, marks=pytest.mark.slow) for k, family in enumerate(FAMILIES)
-], ids=lambda f: f.name)  # fmt: skip
+@sampled("family", FAMILIES)
 def test_a_permuted_directory_is_the_same_function(family, tmp_path):
     save(family, tmp_path / "a")
     permute(tmp_path / "a", tmp_path / "b")

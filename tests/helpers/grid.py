@@ -1,13 +1,14 @@
-"""The marker ``grid``: `make test` runs every value of every parameter, `make nightly` every combination."""
+"""What `make test` runs of many cases, and `make nightly` of all: the marker ``grid``, and samples."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 
-__all__ = ["mark_repeated_values_slow"]
+__all__ = ["mark_repeated_values_slow", "sampled"]
 
 
 def mark_repeated_values_slow(items: Iterable[pytest.Item]) -> None:
@@ -33,3 +34,11 @@ def mark_repeated_values_slow(items: Iterable[pytest.Item]) -> None:
             uses.update(values)
         for item, _ in cells:
             item.add_marker(pytest.mark.slow)
+
+
+def sampled(argument: str, values: Iterable[Any]) -> pytest.MarkDecorator:
+    """Parametrize a test with values that have a ``name``: `make test` runs every third of them."""
+    cases = [
+        value if k % 3 == 0 else pytest.param(value, marks=pytest.mark.slow) for k, value in enumerate(values)
+    ]
+    return pytest.mark.parametrize(argument, cases, ids=lambda value: value.name)

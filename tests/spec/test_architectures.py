@@ -17,6 +17,7 @@ from fastmatch.permutations.apply import apply_permutations, permute_tensor
 from fastmatch.permutations.precise import largest_difference, outputs_of
 from fastmatch.spec import PermutationSpec
 from fastmatch.spec.running import tensors_returned
+from helpers.grid import sampled
 from helpers.networks import fresh_seed
 
 pytest.importorskip("transformers")
@@ -26,12 +27,6 @@ from helpers.families import FAMILIES, GAPS, IDLE, UNMOVED, gaps, missing, sites
 
 CASES = [pytest.param(f, a, id=f"{f.name}-{a}") for f in FAMILIES for a in f.attentions]
 EACH = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
-
-
-def sampled(families):
-    """Each third of the families, and the others in `make nightly`."""
-    cases = [f if k % 3 == 0 else pytest.param(f, marks=pytest.mark.slow) for k, f in enumerate(families)]
-    return pytest.mark.parametrize("family", cases, ids=lambda f: f.name)
 
 
 def moving(spec: PermutationSpec, generator: torch.Generator):
@@ -101,7 +96,7 @@ def test_every_parameter_matters(family):
     pytest.fail(f"without effect: {idle}")
 
 
-@sampled(FAMILIES)
+@sampled("family", FAMILIES)
 def test_a_group_that_forgets_an_axis_is_caught(family):
     """What the first test would say of a wrong spec."""
     seed = fresh_seed()
@@ -140,7 +135,7 @@ def test_the_tables_name_families():
     assert not set(GAPS) & set(UNMOVED)
 
 
-@sampled(FAMILIES)
+@sampled("family", FAMILIES)
 def test_a_config_gives_the_structure_of_its_model(family, tmp_path):
     """Without the weights, and with inputs that come from the config."""
     model = family.build(fresh_seed())
@@ -169,7 +164,7 @@ def test_the_share_that_moves_does_not_fall():
     assert fallen(text, text.replace(row, "")) == [f"T5: {share} %, now 0 %"]
 
 
-@sampled(f for f in FAMILIES if f.inputs in (text, translations))
+@sampled("family", (f for f in FAMILIES if f.inputs in (text, translations)))
 def test_padding_holds_nothing(family):
     seed = fresh_seed()
     model, generator = family.build(seed), torch.Generator().manual_seed(seed)

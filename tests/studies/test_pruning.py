@@ -108,17 +108,13 @@ def masks(kind: str, dense: nn.Module, data: Batches) -> dict[str, torch.Tensor]
 
 METHODS = [("repair", "joint"), ("rescale", "joint"), ("repair", "sequential"), ("reshift", "sequential")]
 PLACES = [(name, kind) for name in NAMES for kind in ("N:M", "Wanda", "Fisher")]
-EVERY_TIME = [(*place, *METHODS[k % 4]) for k, place in enumerate(PLACES)]
-EVERY_NIGHT = [
-    pytest.param(*place, *method, marks=pytest.mark.slow)
-    for place in PLACES
-    for method in METHODS
-    if (*place, *method) not in EVERY_TIME
-]
 
 
-@pytest.mark.parametrize(("name", "kind", "method", "mode"), [*EVERY_TIME, *EVERY_NIGHT])
-def test_any_mask_is_kept_and_sparsity_unchanged(name, kind, method, mode):
+@pytest.mark.grid
+@pytest.mark.parametrize("options", METHODS, ids="-".join)
+@pytest.mark.parametrize("place", PLACES, ids="-".join)
+def test_any_mask_is_kept_and_sparsity_unchanged(place, options):
+    (name, kind), (method, mode) = place, options
     dense, data = network(name)
     chosen = masks(kind, dense, data)
     assert chosen

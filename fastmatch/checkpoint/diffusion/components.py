@@ -81,8 +81,9 @@ def find_components(shapes: Shapes, argument: str) -> list[Component]:
         ImportError: diffusers is not installed (the extra ``diffusers``).
         ValueError: a network's tensors do not fit its architecture. The file and the tensor are named.
     """
+    items = tuple(shapes.items())
     return [
-        _component(kind, name.removesuffix(kind.marker), argument, tuple(shapes.items()))
+        _component(kind, name.removesuffix(kind.marker), argument, items)
         for name in shapes
         for kind in KINDS
         if _is_marked(name, kind)
@@ -103,9 +104,8 @@ def _is_marked(name: str, kind: Kind) -> bool:
     return name == kind.marker or name.endswith("." + kind.marker)
 
 
-@functools.lru_cache(
-    maxsize=16
-)  # a file is asked for its networks when it is named, traced, proved and written
+# Kept, because a file is asked for its networks when it is named, traced, proved and written.
+@functools.lru_cache(maxsize=16)
 def _component(kind: Kind, prefix: str, argument: str, shapes: tuple[tuple[str, Any], ...]) -> Component:
     own = {name.removeprefix(prefix): tuple(shape) for name, shape in shapes if name.startswith(prefix)}
     if not prefix:
