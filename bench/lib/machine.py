@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import Any
 
 PACKAGES = ("torch", "numpy", "numba")
 """Packages whose version goes into every record."""
+
+PROBE = 1536
+"""Rows of the matrices whose product is timed."""
 
 
 def processor() -> str:
@@ -48,3 +52,16 @@ def versions(packages: Iterable[str] = ()) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def product_rate() -> float:
+    """Return the float32 operations of torch's products in a second of the processor: the best of five products."""
+    import torch
+
+    a, b = torch.randn(2, PROBE, PROBE)
+    best = float("inf")
+    for _ in range(5):
+        started = time.process_time()
+        torch.mm(a, b)
+        best = min(best, time.process_time() - started)
+    return 2 * PROBE**3 / best

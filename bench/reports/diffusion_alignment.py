@@ -30,6 +30,7 @@ import torch
 from bench.lib import record
 from bench.lib.diffusion_files import noisy, plant, write_random
 from bench.lib.diffusion_shapes import listed_shapes
+from bench.lib.machine import product_rate
 from fastmatch.spec import PermutationSpec
 
 NAME = "diffusion_alignment"
@@ -39,25 +40,12 @@ PAIRS = ("planted", "random")
 WHOLE = ("SD 1.5",)
 """Models whose largest network fits the memory in float64."""
 NOISE = 0.1
-PROBE = 1536
-"""Rows of the matrices whose product is timed."""
 
 
 def peak() -> int:
     """Return the peak resident bytes of this process."""
     text = Path("/proc/self/status").read_text()
     return int(text.split("VmHWM:")[1].split()[0]) * 1024
-
-
-def product_rate() -> float:
-    """Return the float32 operations in a second of the processor: the best of five products."""
-    a, b = torch.randn(2, PROBE, PROBE)
-    best = float("inf")
-    for _ in range(5):
-        started = time.process_time()
-        torch.mm(a, b)
-        best = min(best, time.process_time() - started)
-    return 2 * PROBE**3 / best
 
 
 def transfer_seconds(source: Path, copies: int, out: Path) -> float:

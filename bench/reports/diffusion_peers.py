@@ -11,7 +11,7 @@ iterations scaled, which is more than they take if they converge before.
 
 "Objective" is the inner product of all of A with all of the result. "Function" is the largest relative change: of the output of an attention
 layer in the UNet of SDXL, where the streams keep their order; of the UNet's output for SD 1.5; of a reduced model's, in float64, where
-the streams of SDXL move.
+the streams of SDXL move. "GFLOP in a second" are those of float32 products in the same process: rows of one model and pair are of one machine.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import torch
 from bench.lib import record
 from bench.lib.diffusion_files import write_random, write_sibling
 from bench.lib.diffusion_shapes import listed_shapes
+from bench.lib.machine import product_rate
 from fastmatch.checkpoint import Checkpoint
 
 NAME = "diffusion_peers"
@@ -184,7 +185,7 @@ def measured(kind: str, model: str, folder: Path, iterations: int, script: Path 
         change = unet_change(b, out)
     return {
         "model": model, "method": kind, "iterations": iterations, "seconds": seconds, "by default": scaled,
-        "peak": memory, "objective": objective(a, out), "function": change,
+        "peak": memory, "rate": product_rate() / 1e9, "objective": objective(a, out), "function": change,
     }  # fmt: skip
 
 
@@ -232,6 +233,7 @@ def page(found: record.Record) -> str:
             "model": row["model"], "pair": row["pair"], "method": row["method"], "iterations": row["iterations"], "seconds": f"{row['seconds']:.0f}",
             "seconds for the default iterations": f"{row['by default']:.0f}", "peak, GB": f"{row['peak']:.2f}",
             "objective": f"{row['objective']:.6g}", "function": f"{row['function']:.1e}",
+            "GFLOP in a second": f"{row['rate']:.0f}" if "rate" in row else "not recorded",
         }
         for row in found["rows"]
     ]  # fmt: skip
