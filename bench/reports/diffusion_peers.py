@@ -6,8 +6,8 @@ A and B are files of random numbers with the names and sizes of real ones, in fl
 of a tenth of each tensor's standard deviation, as models do that were fine-tuned from one. sd-mecha's own
 ``rebasin`` aligns SDXL in float32. SD 1.5 is aligned by our plain port of the published loop (weight matching in torch and float32), with
 the specification that ``--script`` defines, a file of ogkalu2's repository. Each run has a process of its own with one thread; seconds are of
-the processor. Peers run fewer iterations than they do by default. What they take for the default is their time, with that in
-iterations scaled, which is more than they take if they converge before.
+the processor. sd-mecha iterates until nothing moves, at most 10 times. The published loop runs fewer iterations than its 3: what it takes for these is its time,
+with that in iterations scaled, which is more than it takes if it converges before.
 
 "Objective" is the inner product of all of A with all of the result. "Function" is the largest relative change: of the output of an attention
 layer in the UNet of SDXL, where the streams keep their order; of the UNet's output for SD 1.5; of a reduced model's, in float64, where
@@ -22,6 +22,7 @@ import json
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -41,25 +42,24 @@ PAIRS = ("random", "siblings")
 NOISE = 0.1
 UNET = "model.diffusion_model."
 HEAD, TOKENS = 64, 16
-DEFAULTS = {"sd-mecha": 10, "published loop": 3}
-"""Iterations that the peers run unless they are told otherwise."""
+PUBLISHED_ITERATIONS = 3
+"""Iterations of the published loop, unless it is told otherwise."""
 
 
-def sd_mecha_run(a: Path, b: Path, out: Path, iterations: int) -> float:
-    """Run sd-mecha's own ``rebasin``. Return the seconds in iterations."""
+def sd_mecha_run(a: Path, b: Path, out: Path) -> int:
+    """Run sd-mecha's own ``rebasin`` with its own number of iterations. Return how many it took until nothing moved."""
     import sd_mecha
     from sd_mecha.extensions.builtin.merge_methods.rebasin import sdxl_sgm
 
-    spent, solve = 0.0, sdxl_sgm._solve_all_components
+    updates: Counter[int] = Counter()
+    update = sdxl_sgm._update_one_pid
 
-    def timed(*arguments: Any) -> None:
-        nonlocal spent
-        started = time.process_time()
-        solve(*arguments)
-        spent += time.process_time() - started
+    def counted(closure: Any, pid: int, *others: Any) -> Any:
+        updates[pid] += 1
+        return update(closure, pid, *others)
 
-    sdxl_sgm._solve_all_components = timed
-    recipe = sd_mecha.rebasin(sd_mecha.model(b), sd_mecha.model(a), iters=iterations)
+    sdxl_sgm._update_one_pid = counted
+    recipe = sd_mecha.rebasin(sd_mecha.model(b), sd_mecha.model(a))
     sd_mecha.merge(
         recipe,
         merge_dtype=torch.float32,
@@ -68,7 +68,7 @@ def sd_mecha_run(a: Path, b: Path, out: Path, iterations: int) -> float:
         output=out,
         check_finite_output=False,
     )
-    return spent
+    return max(updates.values())
 
 
 def published_run(a: Path, b: Path, out: Path, iterations: int, script: Path) -> float:
@@ -168,7 +168,7 @@ def measured(kind: str, model: str, folder: Path, iterations: int, script: Path 
     a, b, out = (folder / f"{x}.safetensors" for x in ("a", "b", "out"))
     started, spent, proof = time.process_time(), 0.0, None
     if kind == "sd-mecha":
-        spent = sd_mecha_run(a, b, out, iterations)
+        iterations = sd_mecha_run(a, b, out)
     elif kind == "published loop":
         assert script is not None
         spent = published_run(a, b, out, iterations, script)
@@ -178,7 +178,7 @@ def measured(kind: str, model: str, folder: Path, iterations: int, script: Path 
     seconds = time.process_time() - started
     text = Path("/proc/self/status").read_text()
     memory = int(text.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
-    scaled = seconds + spent * (DEFAULTS.get(kind, iterations) / iterations - 1)
+    scaled = seconds + spent * (PUBLISHED_ITERATIONS / iterations - 1)
     if model == "SDXL":
         change = proof if kind == "ours, everything" else attention_change(b, out)
     else:
@@ -193,6 +193,7 @@ METHODS = {
     "SDXL": ("sd-mecha", "ours, same kind of groups", "ours, everything"),
     "SD 1.5": ("published loop", "ours, everything"),
 }
+EVERY_METHOD = tuple(dict.fromkeys(kind for kinds in METHODS.values() for kind in kinds))
 CONFIGS = {"SDXL": "sdxl-sgm", "SD 1.5": "sd1-ldm"}
 
 
@@ -207,7 +208,7 @@ def rows(options: argparse.Namespace) -> Iterator[record.Row]:
             else:
                 write_sibling(a, b, NOISE)
             for kind in METHODS[model]:
-                if kind == "published loop" and options.script is None:
+                if kind not in options.methods or (kind == "published loop" and options.script is None):
                     continue
                 command = [
                     sys.executable, "-m", f"bench.reports.{NAME}", "--method", kind, "--models", model, "--dir", str(options.dir),
@@ -245,7 +246,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS))
-    parser.add_argument("--iterations", type=int, default=1, help="of the peers")
+    parser.add_argument("--methods", nargs="+", choices=EVERY_METHOD, default=list(EVERY_METHOD))
+    parser.add_argument("--iterations", type=int, default=1, help="of the published loop")
     parser.add_argument(
         "--script",
         type=Path,

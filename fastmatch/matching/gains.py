@@ -30,7 +30,7 @@ from fastmatch.spec import Axis, Group, Permutations, PermutationSpec
 from fastmatch_kernels._dispatch import backend_of
 from fastmatch_kernels.inner_product import moved_positions
 
-__all__ = ["FactorsOf", "Gains", "Order", "block_count", "owners_of", "unit_rows"]
+__all__ = ["FactorsOf", "Gains", "Order", "block_count", "is_large", "owners_of", "unit_rows"]
 
 REBUILD_FRACTION = 0.9
 """A gain is rebuilt if an update would take more than this fraction of the operations."""
@@ -139,12 +139,17 @@ class _Kept:
     updates: int = 0
 
 
+def is_large(size: int, elements: float) -> bool:
+    """Return whether bounds may spare products of a gain, from its units and the elements of its tensors."""
+    return size >= BOUNDED_UNITS and size * elements >= BOUNDED_PRODUCTS
+
+
 def block_count(size: int, elements: float) -> int:
     """Return into how many blocks the gain of a group is divided, from its units and the elements of its tensors.
 
     A block has so many features that its products take far longer than adding its gain to another one.
     """
-    if size < BOUNDED_UNITS or size * elements < BOUNDED_PRODUCTS:
+    if not is_large(size, elements):
         return 1
     return max(1, min(MAX_BLOCKS, int(elements // (BLOCK_FEATURES * size**2))))
 
@@ -260,7 +265,7 @@ class Gains:
 
     def suits_bounds(self, group: Group, axes: Sequence[Axis]) -> bool:
         """Whether a group is large, and its tensors are on the CPU and multiplied in float32."""
-        if group.size < BOUNDED_UNITS or group.size * self._elements(axes) < BOUNDED_PRODUCTS:
+        if not is_large(group.size, self._elements(axes)):
             return False
         pairs = [(headers_of(self.a)[x.parameter], headers_of(self.b)[x.parameter]) for x in axes]
         wide = any(a.dtype == b.dtype == torch.float64 for a, b in pairs)

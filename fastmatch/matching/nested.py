@@ -8,6 +8,10 @@ A group may have several *kinds* of subgroups, with one subgroup of each kind pe
 a key head, and the channels of their values. If two kinds share a tensor (the output projection), they are solved in
 turn until neither changes. That is done only for pairs that matter: the norms bound what the shared tensors can add to a
 pair, and pairs that no best outer assignment uses under these bounds are left out.
+
+Bounds also spare near copies most of the products. A prefix of the features and the norms of the rest bound every entry of the
+inner gains (:mod:`fastmatch.assignment.bounded_gain`), and so the optimum of every pair. Only pairs that a best outer
+assignment uses under these bounds are multiplied to the end and solved.
 """
 
 from __future__ import annotations
@@ -20,6 +24,8 @@ import torch
 
 from fastmatch._internal.states import State, headers_of
 from fastmatch.assignment import linear_sum_assignment, solve_batched
+from fastmatch.assignment.bounded_gain import BoundedGain, multiply
+from fastmatch.matching.gains import is_large
 from fastmatch.permutations.apply import permute_tensor
 from fastmatch.spec import Axis, Permutations, PermutationSpec
 
@@ -97,7 +103,8 @@ def match_nested(
         Group -> permutation, for the group and its subgroups. It is optimal if no two kinds of subgroups share a
         tensor; otherwise each kind is optimal given the others.
 
-    Cost: one product of all units of the subgroups, and p^2 assignments of n x n for p subgroups of n units each. If
+    Cost: one product of all units of the subgroups, and p^2 assignments of n x n for p subgroups of n units each. For near copies,
+    a share of the product, and about p assignments. If
     subgroups share a tensor, products of that tensor for the pairs that the bounds leave.
     """
     kinds = [names for (outer, _), names in spec.subgroups().items() if outer == name]
@@ -120,12 +127,14 @@ def match_nested(
     orders = [torch.arange(n, device="cpu").expand(p, p, n).clone() for n in sizes]
     best = value.clone()
     for gains, order in zip(own, orders, strict=True):
-        if gains.factors:
+        if gains.bounds is not None:
+            best += gains.largest()
+        elif gains.factors:
             best += _solve_all(gains, order)
-    if all(block.is_covered for block in inner):
+    if all(block.is_covered for block in inner) and all(gains.bounds is None for gains in own):
         outer = _assign(best)
     else:
-        outer = _solve_shared(inner, own, value, best, orders)
+        outer = _solve_by_bounds(inner, own, value, best, orders)
     result = {name: outer}
     for names, order in zip(kinds, orders, strict=True):
         for i, subgroup in enumerate(names):
@@ -138,6 +147,7 @@ class _OwnGains:
 
     Attributes:
         factors: (units, size, features) of A and B, for each block.
+        bounds: bounds of the whole gain, if they are expected to pay.
     """
 
     def __init__(self, blocks: Sequence[_Blocks], kind: int) -> None:
@@ -146,10 +156,40 @@ class _OwnGains:
         self.factors = [
             (block.rows(block.a, kind).to(dtype), block.rows(block.b, kind).to(dtype)) for block in blocks
         ]
+        self.bounds: BoundedGain | None = None
         self._whole: torch.Tensor | None = None
         if self.factors and math.prod(self.factors[0][0].shape[:2]) ** 2 <= MAX_ENTRIES:
-            every = slice(0, len(self.factors[0][0]))
+            self._begin()
+
+    def _begin(self) -> None:
+        """Multiply all pairs, or as many features as their bounds need."""
+        every = slice(0, len(self.factors[0][0]))
+        units = math.prod(self.factors[0][0].shape[:2])
+        elements = sum(a.numel() for a, _ in self.factors)
+        first = self.factors[0][0]
+        if is_large(units, elements) and first.dtype == torch.float32 and first.device.type == "cpu":
+            found = multiply([(a.flatten(0, 1), b.flatten(0, 1)) for a, b in self.factors])
+            if isinstance(found, BoundedGain):
+                self.bounds = found
+            else:
+                self._whole = self._in_blocks(found)
+        else:
             self._whole = self.of(every, every)
+
+    def finish(self) -> None:
+        """Multiply the features that bounds have left out."""
+        if self.bounds is not None:
+            self._whole, self.bounds = self._in_blocks(self.bounds.full()), None
+
+    def largest(self) -> torch.Tensor:
+        """Return (units, units) float64: by the bounds, no order of a pair's units has a larger gain.
+
+        An order takes one entry of every row and of every column.
+        """
+        assert self.bounds is not None
+        blocks = self._in_blocks(self.bounds.bound)
+        by_rows, by_columns = (blocks.amax(dim).double().sum(2) for dim in (3, 2))
+        return torch.minimum(by_rows, by_columns)
 
     def of(self, rows: slice, columns: slice) -> torch.Tensor:
         """Return the (rows, columns, size, size) gains of A's units in ``rows`` and B's in ``columns``."""
@@ -160,8 +200,12 @@ class _OwnGains:
             left, right = a[rows].flatten(0, 1), b[columns].flatten(0, 1)
             total = left @ right.T if total is None else total.addmm_(left, right.T)
         assert total is not None
+        return self._in_blocks(total)
+
+    def _in_blocks(self, gain: torch.Tensor) -> torch.Tensor:
+        """Return a gain of all inner units as (units, units, size, size)."""
         size = self.factors[0][0].shape[1]
-        return total.view(-1, size, len(total.T) // size, size).transpose(1, 2)
+        return gain.view(len(gain) // size, size, len(gain.T) // size, size).transpose(1, 2)
 
 
 def _solve_all(own: _OwnGains, orders: torch.Tensor) -> torch.Tensor:
@@ -182,26 +226,28 @@ def _solve_all(own: _OwnGains, orders: torch.Tensor) -> torch.Tensor:
     return optima
 
 
-def _solve_shared(
+def _solve_by_bounds(
     inner: Sequence[_Blocks],
     own: Sequence[_OwnGains],
     value: torch.Tensor,
     best: torch.Tensor,
     orders: list[torch.Tensor],
 ) -> torch.Tensor:
-    """Return the best outer permutation where kinds share blocks; write the orders of its pairs.
+    """Return the best outer permutation where pairs have bounds; write the orders of its pairs.
 
     Args:
         inner: the blocks with subgroups.
         own: per kind, the gains from the blocks that it alone fills.
         value: (units, units), what the blocks without subgroups earn.
-        best: the same with what kinds earn at most in the blocks that they alone fill.
+        best: the same with what kinds earn, at most, in the blocks that they alone fill.
         orders: per kind, (units, units, size).
     """
     p, sizes = len(value), [order.shape[2] for order in orders]
     shared = [block for block in inner if not block.is_covered]
     bound, known = best.clone(), torch.zeros(p, p, dtype=torch.bool, device="cpu")
     for block in inner:
+        if block.is_covered and own[next(iter(block.kinds))].bounds is not None:
+            continue  # these bounds contain their rounding
         left, right = (
             torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=torch.float64) for x in (block.a, block.b)
         )
@@ -224,6 +270,8 @@ def _solve_shared(
             break
         for i in unknown:
             settle(i, slice(int(outer[i]), int(outer[i]) + 1))
+    for gains in own:
+        gains.finish()
     step = max(1, MAX_ENTRIES // max((n * n for n in sizes), default=1))
     for i in range(p):
         for lo in range(0, p, step):

@@ -137,7 +137,7 @@ def test_gains_with_bounds_give_the_matching_of_whole_gains(name, cosine, on_dis
     b = apply_permutations(near_copy(a, cosine, generator), spec, spec.random(generator))
     hooks = Hooks(out_of_core=on_disk, in_blocks=on_disk)
     found = match_weights(a, b, spec, WeightMatching(seed=seed), hooks)
-    assert bounds or cosine < 0.9 or name == "grouped"  # all of its groups are nested
+    assert bounds or cosine < 0.9
     monkeypatch.setattr(gains_module, "BOUNDED_UNITS", 1 << 40)
     whole = match_weights(a, b, spec, WeightMatching(seed=seed), hooks)
     assert all(torch.equal(p, whole.permutations[n]) for n, p in found.permutations.items())

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
 from fastmatch._internal.modules import with_state
 from fastmatch._internal.states import state_of
-from fastmatch.matching import nested
+from fastmatch.assignment import bounded_gain
+from fastmatch.matching import gains, nested
 from fastmatch.matching.activations import ActivationMatching
 from fastmatch.matching.nested import best_orders, match_nested
 from fastmatch.matching.objective import objective
@@ -189,3 +191,56 @@ def test_a_planted_permutation_of_everything_is_found_by_activations(name):
     back = apply_permutations(state_of(moved, "moved"), spec, found.permutations)
     assert all(torch.equal(back[k], state[k]) for k in state)
     assert found.objective[1] > found.objective[0]
+
+
+@pytest.mark.parametrize("cosine", [0.999, 0.9, 0.7, 0.0])
+@pytest.mark.parametrize("shared", [False, True])
+def test_bounds_spare_near_copies_most_products_and_give_the_same(shared, cosine, monkeypatch):
+    spec, generator = heads_of(shared), torch.Generator().manual_seed(fresh_seed())
+    spec = replace(
+        spec, shapes={n: tuple(500 if d in (5, 7) else d for d in s) for n, s in spec.shapes.items()}
+    )
+    a, noise = ({n: t.float() for n, t in random_state(spec, generator).items()} for _ in range(2))
+    b = {n: cosine * t + (1 - cosine**2) ** 0.5 * noise[n] for n, t in a.items()}
+    b = apply_permutations(b, spec, spec.random(generator))
+    args = a, b, spec, "heads", spec.groups["heads"].axes, spec.identity()
+    whole = match_nested(*args)
+    monkeypatch.setattr(gains, "BOUNDED_UNITS", 2)
+    monkeypatch.setattr(gains, "BOUNDED_PRODUCTS", 0)
+    shares, solved = [], []
+    largest, inner = nested._OwnGains.largest, nested._solve_inner
+    monkeypatch.setattr(
+        nested._OwnGains, "largest", lambda own: shares.append(own.bounds.share) or largest(own)
+    )
+    monkeypatch.setattr(
+        nested, "_solve_inner", lambda *args: solved.append(args[4].stop - args[4].start) or inner(*args)
+    )
+    found = match_nested(*args)
+    assert all(torch.equal(p, found[name]) for name, p in whole.items())
+    if cosine > 0.99:
+        assert shares
+        assert max(shares) < 0.3
+        assert sum(solved) == HEADS  # no pair but the planted ones
+    if cosine == 0.0:
+        assert not shares
+
+
+def test_bounds_that_tell_too_little_are_finished(monkeypatch):
+    """Copies in the features that predict what bounds cost, and nothing in common in the others."""
+    spec, generator = heads_of(False), torch.Generator().manual_seed(fresh_seed())
+    spec = replace(spec, shapes={"value": (HEADS * CHANNELS, 400), "out": (400, HEADS * CHANNELS)})
+    a, b = ({n: t.float() for n, t in random_state(spec, generator).items()} for _ in range(2))
+    b["value"][:, : bounded_gain.JUDGED] = a["value"][:, : bounded_gain.JUDGED]
+    args = a, apply_permutations(b, spec, spec.random(generator)), spec, "heads"
+    args = *args, spec.groups["heads"].axes, spec.identity()
+    whole = match_nested(*args)
+    monkeypatch.setattr(gains, "BOUNDED_UNITS", 2)
+    monkeypatch.setattr(gains, "BOUNDED_PRODUCTS", 0)
+    finished = []
+    finish = nested._OwnGains.finish
+    monkeypatch.setattr(
+        nested._OwnGains, "finish", lambda own: finished.append(own.bounds is not None) or finish(own)
+    )
+    found = match_nested(*args)
+    assert any(finished)
+    assert all(torch.equal(p, whole[name]) for name, p in found.items())
