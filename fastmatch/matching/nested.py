@@ -24,7 +24,7 @@ import torch
 
 from fastmatch._internal.states import State, headers_of
 from fastmatch.assignment import linear_sum_assignment, solve_batched
-from fastmatch.assignment.bounded_gain import BoundedGain, multiply
+from fastmatch.assignment.bounded_gain import LARGEST_SHARE, BoundedGain, multiply
 from fastmatch.matching.gains import is_large
 from fastmatch.permutations.apply import permute_tensor
 from fastmatch.spec import Axis, Permutations, PermutationSpec
@@ -37,7 +37,7 @@ MAX_TURNS = 4
 MAX_ENTRIES = 1 << 25
 """Gain entries of inner problems that are in memory at once."""
 
-TRIES = 4
+TURNS = 8
 """Outer assignments by bounds, of which only the pairs are solved, before all pairs are."""
 
 STACKED_SIZE = 512
@@ -176,6 +176,15 @@ class _OwnGains:
         else:
             self._whole = self.of(every, every)
 
+    def grow(self) -> bool:
+        """Multiply twice as many features, or return False if so many do not pay."""
+        share = 0.0 if self.bounds is None else 2 * self.bounds.share
+        if share > LARGEST_SHARE:
+            return False
+        if self.bounds is not None:
+            self.bounds.grow(share)
+        return True
+
     def finish(self) -> None:
         """Multiply the features that bounds have left out."""
         if self.bounds is not None:
@@ -254,6 +263,16 @@ def _solve_by_bounds(
         rounding = math.prod(block.a.shape[1:]) * torch.finfo(block.a.dtype).eps
         bound += (rounding if block.is_covered else 1 + rounding) * torch.outer(left, right).cpu()
 
+    def tighten() -> bool:
+        """Multiply more features, and return whether there are any."""
+        before = [None if gains.bounds is None else gains.largest() for gains in own]
+        if not all(gains.grow() for gains in own):
+            return False
+        for gains, old in zip(own, before, strict=True):
+            if old is not None:
+                bound[~known] += (gains.largest() - old)[~known]
+        return any(old is not None for old in before)
+
     def settle(i: int, part: slice) -> None:
         found, optimum = _solve_inner(shared, own, sizes, i, part)
         bound[i, part] = value[i, part] + optimum
@@ -261,12 +280,12 @@ def _solve_by_bounds(
         for kind, order in found.items():
             orders[kind][i, part] = order
 
-    for turn in range(TRIES):
+    for turn in range(TURNS):
         outer = _assign(bound)
         unknown = [i for i in range(p) if not known[i, outer[i]]]
         if not unknown:
             return outer
-        if turn and len(unknown) > p / 4:  # the bounds tell too little
+        if turn and len(unknown) > p / 4 and not tighten():
             break
         for i in unknown:
             settle(i, slice(int(outer[i]), int(outer[i]) + 1))

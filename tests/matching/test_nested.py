@@ -104,7 +104,7 @@ def test_pairs_that_the_bounds_leave_out_would_not_have_been_taken(cosine, monke
     args = a, b, spec, "heads", spec.groups["heads"].axes, spec.identity()
     found, few = match_nested(*args), sum(solved)
     solved.clear()
-    monkeypatch.setattr(nested, "TRIES", 0)
+    monkeypatch.setattr(nested, "TURNS", 0)
     every = match_nested(*args)
     assert all(torch.equal(p, found[name]) for name, p in every.items())
     assert sum(solved) == HEADS**2
