@@ -10,14 +10,18 @@ from functools import partial
 
 import torch
 
-from fastmatch._internal.concurrent import IN_CACHE, both
+from fastmatch._internal.concurrent import both
 from fastmatch._internal.ranks import Ranks, deal
 from fastmatch._internal.states import check_finite
 from fastmatch.checkpoint.names import Layout
 from fastmatch.checkpoint.reader import Checkpoint
 from fastmatch.matching.objective import Survey
+from fastmatch_kernels.inner_product import squares_and_inner
 
 __all__ = ["Surveyed", "survey"]
+
+COMPILED_FROM = 1 << 28
+"""Numbers in both files whose sums take longer in torch than a kernel takes to compile."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,8 @@ def survey(a: Checkpoint, b: Checkpoint, ranks: Ranks) -> Surveyed:
     """
     names = sorted({*a, *b})
     sizes = [sum(c.headers[name].numel() for c in (a, b) if name in c) for name in names]
-    tasks = [partial(_of_tensor, a, b, name) for name in names]
+    compiled = sum(sizes) > COMPILED_FROM
+    tasks = [partial(_of_tensor, a, b, name, compiled) for name in names]
     found = ranks.share(tasks, deal(sizes, ranks.size), f"the tensors of {a.path.name} and {b.path.name}")
     rows = list(zip(names, found, strict=True))
     first = _hash_of_all([(name, mark) for name, (mark, _, _) in rows if mark])
@@ -68,7 +73,9 @@ def survey(a: Checkpoint, b: Checkpoint, ranks: Ranks) -> Surveyed:
     return Surveyed((first, second), {name: sums for name, (_, _, sums) in rows if sums is not None})
 
 
-def _of_tensor(a: Checkpoint, b: Checkpoint, name: str) -> tuple[str, str, tuple[float, float, float] | None]:
+def _of_tensor(
+    a: Checkpoint, b: Checkpoint, name: str, compiled: bool
+) -> tuple[str, str, tuple[float, float, float] | None]:
     """The hashes of A's and B's tensor, where there is one, and their sums."""
     (first, x), (second, y) = both(partial(_read, a, name), partial(_read, b, name))
     if x is None or y is None or x.shape != y.shape or not (x.is_floating_point() and y.is_floating_point()):
@@ -76,21 +83,11 @@ def _of_tensor(a: Checkpoint, b: Checkpoint, name: str) -> tuple[str, str, tuple
             if tensor is not None:
                 check_finite({name: tensor}, str(checkpoint.path))
         return first, second, None
-    sums = squares_and_inner(x, y)
+    sums = squares_and_inner(x, y, compiled=compiled)
     for checkpoint, tensor, square in ((a, x, sums[0]), (b, y, sums[1])):
         if not math.isfinite(square):  # of float64, squares may overflow
             check_finite({name: tensor}, str(checkpoint.path))
     return first, second, sums
-
-
-def squares_and_inner(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float, float]:
-    """Return ``<a, a>``, ``<b, b>`` and ``<a, b>``, in float64 from copies that stay in the caches."""
-    totals = [0.0, 0.0, 0.0]
-    for x, y in zip(a.flatten().split(IN_CACHE), b.flatten().split(IN_CACHE), strict=True):
-        x, y = x.double(), y.double()
-        for k, (left, right) in enumerate(((x, x), (y, y), (x, y))):
-            totals[k] += float((left * right).sum())  # a dot product may use threads
-    return totals[0], totals[1], totals[2]
 
 
 def _read(checkpoint: Checkpoint, name: str) -> tuple[str, torch.Tensor | None]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from fastmatch_kernels.inner_product import change_of_inner, inner
+from fastmatch_kernels.inner_product import change_of_inner, inner, squares_and_inner
 from helpers.networks import fresh_seed
 
 
@@ -79,3 +81,22 @@ def test_the_sum_does_not_depend_on_threads():
     first = inner(a, b, index)
     assert first == inner(a, b, index)
     assert first == pytest.approx(plain(a, b, index), abs=1e-9 * float(a.norm() * b.norm()))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+@pytest.mark.parametrize("shape", [(5, 41), (0, 4), ()])
+def test_squares_and_inner(shape, dtype):
+    generator = torch.Generator().manual_seed(fresh_seed())
+    a, b = pair(shape, dtype, generator)
+    expected = [plain(x, y, {}) for x, y in ((a, a), (b, b), (a, b))]
+    assert squares_and_inner(a, b) == pytest.approx(expected, rel=1e-14)
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_a_square_of_what_is_not_finite_is_not_finite(value):
+    a, b = torch.ones(50), torch.ones(50)
+    b[17] = value
+    square_a, square_b, inner_product = squares_and_inner(a, b)
+    assert square_a == 50
+    assert not math.isfinite(square_b)
+    assert not math.isfinite(inner_product)

@@ -1,4 +1,4 @@
-"""Inner products of a tensor with a reordered one, in float64: ``inner`` and ``change_of_inner``.
+"""Inner products of a tensor with a reordered one, in float64: ``inner`` and ``change_of_inner``; ``squares_and_inner``.
 
 A reordering maps dimensions to int64 positions, ``{dim: index}``: ``b.index_select(dim, index)`` along each.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from fastmatch_kernels._dispatch import backend_of
 from fastmatch_kernels.inner_product import reference
 
-__all__ = ["InnerSum", "change_of_inner", "inner", "moved_positions"]
+__all__ = ["InnerSum", "change_of_inner", "inner", "moved_positions", "squares_and_inner"]
 
 COMPILED = (torch.float32, torch.float64)
 """Dtypes that the CPU kernel reads; others go through the reference."""
@@ -112,6 +112,26 @@ def change_of_inner(a: Tensor, b: Tensor, now: Indices, then: Indices) -> float:
         then: the same for the second inner product.
     """
     return float(sum(_changes(a, b, now, then)))
+
+
+def squares_and_inner(a: Tensor, b: Tensor, *, compiled: bool = True) -> tuple[float, float, float]:
+    """Return ``<a, a>``, ``<b, b>`` and ``<a, b>``, summed in float64.
+
+    Example:
+        >>> from fastmatch_kernels.inner_product import squares_and_inner
+        >>> squares_and_inner(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 0.0]))
+        (5.0, 9.0, 3.0)
+
+    Args:
+        a, b: floating point tensors of one shape on the CPU.
+        compiled: whether large tensors may go through the kernel, ten times as fast, which takes a second or two to compile.
+    """
+    large = compiled and a.numel() > SMALL and a.dtype == b.dtype and a.dtype in ON_GPU
+    if large and a.device.type == b.device.type == "cpu":
+        from fastmatch_kernels.inner_product import cpu
+
+        return cpu.squares_and_inner(a, b)
+    return reference.squares_and_inner(a, b)
 
 
 def _inner(a: Tensor, b: Tensor, indices: Indices) -> float | Tensor:

@@ -9,12 +9,14 @@ import math
 from collections.abc import Mapping
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fastmatch_kernels._numba.cache import njit
+from fastmatch_kernels._numba.half import HALF, decode
 from fastmatch_kernels._numba.parallel import over_rows
 
-__all__ = ["inner"]
+__all__ = ["inner", "squares_and_inner"]
 
 GATHER_COST = 4
 """Entries read in order in the time of one that is gathered."""
@@ -109,3 +111,23 @@ def inner(
     parts: list[float] = []
     over_rows(len(places[0]), work, lambda lo, hi: parts.append(_sum_rows(lo, hi, *arguments)))
     return math.fsum(parts)
+
+
+@njit(nogil=True, fastmath=_REASSOCIATE)
+def _three_sums(a, b, half, like, sums):  # pragma: no cover - compiled
+    """Write <a, a>, <b, b> and <a, b> of flat bits to ``sums``; they are numbers of ``half``, or of like's type if that is None."""
+    first = second = both = 0.0
+    for i in range(a.shape[0]):
+        x, y = np.float64(decode(a[i], half, like)), np.float64(decode(b[i], half, like))
+        first += x * x
+        second += y * y
+        both += x * y
+    sums[0], sums[1], sums[2] = first, second, both
+
+
+def squares_and_inner(a: Tensor, b: Tensor) -> tuple[float, float, float]:
+    """Return ``<a, a>``, ``<b, b>`` and ``<a, b>`` of two contiguous tensors of one dtype, read once."""
+    words = {2: torch.uint16, 4: torch.uint32, 8: torch.uint64}[a.element_size()]
+    sums, like = np.empty(3), np.float64(0) if a.dtype == torch.float64 else np.float32(0)
+    _three_sums(*(x.flatten().view(words).numpy() for x in (a, b)), HALF.get(a.dtype), like, sums)
+    return float(sums[0]), float(sums[1]), float(sums[2])

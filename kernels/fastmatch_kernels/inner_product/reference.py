@@ -7,7 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["change_of_inner", "inner"]
+__all__ = ["change_of_inner", "inner", "squares_and_inner"]
+
+SHORT = 1 << 14
+"""Numbers up to which torch does not divide the work among threads, which would wait for each other."""
 
 CHUNK = 1 << 20
 """Numbers that are copied to float64 at a time: the copies stay in the caches."""
@@ -20,6 +23,16 @@ def inner(a: Tensor, b: Tensor, indices: Mapping[int, Tensor]) -> float | Tensor
     pairs = zip(a.flatten().split(CHUNK), b.to(a.device).flatten().split(CHUNK), strict=True)
     number = float if a.device.type == "cpu" else Tensor.double
     return sum(number(torch.dot(x.double(), y.double())) for x, y in pairs)
+
+
+def squares_and_inner(a: Tensor, b: Tensor) -> tuple[float, float, float]:
+    """Copy chunks to float64 that are so short that one thread works on them: sums do not depend on threads."""
+    totals = [0.0, 0.0, 0.0]
+    for x, y in zip(a.flatten().split(SHORT), b.flatten().split(SHORT), strict=True):
+        x, y = x.double(), y.double()
+        for k, (left, right) in enumerate(((x, x), (y, y), (x, y))):
+            totals[k] += float((left * right).sum())  # a dot product may use threads
+    return totals[0], totals[1], totals[2]
 
 
 def change_of_inner(
