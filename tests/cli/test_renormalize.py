@@ -61,8 +61,8 @@ def test_biases_that_a_network_had_not_are_named(merged, folder, capfd, caplog):
 @pytest.mark.parametrize(("arguments", "message"), [
     ([*RENORMALIZE, "--out", "new.pt"], "--weights: needed for 2 endpoints"),
     (["renormalize", "merged.pt", *MODEL, *DATA, "--out", "new.pt"], "--endpoints: needed"),
-    ([*RENORMALIZE, "--out", "new.npz"], "expected a file ending in"),
-    ([*RENORMALIZE[:-1], "cli_module:stream", "--out", "new.pt"], "can be read only once"),
+    ([*RENORMALIZE, "--weights", "0.5", "0.5", "--out", "new.npz"], "expected a file ending in"),
+    ([*RENORMALIZE[:-1], "cli_module:stream", "--weights", "0.5", "0.5", "--out", "new.pt"], "can be read only once"),
     ([*RENORMALIZE[:-1], "cli_module:empty", "--weights", "0.5", "0.5", "--out", "new.pt"], "--data: yielded no batch; it is empty"),
     (["renormalize", "merged.pt", *MODEL, *DATA, "--method", "reset", "--out", "new.pt"], "needs batch norm"),
     ([*RENORMALIZE, "--method", "reset", "--out", "new.pt"], "--endpoints: --method reset uses the data alone"),
