@@ -286,6 +286,7 @@ def _align_out_of_core(args: argparse.Namespace, *, is_folder: bool) -> Alignmen
     """Return the alignment of two checkpoints whose tensors are read when they are needed."""
     from fastmatch.checkpoint import Checkpoint, WriteOptions, align_checkpoints
     from fastmatch.checkpoint.proof import LARGEST
+    from fastmatch.checkpoint.same_model import check_same_sizes
     from fastmatch.checkpoint.tracing import is_diffusion, prove_checkpoint, trace_checkpoint
 
     if args.model is None and not is_folder:
@@ -317,6 +318,7 @@ def _align_out_of_core(args: argparse.Namespace, *, is_folder: bool) -> Alignmen
     )
     if args.model is None:
         checkpoint = Checkpoint(args.b)
+        check_same_sizes(Checkpoint(args.a), checkpoint)
         traced = trace_checkpoint(args.b, checkpoint, unread=args.unread)
         proof = prove_checkpoint(args.b, checkpoint, traced)
     else:
