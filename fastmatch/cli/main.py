@@ -41,7 +41,7 @@ class _Parser(argparse.ArgumentParser):
     given: Sequence[str] = ()
     """The words that are parsed."""
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride] - overloads
         self.given = list(args or ())
         return super().parse_known_args(args, namespace)
 
