@@ -16,7 +16,7 @@ from fastmatch.cli.outputs import check_outputs, say, write_weights
 from fastmatch.cli.reports import PAGES, report_data, write_report
 from fastmatch.renorm import Renormalization, applied_plan, renormalize
 from fastmatch.renorm.options import Method
-from fastmatch.renorm.plan import candidates
+from fastmatch.renorm.plan import candidates, new_biases
 
 __all__ = ["add_commands"]
 
@@ -92,7 +92,7 @@ def renormalize_command(args: argparse.Namespace) -> None:
     added = [name for name in new.state_dict() if name not in known]
     text = f"{plan}\n"
     if added:
-        text += f"new: {', '.join(added)}; a --model needs these biases to load {args.out} (rescale and reset add none)\n"
+        text += f"{new_biases(added, args.out)}\n"
     say(
         args,
         f"{text}wrote {args.out}",
