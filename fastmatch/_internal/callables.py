@@ -22,7 +22,7 @@ from fastmatch._internal.checks import nearest
 from fastmatch._internal.ranks import is_of_ranks
 from fastmatch._internal.words import error_line
 
-__all__ = ["called", "function_of", "loader_from", "network_from"]
+__all__ = ["called", "check_place", "function_of", "loader_from", "network_from"]
 
 
 def callable_from(argument: str, option: str) -> Callable[..., Any]:
@@ -33,9 +33,7 @@ def callable_from(argument: str, option: str) -> Callable[..., Any]:
     Raises:
         ValueError: the argument has another form, there is no such module, file or callable, or importing it fails.
     """
-    place, colon, name = argument.rpartition(":")
-    if not (colon and place and name):
-        raise ValueError(f"{option}: expected module:callable or file.py:callable, got {argument!r}")
+    place, name = check_place(argument, option)
     module = _imported(place, option)
     try:
         found = operator.attrgetter(name)(module)
@@ -47,12 +45,24 @@ def callable_from(argument: str, option: str) -> Callable[..., Any]:
     return found
 
 
+def check_place(argument: str, option: str) -> tuple[str, str]:
+    """Return the module or file, and the callable, that an argument names; nothing is imported.
+
+    Raises:
+        ValueError: the argument has another form, or there is no such file.
+    """
+    place, colon, name = argument.rpartition(":")
+    if not (colon and place and name):
+        raise ValueError(f"{option}: expected module:callable or file.py:callable, got {argument!r}")
+    if Path(place).suffix == ".py" and not Path(place).is_file():
+        raise ValueError(f"{option}: no file {place}")
+    return place, name
+
+
 def _imported(place: str, option: str) -> ModuleType:
     """Import a module by its name or its file; whatever goes wrong is a ValueError that names the option."""
     path = Path(place)
     is_file = path.suffix == ".py"
-    if is_file and not path.is_file():
-        raise ValueError(f"{option}: no file {place}")
     folder = str(path.resolve().parent) if is_file else os.getcwd()
     sys.path.insert(0, folder)
     try:

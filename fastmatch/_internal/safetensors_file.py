@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from fastmatch._internal.concurrent import ahead
 from fastmatch._internal.json_files import parse_json
+from fastmatch._internal.other_formats import SAFETENSORS, other_format
 
 __all__ = ["DTYPES", "Entry", "read_entry", "read_header", "write_safetensors"]
 
@@ -70,8 +71,8 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             length = int.from_bytes(file.read(8), "little")
             header = parse_json(file.read(length))
     except (SafetensorError, OSError, ValueError) as error:
-        where = _faulty_tensor(path)
-        raise ValueError(f"{path}: not a readable safetensors file ({where}{_reason(error)})") from error
+        reason = other_format(path, SAFETENSORS) or f"{_faulty_tensor(path)}{_reason(error)}"
+        raise ValueError(f"{path}: not a readable safetensors file ({reason})") from error
     header.pop("__metadata__", None)
     if header.keys() != names:
         raise ValueError(f"{path}: not a readable safetensors file (its names are read in two ways)")

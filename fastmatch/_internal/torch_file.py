@@ -14,21 +14,10 @@ from typing import IO, Any
 
 import torch
 
+from fastmatch._internal.other_formats import TORCH, other_format
 from fastmatch._internal.words import error_line
 
 __all__ = ["check_archive", "load_torch", "save_torch", "torch_sink"]
-
-PICKLE = b"\x80"
-FORMATS = {
-    b"version https://git-lfs": "a pointer of Git LFS; `git lfs pull` fetches the file",
-    b"<!DOCTYPE": "a web page; download the file itself",
-    b"<html": "a web page; download the file itself",
-    b"GGUF": "a GGUF file",
-    b"\x89HDF": "an HDF5 file",
-    b"\x93NUMPY": "a NumPy file",
-    b"\x1f\x8b": "compressed by gzip; unpack it",
-}
-"""How files begin that are sometimes called like torch files, and what they are."""
 
 
 def load_torch(path: Path, *, mmap: bool = False) -> dict[str, torch.Tensor]:
@@ -51,7 +40,9 @@ def load_torch(path: Path, *, mmap: bool = False) -> dict[str, torch.Tensor]:
     except Exception as error:  # torch raises many types for a damaged or unsafe pickle
         data = _state_of_training(path, mmap=mmap) if isinstance(error, UnpicklingError) else None
         if data is None:
-            reason = f"not a torch file that weights_only can read ({_other_format(path) or _reason(error)})"
+            reason = (
+                f"not a torch file that weights_only can read ({other_format(path, TORCH) or _reason(error)})"
+            )
             raise ValueError(f"{path}: {reason}") from error
     if isinstance(data, Mapping) and isinstance(data.get("state_dict"), Mapping):
         data = data["state_dict"]
@@ -136,34 +127,6 @@ def _reason(error: Exception) -> str:
             return f"it is damaged, or a pickle that torch.save has not written: {named}"
         return f"it is damaged or holds objects other than tensors: {named[:120]}; save model.state_dict() instead"
     return error_line(error)
-
-
-def _other_format(path: Path) -> str:
-    """Return what a file is that begins like no torch file; empty for one that begins like one."""
-    with path.open("rb") as file:
-        head = file.read(256)
-    if head.startswith(b"PK") and not _has_end(path):
-        return "it begins like one and has no end: it was cut off, or is still being written"
-    if head.startswith((b"PK", PICKLE)):
-        return ""
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
-        return "it is a safetensors file; give it a name that ends in .safetensors"
-    text = (
-        "text"
-        if head.isascii() and head.decode().replace("\n", "").isprintable()
-        else "no archive and no pickle"
-    )
-    return "it is " + next(
-        (what for begin, what in FORMATS.items() if head.startswith(begin)), text if head else "empty"
-    )
-
-
-def _has_end(path: Path) -> bool:
-    """Return whether a zip archive has an end, be it a damaged one."""
-    try:
-        return zipfile.is_zipfile(path)
-    except zipfile.BadZipFile:
-        return True
 
 
 class _Sink:

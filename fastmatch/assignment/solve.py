@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Iterable
 from functools import partial
@@ -423,7 +424,11 @@ def linear_sum_assignment(cost_matrix: Any, maximize: bool = False) -> tuple[Any
                 stacklevel=2,
             )
         cost_matrix = np.asarray(cost_matrix)
-    found = solve(cost_matrix, maximize=maximize)
+    try:
+        found = solve(cost_matrix, maximize=maximize)
+    except (TypeError, ValueError) as error:  # of solve, whose argument is called cost
+        error.args = (re.sub(r"^cost(?=[:\[])", "cost_matrix", str(error)),)
+        raise
     if isinstance(cost_matrix, torch.Tensor):
         return (
             torch.from_numpy(found.row_ind).to(cost_matrix.device),

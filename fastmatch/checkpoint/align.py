@@ -21,6 +21,7 @@ from fastmatch.checkpoint.names import Layout, RenamedCheckpoint
 from fastmatch.checkpoint.on_ranks import claimed_on_ranks, journaling_on_ranks
 from fastmatch.checkpoint.pairs import Pair, check_runs_nothing
 from fastmatch.checkpoint.reader import Checkpoint
+from fastmatch.checkpoint.same_model import check_same_sizes
 from fastmatch.checkpoint.tracing import check_no_adapter, prove_checkpoint, trace_checkpoint
 from fastmatch.checkpoint.writer import write_like
 from fastmatch.matching.weights import WeightMatching
@@ -191,6 +192,7 @@ def _claim_and_align(
     if Path(path_a).is_dir() != Path(path_b).is_dir():
         kind = "directory" if Path(path_a).is_dir() else "file"
         raise ValueError(f"{path_b}: expected a {kind}, like {path_a}")
+    check_same_sizes(a, b)
     check_target(out, force=write.force, folder=Path(path_b).is_dir())
     for path in (path_a, path_b):
         if real_path(path).is_relative_to(real_path(out)):

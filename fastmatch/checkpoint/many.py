@@ -23,6 +23,7 @@ from fastmatch.checkpoint.journal import journaling
 from fastmatch.checkpoint.merge import MergeOptions, Tensors, write_merge
 from fastmatch.checkpoint.pairs import Pair, check_runs_nothing, layout_for
 from fastmatch.checkpoint.reader import CONFIG, Checkpoint
+from fastmatch.checkpoint.same_model import check_same_sizes
 from fastmatch.checkpoint.tracing import names_in, prove_checkpoint, trace_checkpoint
 from fastmatch.checkpoint.writer import write_like
 from fastmatch.matching.weights import WeightMatching
@@ -98,11 +99,14 @@ def align_many_checkpoints(
             "merge: a base has an order of units of its own; align it too, and give it to merge_checkpoints afterwards"
         )
     paths = [paths[reference], *paths[:reference], *paths[reference + 1 :]]
+    first = Checkpoint(paths[0])
+    for path in paths[1:]:
+        check_same_sizes(first, Checkpoint(path))
     if merge is not None:
         weights = _in_order(merge, reference, len(paths))
         merge = replace(merge, weights=weights)
         # Now, not after hours of matching.
-        coefficients_by_name(Checkpoint(paths[0]), weights[1:], merge.blocks)
+        coefficients_by_name(first, weights[1:], merge.blocks)
     outs = _outputs(paths, out, is_merge=merge is not None)
     run = _Run(paths, out, matcher, spec, write, str(device), progress)
     with locked(out), run.opened(outs, resume=resume):

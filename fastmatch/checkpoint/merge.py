@@ -17,6 +17,7 @@ from fastmatch.checkpoint.align import shared_by
 from fastmatch.checkpoint.blocks import Blocks, coefficients_by_name
 from fastmatch.checkpoint.inputs import differ_in_inputs, with_more_inputs
 from fastmatch.checkpoint.reader import CONFIG, Checkpoint
+from fastmatch.checkpoint.same_model import check_same_type
 from fastmatch.checkpoint.structure import build_empty
 from fastmatch.checkpoint.tracing import is_diffusion, take_names
 from fastmatch.checkpoint.writer import write_like
@@ -95,6 +96,8 @@ def merge_checkpoints(
     if len(paths) < 2:
         raise ValueError(f"paths: expected at least two checkpoints, got {len(paths)}")
     first, *others = checkpoints = [Checkpoint(path) for path in paths]
+    for other in others:
+        check_same_type(first, other)
     if (first.path / CONFIG).is_file() and not is_diffusion(first.path, first):
         for other in others:
             if other.keys() != first.keys():

@@ -16,6 +16,7 @@ from fastmatch.checkpoint.diffusion.pipeline import networks_of
 from fastmatch.checkpoint.diffusion.single_file import running_means
 from fastmatch.checkpoint.names import Chunk, RenamedCheckpoint, layout_of, layout_without
 from fastmatch.checkpoint.reader import Checkpoint
+from fastmatch.checkpoint.same_model import check_same_sizes
 from fastmatch.checkpoint.structure import build_empty, compared, config_inputs
 from fastmatch.checkpoint.tracing import is_diffusion, models_of, take_names
 from fastmatch.permutations.precise import Wide
@@ -92,6 +93,7 @@ def verify_checkpoints(
             "example_inputs: expected a model to run them on; without one the inputs follow the config"
         )
     a, b = Checkpoint(path_a), Checkpoint(path_b)
+    check_same_sizes(a, b)
     take_names(b, a)
     check_same_architecture(a.headers, b.headers, str(path_a), str(path_b))
     if model is not None:

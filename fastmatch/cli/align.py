@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -182,14 +183,11 @@ def align_command(args: argparse.Namespace) -> None:
 def _align_pair(args: argparse.Namespace) -> None:
     if args.merge is not None:
         check_fraction("--merge", args.merge)
-    data = report_data(args)
+    models = data = None
     if args.out_of_core or args.model is None or any(Path(path).is_dir() for path in (args.a, args.b)):
-        if data is not None:
-            raise ValueError("--report-data: alignment out of core does not run the networks")
         alignment = _align_out_of_core(args, is_folder=Path(args.a).is_dir() and Path(args.b).is_dir())
-        models = None
     else:
-        alignment, models = _align_in_memory(args)
+        alignment, models, data = _align_in_memory(args)
     if not is_first():
         return
     if args.permutations is not None:
@@ -213,13 +211,16 @@ def kept_by(args: argparse.Namespace) -> Path | None:
     return hidden(Path(args.out[0]), "many") if args.out and args.model is None else None
 
 
-def _align_in_memory(args: argparse.Namespace) -> tuple[Alignment, tuple[nn.Module, nn.Module]]:
-    """Return the alignment and both networks, as they were before it."""
+def _align_in_memory(
+    args: argparse.Namespace,
+) -> tuple[Alignment, tuple[nn.Module, nn.Module], Iterable[Any] | None]:
+    """Return the alignment, both networks as they were before it, and the data of the report."""
     for option in ("dtype", "device", "resume"):
         if getattr(args, option):
             raise ValueError(f"--{option}: is an option of --out-of-core, which is not given")
+    matcher_from(args, reads=False)
     check_outputs(args, out=STATE_SUFFIXES, permutations={".safetensors"}, report=PAGES)
-    matcher = matcher_from(args)
+    matcher, data = matcher_from(args), report_data(args)
     model, example = build_network(args)
     states = [load_state_for(model, path) for path in (args.a, args.b)]
     try:
@@ -254,7 +255,7 @@ def _align_in_memory(args: argparse.Namespace) -> tuple[Alignment, tuple[nn.Modu
     if is_first():
         result = with_names_of(result, args.b, model)
         write_weights(result, args.out, force=args.force, metadata=shared_metadata(described))
-    return alignment, (model, model_b)
+    return alignment, (model, model_b), data
 
 
 def _other_heads(
@@ -285,6 +286,7 @@ def _align_out_of_core(args: argparse.Namespace, *, is_folder: bool) -> Alignmen
     """Return the alignment of two checkpoints whose tensors are read when they are needed."""
     from fastmatch.checkpoint import Checkpoint, WriteOptions, align_checkpoints
     from fastmatch.checkpoint.proof import LARGEST
+    from fastmatch.checkpoint.same_model import check_same_sizes
     from fastmatch.checkpoint.tracing import is_diffusion, prove_checkpoint, trace_checkpoint
 
     if args.model is None and not is_folder:
@@ -299,20 +301,24 @@ def _align_out_of_core(args: argparse.Namespace, *, is_folder: bool) -> Alignmen
         raise ValueError("--input-shape: needs --model; without it the inputs follow A's config.json")
     if args.no_verify:
         raise ValueError("--no-verify: alignment out of core does not verify; `fastmatch verify` does")
+    if args.report_data is not None:
+        raise ValueError("--report-data: alignment out of core does not run the networks")
     if args.balance:
         raise ValueError("--balance: has to run the networks, which alignment out of core does not")
     if args.matcher not in (None, "weights"):
         raise ValueError(
             f"--matcher: alignment out of core matches by weights, because {args.matcher} has to run the networks"
         )
-    check_outputs(
-        args, out=None if is_folder else STATE_SUFFIXES, permutations={".safetensors"}, report=PAGES
-    )
     matcher = matcher_from(args)
     assert isinstance(matcher, WeightMatching)
     write = WriteOptions(args.merge, dtype_from(args.dtype), args.force)
+    device = device_from(args.device)
+    check_outputs(
+        args, out=None if is_folder else STATE_SUFFIXES, permutations={".safetensors"}, report=PAGES
+    )
     if args.model is None:
         checkpoint = Checkpoint(args.b)
+        check_same_sizes(Checkpoint(args.a), checkpoint)
         traced = trace_checkpoint(args.b, checkpoint, unread=args.unread)
         proof = prove_checkpoint(args.b, checkpoint, traced)
     else:
@@ -322,9 +328,15 @@ def _align_out_of_core(args: argparse.Namespace, *, is_folder: bool) -> Alignmen
         small = sum(t.numel() for t in model.parameters()) <= LARGEST
         proof = verify(model, traced, example) if small else None
     alignment = align_checkpoints(
-        args.a, args.b, args.out, matcher, spec=selected(traced, args), write=write, device=device_from(args.device),
+        args.a,
+        args.b,
+        args.out,
+        matcher,
+        spec=selected(traced, args),
+        write=write,
+        device=device,
         resume=args.resume,
-    )  # fmt: skip
+    )
     return replace(alignment, proof=proof)
 
 
@@ -341,6 +353,7 @@ def align_many_command(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--out: expected {len(args.checkpoints) - 1} files, one per checkpoint but the first, got {len(args.out)}"
         )
+    _strategy_from(args, reads=False)
     check_outputs(args, out=STATE_SUFFIXES)
     strategy = _strategy_from(args)
     model, built = build_model(args.model)
@@ -356,8 +369,8 @@ def align_many_command(args: argparse.Namespace) -> None:
     say(args, "\n".join(lines), alignments=records)
 
 
-def _strategy_from(args: argparse.Namespace) -> Strategy:
-    """Build the strategy that the options describe, with its matcher.
+def _strategy_from(args: argparse.Namespace, *, reads: bool = True) -> Strategy:
+    """Build the strategy that the options describe, with its matcher; see :func:`matcher_from`.
 
     Raises:
         ValueError: the strategy does not take an option that was given.
@@ -369,7 +382,7 @@ def _strategy_from(args: argparse.Namespace) -> Strategy:
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(f"{flag}: is an option of --strategy {' or '.join(takes[name])}")
     if args.strategy in PAIRWISE:
-        return PAIRWISE[args.strategy](matcher_from(args))
+        return PAIRWISE[args.strategy](matcher_from(args, reads=reads))
     if args.matcher not in (None, "weights"):
         raise ValueError(
             f"--matcher: --strategy {args.strategy} matches by weights; "

@@ -8,18 +8,19 @@ from typing import Any
 
 from fastmatch._internal.batches import default_forward
 from fastmatch._internal.callables import loader_from
+from fastmatch._internal.checks import check_integer
 from fastmatch._internal.files import load_state
 from fastmatch.cli.loading import build_model, function_from, load_into, load_models
 from fastmatch.cli.options import Commands, add, add_command
-from fastmatch.cli.outputs import CSV_SUFFIXES, check_inputs, check_outputs, write_table
+from fastmatch.cli.outputs import CSV_SUFFIXES, check_outputs, write_table
 from fastmatch.evaluation.between import Renormalized
-from fastmatch.evaluation.curve import interpolate
+from fastmatch.evaluation.curve import LEAST_ON_A_LINE, interpolate
 from fastmatch.evaluation.distances import distances
 from fastmatch.evaluation.layers import layer_table
 from fastmatch.evaluation.plots import PICTURES
 from fastmatch.evaluation.scores import score
 from fastmatch.evaluation.table import Table
-from fastmatch.evaluation.triangle import triangle
+from fastmatch.evaluation.triangle import LEAST_ON_A_SIDE, triangle
 from fastmatch.renorm import Renormalization
 
 __all__ = ["add_commands"]
@@ -129,7 +130,6 @@ def _add_outputs(command: argparse.ArgumentParser, *, plot: bool = False, requir
 def score_command(args: argparse.Namespace) -> None:
     """Evaluate checkpoints one after the other."""
     check_outputs(args, out=CSV_SUFFIXES)
-    check_inputs(args)
     model, _ = build_model(args.model)
     data, measures = loader_from(args.data, "--data"), _measures(args)
     rows = []
@@ -143,17 +143,18 @@ def score_command(args: argparse.Namespace) -> None:
 
 def curve_command(args: argparse.Namespace) -> None:
     """Evaluate the line between two checkpoints."""
-    check_outputs(args, out=CSV_SUFFIXES, plot=PICTURES)
+    check_integer("points", args.points, LEAST_ON_A_LINE)
     for option in ("calibration", "mode", "samples"):
         if args.renormalize is None and getattr(args, option) is not None:
             raise ValueError(f"--{option}: is an option of --renormalize, which is not given")
     if args.renormalize is not None and args.calibration is None:
         raise ValueError(f"--calibration: needed by --renormalize {args.renormalize}")
+    options = Renormalization(args.renormalize or "auto", args.mode or "joint", args.samples)
+    check_outputs(args, out=CSV_SUFFIXES, plot=PICTURES)
     model, _ = build_model(args.model)
     data = loader_from(args.data, "--data")
     between = None
     if args.renormalize is not None:
-        options = Renormalization(args.renormalize, args.mode or "joint", args.samples)
         between = Renormalized(loader_from(args.calibration, "--calibration"), options)
     pair = load_into(model, args.a), load_into(model, args.b)
     curve = interpolate(*pair, data, args.points, between=between, **_measures(args))
@@ -168,6 +169,7 @@ def curve_command(args: argparse.Namespace) -> None:
 
 def triangle_command(args: argparse.Namespace) -> None:
     """Evaluate the triangle of three checkpoints."""
+    check_integer("points", args.points, LEAST_ON_A_SIDE)
     check_outputs(args, out=CSV_SUFFIXES, plot=PICTURES)
     found = triangle(
         load_models(args), loader_from(args.data, "--data"), points=args.points, **_measures(args)
@@ -179,6 +181,10 @@ def triangle_command(args: argparse.Namespace) -> None:
 
 def layers_command(args: argparse.Namespace) -> None:
     """Write one row per checkpoint and layer."""
+    if unknown := [path for path in args.endpoints if path not in args.checkpoints]:
+        raise ValueError(
+            f"--endpoints: {unknown[0]} is not one of the checkpoints {' '.join(args.checkpoints)}"
+        )
     check_outputs(args, out=CSV_SUFFIXES)
     models = dict(zip(args.checkpoints, load_models(args), strict=True))
     forward = function_from(args.forward, "--forward", default_forward)
@@ -189,5 +195,4 @@ def layers_command(args: argparse.Namespace) -> None:
 def distances_command(args: argparse.Namespace) -> None:
     """Write the distance of every two checkpoints."""
     check_outputs(args, out=CSV_SUFFIXES)
-    check_inputs(args)
     write_table(distances({path: load_state(path) for path in args.checkpoints}), args)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import itertools
 import logging
 import os
 import re
@@ -37,6 +38,13 @@ EXPECTED = (ValueError, TypeError, OSError, ImportError)
 class _Parser(argparse.ArgumentParser):
     """Reports an error on one line: what is wrong, the nearest word that is right, and where the help is."""
 
+    given: Sequence[str] = ()
+    """The words that are parsed."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride] - overloads
+        self.given = list(args or ())
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         choice = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
         if choice:
@@ -44,6 +52,30 @@ class _Parser(argparse.ArgumentParser):
             if message.startswith("argument COMMAND"):  # twenty names would bury what is wrong
                 message = f"unknown command {choice[1]!r}"
             message += nearest(choice[1], words)
+        # argparse misses --out before it sees that --outt is none of its options.
+        unknown = [] if self._subparsers else self.unknown_options()
+        if unknown:
+            message += f"; {self.named(unknown)}"
+        self.refuse(message)
+
+    def unknown_options(self) -> list[str]:
+        """Return the long options that were given and are not known. An option may be abbreviated, and ``--`` ends them."""
+        words = itertools.takewhile(lambda word: word != "--", self.given)
+        options = [word for word in words if word.startswith("--")]
+        known = [option for option in self._option_string_actions if option.startswith("--")]
+        return [o for o in options if not any(k.startswith(o.partition("=")[0]) for k in known)]
+
+    def named(self, unknown: Sequence[str]) -> str:
+        """Return what is said of words that are not known, with the option that is most alike the first."""
+        options = {
+            option.lstrip("-"): option for option in self._option_string_actions if option.startswith("--")
+        }
+        # The dashes, which all have, do not count.
+        found = difflib.get_close_matches(unknown[0].partition("=")[0].lstrip("-"), options, n=1, cutoff=0.6)
+        return f"unknown: {' '.join(unknown)}" + (f"; did you mean {options[found[0]]!r}?" if found else "")
+
+    def refuse(self, message: str) -> NoReturn:
+        """Print one line on standard error and exit with status 2."""
         said = f"{self.prog}: {message} (see `{self.prog} --help`)\n"
         if "RANK" in os.environ:  # of several ranks, the first says it; one process need not wait for torch
             from fastmatch._internal.ranks import is_first
@@ -86,18 +118,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     if unknown:
         (commands,) = (a.choices for a in grammar._actions if isinstance(a, argparse._SubParsersAction))
         command = commands[args.command]
-        command.error(f"unknown: {' '.join(unknown)}{_nearest_option(unknown[0].split('=')[0], command)}")
+        command.refuse(command.named(unknown))
     args.script, args.grammar, args.arguments = script, grammar, list(arguments)
     return args
-
-
-def _nearest_option(given: str, command: argparse.ArgumentParser) -> str:
-    """Return the option that is most alike; the dashes, which all have, do not count."""
-    options = {
-        option.lstrip("-"): option for option in command._option_string_actions if option.startswith("--")
-    }
-    found = difflib.get_close_matches(given.lstrip("-"), options, n=1, cutoff=0.6)
-    return f"; did you mean {options[found[0]]!r}?" if found else ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

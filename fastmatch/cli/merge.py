@@ -12,6 +12,7 @@ from torch import nn
 
 from fastmatch._internal.batches import default_forward
 from fastmatch._internal.callables import loader_from
+from fastmatch._internal.coefficients import check_weights
 from fastmatch._internal.files import STATE_SUFFIXES, shared_metadata, writing
 from fastmatch._internal.model_files import with_names_of
 from fastmatch._internal.states import check_finite
@@ -119,6 +120,7 @@ def merge_command(args: argparse.Namespace) -> None:
     for option in ("block_weights", "add_difference", "dtype"):
         if getattr(args, option) is not None:
             raise ValueError(f"--{option.replace('_', '-')}: merges on disk, without --model")
+    check_weights(args.weights, len(args.checkpoints))
     check_outputs(args, out=STATE_SUFFIXES, report=PAGES)
     data = report_data(args)
     models = load_models(args)
@@ -135,7 +137,6 @@ def merge_command(args: argparse.Namespace) -> None:
 
 def partial_command(args: argparse.Namespace) -> None:
     """Merge checkpoints from a layer on and write the result as an exported program."""
-    check_outputs(args, out={".pt2"})
     if args.data is None and args.rule in MATCHED_RULES:
         raise ValueError(f"--data: needed by --rule {args.rule}")
     if args.data is None and args.renormalize is not None:
@@ -148,6 +149,8 @@ def partial_command(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--model: expected one, or one for each of the {len(args.checkpoints)} checkpoints; got {len(args.model)}"
         )
+    check_weights(args.weights, len(args.checkpoints))
+    check_outputs(args, out={".pt2"})
     built = [build_model(name) for name in args.model]
     example = example_from(args.input_shape, built[0][1])
     data = [] if args.data is None else loader_from(args.data, "--data")

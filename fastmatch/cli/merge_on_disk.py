@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastmatch._internal.coefficients import check_weights
 from fastmatch._internal.files import STATE_SUFFIXES
 from fastmatch.cli.options import dtype_from
-from fastmatch.cli.outputs import check_outputs, say
+from fastmatch.cli.outputs import check_inputs, check_outputs, say
 
 if TYPE_CHECKING:
     from fastmatch.checkpoint.blocks import Blocks
@@ -79,9 +80,11 @@ def merge_on_disk(args: argparse.Namespace) -> None:
         raise ValueError("checkpoints: expected two or more to merge, got one")
     dtype = dtype_from(args.dtype)
     is_folder = Path(args.checkpoints[0]).is_dir()
-    check_outputs(args, out=None if is_folder else STATE_SUFFIXES)
+    check_weights(args.weights, len(args.checkpoints) - (args.add_difference is not None))
+    check_inputs(args)
     blocks = blocks_from(args.block_weights, Checkpoint(args.checkpoints[0]))
     options = MergeOptions(args.weights, blocks, args.add_difference)
+    check_outputs(args, out=None if is_folder else STATE_SUFFIXES)
     merge_checkpoints(args.checkpoints, args.out, options, dtype=dtype, force=args.force)
     text = f"{len(args.checkpoints)} checkpoints merged; wrote {args.out}"
     say(args, text, checkpoints=len(args.checkpoints), out=args.out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeAlias, get_args
 
@@ -261,8 +261,8 @@ def add_matcher_options(command: argparse.ArgumentParser) -> None:
         group.add_argument(option.flag, **option.settings)
 
 
-def matcher_from(args: argparse.Namespace) -> Matcher:
-    """Build the matcher that the options describe.
+def matcher_from(args: argparse.Namespace, *, reads: bool = True) -> Matcher:
+    """Build the matcher that the options describe. Without ``reads`` it has no data: that checks the options alone, quickly.
 
     Raises:
         ValueError: the matcher does not take an option that was given, or it needs data and none is given.
@@ -291,16 +291,18 @@ def matcher_from(args: argparse.Namespace) -> Matcher:
         values[WeightMatching]["init"] = Alignment.load(init).permutations
     own = values.get(ActivationMatching, {})
     if "forward" in own:
-        own["forward"] = function_from(own["forward"], "--forward", default_forward)
-    return _build(word, values, args.data)
+        own["forward"] = (
+            function_from(own["forward"], "--forward", default_forward) if reads else default_forward
+        )
+    data = loader_from(args.data, "--data") if reads and args.data is not None else []
+    return _build(word, values, data)
 
 
-def _build(word: str, values: dict[type[Matcher], dict[str, Any]], argument: str | None) -> Matcher:
+def _build(word: str, values: dict[type[Matcher], dict[str, Any]], data: Iterable[Any]) -> Matcher:
     """Build a matcher from the values of its fields and of those of its parts."""
     by_weights = WeightMatching(**values.get(WeightMatching, {}))
-    if argument is None:
+    if word == "weights":
         return by_weights
-    data = loader_from(argument, "--data")
     if word == "fisher":
         return FisherMatching(data, by_weights)
     if word == "straight-through":

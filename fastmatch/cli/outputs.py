@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from fastmatch._internal.callables import check_place
 from fastmatch._internal.files import check_format, check_target, save_state
 from fastmatch._internal.locks import locked
 from fastmatch._internal.outputs import real_path
@@ -21,41 +22,62 @@ __all__ = ["CSV_SUFFIXES", "check_outputs", "say", "write_table", "write_weights
 
 CSV_SUFFIXES = frozenset({".csv"})
 
-INPUTS = ("a", "b", "alignment", "checkpoint", "checkpoints", "endpoints", "recipe")
+INPUTS = ("a", "b", "alignment", "checkpoint", "checkpoints", "endpoints", "recipe", "add_difference")
 """Names of the arguments that hold paths of inputs, one or several."""
 
+CALLABLES = ("model", "data", "calibration", "forward", "loss", "metric", "report_data")
+"""Names of the options that hold ``module:callable``, one or several."""
 
-def _inputs(args: argparse.Namespace) -> list[str]:
-    """Return the paths that the command reads."""
-    given = [getattr(args, name, None) or [] for name in INPUTS]
-    return [path for value in given for path in ([value] if isinstance(value, str) else value)]
+
+def _given(args: argparse.Namespace, *names: str) -> list[str]:
+    """Return the values of arguments: none, one or several for each."""
+    values = [vars(args).get(name) or [] for name in names]
+    return [one for value in values for one in ([value] if isinstance(value, str) else value)]
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def check_inputs(args: argparse.Namespace) -> None:
-    """Raise FileNotFoundError for the first input that does not exist."""
-    for path in _inputs(args):
+    """Check what can be looked up quickly: that inputs exist, and files of functions.
+
+    Raises:
+        FileNotFoundError: an input does not exist.
+        ValueError: an option is not of the form ``module:callable``, or the file that it names does not exist.
+    """
+    for path in _given(args, *INPUTS):
         if not Path(path).exists():
             raise FileNotFoundError(f"{path}: no such file or folder")
+    for name in CALLABLES:
+        for argument in _given(args, name):
+            check_place(argument, _flag(name))
 
 
 def check_outputs(args: argparse.Namespace, **suffixes: Collection[str] | None) -> None:
-    """Check outputs before any work: each has its own file, a suffix that says the format, and may be written.
+    """Check inputs and outputs before any work: each output has its own file, a suffix that says the format, and may be written.
+
+    That an output exists is said last. Call this after other checks of options: whoever passes ``--force``, or types another
+    name, should not be told another error then.
 
     Args:
         args: the parsed arguments, with ``force``, and ``outputs``, which releases the locks of the outputs.
         suffixes: name of an option -> the suffixes allowed, None for any. The option holds a path, several or None.
 
     Raises:
-        ValueError: two outputs are the same file, an output is an input, or a suffix is not allowed.
+        ValueError: see :func:`check_inputs`; or two outputs are the same file, an output is an input, a suffix is not allowed, or
+            ``--report-data`` is given without ``--report``.
         FileExistsError, FileNotFoundError: an output exists and ``--force`` is not given, or its folder is missing.
     """
+    if _given(args, "report_data") and not _given(args, "report"):
+        raise ValueError("--report-data: is an option of --report, which is not given")
+    check_inputs(args)
     owners: dict[Path, str] = {}
     folders: set[Path] = set()
-    inputs = {real_path(path) for path in _inputs(args)}
+    inputs = {real_path(path) for path in _given(args, *INPUTS)}
     for name, allowed in suffixes.items():
-        option = f"--{name.replace('_', '-')}"
-        value = getattr(args, name)
-        for path in [] if value is None else [value] if isinstance(value, str) else value:
+        option = _flag(name)
+        for path in _given(args, name):
             if real_path(path) in owners:
                 other = owners[real_path(path)]
                 raise ValueError(

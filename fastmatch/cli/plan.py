@@ -44,6 +44,7 @@ def plan_command(args: argparse.Namespace) -> None:
     from fastmatch.checkpoint.names import RenamedCheckpoint
     from fastmatch.checkpoint.pairs import layout_for
     from fastmatch.checkpoint.prediction import DEVICES, predict, work_of
+    from fastmatch.checkpoint.same_model import check_same_sizes
     from fastmatch.checkpoint.structure import bind
     from fastmatch.checkpoint.tracing import is_diffusion, take_names, trace_checkpoint
 
@@ -53,6 +54,7 @@ def plan_command(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"{path}: expected a folder with a config.json, or a file of a diffusion model, which tell the structure"
             )
+    check_same_sizes(a, b)
     take_names(a, b)
     check_same_architecture(a.headers, b.headers, args.a, args.b)
     traced = trace_checkpoint(args.b, b)

@@ -7,6 +7,7 @@ from typing import get_args
 
 from fastmatch._internal.batches import default_forward
 from fastmatch._internal.callables import loader_from
+from fastmatch._internal.coefficients import check_weights
 from fastmatch._internal.files import STATE_SUFFIXES, shared_metadata
 from fastmatch._internal.model_files import with_names_of
 from fastmatch.cli.loading import build_model, function_from, load_into
@@ -15,7 +16,7 @@ from fastmatch.cli.outputs import check_outputs, say, write_weights
 from fastmatch.cli.reports import PAGES, report_data, write_report
 from fastmatch.renorm import Renormalization, applied_plan, renormalize
 from fastmatch.renorm.options import Method
-from fastmatch.renorm.plan import candidates
+from fastmatch.renorm.plan import candidates, new_biases
 
 __all__ = ["add_commands"]
 
@@ -54,10 +55,8 @@ def add_commands(commands: Commands) -> None:
 
 def renormalize_command(args: argparse.Namespace) -> None:
     """Renormalize a checkpoint and write it."""
-    check_outputs(args, out=STATE_SUFFIXES, report=PAGES)
     if args.report is not None and not args.endpoints:
         raise ValueError("--report: compares the result with --endpoints, which are not given")
-    measured = report_data(args)
     if args.method == "reset" and args.report is None:
         for option in ("endpoints", "weights"):
             if getattr(args, option):
@@ -65,17 +64,21 @@ def renormalize_command(args: argparse.Namespace) -> None:
                     f"--{option}: --method reset uses the data alone and takes none, except for --report"
                 )
     options = Renormalization(args.method, args.mode or "joint", args.samples)
+    if len(args.endpoints) > 1 and options.method != "reset" and args.weights is None:
+        equal = " ".join([f"{1 / len(args.endpoints):.3g}"] * len(args.endpoints))
+        raise ValueError(
+            f"--weights: needed for {len(args.endpoints)} endpoints, the coefficients of the merge, such as {equal}"
+        )
+    if args.endpoints:
+        check_weights(args.weights, len(args.endpoints))
+    check_outputs(args, out=STATE_SUFFIXES, report=PAGES)
+    measured = report_data(args)
     model, _ = build_model(args.model)
     data = loader_from(args.data, "--data")
     merged = load_into(model, args.checkpoint)
     endpoints = [load_into(model, path) for path in args.endpoints]
     if not endpoints and options.method != "reset" and "reset" not in candidates(merged, options):
         raise ValueError(f"--endpoints: needed for method {options.method!r}")
-    if len(endpoints) > 1 and options.method != "reset" and args.weights is None:
-        equal = " ".join([f"{1 / len(endpoints):.3g}"] * len(endpoints))
-        raise ValueError(
-            f"--weights: needed for {len(endpoints)} endpoints, the coefficients of the merge, such as {equal}"
-        )
     forward = function_from(args.forward, "--forward", default_forward)
     if options.method == "reset":
         new = renormalize(merged, None, data, options, forward=forward)
@@ -89,7 +92,7 @@ def renormalize_command(args: argparse.Namespace) -> None:
     added = [name for name in new.state_dict() if name not in known]
     text = f"{plan}\n"
     if added:
-        text += f"new: {', '.join(added)}; a --model needs these biases to load {args.out} (rescale and reset add none)\n"
+        text += f"{new_biases(added, args.out)}\n"
     say(
         args,
         f"{text}wrote {args.out}",

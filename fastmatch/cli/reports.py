@@ -21,16 +21,8 @@ PAGES = frozenset({".html", ".htm"})
 
 
 def report_data(args: argparse.Namespace) -> Iterable[Any] | None:
-    """Return the loader of ``--report-data``; None if it is not given.
-
-    Raises:
-        ValueError: it is given without ``--report``.
-    """
-    if args.report_data is None:
-        return None
-    if args.report is None:
-        raise ValueError("--report-data: is an option of --report, which is not given")
-    return loader_from(args.report_data, "--report-data")
+    """Return the loader of ``--report-data``; None if it is not given."""
+    return None if args.report_data is None else loader_from(args.report_data, "--report-data")
 
 
 def write_report(report: Report, args: argparse.Namespace) -> None:

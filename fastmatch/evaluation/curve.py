@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Curve", "interpolate"]
 
+LEAST_ON_A_LINE = 3
+"""Points of a curve: both ends and one between."""
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -175,7 +178,7 @@ def interpolate(
     """
     ranks = current()
     with ranks.together():
-        check_integer("points", points, least=3)
+        check_integer("points", points, LEAST_ON_A_LINE)
         check_between(between)
         check_module(model_a, "model_a")
         check_module(model_b, "model_b")

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Triangle", "triangle"]
 
+LEAST_ON_A_SIDE = 2
+"""Points on a side of a triangle: its corners."""
+
 
 @dataclass(frozen=True)
 class Triangle:
@@ -165,7 +168,7 @@ def triangle(
     with ranks.together():
         if len(models) != 3:
             raise ValueError(f"models: expected three, got {len(models)}")
-        check_integer("points", points, least=2)
+        check_integer("points", points, LEAST_ON_A_SIDE)
         check_between(between)
         for k, model in enumerate(models):
             check_module(model, f"models[{k}]")

@@ -36,6 +36,7 @@ from fastmatch.permutations.alignment import Alignment
 from fastmatch.recipes.card import model_card
 from fastmatch.recipes.recipe import MATCHERS, Recipe, Step, as_text, read_recipe
 from fastmatch.renorm.options import Renormalization
+from fastmatch.renorm.plan import new_biases
 from fastmatch.renorm.renormalize import renormalize
 from fastmatch.report.merge import merge_report
 from fastmatch.report.report import Report
@@ -181,11 +182,7 @@ def _in_memory(recipe: Recipe, files: dict[str, Path], force: bool, progress: bo
             'the methods "rescale" and "reset" need none'
         )
     if added:
-        LOG.warning(
-            "renormalize: new are %s; a network needs these biases to load %s (rescale and reset add none)",
-            ", ".join(added),
-            recipe.out,
-        )
+        LOG.warning("renormalize: %s", new_biases(added, recipe.out))
     like = {
         name: held.get(name, held.get(f"{name.rpartition('.')[0]}.weight", tensor))
         for name, tensor in result.items()

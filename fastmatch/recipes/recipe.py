@@ -166,7 +166,8 @@ def _loaded(path: Path) -> dict[str, Any]:
     except ImportError as error:
         raise ImportError("a recipe in YAML needs PyYAML: pip install 'fastmatch[pipeline]'") from error
     try:
-        found = yaml.safe_load(path.read_bytes())
+        with path.open("rb") as file:  # PyYAML names the file in its errors
+            found = yaml.safe_load(file)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # dates that do not exist are a ValueError
         raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(found, dict):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
@@ -20,6 +20,7 @@ __all__ = [
     "Treatment",
     "applied_plan",
     "candidates",
+    "new_biases",
     "plan_renormalization",
     "remember_plan",
     "tries_least_squares",
@@ -149,3 +150,8 @@ def applied_plan(model: nn.Module) -> Plan | None:
     plan, kept = model.__dict__[_NOTE]
     channels = {name: tuple(mask.cpu().nonzero()[:, 0].tolist()) for name, mask in kept.items()}
     return replace(plan, kept={name: found for name, found in channels.items() if found})
+
+
+def new_biases(names: Sequence[str], out: object) -> str:
+    """Return what a user is told of biases that a renormalization has added to layers without one."""
+    return f"new: {', '.join(names)}; a network needs these biases to load {out} (rescale and reset add none)"

@@ -126,9 +126,9 @@ def test_what_is_no_torch_file_is_told_by_what_it_is(tmp_path):
         (b"", "it is empty"),
         (
             b"hi there",
-            "it is text",
+            "it is text that begins with 'hi there'",
         ),  # a pickle's words for "the object 105", which torch answers with KeyError(105)
-        (bytes(range(104, 200)), "it is no archive and no pickle"),
+        (bytes(range(104, 200)), "it is of no format that is known here"),
         (b"<!DOCTYPE html>", "it is a web page"),
         (b"version https://git-lfs.github.com/spec/v1\n", "it is a pointer of Git LFS"),
         (path.read_bytes(), "it is a safetensors file"),
@@ -141,6 +141,32 @@ def test_what_is_no_torch_file_is_told_by_what_it_is(tmp_path):
         with pytest.raises(ValueError, match=r"m\.pt: not a torch file that weights_only can read") as error:
             load_state(path)
         assert told in str(error.value)
+
+
+def test_what_is_no_safetensors_file_is_told_by_what_it_is(tmp_path):
+    path = tmp_path / "m.safetensors"
+    save_file({"w": torch.ones(9)}, path)
+    whole = path.read_bytes()
+    torch.save({"w": torch.ones(9)}, path)
+    for data, told in (
+        (b"", "it is empty"),
+        (b"Entry not found\n", "it is text that begins with 'Entry not found'"),
+        (b"\n<!doctype HTML>\n<body>", "it is a web page; download the file itself"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\n",
+            "it is a pointer of Git LFS; `git lfs pull` fetches",
+        ),
+        (pickle.dumps({"w": 1}), "it is a torch file; give it a name that ends in .pt"),
+        (path.read_bytes(), "it is a torch file; give it a name that ends in .pt"),
+        (b"GGUF\x03\0\0\0\0", "it is a GGUF file"),
+        (bytes(range(104, 200)), "it is of no format that is known here"),
+        (whole[:30], "it was cut off, or is still being written"),
+    ):
+        path.write_bytes(data)
+        for read in (load_state, Checkpoint):
+            with pytest.raises(ValueError, match=r"m\.safetensors: not a readable safetensors file") as error:
+                read(path)
+            assert told in str(error.value)
 
 
 def test_suffixes_that_say_nothing_are_refused(tmp_path):

@@ -227,3 +227,12 @@ def test_a_sentinel_that_no_row_needs_makes_no_large_dual():
     assert found.objective < n
     assert max(np.abs(found.u).max(), np.abs(found.v).max()) < 1e6
     assert found.gap_bound < 1e-12 * n
+
+
+@pytest.mark.parametrize(("cost", "error"), [
+    (np.zeros(3), ValueError), (np.full((40, 40), np.nan), ValueError), (np.full((3, 3), np.nan), ValueError),
+    (np.full((3, 3), np.inf), ValueError), (np.array([["a"]]), TypeError), (torch.zeros(3), ValueError),
+])  # fmt: skip
+def test_the_function_of_scipy_names_its_own_argument(cost, error):
+    with pytest.raises(error, match=r"^cost_matrix\b"):
+        fm.linear_sum_assignment(cost)

@@ -80,7 +80,7 @@ def test_triangle_layers_and_distances(models, loader, capsys):
     (["triangle", *FILES, *MODEL, *DATA, "--out", "t.csv", "--plot", "t.csv"], "--plot: t.csv is the same file as --out"),
     (["distances", *FILES, "--out", "d.txt"], "--out"),
     (["score", "a.safetensors", "nowhere.pt", *MODEL, *DATA], "nowhere.pt: no such file"),
-    (["layers", *FILES, *MODEL, *DATA, "--endpoints", "z", "--out", "l.csv"], "endpoints"),
+    (["layers", *FILES, *MODEL, *DATA, "--endpoints", "z", "--out", "l.csv"], "--endpoints: z is not one of the checkpoints"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(models, refused, arguments, message):
     refused(arguments, message)

@@ -253,6 +253,9 @@ def test_wrong_input_is_one_line_that_says_what_to_do(planted, refused, change, 
 @pytest.mark.parametrize(("line", "said"), [
     ("aling a.pt", "fastmatch: unknown command 'aling'; did you mean 'align'? (see `fastmatch --help`)"),
     ("plan a b --model x:y", "fastmatch plan: unknown: --model x:y (see `fastmatch plan --help`)"),
+    ("align a b --outt o.pt", "fastmatch align: the following arguments are required: --out; unknown: --outt; did you mean '--out'? (see `fastmatch align --help`)"),
+    ("curve a b --modl=x:y --dat x:y --points two --out o.csv",
+     "fastmatch curve: argument --points: invalid int value: 'two'; unknown: --modl=x:y; did you mean '--model'? (see `fastmatch curve --help`)"),
     ("align a b --modle x:y --out o.pt", "fastmatch align: unknown: --modle x:y; did you mean '--model'? (see `fastmatch align --help`)"),
 ])  # fmt: skip
 def test_an_unknown_word_is_told_with_the_nearest_if_one_is_near(line, said, capsys):

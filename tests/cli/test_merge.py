@@ -104,7 +104,7 @@ def test_partial_of_networks_of_different_tasks_shares_a_trunk_and_returns_both_
     ([*PARTIAL, *DATA, "--stop-at", "9", "--out", "new.pt2"], "--stop-at: unknown group '9'"),
     ([*PARTIAL, *["--model", "cli_module:build"] * 2, *DATA, "--out", "new.pt2"], "--model: expected one, or one for each of the 2 checkpoints; got 3"),
     ([*PARTIAL, "--out", "new.pt2"], "--data: needed by --rule permute"),
-    ([*PARTIAL, "--out", "new.pt"], "expected a file ending in"),
+    ([*PARTIAL, *DATA, "--out", "new.pt"], "expected a file ending in"),
     ([*PARTIAL, *DATA, "--keep", "9", "--out", "new.pt2"], "--keep: expected a position of 0 to 2"),
     ([*PARTIAL, *DATA, "--start-at", "9", "--out", "new.pt2"], "--start-at: unknown group '9'"),
     ([*PARTIAL, *DATA, "--apart", "9", "--out", "new.pt2"], "--apart: unknown group '9'"),

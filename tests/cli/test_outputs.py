@@ -106,3 +106,33 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_work(planted, ref
 def test_a_folder_is_not_replaced_by_a_file(planted, refused, command):
     (planted / "o.pt").mkdir()
     refused([*COMMANDS[command], "--out", "o.pt", "--force"], "o.pt is a folder")
+
+
+CURVE = ["curve", *FILES, *MODEL, "--data", "cli_module:loader"]
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    ([*COMMANDS["align"], "--max-sweeps", "-1"], "--max-sweeps: expected"),
+    ([*COMMANDS["align"], "--matcher", "fisher", "--data", "gone.py:loader"], "--data: no file gone.py"),
+    ([*COMMANDS["align"], "--matcher", "straight-through", "--data", "m:f", "--epochs", "-1"], "--epochs: expected"),
+    ([*COMMANDS["align"], "--report-data", "m:f"], "--report-data: is an option of --report"),
+    ([*COMMANDS["align out of core"], "--dtype", "int8"], "--dtype: expected"),
+    ([*COMMANDS["align out of core"], "--device", "toaster"], "--device: cannot be used here"),
+    (["align", "a.safetensors", "gone.pt", *MODEL], "gone.pt: no such file or folder"),
+    (["align-many", *FILES, *MODEL, "--max-rounds", "-1"], "--max-rounds: expected"),
+    ([*COMMANDS["merge"], "--weights", "1"], "--weights: expected 2"),
+    (["merge", *FILES, "--weights", "1"], "--weights: expected 2"),
+    (["merge", *FILES, "--add-difference", "gone.pt"], "gone.pt: no such file or folder"),
+    ([*COMMANDS["partial"], "--renormalize", "repair"], "--data: needed by --renormalize repair"),
+    ([*COMMANDS["renormalize"], "--samples", "0"], "--samples: expected"),
+    ([*COMMANDS["renormalize"], "--weights", "1", "1"], "--weights: expected 1"),
+    ([*CURVE, "--points", "1"], "--points: expected"),
+    ([*CURVE, "--samples", "3"], "--samples: is an option of --renormalize"),
+    ([*CURVE, "--loss", "nothing"], "--loss: expected module:callable"),
+])  # fmt: skip
+def test_an_output_that_exists_does_not_hide_what_else_is_wrong(planted, refused, line, message):
+    out = {"curve": "o.csv", "partial": "o.pt2"}.get(line[0], "o.safetensors")
+    (planted / out).write_text("")
+    refused([*line, "--out", out], message)
+    good = CURVE if line[0] == "curve" else COMMANDS.get(line[0], ["align-many", *FILES, *MODEL])
+    refused([*good, "--out", out], f"{out} exists; choose another path, or pass --force to replace it")

@@ -47,22 +47,22 @@ def test_biases_that_a_network_had_not_are_named(merged, folder, capfd, caplog):
     assert main([*line, "rescaled.pt", "--method", "rescale"]) == 0
     assert "new:" not in capfd.readouterr().out
     assert main([*line, "new.pt", "--method", "repair"]) == 0
-    assert "new: 0.bias; a --model needs these biases to load new.pt" in capfd.readouterr().out
+    assert "new: 0.bias; a network needs these biases to load new.pt" in capfd.readouterr().out
     assert load_state("new.pt").keys() - network.state_dict().keys() == {"0.bias"}
     recipe = {
         "models": ["d.pt", "e.pt"], "network": model[1], "renormalize": {"method": "repair", "data": DATA[1]}, "out": "r.pt",
     }  # fmt: skip
     Path("r.json").write_text(json.dumps(recipe))
     assert main(["pipeline", "r.json"]) == 0
-    assert "new are 0.bias; a network needs these biases to load r.pt" in caplog.text
+    assert "renormalize: new: 0.bias; a network needs these biases to load r.pt" in caplog.text
     assert load_state("r.pt").keys() == load_state("new.pt").keys()
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
     ([*RENORMALIZE, "--out", "new.pt"], "--weights: needed for 2 endpoints"),
     (["renormalize", "merged.pt", *MODEL, *DATA, "--out", "new.pt"], "--endpoints: needed"),
-    ([*RENORMALIZE, "--out", "new.npz"], "expected a file ending in"),
-    ([*RENORMALIZE[:-1], "cli_module:stream", "--out", "new.pt"], "can be read only once"),
+    ([*RENORMALIZE, "--weights", "0.5", "0.5", "--out", "new.npz"], "expected a file ending in"),
+    ([*RENORMALIZE[:-1], "cli_module:stream", "--weights", "0.5", "0.5", "--out", "new.pt"], "can be read only once"),
     ([*RENORMALIZE[:-1], "cli_module:empty", "--weights", "0.5", "0.5", "--out", "new.pt"], "--data: yielded no batch; it is empty"),
     (["renormalize", "merged.pt", *MODEL, *DATA, "--method", "reset", "--out", "new.pt"], "needs batch norm"),
     ([*RENORMALIZE, "--method", "reset", "--out", "new.pt"], "--endpoints: --method reset uses the data alone"),

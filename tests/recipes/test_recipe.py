@@ -98,7 +98,7 @@ def test_files_that_are_no_recipe_are_refused(tmp_path):
     for name, text, message in [
         ("a.txt", "x", "expected a recipe ending in"),
         ("a.json", "{", "not readable as JSON"),
-        ("a.yaml", "[1", "not YAML"),
+        ("a.yaml", "[1", r'not YAML .*in ".*a\.yaml", line 1'),
         ("b.yaml", "- 1", "expected a mapping of keys"),
     ]:
         (tmp_path / name).write_text(text)
