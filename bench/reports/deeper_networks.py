@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from statistics import fmean, stdev
+from typing import get_args
 
 from torch import nn
 
@@ -23,12 +24,15 @@ import fastmatch as fm
 from bench.lib import record
 from bench.lib.mnist import DEEP, Deep, mnist, of_classes
 from fastmatch.renorm.options import Method
+from fastmatch.statistics.fisher import Labels
 from fastmatch.studies.digits import Batches, train_new
 from fastmatch.studies.pruning import Pruner, Reconstruction, global_magnitude, layer_magnitude
 from fastmatch.studies.second_order import SparseGPT, WoodFisher
 
 NAME = "deeper_networks"
 CALIBRATION = 1024
+FISHER = 256
+"""Samples of Fisher information, whose gradients are computed one by one."""
 BUDGETS = (16, 64, 256, 1024, 4000)
 SPARSITIES = (0.5, 0.7, 0.8, 0.9)
 STARTS = (0, 1, 2)
@@ -102,6 +106,18 @@ def midpoints(pair: Pair) -> Iterator[record.Row]:
         for name in pair.corrections():
             found = corrected(merged, [pair.a, other], data, name)
             yield {"what": "midpoint", "matched": matched, "corrected": name, "accuracy": pair.score(found)}
+
+
+def by_fisher(pair: Pair) -> Iterator[record.Row]:
+    """Yield midpoints matched by weights under Fisher information: of the data's labels, and of labels that the networks draw."""
+    data = pair.calibration
+    for labels in get_args(Labels):
+        matcher = fm.FisherMatching(data, labels=labels, samples=FISHER)
+        other = fm.align(pair.a, pair.b, data.inputs[:2], matcher, progress=False).apply(pair.b)
+        merged = fm.merge([pair.a, other])
+        for name in pair.corrections("none", "reset", "repair"):
+            found = corrected(merged, [pair.a, other], data, name)
+            yield {"what": "fisher", "matched": labels, "corrected": name, "accuracy": pair.score(found)}
 
 
 def budgets(pair: Pair) -> Iterator[record.Row]:
@@ -224,7 +240,7 @@ def rows(
             for k in (0, 1)
         )
         pair = Pair(a, b, network, training, test)
-        for part in (midpoints, budgets, parts, pruned):
+        for part in (midpoints, by_fisher, budgets, parts, pruned):
             for row in part(pair):
                 yield {"network": name, "width": width, "seed": seed, **row}
         for row in tasks(network, width, seed, training, test):
@@ -283,6 +299,11 @@ def page(found: record.Record) -> str:
     kinds: dict[str, tuple[str, tuple[str, ...]]] = {
         "Ends": ("The two networks of each pair.", ("corrected",)),
         "Midpoints": (f"Calibrated on {found['settings']['calibration']} training samples.", ("matched",)),
+        "Fisher information": (
+            f"Midpoints matched by weights, weighted by Fisher information of {FISHER} samples: of the data's labels, and of labels that are "
+            "drawn from the networks' predictions.",
+            ("matched",),
+        ),
         "Sample budgets": ("Activation matching and the correction read so many samples, and no more.", ("matched",)),
         "Parts": (
             "Rule and `start_at`; layers before it stay apart. `reshift` calibrates the biases alone. CCA takes the first model's statistics.",
@@ -301,7 +322,7 @@ def page(found: record.Record) -> str:
         "mean and standard deviation over the pairs of a line.",
     ]
     for (title, (told, keys)), what in zip(
-        kinds.items(), ("end", "midpoint", "budget", "part", "task", "pruned"), strict=True
+        kinds.items(), ("end", "midpoint", "fisher", "budget", "part", "task", "pruned"), strict=True
     ):
         chosen = _named(rows, what, *keys)
         if chosen:
