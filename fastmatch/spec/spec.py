@@ -213,7 +213,8 @@ class PermutationSpec:
         missing = [n for n in names if n not in self.groups]
         if missing:
             raise ValueError(f"groups: {missing} not in the spec; it has {list(self.groups)}")
-        keep = {n: self.groups[n] for n in self.groups if n in set(names)}
+        wanted = set(names)
+        keep = {n: group for n, group in self.groups.items() if n in wanted}
         complete = {
             name
             for (outer, _), family in self.subgroups().items()
