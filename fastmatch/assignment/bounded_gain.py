@@ -389,7 +389,7 @@ def solve_bounded(
         warm_start: a solution of a problem of the same shape and sense.
         solve: maximizes over a matrix; takes ``warm_start``.
     """
-    n, found = gain.shape[0], warm_start
+    n, found = gain.shape[0], warm_start or _near_copies(gain)
     if gain.is_whole:
         return solve(gain.bound, warm_start=found)
     for turn in range(TURNS):
@@ -408,6 +408,12 @@ def solve_bounded(
     found = solve(gain.full(), warm_start=found)
     found.stats["share"] = 1.0
     return found
+
+
+def _near_copies(gain: BoundedGain) -> Assignment:
+    """Return first duals. ``<a, b> <= |a|^2 / 2 + |b|^2 / 2``, and copies are equal: so each row wants its copy at once."""
+    n, duals = gain.shape[0], (gain.total / 2).numpy()
+    return Assignment(np.arange(n), np.arange(n), duals[0], duals[1], math.nan, math.inf, 0.0, {})
 
 
 def _proved(gain: BoundedGain, found: Assignment) -> Assignment:

@@ -132,6 +132,20 @@ def test_the_work_falls_with_the_similarity_and_nothing_is_tried_without_it(smal
     assert whole.numpy() == pytest.approx(exact(factors), abs=1e-3)
 
 
+def test_near_copies_whose_norms_differ_need_no_paths(small):
+    """One feature dominates, as a bias or the weight of a norm: from zeros all rows want the same columns."""
+    g, n = torch.Generator().manual_seed(fresh_seed()), 600
+    a = [torch.randn(n, 1, generator=g), 0.02 * torch.randn(n, 2000, generator=g)]
+    order = torch.randperm(n, generator=g)
+    b = [(x + 0.1 * x.std() * torch.randn(x.shape, generator=g))[order] for x in a]
+    gain = multiply(list(zip(a, b, strict=True)))
+    assert isinstance(gain, BoundedGain)
+    found = fm.solve(gain, maximize=True)
+    assert found.is_certified
+    assert torch.equal(order[torch.from_numpy(found.col_ind)], torch.arange(n))
+    assert found.stats["bids"] == found.stats["searches"] == 0
+
+
 def test_rows_without_a_copy_are_completed(small, monkeypatch):
     g = torch.Generator().manual_seed(fresh_seed())
     a, b = pair("0.999", 200, 1000, g)
