@@ -36,7 +36,7 @@ from fastmatch.permutations.alignment import Alignment
 from fastmatch.recipes.card import model_card
 from fastmatch.recipes.recipe import MATCHERS, Recipe, Step, as_text, read_recipe
 from fastmatch.renorm.options import Renormalization
-from fastmatch.renorm.plan import new_biases
+from fastmatch.renorm.plan import applied_plan, new_biases
 from fastmatch.renorm.renormalize import renormalize
 from fastmatch.report.merge import merge_report
 from fastmatch.report.report import Report
@@ -175,14 +175,15 @@ def _in_memory(recipe: Recipe, files: dict[str, Path], force: bool, progress: bo
         report = _joined(alignments[0].report(first, other, data, names=names, points=points), report)
     result = state_of(merged if final is None else final, "merge")
     held = states[recipe.reference]
-    added = [name for name in result if name not in held]  # biases
+    plan = None if final is None else applied_plan(final)
+    added = () if plan is None else plan.added
     if added and files["recipe"].parent == recipe.out:
         raise ValueError(
             f"renormalize: it needs the new parameter {added[0]!r}, for which the architecture of {recipe.out} has no place; "
             'the methods "rescale" and "reset" need none'
         )
     if added:
-        LOG.warning("renormalize: %s", new_biases(added, recipe.out))
+        LOG.warning("renormalize: %s", new_biases(added))
     like = {
         name: held.get(name, held.get(f"{name.rpartition('.')[0]}.weight", tensor))
         for name, tensor in result.items()
