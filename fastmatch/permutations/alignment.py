@@ -65,7 +65,8 @@ class Matching:
         if self.matcher == "StraightThrough":
             first, last = self.objective
             is_kept = last <= first or last != last  # where the loss was NaN at first, any number is better
-            return "no epoch lowered the loss, weight matching's result is kept" if is_kept else "the loss fell"
+            kept = "no epoch lowered the loss, weight matching's result is kept"
+            return kept if is_kept else "the loss fell"
         return "converged" if self.converged else "not converged"
 
 
