@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from fastmatch.evaluation.between import Renormalized
 from fastmatch.evaluation.curve import LEAST_ON_A_LINE, interpolate
 from fastmatch.evaluation.distances import distances
 from fastmatch.evaluation.layers import layer_table
-from fastmatch.evaluation.plots import PICTURES
+from fastmatch.evaluation.plots import PICTURES, draw_panels
 from fastmatch.evaluation.scores import score
 from fastmatch.evaluation.table import Table
 from fastmatch.evaluation.triangle import LEAST_ON_A_SIDE, triangle
@@ -25,6 +27,8 @@ from fastmatch.renorm import Renormalization
 
 __all__ = ["add_commands"]
 
+DRAWN = ("loss", "accuracy", "metric")
+"""What a picture shows, a panel each, as far as it was measured."""
 LABELLED = "callable that returns a loader of (inputs, targets), or of mappings with labels"
 
 
@@ -159,7 +163,8 @@ def curve_command(args: argparse.Namespace) -> None:
     pair = load_into(model, args.a), load_into(model, args.b)
     curve = interpolate(*pair, data, args.points, between=between, **_measures(args))
     if args.plot is not None:
-        curve.plot(args.plot)
+        measured = [metric for metric in DRAWN if getattr(curve, metric)]
+        draw_panels(curve.plot, measured, args.plot, (5, 2.6), is_row=False)
     text = f"loss barrier {curve.barrier:.4f}"
     if curve.accuracy:
         text += f", accuracy barrier {curve.accuracy_barrier:.4f}"
@@ -175,7 +180,10 @@ def triangle_command(args: argparse.Namespace) -> None:
         load_models(args), loader_from(args.data, "--data"), points=args.points, **_measures(args)
     )
     if args.plot is not None:
-        found.plot(args.plot, names=[Path(path).stem for path in args.checkpoints])
+        rows = found.scores
+        measured = [m for m in DRAWN if m == "loss" or not all(math.isnan(getattr(s, m)) for s in rows)]
+        plot = partial(found.plot, names=[Path(path).stem for path in args.checkpoints])
+        draw_panels(plot, measured, args.plot, (5, 4), is_row=True)
     write_table(found.table(), args, f"loss barrier {found.barrier:.4f}", loss_barrier=found.barrier)
 
 

@@ -6,6 +6,7 @@ import csv
 import json
 
 import pytest
+from matplotlib.figure import Figure
 
 import fastmatch as fm
 from fastmatch.cli.main import main
@@ -34,6 +35,21 @@ def test_curve_writes_what_the_library_makes(models, loader, folder, capsys):
     assert (folder / "curve.png").read_bytes()[:4] == b"\x89PNG"
     assert main(CURVE) == 2
     assert "--force" in capsys.readouterr().err
+
+
+def test_a_picture_has_a_panel_for_each_measure(models, monkeypatch):
+    shown, save = [], Figure.savefig
+
+    def noted(self, *args, **options):
+        shown.append([ax.get_title(loc="left").split(" ")[0] for ax in self.axes])
+        save(self, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", noted)
+    line = [*MODEL, *DATA, "--points", "3", "--out", "o.csv", "--plot", "o.png", "--force"]
+    assert main(["curve", *FILES[:2], *line]) == 0
+    assert main(["triangle", *FILES, *line, "--metric", "torch.nn.functional:cross_entropy"]) == 0
+    assert shown[0] == ["Loss", "Accuracy"]
+    assert [title for title in shown[1] if title] == ["Loss", "Accuracy", "Metric"]
 
 
 def test_score_prints_and_writes_what_the_library_measures(models, loader, capsys):
