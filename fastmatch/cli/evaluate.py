@@ -29,6 +29,8 @@ __all__ = ["add_commands"]
 
 DRAWN = ("loss", "accuracy", "metric")
 """What a picture shows, a panel each, as far as it was measured."""
+LAYER_COLUMNS = ("model", "layer", "variance", "dead inputs", "variance ratio", "feature ratio")
+"""The columns of ``layers`` that are printed: those that tell in which layer a merge loses what its endpoints have."""
 LABELLED = "callable that returns a loader of (inputs, targets), or of mappings with labels"
 
 
@@ -45,7 +47,7 @@ def add_commands(commands: Commands) -> None:
     add(command, "--model", required=True)
     add(command, "--data", required=True, help=LABELLED)
     _add_measures(command)
-    _add_outputs(command, required=False)
+    _add_outputs(command)
 
     command = add_command(
         commands, "curve", curve_command,
@@ -101,7 +103,7 @@ def add_commands(commands: Commands) -> None:
         examples=("distances a.pt b.pt b_aligned.pt --out distances.csv",),
     )  # fmt: skip
     command.add_argument("checkpoints", nargs="+", help="two or more checkpoints")
-    _add_outputs(command, required=False)
+    _add_outputs(command)
 
 
 def _add_measures(command: argparse.ArgumentParser) -> None:
@@ -124,8 +126,8 @@ def _measures(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _add_outputs(command: argparse.ArgumentParser, *, plot: bool = False, required: bool = True) -> None:
-    add(command, "--out", help="CSV file to write", required=required)
+def _add_outputs(command: argparse.ArgumentParser, *, plot: bool = False) -> None:
+    add(command, "--out", help="CSV file to write; by default the table is printed alone", required=False)
     if plot:
         add(command, "--plot")
     add(command, "--force")
@@ -168,8 +170,9 @@ def curve_command(args: argparse.Namespace) -> None:
     text = f"loss barrier {curve.barrier:.4f}"
     if curve.accuracy:
         text += f", accuracy barrier {curve.accuracy_barrier:.4f}"
-    barriers = {"loss_barrier": curve.barrier, "accuracy_barrier": curve.accuracy_barrier}
-    write_table(curve.table(), args, text, **barriers)
+    write_table(
+        curve.table(), args, text, loss_barrier=curve.barrier, accuracy_barrier=curve.accuracy_barrier
+    )
 
 
 def triangle_command(args: argparse.Namespace) -> None:
@@ -188,7 +191,7 @@ def triangle_command(args: argparse.Namespace) -> None:
 
 
 def layers_command(args: argparse.Namespace) -> None:
-    """Write one row per checkpoint and layer."""
+    """Measure the layers of checkpoints, a row for each; all columns would be too wide for a terminal."""
     if unknown := [path for path in args.endpoints if path not in args.checkpoints]:
         raise ValueError(
             f"--endpoints: {unknown[0]} is not one of the checkpoints {' '.join(args.checkpoints)}"
@@ -197,7 +200,8 @@ def layers_command(args: argparse.Namespace) -> None:
     models = dict(zip(args.checkpoints, load_models(args), strict=True))
     forward = function_from(args.forward, "--forward", default_forward)
     data = loader_from(args.data, "--data")
-    write_table(layer_table(models, data, endpoints=args.endpoints, forward=forward), args)
+    table = layer_table(models, data, endpoints=args.endpoints, forward=forward)
+    write_table(table, args, shown=LAYER_COLUMNS)
 
 
 def distances_command(args: argparse.Namespace) -> None:

@@ -86,6 +86,28 @@ def test_triangle_layers_and_distances(models, loader, capsys):
     assert [float(r["distance"]) for r in rows_of("d.csv")] == pytest.approx(expected.column("distance"))
 
 
+@pytest.mark.parametrize("command", ["curve", "triangle", "layers"])
+def test_without_an_output_the_table_is_printed_and_nothing_written(models, folder, capsys, command):
+    before = sorted(folder.iterdir())
+    points = [] if command == "layers" else ["--points", "3"]
+    assert main([command, *FILES[: 2 if command == "curve" else 3], *MODEL, *DATA, *points]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("| ")
+    assert "wrote" not in printed
+    assert sorted(folder.iterdir()) == before
+
+
+def test_layers_prints_the_columns_that_fit_a_terminal(models, capsys):
+    line = ["layers", *FILES, *MODEL, *DATA, "--endpoints", *FILES[:2]]
+    assert main(line) == 0
+    first, *_, last = capsys.readouterr().out.splitlines()
+    shown = ["model", "layer", "variance", "dead inputs", "variance ratio", "feature ratio"]
+    assert [name.strip() for name in first.strip("|").split("|")] == shown
+    assert last == "11 more columns: --out and --json have them"
+    assert main([*line, "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["rows"][0]) == 17
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     ([*CURVE, "--renormalize", "repair"], "--calibration: needed by --renormalize repair"),
     ([*CURVE, "--calibration", "cli_module:loader"], "--calibration: is an option of --renormalize"),
