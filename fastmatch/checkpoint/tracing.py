@@ -58,10 +58,10 @@ def models_of(checkpoint: Checkpoint) -> Iterator[FileModel]:
 
 def take_names(checkpoint: Checkpoint, other: Checkpoint) -> None:
     """Give a checkpoint the names that its tensors have in another one; a line of the logger ``fastmatch`` names a prefix."""
-    names = names_in(other, of=checkpoint)
-    for one, two in ((checkpoint, other), (other, checkpoint)):
-        prefix = prefix_before(two, one)
-        if names and prefix:
+    names, prefixes = _names_and_prefixes(other, checkpoint)
+    pair = checkpoint, other
+    for prefix, one, two in zip(prefixes, pair, reversed(pair), strict=True):
+        if prefix:
             log.warning(
                 "%s: the prefix %r of all its names, which %s has not, does not count",
                 one.path,
@@ -76,17 +76,22 @@ def names_in(other: Checkpoint, *, of: Checkpoint) -> dict[str, str]:
 
     These are networks in a file of a diffusion model, and all tensors where one of the two has a prefix before every name.
     """
+    return _names_and_prefixes(other, of)[0]
+
+
+def _names_and_prefixes(other: Checkpoint, of: Checkpoint) -> tuple[dict[str, str], tuple[str, str]]:
+    """Return what :func:`names_in` does, and the prefixes that all names of ``of`` and of ``other`` have."""
     if of.parts or other.parts or of.modules or other.modules:
-        return {}
+        return {}, ("", "")
+    own, others = prefix_before(other, of), prefix_before(of, other)
     found: dict[str, str] = {}
     if not (of.path.is_dir() or other.path.is_dir()):
         found = translation(_shapes(of.headers), _shapes(other.headers), str(of.path), str(other.path))
-    if found:
-        return found
-    if prefix := prefix_before(other, of):
-        return {name: name.removeprefix(prefix) for name in of}
-    prefix = prefix_before(of, other)
-    return {name: prefix + name for name in of if prefix}
+    if not found and own:
+        found = {name: name.removeprefix(own) for name in of}
+    elif not found and others:
+        found = {name: others + name for name in of}
+    return found, (own, others)
 
 
 def trace_checkpoint(

@@ -63,6 +63,8 @@ PAIRWISE = {"to-reference": ToReference, "chain": Chain}
 ALIGNED = 0.99
 """Share of units that stay from which two models count as already aligned."""
 JOINT = {"merge-many": MergeMany, "frank-wolfe": FrankWolfe}
+ROUNDS = [strategy.__name__ for strategy in JOINT.values()]
+"""The strategies whose rounds are limited, as matchings name them."""
 
 
 def add_commands(commands: Commands) -> None:
@@ -396,11 +398,12 @@ def _strategy_from(args: argparse.Namespace, *, reads: bool = True) -> Strategy:
 
 
 def _summary(alignment: Alignment) -> str:
-    """Return what was found as text: groups, moved units, objective, work, and whether it converged."""
+    """Return what was found as text: groups, moved units, objective, work, and how it ended."""
     matching = alignment.matching
     assert matching is not None
     total = sum(len(p) for p in alignment.permutations.values())
-    state = "converged" if matching.converged else "not converged, raise --max-sweeps"
+    limit = "--max-rounds" if matching.matcher in ROUNDS else "--max-sweeps"
+    state = matching.outcome + ("" if matching.converged else f", raise {limit}")
     stay = 1 - alignment.moved / max(total, 1)
     already = f" (already aligned: {stay:.1%} of units stay)" if stay >= ALIGNED else ""
     return (

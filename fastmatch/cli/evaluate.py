@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from fastmatch.evaluation.between import Renormalized
 from fastmatch.evaluation.curve import LEAST_ON_A_LINE, interpolate
 from fastmatch.evaluation.distances import distances
 from fastmatch.evaluation.layers import layer_table
-from fastmatch.evaluation.plots import PICTURES
+from fastmatch.evaluation.plots import PICTURES, draw_panels
 from fastmatch.evaluation.scores import score
 from fastmatch.evaluation.table import Table
 from fastmatch.evaluation.triangle import LEAST_ON_A_SIDE, triangle
@@ -25,6 +27,10 @@ from fastmatch.renorm import Renormalization
 
 __all__ = ["add_commands"]
 
+DRAWN = ("loss", "accuracy", "metric")
+"""What a picture shows, a panel each, as far as it was measured."""
+LAYER_COLUMNS = ("model", "layer", "variance", "dead inputs", "variance ratio", "feature ratio")
+"""The columns of ``layers`` that are printed: those that tell in which layer a merge loses what its endpoints have."""
 LABELLED = "callable that returns a loader of (inputs, targets), or of mappings with labels"
 
 
@@ -41,7 +47,7 @@ def add_commands(commands: Commands) -> None:
     add(command, "--model", required=True)
     add(command, "--data", required=True, help=LABELLED)
     _add_measures(command)
-    _add_outputs(command, required=False)
+    _add_outputs(command)
 
     command = add_command(
         commands, "curve", curve_command,
@@ -97,7 +103,7 @@ def add_commands(commands: Commands) -> None:
         examples=("distances a.pt b.pt b_aligned.pt --out distances.csv",),
     )  # fmt: skip
     command.add_argument("checkpoints", nargs="+", help="two or more checkpoints")
-    _add_outputs(command, required=False)
+    _add_outputs(command)
 
 
 def _add_measures(command: argparse.ArgumentParser) -> None:
@@ -120,8 +126,8 @@ def _measures(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _add_outputs(command: argparse.ArgumentParser, *, plot: bool = False, required: bool = True) -> None:
-    add(command, "--out", help="CSV file to write", required=required)
+def _add_outputs(command: argparse.ArgumentParser, *, plot: bool = False) -> None:
+    add(command, "--out", help="CSV file to write; by default the table is printed alone", required=False)
     if plot:
         add(command, "--plot")
     add(command, "--force")
@@ -159,12 +165,14 @@ def curve_command(args: argparse.Namespace) -> None:
     pair = load_into(model, args.a), load_into(model, args.b)
     curve = interpolate(*pair, data, args.points, between=between, **_measures(args))
     if args.plot is not None:
-        curve.plot(args.plot)
+        measured = [metric for metric in DRAWN if getattr(curve, metric)]
+        draw_panels(curve.plot, measured, args.plot, (5, 2.6), is_row=False)
     text = f"loss barrier {curve.barrier:.4f}"
     if curve.accuracy:
         text += f", accuracy barrier {curve.accuracy_barrier:.4f}"
-    barriers = {"loss_barrier": curve.barrier, "accuracy_barrier": curve.accuracy_barrier}
-    write_table(curve.table(), args, text, **barriers)
+    write_table(
+        curve.table(), args, text, loss_barrier=curve.barrier, accuracy_barrier=curve.accuracy_barrier
+    )
 
 
 def triangle_command(args: argparse.Namespace) -> None:
@@ -175,12 +183,15 @@ def triangle_command(args: argparse.Namespace) -> None:
         load_models(args), loader_from(args.data, "--data"), points=args.points, **_measures(args)
     )
     if args.plot is not None:
-        found.plot(args.plot, names=[Path(path).stem for path in args.checkpoints])
+        rows = found.scores
+        measured = [m for m in DRAWN if m == "loss" or not all(math.isnan(getattr(s, m)) for s in rows)]
+        plot = partial(found.plot, names=[Path(path).stem for path in args.checkpoints])
+        draw_panels(plot, measured, args.plot, (5, 4), is_row=True)
     write_table(found.table(), args, f"loss barrier {found.barrier:.4f}", loss_barrier=found.barrier)
 
 
 def layers_command(args: argparse.Namespace) -> None:
-    """Write one row per checkpoint and layer."""
+    """Measure the layers of checkpoints, a row for each; all columns would be too wide for a terminal."""
     if unknown := [path for path in args.endpoints if path not in args.checkpoints]:
         raise ValueError(
             f"--endpoints: {unknown[0]} is not one of the checkpoints {' '.join(args.checkpoints)}"
@@ -189,7 +200,8 @@ def layers_command(args: argparse.Namespace) -> None:
     models = dict(zip(args.checkpoints, load_models(args), strict=True))
     forward = function_from(args.forward, "--forward", default_forward)
     data = loader_from(args.data, "--data")
-    write_table(layer_table(models, data, endpoints=args.endpoints, forward=forward), args)
+    table = layer_table(models, data, endpoints=args.endpoints, forward=forward)
+    write_table(table, args, shown=LAYER_COLUMNS)
 
 
 def distances_command(args: argparse.Namespace) -> None:

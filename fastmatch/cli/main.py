@@ -160,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt as interrupt:
-        what = f"fastmatch {args.command}: {{}}; {_left_by(args)}"
+        what = f"fastmatch {args.command}: {{}}; nothing is half-written{_left_by(args)}"
         return tell_interrupted(interrupt, what if is_first() else None)
     except Exception as error:
         return _told(error, args, verbose=verbose)
@@ -180,6 +180,8 @@ def _told(error: Exception, args: argparse.Namespace, *, verbose: bool) -> int:
         text = f"{error.filename}: {error.strerror}"
     elif is_expected:
         text = as_typed(text, args)
+    if type(error) is OSError:  # such as a full disk; wrong names and locked outputs have types of their own
+        text += _left_by(args)
     if not is_expected:
         text = f"{type(error).__name__}: {text} (--verbose shows where)"
     if not getattr(error, "said_by_first", False):  # of several ranks, the first has said it
@@ -194,15 +196,15 @@ def _warned(args: argparse.Namespace, message: Warning | str, *_: Any) -> None:
 
 
 def _left_by(args: argparse.Namespace) -> str:
-    """Return what is left of an interrupted command: nothing half-written, and for some what ``--resume`` goes on from."""
+    """Return the sentence about what a command that ended early has left for ``--resume``; none where nothing is kept."""
     kept = None
     if args.command in ("align", "align-many"):
         from fastmatch.cli.align import kept_by
 
         kept = kept_by(args)
-    if kept is not None and kept.exists():
-        return "nothing is half-written. What is solved is kept: the same command with --resume goes on"
-    return "nothing is half-written"
+    if kept is None or not kept.exists():
+        return ""
+    return ". What is solved is kept: the same command with --resume goes on"
 
 
 class _logging:

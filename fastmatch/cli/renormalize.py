@@ -16,7 +16,7 @@ from fastmatch.cli.outputs import check_outputs, say, write_weights
 from fastmatch.cli.reports import PAGES, report_data, write_report
 from fastmatch.renorm import Renormalization, applied_plan, renormalize
 from fastmatch.renorm.options import Method
-from fastmatch.renorm.plan import candidates, new_biases
+from fastmatch.renorm.plan import candidates
 
 __all__ = ["add_commands"]
 
@@ -88,20 +88,15 @@ def renormalize_command(args: argparse.Namespace) -> None:
     write_weights(state, args.out, force=args.force, metadata=shared_metadata([args.checkpoint]))
     plan = applied_plan(new)
     assert plan is not None
-    known = merged.state_dict()
-    added = [name for name in new.state_dict() if name not in known]
-    text = f"{plan}\n"
-    if added:
-        text += f"{new_biases(added, args.out)}\n"
     say(
         args,
-        f"{text}wrote {args.out}",
+        f"{plan}\nwrote {args.out}",
         method=plan.method,
         why=plan.why,
         layers=list(plan.layers),
         left_alone=dict(plan.left_alone),
         kept=dict(plan.kept),
-        new_parameters=added,
+        new_parameters=list(plan.added),
         out=args.out,
         report=args.report,
     )

@@ -6,8 +6,10 @@ import argparse
 import runpy
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from types import TracebackType
 
 from fastmatch.cli.options import Commands, add_command
 from fastmatch.cli.outputs import say
@@ -62,8 +64,26 @@ def run_script(command: list[str]) -> None:
                 runpy.run_module(command[0], run_name="__main__", alter_sys=True)
             else:
                 runpy.run_path(str(Path(command[0]).absolute()), run_name="__main__")  # as python does
+    except (Exception, KeyboardInterrupt):
+        # Whoever catches the error has the whole traceback; python shows what the hook of the moment is given.
+        sys.excepthook = partial(_shown_from_script, sys.excepthook)
+        raise
     finally:
         sys.argv, sys.path[:] = arguments, path
+
+
+def _shown_from_script(
+    hook: Callable[..., object], kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Show an error without the frames that led to the script: as python does that runs the script alone."""
+    frame = trace
+    while frame is not None and frame.tb_frame.f_code is not run_script.__code__:
+        frame = frame.tb_next
+    if frame is not None:  # it came from the script
+        trace = frame.tb_next
+        while trace is not None and trace.tb_frame.f_globals.get("__name__") == "runpy":
+            trace = trace.tb_next
+    hook(kind, error.with_traceback(trace), trace)
 
 
 def libraries_command(args: argparse.Namespace) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -13,7 +13,16 @@ from fastmatch._internal.files import check_format, check_target, writing
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["PICTURES", "TITLES", "Metric", "check_metric", "drawing", "framed", "legend_beside"]
+__all__ = [
+    "PICTURES",
+    "TITLES",
+    "Metric",
+    "check_metric",
+    "draw_panels",
+    "drawing",
+    "framed",
+    "legend_beside",
+]
 
 PICTURES = frozenset({".pdf", ".png", ".svg"})
 """Suffixes of the picture formats that are written."""
@@ -69,14 +78,47 @@ def drawing(path: str | Path | None, ax: Axes | None, size: tuple[float, float] 
     if path is not None:
         check_format(path, "path", PICTURES)
         check_target(path, force=True)
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("drawing needs matplotlib: pip install 'fastmatch[plot]'") from error
-    axes = Figure(figsize=size, layout="constrained").add_subplot() if ax is None else ax
+    axes = _new_axes(1, 1, size)[0] if ax is None else ax
     yield axes
     if path is not None:
         figure = axes.get_figure(root=True)
         assert figure is not None
         with writing(path, force=True) as temporary:
             figure.savefig(temporary, dpi=150, format=Path(path).suffix[1:])
+
+
+def draw_panels(
+    plot: Callable[..., Axes],
+    metrics: Sequence[str],
+    path: str | Path,
+    size: tuple[float, float],
+    *,
+    is_row: bool,
+) -> None:
+    """Draw several metrics of one result into one picture, beside or below each other.
+
+    Args:
+        plot: draws one, as ``plot(metric=..., ax=...)``.
+        metrics: what to draw.
+        path: see :func:`drawing`.
+        size: of one panel, in inches.
+        is_row: beside each other.
+    """
+    rows, columns = (1, len(metrics)) if is_row else (len(metrics), 1)
+    panels = _new_axes(rows, columns, (columns * size[0], rows * size[1]))
+    with drawing(path, panels[0]):
+        for metric, ax in zip(metrics, panels, strict=True):
+            plot(metric=metric, ax=ax)
+            ax.label_outer()
+
+
+def _new_axes(rows: int, columns: int, size: tuple[float, float]) -> list[Axes]:
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
+    except ImportError as error:
+        raise ImportError("drawing needs matplotlib: pip install 'fastmatch[plot]'") from error
+    # Axes that keep their shape are packed; and titles do not touch the edge, which is 0.08 inches away.
+    layout = ConstrainedLayoutEngine(compress=True, w_pad=0.08, h_pad=0.08)
+    figure = Figure(figsize=size, layout=layout)
+    return [ax for row in figure.subplots(rows, columns, sharex="col", squeeze=False) for ax in row]

@@ -124,8 +124,8 @@ class Table:
         return axes
 
     def __str__(self) -> str:
-        """The table as Markdown."""
-        cells = [self.columns, *([_text(v) for v in row.values()] for row in self.rows)]
+        """The table as Markdown, with its bars escaped."""
+        cells = [[_text(v) for v in line] for line in (self.columns, *(row.values() for row in self.rows))]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         cells.insert(1, ["-" * w for w in widths])
         lines = [" | ".join(t.ljust(w) for t, w in zip(line, widths, strict=True)) for line in cells]
@@ -139,4 +139,4 @@ def _plain(value: Any) -> Any:
 
 
 def _text(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", r"\|")

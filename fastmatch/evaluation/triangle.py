@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Triangle", "triangle"]
 
+LEVELS = 100
+"""Colours of a picture: steps between them would be taken for what was measured."""
 LEAST_ON_A_SIDE = 2
 """Points on a side of a triangle: its corners."""
 
@@ -104,17 +106,20 @@ class Triangle:
         x = [b + c / 2 for _, b, c in self.weights]
         y = [c * 3**0.5 / 2 for _, _, c in self.weights]
         with drawing(path, ax, (5, 4)) as axes:
+            from matplotlib.ticker import MaxNLocator
+
             low, high = min(values), max(values)
             room = 1e-3 * (
                 (high - low) or abs(high) or 1.0
             )  # a plateau at the highest level would stay white
             filled = axes.tricontourf(
-                x, y, values, levels=torch.linspace(low, high + room, 13, device="cpu").tolist()
+                x, y, values, levels=torch.linspace(low, high + room, LEVELS + 1, device="cpu").tolist()
             )
             axes.scatter(
-                x, y, s=6, color="white", edgecolors="black", linewidths=0.4
-            )  # where merges were evaluated
-            axes.figure.colorbar(filled, ax=axes, label=TITLES[metric].lower(), shrink=0.8, format="%.3g")
+                x, y, s=8, color="white", edgecolors="black", linewidths=0.4, clip_on=False, zorder=3
+            )  # where merges were evaluated; those on the sides are whole
+            ticks = MaxNLocator(6)  # round numbers; not those of the levels
+            axes.figure.colorbar(filled, ax=axes, label=TITLES[metric].lower(), shrink=0.8, ticks=ticks)
             corners = ((0, 0, -1, "left"), (1, 0, -1, "right"), (0.5, 3**0.5 / 2, 1, "center"))
             for name, (left, up, side, align) in zip(names, corners, strict=True):
                 axes.annotate(

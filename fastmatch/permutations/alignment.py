@@ -59,6 +59,16 @@ class Matching:
     gaps: dict[str, tuple[float, float]] = field(default_factory=dict)
     order: tuple[str, ...] = ()
 
+    @property
+    def outcome(self) -> str:
+        """How it ended, as text. Training does not converge: it has lowered the loss, or weight matching's result is kept."""
+        if self.matcher == "StraightThrough":
+            first, last = self.objective
+            is_kept = last <= first or last != last  # where the loss was NaN at first, any number is better
+            kept = "no epoch lowered the loss, weight matching's result is kept"
+            return kept if is_kept else "the loss fell"
+        return "converged" if self.converged else "not converged"
+
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Alignment:

@@ -36,7 +36,7 @@ from fastmatch.permutations.alignment import Alignment
 from fastmatch.recipes.card import model_card
 from fastmatch.recipes.recipe import MATCHERS, Recipe, Step, as_text, read_recipe
 from fastmatch.renorm.options import Renormalization
-from fastmatch.renorm.plan import new_biases
+from fastmatch.renorm.plan import applied_plan, new_biases, plan_renormalization
 from fastmatch.renorm.renormalize import renormalize
 from fastmatch.report.merge import merge_report
 from fastmatch.report.report import Report
@@ -142,12 +142,17 @@ def _in_memory(recipe: Recipe, files: dict[str, Path], force: bool, progress: bo
         states = [named_for(network, x, path) for x, path in zip(files_hold, recipe.models, strict=True)]
         models = [_loaded(network, state, path) for state, path in zip(states, recipe.models, strict=True)]
     first = models[recipe.reference]
+    step = recipe.renormalize
+    options = None if step is None else Renormalization(step.word, **step.options)  # type: ignore[arg-type]
+    is_folder = files["recipe"].parent == recipe.out
     aligned, alignments = list(models), []
     if matcher is not None:
         with watch("trace"):
             spec = PermutationSpec.trace(first, example)
         if not spec.groups:
             raise ValueError(f"network: no group of units of {recipe.network} is free to move")
+        if is_folder and options is not None:
+            _check_biases(first, options, recipe.out)
         for k, model in enumerate(models):
             if k != recipe.reference:
                 found = align(first, model, example, matcher, spec=spec, progress=progress)
@@ -158,11 +163,9 @@ def _in_memory(recipe: Recipe, files: dict[str, Path], force: bool, progress: bo
     with watch("merge"):
         merged = merge(aligned, recipe.weights, biases=recipe.biases)
     final = None
-    if recipe.renormalize is not None:
-        step = recipe.renormalize
+    if options is not None:
         assert calibration is not None
-        options = Renormalization(step.word, **step.options)  # type: ignore[arg-type]
-        ends = None if step.word == "reset" else aligned
+        ends = None if options.method == "reset" else aligned
         with watch("renormalize"):
             final = renormalize(merged, ends, calibration, options, progress=progress)
     report = merge_report(
@@ -175,14 +178,12 @@ def _in_memory(recipe: Recipe, files: dict[str, Path], force: bool, progress: bo
         report = _joined(alignments[0].report(first, other, data, names=names, points=points), report)
     result = state_of(merged if final is None else final, "merge")
     held = states[recipe.reference]
-    added = [name for name in result if name not in held]  # biases
-    if added and files["recipe"].parent == recipe.out:
-        raise ValueError(
-            f"renormalize: it needs the new parameter {added[0]!r}, for which the architecture of {recipe.out} has no place; "
-            'the methods "rescale" and "reset" need none'
-        )
+    plan = None if final is None else applied_plan(final)
+    added = () if plan is None else plan.added
+    if added and is_folder:
+        raise _no_place_for(added[0], recipe.out)
     if added:
-        LOG.warning("renormalize: %s", new_biases(added, recipe.out))
+        LOG.warning("renormalize: %s", new_biases(added))
     like = {
         name: held.get(name, held.get(f"{name.rpartition('.')[0]}.weight", tensor))
         for name, tensor in result.items()
@@ -195,7 +196,7 @@ def _in_memory(recipe: Recipe, files: dict[str, Path], force: bool, progress: bo
     report = replace(
         report, seconds={**watch.seconds, **report.seconds}, command=as_text(recipe.given).strip()
     )
-    if files["recipe"].parent == recipe.out:
+    if is_folder:
         from fastmatch.checkpoint.writer import write_like
 
         source = Checkpoint(recipe.models[recipe.reference])
@@ -204,6 +205,25 @@ def _in_memory(recipe: Recipe, files: dict[str, Path], force: bool, progress: bo
         save_state(result, recipe.out, force=force)
     _write_texts(recipe, report, files)
     return Outcome(merged if final is None else final, tuple(alignments), report, files)
+
+
+def _check_biases(model: nn.Module, options: Renormalization, out: Path) -> None:
+    """Refuse before the alignment what would add biases for sure: its trace has read all layers.
+
+    What the automatic choice takes is known after the calibration; and without alignment, so is which layers run.
+    """
+    if options.method in ("auto", "rescale", "reset"):
+        return
+    for name in plan_renormalization(model, options).layers:
+        if getattr(model.get_submodule(name), "bias", None) is None:
+            raise _no_place_for(f"{name}.bias", out)
+
+
+def _no_place_for(bias: str, out: Path) -> ValueError:
+    return ValueError(
+        f"renormalize: it needs the new parameter {bias!r}, for which the architecture of {out} has no place; "
+        'the methods "rescale" and "reset" need none'
+    )
 
 
 def _out_of_core(recipe: Recipe, files: dict[str, Path], force: bool, progress: bool | None) -> Outcome:

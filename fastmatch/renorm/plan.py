@@ -51,6 +51,8 @@ class Plan:
             are all pruned. Known after the calibration.
         scores: method -> how its outputs differ from the endpoints', if the automatic choice compared methods:
             (fraction of samples with another class, one minus the mean cosine). That of least squares is on samples that it was not fitted to.
+        added: names of the biases that layers without one have got; a network needs them to load the result. Known after the
+            calibration.
     """
 
     method: Treatment
@@ -59,14 +61,17 @@ class Plan:
     left_alone: dict[str, str] = field(hash=False)
     kept: dict[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
     scores: dict[Treatment, Disagreement] = field(default_factory=dict, hash=False)
+    added: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """The plan as text: the method, the reason, a line per module left alone and per layer with channels kept."""
+        """The plan as text: the method, the reason, a line per module left alone and per layer with channels kept, and new biases."""
         lines = [f"{self.method}: {self.why}; {len(self.layers)} layers"]
         lines += [f"  left alone: {name}: {reason}" for name, reason in self.left_alone.items()]
         for name, channels in self.kept.items():
             first = ", ".join(map(str, channels[:8])) + (", ..." if len(channels) > 8 else "")
             lines.append(f"  gain one in {name}: {len(channels)} channels ({first}); a gain would do harm")
+        if self.added:
+            lines.append(f"  {new_biases(self.added)}")
         return "\n".join(lines)
 
 
@@ -125,12 +130,16 @@ def plan_renormalization(model: nn.Module, method: Method | Renormalization = "a
     return Plan(options.method, why, tuple(found), left)
 
 
-def remember_plan(model: nn.Module, plan: Plan, kept: Mapping[str, torch.Tensor]) -> None:
+def remember_plan(model: nn.Module, merged: nn.Module, plan: Plan, kept: Mapping[str, torch.Tensor]) -> None:
     """Note on a renormalized module what was done to it; copies keep the note.
 
     Args:
+        merged: the module before it was renormalized.
         kept: layer -> (C,) True for the channels that kept gain one. They come to the host when somebody asks for them.
     """
+    known = {name for name, _ in merged.named_parameters(remove_duplicate=False)}
+    names = (name for name, _ in model.named_parameters(remove_duplicate=False))
+    plan = replace(plan, added=tuple(name for name in names if name not in known))
     model.__dict__[_NOTE] = (plan, dict(kept))
 
 
@@ -152,6 +161,6 @@ def applied_plan(model: nn.Module) -> Plan | None:
     return replace(plan, kept={name: found for name, found in channels.items() if found})
 
 
-def new_biases(names: Sequence[str], out: object) -> str:
+def new_biases(names: Sequence[str]) -> str:
     """Return what a user is told of biases that a renormalization has added to layers without one."""
-    return f"new: {', '.join(names)}; a network needs these biases to load {out} (rescale and reset add none)"
+    return f"new: {', '.join(names)}; a network needs these biases to load the result (rescale and reset add none)"

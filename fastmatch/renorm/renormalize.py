@@ -63,6 +63,7 @@ def renormalize(
 
     The methods and their formulas are in :mod:`fastmatch.renorm`. A missing bias is created if the method
     needs one, as all but RESCALE and RESET do: a model that loads the result then needs it too (``bias=True``).
+    :func:`fastmatch.applied_plan` names the new ones.
     Masks of pruned layers do not change. Modules that are left alone are listed in a warning. Channels that a gain would
     harm, such as those whose weights are all pruned, keep gain one; :func:`fastmatch.applied_plan` lists them.
 
@@ -204,7 +205,7 @@ def renormalize_many(
                 if trial.model is not None:
                     new, kept = trial.model, {}
         known = notes[k]
-        remember_plan(new, done, kept)
+        remember_plan(new, models[k], done, kept)
         if known is not None:  # the new tensors are those of the same merge
             remember_weights(new, known)
         if log.isEnabledFor(logging.INFO):
@@ -265,10 +266,10 @@ def _fitted(
             fit_jointly(fits, (endpoints, alpha), batches, forward, options)
         idle = [fit.name for fit in fits if not fit.has_run]
         done = _without_unmeasured(plan, idle, explicit=options.layers is not None)
-        remember_plan(new, done, {})
+        remember_plan(new, model, done, {})
         if known is not None:
             remember_weights(new, known)
-        log.info("%s", done)
+        log.info("%s", applied_plan(new))
         news.append(new)
     return news, done
 

@@ -254,7 +254,6 @@ def _recipe(alignment: Alignment, names: Sequence[str]) -> dict[str, str]:
     matching = alignment.matching
     if matching is not None:
         first, last = matching.objective[0], matching.objective[-1]
-        state = "converged" if matching.converged else "not converged"
-        recipe["objective"] = f"{first:.6g} → {last:.6g} ({matching.matcher}, {state})"
+        recipe["objective"] = f"{first:.6g} → {last:.6g} ({matching.matcher}, {matching.outcome})"
         recipe["work"] = f"{count_of(matching.sweeps, 'sweep')}, {count_of(matching.solves, 'assignment')}"
     return {**recipe, **versions()}

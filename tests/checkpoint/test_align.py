@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -397,6 +398,20 @@ def test_a_file_that_is_written_again_while_it_is_read_is_named(tmp_path, suffix
         ValueError, match=rf"m{suffix}: tensor '{name}': the file has changed since it was opened"
     ):
         checkpoint[name]
+
+
+@pytest.mark.parametrize(("number", "is_kept"), [(errno.ENOSPC, True), (errno.EAGAIN, False)])
+def test_a_command_whose_disk_is_full_says_that_what_is_solved_is_kept(
+    folder, monkeypatch, capsys, number, is_kept
+):
+    def failing(*_):
+        raise OSError(number, os.strerror(number), "model.safetensors")
+
+    monkeypatch.setattr("fastmatch.checkpoint.writer.write_safetensors", failing)
+    line = ["align", *(str(folder / x) for x in "ab"), "--max-sweeps", "1", "--out", str(folder / "out")]
+    assert main(line) == 2
+    resume = ". What is solved is kept: the same command with --resume goes on" if is_kept else ""
+    assert capsys.readouterr().err == f"fastmatch align: model.safetensors: {os.strerror(number)}{resume}\n"
 
 
 @pytest.mark.parametrize("force", [False, True])

@@ -108,6 +108,19 @@ def test_options_of_weight_matching_are_used(models, options, matcher, capsys):
     assert f"{expected.matching.solves} assignments ({state})" in capsys.readouterr().out
 
 
+def test_the_summary_says_whether_training_has_lowered_the_loss(models, capsys):
+    training = [*DATA, "--matcher", "straight-through", "--epochs", "1", "--learning-rate"]
+    assert main([*ALIGN, "o.pt", *training, "1e-12"]) == 0
+    said = capsys.readouterr().out
+    assert "(no epoch lowered the loss, weight matching's result is kept)" in said
+    assert "converged" not in said
+
+
+def test_the_summary_names_the_limit_of_the_strategy(models, capsys):
+    assert main([*MANY, *OUTS, "--max-rounds", "1"]) == 0
+    assert "(not converged, raise --max-rounds)" in capsys.readouterr().out
+
+
 def test_align_starts_from_a_file_of_permutations(planted, capsys):
     assert main([*ALIGN, "o.pt", "--permutations", "p.safetensors"]) == 0
     capsys.readouterr()

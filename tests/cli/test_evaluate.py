@@ -6,6 +6,7 @@ import csv
 import json
 
 import pytest
+from matplotlib.figure import Figure
 
 import fastmatch as fm
 from fastmatch.cli.main import main
@@ -34,6 +35,21 @@ def test_curve_writes_what_the_library_makes(models, loader, folder, capsys):
     assert (folder / "curve.png").read_bytes()[:4] == b"\x89PNG"
     assert main(CURVE) == 2
     assert "--force" in capsys.readouterr().err
+
+
+def test_a_picture_has_a_panel_for_each_measure(models, monkeypatch):
+    shown, save = [], Figure.savefig
+
+    def noted(self, *args, **options):
+        shown.append([ax.get_title(loc="left").split(" ")[0] for ax in self.axes])
+        save(self, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", noted)
+    line = [*MODEL, *DATA, "--points", "3", "--out", "o.csv", "--plot", "o.png", "--force"]
+    assert main(["curve", *FILES[:2], *line]) == 0
+    assert main(["triangle", *FILES, *line, "--metric", "torch.nn.functional:cross_entropy"]) == 0
+    assert shown[0] == ["Loss", "Accuracy"]
+    assert [title for title in shown[1] if title] == ["Loss", "Accuracy", "Metric"]
 
 
 def test_score_prints_and_writes_what_the_library_measures(models, loader, capsys):
@@ -68,6 +84,28 @@ def test_triangle_layers_and_distances(models, loader, capsys):
     assert main(["distances", *FILES, "--out", "d.csv"]) == 0
     expected = fm.distances(dict(zip(FILES, models, strict=True)))
     assert [float(r["distance"]) for r in rows_of("d.csv")] == pytest.approx(expected.column("distance"))
+
+
+@pytest.mark.parametrize("command", ["curve", "triangle", "layers"])
+def test_without_an_output_the_table_is_printed_and_nothing_written(models, folder, capsys, command):
+    before = sorted(folder.iterdir())
+    points = [] if command == "layers" else ["--points", "3"]
+    assert main([command, *FILES[: 2 if command == "curve" else 3], *MODEL, *DATA, *points]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("| ")
+    assert "wrote" not in printed
+    assert sorted(folder.iterdir()) == before
+
+
+def test_layers_prints_the_columns_that_fit_a_terminal(models, capsys):
+    line = ["layers", *FILES, *MODEL, *DATA, "--endpoints", *FILES[:2]]
+    assert main(line) == 0
+    first, *_, last = capsys.readouterr().out.splitlines()
+    shown = ["model", "layer", "variance", "dead inputs", "variance ratio", "feature ratio"]
+    assert [name.strip() for name in first.strip("|").split("|")] == shown
+    assert last == "11 more columns: --out and --json have them"
+    assert main([*line, "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["rows"][0]) == 17
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

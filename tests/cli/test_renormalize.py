@@ -47,14 +47,14 @@ def test_biases_that_a_network_had_not_are_named(merged, folder, capfd, caplog):
     assert main([*line, "rescaled.pt", "--method", "rescale"]) == 0
     assert "new:" not in capfd.readouterr().out
     assert main([*line, "new.pt", "--method", "repair"]) == 0
-    assert "new: 0.bias; a network needs these biases to load new.pt" in capfd.readouterr().out
+    assert "new: 0.bias; a network needs these biases to load the result" in capfd.readouterr().out
     assert load_state("new.pt").keys() - network.state_dict().keys() == {"0.bias"}
     recipe = {
         "models": ["d.pt", "e.pt"], "network": model[1], "renormalize": {"method": "repair", "data": DATA[1]}, "out": "r.pt",
     }  # fmt: skip
     Path("r.json").write_text(json.dumps(recipe))
     assert main(["pipeline", "r.json"]) == 0
-    assert "renormalize: new: 0.bias; a network needs these biases to load r.pt" in caplog.text
+    assert "renormalize: new: 0.bias; a network needs these biases to load the result" in caplog.text
     assert load_state("r.pt").keys() == load_state("new.pt").keys()
 
 

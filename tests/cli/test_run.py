@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+import traceback
 
 import numpy as np
 import pytest
@@ -43,7 +44,26 @@ def test_a_script_runs_unedited(tmp_path, way):
     ]
 
 
-def test_an_error_of_the_script_is_its_own(tmp_path):
+@pytest.mark.parametrize(("command", "text", "first"), [
+    (["bad.py"], "def f():\n    raise ValueError('theirs')\nf()\n", "line 3, in <module>"),
+    (["-m", "bad"], "def f():\n    raise ValueError('theirs')\nf()\n", "line 3, in <module>"),
+    (["bad.py"], "x = (\n", "line 1\n"),  # nothing of it has run
+])  # fmt: skip
+def test_the_traceback_of_a_script_begins_in_the_script(tmp_path, monkeypatch, capsys, command, text, first):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    path = tmp_path / "bad.py"
+    path.write_text(text)
+    with pytest.raises((ValueError, SyntaxError)) as raised:
+        main(["run", *command])
+    sys.excepthook(raised.type, raised.value, raised.tb)  # as python does at its end
+    shown = capsys.readouterr().err
+    assert shown.removeprefix("Traceback (most recent call last):\n").startswith(f'  File "{path}", {first}')
+    assert shown.endswith(f"{traceback.format_exception_only(raised.value)[-1]}")
+
+
+def test_an_error_of_the_script_is_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
     original = scipy.optimize.linear_sum_assignment
     path = tmp_path / "raises.py"
     path.write_text("import sys\nassert sys.argv[1:] == ['-h']\nraise ValueError('theirs')\n")

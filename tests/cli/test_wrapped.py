@@ -11,7 +11,8 @@ from torch import nn
 
 import fastmatch as fm
 from fastmatch._internal.files import load_state, save_state
-from fastmatch.checkpoint import align_checkpoints
+from fastmatch._internal.states import prefix_before
+from fastmatch.checkpoint import align_checkpoints, tracing
 from fastmatch.cli.loading import build_model
 from fastmatch.cli.main import main
 
@@ -81,6 +82,13 @@ def test_on_disk_a_prefix_of_one_side_does_not_count(wrapped, paths, caplog):
     assert same("merged.pt", paths[0])
     assert main(["verify", *paths, *MODEL]) == 0
     assert [r.message.partition(": ")[2][:10] for r in caplog.records] == ["the prefix"] * 4
+
+
+def test_the_prefix_of_each_side_is_looked_for_once(wrapped, monkeypatch):
+    asked = []
+    monkeypatch.setattr(tracing, "prefix_before", lambda *pair: asked.append(pair) or prefix_before(*pair))
+    assert main(["verify", "plain.pt", "b.ckpt", *MODEL]) == 0
+    assert len(asked) == 2
 
 
 def test_a_shell_takes_the_network_out_of_a_module_that_holds_more(wrapped, capfd):

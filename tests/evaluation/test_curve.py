@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import fastmatch as fm
+from fastmatch.evaluation.plots import draw_panels
 from fastmatch.studies.digits import Batches
 from helpers.networks import build, fresh_seed
 
@@ -124,6 +125,27 @@ def test_a_triangle_has_the_names_of_its_models_and_no_hole():
     assert pixels[len(pixels) - int(middle[1]), int(middle[0]), :3].min() < 200
     with pytest.raises(ValueError, match="names: expected three"):
         found.plot(names=["first"])
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_nothing_of_a_triangle_is_cut_off(tmp_path, monkeypatch, count):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, target, **_: (figures.append(self), target.touch()))
+    rows = tuple(((2 - i - j) / 2, i / 2, j / 2) for i in range(3) for j in range(3 - i))
+    found = fm.Triangle(rows, tuple(fm.Scores(1 - max(row), 0.9, 0.9) for row in rows))
+    draw_panels(found.plot, ("loss", "accuracy")[:count], tmp_path / "t.png", (5, 4), is_row=True)
+    (figure,) = figures
+    figure.draw_without_rendering()
+    panels = [ax for ax in figure.axes if ax.texts]  # the others are the bars of colours
+    assert len(panels) == count
+    for ax in panels:
+        assert not any(points.get_clip_on() for points in ax.collections if len(points.get_offsets()) > 1)
+        for text in (*ax.texts, ax._left_title):
+            extent = text.get_window_extent()
+            assert extent.x0 >= 0
+            assert extent.y0 >= 0
+            assert extent.x1 <= figure.bbox.x1
+            assert extent.y1 <= figure.bbox.y1
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])

@@ -107,6 +107,7 @@ def test_cells_that_a_spreadsheet_would_compute_are_quoted(tmp_path):
 def test_tables_are_plain_records(tmp_path):
     table = fm.Table(({"x": 1, "y": 0.5}, {"x": 2, "y": 0.25}))
     assert str(table).splitlines()[2] == "| 1 | 0.5  |"
+    assert str(fm.Table(({"|W|": "a|b"},))) == "| \\|W\\| |\n| ----- |\n| a\\|b  |"
     table.to_csv(tmp_path / "t.csv")
     assert (tmp_path / "t.csv").read_text().split() == ["x,y", "1,0.5", "2,0.25"]
     with pytest.raises(FileExistsError, match="force"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 import fastmatch as fm
 from fastmatch.matching.fisher import match_fisher
+from fastmatch.permutations.alignment import Matching
 from fastmatch.statistics.fisher import diagonal_fisher
 from fastmatch.studies.digits import Batches, digits
 from helpers.networks import build, fresh_seed
@@ -94,6 +96,12 @@ def test_tied_parameters_are_trained_as_one():
     x, y = torch.randint(0, 7, (20,)), torch.randint(0, 7, (20,))
     found = fm.align(one, two, x, fm.StraightThrough(Batches(x, y, 10)))
     assert found.matching.objective[1] >= found.matching.objective[0]
+
+
+@pytest.mark.parametrize("first", [-2.0, math.nan])
+def test_the_outcome_of_training_says_whether_the_loss_fell(first):
+    assert Matching({}, "StraightThrough", (first, -1.0)).outcome == "the loss fell"
+    assert "weight matching's result is kept" in Matching({}, "StraightThrough", (first, first)).outcome
 
 
 def test_an_equal_fisher_is_plain_weight_matching():

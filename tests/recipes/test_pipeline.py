@@ -114,7 +114,9 @@ def test_directories_are_merged_tensor_by_tensor(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:renormalize leaves these alone")
-def test_a_directory_has_no_place_for_biases_that_its_architecture_lacks(tmp_path, monkeypatch):
+@pytest.mark.parametrize("align", [None, "weights"])
+def test_a_directory_has_no_place_for_biases_that_its_architecture_lacks(tmp_path, monkeypatch, align):
+    """With an alignment, which reads all layers, this is known before it."""
     transformers = pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
     prepare(tmp_path, "model-a model-b")
@@ -123,7 +125,8 @@ def test_a_directory_has_no_place_for_biases_that_its_architecture_lacks(tmp_pat
     module = types.ModuleType("causal")
     module.build, module.loader = lambda: (model, {"input_ids": tokens[:2]}), lambda: [{"input_ids": tokens}]
     monkeypatch.setitem(sys.modules, "causal", module)
-    recipe = {"models": ["model-a", "model-b"], "network": "causal:build", "out": "merged"}
+    monkeypatch.setattr("fastmatch.recipes.pipeline.align", lambda *_, **__: pytest.fail("it is aligned"))
+    recipe = {"models": ["model-a", "model-b"], "network": "causal:build", "out": "merged", "align": align}
     given = {"method": "repair", "data": "causal:loader"}
     with pytest.raises(
         ValueError, match=r"renormalize: it needs the new parameter '.*bias', for which the architecture"

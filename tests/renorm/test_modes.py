@@ -501,6 +501,19 @@ def test_stem_shortcut_and_classifier_are_renormalized_and_selectable():
     assert {n for n in new if n not in merged.state_dict()} == {"stem.bias", "stage2.0.shortcut.0.bias"}
 
 
+@pytest.mark.parametrize("mode", ["joint", "sequential"])
+@pytest.mark.parametrize("method", ["repair", "rescale", "least-squares"])
+def test_the_plan_names_the_biases_that_layers_have_got(method, mode):
+    ends = pair("resnet with layer norm")
+    merged = fm.merge(ends)
+    assert fm.plan_renormalization(merged, method).added == ()  # not known before the data
+    new = fm.renormalize(merged, ends, loader(), fm.Renormalization(method, mode))
+    plan = fm.applied_plan(new)
+    assert list(plan.added) == [n for n in new.state_dict() if n not in merged.state_dict()]
+    assert ("stem.bias" in plan.added) == (method != "rescale")
+    assert ("new: stem.bias, " in str(plan)) == (method != "rescale")
+
+
 def test_renormalizations_side_by_side_leave_torchs_number_of_threads():
     before = torch.get_num_threads()
     lockstep = Lockstep(lambda key, values: values)
