@@ -11,7 +11,7 @@ with that in iterations scaled, which is more than it takes if it converges befo
 
 "Objective" is the inner product of all of A with all of the result. "Function" is the largest relative change: of the output of an attention
 layer in the UNet of SDXL, where the streams keep their order; of the UNet's output for SD 1.5; of a reduced model's, in float64, where
-the streams of SDXL move. "GFLOP in a second" are those of float32 products in the same process: rows of one model and pair are of one machine.
+the streams of SDXL move. Where it changes, units were moved across heads or apart from others, so that no alignment reaches that objective. "GFLOP in a second" are those of float32 products in the same process: rows of one model and pair are of one machine.
 """
 
 from __future__ import annotations
