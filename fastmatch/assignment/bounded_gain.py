@@ -413,7 +413,7 @@ def solve_bounded(
 def _near_copies(gain: BoundedGain) -> Assignment:
     """Return first duals. ``<a, b> <= |a|^2 / 2 + |b|^2 / 2``, and copies are equal: so each row wants its copy at once."""
     n, duals = gain.shape[0], (gain.total / 2).numpy()
-    return Assignment(np.arange(n), np.arange(n), duals[0], duals[1], math.nan, math.inf, 0.0, {})
+    return Assignment(np.arange(n), np.arange(n), duals[0], duals[1], math.nan, math.inf, 0.0)
 
 
 def _proved(gain: BoundedGain, found: Assignment) -> Assignment:

@@ -103,9 +103,9 @@ def match_nested(
         Group -> permutation, for the group and its subgroups. It is optimal if no two kinds of subgroups share a
         tensor; otherwise each kind is optimal given the others.
 
-    Cost: one product of all units of the subgroups, and p^2 assignments of n x n for p subgroups of n units each. For near copies,
-    a share of the product, and about p assignments. If
-    subgroups share a tensor, products of that tensor for the pairs that the bounds leave.
+    Cost: one product of all units of the subgroups, and p^2 assignments of n x n for p subgroups of n units each. For near
+    copies, a share of the product, and a few p assignments. If subgroups share a tensor, products of that tensor for the
+    pairs that the bounds leave.
     """
     kinds = [names for (outer, _), names in spec.subgroups().items() if outer == name]
     still = {
@@ -127,9 +127,7 @@ def match_nested(
     orders = [torch.arange(n, device="cpu").expand(p, p, n).clone() for n in sizes]
     best = value.clone()
     for gains, order in zip(own, orders, strict=True):
-        if gains.bounds is not None:
-            best += gains.largest()
-        elif gains.factors:
+        if gains.factors and gains.bounds is None:
             best += _solve_all(gains, order)
     if all(block.is_covered for block in inner) and all(gains.bounds is None for gains in own):
         outer = _assign(best)
@@ -159,36 +157,35 @@ class _OwnGains:
         self.bounds: BoundedGain | None = None
         self._whole: torch.Tensor | None = None
         if self.factors and math.prod(self.factors[0][0].shape[:2]) ** 2 <= MAX_ENTRIES:
-            self._begin()
+            self._multiply()
 
-    def _begin(self) -> None:
+    def _multiply(self) -> None:
         """Multiply all pairs, or as many features as their bounds need."""
-        every = slice(0, len(self.factors[0][0]))
-        units = math.prod(self.factors[0][0].shape[:2])
-        elements = sum(a.numel() for a, _ in self.factors)
         first = self.factors[0][0]
-        if is_large(units, elements) and first.dtype == torch.float32 and first.device.type == "cpu":
-            found = multiply([(a.flatten(0, 1), b.flatten(0, 1)) for a, b in self.factors])
-            if isinstance(found, BoundedGain):
-                self.bounds = found
-            else:
-                self._whole = self._in_blocks(found)
-        else:
+        elements = sum(a.numel() for a, _ in self.factors)
+        on_host = first.dtype == torch.float32 and first.device.type == "cpu"
+        if not (on_host and is_large(math.prod(first.shape[:2]), elements)):
+            every = slice(0, len(first))
             self._whole = self.of(every, every)
+            return
+        found = multiply([(a.flatten(0, 1), b.flatten(0, 1)) for a, b in self.factors])
+        if isinstance(found, BoundedGain):
+            self.bounds = found
+        else:
+            self._whole = self._in_blocks(found)
 
     def grow(self) -> bool:
         """Multiply twice as many features, or return False if so many do not pay."""
-        share = 0.0 if self.bounds is None else 2 * self.bounds.share
-        if share > LARGEST_SHARE:
-            return False
-        if self.bounds is not None:
+        assert self.bounds is not None
+        share = 2 * self.bounds.share
+        if share <= LARGEST_SHARE:
             self.bounds.grow(share)
-        return True
+        return share <= LARGEST_SHARE
 
     def finish(self) -> None:
         """Multiply the features that bounds have left out."""
-        if self.bounds is not None:
-            self._whole, self.bounds = self._in_blocks(self.bounds.full()), None
+        assert self.bounds is not None
+        self._whole, self.bounds = self._in_blocks(self.bounds.full()), None
 
     def largest(self) -> torch.Tensor:
         """Return (units, units) float64: by the bounds, no order of a pair's units has a larger gain.
@@ -248,12 +245,13 @@ def _solve_by_bounds(
         inner: the blocks with subgroups.
         own: per kind, the gains from the blocks that it alone fills.
         value: (units, units), what the blocks without subgroups earn.
-        best: the same with what kinds earn, at most, in the blocks that they alone fill.
+        best: the same with what kinds without bounds earn in the blocks that they alone fill.
         orders: per kind, (units, units, size).
     """
     p, sizes = len(value), [order.shape[2] for order in orders]
     shared = [block for block in inner if not block.is_covered]
-    bound, known = best.clone(), torch.zeros(p, p, dtype=torch.bool, device="cpu")
+    bounded = [gains for gains in own if gains.bounds is not None]
+    fixed, known = best.clone(), torch.zeros(p, p, dtype=torch.bool, device="cpu")
     for block in inner:
         if block.is_covered and own[next(iter(block.kinds))].bounds is not None:
             continue  # these bounds contain their rounding
@@ -261,17 +259,19 @@ def _solve_by_bounds(
             torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=torch.float64) for x in (block.a, block.b)
         )
         rounding = math.prod(block.a.shape[1:]) * torch.finfo(block.a.dtype).eps
-        bound += (rounding if block.is_covered else 1 + rounding) * torch.outer(left, right).cpu()
+        fixed += (rounding if block.is_covered else 1 + rounding) * torch.outer(left, right).cpu()
+
+    def by_bounds() -> torch.Tensor:
+        return torch.stack([fixed, *(gains.largest() for gains in bounded)]).sum(0)
+
+    bound = by_bounds()
 
     def tighten() -> bool:
-        """Multiply more features, and return whether there are any."""
-        before = [None if gains.bounds is None else gains.largest() for gains in own]
-        if not all(gains.grow() for gains in own):
+        """Multiply more features, and return whether that pays."""
+        if not (bounded and all(gains.grow() for gains in bounded)):
             return False
-        for gains, old in zip(own, before, strict=True):
-            if old is not None:
-                bound[~known] += (gains.largest() - old)[~known]
-        return any(old is not None for old in before)
+        bound[~known] = by_bounds()[~known]
+        return True
 
     def settle(i: int, part: slice) -> None:
         found, optimum = _solve_inner(shared, own, sizes, i, part)
@@ -289,7 +289,7 @@ def _solve_by_bounds(
             break
         for i in unknown:
             settle(i, slice(int(outer[i]), int(outer[i]) + 1))
-    for gains in own:
+    for gains in bounded:
         gains.finish()
     step = max(1, MAX_ENTRIES // max((n * n for n in sizes), default=1))
     for i in range(p):

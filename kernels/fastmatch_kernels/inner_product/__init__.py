@@ -19,7 +19,7 @@ COMPILED = (torch.float32, torch.float64)
 """Dtypes that the CPU kernel reads; others go through the reference."""
 
 ON_GPU = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-"""Dtypes that the GPU kernel reads."""
+"""Dtypes that the GPU kernel reads, and that of sums on the CPU."""
 
 SMALL = 1 << 18
 """Numbers up to which a tensor on the CPU goes through torch. That takes a fraction of a millisecond longer than the
@@ -124,7 +124,7 @@ def squares_and_inner(a: Tensor, b: Tensor, *, compiled: bool = True) -> tuple[f
 
     Args:
         a, b: floating point tensors of one shape on the CPU.
-        compiled: whether large tensors may go through the kernel, ten times as fast, which takes a second or two to compile.
+        compiled: whether large tensors may go through the kernel, which is far faster and has to be compiled first.
     """
     large = compiled and a.numel() > SMALL and a.dtype == b.dtype and a.dtype in ON_GPU
     if large and a.device.type == b.device.type == "cpu":
