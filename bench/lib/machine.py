@@ -65,3 +65,9 @@ def product_rate() -> float:
         torch.mm(a, b)
         best = min(best, time.process_time() - started)
     return 2 * PROBE**3 / best
+
+
+def peak() -> int:
+    """Return the peak resident bytes of this process."""
+    text = Path("/proc/self/status").read_text()
+    return int(text.split("VmHWM:")[1].split()[0]) * 1024

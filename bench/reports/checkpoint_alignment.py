@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import save_file
 
 from bench.lib import record
+from bench.lib.machine import peak
 
 NAME = "checkpoint_alignment"
 ROOT = Path(__file__).parents[2]
@@ -109,12 +110,6 @@ def plant(folder: Path, out: Path, groups: int | None, seed: int, cosine: float 
         return permute_tensor(tensor, name, spec, permutations)
 
     write_like(source, out, moved)
-
-
-def peak() -> int:
-    """Return the peak resident bytes of this process."""
-    text = Path("/proc/self/status").read_text()
-    return int(text.split("VmHWM:")[1].split()[0]) * 1024
 
 
 class Parts:

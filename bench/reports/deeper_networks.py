@@ -88,6 +88,16 @@ def corrected(
     return fm.renormalize(model, ends, data, method, progress=False, **options)  # pyright: ignore
 
 
+def midpoint(
+    pair: Pair, other: nn.Module, data: Batches, what: str, matched: str, *corrections: str
+) -> Iterator[record.Row]:
+    """Yield the average of the first network and another one in its order, after each of the corrections."""
+    merged = fm.merge([pair.a, other])
+    for name in corrections:
+        found = corrected(merged, [pair.a, other], data, name)
+        yield {"what": what, "matched": matched, "corrected": name, "accuracy": pair.score(found)}
+
+
 def midpoints(pair: Pair) -> Iterator[record.Row]:
     """Yield the ends, and the midpoints of every matching and correction."""
     for end, model in (("A", pair.a), ("B", pair.b)):
@@ -102,10 +112,7 @@ def midpoints(pair: Pair) -> Iterator[record.Row]:
             fm.align(pair.a, pair.b, example, fm.ActivationMatching(data), progress=False).apply(pair.b),
         ),
     ):
-        merged = fm.merge([pair.a, other])
-        for name in pair.corrections():
-            found = corrected(merged, [pair.a, other], data, name)
-            yield {"what": "midpoint", "matched": matched, "corrected": name, "accuracy": pair.score(found)}
+        yield from midpoint(pair, other, data, "midpoint", matched, *pair.corrections())
 
 
 def by_fisher(pair: Pair) -> Iterator[record.Row]:
@@ -114,10 +121,7 @@ def by_fisher(pair: Pair) -> Iterator[record.Row]:
     for labels in get_args(Labels):
         matcher = fm.FisherMatching(data, labels=labels, samples=FISHER)
         other = fm.align(pair.a, pair.b, data.inputs[:2], matcher, progress=False).apply(pair.b)
-        merged = fm.merge([pair.a, other])
-        for name in pair.corrections("none", "reset", "repair"):
-            found = corrected(merged, [pair.a, other], data, name)
-            yield {"what": "fisher", "matched": labels, "corrected": name, "accuracy": pair.score(found)}
+        yield from midpoint(pair, other, data, "fisher", labels, *pair.corrections("none", "reset", "repair"))
 
 
 def budgets(pair: Pair) -> Iterator[record.Row]:
@@ -126,10 +130,8 @@ def budgets(pair: Pair) -> Iterator[record.Row]:
         data = first(pair.training, samples)
         found = fm.align(pair.a, pair.b, data.inputs[:2], fm.ActivationMatching(data), progress=False)
         other = found.apply(pair.b)
-        merged = fm.merge([pair.a, other])
-        for name in pair.corrections("none", "reset", "repair", "least squares"):
-            new = corrected(merged, [pair.a, other], data, name)
-            yield {"what": "budget", "matched": str(samples), "corrected": name, "accuracy": pair.score(new)}
+        names = pair.corrections("none", "reset", "repair", "least squares")
+        yield from midpoint(pair, other, data, "budget", str(samples), *names)
 
 
 def parts(pair: Pair) -> Iterator[record.Row]:

@@ -30,7 +30,7 @@ import torch
 from bench.lib import record
 from bench.lib.diffusion_files import noisy, plant, write_random
 from bench.lib.diffusion_shapes import listed_shapes
-from bench.lib.machine import product_rate
+from bench.lib.machine import peak, product_rate
 from fastmatch.spec import PermutationSpec
 
 NAME = "diffusion_alignment"
@@ -40,12 +40,6 @@ PAIRS = ("planted", "random")
 WHOLE = ("SD 1.5",)
 """Models whose largest network fits the memory in float64."""
 NOISE = 0.1
-
-
-def peak() -> int:
-    """Return the peak resident bytes of this process."""
-    text = Path("/proc/self/status").read_text()
-    return int(text.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def transfer_seconds(source: Path, copies: int, out: Path) -> float:

@@ -26,6 +26,7 @@ import torch
 from bench.lib import record
 from bench.lib.diffusion_files import plant, write_random
 from bench.lib.diffusion_shapes import SDXL, unet_shapes
+from bench.lib.machine import peak
 
 NAME = "diffusion_many"
 ROOT = Path(__file__).parents[2]
@@ -60,9 +61,7 @@ def merge(folder: Path, count: int, out: Path, *, resume: bool) -> dict[str, Any
         files(folder, count), out, merge=MergeOptions([1 / count] * count), resume=resume, progress=False
     )
     seconds = time.process_time() - started
-    text = Path("/proc/self/status").read_text()
-    peak = int(text.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
-    return {"files": count, "seconds": seconds, "peak": peak}
+    return {"files": count, "seconds": seconds, "peak": peak() / 1e9}
 
 
 def command(folder: Path, count: int, out: Path, *more: str) -> list[str]:

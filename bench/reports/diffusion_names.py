@@ -24,15 +24,10 @@ import torch
 
 from bench.lib import record
 from bench.lib.diffusion_shapes import FAMILIES, UNets, shapes_of, unet_shapes
+from bench.lib.machine import peak
 
 NAME = "diffusion_names"
 ROOT = Path(__file__).parents[2]
-
-
-def peak() -> float:
-    """Return the peak resident gigabytes of this process."""
-    text = Path("/proc/self/status").read_text()
-    return int(text.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
 
 
 def trace(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -47,7 +42,7 @@ def trace(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     libraries = time.process_time() - import_started
     started = time.process_time()
     spec = trace_file(shapes, "file")
-    traced, memory = time.process_time() - started, peak()
+    traced, memory = time.process_time() - started, peak() / 1e9
     started = time.process_time()
     proof = prove_file(shapes, spec, "file")
     proved = time.process_time() - started

@@ -6,12 +6,13 @@ A and B are files of random numbers with the names and sizes of real ones, in fl
 of a tenth of each tensor's standard deviation, as models do that were fine-tuned from one. sd-mecha's own
 ``rebasin`` aligns SDXL in float32. SD 1.5 is aligned by our plain port of the published loop (weight matching in torch and float32), with
 the specification that ``--script`` defines, a file of ogkalu2's repository. Each run has a process of its own with one thread; seconds are of
-the processor. sd-mecha iterates until nothing moves, at most 10 times. The published loop runs fewer iterations than its 3: what it takes for these is its time,
-with that in iterations scaled, which is more than it takes if it converges before.
+the processor. sd-mecha iterates until nothing moves, at most 10 times. The published loop runs fewer iterations than its 3: what it takes
+for these is its time, with that in iterations scaled, which is more than it takes if it converges before.
 
 "Objective" is the inner product of all of A with all of the result. "Function" is the largest relative change: of the output of an attention
 layer in the UNet of SDXL, where the streams keep their order; of the UNet's output for SD 1.5; of a reduced model's, in float64, where
-the streams of SDXL move. Where it changes, units were moved across heads or apart from others, so that no alignment reaches that objective. "GFLOP in a second" are those of float32 products in the same process: rows of one model and pair are of one machine.
+the streams of SDXL move. Where it changes, units were moved across heads or apart from others, so that no alignment reaches that objective.
+"GFLOP in a second" are those of float32 products in the same process: rows of one model and pair are of one machine.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import torch
 from bench.lib import record
 from bench.lib.diffusion_files import write_random, write_sibling
 from bench.lib.diffusion_shapes import listed_shapes
-from bench.lib.machine import product_rate
+from bench.lib.machine import peak, product_rate
 from fastmatch.checkpoint import Checkpoint
 
 NAME = "diffusion_peers"
@@ -176,8 +177,7 @@ def measured(kind: str, model: str, folder: Path, iterations: int, script: Path 
         found = ours_run(a, b, out, streams=kind == "ours, everything")
         iterations, proof = found["iterations"], found["proof"]
     seconds = time.process_time() - started
-    text = Path("/proc/self/status").read_text()
-    memory = int(text.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
+    memory = peak() / 1e9
     scaled = seconds + spent * (PUBLISHED_ITERATIONS / iterations - 1)
     if model == "SDXL":
         change = proof if kind == "ours, everything" else attention_change(b, out)
