@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ __all__ = [
     "TORCH_SUFFIXES",
     "check_format",
     "check_target",
+    "in_common",
     "load_state",
     "save_state",
     "shared_metadata",
@@ -25,6 +26,8 @@ __all__ = [
 TORCH_SUFFIXES = frozenset({".pt", ".pth", ".bin", ".ckpt"})
 STATE_SUFFIXES = TORCH_SUFFIXES | {".safetensors"}
 """The suffixes of the files that :func:`save_state` writes."""
+HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
+"""Entries of a header that are hashes of the file's tensors, by which programs know a model."""
 
 
 def check_format(path: str | Path, argument: str, suffixes: Iterable[str]) -> None:
@@ -94,9 +97,10 @@ def shared_metadata(paths: Iterable[str | Path]) -> dict[str, str]:
     Raises:
         FileNotFoundError, ValueError: see :func:`load_state`.
     """
-    tables = [read_header(Path(p))[1] if Path(p).suffix == ".safetensors" else {} for p in paths]
-    return (
-        {k: v for k, v in tables[0].items() if all(table.get(k) == v for table in tables[1:])}
-        if tables
-        else {}
-    )
+    return in_common([read_header(Path(p))[1] if Path(p).suffix == ".safetensors" else {} for p in paths])
+
+
+def in_common(headers: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Return the entries that all headers have, but for hashes of the tensors, which are others now."""
+    first, *others = headers or [{}]
+    return {k: v for k, v in first.items() if k not in HASHES and all(h.get(k) == v for h in others)}

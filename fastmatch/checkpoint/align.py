@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from fastmatch._internal.checks import check_type
+from fastmatch._internal.files import check_format, in_common
 from fastmatch._internal.outputs import Claim, check_target, real_path
 from fastmatch._internal.ranks import Ranks, current
 from fastmatch._internal.same_on_ranks import check_same_on_ranks
@@ -30,7 +31,7 @@ from fastmatch.permutations.alignment import Alignment
 from fastmatch.permutations.apply import permute_tensor
 from fastmatch.spec import PermutationSpec
 
-__all__ = ["AlignedTensors", "WriteOptions", "align_checkpoints", "shared_by"]
+__all__ = ["AlignedTensors", "WriteOptions", "align_checkpoints", "metadata_of"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class WriteOptions:
         merge: write ``(1 - merge) A + merge B`` instead of the aligned B.
         dtype: element type for floating point tensors; by default each keeps its own.
         force: replace an output that exists.
+        permutations: a file for the permutations too, as :meth:`Alignment.save` writes it. While it is not written, the journal
+            is kept.
 
     Raises:
         TypeError: ``merge`` is not a number, ``dtype`` not a torch.dtype, or ``force`` not a bool.
@@ -50,6 +53,7 @@ class WriteOptions:
     merge: float | None = None
     dtype: torch.dtype | None = None
     force: bool = False
+    permutations: str | Path | None = None
 
     def __post_init__(self) -> None:
         if self.merge is not None:
@@ -194,6 +198,9 @@ def _claim_and_align(
         raise ValueError(f"{path_b}: expected a {kind}, like {path_a}")
     check_same_sizes(a, b)
     check_target(out, force=write.force, folder=Path(path_b).is_dir())
+    if write.permutations is not None:
+        check_format(write.permutations, "permutations", {".safetensors"})
+        check_target(write.permutations, force=write.force)
     for path in (path_a, path_b):
         if real_path(path).is_relative_to(real_path(out)):
             what = "is" if real_path(path) == real_path(out) else "holds"
@@ -228,13 +235,14 @@ def _align(
                 pair.match(matcher, surveyed, remembered, ranks=ranks, progress=progress), proof=proof
             )
         output = _merged(a, AlignedTensors(b, pair.layout, alignment), write.merge)
-        metadata = None if write.merge is None else shared_by([a, b])
+        metadata = None if write.merge is None else metadata_of([a, b])
         with watch("write"):
             write_like(b, claim, output, dtype=write.dtype, metadata=metadata, ranks=ranks)
+            if write.permutations is not None and ranks.rank == 0:
+                alignment.save(write.permutations, force=write.force)
     return replace(alignment, seconds=watch.seconds)
 
 
-def shared_by(checkpoints: Sequence[Checkpoint]) -> dict[str, str]:
-    """Return what the headers of all files of all checkpoints say."""
-    first, *others = [table for c in checkpoints for table in c.metadata.values()] or [{}]
-    return {k: v for k, v in first.items() if all(table.get(k) == v for table in others)}
+def metadata_of(checkpoints: Sequence[Checkpoint]) -> dict[str, str]:
+    """Return what the headers of all files of all checkpoints say; torch files have none, and say nothing."""
+    return in_common([c.metadata.get(file, {}) for c in checkpoints for file in c.files])

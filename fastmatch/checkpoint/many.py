@@ -24,7 +24,7 @@ from fastmatch.checkpoint.merge import MergeOptions, Tensors, write_merge
 from fastmatch.checkpoint.pairs import Pair, check_runs_nothing, layout_for
 from fastmatch.checkpoint.reader import CONFIG, Checkpoint
 from fastmatch.checkpoint.same_model import check_same_sizes
-from fastmatch.checkpoint.tracing import names_in, prove_checkpoint, trace_checkpoint
+from fastmatch.checkpoint.tracing import names_in, prove_checkpoint, take_tied_names, trace_checkpoint
 from fastmatch.checkpoint.writer import write_like
 from fastmatch.matching.weights import WeightMatching
 from fastmatch.permutations.alignment import Alignment
@@ -93,6 +93,10 @@ def align_many_checkpoints(
     if write.merge is not None:
         raise ValueError(
             "write: WriteOptions(merge=...) is for two checkpoints; give merge=MergeOptions(...)"
+        )
+    if write.permutations is not None:
+        raise ValueError(
+            "write: WriteOptions(permutations=...) is for two checkpoints; save each of the alignments that are returned"
         )
     if merge is not None and merge.base is not None:
         raise ValueError(
@@ -268,12 +272,11 @@ class _Run:
 
 def _in_names_of(first: Checkpoint, checkpoint: Checkpoint, aligned: AlignedTensors) -> Tensors:
     """Return aligned tensors by the names that the same networks have in the first checkpoint."""
-    names = names_in(first, of=checkpoint)
-    if not names:
-        return Tensors(checkpoint, aligned)
     renamed = Checkpoint(checkpoint.path)
+    own = take_tied_names(renamed, first)
+    names = names_in(first, of=renamed)
     renamed.rename(names)
-    own = {new: old for old, new in names.items()}
+    own |= {new: own.get(old, old) for old, new in names.items()}
     return Tensors(renamed, lambda name: aligned(own.get(name, name)))
 
 

@@ -12,14 +12,12 @@ import torch
 from fastmatch._internal.coefficients import check_weights, warn_of_scale
 from fastmatch._internal.progress import progress_bar
 from fastmatch._internal.states import check_finite, check_same_architecture, working_dtype
-from fastmatch._internal.ties import tied_names
-from fastmatch.checkpoint.align import shared_by
+from fastmatch.checkpoint.align import metadata_of
 from fastmatch.checkpoint.blocks import Blocks, coefficients_by_name
 from fastmatch.checkpoint.inputs import differ_in_inputs, with_more_inputs
-from fastmatch.checkpoint.reader import CONFIG, Checkpoint
+from fastmatch.checkpoint.reader import Checkpoint
 from fastmatch.checkpoint.same_model import check_same_type
-from fastmatch.checkpoint.structure import build_empty
-from fastmatch.checkpoint.tracing import is_diffusion, take_names
+from fastmatch.checkpoint.tracing import take_names, take_tied_names
 from fastmatch.checkpoint.writer import write_like
 
 __all__ = ["MergeOptions", "Tensors", "merge_checkpoints", "write_merge"]
@@ -98,11 +96,8 @@ def merge_checkpoints(
     first, *others = checkpoints = [Checkpoint(path) for path in paths]
     for other in others:
         check_same_type(first, other)
-    if (first.path / CONFIG).is_file() and not is_diffusion(first.path, first):
-        for other in others:
-            if other.keys() != first.keys():
-                other.take_names(first, tied_names(build_empty(first.path)))
     for other in others:
+        take_tied_names(other, first)
         take_names(other, first)
     models = [Tensors(c, c.__getitem__) for c in checkpoints]
     write_merge(models, out, options, dtype=dtype, force=force, progress=progress)
@@ -125,6 +120,7 @@ def write_merge(
     present = [_present(first.checkpoint, other.checkpoint) for other in others]
     base = None if options.base is None else Checkpoint(options.base)
     if base is not None:
+        take_tied_names(base, first.checkpoint)
         take_names(base, first.checkpoint)
         others = [_difference(other, base, has) for other, has in zip(others, present, strict=True)]
     steps = iter(progress_bar(range(len(names)), "merging", show=progress))
@@ -156,7 +152,7 @@ def write_merge(
 
     write_like(
         first.checkpoint, out, merged, dtype=dtype, force=force,
-        metadata=shared_by([model.checkpoint for model in models]),
+        metadata=metadata_of([model.checkpoint for model in models]),
     )  # fmt: skip
     next(steps, None)  # the bar ends
 

@@ -11,14 +11,13 @@ import torch
 
 from fastmatch._internal.ranks import ALONE, Ranks
 from fastmatch._internal.states import prefix_of, under_prefix
-from fastmatch._internal.ties import tied_names
 from fastmatch.checkpoint.diffusion.pipeline import pipeline_layout
 from fastmatch.checkpoint.modules import leave_what_does_not_fit
 from fastmatch.checkpoint.names import Layout, RenamedCheckpoint, layout_of, layout_without
 from fastmatch.checkpoint.reader import CONFIG, Checkpoint
 from fastmatch.checkpoint.structure import bind, build_empty
 from fastmatch.checkpoint.survey import Surveyed, survey
-from fastmatch.checkpoint.tracing import common_spec, is_diffusion, names_in, take_names
+from fastmatch.checkpoint.tracing import common_spec, names_in, take_names, take_tied_names
 from fastmatch.matching.ascent import Hooks, Step
 from fastmatch.matching.matcher import as_code
 from fastmatch.matching.weights import WeightMatching, check_unbalanced, match_weights
@@ -62,8 +61,7 @@ class Pair:
             ValueError: A and B differ, or nothing can be permuted.
         """
         leave_what_does_not_fit(b, traced)
-        if a.keys() != b.keys() and (a.path / CONFIG).is_file() and not is_diffusion(b.path, b):
-            a.take_names(b, tied_names(build_empty(a.path)))
+        take_tied_names(a, b)
         take_names(a, b)
         layout = layout_for(b.path, b, traced)
         whole = bind(traced, RenamedCheckpoint(b, layout).headers, str(b.path))

@@ -163,15 +163,18 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         self.seconds += time.perf_counter() - started
         return tensor
 
-    def take_names(self, other: Checkpoint, tied: Iterable[Collection[str]]) -> None:
+    def take_names(self, other: Checkpoint, tied: Iterable[Collection[str]]) -> dict[str, str]:
         """Give tensors that are stored twice in one of two checkpoints the names that ``other`` has.
 
         Args:
             other: the other checkpoint.
             tied: the names of each parameter of the model that has several. A name is added or dropped only if the
                 checkpoint that has it holds the same values under another name of the parameter.
+
+        Returns:
+            Name that was added -> the name that the tensor has in the file.
         """
-        table = self._entries
+        table, added = self._entries, dict[str, str]()
         for names in tied:
             for name in names:
                 if (name in self) == (name in other):
@@ -184,7 +187,9 @@ class Checkpoint(Mapping[str, torch.Tensor]):
                     del table[name]
                 else:
                     table[name] = table[twin]
+                    added[name] = twin
         self.__dict__.pop("headers", None)
+        return added
 
     def rename(self, names: Mapping[str, str]) -> None:
         """Give tensors other names: ``names`` maps old ones to new ones, of which none is in use."""

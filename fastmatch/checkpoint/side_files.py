@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from fastmatch._internal.files import TORCH_SUFFIXES
 from fastmatch.checkpoint.reader import CONFIG
 
 __all__ = ["copy_side_files"]
@@ -19,30 +20,55 @@ CARRIED_SUFFIXES = frozenset(
 """Configs, tokenizers and templates."""
 
 LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
+WEIGHTS = TORCH_SUFFIXES | {".safetensors", ".h5", ".msgpack", ".onnx", ".onnx_data", ".pb"}
 LARGEST = 1 << 28
 """Bytes above which a file is no config or tokenizer."""
 
 
-def copy_side_files(source: Path, target: Path, weights: set[str]) -> list[str]:
+def copy_side_files(source: Path, target: Path, weights: set[str], *, whole: bool = False) -> list[str]:
     """Copy the config, tokenizer, templates and licences of a folder, and return the names of what was left behind.
 
     A sub-folder is copied if all of it can be.
 
     Args:
         source, target: the folders.
-        weights: the names of the files that are written otherwise, which are not reported.
+        weights: the names of the files and folders that are written otherwise, which are not reported.
+        whole: the folder is a pipeline, whose other sub-folders hold networks that do not change: what can be carried of
+            each is copied, with its weights.
     """
     left = []
     for path in sorted(source.iterdir()):
         if path.name in weights or path.name.startswith("."):
             continue
-        if path.is_dir() and not path.is_symlink() and _is_carried_whole(path, source):
+        if whole and path.is_dir() and not path.is_symlink():
+            left += [f"{path.name}/{name}" for name in _copy_network(path, target / path.name, source)]
+        elif path.is_dir() and not path.is_symlink() and _is_carried_whole(path, source):
             shutil.copytree(path, target / path.name, ignore=shutil.ignore_patterns(".*"))
         elif path.is_file() and _is_carried(path, source):
             shutil.copyfile(path, target / path.name)
         else:
             left.append(path.name + "/" * path.is_dir())
     return left
+
+
+def _copy_network(folder: Path, target: Path, source: Path) -> list[str]:
+    """Copy a network that does not change, and return the names of what was left behind."""
+    left = []
+    target.mkdir()
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            left += [f"{path.name}/{name}" for name in _copy_network(path, target / path.name, source)]
+        elif path.is_file() and (_is_carried(path, source) or (_is_weights(path) and _stays(path, source))):
+            shutil.copyfile(path, target / path.name)
+        else:
+            left.append(path.name + "/" * path.is_dir())
+    return left
+
+
+def _is_weights(path: Path) -> bool:
+    return path.suffix in WEIGHTS or path.name.endswith(".index.json")
 
 
 def _is_carried_whole(folder: Path, source: Path) -> bool:

@@ -10,15 +10,16 @@ import torch
 
 from fastmatch._internal.json_files import read_json
 from fastmatch._internal.states import check_same_architecture, prefix_before
+from fastmatch._internal.ties import tied_names
 from fastmatch.checkpoint.diffusion.components import UNUSED, find_components, has_networks
 from fastmatch.checkpoint.diffusion.folders import folder_component, is_diffusers, prove_folder, trace_folder
 from fastmatch.checkpoint.diffusion.namings import translation
-from fastmatch.checkpoint.diffusion.pipeline import prove_pipeline, trace_pipeline
+from fastmatch.checkpoint.diffusion.pipeline import networks_of, prove_pipeline, trace_pipeline
 from fastmatch.checkpoint.diffusion.single_file import FileModel, prove_file, trace_file
 from fastmatch.checkpoint.names import RenamedCheckpoint
 from fastmatch.checkpoint.proof import prove_config
 from fastmatch.checkpoint.reader import ADAPTER, CONFIG, Checkpoint
-from fastmatch.checkpoint.structure import trace_config
+from fastmatch.checkpoint.structure import build_empty, trace_config
 from fastmatch.permutations.verify import Verification
 from fastmatch.spec import PermutationSpec
 from fastmatch.spec.common import other_sizes, restricted
@@ -34,6 +35,7 @@ __all__ = [
     "names_in",
     "prove_checkpoint",
     "take_names",
+    "take_tied_names",
     "trace_checkpoint",
 ]
 
@@ -69,6 +71,27 @@ def take_names(checkpoint: Checkpoint, other: Checkpoint) -> None:
                 two.path,
             )
     checkpoint.rename(names)
+
+
+def take_tied_names(checkpoint: Checkpoint, other: Checkpoint) -> dict[str, str]:
+    """Give parameters of several names, which are stored twice in one of two checkpoints, the names that ``other`` has.
+
+    The models are those that transformers builds by the config.json of a folder, or of a pipeline's folders.
+
+    Returns:
+        Name that was added -> the name that the tensor has in the file.
+    """
+    added: dict[str, str] = {}
+    folders = [("", checkpoint, other)]
+    if checkpoint.parts:
+        parts = networks_of(checkpoint.parts)
+        folders = [(f"{name}.", part, other.parts[name]) for name, part in parts if name in other.parts]
+    for prefix, one, two in folders:
+        paths = [c.path for c in (one, two) if (c.path / CONFIG).is_file() and not is_diffusion(c.path, c)]
+        if paths and one.keys() != two.keys():
+            tied = tied_names(build_empty(paths[0]))
+            added |= checkpoint.take_names(other, [[prefix + name for name in names] for names in tied])
+    return added
 
 
 def names_in(other: Checkpoint, *, of: Checkpoint) -> dict[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fastmatch._internal.files import TORCH_SUFFIXES
+from fastmatch._internal.files import TORCH_SUFFIXES, in_common
 from fastmatch._internal.json_files import read_json
 from fastmatch._internal.outputs import Claim, claimed
 from fastmatch._internal.ranks import ALONE, Ranks, deal
@@ -108,11 +107,9 @@ def _write_pipeline(source: Checkpoint, claim: Claim, made: _Made, ranks: Ranks)
 def _begin_pipeline(source: Checkpoint, claim: Claim) -> None:
     """Make the folder of a pipeline, with what it has beside the networks that are read."""
     claim.part.mkdir()
-    copy_side_files(source.path, claim.part, set(source.parts))
-    for folder in source.path.iterdir():
-        # What belongs to no network that is read, such as a safety checker in another format.
-        if folder.is_dir() and not (claim.part / folder.name).exists() and folder.name not in source.parts:
-            shutil.copytree(folder, claim.part / folder.name, ignore=shutil.ignore_patterns(".*"))
+    _log_left(
+        source.path, claim.path, copy_side_files(source.path, claim.part, set(source.parts), whole=True)
+    )
 
 
 def _write_folder(source: Checkpoint, folder: Path, final: Path, made: _Made, ranks: Ranks) -> None:
@@ -161,11 +158,16 @@ def _begin_folder(source: Checkpoint, folder: Path, final: Path, dtype: torch.dt
     folder.mkdir()
     weights = {file.name for file in source.files} | {file.name for file in [source.index] if file}
     left = copy_side_files(source.path, folder, weights | set(source.modules))
-    if left:
-        names = printable(", ".join(left)).replace("\n", r"\n")
-        log.warning("%s: not copied from %s: %s", final, source.path, names)
+    _log_left(source.path, final, left)
     if dtype is not None and (folder / CONFIG).is_file():
         _set_dtype(folder / CONFIG, dtype)
+
+
+def _log_left(source: Path, final: Path, left: list[str]) -> None:
+    """Say which files are not carried."""
+    if left:
+        names = printable(", ".join(left)).replace("\n", r"\n")
+        log.warning("%s: not copied from %s: %s", final, source, names)
 
 
 def _set_dtype(path: Path, dtype: torch.dtype) -> None:
@@ -184,7 +186,7 @@ def _write_file(source: Checkpoint, file: Path, path: Path, final: Path, made: _
     headers = {name: source.headers[name].to(made.dtype_of(source.headers[name])) for name in names}
     # Large elements first, as the library orders them: it reads no tensor that is not aligned in the file.
     headers = dict(sorted(headers.items(), key=lambda item: -item[1].itemsize))
-    kept = source.metadata.get(file, {}) if made.metadata is None else made.metadata
+    kept = in_common([source.metadata.get(file, {})]) if made.metadata is None else made.metadata
     write_safetensors(path, final, headers, lambda name: made.tensor(name, final), kept)
 
 

@@ -192,8 +192,6 @@ def _align_pair(args: argparse.Namespace) -> None:
         alignment, models, data = _align_in_memory(args)
     if not is_first():
         return
-    if args.permutations is not None:
-        alignment.save(args.permutations, force=args.force)
     said = {"out": args.out, "permutations": args.permutations, "report": args.report}
     say(args, f"{_summary(alignment)}; wrote {_written(args)}", **_record(alignment), **said)
     if args.report is not None:
@@ -255,6 +253,8 @@ def _align_in_memory(
         result = merge_states([states[0], result], [1 - args.merge, args.merge])
     described = [args.b] if args.merge is None else [args.a, args.b]
     if is_first():
+        if args.permutations is not None:
+            alignment.save(args.permutations, force=args.force)
         result = with_names_of(result, args.b, model)
         write_weights(result, args.out, force=args.force, metadata=shared_metadata(described))
     return alignment, (model, model_b), data
@@ -313,7 +313,7 @@ def _align_out_of_core(args: argparse.Namespace, *, is_folder: bool) -> Alignmen
         )
     matcher = matcher_from(args)
     assert isinstance(matcher, WeightMatching)
-    write = WriteOptions(args.merge, dtype_from(args.dtype), args.force)
+    write = WriteOptions(args.merge, dtype_from(args.dtype), args.force, args.permutations)
     device = device_from(args.device)
     check_outputs(
         args, out=None if is_folder else STATE_SUFFIXES, permutations={".safetensors"}, report=PAGES

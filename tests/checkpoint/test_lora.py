@@ -203,6 +203,26 @@ def test_a_permuted_lora_adds_to_the_aligned_model_what_it_added_to_the_model(mo
     assert (found - with_lora).abs().max() < 1e-9 * with_lora.abs().max()
 
 
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_full_differences_of_norms_and_biases_follow(model, naming):
+    b, aligned, alignment, generator = model
+    tensors, names = {}, {}
+    for module, name in names_in_file("tiny").items():
+        shape = small_shapes("tiny").get(name, ())
+        weight = name.removesuffix("weight").removesuffix("bias") + "weight"
+        if len(shape) != 1 or weight not in small_shapes("tiny"):
+            continue
+        key = naming(module.rpartition(".")[0], weight)
+        factor = f"{key}.{'diff' if name == weight else 'diff_b'}"
+        tensors[factor], names[factor] = matrix(shape, generator), name
+    assert {name.rpartition(".")[2] for name in names.values()} == {"weight", "bias"}
+    moved = permute_lora(tensors, alignment)
+    with_lora = output({**b, **{names[k]: b[names[k]] + t for k, t in tensors.items()}})
+    found = output({**aligned, **{names[k]: aligned[names[k]] + t for k, t in moved.items()}})
+    assert (with_lora - output(b)).abs().max() > 1e-3 * with_lora.abs().max()
+    assert (found - with_lora).abs().max() < 1e-9 * with_lora.abs().max()
+
+
 def test_a_kronecker_factor_follows_where_units_move_in_blocks(model):
     b, _, alignment, generator = model
     heads = next(
@@ -279,7 +299,11 @@ def test_the_command_permutes_a_lora_and_keeps_what_its_file_says(model, tmp_pat
     alignment.save(tmp_path / "p.safetensors")
     module, name, shape = weights()[20]
     tensors = {k: t.half() for k, t in lora(kohya(module, name), shape, generator).items()}
-    save_file(tensors, tmp_path / "detail.safetensors", metadata={"ss_network_module": "networks.lora"})
+    save_file(
+        tensors,
+        tmp_path / "detail.safetensors",
+        metadata={"ss_network_module": "networks.lora", "sshs_model_hash": "0"},
+    )
     paths = [str(tmp_path / f"{x}.safetensors") for x in ("p", "detail", "out")]
     assert main(["apply", *paths[:2], "--out", paths[2]]) == 0
     assert "permuted the LoRA" in capsys.readouterr().out
@@ -287,4 +311,6 @@ def test_the_command_permutes_a_lora_and_keeps_what_its_file_says(model, tmp_pat
     found = load_file(paths[2])
     assert all(torch.equal(found[k], t) and found[k].dtype == torch.float16 for k, t in moved.items())
     with safe_open(paths[2], framework="pt") as file:
-        assert file.metadata()["ss_network_module"] == "networks.lora"
+        assert file.metadata() == {"format": "pt", "ss_network_module": "networks.lora"}, (
+            "the hash was of other tensors"
+        )

@@ -52,6 +52,14 @@ def test_weights_of_several_checkpoints(files):
         assert file.metadata() == {"format": "pt", "by": "me"}
 
 
+def test_a_torch_file_has_no_metadata_in_common_with_another(files):
+    other = files["b"].with_suffix(".ckpt")
+    torch.save(load_file(files["b"]), other)
+    merge_checkpoints([files["a"], other], files["out"], MergeOptions())
+    with safe_open(files["out"], framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
 def test_differences_to_a_base_are_added_to_the_first(files):
     found = merged(files, "abc", MergeOptions([0.5, 0.25], base=files["base"]))
     assert set(found.values()) == {1 + 0.5 * (2 - 8) + 0.25 * (4 - 8)}

@@ -6,7 +6,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastmatch.checkpoint import Checkpoint, WriteOptions, align_checkpoints, trace_config, verify_checkpoints
+from fastmatch.checkpoint import (
+    Checkpoint,
+    MergeOptions,
+    WriteOptions,
+    align_checkpoints,
+    align_many_checkpoints,
+    trace_config,
+    verify_checkpoints,
+)
 from fastmatch.checkpoint.names import RenamedCheckpoint, layout_of
 from fastmatch.checkpoint.pairs import layout_for
 from fastmatch.checkpoint.reader import SINGLE
@@ -140,6 +148,28 @@ def test_a_file_of_the_model_without_its_head_gets_the_prefix(tmp_path):
     permute(tmp_path / "a", tmp_path / "b")
     assert load_file(tmp_path / "b" / SINGLE).keys() == state.keys()
     assert verify_checkpoints(tmp_path / "a", tmp_path / "b").error < 1e-9
+
+
+@pytest.mark.parametrize("holder", ["a", "b"])
+def test_many_of_which_one_stores_a_tied_tensor_twice_are_merged(holder, tmp_path):
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(fresh_seed())
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "a")
+    permute(tmp_path / "a", tmp_path / "b")
+    permute(tmp_path / "a", tmp_path / "c")
+    state = load_file(tmp_path / holder / SINGLE)
+    save_file(
+        {**state, "lm_head.weight": state["model.embed_tokens.weight"].clone()}, tmp_path / holder / SINGLE
+    )
+    align_many_checkpoints(
+        [tmp_path / x for x in "abc"], tmp_path / "out", merge=MergeOptions((0.5, 0.25, 0.25))
+    )
+    found, first = (load_file(tmp_path / x / SINGLE) for x in ("out", "a"))
+    assert found.keys() == first.keys()
+    assert all(torch.allclose(found[name], tensor) for name, tensor in first.items())
 
 
 @pytest.mark.parametrize("holder", ["a", "b"])

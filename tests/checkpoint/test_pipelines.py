@@ -7,10 +7,16 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import fastmatch as fm
-from fastmatch.checkpoint import Checkpoint, align_checkpoints, verify_checkpoints
+from fastmatch.checkpoint import (
+    Checkpoint,
+    MergeOptions,
+    align_checkpoints,
+    merge_checkpoints,
+    verify_checkpoints,
+)
 from fastmatch.checkpoint.diffusion.folders import trace_folder
 from fastmatch.checkpoint.diffusion.lora import permute_lora
 from fastmatch.checkpoint.tracing import prove_checkpoint, trace_checkpoint
@@ -135,6 +141,60 @@ def test_a_pipeline_is_aligned_network_by_network_and_the_rest_is_carried(pipeli
     assert found.error < 1e-9
     spec = fm.Alignment.load(pipelines / "p.safetensors").spec
     assert {name.split(".")[0] for name in spec.shapes} == {"unet", "vae", "text_encoder"}
+
+
+def test_of_networks_that_stay_programs_and_links_that_leave_the_folder_are_left_behind(pipelines, caplog):
+    checker, outside = pipelines / "b" / "safety_checker", pipelines / "outside"
+    outside.mkdir()
+    (outside / "private.json").write_text("{}")
+    (checker / "more").mkdir()
+    for file in ("more/model.onnx", "more/run.py"):
+        (checker / file).write_text("0")
+    (checker / "private.json").symlink_to(outside / "private.json")
+    (pipelines / "b" / "feature_extractor").symlink_to(outside)
+    align_checkpoints(*(pipelines / x for x in ("a", "b", "out")))
+    assert files_in(pipelines / "out") == sorted(
+        [*files_in(pipelines / "a"), "safety_checker/more/model.onnx"]
+    )
+    assert (
+        f"{pipelines / 'out'}: not copied from {pipelines / 'b'}: feature_extractor/, safety_checker/more/run.py, "
+        "safety_checker/private.json" in caplog.text
+    )
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory):
+    """Two pipelines of a T5: of the second one, the file holds the tied table of words twice."""
+    folder = tmp_path_factory.mktemp("tied")
+    config = transformers.T5Config(
+        vocab_size=40, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4, feed_forward_proj="gated-gelu"
+    )
+    for name in ("one", "two"):
+        path = folder / name / "text_encoder"
+        transformers.T5EncoderModel(config).save_pretrained(path)
+        (folder / name / "model_index.json").write_text(
+            json.dumps({"_class_name": "StableDiffusion3Pipeline"})
+        )
+    state = load_file(path / "model.safetensors")
+    assert "encoder.embed_tokens.weight" not in state
+    save_file(
+        {**state, "encoder.embed_tokens.weight": state["shared.weight"].clone()}, path / "model.safetensors"
+    )
+    return folder
+
+
+@pytest.mark.parametrize("names", [("one", "two"), ("two", "one")])
+def test_a_tied_tensor_that_only_one_of_two_pipelines_stores_twice(encoders, tmp_path, names):
+    first, second = (encoders / name for name in names)
+    align_checkpoints(first, second, tmp_path / "aligned")
+    assert verify_checkpoints(second, tmp_path / "aligned").error < 1e-9
+    merge_checkpoints([first, second], tmp_path / "merged", MergeOptions((0.5, 0.5)))
+    found, a, b = (Checkpoint(path) for path in (tmp_path / "merged", first, second))
+    name = "text_encoder.shared.weight"
+    expected = (a[name] + b[name]) / 2
+    assert found.keys() == a.keys()
+    tables = [t for k, t in found.items() if k.endswith(("shared.weight", "embed_tokens.weight"))]
+    assert all(torch.allclose(table, expected) for table in tables)
 
 
 def with_weights(folder, tensor):

@@ -10,6 +10,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+import fastmatch as fm
 from fastmatch._internal.files import load_state
 from fastmatch._internal.locks import locked
 from fastmatch.cli.main import main
@@ -94,6 +95,24 @@ def test_the_metadata_of_what_was_read_is_kept(metadata, command, extra, run):
         kept = file.metadata()
     assert kept.pop("run", None) == run
     assert kept == {"format": "pt", "license": "mine"}
+
+
+@pytest.mark.parametrize("command", ["align", "align out of core"])
+def test_permutations_that_cannot_be_written_are_not_lost(planted, monkeypatch, command):
+    arguments = [*COMMANDS[command], "--out", "o.safetensors", "--permutations", "p.safetensors"]
+
+    def full(*_args, **_options):
+        raise OSError(28, "No space left on device", "p.safetensors")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fm.Alignment, "save", full)
+        assert main(arguments) == 2
+    assert not (planted / "p.safetensors").exists()
+    again = ["--resume", "--force"] if command == "align out of core" else []
+    if again:
+        assert (planted / ".o.safetensors.journal").exists()
+    assert main([*arguments, *again]) == 0
+    assert fm.Alignment.load("p.safetensors").moved > 0
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_any_work(planted, refused, monkeypatch):

@@ -153,6 +153,8 @@ def _moved(
     if factor in DOWN:
         return _select(tensor, 1, target.columns, target.shape[1])
     if factor == "diff":
+        if tensor.ndim == 1:  # of a norm
+            return _select(tensor, 0, target.rows, target.shape[0])
         return _select(_select(tensor, 0, target.rows, target.shape[0]), 1, target.columns, target.shape[1])
     if factor == "dora_scale":
         if tensor.numel() == target.shape[0] == tensor.shape[0]:
@@ -310,7 +312,7 @@ class _Targets:
     def find(self, module: str) -> Target | None:
         """Return the weight of a module; None for a text encoder if the model has none, because then it does not move."""
         shapes, name = self.alignment.spec.shapes, module.removeprefix(PEFT) + ".weight"
-        if len(shapes.get(name, ())) > 1:  # the name in the model's own file
+        if shapes.get(name):  # the name in the model's own file
             rows = shapes[name][0]
             return self._target(_Network("model", "", shapes, {}), Source((Part(name, 0, rows, rows),)))
         flat = module.replace(".", "_").removeprefix("base_model_model_")
