@@ -34,12 +34,12 @@ MATCHERS: dict[str, type[Matcher]] = {
 }
 
 OPTIONS: dict[str, tuple[str, ...]] = {
-    "weights": ("init", "max_sweeps", "tolerance", "include", "seed"),
+    "weights": ("init", "max_sweeps", "tolerance", "include", "seed", "balance"),
     "activations": ("similarity", "site", "reduce"),
-    "fisher": (),
+    "fisher": ("labels", "samples", "seed"),
     "straight-through": ("epochs", "learning_rate"),
 }
-"""The options of the matchers that are words and numbers."""
+"""The options of the matchers that are words, numbers and truth values."""
 
 MatcherWord: TypeAlias = Literal["weights", "activations", "fisher", "straight-through"]
 

@@ -13,7 +13,7 @@ import yaml
 import fastmatch as fm
 from fastmatch._internal.files import load_state, save_state
 from fastmatch.cli.main import main
-from fastmatch.recipes.recipe import read_recipe
+from fastmatch.recipes.recipe import MATCHERS, read_recipe
 from helpers.examples import namespace, prepare
 
 
@@ -63,6 +63,24 @@ def test_a_recipe_does_what_the_calls_do(names):
     assert card.startswith("---\n")
     assert "aligned by activations to `a.safetensors`" in card
     assert f"| {score.loss:.3g} |" in card
+
+
+@pytest.mark.parametrize(("word", "options"), [
+    ("weights", {"balance": True}), ("fisher", {"labels": "sampled", "samples": 16, "seed": 3}),
+])  # fmt: skip
+def test_options_of_the_matcher_reach_it(names, word, options):
+    data = {} if word == "weights" else {"data": "recipe_module:loader"}
+    align = {"matcher": word, **data, **options}
+    outcome = fm.pipeline(
+        {"models": RECIPE["models"], "network": RECIPE["network"], "align": align, "out": "m.safetensors"}
+    )
+    matcher = MATCHERS[word](**({"data": names["loader"]} if data else {}), **options)
+    expected = fm.align(names["model_a"], names["model_b"], names["x"], matcher)
+    (found,) = outcome.alignments
+    assert found.matching is not None
+    assert expected.matching is not None
+    assert found.matching.objective == expected.matching.objective
+    assert all(torch.equal(found.permutations[k], v) for k, v in expected.permutations.items())
 
 
 def test_the_recipe_beside_the_output_repeats_the_run(names):

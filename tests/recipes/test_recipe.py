@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 
 import pytest
 import torch
 
-from fastmatch.recipes.recipe import as_text, read_recipe
+from fastmatch.recipes.recipe import MATCHERS, OPTIONS, as_text, read_recipe
 
 LINEAR = """
 models:
@@ -53,6 +54,12 @@ def test_what_is_written_is_read_again(tmp_path):
     for name, text in (("r.yaml", as_text(first.given)), ("r.json", json.dumps(first.given))):
         (tmp_path / name).write_text(text)
         assert read_recipe(tmp_path / name) == first
+
+
+@pytest.mark.parametrize("word", MATCHERS)
+def test_every_option_of_a_matcher_that_can_be_written_is_a_key(word):
+    plain = (str, int, float, bool, type(None))
+    assert set(OPTIONS[word]) == {f.name for f in fields(MATCHERS[word]) if isinstance(f.default, plain)}
 
 
 @pytest.mark.parametrize(("change", "message"), [
