@@ -81,8 +81,9 @@ def renormalize(
             are given, nor for ``"reset"``) and once for the model.
         method: ``"repair"``, ``"rescale"``, ``"reshift"``, ``"reset"`` or ``"least-squares"``, or a
             :class:`fastmatch.Renormalization` with further options. ``"auto"`` tries REPAIR, RESCALE, RESET (with batch norm) and nothing at all, and keeps the
-            copy whose outputs are nearest to the weighted mean of the endpoints' outputs on 1024 samples that are spread over the data: the
-            least often another class, if the data has classes, and then the smallest angle. If the endpoints are models, it also tries
+            copy whose outputs are nearest to the weighted mean of the endpoints' outputs on 1024 samples that are spread over the data. If each
+            sample's target is one class, that is the copy with the least often another class, and then the smallest angle. Otherwise (values, several
+            classes in a sample, or no targets) it is the one with the smallest squared error, and nothing is done unless that is 10% smaller. If the endpoints are models, it also tries
             least squares, in sequential mode on those samples (in 64 batches at most), and judges it on some that it was not fitted to.
         weights: the weights of the merge, one per endpoint. None takes those that :func:`fastmatch.merge` noted on
             the module, which hold until other tensors are loaded into it.
@@ -308,9 +309,12 @@ def _best(
     if len(scores) < len(attempts):
         return attempts[0].because("the endpoints' outputs are not known or cannot be compared")
 
-    def distance(attempt: _Attempt) -> tuple[float, float]:
-        choices, angle = scores[attempt.plan.method]
-        return choices, angle * (PREFERENCE if attempt is attempts[0] else 1.0)
+    preferred = "repair" if all(found.has_classes for found in scores.values()) else "none"
+
+    def distance(attempt: _Attempt) -> tuple[float, float, bool]:
+        method = attempt.plan.method
+        is_other = method != preferred
+        return *scores[method].distance(1.0 if is_other else PREFERENCE), is_other
 
     best = min(attempts, key=distance)
     why = f"nearest to the endpoints' outputs ({', '.join(f'{m} {s}' for m, s in scores.items())})"
