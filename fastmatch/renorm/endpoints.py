@@ -69,7 +69,8 @@ class EndpointStatistics:
     def __add__(self, other: EndpointStatistics) -> EndpointStatistics:
         """The endpoints of both, this one's first. Each model can be measured separately.
 
-        Outputs are kept only if both were measured on the same batches.
+        Outputs are kept only if both were measured on the same batches, in the same order. Without them ``method="auto"`` has
+        nothing to judge by: see :func:`fastmatch.renormalize`.
         """
         if set(self.calls[0]) != set(other.calls[0]):
             raise ValueError("other: expected statistics of the same layers")

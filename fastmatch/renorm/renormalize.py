@@ -83,7 +83,8 @@ def renormalize(
             :class:`fastmatch.Renormalization` with further options. ``"auto"`` tries REPAIR, RESCALE, RESET (with batch norm) and nothing at all, and keeps the
             copy whose outputs are nearest to the weighted mean of the endpoints' outputs on 1024 samples that are spread over the data. If each
             sample's target is one class, that is the copy with the least often another class, and then the smallest angle. Otherwise (values, several
-            classes in a sample, or no targets) it is the one with the smallest squared error, and nothing is done unless that is 10% smaller. If the endpoints are models, it also tries
+            classes in a sample, or no targets) it is the one with the smallest squared error, and nothing is done unless that is 10% smaller. Without
+            outputs to compare, nothing is tried blindly: batch norms are reset, and other networks left alone with a warning. If the endpoints are models, it also tries
             least squares, in sequential mode on those samples (in 64 batches at most), and judges it on some that it was not fitted to.
         weights: the weights of the merge, one per endpoint. None takes those that :func:`fastmatch.merge` noted on
             the module, which hold until other tensors are loaded into it.
@@ -103,7 +104,8 @@ def renormalize(
             different models, options or data.
 
     Warns:
-        UserWarning: ``weights`` do not sum to one, so that the targets are scaled; or layers are left alone.
+        UserWarning: ``weights`` do not sum to one, so that the targets are scaled; layers are left alone; or ``"auto"`` leaves the merge
+            alone because there are no outputs to compare.
 
     Source:
         Jordan et al. 2022 (REPAIR); Qu and Horvath 2024 (RESCALE, RESHIFT); Nasery et al. 2024 (least squares).
@@ -300,15 +302,14 @@ class _Attempt:
 def _best(
     attempts: Sequence[_Attempt], statistics: EndpointStatistics, weights: Sequence[float], forward: Forward
 ) -> _Attempt:
-    """Return the attempt whose outputs are nearest to the endpoints'; the first one in doubt."""
+    """Return the attempt whose outputs are nearest to the endpoints'; without outputs to compare RESET, or the one that does nothing."""
     scores = {}
     for attempt in attempts:
         found = disagreement(attempt.model, statistics.probes, weights, forward)
         if found is not None:
             scores[attempt.plan.method] = found
     if len(scores) < len(attempts):
-        return attempts[0].because("the endpoints' outputs are not known or cannot be compared")
-
+        return _unjudged(attempts, "cannot be compared" if statistics.probes else "are not known")
     preferred = "repair" if all(found.has_classes for found in scores.values()) else "none"
 
     def distance(attempt: _Attempt) -> tuple[float, float, bool]:
@@ -319,6 +320,19 @@ def _best(
     best = min(attempts, key=distance)
     why = f"nearest to the endpoints' outputs ({', '.join(f'{m} {s}' for m, s in scores.items())})"
     return best.because(why, scores)
+
+
+def _unjudged(attempts: Sequence[_Attempt], reason: str) -> _Attempt:
+    """Return the attempt with RESET, which puts right what a merge of batch norms has wrong for sure, or the one that does nothing."""
+    by_method: dict[str, _Attempt] = {attempt.plan.method: attempt for attempt in attempts}
+    told = f"the endpoints' outputs {reason}"
+    if "reset" in by_method:
+        return by_method["reset"].because(f"the network has batch norm, and {told}")
+    warn_user(
+        f'renormalize leaves the merge as it is, because {told}, so that "auto" cannot judge its candidates; name a method, such as '
+        '"repair", or give the models as endpoints'
+    )
+    return by_method["none"].because(told)
 
 
 def _after(trial: Trial, done: Plan, plan: Plan) -> Plan:

@@ -164,22 +164,39 @@ def test_a_merge_of_equal_regressors_is_left_alone_and_one_with_lost_variance_is
     assert plan.scores["repair"].error < 0.01
 
 
-def test_without_outputs_to_compare_repair_is_used():
+def test_without_outputs_to_compare_nothing_is_applied_unjudged():
     ends, data = pair("vgg without norm"), labelled()
     merged = fm.merge(ends)
     measured = fm.endpoint_statistics(ends, data)
     bare = fm.EndpointStatistics(measured.calls)
-    plan = fm.applied_plan(fm.renormalize(merged, bare, data))
-    assert plan is not None
-    assert plan.method == "repair"
-    assert "not known or cannot be compared" in plan.why
 
     def silent(model, batch):
         model(batch[0])
 
-    plan = fm.applied_plan(fm.renormalize(merged, ends, data, forward=silent))
+    for endpoints, forward, reason in (
+        (bare, None, "outputs are not known"),
+        (ends, silent, "outputs cannot be compared"),
+    ):
+        options = {} if forward is None else {"forward": forward}
+        with pytest.warns(UserWarning, match=f"leaves the merge as it is, because the endpoints' {reason}"):
+            new = fm.renormalize(merged, endpoints, data, **options)
+        plan = fm.applied_plan(new)
+        assert plan is not None
+        assert plan.method == "none"
+        assert reason in plan.why
+        assert all(torch.equal(t, merged.state_dict()[n]) for n, t in new.state_dict().items())
+
+
+def test_without_outputs_to_compare_batch_norm_is_reset():
+    ends, data = pair("vgg"), labelled()
+    merged = fm.merge(ends)
+    new = fm.renormalize(merged, fm.EndpointStatistics(fm.endpoint_statistics(ends, data).calls), data)
+    plan = fm.applied_plan(new)
     assert plan is not None
-    assert plan.method == "repair"
+    assert plan.method == "reset"
+    assert "the endpoints' outputs are not known" in plan.why
+    expected = fm.renormalize(merged, None, data, "reset").state_dict()
+    assert all(torch.equal(t, expected[n]) for n, t in new.state_dict().items())
 
 
 def plain(width: int = 40) -> nn.Module:
