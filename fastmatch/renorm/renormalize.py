@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -78,7 +78,7 @@ def renormalize(
         endpoints: the models that were merged, aligned (for a pruned model: the dense one), or their measured
             statistics. ``"reset"`` does not look at them, so they may be None.
         data: a loader of inputs or (inputs, targets). It is read once for the endpoints (not if their statistics
-            are given, nor for ``"reset"``) and once for the model.
+            are given, nor for ``"reset"``) and once for the model. ``"least-squares"`` reads it once, and in joint mode with batch norm twice.
         method: ``"repair"``, ``"rescale"``, ``"reshift"``, ``"reset"`` or ``"least-squares"``, or a
             :class:`fastmatch.Renormalization` with further options. ``"auto"`` tries REPAIR, RESCALE, RESET (with batch norm) and nothing at all, and keeps the
             copy whose outputs are nearest to the weighted mean of the endpoints' outputs on 1024 samples that are spread over the data. If each
@@ -170,8 +170,7 @@ def renormalize_many(
         return read_alike(every, ranks, *models, *fitted)
 
     if plan.method == "least-squares":
-        batches = read("least squares")
-        news, plan = _fitted(models, endpoints, alphas, batches, plan, options, forward, progress)
+        news, plan = _fitted(models, endpoints, alphas, read, plan, options, forward, progress)
         _warn_of_modules_left_alone(plan)
         return news
     statistics = None
@@ -242,13 +241,13 @@ def _fitted(
     models: Sequence[nn.Module],
     endpoints: Sequence[nn.Module] | EndpointStatistics | None,
     alphas: Sequence[Sequence[float]],
-    batches: Iterable[Any],
+    read: Callable[[str], Iterable[Any]],
     plan: Plan,
     options: Renormalization,
     forward: Forward,
     progress: bool | None,
 ) -> tuple[list[nn.Module], Plan]:
-    """Return the merges with every layer fitted to the endpoints' outputs, and what was done."""
+    """Return the merges with every layer fitted to the endpoints' outputs and batch norms measured, and what was done."""
     if endpoints is None or isinstance(endpoints, EndpointStatistics):
         raise ValueError(
             'endpoints: method "least-squares" compares outputs sample by sample, so it needs the models; got '
@@ -256,17 +255,21 @@ def _fitted(
         )
     for k, endpoint in enumerate(endpoints):
         _check_endpoint(models[0], plan, endpoint, f"endpoints[{k}]")
-    if options.mode == "sequential" or len(models) > 1:
-        batches = list(batches)
+    is_kept = options.mode == "sequential" or len(models) > 1
+    batches = list(read("least squares")) if is_kept else []
     news: list[nn.Module] = []
     done = plan
     for model, alpha in zip(models, alphas, strict=True):
         new, known = copy_module(model), remembered_weights(model)
         fits = [LayerFit(name, layer) for name, layer in survey(new, plan.layers)[0].items()]
         if options.mode == "sequential":
-            fit_sequentially(new, fits, (endpoints, alpha), list(batches), forward, options, progress)
+            fit_sequentially(new, fits, (endpoints, alpha), batches, forward, options, progress)
         else:
-            fit_jointly(fits, (endpoints, alpha), batches, forward, options)
+            fit_jointly(fits, (endpoints, alpha), batches or read("least squares"), forward, options)
+            norms = reset_hooks(new)  # averaged statistics are not those of the fitted layers' outputs
+            if norms:
+                calibration = Calibration(new, norms, forward)
+                calibrate([calibration], batches or read("batch norms"), "joint", progress)
         idle = [fit.name for fit in fits if not fit.has_run]
         done = _without_unmeasured(plan, idle, explicit=options.layers is not None)
         remember_plan(new, model, done, {})
