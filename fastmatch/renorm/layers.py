@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from fastmatch.renorm.norms import is_norm
 
-__all__ = ["Layer", "bias_mask", "by_outputs", "channel_dim", "raw_weight", "survey"]
+__all__ = ["Layer", "bias_mask", "by_outputs", "channel_dim", "raw_bias", "raw_weight", "survey"]
 
 Layer: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -35,8 +35,8 @@ def survey(model: nn.Module, layers: Sequence[str] | None = None) -> tuple[dict[
     """Return (layers to renormalize, modules left alone with the reason), both by name.
 
     Linear (GPT-2's Conv1D too) and convolution layers are renormalized, including pruned ones (torch.nn.utils.prune, or a mask as a
-    parametrization). Left alone are other modules with parameters of their own (except norms), weights
-    that several modules share, and parametrized weights that do not scale with their rows.
+    parametrization). Left alone are other modules with parameters of their own (except norms), layers
+    whose weight or bias another module shares, and parametrized weights that do not scale with their rows.
 
     Of a module that holds others, the loose parameters are listed.
 
@@ -54,11 +54,14 @@ def survey(model: nn.Module, layers: Sequence[str] | None = None) -> tuple[dict[
             weight = raw_weight(module)
             if weight is None:
                 left[name] = "its parametrized weight does not scale with its rows"
-            elif len(owners.get(id(weight), ())) > 1:
-                others = [n for n in owners[id(weight)] if n != name]
-                left[name] = f"shares its weight with {', '.join(others)}"
             else:
-                found[name] = module  # type: ignore[assignment] - GPT-2's is taken as a linear layer
+                for kind, parameter in (("weight", weight), ("bias", raw_bias(module))):
+                    others = [n for n in owners.get(id(parameter), ()) if n != name]
+                    if others:
+                        left[name] = f"shares its {kind} with {', '.join(others)}"
+                        break
+                else:
+                    found[name] = module  # type: ignore[assignment] - GPT-2's is taken as a linear layer
         elif not (
             getattr(
                 module, "is_unit_map", False
@@ -104,6 +107,12 @@ def raw_weight(layer: nn.Module) -> nn.Parameter | None:
         if original is not None and _scales_with_rows(layer):
             return original
     return None
+
+
+def raw_bias(layer: nn.Module) -> nn.Parameter | None:
+    """Return the bias of a layer, or what is under its mask (torch.nn.utils.prune); None if it has none."""
+    own = dict(layer.named_parameters(recurse=False))
+    return own.get("bias", own.get("bias_orig"))
 
 
 def _scales_with_rows(layer: nn.Module) -> bool:

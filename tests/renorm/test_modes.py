@@ -327,6 +327,31 @@ def test_the_plan_lists_what_is_left_alone_and_renormalize_warns_of_it():
         fm.plan_renormalization(model, fm.Renormalization(layers=["tied"]))
 
 
+@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize("method", ["repair", "reshift", "rescale", "least-squares"])
+def test_layers_that_share_a_bias_are_left_alone(method, pruned):
+    torch.manual_seed(fresh_seed())
+    ends = [nn.Sequential(*(m for _ in range(3) for m in (nn.Linear(6, 6), nn.ReLU()))) for _ in range(2)]
+    for end in ends:
+        end[2].bias = end[0].bias
+    merged, data = fm.merge(ends), [torch.randn(64, 6)]
+    merged[2].bias = merged[0].bias
+    if pruned:
+        for layer in (merged[0], merged[2]):
+            prune.l1_unstructured(layer, "bias", amount=0.5)
+        merged[2].register_parameter("bias_orig", merged[0].bias_orig)
+    before = copy.deepcopy(merged.state_dict())
+    with pytest.warns(UserWarning, match="0: shares its bias with 2; 2: shares its bias with 0"):
+        new = fm.renormalize(merged, ends, data, fm.Renormalization(method, "sequential"), weights=[0.5, 0.5])
+    for name, tensor in new.state_dict().items():
+        if not name.startswith("4."):
+            assert torch.equal(tensor, before[name])
+    if method in ("repair", "reshift"):
+        reached = fm.endpoint_statistics([new], data, layers=["4"]).models[0]["4"].mean
+        target = fm.endpoint_statistics(ends, data, layers=["4"]).targets([0.5, 0.5])["4"].mean
+        torch.testing.assert_close(reached, target, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("mode", ["joint", "sequential"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_frozen_and_dead_channels_and_modes(mode, dtype):
