@@ -66,14 +66,15 @@ def survey(model: nn.Module, layers: Sequence[str] | None = None) -> tuple[dict[
             getattr(
                 module, "is_unit_map", False
             )  # joins the models of a partial merge; its output is no layer's
-            or is_norm(module)
             or isinstance(module, parametrize.ParametrizationList)
         ):
             own = [n for n, _ in module.named_parameters(recurse=False)]
+            if not own or is_norm(module):
+                continue
             kind = type(module).__name__
-            if own and not any(True for _ in module.children()):
+            if not any(True for _ in module.children()):
                 left[name or "(model)"] = f"{kind} is not a linear or convolution layer"
-            elif own:  # what the module holds is renormalized, only these are not
+            else:  # what the module holds is renormalized, only these are not
                 path = f"{name}." if name else ""
                 left |= {path + n: f"is a parameter of {kind}, no linear or convolution layer" for n in own}
     if layers is not None:
