@@ -16,6 +16,7 @@ __all__ = ["Layer", "bias_mask", "by_outputs", "channel_dim", "raw_bias", "raw_w
 
 Layer: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def is_transposed_linear(module: nn.Module) -> bool:
@@ -35,7 +36,7 @@ def survey(model: nn.Module, layers: Sequence[str] | None = None) -> tuple[dict[
     """Return (layers to renormalize, modules left alone with the reason), both by name.
 
     Linear (GPT-2's Conv1D too) and convolution layers are renormalized, including pruned ones (torch.nn.utils.prune, or a mask as a
-    parametrization). Left alone are other modules with parameters of their own (except norms), layers
+    parametrization). Left alone are transposed convolutions, other modules with parameters of their own (except norms), layers
     whose weight or bias another module shares, and parametrized weights that do not scale with their rows.
 
     Of a module that holds others, the loose parameters are listed.
@@ -72,7 +73,9 @@ def survey(model: nn.Module, layers: Sequence[str] | None = None) -> tuple[dict[
             if not own or is_norm(module):
                 continue
             kind = type(module).__name__
-            if not any(True for _ in module.children()):
+            if isinstance(module, _TRANSPOSED):
+                left[name or "(model)"] = "transposed convolutions are not renormalized"
+            elif not any(True for _ in module.children()):
                 left[name or "(model)"] = f"{kind} is not a linear or convolution layer"
             else:  # what the module holds is renormalized, only these are not
                 path = f"{name}." if name else ""
@@ -84,7 +87,8 @@ def survey(model: nn.Module, layers: Sequence[str] | None = None) -> tuple[dict[
                 raise ValueError(f"layers: {name!r} {_sentence(reason)}; there are {list(found)}")
         found = {n: found[n] for n in found if n in set(layers)}
     if not found:
-        raise ValueError("model: has no linear or convolution layer to renormalize")
+        reasons = "".join(f"; {name}: {reason}" for name, reason in list(left.items())[:3])
+        raise ValueError(f"model: has no linear or convolution layer to renormalize{reasons}")
     return found, left
 
 

@@ -311,18 +311,22 @@ def test_the_plan_lists_what_is_left_alone_and_renormalize_warns_of_it():
     assert plan.layers == ("first",)
     assert plan.left_alone == {
         "token": "is a parameter of Mixed, no linear or convolution layer",
-        "up": "ConvTranspose1d is not a linear or convolution layer",
+        "up": "transposed convolutions are not renormalized",
         "tied": "shares its weight with again",
         "again": "shares its weight with tied",
     }
-    assert "left alone: up: ConvTranspose1d" in str(plan)
+    assert "left alone: up: transposed convolutions" in str(plan)
     before = copy.deepcopy(model.state_dict())
     merged = fm.merge([model, Mixed()])
-    with pytest.warns(UserWarning, match="leaves these alone: .*up: ConvTranspose1d"):
+    with pytest.warns(UserWarning, match="leaves these alone: .*up: transposed convolutions"):
         new = fm.renormalize(merged, [model, model], data, "repair")
     for name, tensor in new.state_dict().items():
         assert torch.equal(tensor, merged.state_dict()[name]) != name.startswith("first.")
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    with pytest.raises(ValueError, match="layers: 'up' is left alone: transposed convolutions are not"):
+        fm.plan_renormalization(model, fm.Renormalization(layers=["up"]))
+    with pytest.raises(ValueError, match="no linear or convolution layer to renormalize; 0: transposed conv"):
+        fm.plan_renormalization(nn.Sequential(nn.ConvTranspose2d(3, 3, 2), nn.ReLU()))
     with pytest.raises(ValueError, match="'tied' shares its weight with again"):
         fm.plan_renormalization(model, fm.Renormalization(layers=["tied"]))
 
