@@ -36,7 +36,7 @@ def survey(model: nn.Module, layers: Sequence[str] | None = None) -> tuple[dict[
     """Return (layers to renormalize, modules left alone with the reason), both by name.
 
     Linear (GPT-2's Conv1D too) and convolution layers are renormalized, including pruned ones (torch.nn.utils.prune, or a mask as a
-    parametrization). Left alone are transposed convolutions, other modules with parameters of their own (except norms), layers
+    parametrization) and those under torch.nn.utils.parametrizations.weight_norm. Left alone are transposed convolutions, other modules with parameters of their own (except norms), layers
     whose weight or bias another module shares, and parametrized weights that do not scale with their rows.
 
     Of a module that holds others, the loose parameters are listed.
@@ -54,10 +54,12 @@ def survey(model: nn.Module, layers: Sequence[str] | None = None) -> tuple[dict[
         if isinstance(module, _LAYERS) or is_transposed_linear(module):
             weight = raw_weight(module)
             if weight is None:
-                left[name] = "its parametrized weight does not scale with its rows"
+                left[name] = _why_no_rows(module)
             else:
+                inside = f"{name}." if name else ""  # where parametrizations keep their tensors
                 for kind, parameter in (("weight", weight), ("bias", raw_bias(module))):
-                    others = [n for n in owners.get(id(parameter), ()) if n != name]
+                    holders = owners.get(id(parameter), ())
+                    others = [n for n in holders if n != name and not n.startswith(inside)]
                     if others:
                         left[name] = f"shares its {kind} with {', '.join(others)}"
                         break
@@ -99,19 +101,37 @@ def _sentence(reason: str) -> str:
 def raw_weight(layer: nn.Module) -> nn.Parameter | None:
     """Return the parameter whose rows scale the layer's output channels, or None.
 
-    This is the weight itself; ``weight_orig`` under a mask of torch.nn.utils.prune; or the original of a
-    parametrization that scales with its rows, as a mask does. The latter is tested on a copy.
+    This is the weight itself; ``weight_orig`` under a mask of torch.nn.utils.prune; or an original of a
+    parametrization that scales with its rows, as under a mask, or the norms of torch's weight norm. The latter is tested on a copy.
     """
     own = dict(layer.named_parameters(recurse=False))
     if "weight" in own:
         return own["weight"]
     if "weight_orig" in own and isinstance(getattr(layer, "weight_mask", None), torch.Tensor):
         return own["weight_orig"]
-    if parametrize.is_parametrized(layer, "weight"):
-        original = getattr(layer.parametrizations.weight, "original", None)  # pyright: ignore[reportAttributeAccessIssue]
-        if original is not None and _scales_with_rows(layer):
+    for name, original in _originals(layer).items():
+        if _scales_with_rows(layer, name):
             return original
     return None
+
+
+def _originals(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the tensors from which a parametrization computes the weight."""
+    if not parametrize.is_parametrized(layer, "weight"):
+        return {}
+    of_weight: Any = layer.parametrizations.weight  # pyright: ignore[reportAttributeAccessIssue]
+    return dict(of_weight.named_parameters(recurse=False))
+
+
+def _why_no_rows(layer: nn.Module) -> str:
+    if parametrize.is_parametrized(layer, "weight"):
+        return (
+            "its parametrized weight does not scale with its rows; "
+            'torch.nn.utils.parametrize.remove_parametrizations(layer, "weight") makes it permanent'
+        )
+    return (
+        "its weight is computed by a hook; use torch.nn.utils.parametrizations, or make the weight permanent"
+    )
 
 
 def raw_bias(layer: nn.Module) -> nn.Parameter | None:
@@ -120,12 +140,12 @@ def raw_bias(layer: nn.Module) -> nn.Parameter | None:
     return own.get("bias", own.get("bias_orig"))
 
 
-def _scales_with_rows(layer: nn.Module) -> bool:
+def _scales_with_rows(layer: nn.Module, name: str) -> bool:
     probe: Any = copy.deepcopy(layer).eval()
-    original = probe.parametrizations.weight.original
+    original = getattr(probe.parametrizations.weight, name)
     with torch.no_grad():
         before = probe.weight.clone()
-        if original.shape != before.shape:
+        if original.ndim != before.ndim or len(original) != len(before):
             return False
         rows = torch.linspace(0.5, 2, len(before), device=before.device, dtype=before.dtype)
         rows = rows.view(-1, *[1] * (before.ndim - 1))

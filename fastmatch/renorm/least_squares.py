@@ -108,7 +108,7 @@ class LayerFit:
     def __init__(self, name: str, layer: Layer) -> None:
         self.name, self.layer = name, layer
         raw, weight = raw_weight(layer), layer.weight
-        if raw is None or not torch.equal(raw[weight != 0], weight[weight != 0]):
+        if raw is None or raw.shape != weight.shape or not torch.equal(raw[weight != 0], weight[weight != 0]):
             raise CannotFit(
                 f"layers: the weight of {name!r} is computed from another tensor, so least squares cannot set it; name the others"
             )
