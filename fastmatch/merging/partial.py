@@ -36,6 +36,7 @@ from fastmatch.merging.unit_rules import Identity, MatchedUnits, RuleName
 from fastmatch.merging.units import UnitMaps, identity_maps, on_axis
 from fastmatch.permutations.precise import double_copy, in_double, largest_difference, outputs_of
 from fastmatch.renorm.endpoints import Calls, EndpointStatistics, endpoint_statistics
+from fastmatch.renorm.probes import Probe
 from fastmatch.spec import ActivationSite, PermutationSpec
 from fastmatch.spec.activation_sites import SiteReader
 from fastmatch.spec.graph import trace_graph
@@ -67,6 +68,7 @@ class PartialMerge:
         maps: group -> how its units are merged, for the groups that are, and for those at a boundary: their layers stay apart, and
             their units are joined where merged layers read them.
         inputs: the (parameter, dimension) pairs at which units enter.
+        has_heads: whether the models are apart again at the end (``stop_at``), so that ``model`` returns a tuple of their outputs.
     """
 
     model: fx.GraphModule
@@ -76,6 +78,7 @@ class PartialMerge:
     apart: tuple[str, ...]
     maps: dict[str, UnitMaps]
     inputs: frozenset[tuple[str, int]]
+    has_heads: bool = False
 
     @property
     def merged(self) -> tuple[str, ...]:
@@ -146,7 +149,8 @@ class PartialMerge:
             )
         if len(models) != len(self.weights):
             raise ValueError(f"models: expected the {len(self.weights)} that were merged, got {len(models)}")
-        measured = endpoint_statistics(models, data, samples=samples, forward=forward).calls
+        statistics = endpoint_statistics(models, data, samples=samples, forward=forward)
+        measured = statistics.calls
         known = {name for name, _ in self.model.named_modules()}
         tables: list[dict[str, Calls]] = []
         for k in range(len(measured)):
@@ -158,7 +162,11 @@ class PartialMerge:
                     if f"apart.{j}.{name}" in known:
                         table[f"apart.{j}.{name}"] = own[name]
             tables.append(table)
-        return EndpointStatistics(tuple(tables) if only is None else (tables[only],))
+        probes = () if self.has_heads else statistics.probes
+        if only is None:
+            return EndpointStatistics(tuple(tables), probes)
+        probes = tuple(Probe(probe.batch, (probe.outputs[only],)) for probe in probes)
+        return EndpointStatistics((tables[only],), probes)
 
     def _mapped(self, layer: str, k: int, moments: ChannelMoments) -> ChannelMoments:
         """Return the moments of model k's layer in merged units."""
@@ -273,7 +281,9 @@ def merge_partial(
     model = rewire(plan, copies, maps, alphas)
     kept = tuple(name for name, _ in model.named_parameters() if name.startswith("apart."))
     remember_weights(model, alphas)
-    return PartialMerge(model, rule.name, tuple(alphas), structure.spec, kept, maps, structure.inputs)
+    return PartialMerge(
+        model, rule.name, tuple(alphas), structure.spec, kept, maps, structure.inputs, plan.stops
+    )
 
 
 def _identity(plan: Rewiring, weights: Sequence[float]) -> dict[str, UnitMaps]:

@@ -69,7 +69,8 @@ class EndpointStatistics:
     def __add__(self, other: EndpointStatistics) -> EndpointStatistics:
         """The endpoints of both, this one's first. Each model can be measured separately.
 
-        Outputs are kept only if both were measured on the same batches.
+        Outputs are kept only if both were measured on the same batches, in the same order. Without them ``method="auto"`` has
+        nothing to judge by: see :func:`fastmatch.renormalize`.
         """
         if set(self.calls[0]) != set(other.calls[0]):
             raise ValueError("other: expected statistics of the same layers")
@@ -140,6 +141,12 @@ class EndpointStatistics:
         return found
 
 
+_ALONG_OUTPUTS = (
+    "bias", "bias_orig", "weight", "weight_orig", "parametrizations.weight.original", "parametrizations.weight.original0",
+)  # fmt: skip
+"""Tensors of a layer whose first dimension is its outputs; that of GPT-2's weight is its inputs, but it has a bias."""
+
+
 def pooled(calls: Calls) -> ChannelMoments:
     """Return the moments over all calls of a layer."""
     total = ChannelMoments()
@@ -151,12 +158,11 @@ def pooled(calls: Calls) -> ChannelMoments:
 def _permuted(table: dict[str, Calls], alignment: Alignment) -> dict[str, Calls]:
     result = {}
     for name, calls in table.items():
-        parameter = f"{name}.weight" if name else "weight"
-        if parameter not in alignment.spec.shapes:
-            raise ValueError(f"alignments: the spec has no tensor {parameter!r}, which was measured")
-        bias = parameter.removesuffix("weight") + "bias"
         # Along a bias are the outputs, wherever a weight has them.
-        along = bias if bias in alignment.spec.shapes else parameter
+        places = (f"{name}.{own}".removeprefix(".") for own in _ALONG_OUTPUTS)
+        along = next((place for place in places if place in alignment.spec.shapes), None)
+        if along is None:
+            raise ValueError(f"alignments: the spec has no tensor of layer {name!r}, which was measured")
         index = dimension_indices(along, alignment.spec, alignment.permutations).get(0)
         result[name] = calls if index is None else tuple(m.permuted(index) for m in calls)
     return result

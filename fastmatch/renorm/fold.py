@@ -11,7 +11,7 @@ from torch import nn
 
 from fastmatch._internal.states import working_dtype
 from fastmatch.renorm.harm import harmed
-from fastmatch.renorm.layers import Layer, bias_mask, by_outputs, channel_dim, raw_weight
+from fastmatch.renorm.layers import Layer, bias_mask, by_outputs, channel_dim, raw_bias, raw_weight
 from fastmatch.renorm.targets import EPS, Target
 from fastmatch.statistics.moments import ChannelMoments
 from fastmatch_kernels.channel_affine.reference import Method, affine_of
@@ -107,7 +107,7 @@ def fold(layer: Layer, moments: ChannelMoments, target: Target, method: Method) 
     assert weight is not None
     scale, shift, kept = (x.to(weight.device) for x in _affine(layer, moments, target, method))
     own = dict(layer.named_parameters(recurse=False))
-    bias = own.get("bias", own.get("bias_orig"))
+    bias = raw_bias(layer)
     with torch.no_grad():
         rows = by_outputs(layer, weight.detach())
         new_weight, new_bias = folded(rows, None if bias is None else bias.detach(), scale, shift)

@@ -29,7 +29,8 @@ def harmed(moments: ChannelMoments, target: Target, scale: torch.Tensor, shift: 
     """Return (C,) True for the channels that must keep gain one.
 
     A channel with a large gain keeps gain one if ``scale z + shift`` were farther from its target than the layer's worst
-    channel is now. The distance is ``(mean - mu*)^2 + (std - sigma*)^2``.
+    channel is now, or farther than the channel itself is now by more than the layer's median. The distance is
+    ``(mean - mu*)^2 + (std - sigma*)^2``.
 
     Args:
         moments: the statistics that the layer's output has.
@@ -41,4 +42,6 @@ def harmed(moments: ChannelMoments, target: Target, scale: torch.Tensor, shift: 
     before = (moments.mean - target.mean).square() + (std - target.std).square()
     after = (scale * moments.mean + shift - target.mean).square() + (scale * std - target.std).square()
     constant = (moments.variance < CONSTANT) & ((scale - 1).abs() > NO_GAIN)
-    return constant | ((scale > LARGE_GAIN) & (after > before.max()))
+    # The worst channel alone is no bound: one that is far off, for whatever reason, would let all others go as far.
+    allowed = torch.minimum(before + before.median(), before.max())
+    return constant | ((scale > LARGE_GAIN) & (after > allowed))

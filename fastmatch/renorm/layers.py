@@ -12,10 +12,11 @@ from torch.nn.utils import parametrize
 
 from fastmatch.renorm.norms import is_norm
 
-__all__ = ["Layer", "bias_mask", "by_outputs", "channel_dim", "raw_weight", "survey"]
+__all__ = ["Layer", "bias_mask", "by_outputs", "channel_dim", "raw_bias", "raw_weight", "survey"]
 
 Layer: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def is_transposed_linear(module: nn.Module) -> bool:
@@ -35,8 +36,8 @@ def survey(model: nn.Module, layers: Sequence[str] | None = None) -> tuple[dict[
     """Return (layers to renormalize, modules left alone with the reason), both by name.
 
     Linear (GPT-2's Conv1D too) and convolution layers are renormalized, including pruned ones (torch.nn.utils.prune, or a mask as a
-    parametrization). Left alone are other modules with parameters of their own (except norms), weights
-    that several modules share, and parametrized weights that do not scale with their rows.
+    parametrization) and those under torch.nn.utils.parametrizations.weight_norm. Left alone are transposed convolutions, other modules with parameters of their own (except norms), layers
+    whose weight or bias another module shares, and parametrized weights that do not scale with their rows.
 
     Of a module that holds others, the loose parameters are listed.
 
@@ -53,24 +54,32 @@ def survey(model: nn.Module, layers: Sequence[str] | None = None) -> tuple[dict[
         if isinstance(module, _LAYERS) or is_transposed_linear(module):
             weight = raw_weight(module)
             if weight is None:
-                left[name] = "its parametrized weight does not scale with its rows"
-            elif len(owners.get(id(weight), ())) > 1:
-                others = [n for n in owners[id(weight)] if n != name]
-                left[name] = f"shares its weight with {', '.join(others)}"
+                left[name] = _why_no_rows(module)
             else:
-                found[name] = module  # type: ignore[assignment] - GPT-2's is taken as a linear layer
+                inside = f"{name}." if name else ""  # where parametrizations keep their tensors
+                for kind, parameter in (("weight", weight), ("bias", raw_bias(module))):
+                    holders = owners.get(id(parameter), ())
+                    others = [n for n in holders if n != name and not n.startswith(inside)]
+                    if others:
+                        left[name] = f"shares its {kind} with {', '.join(others)}"
+                        break
+                else:
+                    found[name] = module  # type: ignore[assignment] - GPT-2's is taken as a linear layer
         elif not (
             getattr(
                 module, "is_unit_map", False
             )  # joins the models of a partial merge; its output is no layer's
-            or is_norm(module)
             or isinstance(module, parametrize.ParametrizationList)
         ):
             own = [n for n, _ in module.named_parameters(recurse=False)]
+            if not own or is_norm(module):
+                continue
             kind = type(module).__name__
-            if own and not any(True for _ in module.children()):
+            if isinstance(module, _TRANSPOSED):
+                left[name or "(model)"] = "transposed convolutions are not renormalized"
+            elif not any(True for _ in module.children()):
                 left[name or "(model)"] = f"{kind} is not a linear or convolution layer"
-            elif own:  # what the module holds is renormalized, only these are not
+            else:  # what the module holds is renormalized, only these are not
                 path = f"{name}." if name else ""
                 left |= {path + n: f"is a parameter of {kind}, no linear or convolution layer" for n in own}
     if layers is not None:
@@ -80,7 +89,8 @@ def survey(model: nn.Module, layers: Sequence[str] | None = None) -> tuple[dict[
                 raise ValueError(f"layers: {name!r} {_sentence(reason)}; there are {list(found)}")
         found = {n: found[n] for n in found if n in set(layers)}
     if not found:
-        raise ValueError("model: has no linear or convolution layer to renormalize")
+        reasons = "".join(f"; {name}: {reason}" for name, reason in list(left.items())[:3])
+        raise ValueError(f"model: has no linear or convolution layer to renormalize{reasons}")
     return found, left
 
 
@@ -91,27 +101,51 @@ def _sentence(reason: str) -> str:
 def raw_weight(layer: nn.Module) -> nn.Parameter | None:
     """Return the parameter whose rows scale the layer's output channels, or None.
 
-    This is the weight itself; ``weight_orig`` under a mask of torch.nn.utils.prune; or the original of a
-    parametrization that scales with its rows, as a mask does. The latter is tested on a copy.
+    This is the weight itself; ``weight_orig`` under a mask of torch.nn.utils.prune; or an original of a
+    parametrization that scales with its rows, as under a mask, or the norms of torch's weight norm. The latter is tested on a copy.
     """
     own = dict(layer.named_parameters(recurse=False))
     if "weight" in own:
         return own["weight"]
     if "weight_orig" in own and isinstance(getattr(layer, "weight_mask", None), torch.Tensor):
         return own["weight_orig"]
-    if parametrize.is_parametrized(layer, "weight"):
-        original = getattr(layer.parametrizations.weight, "original", None)  # pyright: ignore[reportAttributeAccessIssue]
-        if original is not None and _scales_with_rows(layer):
+    for name, original in _originals(layer).items():
+        if _scales_with_rows(layer, name):
             return original
     return None
 
 
-def _scales_with_rows(layer: nn.Module) -> bool:
+def _originals(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the tensors from which a parametrization computes the weight."""
+    if not parametrize.is_parametrized(layer, "weight"):
+        return {}
+    of_weight: Any = layer.parametrizations.weight  # pyright: ignore[reportAttributeAccessIssue]
+    return dict(of_weight.named_parameters(recurse=False))
+
+
+def _why_no_rows(layer: nn.Module) -> str:
+    if parametrize.is_parametrized(layer, "weight"):
+        return (
+            "its parametrized weight does not scale with its rows; "
+            'torch.nn.utils.parametrize.remove_parametrizations(layer, "weight") makes it permanent'
+        )
+    return (
+        "its weight is computed by a hook; use torch.nn.utils.parametrizations, or make the weight permanent"
+    )
+
+
+def raw_bias(layer: nn.Module) -> nn.Parameter | None:
+    """Return the bias of a layer, or what is under its mask (torch.nn.utils.prune); None if it has none."""
+    own = dict(layer.named_parameters(recurse=False))
+    return own.get("bias", own.get("bias_orig"))
+
+
+def _scales_with_rows(layer: nn.Module, name: str) -> bool:
     probe: Any = copy.deepcopy(layer).eval()
-    original = probe.parametrizations.weight.original
+    original = getattr(probe.parametrizations.weight, name)
     with torch.no_grad():
         before = probe.weight.clone()
-        if original.shape != before.shape:
+        if original.ndim != before.ndim or len(original) != len(before):
             return False
         rows = torch.linspace(0.5, 2, len(before), device=before.device, dtype=before.dtype)
         rows = rows.view(-1, *[1] * (before.ndim - 1))

@@ -32,7 +32,7 @@ from fastmatch._internal.layer_calls import on_call, on_input
 from fastmatch._internal.progress import progress_bar
 from fastmatch._internal.states import working_dtype
 from fastmatch.renorm.hooks import reset_hooks
-from fastmatch.renorm.layers import Layer, bias_mask, by_outputs, channel_dim, raw_weight
+from fastmatch.renorm.layers import Layer, bias_mask, by_outputs, channel_dim, raw_bias, raw_weight
 from fastmatch.renorm.lockstep import Lockstep
 from fastmatch.renorm.options import Renormalization
 from fastmatch_kernels import ops as kernels
@@ -108,7 +108,7 @@ class LayerFit:
     def __init__(self, name: str, layer: Layer) -> None:
         self.name, self.layer = name, layer
         raw, weight = raw_weight(layer), layer.weight
-        if raw is None or not torch.equal(raw[weight != 0], weight[weight != 0]):
+        if raw is None or raw.shape != weight.shape or not torch.equal(raw[weight != 0], weight[weight != 0]):
             raise CannotFit(
                 f"layers: the weight of {name!r} is computed from another tensor, so least squares cannot set it; name the others"
             )
@@ -221,7 +221,7 @@ class LayerFit:
         # Masked entries of a pruned weight keep what is under the mask.
         rows.copy_(torch.where(by_outputs(layer, layer.weight) == 0, rows, weight))
         own = dict(layer.named_parameters(recurse=False))
-        known = own.get("bias", own.get("bias_orig"))
+        known = raw_bias(layer)
         if known is None:
             layer.bias = nn.Parameter(bias, requires_grad=raw.requires_grad)
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,20 +18,26 @@ _NORMS = (
     nn.GroupNorm,
     nn.RMSNorm,
 )
+ANY = 6
+"""Channels of the inputs for a module without vectors, which runs on any number."""
 SCALE, SHIFT = 4.0, 3.0
 TOLERANCE = 1e-2
 """Relative. Norms add an eps to the variance, so that they are invariant only nearly."""
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Return whether a module normalizes: its own parameters are vectors, and its output does not grow with its input.
+    """Return whether a module normalizes: its output does not grow with its input, and its own parameters, if any, are vectors.
 
-    A module of another class than torch's norms is copied and run on random numbers, with the channels in every place
-    where a norm has them, in eval mode and in train mode (in which a batch norm uses the batch).
+    A module of another class than torch's is copied and run on random numbers, with the channels in every place
+    where a norm has them, in eval mode and in train mode (in which a batch norm uses the batch). Modules of which children have
+    parameters are no norms, whatever they compute, nor are containers.
     """
     if isinstance(module, _NORMS):
         return True
-    size = _channels([*module.parameters(recurse=False)])
+    own = [*module.parameters(recurse=False)]
+    if not own and (type(module).__module__.startswith("torch.") or any(True for _ in module.children())):
+        return False
+    size = _channels(own or [*module.buffers(recurse=False)])
     return size is not None and any(_is_invariant(probe, x) for probe, x in _probes(module, size))
 
 
@@ -50,15 +56,17 @@ def _has_running_statistics(module: nn.Module) -> bool:
     return any(_follows_buffers(probe, x) for probe, x in _probes(module, len(mean)) if not probe.training)
 
 
-def _channels(parameters: list[nn.Parameter]) -> int | None:
-    """Return the common length of vectors; None if there is none, or a parameter is no vector."""
-    lengths = {p.numel() for p in parameters if p.numel() > 1}
-    vectors = all(max(p.shape, default=1) == p.numel() for p in parameters)
+def _channels(tensors: Sequence[torch.Tensor]) -> int | None:
+    """Return the common length of vectors, :data:`ANY` if there is none; None if lengths differ or a tensor is no vector."""
+    lengths = {t.numel() for t in tensors if t.numel() > 1} or {ANY}
+    vectors = all(max(t.shape, default=1) == t.numel() for t in tensors)
     return lengths.pop() if vectors and len(lengths) == 1 else None
 
 
 def _probes(module: nn.Module, size: int) -> Iterator[tuple[nn.Module, torch.Tensor]]:
-    """Yield copies of the module, and inputs with ``size`` channels, that it may run on."""
+    """Yield copies of the module, and inputs with ``size`` channels, that it may run on; none if its children have parameters."""
+    if any(True for child in module.children() for _ in child.parameters()):
+        return
     generator = torch.Generator(device="cpu").manual_seed(0)
     for train in (False, True):
         for shape in (
@@ -78,7 +86,9 @@ def _probes(module: nn.Module, size: int) -> Iterator[tuple[nn.Module, torch.Ten
 
 def _output(module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
     try:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        # The probe is on the CPU, so only that generator can move. Each run draws the same numbers.
+        with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
             found: Any = module(x)
     except Exception:  # the module does not run on one tensor of this shape
         return None
@@ -90,8 +100,10 @@ def _is_invariant(probe: nn.Module, x: torch.Tensor) -> bool:
     with torch.no_grad():
         for parameter in probe.parameters(recurse=False):
             parameter.fill_(1.0)  # gains may be trained to zero
-    one, other, different = (_output(probe, y) for y in (x, SCALE * x, x.roll(1, 0).flip(-1)))
-    return _close(one, other) and not _close(one, different)
+    one = _output(probe, x)
+    if one is None or not _close(one, _output(probe, SCALE * x)):
+        return False
+    return not _close(one, _output(probe, x.roll(1, 0).flip(-1)))
 
 
 def _follows_buffers(probe: nn.Module, x: torch.Tensor) -> bool:

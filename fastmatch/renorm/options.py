@@ -37,7 +37,7 @@ class Renormalization:
             should be large; it needs the memory of one batch. ``"sequential"`` measures each layer over all
             batches, after the layers before it are corrected. It is exact for any batch size, and needs the
             memory of all batches' activations at one layer. ``"least-squares"`` takes the endpoints' mean inputs in joint
-            mode, which needs the memory of one batch. In sequential mode it takes the inputs that the merge itself gives
+            mode, which needs the memory of one batch, and then measures batch norms in another read. In sequential mode it takes the inputs that the merge itself gives
             after the layers before are fitted, and measures batch norms on the way.
         samples: calibrate on this many samples from the front of the data; None reads all of it.
         layers: names of the linear and convolution layers to renormalize; None takes all that can be. ``"published"``

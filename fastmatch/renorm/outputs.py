@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,24 +15,42 @@ from fastmatch.renorm.probes import Probe, features
 __all__ = ["PREFERENCE", "Disagreement", "disagreement"]
 
 PREFERENCE = 0.9
-"""Another method than the first one must have an angle smaller by this factor. Angles of equally good methods differ by
-some percent (bench/results/renormalization_choice.md)."""
+"""Another candidate than the preferred one must be nearer by this factor: REPAIR is preferred if the data has classes, and leaving the
+merge alone if not. Distances of equally good methods differ by some percent (bench/results/renormalization_choice.md)."""
 
 
 class Disagreement(NamedTuple):
     """How a merge's outputs differ from the weighted mean of the endpoints' outputs; less is better.
 
+    Classes do not depend on the scale of the outputs, so ``choices`` and then ``angle`` count where the data has classes. Other outputs are the
+    values themselves, or may be: there ``error`` alone counts.
+
     Attributes:
-        choices: fraction of samples with another largest output. 0 unless the data has one class per sample and the
+        choices: fraction of samples with another largest output. None unless the data has one class per sample and the
             outputs have one number per class.
         angle: mean over samples of one minus the cosine between the two outputs, each less its own mean, so that
             their scale does not count.
+        error: sum of squared differences over the sum of squares of the endpoints' mean outputs.
     """
 
-    choices: float
+    choices: float | None
     angle: float
+    error: float
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether the data has one class per sample."""
+        return self.choices is not None
+
+    def distance(self, factor: float = 1.0) -> tuple[float, float]:
+        """Return what is compared, the first number before the second; the second is multiplied by ``factor``."""
+        if self.choices is None:
+            return 0.0, self.error * factor
+        return self.choices, self.angle * factor
 
     def __str__(self) -> str:
+        if self.choices is None:
+            return f"squared error {self.error:.3g}"
         return f"{self.choices:.1%} other, angle {self.angle:.3g}"
 
 
@@ -47,7 +66,8 @@ def disagreement(
 
     With ``held_out``, only the samples count for which it is True: (samples,) for each probe.
     """
-    count, other, angle = 0, 0.0, 0.0
+    count, other, angle, error, size = 0, 0.0, 0.0, 0.0, 0.0
+    has_classes = True
     with evaluating(model):
         for k, probe in enumerate(probes):
             if held_out is not None and not bool(held_out[k].any()):
@@ -59,7 +79,7 @@ def disagreement(
                 w * k.to(ours.device) for w, k in zip(weights, probe.outputs, strict=True) if k is not None
             )
             assert isinstance(theirs, torch.Tensor)
-            has_classes = _is_classification(probe.batch, ours)
+            has_classes = has_classes and _is_classification(probe.batch, ours)
             if held_out is not None:
                 counts = held_out[k].repeat_interleave(len(ours) // len(held_out[k])).to(ours.device)
                 ours, theirs = ours[counts], theirs[counts]
@@ -67,7 +87,14 @@ def disagreement(
             if has_classes:
                 other += float((ours.argmax(1) != theirs.argmax(1)).sum())
             angle += _angle(ours, theirs) * len(ours)
-    return Disagreement(other / count, angle / count) if count else None
+            error += float((ours.double() - theirs.double()).square().sum())
+            size += float(theirs.double().square().sum())
+    if not count:
+        return None
+    error = error / size if size else error
+    return Disagreement(
+        other / count if has_classes else None, angle / count, math.inf if math.isnan(error) else error
+    )
 
 
 def _angle(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -50,7 +50,8 @@ class Plan:
         kept: layer -> the channels that kept gain one because theirs would have done harm, such as those whose weights
             are all pruned. Known after the calibration.
         scores: method -> how its outputs differ from the endpoints', if the automatic choice compared methods:
-            (fraction of samples with another class, one minus the mean cosine). That of least squares is on samples that it was not fitted to.
+            (fraction of samples with another class or None without classes, one minus the mean cosine, relative squared error). That of least
+            squares is on samples that it was not fitted to.
         added: names of the biases that layers without one have got; a network needs them to load the result. Known after the
             calibration.
     """

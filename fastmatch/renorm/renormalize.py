@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -78,11 +78,13 @@ def renormalize(
         endpoints: the models that were merged, aligned (for a pruned model: the dense one), or their measured
             statistics. ``"reset"`` does not look at them, so they may be None.
         data: a loader of inputs or (inputs, targets). It is read once for the endpoints (not if their statistics
-            are given, nor for ``"reset"``) and once for the model.
+            are given, nor for ``"reset"``) and once for the model. ``"least-squares"`` reads it once, and in joint mode with batch norm twice.
         method: ``"repair"``, ``"rescale"``, ``"reshift"``, ``"reset"`` or ``"least-squares"``, or a
             :class:`fastmatch.Renormalization` with further options. ``"auto"`` tries REPAIR, RESCALE, RESET (with batch norm) and nothing at all, and keeps the
-            copy whose outputs are nearest to the weighted mean of the endpoints' outputs on 1024 samples that are spread over the data: the
-            least often another class, if the data has classes, and then the smallest angle. If the endpoints are models, it also tries
+            copy whose outputs are nearest to the weighted mean of the endpoints' outputs on 1024 samples that are spread over the data. If each
+            sample's target is one class, that is the copy with the least often another class, and then the smallest angle. Otherwise (values, several
+            classes in a sample, or no targets) it is the one with the smallest squared error, and nothing is done unless that is 10% smaller. Without
+            outputs to compare, nothing is tried blindly: batch norms are reset, and other networks left alone with a warning. If the endpoints are models, it also tries
             least squares, in sequential mode on those samples (in 64 batches at most), and judges it on some that it was not fitted to.
         weights: the weights of the merge, one per endpoint. None takes those that :func:`fastmatch.merge` noted on
             the module, which hold until other tensors are loaded into it.
@@ -102,7 +104,8 @@ def renormalize(
             different models, options or data.
 
     Warns:
-        UserWarning: ``weights`` do not sum to one, so that the targets are scaled; or layers are left alone.
+        UserWarning: ``weights`` do not sum to one, so that the targets are scaled; layers are left alone; or ``"auto"`` leaves the merge
+            alone because there are no outputs to compare.
 
     Source:
         Jordan et al. 2022 (REPAIR); Qu and Horvath 2024 (RESCALE, RESHIFT); Nasery et al. 2024 (least squares).
@@ -167,8 +170,7 @@ def renormalize_many(
         return read_alike(every, ranks, *models, *fitted)
 
     if plan.method == "least-squares":
-        batches = read("least squares")
-        news, plan = _fitted(models, endpoints, alphas, batches, plan, options, forward, progress)
+        news, plan = _fitted(models, endpoints, alphas, read, plan, options, forward, progress)
         _warn_of_modules_left_alone(plan)
         return news
     statistics = None
@@ -239,13 +241,13 @@ def _fitted(
     models: Sequence[nn.Module],
     endpoints: Sequence[nn.Module] | EndpointStatistics | None,
     alphas: Sequence[Sequence[float]],
-    batches: Iterable[Any],
+    read: Callable[[str], Iterable[Any]],
     plan: Plan,
     options: Renormalization,
     forward: Forward,
     progress: bool | None,
 ) -> tuple[list[nn.Module], Plan]:
-    """Return the merges with every layer fitted to the endpoints' outputs, and what was done."""
+    """Return the merges with every layer fitted to the endpoints' outputs and batch norms measured, and what was done."""
     if endpoints is None or isinstance(endpoints, EndpointStatistics):
         raise ValueError(
             'endpoints: method "least-squares" compares outputs sample by sample, so it needs the models; got '
@@ -253,17 +255,21 @@ def _fitted(
         )
     for k, endpoint in enumerate(endpoints):
         _check_endpoint(models[0], plan, endpoint, f"endpoints[{k}]")
-    if options.mode == "sequential" or len(models) > 1:
-        batches = list(batches)
+    is_kept = options.mode == "sequential" or len(models) > 1
+    batches = list(read("least squares")) if is_kept else []
     news: list[nn.Module] = []
     done = plan
     for model, alpha in zip(models, alphas, strict=True):
         new, known = copy_module(model), remembered_weights(model)
         fits = [LayerFit(name, layer) for name, layer in survey(new, plan.layers)[0].items()]
         if options.mode == "sequential":
-            fit_sequentially(new, fits, (endpoints, alpha), list(batches), forward, options, progress)
+            fit_sequentially(new, fits, (endpoints, alpha), batches, forward, options, progress)
         else:
-            fit_jointly(fits, (endpoints, alpha), batches, forward, options)
+            fit_jointly(fits, (endpoints, alpha), batches or read("least squares"), forward, options)
+            norms = reset_hooks(new)  # averaged statistics are not those of the fitted layers' outputs
+            if norms:
+                calibration = Calibration(new, norms, forward)
+                calibrate([calibration], batches or read("batch norms"), "joint", progress)
         idle = [fit.name for fit in fits if not fit.has_run]
         done = _without_unmeasured(plan, idle, explicit=options.layers is not None)
         remember_plan(new, model, done, {})
@@ -299,22 +305,37 @@ class _Attempt:
 def _best(
     attempts: Sequence[_Attempt], statistics: EndpointStatistics, weights: Sequence[float], forward: Forward
 ) -> _Attempt:
-    """Return the attempt whose outputs are nearest to the endpoints'; the first one in doubt."""
+    """Return the attempt whose outputs are nearest to the endpoints'; without outputs to compare RESET, or the one that does nothing."""
     scores = {}
     for attempt in attempts:
         found = disagreement(attempt.model, statistics.probes, weights, forward)
         if found is not None:
             scores[attempt.plan.method] = found
     if len(scores) < len(attempts):
-        return attempts[0].because("the endpoints' outputs are not known or cannot be compared")
+        return _unjudged(attempts, "cannot be compared" if statistics.probes else "are not known")
+    preferred = "repair" if all(found.has_classes for found in scores.values()) else "none"
 
-    def distance(attempt: _Attempt) -> tuple[float, float]:
-        choices, angle = scores[attempt.plan.method]
-        return choices, angle * (PREFERENCE if attempt is attempts[0] else 1.0)
+    def distance(attempt: _Attempt) -> tuple[float, float, bool]:
+        method = attempt.plan.method
+        is_other = method != preferred
+        return *scores[method].distance(1.0 if is_other else PREFERENCE), is_other
 
     best = min(attempts, key=distance)
     why = f"nearest to the endpoints' outputs ({', '.join(f'{m} {s}' for m, s in scores.items())})"
     return best.because(why, scores)
+
+
+def _unjudged(attempts: Sequence[_Attempt], reason: str) -> _Attempt:
+    """Return the attempt with RESET, which puts right what a merge of batch norms has wrong for sure, or the one that does nothing."""
+    by_method: dict[str, _Attempt] = {attempt.plan.method: attempt for attempt in attempts}
+    told = f"the endpoints' outputs {reason}"
+    if "reset" in by_method:
+        return by_method["reset"].because(f"the network has batch norm, and {told}")
+    warn_user(
+        f'renormalize leaves the merge as it is, because {told}, so that "auto" cannot judge its candidates; name a method, such as '
+        '"repair", or give the models as endpoints'
+    )
+    return by_method["none"].because(told)
 
 
 def _after(trial: Trial, done: Plan, plan: Plan) -> Plan:

@@ -122,7 +122,7 @@ def try_least_squares(
     told = (
         f"on samples that least squares was not fitted to: least-squares {ours}, the best other one {theirs}"
     )
-    if (ours.choices, ours.angle) >= (theirs.choices, theirs.angle * PREFERENCE):
+    if ours.distance() >= theirs.distance(PREFERENCE):
         return Trial(None, told, ours)
     try:
         return Trial(_fit(model, ends, [p.batch for p in probes], layers, forward), told, ours)

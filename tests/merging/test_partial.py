@@ -619,6 +619,37 @@ def test_boundaries_and_heads_that_do_not_fit_are_named():
         fm.merge_partial([a, b], x, fm.Identity(), stop_at="trunk.2")
 
 
+@pytest.mark.parametrize("only", [None, 0, 1])
+def test_the_automatic_choice_judges_a_partial_merge_by_the_models_outputs(only):
+    (a, b), x = two("vgg without norm", fresh_seed())
+    data = inputs_like(x)
+    found = fm.merge_partial([a, b], x, fm.Permute(data), start_at=1)
+    weights = [0.5, 0.5] if only is None else [1.0]
+    new = fm.renormalize(
+        found.model, found.endpoint_statistics([a, b], data, only=only), data, weights=weights
+    )
+    plan = fm.applied_plan(new)
+    assert plan is not None
+    ends = [run(model, data.inputs) for model in (a, b)]
+    target = (ends[0] + ends[1]) / 2 if only is None else ends[only]
+    assert plan.scores.keys() == {"none", "repair", "rescale"}
+    for method, model in (("none", found.model), (plan.method, new)):
+        error = (run(model, data.inputs) - target).square().sum() / target.square().sum()
+        assert plan.scores[method].error == pytest.approx(float(error), rel=1e-3)
+
+
+def test_the_automatic_choice_leaves_a_partial_merge_with_heads_alone():
+    (a, b), x = two("vgg without norm", fresh_seed())
+    data = inputs_like(x)
+    found = fm.merge_partial([a, b], x, fm.Permute(data), stop_at=1)
+    statistics = found.endpoint_statistics([a, b], data)
+    assert statistics.probes == ()
+    with pytest.warns(
+        UserWarning, match="leaves the merge as it is, because the endpoints' outputs are not known"
+    ):
+        fm.renormalize(found.model, statistics, data)
+
+
 def test_the_first_models_statistics_alone_are_a_target_for_every_rule():
     (a, b), x = two("vgg", fresh_seed())
     data = inputs_like(x)

@@ -59,7 +59,7 @@ def test_the_choice_is_the_method_with_the_nearest_outputs_and_repair_has_a_smal
             )
     assert set(plan.scores) == set(scores)
     for method, found in plan.scores.items():
-        assert found == pytest.approx(scores[method], abs=1e-4)
+        assert found[:2] == pytest.approx(scores[method], abs=1e-4)
     order = sorted(scores, key=lambda m: (scores[m][0], scores[m][1] * (PREFERENCE if m == "repair" else 1)))
     assert plan.method == order[0]
     torch.testing.assert_close(new.eval()(x), expected[plan.method].eval()(x))
@@ -97,22 +97,106 @@ def test_a_merge_that_every_method_would_harm_is_left_alone():
     assert all(torch.equal(t, merged.state_dict()[n]) for n, t in new.state_dict().items())
 
 
-def test_without_outputs_to_compare_repair_is_used():
+def trained_on_values(outputs: int) -> tuple[nn.Module, nn.Module, Batches]:
+    """Two networks that predict values, apart from each other, and their data."""
+    x = torch.randn(512, 8)
+    y = torch.sin(2 * x @ torch.randn(8, outputs)) + torch.tanh(x @ torch.randn(8, outputs)) * x[:, :1]
+    hidden = [module for _ in range(3) for module in (nn.Linear(32, 32), nn.ReLU())]
+    first = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), *hidden, nn.Linear(32, outputs))
+    ends = [first, build_alike(first)]
+    for end in ends:
+        optimizer = torch.optim.Adam(end.parameters(), lr=5e-3)
+        for _ in range(60):
+            optimizer.zero_grad()
+            F.mse_loss(end(x), y).backward()
+            optimizer.step()
+    return ends[0], ends[1], Batches(x, y, 128)
+
+
+def build_alike(model: nn.Sequential) -> nn.Module:
+    new = copy.deepcopy(model)
+    for module in new:
+        if isinstance(module, nn.Linear):
+            module.reset_parameters()
+    return new
+
+
+@pytest.mark.parametrize("outputs", [1, 4])
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("has_targets", [True, False])
+def test_a_merge_of_regressors_is_never_farther_from_its_endpoints_than_if_it_were_left_alone(
+    outputs, seed, has_targets
+):
+    torch.manual_seed(seed)
+    a, b, data = trained_on_values(outputs)
+    merged, x = fm.merge([a, b]), data.inputs
+    given = data if has_targets else list(x.split(128))
+    new = fm.renormalize(merged, fm.endpoint_statistics([a, b], given), given)
+    plan = fm.applied_plan(new)
+    assert plan is not None
+    with torch.no_grad():
+        target = (a(x) + b(x)) / 2
+        error = {
+            method: float((model(x) - target).square().sum() / target.square().sum())
+            for method, model in (("none", merged), (plan.method, new))
+        }
+    assert error[plan.method] <= error["none"]
+    assert plan.scores[plan.method].choices is None
+    assert plan.scores[plan.method].error == pytest.approx(error[plan.method], rel=1e-3)
+    assert plan.method == "none" or error[plan.method] < PREFERENCE * error["none"]
+    assert f"none squared error {error['none']:.3g}" in plan.why
+
+
+def test_a_merge_of_equal_regressors_is_left_alone_and_one_with_lost_variance_is_repaired():
+    torch.manual_seed(0)
+    a, _, data = trained_on_values(1)
+    measured = fm.endpoint_statistics([a, a], data)
+    plan = fm.applied_plan(fm.renormalize(fm.merge([a, a]), measured, data))
+    assert plan is not None
+    assert plan.method == "none"
+    shrunk = copy.deepcopy(a)
+    with torch.no_grad():
+        shrunk.get_submodule("0").weight.mul_(0.5)
+        shrunk.get_submodule("0").bias.mul_(0.5)
+    plan = fm.applied_plan(fm.renormalize(shrunk, measured, data, weights=[0.5, 0.5]))
+    assert plan is not None
+    assert plan.method == "repair"
+    assert plan.scores["repair"].error < 0.01
+
+
+def test_without_outputs_to_compare_nothing_is_applied_unjudged():
     ends, data = pair("vgg without norm"), labelled()
     merged = fm.merge(ends)
     measured = fm.endpoint_statistics(ends, data)
     bare = fm.EndpointStatistics(measured.calls)
-    plan = fm.applied_plan(fm.renormalize(merged, bare, data))
-    assert plan is not None
-    assert plan.method == "repair"
-    assert "not known or cannot be compared" in plan.why
 
     def silent(model, batch):
         model(batch[0])
 
-    plan = fm.applied_plan(fm.renormalize(merged, ends, data, forward=silent))
+    for endpoints, forward, reason in (
+        (bare, None, "outputs are not known"),
+        (ends, silent, "outputs cannot be compared"),
+    ):
+        options = {} if forward is None else {"forward": forward}
+        with pytest.warns(UserWarning, match=f"leaves the merge as it is, because the endpoints' {reason}"):
+            new = fm.renormalize(merged, endpoints, data, **options)
+        plan = fm.applied_plan(new)
+        assert plan is not None
+        assert plan.method == "none"
+        assert reason in plan.why
+        assert all(torch.equal(t, merged.state_dict()[n]) for n, t in new.state_dict().items())
+
+
+def test_without_outputs_to_compare_batch_norm_is_reset():
+    ends, data = pair("vgg"), labelled()
+    merged = fm.merge(ends)
+    new = fm.renormalize(merged, fm.EndpointStatistics(fm.endpoint_statistics(ends, data).calls), data)
+    plan = fm.applied_plan(new)
     assert plan is not None
-    assert plan.method == "repair"
+    assert plan.method == "reset"
+    assert "the endpoints' outputs are not known" in plan.why
+    expected = fm.renormalize(merged, None, data, "reset").state_dict()
+    assert all(torch.equal(t, expected[n]) for n, t in new.state_dict().items())
 
 
 def plain(width: int = 40) -> nn.Module:
@@ -129,6 +213,13 @@ def distance(model: nn.Module, target: nn.Module, x: torch.Tensor) -> tuple[floa
     rows = [z - z.mean(1, keepdim=True) for z in (ours, theirs)]
     other = float((ours.argmax(1) != theirs.argmax(1)).double().mean())
     return other, float(1 - torch.cosine_similarity(*rows).mean())
+
+
+def squared_error(model: nn.Module, target: nn.Module, x: torch.Tensor) -> float:
+    """The sum of squared differences as a fraction of the sum of squares."""
+    with torch.no_grad():
+        ours, theirs = model(x), target(x)
+    return float((ours - theirs).square().sum() / theirs.square().sum())
 
 
 SEQUENTIAL = fm.Renormalization("least-squares", mode="sequential")
@@ -159,14 +250,14 @@ def test_least_squares_is_chosen_where_it_is_nearest_on_samples_that_it_was_not_
         torch.testing.assert_close(tensor, by_name.state_dict()[name])
     fitted, held_out = split(800)
     judged = fm.renormalize(pruned, [dense], [x[fitted]], SEQUENTIAL)
-    assert plan.scores["least-squares"] == pytest.approx(distance(judged, dense, x[held_out]), abs=1e-6)
+    assert plan.scores["least-squares"][:2] == pytest.approx(distance(judged, dense, x[held_out]), abs=1e-6)
     assert "on samples that least squares was not fitted to: least-squares" in plan.why
 
 
 def test_least_squares_that_fits_only_the_samples_that_it_saw_is_not_chosen():
     dense = plain()
     pruned = global_magnitude(dense, 0.5)
-    # What is held out is of another kind than what the fit is made from. Without classes, angles alone count.
+    # What is held out is of another kind than what the fit is made from. Without classes, squared errors count.
     fitted, held_out = split(240)
     x = torch.empty(240, 12).double()
     x[fitted] = 0.01 * torch.randn(len(fitted), 12).double() + torch.randn(12)
@@ -174,10 +265,8 @@ def test_least_squares_that_fits_only_the_samples_that_it_saw_is_not_chosen():
     judged = fm.renormalize(pruned, [dense], [x[fitted]], SEQUENTIAL)
     plan = fm.applied_plan(fm.renormalize(pruned, [dense], [x]))
     assert plan is not None
-    assert distance(judged, dense, x[fitted])[1] < 0.1 * distance(pruned, dense, x[fitted])[1]
-    assert plan.scores["least-squares"].angle == pytest.approx(
-        distance(judged, dense, x[held_out])[1], abs=1e-6
-    )
+    assert squared_error(judged, dense, x[fitted]) < 0.1 * squared_error(pruned, dense, x[fitted])
+    assert plan.scores["least-squares"].error == pytest.approx(squared_error(judged, dense, x[held_out]))
     assert plan.method != "least-squares"
 
 
@@ -315,7 +404,8 @@ def test_a_loader_that_reuses_its_memory_and_one_output_are_compared():
     assert [p.batch.equal(s) for p, s in zip(measured.probes, store, strict=True)] == [True] * 4
     same = disagreement(model, measured.probes, [1.0], forward)
     assert same is not None
-    assert same == pytest.approx((0.0, 0.0), abs=1e-6)
+    assert same.choices is None
+    assert same[1:] == pytest.approx((0.0, 0.0), abs=1e-6)
 
 
 def recorded(sizes: list[int]) -> ProbeRecorder:

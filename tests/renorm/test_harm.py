@@ -1,4 +1,4 @@
-"""No gain takes a channel farther from its target than the layer's worst channel was."""
+"""No gain takes a channel farther from its target than the layer's worst channel was, or much farther than itself."""
 
 from __future__ import annotations
 
@@ -87,6 +87,25 @@ def test_a_large_gain_of_a_mean_that_it_does_not_set_is_not_applied():
     torch.testing.assert_close(layer.weight[1], before[1])
     assert (layer.weight[2] / before[2]).mean() > 29  # a mean near zero suffers little from the same gain
     assert fold(nn.Linear(3, 3), moments, target, "repair").tolist() == [False] * 3  # which sets the mean
+
+
+@pytest.mark.parametrize("offset", [0.0, 5.0, 500.0])
+@pytest.mark.parametrize("mode", ["joint", "sequential"])
+def test_one_channel_that_is_far_off_does_not_let_the_others_go_as_far(offset, mode):
+    torch.manual_seed(fresh_seed())
+    dense = nn.Sequential(nn.Linear(4, 6))
+    merged = copy.deepcopy(dense)
+    with torch.no_grad():
+        merged[0].weight[0] *= 1e-3  # almost constant, around one
+        merged[0].bias[0] = 1.0
+        merged[0].bias[5] += offset
+    data = Batches(torch.randn(512, 4), torch.zeros(512), 512)
+    options = fm.Renormalization("rescale", mode)
+    new = fm.renormalize(merged, [dense], data, options, weights=[1.0])
+    plan = fm.applied_plan(new)
+    assert plan is not None
+    assert plan.kept == {"0": (0,)}
+    torch.testing.assert_close(new[0].bias[0], merged[0].bias[0])
 
 
 def test_rescale_of_a_heavily_pruned_network_does_not_explode():

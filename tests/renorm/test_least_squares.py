@@ -202,6 +202,26 @@ def test_a_disturbed_copy_computes_its_endpoint_again(name):
     assert errors[1] < 1e-3 * errors[0]
 
 
+@pytest.mark.parametrize("mode", ["joint", "sequential"])
+@pytest.mark.parametrize("merges", [1, 2])
+def test_batch_norms_have_the_statistics_of_the_fitted_layers(mode, merges):
+    seed = fresh_seed()
+    ends = [build("vgg", seed + k)[0].double().eval() for k in range(2)]
+    data = Batches(torch.randn(96, *_shape("vgg"), dtype=torch.float64), torch.zeros(96), 96)
+    for end in ends:  # whose own statistics are not those of the data
+        for norm in (m for m in end.modules() if isinstance(m, nn.BatchNorm2d)):
+            norm.running_var.fill_(4.0)  # pyright: ignore[reportOptionalMemberAccess]
+    models = [fm.merge(ends, row) for row in ([0.5, 0.5], [0.2, 0.8])[:merges]]
+    before = [{n: t.clone() for n, t in model.state_dict().items()} for model in models]
+    options = fm.Renormalization("least-squares", mode=mode)
+    for new in fm.renormalize_many(models, ends, data, options):
+        measured = fm.renormalize(new, None, data, "reset").state_dict()
+        for name, tensor in new.state_dict().items():
+            torch.testing.assert_close(tensor, measured[name], rtol=1e-8, atol=1e-10)
+    for model, old in zip(models, before, strict=True):
+        assert all(torch.equal(t, old[n]) for n, t in model.state_dict().items())
+
+
 def _shape(name: str) -> tuple[int, ...]:
     example = build(name, 0)[1]
     return tuple(example.shape[1:])

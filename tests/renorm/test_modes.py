@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import fastmatch as fm
 from fastmatch._internal.coefficients import remembered_weights
@@ -311,20 +312,123 @@ def test_the_plan_lists_what_is_left_alone_and_renormalize_warns_of_it():
     assert plan.layers == ("first",)
     assert plan.left_alone == {
         "token": "is a parameter of Mixed, no linear or convolution layer",
-        "up": "ConvTranspose1d is not a linear or convolution layer",
+        "up": "transposed convolutions are not renormalized",
         "tied": "shares its weight with again",
         "again": "shares its weight with tied",
     }
-    assert "left alone: up: ConvTranspose1d" in str(plan)
+    assert "left alone: up: transposed convolutions" in str(plan)
     before = copy.deepcopy(model.state_dict())
     merged = fm.merge([model, Mixed()])
-    with pytest.warns(UserWarning, match="leaves these alone: .*up: ConvTranspose1d"):
+    with pytest.warns(UserWarning, match="leaves these alone: .*up: transposed convolutions"):
         new = fm.renormalize(merged, [model, model], data, "repair")
     for name, tensor in new.state_dict().items():
         assert torch.equal(tensor, merged.state_dict()[name]) != name.startswith("first.")
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    with pytest.raises(ValueError, match="layers: 'up' is left alone: transposed convolutions are not"):
+        fm.plan_renormalization(model, fm.Renormalization(layers=["up"]))
+    with pytest.raises(ValueError, match="no linear or convolution layer to renormalize; 0: transposed conv"):
+        fm.plan_renormalization(nn.Sequential(nn.ConvTranspose2d(3, 3, 2), nn.ReLU()))
     with pytest.raises(ValueError, match="'tied' shares its weight with again"):
         fm.plan_renormalization(model, fm.Renormalization(layers=["tied"]))
+
+
+def reparametrized(*, bias: bool = True, normed: bool = True) -> nn.Sequential:
+    """A network whose layers are all under weight norm, or the same without it."""
+    width = 6
+    net = nn.Sequential(
+        nn.Conv1d(2, width, 3, bias=bias), nn.ReLU(), nn.Flatten(), nn.Linear(4 * width, width, bias=bias), nn.ReLU(),
+        nn.Linear(width, 3, bias=bias),
+    ).double()  # fmt: skip
+    for layer in (net[0], net[3], net[5]) if normed else ():
+        weight_norm(layer)
+    return net
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("mode", ["joint", "sequential"])
+@pytest.mark.parametrize("method", ["repair", "rescale", "auto"])
+def test_layers_under_weight_norm_are_renormalized_as_if_it_were_removed(method, mode, bias):
+    torch.manual_seed(fresh_seed())
+    ends, merged = [reparametrized(bias=bias) for _ in range(2)], reparametrized(bias=bias)
+    data = [torch.randn(80, 2, 6).double() for _ in range(2)]
+    plain = reparametrized(bias=bias, normed=False)
+    with torch.no_grad():
+        for mine, other in zip(plain, merged, strict=True):
+            if isinstance(mine, (nn.Linear, nn.Conv1d)):
+                mine.weight.copy_(other.weight)
+                if bias:
+                    mine.bias.copy_(other.bias)
+    statistics = fm.endpoint_statistics(ends, data)
+    options = fm.Renormalization(method, mode)
+    new, expected = (
+        fm.renormalize(model, statistics, data, options, weights=[0.3, 0.7]) for model in (merged, plain)
+    )
+    torch.testing.assert_close(new(data[0]), expected(data[0]), rtol=1e-8, atol=1e-8)
+    for name in ("0", "3", "5"):
+        kept = f"{name}.parametrizations.weight.original1"
+        assert torch.equal(new.get_parameter(kept), merged.get_parameter(kept))
+
+
+def test_other_parametrizations_are_left_alone_and_the_message_says_how_to_remove_them():
+    net = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), spectral_norm(nn.Linear(6, 6)))
+    left = fm.plan_renormalization(net).left_alone
+    assert list(left) == ["2"]
+    assert "does not scale with its rows; torch.nn.utils.parametrize.remove_parametrizations" in left["2"]
+    with pytest.raises(ValueError, match=r"to renormalize; 0: its parametrized weight does not scale"):
+        fm.plan_renormalization(nn.Sequential(net[2]))
+    weight_norm(net[0], dim=1)  # norms of the columns
+    assert list(survey(nn.Sequential(*net, nn.Linear(6, 6)))[1]) == ["0", "2"]
+    hooked = nn.Sequential(torch.nn.utils.spectral_norm(nn.Linear(6, 6)), nn.Linear(6, 6))
+    assert "computed by a hook; use torch.nn.utils.parametrizations" in survey(hooked)[1]["0"]
+    ends, data = [reparametrized() for _ in range(2)], [torch.randn(40, 2, 6).double()]
+    with pytest.raises(ValueError, match="layers: the weight of '0' is computed from another tensor"):
+        fm.renormalize(ends[0], ends, data, "least-squares", weights=[0.5, 0.5])
+
+
+@pytest.mark.parametrize("kind", ["plain", "weight norm", "mask"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_statistics_are_permuted_whatever_the_weight_is_computed_from(kind, bias):
+    torch.manual_seed(fresh_seed())
+    models = []
+    for _ in range(2):
+        net = nn.Sequential(nn.Linear(5, 9, bias=bias), nn.ReLU(), nn.Linear(9, 3, bias=bias))
+        if kind == "weight norm":
+            weight_norm(net[0])
+        elif kind == "mask":
+            prune.l1_unstructured(net[0], "weight", amount=0.3)
+        models.append(net)
+    data = [torch.randn(50, 5)]
+    alignment = fm.align(*models, data[0][:2])
+    moved = fm.endpoint_statistics(models, data).permuted(None, alignment).targets([0.0, 1.0])
+    expected = fm.endpoint_statistics([alignment.apply(models[1])], data).targets([1.0])
+    for name, (mean, std) in expected.items():
+        torch.testing.assert_close(moved[name].mean, mean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(moved[name].std, std, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize("method", ["repair", "reshift", "rescale", "least-squares"])
+def test_layers_that_share_a_bias_are_left_alone(method, pruned):
+    torch.manual_seed(fresh_seed())
+    ends = [nn.Sequential(*(m for _ in range(3) for m in (nn.Linear(6, 6), nn.ReLU()))) for _ in range(2)]
+    for end in ends:
+        end[2].bias = end[0].bias
+    merged, data = fm.merge(ends), [torch.randn(64, 6)]
+    merged[2].bias = merged[0].bias
+    if pruned:
+        for layer in (merged[0], merged[2]):
+            prune.l1_unstructured(layer, "bias", amount=0.5)
+        merged[2].register_parameter("bias_orig", merged[0].bias_orig)
+    before = copy.deepcopy(merged.state_dict())
+    with pytest.warns(UserWarning, match="0: shares its bias with 2; 2: shares its bias with 0"):
+        new = fm.renormalize(merged, ends, data, fm.Renormalization(method, "sequential"), weights=[0.5, 0.5])
+    for name, tensor in new.state_dict().items():
+        if not name.startswith("4."):
+            assert torch.equal(tensor, before[name])
+    if method in ("repair", "reshift"):
+        reached = fm.endpoint_statistics([new], data, layers=["4"]).models[0]["4"].mean
+        target = fm.endpoint_statistics(ends, data, layers=["4"]).targets([0.5, 0.5])["4"].mean
+        torch.testing.assert_close(reached, target, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["joint", "sequential"])

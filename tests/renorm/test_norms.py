@@ -81,8 +81,67 @@ class Constant(nn.Module):
         return self.token.expand_as(x)
 
 
+class Plain(nn.Module):
+    """RMS norm without a gain."""
+
+    def __init__(self, *_: int) -> None:
+        super().__init__()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x / (x.square().mean(1, keepdim=True) + 1e-6).sqrt()
+
+
+class OneGain(Plain):
+    def __init__(self, *_: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor([0.3]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.gain * super().forward(x)
+
+
+class FixedGain(Plain):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("gain", torch.rand(channels) + 0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.gain.view(-1, *[1] * (x.ndim - 2))
+
+
+class Active(LN):
+    """A norm with its activation."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.drop, self.act = nn.Dropout(0.5), nn.ReLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.drop(super().forward(x[..., None])[..., 0]))
+
+
+class Swish(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.sigmoid(x)
+
+
+class Block(nn.Module):
+    """A scaled branch, as of ConvNeXt. Its output does not grow with its input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels))
+        self.norm, self.linear = nn.LayerNorm(channels), nn.Linear(channels, channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.gamma * self.linear(self.norm(x))
+
+    def __deepcopy__(self, memo: object) -> nn.Module:
+        pytest.fail("a block was copied")
+
+
 @pytest.mark.parametrize("module", [
-    LN(6), RMS(6), RMS(6).half(), nn.LayerNorm(6), nn.GroupNorm(2, 6), nn.BatchNorm2d(6), nn.RMSNorm(6),
+    Plain(), OneGain(), FixedGain(6), Active(6), LN(6), RMS(6), RMS(6).half(), nn.LayerNorm(6), nn.GroupNorm(2, 6), nn.BatchNorm2d(6), nn.RMSNorm(6),
     nn.InstanceNorm2d(6, affine=True), nn.SyncBatchNorm(6),
 ], ids=lambda m: type(m).__name__)  # fmt: skip
 def test_norms_are_found_under_any_name(module):
@@ -94,6 +153,11 @@ def test_norms_are_found_under_any_name(module):
     [
         Supernorm(6),
         Constant(6),
+        Swish(),
+        Block(6),
+        nn.Sequential(Plain()),
+        nn.Sigmoid(),
+        nn.PReLU(),
         nn.Linear(6, 6),
         nn.PReLU(6),
         nn.Conv2d(6, 6, 1),
@@ -109,6 +173,46 @@ def test_other_modules_are_no_norms(module):
 
 def network(norm: type[nn.Module]) -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 6, 3), norm(6), nn.ReLU(), nn.Conv2d(6, 6, 3), norm(6), nn.ReLU())
+
+
+def test_blocks_are_neither_run_nor_copied():
+    ran = []
+
+    def forward(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        ran.append(x)
+        return x
+
+    model = nn.Sequential(Block(6), nn.Linear(6, 6))
+    model[0].forward = forward.__get__(model[0])
+    plan = fm.plan_renormalization(model)
+    assert plan.layers == ("0.linear", "1")
+    assert plan.left_alone == {"0.gamma": "is a parameter of Block, no linear or convolution layer"}
+    assert batch_norms(model) == {}
+    assert ran == []
+
+
+@pytest.mark.parametrize("norm", [Plain, OneGain, FixedGain])
+def test_a_norm_without_a_vector_of_gains_is_told_of_where_biases_are_normalized(norm):
+    ends = [network(norm) for _ in range(2)]
+    assert fm.plan_renormalization(ends[0]).left_alone == {}
+    with pytest.warns(UserWarning, match="without norms"):
+        fm.merge(ends, biases="normalize")
+
+
+def test_looking_for_norms_draws_no_random_numbers():
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(6))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.gain * nn.functional.dropout(x, 0.5)
+
+    other, norm = Noisy(), Active(6).train()
+    before = torch.get_rng_state()
+    assert not is_norm(other)
+    assert is_norm(norm)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_an_own_layer_norm_is_not_reported_and_a_gain_is():
