@@ -14,6 +14,7 @@ from fastmatch._internal.checks import check_type
 from fastmatch._internal.outputs import Claim, check_target, real_path
 from fastmatch._internal.ranks import Ranks, current
 from fastmatch._internal.same_on_ranks import check_same_on_ranks
+from fastmatch._internal.states import working_dtype
 from fastmatch._internal.stopwatch import Stopwatch
 from fastmatch.checkpoint.inputs import differ_in_inputs, with_more_inputs
 from fastmatch.checkpoint.journal import journal_path
@@ -38,7 +39,8 @@ class WriteOptions:
     """What :func:`align_checkpoints` writes.
 
     Args:
-        merge: write ``(1 - merge) A + merge B`` instead of the aligned B.
+        merge: write ``(1 - merge) A + merge B`` instead of the aligned B, in B's element types. Sums run in the wider type of
+            both, float32 at least. Integers are B's.
         dtype: element type for floating point tensors; by default each keeps its own.
         force: replace an output that exists.
 
@@ -87,23 +89,35 @@ class AlignedTensors:
         return self._aligned(chunk.parameter)
 
 
-def _merged(a: Checkpoint, aligned: AlignedTensors, weight: float | None) -> Callable[[str], torch.Tensor]:
-    """Return what computes the tensors to write: those of the aligned B, or their merge with A's where A has them."""
+def _merged(a: Checkpoint, aligned: AlignedTensors, write: WriteOptions) -> Callable[[str], torch.Tensor]:
+    """Return what computes the tensors to write: those of the aligned B, or their merge with A's where A has numbers like them."""
+    weight = write.merge
     if weight is None:
         return aligned
 
     def merged(name: str) -> torch.Tensor:
         tensor = aligned(name)
-        if name not in a:
+        if name not in a or not _are_averaged(a.headers[name], tensor):
             return tensor
         first = a[name]
         if differ_in_inputs(name, first.shape, tensor.shape):
             first = with_more_inputs(first, tensor)
         elif first.shape != tensor.shape:
             return tensor
-        return merge_states([{name: first}, {name: tensor}], [1 - weight, weight])[name]
+        final = write.dtype if write.dtype is not None and tensor.is_floating_point() else tensor.dtype
+        if not first.dtype == tensor.dtype == final:
+            # merge_states returns the type of the first.
+            first = first.to(torch.promote_types(working_dtype(first.dtype), working_dtype(tensor.dtype)))
+        return merge_states([{name: first}, {name: tensor}], [1 - weight, weight])[name].to(final)
 
     return merged
+
+
+def _are_averaged(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether both hold real numbers, or both complex ones; integers are counters and indices."""
+    if first.is_complex() or second.is_complex():
+        return first.is_complex() and second.is_complex()
+    return first.is_floating_point() and second.is_floating_point()
 
 
 # parameters: progress is part of every long call
@@ -227,7 +241,7 @@ def _align(
             alignment = replace(
                 pair.match(matcher, surveyed, remembered, ranks=ranks, progress=progress), proof=proof
             )
-        output = _merged(a, AlignedTensors(b, pair.layout, alignment), write.merge)
+        output = _merged(a, AlignedTensors(b, pair.layout, alignment), write)
         metadata = None if write.merge is None else shared_by([a, b])
         with watch("write"):
             write_like(b, claim, output, dtype=write.dtype, metadata=metadata, ranks=ranks)
