@@ -16,6 +16,7 @@ from fastmatch._internal.ranks import Ranks, current
 from fastmatch._internal.same_on_ranks import check_same_on_ranks
 from fastmatch._internal.states import working_dtype
 from fastmatch._internal.stopwatch import Stopwatch
+from fastmatch.checkpoint.differences import log_differences
 from fastmatch.checkpoint.inputs import differ_in_inputs, with_more_inputs
 from fastmatch.checkpoint.journal import journal_path
 from fastmatch.checkpoint.names import Layout, RenamedCheckpoint
@@ -40,7 +41,7 @@ class WriteOptions:
 
     Args:
         merge: write ``(1 - merge) A + merge B`` instead of the aligned B, in B's element types. Sums run in the wider type of
-            both, float32 at least. Integers are B's.
+            both, float32 at least. Integers, and what A lacks, are B's; a line of the logger ``fastmatch`` names what A lacks.
         dtype: element type for floating point tensors; by default each keeps its own.
         force: replace an output that exists.
 
@@ -231,6 +232,8 @@ def _align(
 ) -> Alignment:
     traced = trace_checkpoint(b.path, b) if spec is None else spec
     pair = Pair.of(a, b, traced)
+    if write.merge is not None and ranks.rank == 0:
+        log_differences(b, a)
     proof = prove_checkpoint(b.path, b, traced) if spec is None else None
     watch = Stopwatch()
     with watch("survey"):

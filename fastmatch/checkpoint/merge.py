@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from fastmatch._internal.states import check_finite, check_same_architecture, wo
 from fastmatch._internal.ties import tied_names
 from fastmatch.checkpoint.align import shared_by
 from fastmatch.checkpoint.blocks import Blocks, coefficients_by_name
+from fastmatch.checkpoint.differences import log_differences
 from fastmatch.checkpoint.inputs import differ_in_inputs, with_more_inputs
 from fastmatch.checkpoint.reader import CONFIG, Checkpoint
 from fastmatch.checkpoint.same_model import check_same_type
@@ -23,8 +23,6 @@ from fastmatch.checkpoint.tracing import is_diffusion, take_names
 from fastmatch.checkpoint.writer import write_like
 
 __all__ = ["MergeOptions", "Tensors", "merge_checkpoints", "write_merge"]
-
-log = logging.getLogger("fastmatch")
 
 FEW = 4
 """Tensors that may have another size: a head has a weight and a bias, an inpainting UNet one wider kernel."""
@@ -227,21 +225,5 @@ def _present(first: Checkpoint, other: Checkpoint) -> frozenset[str]:
     wider = [n for n in sizes if differ_in_inputs(n, first.headers[n].shape, other.headers[n].shape)]
     sizes = [name for name in sizes if name not in wider]
     _check_hidden(first, other, sizes)
-    absent = [name for name in first if name not in other]
-    no_part = "it has no part in those"
-    for what, found, then in (
-        ("has other input channels in", wider, "those that both have are merged"),
-        ("has another size of", sizes, no_part),
-        ("lacks", absent, no_part),
-    ):
-        if found:
-            log.warning(
-                "%s: %s %d of the %d tensors of %s, such as %s; %s", other.path, what, len(found), len(first), first.path,
-                ", ".join(found[:3]), then,
-            )  # fmt: skip
-    extra = [name for name in other if name not in first]
-    if extra:
-        log.warning(
-            "%s: %d tensors that %s lacks are left out, such as %s", other.path, len(extra), first.path, ", ".join(extra[:3])
-        )  # fmt: skip
+    log_differences(first, other)
     return same.union(wider)

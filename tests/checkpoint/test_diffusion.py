@@ -92,6 +92,23 @@ def test_the_running_mean_moves_with_its_weights(tmp_path, generator):
     assert all(torch.equal(out[name], tensor) for name, tensor in (a | mean).items())
 
 
+def test_a_merge_names_what_the_reference_lacks_or_has_besides(tmp_path, generator, caplog):
+    shapes = unet_shapes()
+    a = random_file(shapes, generator)
+    mean = {running_mean(name): tensor.clone() for name, tensor in a.items()}
+    save_file(a | {"alphas_cumprod": torch.ones(9)}, tmp_path / "a.safetensors")
+    save_file(a | mean, tmp_path / "b.safetensors")
+    paths = [tmp_path / f"{x}.safetensors" for x in ("a", "b", "out")]
+    spec = trace_file({name: tuple(t.shape) for name, t in (a | mean).items()}, "b")
+    align_checkpoints(*paths, spec=spec, write=WriteOptions(merge=0.5))
+    lines = [record.getMessage() for record in caplog.records]
+    lacking = (
+        f"a.safetensors: lacks {len(mean)} of the {2 * len(mean)} tensors of {paths[1]}, such as model_ema."
+    )
+    assert any(lacking in line and "it has no part in those" in line for line in lines)
+    assert any("1 tensors that" in line and "left out, such as alphas_cumprod" in line for line in lines)
+
+
 def test_a_sibling_stays(tmp_path, generator, capsys):
     a = random_file(text_shapes(), generator)
     paths = [tmp_path / f"{x}.safetensors" for x in ("a", "b", "out")]
