@@ -24,6 +24,7 @@ from fastmatch.checkpoint.on_ranks import claimed_on_ranks, journaling_on_ranks
 from fastmatch.checkpoint.pairs import Pair, check_runs_nothing
 from fastmatch.checkpoint.reader import Checkpoint
 from fastmatch.checkpoint.same_model import check_same_sizes
+from fastmatch.checkpoint.scaled import check_unscaled
 from fastmatch.checkpoint.tracing import check_no_adapter, prove_checkpoint, trace_checkpoint
 from fastmatch.checkpoint.writer import write_like
 from fastmatch.matching.weights import WeightMatching
@@ -170,7 +171,8 @@ def align_checkpoints(
 
     Raises:
         TypeError: ``matcher`` is not a WeightMatching.
-        ValueError: ``matcher`` compares balanced networks, a file is damaged, A and B differ, a tensor or the result holds NaN or infinity, nothing can be
+        ValueError: ``matcher`` compares balanced networks, a file is damaged, A and B differ, numbers of eight bits have
+            scales beside them, a tensor or the result holds NaN or infinity, nothing can be
             permuted, or the journal is of another run. File and tensor are named.
         OSError: a file is missing or cannot be written, or another run writes ``out``. Nothing is left half-written.
         RuntimeError: another rank failed or does not answer; the message names it.
@@ -204,6 +206,8 @@ def _claim_and_align(
     check_same_on_ranks(ranks, "align_checkpoints", options | seen)
     for path in (path_a, path_b):
         check_no_adapter(path)
+    for checkpoint in (a, b):
+        check_unscaled(checkpoint)
     if Path(path_a).is_dir() != Path(path_b).is_dir():
         kind = "directory" if Path(path_a).is_dir() else "file"
         raise ValueError(f"{path_b}: expected a {kind}, like {path_a}")

@@ -13,6 +13,7 @@ from fastmatch.checkpoint.modules import leave_what_does_not_fit
 from fastmatch.checkpoint.names import RenamedCheckpoint
 from fastmatch.checkpoint.pairs import layout_for
 from fastmatch.checkpoint.reader import ADAPTER, Checkpoint
+from fastmatch.checkpoint.scaled import check_unscaled
 from fastmatch.checkpoint.structure import bind
 from fastmatch.checkpoint.tracing import is_diffusion
 from fastmatch.checkpoint.writer import write_like
@@ -47,7 +48,8 @@ def apply_to_checkpoint(
         What was permuted: ``"checkpoint"`` or ``"LoRA"``.
 
     Raises:
-        ValueError: a tensor does not fit the permutations or belongs to a network that is added to the UNet, the result holds NaN or infinity, or a factor of the LoRA cannot follow them exactly, as a
+        ValueError: a tensor does not fit the permutations or belongs to a network that is added to the UNet, numbers of eight bits
+            have scales beside them, the result holds NaN or infinity, or a factor of the LoRA cannot follow them exactly, as a
             Kronecker factor whose rows do not move in blocks. The tensor is named.
         OSError: a file is missing or cannot be written. Nothing is left half-written.
     """
@@ -62,6 +64,7 @@ def apply_to_checkpoint(
         moved = permute_lora(dict(checkpoint), alignment, str(path), is_transposed=transposed)
         write_like(checkpoint, out, moved.__getitem__, force=force)
         return "LoRA"
+    check_unscaled(checkpoint)
     leave_what_does_not_fit(checkpoint, alignment.spec)
     layout = layout_for(path, checkpoint, alignment.spec)
     bind(alignment.spec, RenamedCheckpoint(checkpoint, layout).headers, str(path))

@@ -18,6 +18,7 @@ from fastmatch.checkpoint.differences import log_differences
 from fastmatch.checkpoint.inputs import differ_in_inputs, with_more_inputs
 from fastmatch.checkpoint.reader import CONFIG, Checkpoint
 from fastmatch.checkpoint.same_model import check_same_type
+from fastmatch.checkpoint.scaled import check_unscaled
 from fastmatch.checkpoint.structure import build_empty
 from fastmatch.checkpoint.tracing import is_diffusion, take_names
 from fastmatch.checkpoint.writer import write_like
@@ -80,7 +81,8 @@ def merge_checkpoints(
         progress: show a progress bar; None shows it on a terminal, for work of more than a second.
 
     Raises:
-        ValueError: weights do not fit, the architectures differ, or the merge is not finite. What is at fault is named.
+        ValueError: weights do not fit, the architectures differ, numbers of eight bits have scales beside them, or the merge is not
+            finite. What is at fault is named.
         OSError: a file is missing or cannot be written. Nothing is left half-written.
 
     Warns:
@@ -120,9 +122,12 @@ def write_merge(
     names = list(first.checkpoint)
     weight, weights = _weights(options, len(models))
     table = coefficients_by_name(names, weights, options.blocks)
+    for model in models:
+        check_unscaled(model.checkpoint)
     present = [_present(first.checkpoint, other.checkpoint) for other in others]
     base = None if options.base is None else Checkpoint(options.base)
     if base is not None:
+        check_unscaled(base)
         take_names(base, first.checkpoint)
         others = [_difference(other, base, has) for other, has in zip(others, present, strict=True)]
     steps = iter(progress_bar(range(len(names)), "merging", show=progress))

@@ -13,7 +13,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import fastmatch as fm
-from fastmatch.checkpoint import MergeOptions, merge_checkpoints, reader, unet_blocks
+from fastmatch.checkpoint import (
+    MergeOptions,
+    align_checkpoints,
+    apply_to_checkpoint,
+    merge_checkpoints,
+    reader,
+    unet_blocks,
+)
 from fastmatch.cli.main import main
 
 UNET = "model.diffusion_model."
@@ -173,6 +180,28 @@ def test_numbers_of_eight_bits_are_merged(tmp_path):
     assert bool((found.float() == 1.5).all())
     both = fm.merge([load_file(path) for path in paths[:2]])
     assert torch.equal(both["x"].float(), found.float())
+
+
+@pytest.mark.parametrize("scale", ["scale_weight", "weight_scale", "scale_input"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_numbers_of_eight_bits_with_scales_are_refused(tmp_path, scale, dtype):
+    paths = {x: tmp_path / f"{x}.safetensors" for x in ("a", "b", "out")}
+    plain = {"l.weight": torch.ones(4, 4), f"l.{scale}": torch.tensor(0.5)}
+    save_file(plain, paths["a"])
+    save_file(plain | {"l.weight": torch.ones(4, 4).to(dtype)}, paths["b"])
+    message = (
+        rf"b\.safetensors: tensor 'l\.weight' is {str(dtype)[6:]} and counts only with its scale 'l\.{scale}'"
+    )
+    spec = fm.PermutationSpec({}, {})
+    for call in (
+        lambda: merge_checkpoints([paths["a"], paths["b"]], paths["out"]),
+        lambda: merge_checkpoints([paths["a"]] * 2, paths["out"], MergeOptions(base=paths["b"])),
+        lambda: align_checkpoints(paths["a"], paths["b"], paths["out"], spec=spec),
+        lambda: apply_to_checkpoint(fm.Alignment({}, spec), paths["b"], paths["out"]),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert not paths["out"].exists()
 
 
 def test_another_architecture_is_refused(files):
