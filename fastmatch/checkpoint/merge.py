@@ -37,7 +37,8 @@ class MergeOptions:
         weights: one number per checkpoint, equal ones for None. With ``base`` one number for each checkpoint but the first,
             ones for None.
         blocks: pattern of names, as in a shell -> the weight of the second checkpoint, or one weight for each but the first. The
-            first checkpoint has the rest to one. The first pattern that fits a name counts; ``weights`` is for all others.
+            first checkpoint has the rest to one. The first pattern that fits a name counts; ``weights`` is for all others. Running means
+            of a UNet's weights follow the weights.
             :func:`unet_blocks` makes patterns of the 25 customary numbers.
         base: add differences: ``first + sum_k weights[k] (checkpoint_k - base)``.
     """
@@ -137,14 +138,13 @@ def write_merge(
         tensor = first.make(name)
         if not (tensor.is_floating_point() or tensor.is_complex()):
             return tensor
+        alphas = table.get(name, weights)
         shares = [
-            (other, alpha)
-            for other, alpha, has in zip(others, table[name], present, strict=True)
-            if name in has
+            (other, alpha) for other, alpha, has in zip(others, alphas, present, strict=True) if name in has
         ]
-        mine = weight if base is not None or table[name] == tuple(weights) else 1 - sum(table[name])
+        mine = 1 - sum(alphas) if base is None and name in table else weight
         if base is None:
-            mine += sum(table[name]) - sum(alpha for _, alpha in shares)  # in place of those that lack it
+            mine += sum(alphas) - sum(alpha for _, alpha in shares)  # in place of those that lack it
         own = tensor.to(working_dtype(tensor.dtype))
         total = own * mine
         for other, alpha in shares:

@@ -90,6 +90,41 @@ def test_numbers_are_input_blocks_the_middle_and_output_blocks(files):
         unet_blocks([0.5] * 25, NAMES)
 
 
+@pytest.mark.parametrize("pattern", ["out.*", "time_embed.*", "label_emb.*", "*diffusion_model.label_emb.*"])
+def test_a_pattern_that_fits_nothing_is_refused(files, pattern):
+    with pytest.raises(ValueError, match=rf"blocks\['{re.escape(pattern)}'\]: fits no tensor"):
+        merged(files, "ab", MergeOptions([0.5, 0.5], {pattern: 0.1}))
+    assert pattern not in unet_blocks([0.5] * 6, NAMES)
+
+
+def test_a_pattern_means_the_same_whatever_the_weights_are(files):
+    with pytest.warns(UserWarning, match=r"weights sum to 1\.5"):
+        found = merged(files, "ab", MergeOptions([1.0, 0.5], {NAMES[0]: 0.5}))
+    assert found[NAMES[0]] == 0.5 + 0.5 * 2
+    assert found[NAMES[1]] == 1 + 0.5 * 2
+
+
+def test_running_means_follow_the_blocks_of_their_weights(tmp_path):
+    means = {name: "model_ema." + name.removeprefix("model.").replace(".", "") for name in NAMES[:-1]}
+    paths = [tmp_path / f"{x}.safetensors" for x in ("a", "b", "out")]
+    for path, value in zip(paths, (1.0, 2.0), strict=False):
+        save_file({name: torch.full((2,), value) for name in [*NAMES, *means.values()]}, path)
+
+    def values(blocks):
+        merge_checkpoints(paths[:2], paths[2], MergeOptions([0.875, 0.125], blocks), force=True)
+        return {name: float(tensor[0]) for name, tensor in load_file(paths[2]).items()}
+
+    found = values(unet_blocks([0.0, 0.25, 0.5, 0.75, 1.0, 0.5], [*NAMES, *means.values()]))
+    assert {found[name] for name in NAMES} == {1.0, 1.25, 1.5, 1.75, 2.0, 1.125}
+    assert all(found[mean] == found[name] for name, mean in means.items())
+    found = values({"*input_blocks.0.*": 1, "*input_blocks*": 0.5, "*.out.*": 0.25})
+    assert [found[NAMES[0]], found[NAMES[1]], found[NAMES[7]]] == [2, 1.5, 1.25]
+    assert all(found[mean] == found[name] for name, mean in means.items())
+    found = values({"model_ema.*": 0})
+    assert {found[mean] for mean in means.values()} == {1}
+    assert {found[name] for name in NAMES} == {1.125}
+
+
 def test_the_command_takes_numbers_patterns_and_a_base(files, capsys):
     paths = [str(files[x]) for x in "ab"]
     arguments = ["merge", *paths, "--out", str(files["out"]), "--force"]
