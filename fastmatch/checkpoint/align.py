@@ -106,10 +106,13 @@ def _merged(a: Checkpoint, aligned: AlignedTensors, write: WriteOptions) -> Call
             first = with_more_inputs(first, tensor)
         elif first.shape != tensor.shape:
             return tensor
+        work = torch.promote_types(working_dtype(first.dtype), working_dtype(tensor.dtype))
+        if torch.equal(first.to(work), tensor.to(work)):  # indices in a floating point type bear no rounding
+            return tensor
         final = write.dtype if write.dtype is not None and tensor.is_floating_point() else tensor.dtype
         if not first.dtype == tensor.dtype == final:
             # merge_states returns the type of the first.
-            first = first.to(torch.promote_types(working_dtype(first.dtype), working_dtype(tensor.dtype)))
+            first = first.to(work)
         return merge_states([{name: first}, {name: tensor}], [1 - weight, weight])[name].to(final)
 
     return merged

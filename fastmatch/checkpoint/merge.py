@@ -25,6 +25,9 @@ from fastmatch.checkpoint.writer import write_like
 
 __all__ = ["MergeOptions", "Tensors", "merge_checkpoints", "write_merge"]
 
+ROUNDING = 1e-6
+"""By which a sum of weights may differ from one, and counts as one."""
+
 FEW = 4
 """Tensors that may have another size: a head has a weight and a bias, an inpainting UNet one wider kernel."""
 
@@ -92,7 +95,8 @@ def merge_checkpoints(
             another size; the first checkpoint counts in its place there. Of kernels with other input channels, as for
             inpainting, those that both have are merged.
 
-    Integers are the first checkpoint's. Sums run in float32 or wider.
+    Integers are the first checkpoint's, and tensors that are equal in all checkpoints stay as they are if the weights sum to one. Sums run in
+    float32 or wider.
     """
     if len(paths) < 2:
         raise ValueError(f"paths: expected at least two checkpoints, got {len(paths)}")
@@ -146,13 +150,21 @@ def write_merge(
         if base is None:
             mine += sum(alphas) - sum(alpha for _, alpha in shares)  # in place of those that lack it
         own = tensor.to(working_dtype(tensor.dtype))
-        total = own * mine
+        total: torch.Tensor | None = None
         for other, alpha in shares:
             if alpha:
-                part = other.make(name).to(total.dtype)
+                part = other.make(name).to(own.dtype)
                 if part.shape != own.shape:
                     part = with_more_inputs(part, own if base is None else torch.zeros_like(own))
-                total += part * alpha
+                if base is None and torch.equal(part, own):  # stops at the first difference
+                    mine += alpha
+                else:
+                    total = part * alpha if total is None else total.add_(part, alpha=alpha)
+        if total is not None:
+            total.add_(own, alpha=mine)
+        else:
+            # Equal tensors stay as they are: indices in a floating point type bear no rounding.
+            total = own if abs(mine - 1) < ROUNDING else own * mine
         result = total.to(dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype)
         check_finite({name: result}, "nothing is written: the merge")
         return result

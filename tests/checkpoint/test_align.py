@@ -238,6 +238,19 @@ def test_a_merge_has_the_types_of_b(tmp_path, suffix, first, second):
         assert tensor.dtype == second
 
 
+@pytest.mark.parametrize("first", [torch.float32, torch.float64])
+def test_a_merge_leaves_equal_tensors_as_they_are(tmp_path, first):
+    model, x = build("mlp", 0)
+    paths = [tmp_path / f"{k}.pt" for k in ("a", "b", "out")]
+    positions = torch.arange(77.0)
+    save_state(model.state_dict() | {"positions": positions.to(first)}, paths[0])
+    save_state(model.state_dict() | {"positions": positions}, paths[1])
+    spec = fm.PermutationSpec.trace(model, x)
+    for share in (0.1, 0.3, 0.7, 0.9):
+        align_checkpoints(*paths, spec=spec, write=WriteOptions(merge=share, force=True))
+        assert torch.equal(load_state(paths[2])["positions"], positions)
+
+
 @pytest.fixture
 def files(tmp_path, monkeypatch):
     """a and b in both formats, and a module that builds their network."""

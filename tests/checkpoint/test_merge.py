@@ -104,6 +104,27 @@ def test_a_pattern_means_the_same_whatever_the_weights_are(files):
     assert found[NAMES[1]] == 1 + 0.5 * 2
 
 
+@pytest.mark.parametrize("second", [torch.float32, torch.int64])
+@pytest.mark.parametrize("count", [2, 3])
+def test_equal_tensors_stay_as_they_are(tmp_path, second, count):
+    """As the positions of CLIP, which some files have in float32: one that is rounded below a whole number is another position."""
+    paths = [tmp_path / f"{k}.safetensors" for k in range(count + 1)]
+    ids = torch.arange(77)[None]
+    for k, path in enumerate(paths[:-1]):
+        save_file(
+            {"position_ids": ids.to(second if k else torch.float32), "w": torch.full((3,), float(k))}, path
+        )
+    for share in (0.1, 0.3, 0.45, 0.7, 0.9):
+        weights = [1 - share, *[share / (count - 1)] * (count - 1)]
+        merge_checkpoints(paths[:-1], paths[-1], MergeOptions(weights), force=True)
+        found = load_file(paths[-1])
+        assert torch.equal(found["position_ids"], ids.float())
+        assert found["w"].tolist() == pytest.approx([share if count == 2 else 1.5 * share] * 3)
+    with pytest.warns(UserWarning, match="weights sum to 2"):
+        merge_checkpoints(paths[:-1], paths[-1], MergeOptions([2.0, *[0.0] * (count - 1)]), force=True)
+    assert torch.equal(load_file(paths[-1])["position_ids"], 2 * ids.float())
+
+
 def test_running_means_follow_the_blocks_of_their_weights(tmp_path):
     means = {name: "model_ema." + name.removeprefix("model.").replace(".", "") for name in NAMES[:-1]}
     paths = [tmp_path / f"{x}.safetensors" for x in ("a", "b", "out")]
