@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from fastmatch._internal.ties import tied_names
 from fastmatch.checkpoint.align import shared_by
 from fastmatch.checkpoint.blocks import Blocks, coefficients_by_name
 from fastmatch.checkpoint.differences import log_differences
+from fastmatch.checkpoint.diffusion.components import UNUSED
 from fastmatch.checkpoint.inputs import differ_in_inputs, with_more_inputs
 from fastmatch.checkpoint.reader import CONFIG, Checkpoint
 from fastmatch.checkpoint.same_model import check_same_type
@@ -24,6 +26,8 @@ from fastmatch.checkpoint.tracing import is_diffusion, take_names
 from fastmatch.checkpoint.writer import write_like
 
 __all__ = ["MergeOptions", "Tensors", "merge_checkpoints", "write_merge"]
+
+log = logging.getLogger("fastmatch")
 
 ROUNDING = 1e-6
 """By which a sum of weights may differ from one, and counts as one."""
@@ -43,7 +47,8 @@ class MergeOptions:
             first checkpoint has the rest to one. The first pattern that fits a name counts; ``weights`` is for all others. Running means
             of a UNet's weights follow the weights.
             :func:`unet_blocks` makes patterns of the 25 customary numbers.
-        base: add differences: ``first + sum_k weights[k] (checkpoint_k - base)``.
+        base: add differences: ``first + sum_k weights[k] (checkpoint_k - base)``. It may lack integers and whole parts of the first, such as
+            running means or a VAE: nothing is added to those.
     """
 
     weights: Sequence[float] | None = None
@@ -134,13 +139,15 @@ def write_merge(
     if base is not None:
         check_unscaled(base)
         take_names(base, first.checkpoint)
+        _check_base(first.checkpoint, base, frozenset().union(*present))
+        present = [has & base.keys() for has in present]
         others = [_difference(other, base, has) for other, has in zip(others, present, strict=True)]
     steps = iter(progress_bar(range(len(names)), "merging", show=progress))
 
     def merged(name: str) -> torch.Tensor:
         next(steps, None)
         tensor = first.make(name)
-        if not (tensor.is_floating_point() or tensor.is_complex()):
+        if not _is_averaged(tensor):
             return tensor
         alphas = table.get(name, weights)
         shares = [
@@ -186,17 +193,48 @@ def _weights(options: MergeOptions, count: int) -> tuple[float, list[float]]:
     return first, rest
 
 
+def _is_averaged(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _check_base(first: Checkpoint, base: Checkpoint, names: Collection[str]) -> None:
+    """Check that the base of a difference has what is needed of ``names``; a line counts the tensors that it lacks.
+
+    It may lack what a picture does not need, or whole parts, as a pruned one: running means, a VAE, schedules.
+
+    Raises:
+        ValueError: it has a part, as the first word of the names tells, and lacks a tensor of it.
+    """
+    averaged = [name for name, tensor in first.headers.items() if name in names and _is_averaged(tensor)]
+    absent = [name for name in averaged if name not in base]
+    parts = {name.partition(".")[0] for name in base}
+    for name in absent:
+        if name.partition(".")[0] in parts and not name.endswith(UNUSED):
+            raise ValueError(
+                f"{base.path}: has no tensor {name!r}, which {first.path} has; architectures must be equal"
+            )
+    if len(absent) == len(averaged) > 0:
+        raise ValueError(f"{base.path}: has none of the tensors of {first.path}; architectures must be equal")
+    if absent:
+        log.warning(
+            "%s: lacks %d of the %d tensors of %s, such as %s; nothing is added to those", base.path, len(absent), len(first),
+            first.path, ", ".join(absent[:3]),
+        )  # fmt: skip
+
+
 def _difference(other: Tensors, base: Checkpoint, names: Collection[str]) -> Tensors:
-    """Return a checkpoint as its difference to the base, in ``names``."""
+    """Return a checkpoint as its difference to the base, in ``names``, which both have."""
     checkpoint = other.checkpoint
-    own = {name: tensor for name, tensor in checkpoint.headers.items() if name in names}
-    same = {
+    own = {
         name: tensor
-        for name, tensor in own.items()
-        if name not in base or not differ_in_inputs(name, base.headers[name].shape, tensor.shape)
+        for name, tensor in checkpoint.headers.items()
+        if name in names
+        and _is_averaged(tensor)
+        and not differ_in_inputs(name, base.headers[name].shape, tensor.shape)
     }
-    known = {name: base.headers[name] for name in same if name in base}
-    check_same_architecture(same, known, str(checkpoint.path), str(base.path))
+    check_same_architecture(
+        own, {name: base.headers[name] for name in own}, str(checkpoint.path), str(base.path)
+    )
 
     def make(name: str) -> torch.Tensor:
         tensor, old = other.make(name), base[name]

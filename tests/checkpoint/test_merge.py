@@ -195,6 +195,46 @@ def test_what_another_checkpoint_lacks_or_has_wider_is_the_firsts_and_named(file
     assert found[NAMES[1]] == 1 - 3
 
 
+def test_nothing_is_added_to_what_the_base_need_not_have(tmp_path, caplog):
+    """A pruned base has no running means, VAE, schedules or positions."""
+    parts = [
+        f"{UNET}out.2.weight",
+        "model_ema.diffusion_modelout2weight",
+        "first_stage_model.conv_in.weight",
+        "alphas_cumprod",
+    ]
+    text = "cond_stage_model.text_model."
+    paths = {x: tmp_path / f"{x}.safetensors" for x in ("a", "b", "base", "out")}
+    for role, value in (("a", 1.0), ("b", 2.0), ("base", 8.0)):
+        state = {
+            name: torch.full((2,), value)
+            for name in [*parts, f"{text}final.weight", f"{text}position_ids", "ids"]
+        }
+        state |= {"ids": torch.arange(3), f"{UNET}count": torch.tensor(1)}
+        if role == "base":
+            state = {name: state[name] for name in (parts[0], f"{text}final.weight")} | {
+                "ids": torch.arange(4)
+            }
+        save_file(state, paths[role])
+    call = [paths["a"], paths["b"]], paths["out"], MergeOptions(base=paths["base"])
+    merge_checkpoints(*call)
+    found = load_file(paths["out"])
+    assert {float(found[name][0]) for name in (parts[0], f"{text}final.weight")} == {1 + 2 - 8}
+    assert all(found[name].tolist() == [1, 1] for name in [*parts[1:], f"{text}position_ids"])
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "base.safetensors: lacks 4 of the 8 tensors" in line
+    assert "nothing is added to those" in line
+    save_file({f"{UNET}other.weight": torch.ones(2), f"{text}final.weight": torch.ones(2)}, paths["base"])
+    with pytest.raises(
+        ValueError,
+        match=r"base\.safetensors: has no tensor 'model\.diffusion_model\.out\.2\.weight', which .*a\.",
+    ):
+        merge_checkpoints(*call)
+    save_file({"x": torch.ones(2)}, paths["base"])
+    with pytest.raises(ValueError, match=r"base\.safetensors: has none of the tensors of .*a\.safetensors"):
+        merge_checkpoints(*call)
+
+
 def merged_with_force(files, names, options):
     files["out"].unlink()
     return merged(files, names, options)
