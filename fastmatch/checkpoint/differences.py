@@ -23,7 +23,7 @@ def log_differences(first: Checkpoint, other: Checkpoint) -> None:
     wider = [name for name in differ if differ_in_inputs(name, *shapes[name])]
     no_part = "it has no part in those"
     for what, found, then in (
-        ("has other input channels in", wider, "those that both have are merged"),
+        ("has other input channels in", wider, "only the first four are merged, the latent"),
         ("has another size of", [name for name in differ if name not in wider], no_part),
         ("lacks", [name for name in first if name not in other], no_part),
     ):

@@ -17,7 +17,7 @@ from fastmatch.checkpoint.align import shared_by
 from fastmatch.checkpoint.blocks import Blocks, coefficients_by_name
 from fastmatch.checkpoint.differences import log_differences
 from fastmatch.checkpoint.diffusion.components import UNUSED
-from fastmatch.checkpoint.inputs import differ_in_inputs, with_more_inputs
+from fastmatch.checkpoint.inputs import LATENT, differ_in_inputs, with_more_inputs
 from fastmatch.checkpoint.reader import CONFIG, Checkpoint
 from fastmatch.checkpoint.same_model import check_same_type
 from fastmatch.checkpoint.scaled import check_unscaled
@@ -98,7 +98,7 @@ def merge_checkpoints(
         UserWarning: the weights do not sum to one. Lines of the logger ``fastmatch`` name a prefix that one checkpoint has before
             all its names, which does not count, and tensors that a checkpoint lacks or has in
             another size; the first checkpoint counts in its place there. Of kernels with other input channels, as for
-            inpainting, those that both have are merged.
+            inpainting, only the first four are merged, the latent.
 
     Integers are the first checkpoint's, and tensors that are equal in all checkpoints stay as they are if the weights sum to one. Sums run in
     float32 or wider.
@@ -240,8 +240,7 @@ def _difference(other: Tensors, base: Checkpoint, names: Collection[str]) -> Ten
         tensor, old = other.make(name), base[name]
         work = torch.promote_types(working_dtype(tensor.dtype), working_dtype(old.dtype))
         if tensor.shape != old.shape:
-            shared = min(tensor.shape[1], old.shape[1])
-            tensor, old = tensor[:, :shared], old[:, :shared]
+            tensor, old = tensor[:, :LATENT], old[:, :LATENT]
         return tensor.to(work) - old.to(work)
 
     return Tensors(checkpoint, make)

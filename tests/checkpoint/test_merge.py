@@ -240,30 +240,33 @@ def merged_with_force(files, names, options):
     return merged(files, names, options)
 
 
-@pytest.mark.parametrize(("first", "options", "shared", "own"), [
-    ("wide", MergeOptions([0.5, 0.5]), 1.5, [1.0]),
-    ("plain", MergeOptions([0.5, 0.5]), 1.5, []),
-    ("wide", MergeOptions([1.0], base="base"), 1.0 + (2 - 8), [1.0]),
-    ("plain", MergeOptions([1.0], base="base"), 1.0 + (2 - 8), []),
+@pytest.mark.parametrize(("inputs", "options", "shared", "own"), [
+    ((9, 4, 4), MergeOptions([0.5, 0.5]), 1.5, [1.0]),
+    ((4, 9, 4), MergeOptions([0.5, 0.5]), 1.5, []),
+    ((9, 4, 4), MergeOptions([1.0], base="base"), 1.0 + (2 - 8), [1.0]),
+    ((4, 9, 4), MergeOptions([1.0], base="base"), 1.0 + (2 - 8), []),
+    ((9, 8, 4), MergeOptions([0.5, 0.5]), 1.5, [1.0]),
+    ((8, 9, 4), MergeOptions([0.5, 0.5]), 1.5, [1.0]),
+    ((5, 9, 4), MergeOptions([0.5, 0.5]), 1.5, [1.0]),
+    ((9, 8, 5), MergeOptions([1.0], base="base"), 1.0 + (2 - 8), [1.0]),
+    ((9, 9, 8), MergeOptions([1.0], base="base"), 1.0 + (2 - 8), [1.0]),
+    ((5, 9, 9), MergeOptions([1.0], base="base"), 1.0 + (2 - 8), [1.0]),
 ])  # fmt: skip
-def test_input_channels_that_both_have_are_merged_and_the_others_stay(
-    tmp_path, caplog, first, options, shared, own
-):
-    """As of a UNet for inpainting and a plain one."""
+def test_of_other_input_channels_only_the_latents_are_merged(tmp_path, caplog, inputs, options, shared, own):
+    """As of a UNet for inpainting (9) and a plain one (4), of pix2pix (8) or of depth (5)."""
     name, path = f"{UNET}input_blocks.0.0.weight", {}
-    second = "plain" if first == "wide" else "wide"
-    for role, kind, value in (("a", first, 1.0), ("b", second, 2.0), ("base", "plain", 8.0)):
-        kernel = torch.full((2, 9 if kind == "wide" else 4, 3, 3), value)
+    for role, count, value in zip(("a", "b", "base"), inputs, (1.0, 2.0, 8.0), strict=True):
         path[role] = tmp_path / f"{role}.safetensors"
-        save_file({name: kernel, "x": torch.full((2,), value)}, path[role])
+        save_file({name: torch.full((2, count, 3, 3), value), "x": torch.full((2,), value)}, path[role])
     options = replace(options, base=options.base and path["base"])
     with caplog.at_level(logging.WARNING, logger="fastmatch"):
         merge_checkpoints([path["a"], path["b"]], tmp_path / "out.safetensors", options)
     found = load_file(tmp_path / "out.safetensors")[name]
-    assert found.shape[1] == (9 if first == "wide" else 4)
+    assert found.shape[1] == inputs[0]
     assert found[:, :4].unique().tolist() == [shared]
     assert found[:, 4:].unique().tolist() == own
-    assert "has other input channels in 1 of the 2 tensors" in caplog.text
+    line = "has other input channels in 1 of the 2 tensors"
+    assert (line in caplog.text) == (inputs[0] != inputs[1])
 
 
 def test_numbers_of_eight_bits_are_merged(tmp_path):
