@@ -25,7 +25,7 @@ from fastmatch.checkpoint.pairs import Pair, check_runs_nothing
 from fastmatch.checkpoint.reader import Checkpoint
 from fastmatch.checkpoint.same_model import check_same_sizes
 from fastmatch.checkpoint.scaled import check_unscaled
-from fastmatch.checkpoint.tracing import check_no_adapter, prove_checkpoint, trace_checkpoint
+from fastmatch.checkpoint.tracing import check_no_adapter, is_diffusion, prove_checkpoint, trace_checkpoint
 from fastmatch.checkpoint.writer import write_like
 from fastmatch.matching.weights import WeightMatching
 from fastmatch.merging.average import merge_states
@@ -240,7 +240,7 @@ def _align(
     traced = trace_checkpoint(b.path, b) if spec is None else spec
     pair = Pair.of(a, b, traced)
     if write.merge is not None and ranks.rank == 0:
-        log_differences(b, a)
+        log_differences(b, a, sizes=is_diffusion(b.path, b))  # of other models they are named as not matched
     proof = prove_checkpoint(b.path, b, traced) if spec is None else None
     watch = Stopwatch()
     with watch("survey"):

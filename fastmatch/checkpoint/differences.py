@@ -12,14 +12,14 @@ __all__ = ["log_differences"]
 log = logging.getLogger("fastmatch")
 
 
-def log_differences(first: Checkpoint, other: Checkpoint) -> None:
-    """Name what ``other`` lacks of ``first``, whose tensors are written, has in another size, and has besides."""
+def log_differences(first: Checkpoint, other: Checkpoint, *, sizes: bool = True) -> None:
+    """Name what ``other`` lacks of ``first``, whose tensors are written, and has besides; with ``sizes`` what it has in another size too."""
     shapes = {
         name: (tensor.shape, other.headers[name].shape)
         for name, tensor in first.headers.items()
         if name in other
     }
-    differ = [name for name, (mine, its) in shapes.items() if mine != its]
+    differ = [name for name, (mine, its) in shapes.items() if sizes and mine != its]
     wider = [name for name in differ if differ_in_inputs(name, *shapes[name])]
     no_part = "it has no part in those"
     for what, found, then in (
