@@ -178,7 +178,7 @@ def write_safetensors(
 
     Raises:
         OSError: a write failed, for example on a full disk. The message names the tensor.
-        ValueError: the format has no such element type.
+        ValueError: the format has no such element type, or a tensor has another shape or type than its header.
     """
     table: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
@@ -214,6 +214,9 @@ def write_safetensors(
 def _bytes_of(name: str, tensor: torch.Tensor, like: torch.Tensor) -> memoryview:
     tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     if (tensor.shape, tensor.dtype) != (like.shape, like.dtype):
-        raise AssertionError(f"tensor {name!r} changed its shape or type")
+        raise ValueError(
+            f"tensor {name!r}: expected shape {tuple(like.shape)} and type {like.dtype}, which the header of the file says; "
+            f"got {tuple(tensor.shape)} and {tensor.dtype}"
+        )
     # NumPy has no view of an empty tensor of every type.
     return tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")

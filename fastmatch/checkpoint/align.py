@@ -15,7 +15,9 @@ from fastmatch._internal.files import check_format, in_common
 from fastmatch._internal.outputs import Claim, check_target, real_path
 from fastmatch._internal.ranks import Ranks, current
 from fastmatch._internal.same_on_ranks import check_same_on_ranks
+from fastmatch._internal.states import working_dtype
 from fastmatch._internal.stopwatch import Stopwatch
+from fastmatch.checkpoint.differences import log_differences
 from fastmatch.checkpoint.inputs import differ_in_inputs, with_more_inputs
 from fastmatch.checkpoint.journal import journal_path
 from fastmatch.checkpoint.names import Layout, RenamedCheckpoint
@@ -23,7 +25,8 @@ from fastmatch.checkpoint.on_ranks import claimed_on_ranks, journaling_on_ranks
 from fastmatch.checkpoint.pairs import Pair, check_runs_nothing
 from fastmatch.checkpoint.reader import Checkpoint
 from fastmatch.checkpoint.same_model import check_same_sizes
-from fastmatch.checkpoint.tracing import check_no_adapter, prove_checkpoint, trace_checkpoint
+from fastmatch.checkpoint.scaled import check_unscaled
+from fastmatch.checkpoint.tracing import check_no_adapter, is_diffusion, prove_checkpoint, trace_checkpoint
 from fastmatch.checkpoint.writer import write_like
 from fastmatch.matching.weights import WeightMatching
 from fastmatch.merging.average import merge_states
@@ -39,7 +42,8 @@ class WriteOptions:
     """What :func:`align_checkpoints` writes.
 
     Args:
-        merge: write ``(1 - merge) A + merge B`` instead of the aligned B.
+        merge: write ``(1 - merge) A + merge B`` instead of the aligned B, in B's element types. Sums run in the wider type of
+            both, float32 at least. Integers, and what A lacks, are B's; a line of the logger ``fastmatch`` names what A lacks.
         dtype: element type for floating point tensors; by default each keeps its own.
         force: replace an output that exists.
         permutations: a file for the permutations too, as :meth:`Alignment.save` writes it. While it is not written, the journal
@@ -91,23 +95,38 @@ class AlignedTensors:
         return self._aligned(chunk.parameter)
 
 
-def _merged(a: Checkpoint, aligned: AlignedTensors, weight: float | None) -> Callable[[str], torch.Tensor]:
-    """Return what computes the tensors to write: those of the aligned B, or their merge with A's where A has them."""
+def _merged(a: Checkpoint, aligned: AlignedTensors, write: WriteOptions) -> Callable[[str], torch.Tensor]:
+    """Return what computes the tensors to write: those of the aligned B, or their merge with A's where A has numbers like them."""
+    weight = write.merge
     if weight is None:
         return aligned
 
     def merged(name: str) -> torch.Tensor:
         tensor = aligned(name)
-        if name not in a:
+        if name not in a or not _are_averaged(a.headers[name], tensor):
             return tensor
         first = a[name]
         if differ_in_inputs(name, first.shape, tensor.shape):
             first = with_more_inputs(first, tensor)
         elif first.shape != tensor.shape:
             return tensor
-        return merge_states([{name: first}, {name: tensor}], [1 - weight, weight])[name]
+        work = torch.promote_types(working_dtype(first.dtype), working_dtype(tensor.dtype))
+        if torch.equal(first.to(work), tensor.to(work)):  # indices in a floating point type bear no rounding
+            return tensor
+        final = write.dtype if write.dtype is not None and tensor.is_floating_point() else tensor.dtype
+        if not first.dtype == tensor.dtype == final:
+            # merge_states returns the type of the first.
+            first = first.to(work)
+        return merge_states([{name: first}, {name: tensor}], [1 - weight, weight])[name].to(final)
 
     return merged
+
+
+def _are_averaged(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether both hold real numbers, or both complex ones; integers are counters and indices."""
+    if first.is_complex() or second.is_complex():
+        return first.is_complex() and second.is_complex()
+    return first.is_floating_point() and second.is_floating_point()
 
 
 # parameters: progress is part of every long call
@@ -159,7 +178,8 @@ def align_checkpoints(
 
     Raises:
         TypeError: ``matcher`` is not a WeightMatching.
-        ValueError: ``matcher`` compares balanced networks, a file is damaged, A and B differ, a tensor or the result holds NaN or infinity, nothing can be
+        ValueError: ``matcher`` compares balanced networks, a file is damaged, A and B differ, numbers of eight bits have
+            scales beside them, a tensor or the result holds NaN or infinity, nothing can be
             permuted, or the journal is of another run. File and tensor are named.
         OSError: a file is missing or cannot be written, or another run writes ``out``. Nothing is left half-written.
         RuntimeError: another rank failed or does not answer; the message names it.
@@ -193,6 +213,8 @@ def _claim_and_align(
     check_same_on_ranks(ranks, "align_checkpoints", options | seen)
     for path in (path_a, path_b):
         check_no_adapter(path)
+    for checkpoint in (a, b):
+        check_unscaled(checkpoint)
     if Path(path_a).is_dir() != Path(path_b).is_dir():
         kind = "directory" if Path(path_a).is_dir() else "file"
         raise ValueError(f"{path_b}: expected a {kind}, like {path_a}")
@@ -224,6 +246,8 @@ def _align(
 ) -> Alignment:
     traced = trace_checkpoint(b.path, b) if spec is None else spec
     pair = Pair.of(a, b, traced)
+    if write.merge is not None and ranks.rank == 0:
+        log_differences(b, a, sizes=is_diffusion(b.path, b))  # of other models they are named as not matched
     proof = prove_checkpoint(b.path, b, traced) if spec is None else None
     watch = Stopwatch()
     with watch("survey"):
@@ -234,7 +258,7 @@ def _align(
             alignment = replace(
                 pair.match(matcher, surveyed, remembered, ranks=ranks, progress=progress), proof=proof
             )
-        output = _merged(a, AlignedTensors(b, pair.layout, alignment), write.merge)
+        output = _merged(a, AlignedTensors(b, pair.layout, alignment), write)
         metadata = None if write.merge is None else metadata_of([a, b])
         with watch("write"):
             write_like(b, claim, output, dtype=write.dtype, metadata=metadata, ranks=ranks)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from fastmatch._internal.json_files import read_json
 from fastmatch.checkpoint.align import AlignedTensors
 from fastmatch.checkpoint.diffusion.lora import is_lora, permute_lora
+from fastmatch.checkpoint.diffusion.single_file import check_rest, with_running_mean
 from fastmatch.checkpoint.modules import leave_what_does_not_fit
 from fastmatch.checkpoint.names import RenamedCheckpoint
 from fastmatch.checkpoint.pairs import layout_for
 from fastmatch.checkpoint.reader import ADAPTER, Checkpoint
+from fastmatch.checkpoint.scaled import check_unscaled
 from fastmatch.checkpoint.structure import bind
+from fastmatch.checkpoint.tracing import is_diffusion
 from fastmatch.checkpoint.writer import write_like
 from fastmatch.permutations.alignment import Alignment
 
@@ -35,7 +39,8 @@ def apply_to_checkpoint(
         alignment: the permutations of B, in the names of its file.
         path: a file or directory with the tensors of B, or a file with the factors of a LoRA: names of kohya, LyCORIS,
             diffusers or peft; LoRA, LoCon, LoHa, LoKr, DoRA and full differences. Or the directory of an adapter of peft: LoRA and
-            DoRA of layers and embeddings, with the layers and biases that it holds whole.
+            DoRA of layers and embeddings, with the layers and biases that it holds whole. A file of a diffusion model may have more
+            than the one that was aligned: running means of the UNet's weights move with them.
         out: the file or directory to write, with the same names, shapes and types.
         force: replace an output that exists.
 
@@ -43,7 +48,8 @@ def apply_to_checkpoint(
         What was permuted: ``"checkpoint"`` or ``"LoRA"``.
 
     Raises:
-        ValueError: a tensor does not fit the permutations, the result holds NaN or infinity, or a factor of the LoRA cannot follow them exactly, as a
+        ValueError: a tensor does not fit the permutations or belongs to a network that is added to the UNet, numbers of eight bits
+            have scales beside them, the result holds NaN or infinity, or a factor of the LoRA cannot follow them exactly, as a
             Kronecker factor whose rows do not move in blocks. The tensor is named.
         OSError: a file is missing or cannot be written. Nothing is left half-written.
     """
@@ -58,8 +64,14 @@ def apply_to_checkpoint(
         moved = permute_lora(dict(checkpoint), alignment, str(path), is_transposed=transposed)
         write_like(checkpoint, out, moved.__getitem__, force=force)
         return "LoRA"
+    check_unscaled(checkpoint)
     leave_what_does_not_fit(checkpoint, alignment.spec)
     layout = layout_for(path, checkpoint, alignment.spec)
     bind(alignment.spec, RenamedCheckpoint(checkpoint, layout).headers, str(path))
+    if not checkpoint.path.is_dir() and is_diffusion(path, checkpoint):
+        # The permutations may come from a file that had less.
+        shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint.headers.items()}
+        check_rest(shapes, alignment.spec.shapes, str(path))
+        alignment = replace(alignment, spec=with_running_mean(alignment.spec, shapes, str(path)))
     write_like(checkpoint, out, AlignedTensors(checkpoint, layout, alignment), force=force)
     return "checkpoint"

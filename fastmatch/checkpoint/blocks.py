@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
+from fastmatch.checkpoint.diffusion.single_file import running_means
+
 __all__ = ["Blocks", "coefficients_by_name", "unet_blocks"]
 
 Blocks = Mapping[str, float | Sequence[float]]
@@ -27,6 +29,7 @@ def unet_blocks(numbers: Sequence[float], names: Iterable[str]) -> dict[str, flo
     Raises:
         ValueError: there is no such UNet, or it has another number of blocks.
     """
+    names = list(names)
     found: dict[str, set[int]] = {"input_blocks": set(), "middle_block": set(), "output_blocks": set()}
     for name in names:
         match = BLOCK.search(name)
@@ -41,24 +44,29 @@ def unet_blocks(numbers: Sequence[float], names: Iterable[str]) -> dict[str, flo
             f"blocks), got {len(numbers)}"
         )
     first, last = numbers[0], numbers[-1]
+    # Files of a UNet alone have no prefix, and not every UNet has a label_emb.
     patterns = {f"*input_blocks.{i}.*": numbers[i] for i in range(inputs)}
     patterns |= {"*middle_block.*": numbers[inputs]}
     patterns |= {f"*output_blocks.{i}.*": numbers[inputs + 1 + i] for i in range(outputs)}
     ends = {"time_embed.*": first, "label_emb.*": first, "out.*": last}
-    return patterns | {f"{start}{k}": v for start in ("*diffusion_model.", "") for k, v in ends.items()}
+    patterns |= {f"{start}{k}": v for start in ("*diffusion_model.", "") for k, v in ends.items()}
+    return {p: v for p, v in patterns.items() if any(fnmatchcase(name, p) for name in names)}
 
 
 def coefficients_by_name(
     names: Iterable[str], weights: Sequence[float], blocks: Blocks | None
 ) -> dict[str, tuple[float, ...]]:
-    """Return the weights of all checkpoints but the first, for every name: those of the first pattern that fits, else ``weights``.
+    """Return the weights of all checkpoints but the first, for the names that a pattern decides; ``weights`` are for the others.
+
+    The first pattern that fits a name counts. A running mean has no dots in its name: a pattern that fits the weight that it follows fits it
+    as well.
 
     Raises:
         TypeError, ValueError: a pattern fits no name, or has another number of weights.
     """
     names = list(names)
-    found = dict.fromkeys(names, tuple(weights))
-    decided: set[str] = set()
+    followed = {mean: name for name, mean in running_means(names, dict.fromkeys(names, ())).items()}
+    found: dict[str, tuple[float, ...]] = {}
     for pattern, value in (blocks or {}).items():
         own = tuple(float(x) for x in (value if isinstance(value, Sequence) else [value]))
         if len(own) != len(weights):
@@ -67,14 +75,9 @@ def coefficients_by_name(
             )
         if not all(abs(x) < float("inf") for x in own):
             raise ValueError(f"blocks[{pattern!r}]: expected finite numbers, got {own}")
-        fits = [name for name in names if fnmatchcase(name, pattern)]
-        if not fits and not _is_optional(pattern):
+        fits = [n for n in names if fnmatchcase(n, pattern) or fnmatchcase(followed.get(n, n), pattern)]
+        if not fits:
             raise ValueError(f"blocks[{pattern!r}]: fits no tensor")
-        found |= {name: own for name in fits if name not in decided}
-        decided |= set(fits)
+        for name in fits:
+            found.setdefault(name, own)
     return found
-
-
-def _is_optional(pattern: str) -> bool:
-    """Whether a pattern is one of :func:`unet_blocks` for what only some files have."""
-    return pattern.removeprefix("*diffusion_model.") in ("time_embed.*", "label_emb.*", "out.*")

@@ -14,15 +14,21 @@ from fastmatch._internal.progress import progress_bar
 from fastmatch._internal.states import check_finite, check_same_architecture, working_dtype
 from fastmatch.checkpoint.align import metadata_of
 from fastmatch.checkpoint.blocks import Blocks, coefficients_by_name
-from fastmatch.checkpoint.inputs import differ_in_inputs, with_more_inputs
+from fastmatch.checkpoint.differences import log_differences
+from fastmatch.checkpoint.diffusion.components import UNUSED
+from fastmatch.checkpoint.inputs import LATENT, differ_in_inputs, with_more_inputs
 from fastmatch.checkpoint.reader import Checkpoint
 from fastmatch.checkpoint.same_model import check_same_type
+from fastmatch.checkpoint.scaled import check_unscaled
 from fastmatch.checkpoint.tracing import take_names, take_tied_names
 from fastmatch.checkpoint.writer import write_like
 
 __all__ = ["MergeOptions", "Tensors", "merge_checkpoints", "write_merge"]
 
 log = logging.getLogger("fastmatch")
+
+ROUNDING = 1e-6
+"""By which a sum of weights may differ from one, and counts as one."""
 
 FEW = 4
 """Tensors that may have another size: a head has a weight and a bias, an inpainting UNet one wider kernel."""
@@ -36,9 +42,11 @@ class MergeOptions:
         weights: one number per checkpoint, equal ones for None. With ``base`` one number for each checkpoint but the first,
             ones for None.
         blocks: pattern of names, as in a shell -> the weight of the second checkpoint, or one weight for each but the first. The
-            first checkpoint has the rest to one. The first pattern that fits a name counts; ``weights`` is for all others.
+            first checkpoint has the rest to one. The first pattern that fits a name counts; ``weights`` is for all others. Running means
+            of a UNet's weights follow the weights.
             :func:`unet_blocks` makes patterns of the 25 customary numbers.
-        base: add differences: ``first + sum_k weights[k] (checkpoint_k - base)``.
+        base: add differences: ``first + sum_k weights[k] (checkpoint_k - base)``. It may lack integers and whole parts of the first, such as
+            running means or a VAE: nothing is added to those.
     """
 
     weights: Sequence[float] | None = None
@@ -80,16 +88,18 @@ def merge_checkpoints(
         progress: show a progress bar; None shows it on a terminal, for work of more than a second.
 
     Raises:
-        ValueError: weights do not fit, the architectures differ, or the merge is not finite. What is at fault is named.
+        ValueError: weights do not fit, the architectures differ, numbers of eight bits have scales beside them, or the merge is not
+            finite. What is at fault is named.
         OSError: a file is missing or cannot be written. Nothing is left half-written.
 
     Warns:
         UserWarning: the weights do not sum to one. Lines of the logger ``fastmatch`` name a prefix that one checkpoint has before
             all its names, which does not count, and tensors that a checkpoint lacks or has in
             another size; the first checkpoint counts in its place there. Of kernels with other input channels, as for
-            inpainting, those that both have are merged.
+            inpainting, only the first four are merged, the latent.
 
-    Integers are the first checkpoint's. Sums run in float32 or wider.
+    Integers are the first checkpoint's, and tensors that are equal in all checkpoints stay as they are if the weights sum to one. Sums run in
+    float32 or wider.
     """
     if len(paths) < 2:
         raise ValueError(f"paths: expected at least two checkpoints, got {len(paths)}")
@@ -117,35 +127,47 @@ def write_merge(
     names = list(first.checkpoint)
     weight, weights = _weights(options, len(models))
     table = coefficients_by_name(names, weights, options.blocks)
+    for model in models:
+        check_unscaled(model.checkpoint)
     present = [_present(first.checkpoint, other.checkpoint) for other in others]
     base = None if options.base is None else Checkpoint(options.base)
     if base is not None:
+        check_unscaled(base)
         take_tied_names(base, first.checkpoint)
         take_names(base, first.checkpoint)
+        _check_base(first.checkpoint, base, frozenset().union(*present))
+        present = [has & base.keys() for has in present]
         others = [_difference(other, base, has) for other, has in zip(others, present, strict=True)]
     steps = iter(progress_bar(range(len(names)), "merging", show=progress))
 
     def merged(name: str) -> torch.Tensor:
         next(steps, None)
         tensor = first.make(name)
-        if not (tensor.is_floating_point() or tensor.is_complex()):
+        if not _is_averaged(tensor):
             return tensor
+        alphas = table.get(name, weights)
         shares = [
-            (other, alpha)
-            for other, alpha, has in zip(others, table[name], present, strict=True)
-            if name in has
+            (other, alpha) for other, alpha, has in zip(others, alphas, present, strict=True) if name in has
         ]
-        mine = weight if base is not None or table[name] == tuple(weights) else 1 - sum(table[name])
+        mine = 1 - sum(alphas) if base is None and name in table else weight
         if base is None:
-            mine += sum(table[name]) - sum(alpha for _, alpha in shares)  # in place of those that lack it
+            mine += sum(alphas) - sum(alpha for _, alpha in shares)  # in place of those that lack it
         own = tensor.to(working_dtype(tensor.dtype))
-        total = own * mine
+        total: torch.Tensor | None = None
         for other, alpha in shares:
             if alpha:
-                part = other.make(name).to(total.dtype)
+                part = other.make(name).to(own.dtype)
                 if part.shape != own.shape:
                     part = with_more_inputs(part, own if base is None else torch.zeros_like(own))
-                total += part * alpha
+                if base is None and torch.equal(part, own):  # stops at the first difference
+                    mine += alpha
+                else:
+                    total = part * alpha if total is None else total.add_(part, alpha=alpha)
+        if total is not None:
+            total.add_(own, alpha=mine)
+        else:
+            # Equal tensors stay as they are: indices in a floating point type bear no rounding.
+            total = own if abs(mine - 1) < ROUNDING else own * mine
         result = total.to(dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype)
         check_finite({name: result}, "nothing is written: the merge")
         return result
@@ -167,24 +189,54 @@ def _weights(options: MergeOptions, count: int) -> tuple[float, list[float]]:
     return first, rest
 
 
+def _is_averaged(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _check_base(first: Checkpoint, base: Checkpoint, names: Collection[str]) -> None:
+    """Check that the base of a difference has what is needed of ``names``; a line counts the tensors that it lacks.
+
+    It may lack what a picture does not need, or whole parts, as a pruned one: running means, a VAE, schedules.
+
+    Raises:
+        ValueError: it has a part, as the first word of the names tells, and lacks a tensor of it.
+    """
+    averaged = [name for name, tensor in first.headers.items() if name in names and _is_averaged(tensor)]
+    absent = [name for name in averaged if name not in base]
+    parts = {name.partition(".")[0] for name in base}
+    for name in absent:
+        if name.partition(".")[0] in parts and not name.endswith(UNUSED):
+            raise ValueError(
+                f"{base.path}: has no tensor {name!r}, which {first.path} has; architectures must be equal"
+            )
+    if len(absent) == len(averaged) > 0:
+        raise ValueError(f"{base.path}: has none of the tensors of {first.path}; architectures must be equal")
+    if absent:
+        log.warning(
+            "%s: lacks %d of the %d tensors of %s, such as %s; nothing is added to those", base.path, len(absent), len(first),
+            first.path, ", ".join(absent[:3]),
+        )  # fmt: skip
+
+
 def _difference(other: Tensors, base: Checkpoint, names: Collection[str]) -> Tensors:
-    """Return a checkpoint as its difference to the base, in ``names``."""
+    """Return a checkpoint as its difference to the base, in ``names``, which both have."""
     checkpoint = other.checkpoint
-    own = {name: tensor for name, tensor in checkpoint.headers.items() if name in names}
-    same = {
+    own = {
         name: tensor
-        for name, tensor in own.items()
-        if name not in base or not differ_in_inputs(name, base.headers[name].shape, tensor.shape)
+        for name, tensor in checkpoint.headers.items()
+        if name in names
+        and _is_averaged(tensor)
+        and not differ_in_inputs(name, base.headers[name].shape, tensor.shape)
     }
-    known = {name: base.headers[name] for name in same if name in base}
-    check_same_architecture(same, known, str(checkpoint.path), str(base.path))
+    check_same_architecture(
+        own, {name: base.headers[name] for name in own}, str(checkpoint.path), str(base.path)
+    )
 
     def make(name: str) -> torch.Tensor:
         tensor, old = other.make(name), base[name]
         work = torch.promote_types(working_dtype(tensor.dtype), working_dtype(old.dtype))
         if tensor.shape != old.shape:
-            shared = min(tensor.shape[1], old.shape[1])
-            tensor, old = tensor[:, :shared], old[:, :shared]
+            tensor, old = tensor[:, :LATENT], old[:, :LATENT]
         return tensor.to(work) - old.to(work)
 
     return Tensors(checkpoint, make)
@@ -223,21 +275,5 @@ def _present(first: Checkpoint, other: Checkpoint) -> frozenset[str]:
     wider = [n for n in sizes if differ_in_inputs(n, first.headers[n].shape, other.headers[n].shape)]
     sizes = [name for name in sizes if name not in wider]
     _check_hidden(first, other, sizes)
-    absent = [name for name in first if name not in other]
-    no_part = "it has no part in those"
-    for what, found, then in (
-        ("has other input channels in", wider, "those that both have are merged"),
-        ("has another size of", sizes, no_part),
-        ("lacks", absent, no_part),
-    ):
-        if found:
-            log.warning(
-                "%s: %s %d of the %d tensors of %s, such as %s; %s", other.path, what, len(found), len(first), first.path,
-                ", ".join(found[:3]), then,
-            )  # fmt: skip
-    extra = [name for name in other if name not in first]
-    if extra:
-        log.warning(
-            "%s: %d tensors that %s lacks are left out, such as %s", other.path, len(extra), first.path, ", ".join(extra[:3])
-        )  # fmt: skip
+    log_differences(first, other)
     return same.union(wider)

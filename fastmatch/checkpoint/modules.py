@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from fastmatch.checkpoint.diffusion.added import check_added
 from fastmatch.checkpoint.reader import CONFIG, Checkpoint
 from fastmatch.checkpoint.structure import build_empty, trace_config
 from fastmatch.spec import PermutationSpec
@@ -15,7 +16,12 @@ log = logging.getLogger("fastmatch")
 
 
 def leave_what_does_not_fit(checkpoint: Checkpoint, spec: PermutationSpec) -> None:
-    """Take the layers in sub-folders out of a checkpoint if the spec may move what they read; a warning names them."""
+    """Take the layers in sub-folders out of a checkpoint if the spec may move what they read; a warning names them.
+
+    Raises:
+        ValueError: a pipeline holds a network that is added to what the spec may move; see :func:`check_added`.
+    """
+    check_added(checkpoint, spec)
     if checkpoint.modules and not _keeps_output(checkpoint, spec):
         log.warning(
             "%s: not carried, because the order of what they read may change: %s", checkpoint.path,

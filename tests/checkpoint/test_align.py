@@ -209,6 +209,48 @@ def test_single_files(tmp_path, suffix):
         verify_checkpoints(*paths[:2], model=model, example_inputs=x * torch.nan)
 
 
+PAIRS = [
+    (torch.float32, torch.float16), (torch.float16, torch.float32), (torch.bfloat16, torch.float16),
+    (torch.float8_e4m3fn, torch.bfloat16), (torch.float32, torch.float8_e4m3fn),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@pytest.mark.parametrize(("first", "second"), PAIRS, ids=lambda x: str(x).removeprefix("torch."))
+def test_a_merge_has_the_types_of_b(tmp_path, suffix, first, second):
+    model, x = build("mlp", 0)
+    spec = fm.PermutationSpec.trace(model, x)
+    own = model.state_dict()
+    a = {k: t.to(first) for k, t in own.items()} | {"ids": torch.arange(5), "step": torch.arange(5.0)}
+    moved = fm.Alignment(spec.random(), spec).apply({k: t * 2 for k, t in own.items()})
+    b = {k: t.to(second) for k, t in moved.items()} | {"ids": torch.arange(5.0) + 1, "step": torch.arange(5)}
+    paths = [tmp_path / f"{k}{suffix}" for k in ("a", "b", "out")]
+    save_state(a, paths[0])
+    save_state(b, paths[1])
+    alignment = align_checkpoints(*paths, spec=spec, write=WriteOptions(merge=0.25))
+    found, aligned = load_state(paths[2]), alignment.apply(b)
+    assert torch.equal(found.pop("ids"), b["ids"])
+    assert torch.equal(found.pop("step"), b["step"])
+    for name, tensor in found.items():
+        assert torch.equal(
+            tensor.float(), (0.75 * a[name].float() + 0.25 * aligned[name].float()).to(second).float()
+        )
+        assert tensor.dtype == second
+
+
+@pytest.mark.parametrize("first", [torch.float32, torch.float64])
+def test_a_merge_leaves_equal_tensors_as_they_are(tmp_path, first):
+    model, x = build("mlp", 0)
+    paths = [tmp_path / f"{k}.pt" for k in ("a", "b", "out")]
+    positions = torch.arange(77.0)
+    save_state(model.state_dict() | {"positions": positions.to(first)}, paths[0])
+    save_state(model.state_dict() | {"positions": positions}, paths[1])
+    spec = fm.PermutationSpec.trace(model, x)
+    for share in (0.1, 0.3, 0.7, 0.9):
+        align_checkpoints(*paths, spec=spec, write=WriteOptions(merge=share, force=True))
+        assert torch.equal(load_state(paths[2])["positions"], positions)
+
+
 @pytest.fixture
 def files(tmp_path, monkeypatch):
     """a and b in both formats, and a module that builds their network."""

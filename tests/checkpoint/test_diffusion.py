@@ -10,19 +10,20 @@ import torch
 from numpy.random import SeedSequence
 from safetensors.torch import load_file, save_file
 
-from fastmatch import WeightMatching
+from fastmatch import Alignment, WeightMatching
 from fastmatch.checkpoint import (
     Checkpoint,
     MergeOptions,
     WriteOptions,
     align_checkpoints,
     align_many_checkpoints,
+    apply_to_checkpoint,
     merge_checkpoints,
     verify_checkpoints,
 )
 from fastmatch.checkpoint.diffusion.components import build_component, find_components
 from fastmatch.checkpoint.diffusion.namings import translation
-from fastmatch.checkpoint.diffusion.single_file import prove_file, trace_file
+from fastmatch.checkpoint.diffusion.single_file import prove_file, trace_file, with_running_mean
 from fastmatch.cli.main import main
 from fastmatch.permutations.apply import apply_permutations
 from helpers.diffusion import TINY_UNET, diffusers, listed_shapes, random_file, small_shapes, small_spec
@@ -90,6 +91,54 @@ def test_the_running_mean_moves_with_its_weights(tmp_path, generator):
     align_checkpoints(*paths, spec=spec)
     out = load_file(paths[2])
     assert all(torch.equal(out[name], tensor) for name, tensor in (a | mean).items())
+
+
+def test_permutations_of_a_pruned_file_move_the_running_mean_of_the_full_one(tmp_path, generator, caplog):
+    shapes, spec = unet_shapes(), small_spec("unet")
+    b = random_file(shapes, generator)
+    mean = {running_mean(name): tensor.clone() for name, tensor in b.items()}
+    rest = {"model_ema.decay": torch.tensor(0.9), "alphas_cumprod": torch.rand(9)}
+    full, out = tmp_path / "full.safetensors", tmp_path / "out.safetensors"
+    save_file(b | mean | rest, full)
+    alignment = Alignment(spec.random(generator), spec)
+    assert apply_to_checkpoint(alignment, full, out) == "checkpoint"
+    found = load_file(out)
+    assert not all(torch.equal(found[name], tensor) for name, tensor in b.items())
+    assert all(torch.equal(found[running_mean(name)], found[name]) for name in b)
+    assert not caplog.records
+    whole = with_running_mean(
+        spec, {name: tuple(tensor.shape) for name, tensor in (b | mean).items()}, "full"
+    )
+    apply_to_checkpoint(Alignment(alignment.permutations, whole), full, out, force=True)
+    assert all(torch.equal(load_file(out)[name], tensor) for name, tensor in found.items())
+    save_file(b | mean | {"model_ema.other": torch.ones(3)}, full)
+    apply_to_checkpoint(alignment, full, out, force=True)
+    assert (
+        "1 running means follow no weight of the file and keep their order, such as model_ema.other"
+        in caplog.text
+    )
+    save_file(b | {"control_model.input_blocks.0.0.bias": torch.zeros(32)}, full)
+    with pytest.raises(
+        ValueError, match=r"'control_model\.input_.*' belongs to a network that is added to the UNet"
+    ):
+        apply_to_checkpoint(alignment, full, out, force=True)
+
+
+def test_a_merge_names_what_the_reference_lacks_or_has_besides(tmp_path, generator, caplog):
+    shapes = unet_shapes()
+    a = random_file(shapes, generator)
+    mean = {running_mean(name): tensor.clone() for name, tensor in a.items()}
+    save_file(a | {"alphas_cumprod": torch.ones(9)}, tmp_path / "a.safetensors")
+    save_file(a | mean, tmp_path / "b.safetensors")
+    paths = [tmp_path / f"{x}.safetensors" for x in ("a", "b", "out")]
+    spec = trace_file({name: tuple(t.shape) for name, t in (a | mean).items()}, "b")
+    align_checkpoints(*paths, spec=spec, write=WriteOptions(merge=0.5))
+    lines = [record.getMessage() for record in caplog.records]
+    lacking = (
+        f"a.safetensors: lacks {len(mean)} of the {2 * len(mean)} tensors of {paths[1]}, such as model_ema."
+    )
+    assert any(lacking in line and "it has no part in those" in line for line in lines)
+    assert any("1 tensors that" in line and "left out, such as alphas_cumprod" in line for line in lines)
 
 
 def test_a_sibling_stays(tmp_path, generator, capsys):

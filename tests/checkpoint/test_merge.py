@@ -13,7 +13,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import fastmatch as fm
-from fastmatch.checkpoint import MergeOptions, merge_checkpoints, reader, unet_blocks
+from fastmatch.checkpoint import (
+    MergeOptions,
+    align_checkpoints,
+    apply_to_checkpoint,
+    merge_checkpoints,
+    reader,
+    unet_blocks,
+)
 from fastmatch.cli.main import main
 
 UNET = "model.diffusion_model."
@@ -91,6 +98,62 @@ def test_numbers_are_input_blocks_the_middle_and_output_blocks(files):
         unet_blocks([0.5] * 25, NAMES)
 
 
+@pytest.mark.parametrize("pattern", ["out.*", "time_embed.*", "label_emb.*", "*diffusion_model.label_emb.*"])
+def test_a_pattern_that_fits_nothing_is_refused(files, pattern):
+    with pytest.raises(ValueError, match=rf"blocks\['{re.escape(pattern)}'\]: fits no tensor"):
+        merged(files, "ab", MergeOptions([0.5, 0.5], {pattern: 0.1}))
+    assert pattern not in unet_blocks([0.5] * 6, NAMES)
+
+
+def test_a_pattern_means_the_same_whatever_the_weights_are(files):
+    with pytest.warns(UserWarning, match=r"weights sum to 1\.5"):
+        found = merged(files, "ab", MergeOptions([1.0, 0.5], {NAMES[0]: 0.5}))
+    assert found[NAMES[0]] == 0.5 + 0.5 * 2
+    assert found[NAMES[1]] == 1 + 0.5 * 2
+
+
+@pytest.mark.parametrize("second", [torch.float32, torch.int64])
+@pytest.mark.parametrize("count", [2, 3])
+def test_equal_tensors_stay_as_they_are(tmp_path, second, count):
+    """As the positions of CLIP, which some files have in float32: one that is rounded below a whole number is another position."""
+    paths = [tmp_path / f"{k}.safetensors" for k in range(count + 1)]
+    ids = torch.arange(77)[None]
+    for k, path in enumerate(paths[:-1]):
+        save_file(
+            {"position_ids": ids.to(second if k else torch.float32), "w": torch.full((3,), float(k))}, path
+        )
+    for share in (0.1, 0.3, 0.45, 0.7, 0.9):
+        weights = [1 - share, *[share / (count - 1)] * (count - 1)]
+        merge_checkpoints(paths[:-1], paths[-1], MergeOptions(weights), force=True)
+        found = load_file(paths[-1])
+        assert torch.equal(found["position_ids"], ids.float())
+        assert found["w"].tolist() == pytest.approx([share if count == 2 else 1.5 * share] * 3)
+    with pytest.warns(UserWarning, match="weights sum to 2"):
+        merge_checkpoints(paths[:-1], paths[-1], MergeOptions([2.0, *[0.0] * (count - 1)]), force=True)
+    assert torch.equal(load_file(paths[-1])["position_ids"], 2 * ids.float())
+
+
+def test_running_means_follow_the_blocks_of_their_weights(tmp_path):
+    means = {name: "model_ema." + name.removeprefix("model.").replace(".", "") for name in NAMES[:-1]}
+    paths = [tmp_path / f"{x}.safetensors" for x in ("a", "b", "out")]
+    for path, value in zip(paths, (1.0, 2.0), strict=False):
+        save_file({name: torch.full((2,), value) for name in [*NAMES, *means.values()]}, path)
+
+    def values(blocks):
+        merge_checkpoints(paths[:2], paths[2], MergeOptions([0.875, 0.125], blocks), force=True)
+        return {name: float(tensor[0]) for name, tensor in load_file(paths[2]).items()}
+
+    found = values(unet_blocks([0.0, 0.25, 0.5, 0.75, 1.0, 0.5], [*NAMES, *means.values()]))
+    assert {found[name] for name in NAMES} == {1.0, 1.25, 1.5, 1.75, 2.0, 1.125}
+    assert all(found[mean] == found[name] for name, mean in means.items())
+    found = values({"*input_blocks.0.*": 1, "*input_blocks*": 0.5, "*.out.*": 0.25})
+    assert [found[NAMES[0]], found[NAMES[1]], found[NAMES[7]]] == [2, 1.5, 1.25]
+    assert all(found[mean] == found[name] for name, mean in means.items())
+    found = values({"model_ema.*": 0})
+    assert {found[mean] for mean in means.values()} == {1}
+    assert {found[name] for name in NAMES} == {1.125}
+
+
 def test_the_command_takes_numbers_patterns_and_a_base(files, capsys):
     paths = [str(files[x]) for x in "ab"]
     arguments = ["merge", *paths, "--out", str(files["out"]), "--force"]
@@ -140,35 +203,78 @@ def test_what_another_checkpoint_lacks_or_has_wider_is_the_firsts_and_named(file
     assert found[NAMES[1]] == 1 - 3
 
 
+def test_nothing_is_added_to_what_the_base_need_not_have(tmp_path, caplog):
+    """A pruned base has no running means, VAE, schedules or positions."""
+    parts = [
+        f"{UNET}out.2.weight",
+        "model_ema.diffusion_modelout2weight",
+        "first_stage_model.conv_in.weight",
+        "alphas_cumprod",
+    ]
+    text = "cond_stage_model.text_model."
+    paths = {x: tmp_path / f"{x}.safetensors" for x in ("a", "b", "base", "out")}
+    for role, value in (("a", 1.0), ("b", 2.0), ("base", 8.0)):
+        state = {
+            name: torch.full((2,), value)
+            for name in [*parts, f"{text}final.weight", f"{text}position_ids", "ids"]
+        }
+        state |= {"ids": torch.arange(3), f"{UNET}count": torch.tensor(1)}
+        if role == "base":
+            state = {name: state[name] for name in (parts[0], f"{text}final.weight")} | {
+                "ids": torch.arange(4)
+            }
+        save_file(state, paths[role])
+    call = [paths["a"], paths["b"]], paths["out"], MergeOptions(base=paths["base"])
+    merge_checkpoints(*call)
+    found = load_file(paths["out"])
+    assert {float(found[name][0]) for name in (parts[0], f"{text}final.weight")} == {1 + 2 - 8}
+    assert all(found[name].tolist() == [1, 1] for name in [*parts[1:], f"{text}position_ids"])
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "base.safetensors: lacks 4 of the 8 tensors" in line
+    assert "nothing is added to those" in line
+    save_file({f"{UNET}other.weight": torch.ones(2), f"{text}final.weight": torch.ones(2)}, paths["base"])
+    with pytest.raises(
+        ValueError,
+        match=r"base\.safetensors: has no tensor 'model\.diffusion_model\.out\.2\.weight', which .*a\.",
+    ):
+        merge_checkpoints(*call)
+    save_file({"x": torch.ones(2)}, paths["base"])
+    with pytest.raises(ValueError, match=r"base\.safetensors: has none of the tensors of .*a\.safetensors"):
+        merge_checkpoints(*call)
+
+
 def merged_with_force(files, names, options):
     files["out"].unlink()
     return merged(files, names, options)
 
 
-@pytest.mark.parametrize(("first", "options", "shared", "own"), [
-    ("wide", MergeOptions([0.5, 0.5]), 1.5, [1.0]),
-    ("plain", MergeOptions([0.5, 0.5]), 1.5, []),
-    ("wide", MergeOptions([1.0], base="base"), 1.0 + (2 - 8), [1.0]),
-    ("plain", MergeOptions([1.0], base="base"), 1.0 + (2 - 8), []),
+@pytest.mark.parametrize(("inputs", "options", "shared", "own"), [
+    ((9, 4, 4), MergeOptions([0.5, 0.5]), 1.5, [1.0]),
+    ((4, 9, 4), MergeOptions([0.5, 0.5]), 1.5, []),
+    ((9, 4, 4), MergeOptions([1.0], base="base"), 1.0 + (2 - 8), [1.0]),
+    ((4, 9, 4), MergeOptions([1.0], base="base"), 1.0 + (2 - 8), []),
+    ((9, 8, 4), MergeOptions([0.5, 0.5]), 1.5, [1.0]),
+    ((8, 9, 4), MergeOptions([0.5, 0.5]), 1.5, [1.0]),
+    ((5, 9, 4), MergeOptions([0.5, 0.5]), 1.5, [1.0]),
+    ((9, 8, 5), MergeOptions([1.0], base="base"), 1.0 + (2 - 8), [1.0]),
+    ((9, 9, 8), MergeOptions([1.0], base="base"), 1.0 + (2 - 8), [1.0]),
+    ((5, 9, 9), MergeOptions([1.0], base="base"), 1.0 + (2 - 8), [1.0]),
 ])  # fmt: skip
-def test_input_channels_that_both_have_are_merged_and_the_others_stay(
-    tmp_path, caplog, first, options, shared, own
-):
-    """As of a UNet for inpainting and a plain one."""
+def test_of_other_input_channels_only_the_latents_are_merged(tmp_path, caplog, inputs, options, shared, own):
+    """As of a UNet for inpainting (9) and a plain one (4), of pix2pix (8) or of depth (5)."""
     name, path = f"{UNET}input_blocks.0.0.weight", {}
-    second = "plain" if first == "wide" else "wide"
-    for role, kind, value in (("a", first, 1.0), ("b", second, 2.0), ("base", "plain", 8.0)):
-        kernel = torch.full((2, 9 if kind == "wide" else 4, 3, 3), value)
+    for role, count, value in zip(("a", "b", "base"), inputs, (1.0, 2.0, 8.0), strict=True):
         path[role] = tmp_path / f"{role}.safetensors"
-        save_file({name: kernel, "x": torch.full((2,), value)}, path[role])
+        save_file({name: torch.full((2, count, 3, 3), value), "x": torch.full((2,), value)}, path[role])
     options = replace(options, base=options.base and path["base"])
     with caplog.at_level(logging.WARNING, logger="fastmatch"):
         merge_checkpoints([path["a"], path["b"]], tmp_path / "out.safetensors", options)
     found = load_file(tmp_path / "out.safetensors")[name]
-    assert found.shape[1] == (9 if first == "wide" else 4)
+    assert found.shape[1] == inputs[0]
     assert found[:, :4].unique().tolist() == [shared]
     assert found[:, 4:].unique().tolist() == own
-    assert "has other input channels in 1 of the 2 tensors" in caplog.text
+    line = "has other input channels in 1 of the 2 tensors"
+    assert (line in caplog.text) == (inputs[0] != inputs[1])
 
 
 def test_numbers_of_eight_bits_are_merged(tmp_path):
@@ -181,6 +287,28 @@ def test_numbers_of_eight_bits_are_merged(tmp_path):
     assert bool((found.float() == 1.5).all())
     both = fm.merge([load_file(path) for path in paths[:2]])
     assert torch.equal(both["x"].float(), found.float())
+
+
+@pytest.mark.parametrize("scale", ["scale_weight", "weight_scale", "scale_input"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_numbers_of_eight_bits_with_scales_are_refused(tmp_path, scale, dtype):
+    paths = {x: tmp_path / f"{x}.safetensors" for x in ("a", "b", "out")}
+    plain = {"l.weight": torch.ones(4, 4), f"l.{scale}": torch.tensor(0.5)}
+    save_file(plain, paths["a"])
+    save_file(plain | {"l.weight": torch.ones(4, 4).to(dtype)}, paths["b"])
+    message = (
+        rf"b\.safetensors: tensor 'l\.weight' is {str(dtype)[6:]} and counts only with its scale 'l\.{scale}'"
+    )
+    spec = fm.PermutationSpec({}, {})
+    for call in (
+        lambda: merge_checkpoints([paths["a"], paths["b"]], paths["out"]),
+        lambda: merge_checkpoints([paths["a"]] * 2, paths["out"], MergeOptions(base=paths["b"])),
+        lambda: align_checkpoints(paths["a"], paths["b"], paths["out"], spec=spec),
+        lambda: apply_to_checkpoint(fm.Alignment({}, spec), paths["b"], paths["out"]),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert not paths["out"].exists()
 
 
 def test_another_architecture_is_refused(files):

@@ -14,6 +14,7 @@ from fastmatch.checkpoint import (
     Checkpoint,
     MergeOptions,
     align_checkpoints,
+    apply_to_checkpoint,
     merge_checkpoints,
     verify_checkpoints,
 )
@@ -197,7 +198,82 @@ def test_a_tied_tensor_that_only_one_of_two_pipelines_stores_twice(encoders, tmp
     assert all(torch.allclose(table, expected) for table in tables)
 
 
+def write_sd3(path):
+    """Write a pipeline of a transformer and a ControlNet."""
+    base = network("SD3Transformer2DModel")
+    base.save_pretrained(path / "transformer")
+    control = diffusers.SD3ControlNetModel.from_transformer(
+        base, num_layers=1, num_extra_conditioning_channels=0
+    )
+    control.save_pretrained(path / "controlnet")
+    (path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusion3ControlNetPipeline"}))
+
+
+def test_a_controlnet_is_refused_where_hidden_states_between_blocks_move(tmp_path):
+    write_sd3(tmp_path / "a")
+    a, out = tmp_path / "a", tmp_path / "out"
+    spec = trace_checkpoint(a, Checkpoint(a))
+    message = r"controlnet: holds a SD3ControlNetModel, which is added to hidden states of 'transformer'"
+    with pytest.raises(ValueError, match=message):
+        align_checkpoints(a, a, out, spec=spec)
+    with pytest.raises(ValueError, match=message):
+        apply_to_checkpoint(fm.Alignment(spec.random(), spec), a, out)
+    assert not out.exists()
+    still = spec.without_residual()
+    assert {
+        "transformer.pos_embed.proj",
+        "transformer.context_embedder",
+    } <= spec.groups.keys() - still.groups.keys()
+    apply_to_checkpoint(fm.Alignment(still.random(), still), a, out)
+    assert_equal(out / "controlnet", a / "controlnet")
+    (a / "controlnet" / "config.json").write_text(json.dumps({"_class_name": "FluxControlNetModel"}))
+    with pytest.raises(ValueError, match="holds a FluxControlNetModel"):
+        align_checkpoints(a, a, tmp_path / "b", spec=spec)
+
+
+def test_a_controlnet_of_a_unet_fits_the_aligned_one(tmp_path, caplog):
+    b, out = tmp_path / "b", tmp_path / "out"
+    unet = network("UNet2DConditionModel", ONE_LEVEL)
+    control = diffusers.ControlNetModel.from_unet(unet)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in control.parameters():  # the layers that are added are zero at first
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    unet.save_pretrained(b / "unet")
+    control.save_pretrained(b / "controlnet")
+    (b / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionControlNetPipeline"}))
+    with_weights(b / "other", torch.ones(2))
+    spec = trace_checkpoint(b, Checkpoint(b))
+    apply_to_checkpoint(fm.Alignment(spec.random(generator), spec), b, out)
+    assert (
+        f"{b / 'other'}: carried as it is; it no longer fits if it reads hidden units of unet" in caplog.text
+    )
+    assert len(caplog.records) == 1
+    assert not torch.equal(
+        Checkpoint(b)["unet.mid_block.resnets.0.conv1.weight"],
+        Checkpoint(out)["unet.mid_block.resnets.0.conv1.weight"],
+    )
+    given = [
+        torch.randn(shape, generator=generator).double()
+        for shape in ((1, 4, 8, 8), (1, 4, 32), (1, 3, 64, 64))
+    ]
+
+    def picture(path, strength=1.0):
+        own = diffusers.UNet2DConditionModel.from_pretrained(path / "unet").double().eval()
+        added = diffusers.ControlNetModel.from_pretrained(path / "controlnet").double().eval()
+        noise, prompt, pose = given
+        with torch.no_grad():
+            down, mid = added(noise, 10, prompt, pose, conditioning_scale=strength, return_dict=False)
+            return own(
+                noise, 10, prompt, down_block_additional_residuals=down, mid_block_additional_residual=mid
+            ).sample
+
+    expected = picture(b)
+    assert (picture(out) - expected).abs().max() < 1e-10 * expected.abs().max()
+    assert (picture(b, 0.0) - expected).abs().max() > 1e-3 * expected.abs().max()
+
+
 def with_weights(folder, tensor):
+    folder.mkdir(parents=True, exist_ok=True)
     save_file({"weight": tensor}, folder / "model.safetensors")
 
 

@@ -7,7 +7,7 @@ that of its networks side by side, and what belongs to none of a known class is 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from fastmatch.checkpoint.diffusion.folders import class_of, is_known, prove_folder, trace_folder
@@ -16,7 +16,7 @@ from fastmatch.checkpoint.proof import prove_config
 from fastmatch.checkpoint.reader import Checkpoint
 from fastmatch.checkpoint.structure import build_empty, trace_config
 from fastmatch.permutations.verify import Verification, joined
-from fastmatch.spec import PermutationSpec
+from fastmatch.spec import ActivationSite, PermutationSpec
 
 __all__ = ["networks_of", "pipeline_layout", "prove_pipeline", "trace_pipeline"]
 
@@ -42,7 +42,16 @@ def trace_pipeline(parts: Mapping[str, Checkpoint], argument: str) -> Permutatio
         groups={name: group for spec in specs for name, group in spec.groups.items()},
         shapes={name: shape for spec in specs for name, shape in spec.shapes.items()},
         pins=tuple(pin for spec in specs for pin in spec.pins),
+        sites=tuple(_numbered(specs)),
     )
+
+
+def _numbered(specs: Iterable[PermutationSpec]) -> Iterator[ActivationSite]:
+    """Yield the sites of all networks, with numbers of operations that no two networks share."""
+    count = 0
+    for spec in specs:
+        yield from (replace(site, op=site.op + count) for site in spec.sites)
+        count += max((site.op for site in spec.sites), default=-1) + 1
 
 
 def prove_pipeline(parts: Mapping[str, Checkpoint], spec: PermutationSpec) -> Verification | None:
@@ -95,7 +104,8 @@ def _prefixed(spec: PermutationSpec, prefix: str) -> PermutationSpec:
         for name, group in spec.groups.items()
     }
     pins = tuple(replace(pin, parameter=prefix + pin.parameter) for pin in spec.pins)
-    return PermutationSpec(groups, {prefix + name: shape for name, shape in spec.shapes.items()}, pins)
+    sites = tuple(replace(site, group=prefix + site.group) for site in spec.sites)
+    return PermutationSpec(groups, {prefix + name: shape for name, shape in spec.shapes.items()}, pins, sites)
 
 
 def _without_prefix(spec: PermutationSpec, prefix: str) -> PermutationSpec:

@@ -7,8 +7,9 @@ its groups are in the names of the file, and the proof covers the renaming.
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -29,8 +30,11 @@ from fastmatch.spec import PermutationSpec
 from fastmatch.spec.hollow import hollow_tensor
 
 __all__ = [
-    "FileModel", "prove_components", "prove_file", "reduced_model", "running_means", "trace_file",
+    "FileModel", "check_rest", "prove_components", "prove_file", "reduced_model", "running_means", "trace_file",
+    "with_running_mean",
 ]  # fmt: skip
+
+log = logging.getLogger("fastmatch")
 
 EMA = "model_ema."
 """Start of the names of a running mean of the UNet's weights."""
@@ -156,14 +160,13 @@ def trace_file(shapes: Shapes, argument: str) -> PermutationSpec:
             f"{argument}: no network of a diffusion model is found in its tensors, such as {next(iter(shapes), None)!r}; "
             "give --model or a spec"
         )
-    _check_rest(shapes, components, argument)
+    check_rest(shapes, {c.prefix + name for c in components for name in c.shapes}, argument)
     model = FileModel(components, shapes)
-    return _with_running_mean(PermutationSpec.trace(model, model.examples), shapes)
+    return with_running_mean(PermutationSpec.trace(model, model.examples), shapes, argument)
 
 
-def _check_rest(shapes: Shapes, components: list[Component], argument: str) -> None:
-    """Raise ValueError if a network that reads the units of another is in the file, but is not known."""
-    owned = {component.prefix + name for component in components for name in component.shapes}
+def check_rest(shapes: Shapes, owned: Collection[str], argument: str) -> None:
+    """Raise ValueError if a network that reads the units of another is in the file, but not in ``owned``."""
     for name in shapes:
         if name not in owned and name.startswith(WITH_UNET):
             raise ValueError(
@@ -183,9 +186,16 @@ def running_means(names: Iterable[str], shapes: Shapes) -> dict[str, str]:
     return found
 
 
-def _with_running_mean(spec: PermutationSpec, shapes: Shapes) -> PermutationSpec:
-    """Add the running means to the groups of the weights that they follow."""
-    twins = running_means(spec.shapes, shapes)
+def with_running_mean(spec: PermutationSpec, shapes: Shapes, argument: str) -> PermutationSpec:
+    """Add the running means in a file to the groups of the weights that they follow; a line names those that follow none."""
+    means = running_means(spec.shapes, shapes)
+    alone = [name for name in shapes if name.startswith(EMA) and shapes[name] and name not in means.values()]
+    if alone:
+        log.warning(
+            "%s: %d running means follow no weight of the file and keep their order, such as %s", argument, len(alone),
+            ", ".join(alone[:3]),
+        )  # fmt: skip
+    twins = {name: mean for name, mean in means.items() if mean not in spec.shapes}
     groups = {}
     for name, group in spec.groups.items():
         more = tuple(replace(x, parameter=twins[x.parameter]) for x in group.axes if x.parameter in twins)
