@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from fastmatch._internal.checks import check_type
+from fastmatch._internal.computed_weights import check_equal_parts, fixed_parts
 from fastmatch._internal.outputs import Claim, check_target, real_path
 from fastmatch._internal.ranks import Ranks, current
 from fastmatch._internal.same_on_ranks import check_same_on_ranks
@@ -91,6 +92,7 @@ def _merged(a: Checkpoint, aligned: AlignedTensors, weight: float | None) -> Cal
     """Return what computes the tensors to write: those of the aligned B, or their merge with A's where A has them."""
     if weight is None:
         return aligned
+    fixed = fixed_parts(a)
 
     def merged(name: str) -> torch.Tensor:
         tensor = aligned(name)
@@ -100,6 +102,9 @@ def _merged(a: Checkpoint, aligned: AlignedTensors, weight: float | None) -> Cal
         if differ_in_inputs(name, first.shape, tensor.shape):
             first = with_more_inputs(first, tensor)
         elif first.shape != tensor.shape:
+            return tensor
+        if name in fixed:
+            check_equal_parts(name, first, tensor, fixed, str(aligned.parameters.path))
             return tensor
         return merge_states([{name: first}, {name: tensor}], [1 - weight, weight])[name]
 
