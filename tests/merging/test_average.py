@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import fastmatch as fm
+from fastmatch._internal.coefficients import remembered_weights
 from fastmatch._internal.modules import with_state
 from fastmatch.merging.average import merge_states
 from helpers.networks import build, fresh_seed
@@ -155,3 +156,22 @@ def test_parts_of_computed_weights_that_differ_are_not_averaged(kind):
     fm.merge([ends[0], ends[0]])
     own = {"x_g": torch.ones(3), "x_v": torch.ones(3), "in_mask": torch.ones(3)}  # names of other things
     assert fm.merge([own, {k: 3 * t for k, t in own.items()}])["x_v"].tolist() == [2.0] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("change", ["every entry", "one entry", "two entries swapped"])
+def test_a_note_of_weights_holds_for_no_other_tensors_of_the_same_type(dtype, change):
+    ends = [nn.Linear(64, 33).to(dtype) for _ in range(2)]
+    merged = fm.merge(ends, [0.2, 0.8])
+    with torch.no_grad():
+        flat = merged.weight.view(-1)
+        if change == "every entry":
+            flat.mul_(1.008)
+        elif change == "one entry":
+            flat[1].mul_(1.5)
+        else:
+            flat[[1, 2]] = flat[[2, 1]]
+    assert remembered_weights(merged) is None
+    kept = fm.merge(ends, [0.2, 0.8])
+    assert remembered_weights(kept) == (0.2, 0.8)
+    assert remembered_weights(kept.to(torch.float32)) == (0.2, 0.8)
