@@ -17,6 +17,8 @@ _NOTE = "fastmatch_merge_weights"
 _ENTRIES = 256
 """Of every parameter that a note keeps, to tell whether the module still holds what was merged."""
 
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     """Return one finite weight per model; equal weights for None.
@@ -48,22 +50,25 @@ def warn_of_scale(weights: Sequence[float], call: str = "merge", scaled: str = "
 
 @dataclass(frozen=True)
 class _Note:
-    """The weights of a merge, and entries of the tensors that it made, by parameter."""
+    """The weights of a merge, and of the tensors that it made, by parameter: entries, the dtype and a sum over all bits."""
 
     weights: tuple[float, ...]
     entries: dict[str, torch.Tensor]
-    precision: dict[str, float]
+    dtypes: dict[str, torch.dtype]
+    sums: dict[str, torch.Tensor]
 
 
 def remember_weights(model: nn.Module, weights: Sequence[float]) -> nn.Module:
     """Note on a merged module the weights it was made with, for a later renormalization.
 
-    Copies keep the note. It holds for the tensors that the module has now, in any precision and on any device.
+    Copies keep the note. It holds for the tensors that the module has now, on any device. In their own dtype not one bit may
+    change; after a cast, entries may differ by rounding.
     """
     parameters = _floating(model)
     entries = {name: _entries(tensor) for name, tensor in parameters.items()}
-    precision = {name: torch.finfo(tensor.dtype).eps for name, tensor in parameters.items()}
-    model.__dict__[_NOTE] = _Note(tuple(float(w) for w in weights), entries, precision)
+    dtypes = {name: tensor.dtype for name, tensor in parameters.items()}
+    sums = {name: _sum_of_bits(tensor) for name, tensor in parameters.items()}
+    model.__dict__[_NOTE] = _Note(tuple(float(w) for w in weights), entries, dtypes, sums)
     return model
 
 
@@ -85,12 +90,16 @@ def _has_changed(model: nn.Module, note: _Note) -> bool:
         return True
     same: dict[torch.device, list[torch.Tensor]] = {}
     for name, tensor in parameters.items():
+        if tensor.dtype == note.dtypes[name]:
+            then = note.sums[name].to(tensor.device)
+            same.setdefault(tensor.device, []).append((_sum_of_bits(tensor) == then).all())
+            continue
         now = _entries(tensor)
         then = note.entries[name].to(now.device)
         if then.shape != now.shape:
             return True
         if now.numel():
-            eps = 2 * max(note.precision[name], torch.finfo(tensor.dtype).eps)
+            eps = 2 * max(torch.finfo(dtype).eps for dtype in (note.dtypes[name], tensor.dtype))
             close = (now - then).abs() <= eps * (then.abs() + then.abs().max())
             same.setdefault(now.device, []).append((close | (now == then)).all())
     return not all(bool(torch.stack(found).all()) for found in same.values())  # a GPU is waited for once
@@ -100,6 +109,15 @@ def _floating(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the parameters, of divided ones this rank's part; running statistics are buffers, which change while a model is calibrated or trained."""
     found = {name: local_part(p).detach() for name, p in model.named_parameters() if not p.is_meta}
     return {name: t for name, t in found.items() if t.is_floating_point() or t.is_complex()}
+
+
+def _sum_of_bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a checksum of all entries, equal on every device: sums of their bits, of which half are weighted by place."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    bits = tensor.reshape(-1).view(_INTEGERS[tensor.itemsize])
+    odd = bits[1::2].sum(dtype=torch.int64)
+    return torch.stack([bits.sum(dtype=torch.int64), odd])
 
 
 def _entries(tensor: torch.Tensor) -> torch.Tensor:

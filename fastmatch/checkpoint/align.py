@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from fastmatch._internal.checks import check_type
+from fastmatch._internal.computed_weights import check_equal_parts, fixed_parts
 from fastmatch._internal.files import check_format, in_common
 from fastmatch._internal.outputs import Claim, check_target, real_path
 from fastmatch._internal.ranks import Ranks, current
@@ -100,6 +101,7 @@ def _merged(a: Checkpoint, aligned: AlignedTensors, write: WriteOptions) -> Call
     weight = write.merge
     if weight is None:
         return aligned
+    fixed = fixed_parts(a)
 
     def merged(name: str) -> torch.Tensor:
         tensor = aligned(name)
@@ -109,6 +111,9 @@ def _merged(a: Checkpoint, aligned: AlignedTensors, write: WriteOptions) -> Call
         if differ_in_inputs(name, first.shape, tensor.shape):
             first = with_more_inputs(first, tensor)
         elif first.shape != tensor.shape:
+            return tensor
+        if name in fixed:
+            check_equal_parts(name, first, tensor, fixed, str(aligned.parameters.path))
             return tensor
         work = torch.promote_types(working_dtype(first.dtype), working_dtype(tensor.dtype))
         if torch.equal(first.to(work), tensor.to(work)):  # indices in a floating point type bear no rounding

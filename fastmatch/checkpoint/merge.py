@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from fastmatch._internal.coefficients import check_weights, warn_of_scale
+from fastmatch._internal.computed_weights import check_equal_parts, fixed_parts
 from fastmatch._internal.progress import progress_bar
 from fastmatch._internal.states import check_finite, check_same_architecture, working_dtype
 from fastmatch.checkpoint.align import metadata_of
@@ -88,8 +89,9 @@ def merge_checkpoints(
         progress: show a progress bar; None shows it on a terminal, for work of more than a second.
 
     Raises:
-        ValueError: weights do not fit, the architectures differ, numbers of eight bits have scales beside them, or the merge is not
-            finite. What is at fault is named.
+        ValueError: weights do not fit, the architectures differ, numbers of eight bits have scales beside them, the merge is not
+            finite, or checkpoints differ in masks or parametrizations, whose average is not one of the weights (see
+            :func:`fastmatch.merge`). What is at fault is named.
         OSError: a file is missing or cannot be written. Nothing is left half-written.
 
     Warns:
@@ -138,6 +140,7 @@ def write_merge(
         _check_base(first.checkpoint, base, frozenset().union(*present))
         present = [has & base.keys() for has in present]
         others = [_difference(other, base, has) for other, has in zip(others, present, strict=True)]
+    fixed = fixed_parts(names)
     steps = iter(progress_bar(range(len(names)), "merging", show=progress))
 
     def merged(name: str) -> torch.Tensor:
@@ -153,6 +156,12 @@ def write_merge(
         if base is None:
             mine += sum(alphas) - sum(alpha for _, alpha in shares)  # in place of those that lack it
         own = tensor.to(working_dtype(tensor.dtype))
+        if name in fixed:
+            expected = own if base is None else torch.zeros_like(own)
+            for other, alpha in shares:
+                if alpha:
+                    check_equal_parts(name, expected, other.make(name), fixed, str(other.checkpoint.path))
+            return tensor if dtype is None or tensor.is_complex() else tensor.to(dtype)
         total: torch.Tensor | None = None
         for other, alpha in shares:
             if alpha:

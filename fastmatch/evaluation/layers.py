@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -22,6 +24,7 @@ from fastmatch._internal.layer_calls import on_call
 from fastmatch._internal.padding import is_rows
 from fastmatch._internal.shared_data import read_in_step
 from fastmatch.evaluation.table import Table
+from fastmatch.renorm.endpoints import CallCounter
 from fastmatch.renorm.layers import channel_dim, survey
 from fastmatch.renorm.norms import batch_norms, is_norm
 from fastmatch.statistics.moments import ChannelMoments
@@ -37,18 +40,33 @@ class _LayerMeter:
 
     def __init__(self, layer: nn.Module, kind: str) -> None:
         self.moments = ChannelMoments()
-        self.at_zero: torch.Tensor | None = None
         self.kind = kind
+        self._at_zero: list[torch.Tensor] = []
         self.weight, self.bias = (_mean_absolute(getattr(layer, name, None)) for name in ("weight", "bias"))
-        self._absolute = self._vanishing = self._of_weight = self._norms = 0.0
+        self._absolute = self._vanishing = self._of_weight = self._norms = self._constant = 0.0
         self._numbers = self._samples = 0
         self._alive: torch.Tensor | None = None
 
-    def see(self, layer: nn.Module, inputs: torch.Tensor, output: torch.Tensor) -> None:
-        """Take one call of the layer. The first must be on zero inputs, all others on data."""
-        if self.at_zero is None:
-            self.at_zero = output.detach()[:1].double()
-            return
+    def see_zero(self, output: torch.Tensor, call: int) -> None:
+        """Take the output of one call on a batch of zeros; ``call`` counts the calls of a forward pass."""
+        kept = output.detach()
+        if len(kept) and bool((kept == kept[:1]).all()):  # every sample is the same
+            kept = kept[:1]
+        self._at_zero[call:] = [kept.double()]
+
+    def see(self, layer: nn.Module, inputs: torch.Tensor, output: torch.Tensor, call: int) -> None:
+        """Take one call on data, after the same call on zeros.
+
+        Raises:
+            ValueError: the call was not made on zeros, or its output there has another shape.
+        """
+        at_zero = self._at_zero[call] if call < len(self._at_zero) else None
+        if at_zero is None or at_zero.shape[1:] != output.shape[1:] or len(at_zero) not in (1, len(output)):
+            there = "is not made" if at_zero is None else f"has an output of shape {tuple(at_zero.shape)}"
+            raise ValueError(
+                f"models: expected calls of one shape on data and on zeros; call {call} of a {type(layer).__name__} {there} on zeros, "
+                f"and has an output of shape {tuple(output.shape)} on data"
+            )
         dim = _channels(layer, output) if self.kind == "norm" else channel_dim(layer, output)
         self.moments.update(output, dim)
         self._absolute += float(output.abs().sum(dtype=torch.float64))
@@ -58,7 +76,8 @@ class _LayerMeter:
             self._of_weight += float(output_of_weight.abs().sum(dtype=torch.float64))
         else:
             self._of_weight += float(output.abs().sum(dtype=torch.float64))
-        change = output.double() - self.at_zero
+        change = output.double() - at_zero
+        self._constant += float(at_zero.abs().mean()) * output.numel()
         self._vanishing += float(change.abs().sum())
         self._norms += float(change.flatten(1).square().mean(1).sqrt().sum())
         self._samples += len(change)
@@ -70,7 +89,6 @@ class _LayerMeter:
     def row(self) -> dict[str, float]:
         """Return the layer's numbers, over all samples, positions and channels."""
         assert self._alive is not None
-        assert self.at_zero is not None
         return {
             "variance": float(self.moments.variance.mean()),
             "mean |z|": self._absolute / self._numbers,
@@ -79,7 +97,7 @@ class _LayerMeter:
             "mean |b|": self.bias,
             "|z(x) - z(0)|": self._vanishing / self._numbers,
             "rms z(x) - z(0)": self._norms / self._samples,
-            "mean |z(0)|": float(self.at_zero.abs().mean()),
+            "mean |z(0)|": self._constant / self._numbers,
             "dead inputs": 1 - float(self._alive.double().mean()),
         }
 
@@ -118,7 +136,8 @@ def layer_table(
 
     Args:
         models: name -> module, of one architecture; they are not changed.
-        data: a loader of inputs or (inputs, targets); inputs are tensors. Read once for all models.
+        data: a loader of inputs or (inputs, targets); inputs are tensors. Read once for all models, which run once more on zeros
+            for every new shape of a batch.
         endpoints: names of the models that ratios are taken to.
         norms: measure the outputs of norms too.
         samples: stop after this many samples; None reads all of them.
@@ -139,7 +158,8 @@ def layer_table(
 
     Raises:
         TypeError: ``models`` is not a mapping, or a model is not a torch module.
-        ValueError: no model, an endpoint that is not among them, weights that do not fit the endpoints, or no data.
+        ValueError: no model, an endpoint that is not among them, weights that do not fit the endpoints, no data, or a layer
+            whose calls depend on the values of the inputs, so that z(0) is not known for each.
     """
     check_named("models", models)
     if not models:
@@ -150,60 +170,99 @@ def layer_table(
     if weights is not None and not endpoints:
         raise ValueError("weights: given without endpoints; they are the weights of the endpoints")
     alphas = check_weights(weights, len(endpoints)) if endpoints else []
-    meters: dict[str, dict[str, _LayerMeter]] = {}
+    for key, model in models.items():
+        check_module(model, f"models[{key!r}]")
+    passes = {id(model): _Pass() for model in models.values()}  # a model under two names is run once
+    distinct = {id(model): model for model in models.values()}
     handles = []
     try:
-        for key, model in models.items():
-            check_module(model, f"models[{key!r}]")
-            meters[key] = {}
+        for key, model in distinct.items():
             for name, layer in survey(model)[0].items():
-                handles.append(on_call(layer, _meet(name, "layer", layer, meters[key])))
+                handles.append(on_call(layer, _meet(name, "layer", layer, passes[key])))
             for name, norm in ((n, m) for n, m in model.named_modules() if norms and is_norm(m)):
-                handles.append(on_call(norm, _meet(name, "norm", norm, meters[key])))
-        with evaluating(*models.values()):
-            started = False
+                handles.append(on_call(norm, _meet(name, "norm", norm, passes[key])))
+        with evaluating(*distinct.values()):
+            shapes = None
             every = batches_of(data, "layers", samples=samples, progress=progress)
-            for batch in read_in_step(every, *models.values()):
-                for model in models.values():
-                    if not started:
-                        forward(model, _zeros(batch))
-                    forward(model, batch)
-                started = True
+            for batch in read_in_step(every, *distinct.values()):
+                last, shapes = shapes, _shapes(batch)
+                for key, model in distinct.items():
+                    if shapes != last:
+                        with passes[key].running(on_zeros=True):
+                            forward(model, _zeros(batch))
+                    with passes[key].running(on_zeros=False):
+                        forward(model, batch)
     finally:
         for handle in handles:
             handle.remove()
     rows = [
         {"model": key, "layer": name, "depth": depth, "kind": meter.kind, **meter.row()}
-        for key, table in meters.items()
-        for depth, (name, meter) in enumerate(table.items(), start=1)
+        for key, model in models.items()
+        for depth, (name, meter) in enumerate(passes[id(model)].meters.items(), start=1)
     ]
     if endpoints:
         _add_ratios(rows, endpoints, alphas)
     return Table(tuple(rows))
 
 
-def _meet(
-    name: str, kind: str, layer: nn.Module, table: dict[str, _LayerMeter]
-) -> Callable[[torch.Tensor, torch.Tensor], None]:
+class _Pass:
+    """The meters of one model, and whether it is running, on zeros or on data."""
+
+    def __init__(self) -> None:
+        self.meters: dict[str, _LayerMeter] = {}
+        self.counter = CallCounter()
+        self.is_running = self.on_zeros = False
+
+    @contextmanager
+    def running(self, *, on_zeros: bool) -> Iterator[None]:
+        """Measure one forward pass. Layers that another model shares are not measured when that one runs."""
+        self.counter.start()
+        self.is_running, self.on_zeros = True, on_zeros
+        try:
+            yield
+        finally:
+            self.is_running = False
+
+
+def _meet(name: str, kind: str, layer: nn.Module, own: _Pass) -> Callable[[torch.Tensor, torch.Tensor], None]:
     def see(inputs: torch.Tensor, output: torch.Tensor) -> None:
-        if name not in table:
-            table[name] = _LayerMeter(layer, kind)
-        table[name].see(layer, inputs, output)
+        if not own.is_running:
+            return
+        call = own.counter.next(name)
+        meter = own.meters.setdefault(name, _LayerMeter(layer, kind))
+        if own.on_zeros:
+            meter.see_zero(output, call)
+        else:
+            meter.see(layer, inputs, output, call)
 
     return see
 
 
+def _shapes(value: Any) -> Any:
+    """Return the shapes of the tensors and rows in a batch; the outputs on zeros are kept for batches of the same shapes."""
+    if isinstance(value, Mapping):
+        return {k: _shapes(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_shapes(v) for v in value]
+    return getattr(value, "shape", ())
+
+
 def _zeros(value: Any) -> Any:
-    """Return a batch of one sample of zeros, shaped like those of ``value``, including targets and tokens."""
+    """Return a batch of zeros, shaped like ``value``, including targets and tokens."""
     if isinstance(value, torch.Tensor):
-        return torch.zeros_like(value[:1]) if value.ndim else value
+        return torch.zeros_like(value) if value.ndim else value
     value = collated(value)
     if isinstance(value, Mapping):
-        lists = {k: torch.as_tensor(v[0], device="cpu")[None] for k, v in value.items() if is_rows(v)}
-        return {k: _zeros(v) for k, v in {**value, **lists}.items()}
+        return {k: _zeros_of_rows(v) if is_rows(v) else _zeros(v) for k, v in value.items()}
     if isinstance(value, (tuple, list)):
         return [_zeros(v) for v in value]
     return value
+
+
+def _zeros_of_rows(value: Any) -> Any:
+    if isinstance(value, (torch.Tensor, np.ndarray)) or not hasattr(value[0], "__len__"):
+        return torch.zeros_like(torch.as_tensor(value))
+    return [torch.zeros_like(torch.as_tensor(row, device="cpu")) for row in value]
 
 
 def _add_ratios(rows: list[dict[str, Any]], endpoints: Sequence[str], weights: list[float]) -> None:

@@ -47,7 +47,7 @@ class Scores(NamedTuple):
         True
 
     Attributes:
-        loss: mean over samples.
+        loss: mean over samples, without those whose class is -100.
         accuracy: fraction of samples whose class is the most likely one, 0 to 1; NaN if targets are not classes.
         top5: fraction of samples whose class is among the five most likely, 0 to 1; NaN if targets are not classes.
         metric: mean of the given metric; NaN if none was given.
@@ -91,7 +91,7 @@ def score(
     parallelism, ZeRO-3, DistributedDataParallel) runs on all batches on every rank.
 
     Returns:
-        :class:`Scores`, means over all samples; over all targets that are not -100 where a sample has several. Accuracy
+        :class:`Scores`, means over all samples; over all targets that are not -100 where these are classes. Accuracy
         is measured where the targets are (batch,) integers and the outputs (batch, classes).
 
     Raises:
@@ -240,9 +240,10 @@ class _Totals:
         self.has_classes, self.has_metric = True, False
 
     def add(self, loss: Any, metric: Any, output: Any, targets: torch.Tensor, size: int) -> None:
-        """Add one batch. A batch counts by its samples, or by its targets if a sample has several."""
+        """Add one batch. A batch counts by its targets that are not left out, or by its samples if it has no whole targets."""
         several = targets.ndim > 1 and not (targets.is_floating_point() or targets.is_complex())
-        weight = int((targets != IGNORED).sum()) if several else size
+        counted = several or _is_classes(output, targets)
+        weight = int((targets != IGNORED).sum()) if counted else size
         if weight:
             self.loss += float(loss) * weight
             self.metric += 0.0 if metric is None else float(metric) * weight
@@ -265,7 +266,7 @@ class _Totals:
     def scores(self) -> Scores:
         """Return the means."""
         if self.weight == 0:
-            raise ValueError("data: yielded no samples")
+            raise ValueError("data: yielded no samples, or none with a target that is not -100")
         is_class = self.has_classes and self.count > 0
         return Scores(
             self.loss / self.weight,

@@ -4,6 +4,9 @@ A unit between positively homogeneous operations (ReLU, leaky ReLU, pooling, add
 weights and bias times c, its outgoing weights divided by c. The function is the same, but weights of two such networks
 are not comparable. The balanced network is the one with the smallest sum of squared weights: there, the incoming and the
 outgoing weights of every unit have equal norms. It does not depend on the scales that the network came with.
+
+A depthwise convolution reads a unit and gives it on: its bias is scaled like the unit, and its weight stays as it is. So the scale of
+a unit before such a layer and the scale after it are one number here.
 """
 
 from __future__ import annotations
@@ -85,7 +88,7 @@ def balance(model: nn.Module, example_inputs: Any, *, seed: int = 0) -> Balanced
 
     Returns:
         :class:`Balanced`. Groups that may not be scaled are listed, and stay as they are. So do units without
-        incoming or outgoing weights.
+        incoming or outgoing weights, and the weights of depthwise convolutions, before and after which a unit has one scale.
 
     Raises:
         TypeError: ``model`` is not a torch module.
@@ -99,7 +102,8 @@ def balance(model: nn.Module, example_inputs: Any, *, seed: int = 0) -> Balanced
     check_finite(state, "model")
     found = trace(model, example_inputs)
     spec = PermutationSpec(found.groups, found.shapes, found.pins, found.sites).flat()
-    sides = {name: _Sides.of(spec, name, found.entries) for name in spec.groups}
+    passed = _depthwise(model)
+    sides = {name: _Sides.of(spec, name, found.entries, passed) for name in spec.groups}
     bent = {s.group for s in spec.sites if s.role == "activation" and _base(s.op_name) not in HOMOGENEOUS}
     usable = [name for name, side in sides.items() if side.leave and side.enter and name not in bent]
     examples = examples_of(example_inputs, None)
@@ -115,12 +119,21 @@ def scaled_at_random(model: nn.Module, example_inputs: Any, *, seed: int) -> nn.
     generator = torch.Generator("cpu").manual_seed(seed)
     found = trace(model, example_inputs)
     spec = PermutationSpec(found.groups, found.shapes, found.pins, found.sites).flat()
-    scales = []
+    scales, passed = [], _depthwise(model)
     for name in balance(model, example_inputs).scales:
-        sides = _Sides.of(spec, name, found.entries)
+        sides = _Sides.of(spec, name, found.entries, passed)
         values = torch.exp2(torch.randn(sides.size, generator=generator, dtype=torch.float64, device="cpu"))
         scales.append((sides, values))
     return with_state(model, _scaled(state_of(model, "model"), scales))
+
+
+def _depthwise(model: nn.Module) -> frozenset[str]:
+    """Return the weights of depthwise convolutions, which a unit enters and leaves with one scale."""
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    found = (
+        (n, m) for n, m in model.named_modules() if isinstance(m, kinds) and m.groups == m.in_channels > 1
+    )
+    return frozenset(f"{name}.weight" if name else "weight" for name, _ in found)
 
 
 def _base(op_name: str) -> str:
@@ -130,7 +143,7 @@ def _base(op_name: str) -> str:
 
 @dataclass(frozen=True)
 class _Sides:
-    """The axes at which a group's units leave a parameter, and those at which they enter one."""
+    """The axes at which a group's units leave a parameter, and those at which they enter one, except ``passed`` ones, which do both."""
 
     name: str
     size: int
@@ -138,10 +151,13 @@ class _Sides:
     enter: tuple[Axis, ...]
 
     @classmethod
-    def of(cls, spec: PermutationSpec, name: str, entries: frozenset[tuple[str, int]]) -> _Sides:
+    def of(
+        cls, spec: PermutationSpec, name: str, entries: frozenset[tuple[str, int]], passed: frozenset[str]
+    ) -> _Sides:
         group = spec.groups[name]
-        enter = tuple(a for a in group.axes if (a.parameter, a.dim) in entries)
-        return cls(name, group.size, tuple(a for a in group.axes if a not in enter), enter)
+        axes = [a for a in group.axes if a.parameter not in passed]
+        enter = tuple(a for a in axes if (a.parameter, a.dim) in entries)
+        return cls(name, group.size, tuple(a for a in axes if a not in enter), enter)
 
     def along(self, axis: Axis, values: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
         """Return (size,) values at the units' places of an axis and one elsewhere, shaped to multiply ``tensor``."""

@@ -11,6 +11,8 @@ from torch import nn
 from fastmatch._internal.callers import warn_user
 from fastmatch._internal.checks import check_choice
 from fastmatch._internal.coefficients import check_weights, remember_weights, warn_of_scale
+from fastmatch._internal.computed_weights import check_equal_parts, fixed_parts
+from fastmatch._internal.divided import local_part
 from fastmatch._internal.modules import with_state
 from fastmatch._internal.ranks import is_divided
 from fastmatch._internal.states import (
@@ -35,7 +37,8 @@ def merge_states(states: Sequence[State], weights: Sequence[float] | None = None
 
     Sums run in float32 or wider. Integer buffers (step counters) are the first model's. Running statistics of batch
     norm are averaged like everything else, which is only an approximation: measure them on data
-    (:func:`fastmatch.renormalize` with ``method="reset"``).
+    (:func:`fastmatch.renormalize` with ``method="reset"``). Masks of torch.nn.utils.prune and tensors of parametrizations
+    must be equal in all models, and are the first model's.
     """
     if not states:
         raise ValueError("models: expected at least one")
@@ -43,8 +46,12 @@ def merge_states(states: Sequence[State], weights: Sequence[float] | None = None
     for k, state in enumerate(states[1:], start=1):
         check_same_architecture(states[0], state, "models[0]", f"models[{k}]")
     merged: dict[str, torch.Tensor] = {}
+    fixed = fixed_parts(states[0])
     for name, first in states[0].items():
-        if not (first.is_floating_point() or first.is_complex()):
+        if name in fixed:
+            for k, state in enumerate(states):
+                check_equal_parts(name, local_part(first), local_part(state[name]), fixed, f"models[{k}]")
+        if name in fixed or not (first.is_floating_point() or first.is_complex()):
             merged[name] = first.clone()
             continue
         tensors = [state[name] for state in states]
@@ -123,8 +130,9 @@ def merge(
 
     Raises:
         TypeError: something is neither a module nor a state dict.
-        ValueError: architectures differ, weights do not fit (negative ones for ``"normalize"``), or a model holds NaN
-            or infinity.
+        ValueError: architectures differ, weights do not fit (negative ones for ``"normalize"``), a model holds NaN
+            or infinity, or the models differ in tensors from which a layer computes its weight, so that an average of these is not
+            one of the weights: masks of torch.nn.utils.prune (equal masks are fine), or parametrizations such as weight_norm.
 
     Warns:
         UserWarning: the weights do not sum to one, so that every tensor is scaled; or ``"normalize"`` for a network with

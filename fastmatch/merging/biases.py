@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -17,15 +18,24 @@ __all__ = ["bias_depths", "norms_in", "remove_biases", "zeroed_biases"]
 Model = TypeVar("Model", nn.Module, Mapping[str, torch.Tensor])
 
 
-def _bias_names(state: State) -> list[str]:
-    """Return the biases of linear and convolution layers, in the state's order. Biases of norms are not included."""
-    names = []
-    for name in state:
-        if name == "bias" or name.endswith(".bias"):
-            weight = state.get(f"{name[: -len('bias')]}weight")
-            if weight is not None and weight.ndim >= 2:
-                names.append(name)
-    return names
+_WEIGHT = re.compile(
+    r"(?P<layer>(?:.*\.)?)(?:weight|weight_orig|weight_v|parametrizations\.weight\.original[01]?)"
+)
+"""A layer's weight, or what torch.nn.utils computes it from: masked, spectral_norm, weight_norm, parametrized."""
+_BIAS = re.compile(r"(?P<layer>(?:.*\.)?)(?:bias|bias_orig|parametrizations\.bias\.original)")
+
+
+def _layers(state: State) -> list[str]:
+    """Return the paths of linear and convolution layers, each empty or ending in a dot, in the state's order. Norms are not included."""
+    found = {m["layer"]: None for name, t in state.items() if t.ndim >= 2 and (m := _WEIGHT.fullmatch(name))}
+    return list(found)
+
+
+def _bias_names(state: State) -> dict[str, str]:
+    """Return bias name -> its layer, for linear and convolution layers, in the state's order."""
+    layers = set(_layers(state))
+    matches = {name: _BIAS.fullmatch(name) for name in state}
+    return {name: m["layer"] for name, m in matches.items() if m and m["layer"] in layers}
 
 
 def bias_depths(model: nn.Module | State) -> dict[str, int]:
@@ -35,14 +45,14 @@ def bias_depths(model: nn.Module | State) -> dict[str, int]:
     follow, layers are counted in the state's order.
     """
     state = state_of(model, "model")
-    weights = [n for n, t in state.items() if t.ndim >= 2 and n.rsplit(".", 1)[-1] == "weight"]
-    traced = _traced_depths(model, set(weights)) if isinstance(model, nn.Module) else {}
-    depth = {name: traced.get(name, k) for k, name in enumerate(weights, start=1)}
-    return {name: depth[f"{name[: -len('bias')]}weight"] for name in _bias_names(state)}
+    layers = _layers(state)
+    traced = _traced_depths(model, set(layers)) if isinstance(model, nn.Module) else {}
+    depth = {layer: traced.get(layer, k) for k, layer in enumerate(layers, start=1)}
+    return {name: depth[layer] for name, layer in _bias_names(state).items()}
 
 
-def _traced_depths(model: nn.Module, weights: set[str]) -> dict[str, int]:
-    """Return weight name -> depth for the weights on the graph; nothing if the model cannot be traced."""
+def _traced_depths(model: nn.Module, layers: set[str]) -> dict[str, int]:
+    """Return layer -> depth for the layers on the graph; nothing if the model cannot be traced."""
     try:
         graph = model.graph if isinstance(model, fx.GraphModule) else fx.symbolic_trace(model).graph
     except Exception:  # whatever the model's own code does with a proxy
@@ -52,12 +62,13 @@ def _traced_depths(model: nn.Module, weights: set[str]) -> dict[str, int]:
     for node in graph.nodes:
         reached[node] = max((reached[n] for n in node.all_input_nodes), default=0)
         if node.op == "call_module":
-            own = [name for name in weights if name.startswith(f"{node.target}.")]
+            own = [layer for layer in layers if layer.startswith(f"{node.target}.")]
         else:  # a weight that a function takes
-            own = [n.target for n in node.all_input_nodes if n.op == "get_attr" and n.target in weights]
-        for name in own:
+            read = (str(n.target) for n in node.all_input_nodes if n.op == "get_attr")
+            own = [m["layer"] for name in read if (m := _WEIGHT.fullmatch(name)) and m["layer"] in layers]
+        for layer in own:
             reached[node] += 1
-            depths[str(name)] = max(depths.get(str(name), 0), reached[node])
+            depths[layer] = max(depths.get(layer, 0), reached[node])
     return depths
 
 
@@ -73,7 +84,7 @@ def norms_in(model: nn.Module | State) -> list[str]:
 
 def zeroed_biases(state: State, last: int | None = None) -> dict[str, torch.Tensor]:
     """Return zeros for the biases of the ``last`` layers, or of all layers for None."""
-    names = _bias_names(state)
+    names = list(_bias_names(state))
     if last is not None and not 0 <= last <= len(names):
         raise ValueError(f"last: expected 0 to {len(names)}, the number of biases, got {last}")
     chosen = names if last is None else names[len(names) - last :]

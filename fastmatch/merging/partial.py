@@ -17,6 +17,7 @@ from fastmatch._internal.batches import (
     device_of,
     evaluating,
 )
+from fastmatch._internal.callers import warn_user
 from fastmatch._internal.checks import check_integer
 from fastmatch._internal.coefficients import check_weights, remember_weights
 from fastmatch._internal.eager import uncompiled
@@ -36,6 +37,7 @@ from fastmatch.merging.unit_rules import Identity, MatchedUnits, RuleName
 from fastmatch.merging.units import UnitMaps, identity_maps, on_axis
 from fastmatch.permutations.precise import double_copy, in_double, largest_difference, outputs_of
 from fastmatch.renorm.endpoints import Calls, EndpointStatistics, endpoint_statistics
+from fastmatch.renorm.norms import is_norm
 from fastmatch.renorm.probes import Probe
 from fastmatch.spec import ActivationSite, PermutationSpec
 from fastmatch.spec.activation_sites import SiteReader
@@ -235,6 +237,9 @@ def merge_partial(
         ValueError: architectures differ, an argument is out of range, a group is unknown, the data yields nothing, or
             neither ``torch.fx`` nor ``torch.export`` can follow the model.
 
+    Warns:
+        UserWarning: the rule is :class:`fastmatch.CCA` and merged units go through layer, group or RMS norms.
+
     Memory: for each merged group one (N n, N n) float64 matrix, or N - 1 of (n, n) to permute; :class:`fastmatch.CCA`
     also keeps n x n maps at the boundary.
     """
@@ -277,6 +282,8 @@ def merge_partial(
     else:
         moments = _read_moments(copies, plan, rule, progress)
         maps = {name: rule.maps(found, alphas) for name, found in moments.items()}
+    if any(found.spread is None for found in maps.values()):
+        _warn_of_norms(models[0], plan, maps)
     maps = {name: found.to(device, _work_dtype(states[0])) for name, found in maps.items()}
     model = rewire(plan, copies, maps, alphas)
     kept = tuple(name for name, _ in model.named_parameters() if name.startswith("apart."))
@@ -284,6 +291,24 @@ def merge_partial(
     return PartialMerge(
         model, rule.name, tuple(alphas), structure.spec, kept, maps, structure.inputs, plan.stops
     )
+
+
+def _warn_of_norms(model: nn.Module, plan: Rewiring, maps: dict[str, UnitMaps]) -> None:
+    """Warn of merged norms of mixed units, except batch norms: each computes a scale from the units that it reads."""
+    axes_of = plan.structure.spec.axes_of
+    found = [
+        name
+        for name, module in model.named_modules()
+        if is_norm(module)
+        and not isinstance(module, nn.modules.batchnorm._BatchNorm)
+        and f"{name}.weight" in plan.merged
+        and any(group in maps for _, group in axes_of(f"{name}.weight"))
+    ]
+    if found:
+        warn_user(
+            f"merge_partial: the rule mixes units, and a mixture of normalized units has no scale of its own; expected no norms "
+            f"except batch norms among the merged layers, got {found}. fm.Permute(data) may merge these networks better"
+        )
 
 
 def _identity(plan: Rewiring, weights: Sequence[float]) -> dict[str, UnitMaps]:

@@ -41,6 +41,12 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 }
 """The options of the matchers that are words, numbers and truth values."""
 
+PYTHON_ONLY = dict.fromkeys(
+    ("ascent", "projection", "loss", "forward"),
+    "this option is a Python object, for which a recipe has no form",
+)
+"""Options of the matchers that a recipe does not take -> why."""
+
 MatcherWord: TypeAlias = Literal["weights", "activations", "fisher", "straight-through"]
 
 KEYS = (
@@ -253,13 +259,12 @@ def _align_of(value: Any) -> Step | None:
         value = "weights"
     step = _step("align", value, "matcher", "weights")
     check_choice("align.matcher", step.word, MatcherWord)
-    _check_keys(step.options, ("matcher", "data", *OPTIONS[step.word]), "align.")
+    _check_keys(step.options, ("matcher", "data", *OPTIONS[step.word]), "align.", PYTHON_ONLY)
     if step.word == "weights" and step.data is not None:
         raise ValueError("align.data: matching by weights reads no data")
     if step.word != "weights" and step.data is None:
         raise ValueError(f"align.data: the matcher {step.word!r} needs a loader, as module:callable")
-    if step.word == "weights":
-        WeightMatching(**step.options)  # checks the options
+    MATCHERS[step.word](**({} if step.data is None else {"data": []}), **step.options)  # checks the options
     return step
 
 

@@ -21,7 +21,7 @@ from fastmatch._internal.progress import progress_bar
 from fastmatch.evaluation.scores import evaluate
 from fastmatch.evaluation.table import Table
 from fastmatch.renorm import Renormalization, applied_plan, endpoint_statistics, renormalize
-from fastmatch.renorm.layers import survey
+from fastmatch.renorm.layers import by_outputs, channel_dim, raw_weight, survey
 from fastmatch.renorm.least_squares import LayerFit
 from fastmatch.renorm.options import RIDGE, Method
 from fastmatch.statistics.fisher import diagonal_fisher
@@ -55,7 +55,8 @@ def mask_of(scores: torch.Tensor, amount: float, *, by_row: bool = False) -> tor
     Args:
         scores: one per weight; ``weight.abs()`` for magnitude pruning.
         amount: fraction to prune, 0 to 1, of the tensor or of each row.
-        by_row: compare within rows (output channels), as Wanda does.
+        by_row: compare within rows, as Wanda does. Rows are output channels, except in GPT-2's Conv1D, whose weight is
+            (inputs, outputs): give ``scores.T`` and transpose the mask.
 
     Raises:
         ValueError: ``amount`` is out of range.
@@ -94,8 +95,10 @@ def n_of_m(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
 def pruned_copy(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> nn.Module:
     """Return a copy of ``model`` in which the named layers' weights are zero where the mask is False.
 
+    Of a layer that is pruned already (torch.nn.utils.prune) ``weight_orig`` becomes zero there, and its own mask stays.
+
     Raises:
-        ValueError: a mask names a layer without a weight.
+        ValueError: a mask names a layer without a weight, or one that computes its weight otherwise, such as weight_norm.
     """
     new = copy_module(model)
     modules = dict(new.named_modules())
@@ -104,7 +107,16 @@ def pruned_copy(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> nn.Modul
             weight = getattr(modules.get(name), "weight", None)
             if not isinstance(weight, torch.Tensor):
                 raise ValueError(f"masks: model has no tensor '{name}.weight'")
-            weight.mul_(mask.to(weight))
+            raw = raw_weight(modules[name])
+            if raw is not None:
+                raw.mul_(mask.to(raw))
+                if isinstance(getattr(modules[name], "weight_mask", None), torch.Tensor):
+                    weight.mul_(mask.to(weight))  # what the layer holds until its next call
+            if raw is None or bool(modules[name].weight[~mask.bool()].any()):  # pyright: ignore
+                raise ValueError(
+                    f"masks: expected layers that hold their weight; {name!r} computes it from other tensors (as weight_norm does); "
+                    "call torch.nn.utils.parametrize.remove_parametrizations first"
+                )
     return new
 
 
@@ -204,7 +216,7 @@ def input_norms(
     def measure(name: str, layer: nn.Module):
         def see(inputs: torch.Tensor) -> None:
             x = inputs.double()
-            x = x.movedim(-layer.weight.ndim + 1, -1) if not isinstance(layer, nn.Linear) else x  # pyright: ignore
+            x = x.movedim(channel_dim(layer, x), -1)
             square = x.flatten(0, -2).square().sum(0)
             sums[name] = sums[name] + square if name in sums else square
 
@@ -220,7 +232,10 @@ def input_norms(
         for handle in handles:
             handle.remove()
     return {
-        name: total.sqrt().to(layers[name].weight.dtype).view(1, -1, *[1] * (layers[name].weight.ndim - 2))
+        name: by_outputs(
+            layers[name],
+            total.sqrt().to(layers[name].weight.dtype).view(1, -1, *[1] * (layers[name].weight.ndim - 2)),
+        )
         for name, total in sums.items()
     }
 

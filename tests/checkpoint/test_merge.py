@@ -370,3 +370,19 @@ def test_every_tensor_is_read_once_and_three_are_held(files, monkeypatch):
     floats = [r for r in reads if r[1] != "step"]
     assert len(floats) == len(set(floats)) == 3 * len(NAMES)
     assert most <= 3
+
+
+def test_masks_must_be_equal_and_stay_as_they_are(tmp_path):
+    mask = torch.tensor([1.0, 0.0, 1.0])
+    for name, value in (("a", 1.0), ("b", 3.0), ("base", 2.0)):
+        save_file({"weight_orig": torch.full((3,), value), "weight_mask": mask}, tmp_path / name)
+    save_file({"weight_orig": torch.ones(3), "weight_mask": 1 - mask}, tmp_path / "other")
+    for base, expected in ((None, 2.0), (tmp_path / "base", 1.5)):
+        options = MergeOptions([0.5] if base else [0.5, 0.5], base=base)
+        merge_checkpoints([tmp_path / "a", tmp_path / "b"], tmp_path / "out", options, force=True)
+        found = load_file(tmp_path / "out")
+        assert torch.equal(found["weight_mask"], mask)
+        assert found["weight_orig"].tolist() == [expected] * 3
+        with pytest.raises(ValueError, match=r"other: tensor 'weight_mask'.*prune.remove"):
+            merge_checkpoints([tmp_path / "a", tmp_path / "other"], tmp_path / "no", options)
+    assert not (tmp_path / "no").exists()

@@ -292,6 +292,22 @@ def images() -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(torch.randn(4, 1, 8, 8), targets[:4]), (torch.randn(2, 1, 8, 8), targets[4:])]
 
 
+@pytest.mark.parametrize("left_out", [[2, 3], [0, 1, 2, 3], [2, 3, 4, 5]])
+def test_targets_that_are_left_out_have_no_part_in_the_means(left_out):
+    """The batches have 4 and 2 samples; in one case nothing of a batch is left."""
+    model, x, targets = torch.nn.Linear(3, 2).double(), torch.randn(6, 3).double(), torch.randint(2, (6,))
+    targets[left_out] = -100
+    kept = targets != -100
+    found = fm.score(model, [(x[:4], targets[:4]), (x[4:], targets[4:])], metric=lambda out, y: len(out))
+    whole = fm.score(model, [(x[kept], targets[kept])])
+    assert found.loss == pytest.approx(whole.loss)
+    assert found.accuracy == whole.accuracy
+    sizes = [int(kept[:4].sum()), int(kept[4:].sum())]
+    assert found.metric == pytest.approx((4 * sizes[0] + 2 * sizes[1]) / sum(sizes))
+    with pytest.raises(ValueError, match="none with a target that is not -100"):
+        fm.score(model, [(x, torch.full((6,), -100))])
+
+
 @pytest.mark.parametrize(
     ("model", "data", "loss"),
     [

@@ -245,3 +245,54 @@ def test_measuring_norms_too_leaves_the_bound_of_the_layers():
     assert both.where(kind="layer").column("feature bound") == pytest.approx(layers.column("feature bound"))
     norm = both.where(kind="norm").rows[0]
     assert norm["feature bound"] == pytest.approx(norm["rms ratio"]), "the only norm"
+
+
+class Windows(nn.Module):
+    """One layer is called on samples, on positions before samples, and on windows before both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.place = nn.Parameter(torch.randn(6, 4))
+
+    def calls(self, x: torch.Tensor) -> list[torch.Tensor]:
+        first = self.layer(x + self.place)  # (samples, positions, units)
+        second = self.layer(
+            torch.relu(first).transpose(0, 1) + self.place[:, None]
+        )  # (positions, samples, units)
+        third = self.layer(second.transpose(0, 1).reshape(-1, 3, 4))  # (samples x 2, 3, units)
+        return [first, second, third]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.calls(x)[-1].sum((1, 2))
+
+
+def test_every_call_is_compared_with_the_same_call_on_zeros():
+    torch.manual_seed(fresh_seed())
+    net, x = Windows().double(), torch.randn(12, 6, 4).double()
+    table = fm.layer_table({"a": net, "again": net, "wrapped": nn.Sequential(net)}, [x[:5], x[5:10], x[10:]])
+    assert table.column("layer") == ["layer", "layer", "0.layer"]
+    with torch.no_grad():
+        found, zero = net.calls(x), net.calls(torch.zeros_like(x))
+    outputs, change = (
+        torch.cat([t.reshape(-1, 4) for t in ts])
+        for ts in (found, [f - z for f, z in zip(found, zero, strict=True)])
+    )
+    constant = float(torch.stack([t.abs().mean() for t in zero]).mean())
+    for row in table.rows:
+        assert row["variance"] == pytest.approx(float(outputs.var(0, correction=0).mean()))
+        assert row["|z(x) - z(0)|"] == pytest.approx(float(change.abs().mean()))
+        assert row["mean |z(0)|"] == pytest.approx(constant)
+
+
+def test_a_layer_that_runs_on_some_values_only_is_refused():
+    class Some(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x) if x.any() else x
+
+    with pytest.raises(ValueError, match="call 0 of a Linear is not made on zeros"):
+        fm.layer_table({"m": Some()}, [torch.randn(2, 4)])

@@ -11,7 +11,7 @@ from torch import nn
 
 import fastmatch as fm
 from fastmatch.checkpoint import align_checkpoints
-from fastmatch.matching.balance import LARGEST_POWER, _scaled, _Sides
+from fastmatch.matching.balance import LARGEST_POWER, _depthwise, _scaled, _Sides
 from fastmatch.spec.trace import trace
 from fastmatch.studies.digits import digits, train_new
 from fastmatch.studies.networks import mlp
@@ -33,10 +33,27 @@ class Residual(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class Depthwise(nn.Module):
+    """A convolution, a depthwise one and a 1 x 1 one; the first has one input channel, and so weights shaped as the second's."""
+
+    def __init__(self, shortcut: bool) -> None:
+        super().__init__()
+        self.stem, self.back = nn.Conv2d(1, 6, 3, padding=1), nn.Conv2d(6, 6, 1)
+        self.inner = nn.Conv2d(6, 6, 3, padding=1, groups=6)
+        self.head, self.shortcut = nn.Linear(6, 4), shortcut
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.stem(x))
+        y = F.relu(self.back(F.relu(self.inner(x))))
+        return self.head((x + y if self.shortcut else y).mean((2, 3)))
+
+
 def network(name: str) -> tuple[nn.Module, torch.Tensor]:
     torch.manual_seed(fresh_seed())
     if name == "residual":
         return Residual().double(), torch.randn(3, 3, 8, 8).double()
+    if name.startswith("depthwise"):
+        return Depthwise("shortcut" in name).double(), torch.randn(3, 1, 8, 8).double()
     if name == "chain":
         return mlp(12, shape=(3, 2, 2)).double(), torch.randn(3, 3, 2, 2).double()
     model, x = build(name, fresh_seed())
@@ -49,7 +66,7 @@ def rescaled(model: nn.Module, x: torch.Tensor) -> nn.Module:
     spec = fm.PermutationSpec(found.groups, found.shapes, found.pins, found.sites).flat()
     scales = []
     for name in spec.groups:
-        sides = _Sides.of(spec, name, found.entries)
+        sides = _Sides.of(spec, name, found.entries, _depthwise(model))
         scales.append((sides, torch.exp(torch.randn(sides.size).double())))
     new = copy.deepcopy(model)
     new.load_state_dict(_scaled(model.state_dict(), scales))
@@ -58,7 +75,9 @@ def rescaled(model: nn.Module, x: torch.Tensor) -> nn.Module:
     return new
 
 
-@pytest.mark.parametrize("name", ["chain", "vgg without norm", "residual"])
+@pytest.mark.parametrize(
+    "name", ["chain", "vgg without norm", "residual", "depthwise", "depthwise, shortcut"]
+)
 def test_scales_of_units_are_forgotten_and_the_function_is_kept(name):
     model, x = network(name)
     found = fm.balance(model, x)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 import fastmatch as fm
+from fastmatch._internal.coefficients import remembered_weights
 from fastmatch._internal.modules import with_state
 from fastmatch.merging.average import merge_states
 from helpers.networks import build, fresh_seed
@@ -105,3 +107,71 @@ def test_a_model_in_place_of_a_list_is_named():
             fm.merge([a, a], weights)
     with pytest.raises(TypeError, match="groups: expected a list of names"):
         fm.PermutationSpec({}, {}).select("0")
+
+
+def masked(seed: int, smallest: bool) -> nn.Module:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    if smallest:
+        prune.l1_unstructured(model[0], "weight", 0.5)
+    else:
+        prune.custom_from_mask(model[0], "weight", torch.eye(5, 4))
+    prune.custom_from_mask(model[2], "bias", torch.tensor([1.0, 0.0, 1.0]))
+    return model
+
+
+def test_equal_masks_are_kept_and_the_merge_is_that_of_the_weights():
+    ends = [masked(seed, smallest=False) for seed in (1, 2)]
+    plain = [{n: getattr(m, n) for n in ("weight", "bias")} for end in ends for m in (end[0], end[2])]
+    with pytest.warns(UserWarning, match="weights sum to 1.5"):
+        merged = fm.merge(ends, [0.75, 0.75])
+    merged(torch.randn(2, 4))  # computes the weights
+    for place, k in ((0, 0), (2, 1)):
+        for name in ("weight", "bias"):
+            expected = 0.75 * (plain[k][name] + plain[k + 2][name])
+            torch.testing.assert_close(getattr(merged[place], name), expected)
+    assert set(merged.state_dict()["0.weight_mask"].unique().tolist()) == {0.0, 1.0}
+
+
+COMPUTED = {
+    "mask": (lambda m: prune.l1_unstructured(m, "weight", 0.5), r"prune.remove\(module, 'weight'\)"),
+    "weight_norm": (nn.utils.weight_norm, r"remove_weight_norm\(module, 'weight'\)"),
+    "spectral_norm": (nn.utils.spectral_norm, r"remove_spectral_norm\(module, 'weight'\)"),
+    "parametrized": (parametrizations.weight_norm, r"remove_parametrizations\(module, 'weight'\)"),
+    "orthogonal": (parametrizations.orthogonal, r"remove_parametrizations\(module, 'weight'\)"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_parts_of_computed_weights_that_differ_are_not_averaged(kind):
+    wrap, advice = COMPUTED[kind]
+    torch.manual_seed(fresh_seed())
+    ends = [nn.Sequential(nn.Linear(4, 5)) for _ in range(2)]
+    for end in ends:
+        wrap(end[0])
+    for given in (ends, [end.state_dict() for end in ends]):
+        with pytest.raises(ValueError, match=rf"models\[1\]: tensor '0\..*{advice}"):
+            fm.merge(given)
+    fm.merge([ends[0], ends[0]])
+    own = {"x_g": torch.ones(3), "x_v": torch.ones(3), "in_mask": torch.ones(3)}  # names of other things
+    assert fm.merge([own, {k: 3 * t for k, t in own.items()}])["x_v"].tolist() == [2.0] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("change", ["every entry", "one entry", "two entries swapped"])
+def test_a_note_of_weights_holds_for_no_other_tensors_of_the_same_type(dtype, change):
+    ends = [nn.Linear(64, 33).to(dtype) for _ in range(2)]
+    merged = fm.merge(ends, [0.2, 0.8])
+    with torch.no_grad():
+        flat = merged.weight.view(-1)
+        if change == "every entry":
+            flat.mul_(1.008)
+        elif change == "one entry":
+            flat[1].mul_(1.5)
+        else:
+            flat[[1, 2]] = flat[[2, 1]]
+    assert remembered_weights(merged) is None
+    kept = fm.merge(ends, [0.2, 0.8])
+    assert remembered_weights(kept) == (0.2, 0.8)
+    assert remembered_weights(kept.to(torch.float32)) == (0.2, 0.8)

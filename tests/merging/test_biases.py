@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 import fastmatch as fm
 from fastmatch._internal.coefficients import remembered_weights
@@ -117,6 +118,29 @@ def test_depth_is_that_of_the_graph_and_not_of_the_definition():
     for name, depth in expected.items():
         total = sum(end.state_dict()[name] for end in ends)
         torch.testing.assert_close(new[name], total * 0.5**depth)
+
+
+WRAPS = {
+    "mask": lambda m: prune.l1_unstructured(m, "weight", 0.5),
+    "mask of the bias": lambda m: prune.l1_unstructured(m, "bias", 0.5),
+    "weight_norm": nn.utils.weight_norm,
+    "spectral_norm": nn.utils.spectral_norm,
+    "weight_norm of a parametrization": parametrizations.weight_norm,
+    "parametrization": parametrizations.orthogonal,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_layers_that_compute_their_weight_or_bias_count_too(wrap):
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4))
+    WRAPS[wrap](model[2])
+    for given in (model, model.state_dict()):
+        assert list(bias_depths(given).values()) == [1, 2, 3]
+    without = fm.remove_biases(model)
+    without(torch.randn(2, 4))  # computes the weights
+    assert [bool(without[k].bias.any()) for k in (0, 2, 4)] == [False] * 3
+    assert torch.equal(without[3].weight, model[3].weight)
 
 
 def test_a_partial_merge_counts_layers_kept_apart_by_their_place_in_the_network():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from itertools import pairwise
 
 import pytest
@@ -122,6 +123,7 @@ def test_kept_apart_to_the_end_it_is_the_ensemble(name):
     assert not found.maps
 
 
+@pytest.mark.filterwarnings("ignore:merge_partial. the rule mixes units")  # equal models merge exactly
 def test_a_planted_permutation_is_undone_by_every_matching_rule():
     seed = fresh_seed()
     torch.manual_seed(seed)
@@ -811,3 +813,18 @@ def test_cca_leaves_scales_where_they_are_if_the_layer_computes_its_weight_or_sh
     plan = Rewiring(trace_graph(tied, torch.randn(2, 4)), 0, ())
     maps = dict.fromkeys(plan.structure.spec.groups, matrix_maps([torch.eye(4)], [torch.eye(4)]))
     assert normed_layers(plan.structure, plan.merged, maps) == []
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm, lambda n: nn.GroupNorm(1, n), nn.BatchNorm1d])
+def test_cca_warns_of_norms_that_compute_their_scale_from_mixed_units(norm):
+    torch.manual_seed(fresh_seed())
+    x = torch.randn(60, 6)
+    a, b = (nn.Sequential(nn.Linear(6, 8), norm(8), nn.ReLU(), nn.Linear(8, 3)).eval() for _ in range(2))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for rule in (fm.Identity(), fm.Permute([x]), fm.Zip([x]), fm.CCA([x])):
+            fm.merge_partial([a, b], x[:2], rule)
+        fm.merge_partial([a, b], x[:2], fm.CCA([x]), start_at=1)  # the norm stays apart
+    texts = [str(w.message) for w in told]
+    assert len(texts) == (norm is not nn.BatchNorm1d)
+    assert all("norms except batch norms among the merged layers, got ['1']" in text for text in texts)

@@ -230,6 +230,63 @@ def test_masks_of_scores():
         pruned_copy(nn.Sequential(nn.Linear(2, 2)), {"9": torch.ones(2, 2)})
 
 
+class KeepHalf(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight * (torch.arange(weight.shape[1]) % 2)
+
+
+@pytest.mark.parametrize("kind", ["mask", "parametrization"])
+@pytest.mark.parametrize("pruner", [layer_magnitude, global_magnitude])
+def test_layers_that_are_masked_already_stay_pruned_when_they_run(kind, pruner):
+    torch.manual_seed(fresh_seed())
+    net = nn.Sequential(nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 20))
+    for layer in (net[0], net[2]):
+        if kind == "mask":
+            prune.random_unstructured(layer, "weight", 0.1)
+        else:
+            parametrize.register_parametrization(layer, "weight", KeepHalf())
+    new = pruner(net, 0.9)
+    assert sparsity(new) >= 0.9
+    new(torch.randn(2, 20))
+    assert sparsity(new) >= 0.9
+    assert sparsity(net) < 0.6
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+@pytest.mark.parametrize("wrap", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+def test_a_weight_that_is_computed_otherwise_cannot_be_pruned(wrap):
+    net = nn.Sequential(wrap(nn.Linear(3, 3)), nn.Linear(3, 3))
+    with pytest.raises(ValueError, match="masks: expected layers that hold their weight; '0' computes"):
+        pruned_copy(net, {"0": torch.eye(3)})
+
+
+class Conv1D(nn.Module):
+    """GPT-2's linear layer: its weight is (inputs, outputs)."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf = nf
+        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf)), nn.Parameter(torch.zeros(nf))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight + self.bias
+
+
+def test_input_norms_lie_along_the_inputs_of_the_weight():
+    torch.manual_seed(fresh_seed())
+    x = torch.randn(9, 5) * torch.arange(1, 6)
+    norms = x.norm(dim=0)
+    for layer, expected in (
+        (Conv1D(5, 5), norms[:, None]),
+        (Conv1D(3, 5), norms[:, None]),
+        (nn.Linear(5, 5), norms[None]),
+    ):
+        torch.testing.assert_close(input_norms(nn.Sequential(layer), [x])["0"], expected)
+    image = torch.randn(4, 2, 6, 6)
+    found = input_norms(nn.Sequential(nn.Conv2d(2, 3, 3)), [image])["0"]
+    torch.testing.assert_close(found, image.square().sum((0, 2, 3)).sqrt().view(1, 2, 1, 1))
+
+
 def test_the_diagonal_fisher_is_the_mean_squared_gradient_of_single_samples():
     torch.manual_seed(fresh_seed())
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
