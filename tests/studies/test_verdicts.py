@@ -251,13 +251,3 @@ def test_effects_that_change_with_the_seed_are_undecided():
         if row["renormalized"] == "repair":
             row["midpoint accuracy"] = 0.5 + (0.3, -0.2, 0.25, -0.1, 0.2)[row["seed"]]
     assert verdict(record, "REPAIR mends plain networks.") == "undecided"
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
-def test_cases_of_fewer_than_five_seeds_say_from_how_many_they_are(count):
-    found = [case for claim in judge(planted_run(seeds=range(count))) for case in claim.cases]
-    marked = ["; from " in case["numbers"] for case in found if "units wrong" not in case["numbers"]]
-    assert marked
-    assert set(marked) == {count < 5}
-    word = "seed" if count == 1 else "seeds"
-    assert count == 5 or any(case["numbers"].endswith(f"; from {count} {word} only") for case in found)

@@ -14,15 +14,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from fastmatch.studies.paper.verdict import (
-    ENOUGH_SEEDS,
-    FEWEST_SEEDS,
-    Effect,
-    Verdict,
-    combined,
-    effect,
-    overall,
-)
+from fastmatch.studies.paper.verdict import FEWEST_SEEDS, Effect, Verdict, combined, effect, overall
 
 __all__ = ["Claim", "judge"]
 
@@ -114,7 +106,7 @@ def _networks(table: Iterable[Record], **where: Any) -> dict[str, str | None]:
 
 
 def _case(where: str, effects: Iterable[Effect], *, void: bool = False, scale: float = 100) -> Case:
-    """Return a case in words; ``scale`` 100 shows points of accuracy. With fewer than five seeds it says how many."""
+    """Return a case in words; ``scale`` 100 shows points of accuracy."""
     effects = list(effects)
     numbers = "; ".join(
         f"{e.name} {_signed(scale * e.mean)}"
@@ -122,9 +114,6 @@ def _case(where: str, effects: Iterable[Effect], *, void: bool = False, scale: f
         + f" > {scale * e.least:g}"
         for e in effects
     )
-    fewest = min((e.seeds for e in effects), default=ENOUGH_SEEDS)
-    if fewest < ENOUGH_SEEDS:
-        numbers += f"; from {fewest} seed{'s' if fewest > 1 else ''} only"
     return {
         "where": where,
         "verdict": "nothing to mend" if void else combined(effects),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Literal, TypeAlias
 
-__all__ = ["ENOUGH_SEEDS", "FEWEST_SEEDS", "LEVEL", "Effect", "Verdict", "combined", "effect", "overall"]
+__all__ = ["FEWEST_SEEDS", "LEVEL", "Effect", "Verdict", "combined", "effect", "overall"]
 
 Verdict: TypeAlias = Literal["holds", "does not hold", "undecided", "nothing to mend", "not measured"]
 """Of a case or a claim. "nothing to mend": the fault that the claim is about does not occur."""
@@ -21,9 +21,6 @@ LEVEL = 0.95
 
 FEWEST_SEEDS = 3
 """With fewer seeds an interval says nothing, and every verdict is "undecided"."""
-
-ENOUGH_SEEDS = 5
-"""A case decided by fewer says from how many."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,6 @@ class Effect:
         low: end of the confidence interval; -inf with too few seeds.
         high: end of the confidence interval; inf with too few seeds.
         least: the smallest difference that counts.
-        seeds: the number of differences.
     """
 
     name: str
@@ -44,7 +40,6 @@ class Effect:
     low: float
     high: float
     least: float
-    seeds: int
 
     @property
     def verdict(self) -> Verdict:
@@ -76,11 +71,11 @@ def effect(name: str, differences: Sequence[float], least: float) -> Effect:
         raise ValueError(f"differences: expected at least one, all finite; got {list(differences)}")
     mean, count = fmean(differences), len(differences)
     if count < FEWEST_SEEDS:
-        return Effect(name, mean, -math.inf, math.inf, least, count)
+        return Effect(name, mean, -math.inf, math.inf, least)
     from scipy.stats import t
 
     half = float(t.ppf((1 + LEVEL) / 2, count - 1)) * stdev(differences) / math.sqrt(count)
-    return Effect(name, mean, mean - half, mean + half, least, count)
+    return Effect(name, mean, mean - half, mean + half, least)
 
 
 def combined(effects: Iterable[Effect]) -> Verdict:
