@@ -41,7 +41,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 }
 """The options of the matchers that are words, numbers and truth values."""
 
-PYTHON_ONLY = dict.fromkeys(
+PYTHON_ONLY: dict[str, str] = dict.fromkeys(
     ("ascent", "projection", "loss", "forward"),
     "this option is a Python object, for which a recipe has no form",
 )
