@@ -54,12 +54,16 @@ def add_commands(commands: Commands) -> None:
     )
     command.add_argument(
         "--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4],
-        help="each trains one pair of every network and width; verdicts need at least 3",
+        help="each trains one pair of every network and width; verdicts need at least 5",
     )  # fmt: skip
     add(command, "--points", default=5, help="number of points on each curve, odd")
     command.add_argument(
         "--epochs", type=int, help="epochs of training; by default each network's own number"
     )
+    command.add_argument(
+        "--processes", type=int,
+        help="pairs measured side by side, with one thread each; by default as many as torch has threads, at most 8",
+    )  # fmt: skip
 
 
 def demo_command(args: argparse.Namespace) -> None:
@@ -80,11 +84,17 @@ def study_command(args: argparse.Namespace) -> None:
     data = None if args.data == "digits" else _datasets_from(args.data)
     record = run(
         args.out, data=data, networks=args.networks, widths=args.widths, seeds=args.seeds, points=args.points,
-        epochs=args.epochs,
+        epochs=args.epochs, processes=_default_processes() if args.processes is None else args.processes,
     )  # fmt: skip
     report = Path(args.out) / "study.html"
     text = f"{claims_table(record)}\n\n{record['seconds']['wall']} s; the report is {report}"
     say(args, text, claims=record["claims"], seconds=record["seconds"], report=str(report))
+
+
+def _default_processes() -> int:
+    import torch
+
+    return min(torch.get_num_threads(), 8)  # a process takes up to 1 GB
 
 
 def _datasets_from(argument: str) -> tuple[Dataset[Any], Dataset[Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import html
-import importlib
 import json
 import re
 import sys
@@ -18,6 +17,7 @@ from fastmatch.cli.main import main
 from fastmatch.cli.studies import claims_table
 from fastmatch.studies import paper as study
 from fastmatch.studies.networks import NETWORKS, Network
+from fastmatch.studies.paper import measure
 from fastmatch.studies.paper.figures import three_figures
 from fastmatch.studies.paper.page import page
 from fastmatch.studies.paper.report import report
@@ -69,7 +69,7 @@ def test_every_configuration_is_measured_and_the_files_hold_it(record):
 
 @pytest.mark.slow
 def test_the_digits_are_the_default(tmp_path):
-    made = study.run(tmp_path, networks=["VGG, BN"], widths=(4,), seeds=(0, 1, 2), points=3, progress=False)
+    made = study.run(tmp_path, networks=["VGG, BN"], widths=(4,), seeds=range(5), points=3, progress=False)
     assert made["data"] == "scikit-learn digits"
     assert made["samples"] == {"train": 1348, "test": 449, "calibration": 512}
     assert verdicts(made)["RESET mends networks with batch norm."] == "holds"
@@ -93,15 +93,14 @@ def test_calibration_and_test_samples_are_apart(tmp_path):
 
 
 def test_layers_are_measured_on_test_samples(tmp_path, monkeypatch):
-    run = importlib.import_module("fastmatch.studies.paper.run")
     seen = []
-    original = run.layer_table
+    original = measure.layer_table
 
     def spy(models, data, **options):
         seen.append(data)
         return original(models, data, **options)
 
-    monkeypatch.setattr(run, "layer_table", spy)
+    monkeypatch.setattr(measure, "layer_table", spy)
     sets = tuple(TensorDataset(torch.randn(n, 1, 8, 8), torch.arange(n) % 4) for n in (40, 20))
     made = study.run(
         tmp_path,
@@ -115,6 +114,32 @@ def test_layers_are_measured_on_test_samples(tmp_path, monkeypatch):
     )
     assert [len(data.inputs) for data in seen] == [20]
     assert made["chance"] == 0.25
+
+
+def test_processes_measure_the_same(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    sets = tuple(
+        TensorDataset(torch.randn(n, 1, 8, 8, generator=generator), torch.arange(n) % 4) for n in (40, 20)
+    )
+    one, two = (
+        study.run(
+            tmp_path / str(processes), data=sets, networks=["MLP"], widths=(1,), seeds=(0, 1), points=3, epochs=1,
+            processes=processes, progress=False,
+        )
+        for processes in (1, 2)
+    )  # fmt: skip
+    assert two["machine"]["processes"] == 2
+    assert two["machine"]["threads"] == 1
+    assert two["seconds"]["processor"] > two["seconds"]["wall"] / 10, "the processes' time counts"
+    for table in measure.TABLES:
+        assert two[table] == one[table]
+
+
+@pytest.mark.parametrize("processes", [0, -1])
+def test_processes_are_at_least_one(tmp_path, processes):
+    with pytest.raises(ValueError, match=f"processes: expected at least 1; got {processes}"):
+        study.run(tmp_path / "out", processes=processes)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_page_shows_every_verdict(record):

@@ -45,8 +45,10 @@ def page(record: Record) -> str:
     run = (
         f"Written by `fastmatch study`. {record['data']}: {samples['train']} training samples, of which the first "
         f"{samples['calibration']} calibrate, and {samples['test']} others to test; widths x{', x'.join(map(str, record['widths']))}; "
-        f"{len(record['seeds'])} pairs of networks of each kind and width; {record['points']} points per curve. {seconds['wall']:.0f} s "
-        f"({seconds['processor']:.0f} s of processor time) on {machine['cores']} shared cores, {machine['threads']} torch threads, torch "
+        f"{len(record['seeds'])} pairs of networks of each kind and width; {record['points']} points per curve. Calibration is sequential "
+        f"for merges and joint for pruned networks. {seconds['wall']:.0f} s "
+        f"({seconds['processor']:.0f} s of processor time) on {machine['cores']} shared cores, {machine['processes']} processes of "
+        f"{machine['threads']} torch threads, torch "
         f"{machine['torch']}, Python {machine['python']}."
     )
     figures = _table(["figure", "what it is"], [[f"**{x}**", what] for x, what in three_figures(record)])

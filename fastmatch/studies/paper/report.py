@@ -225,7 +225,7 @@ def report(record: Record) -> str:
 <table>{_first_figures(record)}</table>
 <p>{html.escape(record["data"])}: {samples["train"]} train and {samples["test"]} test samples, calibrated on
 {samples["calibration"]}; widths x{", x".join(map(str, record["widths"]))}; seeds {record["seeds"]};
-{record["mode"]} mode; {record["points"]} points per curve.
+{record["points"]} points per curve. Calibration is sequential for merges and joint for pruned networks.
 {seconds["wall"]} s ({seconds["processor"]} s of processor time) on {machine["cores"]} cores of
 {html.escape(machine["processor"])}, torch {html.escape(machine["torch"])}, Python {machine["python"]}.
 Claims are judged by code from the numbers below, for these small networks and data only. A case is one network; its

@@ -19,7 +19,7 @@ Verdict: TypeAlias = Literal["holds", "does not hold", "undecided", "nothing to 
 LEVEL = 0.95
 """Of the confidence intervals, for one case at a time."""
 
-FEWEST_SEEDS = 3
+FEWEST_SEEDS = 5
 """With fewer seeds an interval says nothing, and every verdict is "undecided"."""
 
 
