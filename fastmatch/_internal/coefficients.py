@@ -11,13 +11,25 @@ from torch import nn
 from fastmatch._internal.callers import warn_user
 from fastmatch._internal.divided import local_part
 
-__all__ = ["check_weights", "has_stale_note", "remember_weights", "remembered_weights", "warn_of_scale"]
+__all__ = [
+    "check_weights",
+    "has_stale_note",
+    "is_one",
+    "remember_weights",
+    "remembered_weights",
+    "warn_of_scale",
+]
 
 _NOTE = "fastmatch_merge_weights"
 _ENTRIES = 256
 """Of every parameter that a note keeps, to tell whether the module still holds what was merged."""
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def is_one(total: float) -> bool:
+    """Whether a sum of weights counts as one."""
+    return abs(total - 1) <= 1e-6
 
 
 def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
@@ -44,7 +56,7 @@ def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
 def warn_of_scale(weights: Sequence[float], call: str = "merge", scaled: str = "every tensor") -> None:
     """Warn of weights of a merge that do not sum to one."""
     total = sum(weights)
-    if abs(total - 1) > 1e-6:
+    if not is_one(total):
         warn_user(f"{call}: weights sum to {total:g}, not one: {scaled} is scaled by that")
 
 

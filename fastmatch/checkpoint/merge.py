@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from fastmatch._internal.coefficients import check_weights, warn_of_scale
+from fastmatch._internal.coefficients import check_weights, is_one, warn_of_scale
 from fastmatch._internal.computed_weights import check_equal_parts, fixed_parts
 from fastmatch._internal.progress import progress_bar
 from fastmatch._internal.states import check_finite, check_same_architecture, working_dtype
@@ -27,9 +27,6 @@ from fastmatch.checkpoint.writer import write_like
 __all__ = ["MergeOptions", "Tensors", "merge_checkpoints", "write_merge"]
 
 log = logging.getLogger("fastmatch")
-
-ROUNDING = 1e-6
-"""By which a sum of weights may differ from one, and counts as one."""
 
 FEW = 4
 """Tensors that may have another size: a head has a weight and a bias, an inpainting UNet one wider kernel."""
@@ -176,7 +173,7 @@ def write_merge(
             total.add_(own, alpha=mine)
         else:
             # Equal tensors stay as they are: indices in a floating point type bear no rounding.
-            total = own if abs(mine - 1) < ROUNDING else own * mine
+            total = own if is_one(mine) else own * mine
         result = total.to(dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype)
         check_finite({name: result}, "nothing is written: the merge")
         return result

@@ -10,7 +10,7 @@ from torch import nn
 
 from fastmatch._internal.callers import warn_user
 from fastmatch._internal.checks import check_choice
-from fastmatch._internal.coefficients import check_weights, remember_weights, warn_of_scale
+from fastmatch._internal.coefficients import check_weights, is_one, remember_weights, warn_of_scale
 from fastmatch._internal.computed_weights import check_equal_parts, fixed_parts
 from fastmatch._internal.divided import local_part
 from fastmatch._internal.modules import with_state
@@ -38,7 +38,7 @@ def merge_states(states: Sequence[State], weights: Sequence[float] | None = None
     Sums run in float32 or wider. Integer buffers (step counters) are the first model's. Running statistics of batch
     norm are averaged like everything else, which is only an approximation: measure them on data
     (:func:`fastmatch.renormalize` with ``method="reset"``). Masks of torch.nn.utils.prune and tensors of parametrizations
-    must be equal in all models, and are the first model's.
+    must be equal in all models, and are the first model's. Equal tensors on the CPU stay as they are.
     """
     if not states:
         raise ValueError("models: expected at least one")
@@ -47,6 +47,7 @@ def merge_states(states: Sequence[State], weights: Sequence[float] | None = None
         check_same_architecture(states[0], state, "models[0]", f"models[{k}]")
     merged: dict[str, torch.Tensor] = {}
     fixed = fixed_parts(states[0])
+    keeps_scale = is_one(sum(alphas))
     for name, first in states[0].items():
         if name in fixed:
             for k, state in enumerate(states):
@@ -59,6 +60,9 @@ def merge_states(states: Sequence[State], weights: Sequence[float] | None = None
             raise TypeError(
                 f"models: tensor {name!r} is divided among ranks (DTensor) in some models and whole in others; expected one kind"
             )
+        if keeps_scale and _are_equal(tensors):
+            merged[name] = first.clone()
+            continue
         if _has_kernel(tensors):
             from fastmatch_kernels import ops as kernels
 
@@ -70,6 +74,14 @@ def merge_states(states: Sequence[State], weights: Sequence[float] | None = None
             total.add_(state[name].to(device=total.device, dtype=work), alpha=alpha)
         merged[name] = total.to(first.dtype)
     return merged
+
+
+def _are_equal(tensors: Sequence[torch.Tensor]) -> bool:
+    """Return whether tensors in memory are equal: indices in a floating point type, as CLIP has them, bear no rounding."""
+    first = tensors[0]
+    if any(t.device.type != "cpu" or t.dtype != first.dtype or is_divided(t) for t in tensors):
+        return False
+    return all(torch.equal(first, other) for other in tensors[1:])  # each stops at the first difference
 
 
 def _has_kernel(tensors: Sequence[torch.Tensor]) -> bool:

@@ -43,6 +43,19 @@ def test_state_dicts_and_one_model():
     assert alone is not model
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_equal_tensors_stay_as_they_are(dtype):
+    """Indices that are stored as floating point numbers, and are truncated to integers when the model runs."""
+    state = {"position_ids": torch.arange(77, dtype=dtype), "weight": torch.zeros(3)}
+    others = [{**state, "weight": torch.ones(3)}, {**state, "weight": torch.full((3,), 2.0)}]
+    found = merge_states([state, *others], [0.7, 0.2, 0.1])
+    assert torch.equal(found["position_ids"], state["position_ids"])
+    assert found["position_ids"] is not state["position_ids"]
+    assert torch.allclose(found["weight"], torch.full((3,), 0.4))
+    with pytest.warns(UserWarning, match="weights sum to 2"):
+        assert torch.equal(fm.merge([state, state], [1.0, 1.0])["position_ids"], 2 * state["position_ids"])
+
+
 def test_a_merged_module_takes_the_merged_tensors_over_and_keeps_what_its_parameters_were():
     class Tied(nn.Module):
         def __init__(self):
