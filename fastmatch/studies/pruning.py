@@ -108,6 +108,8 @@ def pruned_copy(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> nn.Modul
             if not isinstance(weight, torch.Tensor):
                 raise ValueError(f"masks: model has no tensor '{name}.weight'")
             raw = raw_weight(modules[name])
+            if raw is not None and raw.shape != weight.shape:
+                raw = None  # weight norm scales with its rows, but has no entry for each weight
             if raw is not None:
                 raw.mul_(mask.to(raw))
                 if isinstance(getattr(modules[name], "weight_mask", None), torch.Tensor):

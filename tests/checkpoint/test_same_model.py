@@ -90,5 +90,5 @@ def test_sizes_that_differ_are_named_by_the_keys_of_the_config(tmp_path, call):
 def test_two_types_with_the_same_tensors_are_merged(tmp_path, monkeypatch, prefix):
     write(tmp_path / "a", BERT, ["0.weight", "1.weight"])
     write(tmp_path / "b", {**BERT, "model_type": "roberta"}, [f"{prefix}0.weight", f"{prefix}1.weight"])
-    monkeypatch.setattr("fastmatch.checkpoint.merge.build_empty", lambda path: torch.nn.Identity())
+    monkeypatch.setattr("fastmatch.checkpoint.tracing.build_empty", lambda path: torch.nn.Identity())
     merge_checkpoints([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
