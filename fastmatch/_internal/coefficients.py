@@ -12,6 +12,7 @@ from fastmatch._internal.callers import warn_user
 from fastmatch._internal.divided import local_part
 
 __all__ = [
+    "check_is_merge",
     "check_weights",
     "has_stale_note",
     "is_one",
@@ -94,6 +95,31 @@ def has_stale_note(model: nn.Module) -> bool:
     """Return whether a module was merged, and has other tensors now."""
     note = model.__dict__.get(_NOTE)
     return isinstance(note, _Note) and _has_changed(model, note)
+
+
+def check_is_merge(model: nn.Module, endpoints: Sequence[nn.Module]) -> None:
+    """Raise ValueError unless a module with a note is the sum of ``endpoints`` by its weights, as far as entries of matrices tell.
+
+    Vectors are left out: a merge may have corrected biases. So are modules of other parameters.
+    """
+    note = model.__dict__[_NOTE]
+    weights = note.weights
+    merged, *ends = (_floating(x) for x in (model, *endpoints))
+    if len(ends) != len(weights) or any(end.keys() != merged.keys() for end in ends):
+        return
+    for name, tensor in merged.items():
+        if tensor.ndim < 2 or any(end[name].shape != tensor.shape for end in ends):
+            continue
+        now = _entries(tensor)
+        terms = [w * _entries(end[name]).to(now.device) for w, end in zip(weights, ends, strict=True)]
+        dtypes = (note.dtypes[name], *(end[name].dtype for end in (merged, *ends)))
+        eps = max(torch.finfo(dtype).eps for dtype in dtypes)
+        size = sum(term.abs().max() for term in terms)
+        if bool((sum(terms) - now).abs().max() > 8 * eps * size):
+            raise ValueError(
+                f"endpoints: expected the models that were merged, in their order; the merge's {name!r} is not "
+                f"{' + '.join(f'{w:g} endpoints[{k}]' for k, w in enumerate(weights))}. Give the aligned models, or weights= if this is meant"
+            )
 
 
 def _has_changed(model: nn.Module, note: _Note) -> bool:

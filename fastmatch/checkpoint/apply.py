@@ -13,6 +13,7 @@ from fastmatch.checkpoint.modules import leave_what_does_not_fit
 from fastmatch.checkpoint.names import RenamedCheckpoint
 from fastmatch.checkpoint.pairs import layout_for
 from fastmatch.checkpoint.reader import ADAPTER, Checkpoint
+from fastmatch.checkpoint.same_model import check_is_model
 from fastmatch.checkpoint.scaled import check_unscaled
 from fastmatch.checkpoint.structure import bind
 from fastmatch.checkpoint.tracing import is_diffusion
@@ -64,6 +65,7 @@ def apply_to_checkpoint(
         moved = permute_lora(dict(checkpoint), alignment, str(path), is_transposed=transposed)
         write_like(checkpoint, out, moved.__getitem__, force=force)
         return "LoRA"
+    check_is_model(checkpoint)
     check_unscaled(checkpoint)
     leave_what_does_not_fit(checkpoint, alignment.spec)
     layout = layout_for(path, checkpoint, alignment.spec)

@@ -53,6 +53,16 @@ def unet_blocks(numbers: Sequence[float], names: Iterable[str]) -> dict[str, flo
     return {p: v for p, v in patterns.items() if any(fnmatchcase(name, p) for name in names)}
 
 
+def _numbers(pattern: str, value: object) -> tuple[float, ...]:
+    values = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    try:
+        return tuple(float(x) for x in values)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"blocks[{pattern!r}]: expected a number, or one for each checkpoint but the first; got {value!r}"
+        ) from error
+
+
 def coefficients_by_name(
     names: Iterable[str], weights: Sequence[float], blocks: Blocks | None
 ) -> dict[str, tuple[float, ...]]:
@@ -68,7 +78,7 @@ def coefficients_by_name(
     followed = {mean: name for name, mean in running_means(names, dict.fromkeys(names, ())).items()}
     found: dict[str, tuple[float, ...]] = {}
     for pattern, value in (blocks or {}).items():
-        own = tuple(float(x) for x in (value if isinstance(value, Sequence) else [value]))
+        own = _numbers(pattern, value)
         if len(own) != len(weights):
             raise ValueError(
                 f"blocks[{pattern!r}]: expected {len(weights)} numbers, one for each checkpoint but the first, got {len(own)}"

@@ -100,6 +100,8 @@ def merge_checkpoints(
     Integers are the first checkpoint's, and tensors that are equal in all checkpoints stay as they are if the weights sum to one. Sums run in
     float32 or wider.
     """
+    if isinstance(paths, (str, Path)):
+        raise TypeError(f"paths: expected a list of at least two checkpoints, got {paths!r}")
     if len(paths) < 2:
         raise ValueError(f"paths: expected at least two checkpoints, got {len(paths)}")
     first, *others = checkpoints = [Checkpoint(path) for path in paths]

@@ -1,4 +1,4 @@
-"""Refuse two folders of Hugging Face whose configs name different models, before transformers is imported and a model is built."""
+"""Refuse what is no model, and two folders of Hugging Face whose configs name different models, before a model is built."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import Any
 
 from fastmatch._internal.json_files import read_json
 from fastmatch._internal.states import prefix_before
+from fastmatch.checkpoint.diffusion.lora import is_lora
 from fastmatch.checkpoint.reader import CONFIG, Checkpoint
+from fastmatch.permutations.files import SPEC
 
-__all__ = ["check_same_sizes", "check_same_type"]
+__all__ = ["check_is_model", "check_same_sizes", "check_same_type"]
 
 SIZES = frozenset({
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -20,11 +22,26 @@ SIZES = frozenset({
 """Keys of a config that say how many hidden units, layers and heads there are. Models that differ in them are not aligned."""
 
 
+def check_is_model(checkpoint: Checkpoint) -> None:
+    """Raise ValueError for a file of permutations, and for one that holds a LoRA alone."""
+    path = checkpoint.path
+    if any(SPEC in header for header in checkpoint.metadata.values()):
+        raise ValueError(
+            f"{path}: holds permutations, as `fastmatch align --permutations` writes them; expected a checkpoint"
+        )
+    if path.is_file() and is_lora(checkpoint.headers, alone=True):
+        raise ValueError(
+            f"{path}: holds a LoRA, not a model; `fastmatch apply PERMUTATIONS {path}` permutes it for an aligned model"
+        )
+
+
 def check_same_type(a: Checkpoint, b: Checkpoint) -> None:
-    """Raise ValueError if two configs name different types of models, and the tensors have different names.
+    """Raise ValueError if one is no model, or if two configs name different types of models and the tensors have different names.
 
     Some types have the same tensors, as Llama and Mistral, and one of two files may lack the head.
     """
+    for checkpoint in (a, b):
+        check_is_model(checkpoint)
     configs = [_config_of(checkpoint) for checkpoint in (a, b)]
     types = [config.get("model_type") for config in configs]
     if None in types or types[0] == types[1]:

@@ -288,12 +288,14 @@ def _align_out_of_core(args: argparse.Namespace, *, is_folder: bool) -> Alignmen
     """Return the alignment of two checkpoints whose tensors are read when they are needed."""
     from fastmatch.checkpoint import Checkpoint, WriteOptions, align_checkpoints
     from fastmatch.checkpoint.proof import LARGEST
-    from fastmatch.checkpoint.same_model import check_same_sizes
+    from fastmatch.checkpoint.same_model import check_is_model, check_same_sizes
     from fastmatch.checkpoint.tracing import is_diffusion, prove_checkpoint, trace_checkpoint
 
     if args.model is None and not is_folder:
         check_inputs(args)
         mixed = Path(args.a).is_dir() or Path(args.b).is_dir()
+        for path in (args.a, args.b):
+            check_is_model(Checkpoint(path))
         if mixed or not is_diffusion(args.b, Checkpoint(args.b)):
             raise ValueError(
                 f"--model: needed unless both {args.a} and {args.b} are directories with a config.json, or files of a "

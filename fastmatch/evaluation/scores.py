@@ -24,6 +24,7 @@ from fastmatch._internal.batches import (
     samples_in,
     split_batch,
 )
+from fastmatch._internal.class_targets import check_class_outputs, check_class_targets
 from fastmatch._internal.padding import is_rows, padded, takes
 from fastmatch._internal.ranks import current
 from fastmatch._internal.same_on_ranks import check_same_on_ranks
@@ -209,12 +210,16 @@ def _loss_of(returned: Any, output: Any, targets: torch.Tensor) -> Any:
     elif targets.ndim == 1 and output.ndim == 2 and len(output) != len(targets):
         raise ValueError(f"data: a batch has {len(output)} samples and {len(targets)} targets")
     try:
-        return F.cross_entropy(output, targets)
+        found = F.cross_entropy(output, targets)
     except (RuntimeError, ValueError, IndexError) as error:
         raise ValueError(
             f"loss: needed, because cross entropy does not fit outputs {tuple(output.shape)} and targets "
             f"{tuple(targets.shape)} of {targets.dtype} ({error})"
         ) from error
+    needed = "loss: needed, because cross entropy is for classes; give loss="
+    check_class_outputs(output, needed)
+    check_class_targets(targets, needed)
+    return found
 
 
 def _is_classes(output: Any, targets: torch.Tensor) -> bool:

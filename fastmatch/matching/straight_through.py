@@ -7,6 +7,7 @@ permutations were the identity.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
@@ -26,6 +27,7 @@ from fastmatch._internal.batches import (
     split_batch,
 )
 from fastmatch._internal.checks import check_integer, check_number
+from fastmatch._internal.class_targets import check_class_outputs, check_class_targets
 from fastmatch._internal.shared_data import read_in_step
 from fastmatch._internal.states import State, check_same_architecture, state_of
 from fastmatch.matching.matcher import Matcher, Model, check_matcher, modules_of
@@ -116,7 +118,7 @@ class StraightThrough(Matcher):
                 for step, batch in enumerate(batches):
                     descent.step(batch, seed=self.projection.seed + epoch + step)
             value = descent.mean_loss(progress)
-            if value < best or best != best:  # anything is better than NaN
+            if value < best:
                 best, chosen = value, descent.permutations
         return Matching(chosen, "StraightThrough", (-first, -best), sweeps=self.epochs, solves=descent.solves)
 
@@ -153,8 +155,12 @@ class _Descent:
         total, count = 0.0, 0
         with evaluating(self.model), torch.no_grad():
             batches = batches_of(self.options.data, "loss of the midpoint", progress=progress)
-            for batch in read_in_step(batches, self.model):
+            for number, batch in enumerate(read_in_step(batches, self.model)):
                 value = float(_loss_of(self.model, state, batch, self.options.loss))
+                if not math.isfinite(value):
+                    raise ValueError(
+                        f"data: the midpoint's loss on batch {number} (counted from 0) is {value}"
+                    )
                 size = samples_in(batch)
                 total += size * value
                 count += size
@@ -183,4 +189,8 @@ def _loss_of(model: nn.Module, state: State, batch: Any, loss: Loss) -> torch.Te
     names = {name for named in (model.named_parameters(), model.named_buffers()) for name, _ in named}
     named = {name: state[name] for name in names if name in state}
     output = prediction_of(torch.func.functional_call(model, named, args, kwargs))
+    if loss is F.cross_entropy:
+        needed = "loss: needed, because cross entropy is for classes; give StraightThrough(data, loss=...)"
+        check_class_outputs(output, needed)
+        check_class_targets(targets, needed)
     return loss(output, targets.to(device_of(model)))

@@ -168,7 +168,7 @@ class CCA(MatchedUnits):
         super().__post_init__()
         check_number("ridge", self.ridge)
         if self.gamma is not None:
-            check_number("gamma", self.gamma)
+            check_number("gamma", self.gamma, exclusive=True)
             if self.ridge != RIDGE:
                 raise ValueError(
                     f"gamma: it replaces ridge, so give one of them; got {self.gamma} and {self.ridge}"

@@ -14,6 +14,7 @@ from torch import nn
 from fastmatch._internal.batches import Forward, batches_of, check_module, default_forward
 from fastmatch._internal.callers import warn_user
 from fastmatch._internal.coefficients import (
+    check_is_merge,
     check_weights,
     has_stale_note,
     remember_weights,
@@ -47,6 +48,10 @@ from fastmatch.renorm.trial import Trial, try_least_squares
 __all__ = ["renormalize", "renormalize_many"]
 
 log = logging.getLogger("fastmatch")
+
+FEWEST = 8
+"""Samples of one class without which the automatic choice leaves the merge alone: statistics of fewer harm, and look perfect on these
+same samples."""
 
 
 def renormalize(
@@ -84,7 +89,7 @@ def renormalize(
             copy whose outputs are nearest to the weighted mean of the endpoints' outputs on 1024 samples that are spread over the data. If each
             sample's target is one class, that is the copy with the least often another class, and then the smallest angle. Otherwise (values, several
             classes in a sample, or no targets) it is the one with the smallest squared error, and nothing is done unless that is 10% smaller. Without
-            outputs to compare, nothing is tried blindly: batch norms are reset, and other networks left alone with a warning. If the endpoints are models, it also tries
+            outputs to compare, nothing is tried blindly: batch norms are reset, and other networks left alone with a warning. So are networks for classes with fewer than 8 samples. If the endpoints are models, it also tries
             least squares, in sequential mode on those samples (in 64 batches at most), and judges it on some that it was not fitted to.
         weights: the weights of the merge, one per endpoint. None takes those that :func:`fastmatch.merge` noted on
             the module, which hold until other tensors are loaded into it.
@@ -99,13 +104,13 @@ def renormalize(
         TypeError: a model is not a torch module, or is divided among ranks, or ``method`` is neither a word nor a
             Renormalization.
         ValueError: an unknown method, an option that the method does not use, no batch norm for ``"reset"``, weights
-            that are not known or sum to zero, no data, an endpoint of another architecture, a named layer that is never run, a batch
+            that are not known or sum to zero, no data, an endpoint of another architecture, endpoints whose average (by the weights that the merge noted) is not the merge, a named layer that is never run, a batch
             of one value for each channel, activations that are not finite (batch and layer are named), or ranks that were given
             different models, options or data.
 
     Warns:
         UserWarning: ``weights`` do not sum to one, so that the targets are scaled; layers are left alone; or ``"auto"`` leaves the merge
-            alone because there are no outputs to compare.
+            alone because there are no outputs to compare, or too few samples.
 
     Source:
         Jordan et al. 2022 (REPAIR); Qu and Horvath 2024 (RESCALE, RESHIFT); Nasery et al. 2024 (least squares).
@@ -162,6 +167,10 @@ def renormalize_many(
     plan = plan or plan_renormalization(models[0], options)
     notes = [remembered_weights(model) for model in models]
     alphas = _weights_of_merges(models, notes, endpoints, weights, plan)
+    if weights is None and endpoints is not None and not isinstance(endpoints, EndpointStatistics):
+        for model, note in zip(models, notes, strict=True):
+            if note is not None and applied_plan(model) is None:
+                check_is_merge(model, endpoints)
     _check_same(ranks, models, endpoints, {"method": options, "weights": alphas, "forward": forward})
 
     def read(title: str) -> Iterator[Any]:
@@ -313,7 +322,15 @@ def _best(
             scores[attempt.plan.method] = found
     if len(scores) < len(attempts):
         return _unjudged(attempts, "cannot be compared" if statistics.probes else "are not known")
-    preferred = "repair" if all(found.has_classes for found in scores.values()) else "none"
+    has_classes = all(found.has_classes for found in scores.values())
+    judged = sum(len(probe.outputs[0]) for probe in statistics.probes if probe.outputs[0] is not None)
+    if has_classes and judged < FEWEST:
+        told = f"{judged} samples are too few to calibrate and judge by: {FEWEST} are needed"
+        warn_user(
+            f'renormalize leaves the merge as it is: method "auto": {told}; name a method to calibrate with them'
+        )
+        return next(attempt for attempt in attempts if attempt.plan.method == "none").because(told)
+    preferred = "repair" if has_classes else "none"
 
     def distance(attempt: _Attempt) -> tuple[float, float, bool]:
         method = attempt.plan.method

@@ -21,12 +21,15 @@ from fastmatch._internal.batches import (
     split_batch,
 )
 from fastmatch._internal.checks import check_choice, check_integer
+from fastmatch._internal.class_targets import check_class_outputs, check_class_targets
 from fastmatch._internal.shared_data import read_in_step
 from fastmatch._internal.states import working_dtype
 from fastmatch._internal.wrapped_buffers import buffers_sent_once
 
 __all__ = ["Labels", "diagonal_fisher", "gradients_by_sample"]
 
+
+EXPECTED = "data: expected classes of a classifier, because Fisher information is that of the cross entropy"
 
 Labels: TypeAlias = Literal["data", "sampled"]
 """Whose labels the likelihood is of: the data's (the empirical Fisher information), or drawn from the model's own
@@ -58,7 +61,8 @@ def diagonal_fisher(
         progress: show a progress bar; None shows it on a terminal.
 
     Raises:
-        ValueError: ``data`` does not yield pairs of tensors, or an option is out of range.
+        ValueError: ``data`` does not yield pairs of tensors, an option is out of range, the model has one output or the targets are no
+            classes, or a gradient is not finite.
 
     Cost: a per-sample gradient (``torch.func``), so the memory of one model per sample of a batch. Squares and sums
     are in float32 or wider; gradients that underflow in a half-precision backward pass are lost. ``torch.autocast`` is off
@@ -66,13 +70,18 @@ def diagonal_fisher(
     """
     totals: dict[str, torch.Tensor] = {}
     count = 0
-    for gradients in gradients_by_sample(
+    found = gradients_by_sample(
         model, data, labels=labels, samples=samples, seed=seed, title="diagonal Fisher", progress=progress
-    ):
+    )
+    for number, gradients in enumerate(found):
         count += len(next(iter(gradients.values())))
         for name in list(gradients):
             g = gradients.pop(name)  # not kept while the next ones are computed
             square = g.to(working_dtype(g.dtype)).square().sum(0)
+            if not bool(torch.isfinite(square).all()):
+                raise ValueError(
+                    f"data: the gradient of {name!r} on batch {number} (counted from 0) holds NaN or infinity"
+                )
             totals[name] = totals[name] + square if name in totals else square
             del g
     return {name: total / count for name, total in totals.items()}
@@ -106,24 +115,30 @@ def gradients_by_sample(
 
     def loss(values: dict[str, torch.Tensor], inputs: Any, y: torch.Tensor) -> torch.Tensor:
         args, kwargs = tree_map(lambda x: x[None], inputs)
-        output = torch.func.functional_call(model, (values, buffers), args, kwargs)
-        return F.cross_entropy(prediction_of(output), y[None])
+        output = prediction_of(torch.func.functional_call(model, (values, buffers), args, kwargs))
+        check_class_outputs(output, EXPECTED)
+        return F.cross_entropy(output, y[None])
 
     gradient = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0), randomness="different")
     with evaluating(model), buffers_sent_once(model), torch.autocast(device_of(model).type, enabled=False):
         batches = batches_of(data, title, samples=samples, progress=progress)
-        for batch in read_in_step(batches, model):
+        for number, batch in enumerate(read_in_step(batches, model)):
             inputs, y = split_batch(batch)
             inputs = arguments_for(model, inputs)
             if not all(isinstance(x, torch.Tensor) for x in tree_leaves(inputs)):
                 raise ValueError("data: expected inputs that are tensors")
             if labels == "sampled":
                 logits = prediction_of(model(*inputs[0], **inputs[1])).float()
+                if not bool(torch.isfinite(logits).all()):
+                    raise ValueError(
+                        f"data: the model's outputs on batch {number} (counted from 0) hold NaN or infinity"
+                    )
                 y = torch.multinomial(logits.softmax(1).cpu(), 1, generator=generator)[:, 0]
             if not isinstance(y, torch.Tensor):
                 raise ValueError(
                     'data: expected (inputs, targets) pairs of tensors, or mappings with labels; labels="sampled" needs none'
                 )
+            check_class_targets(y, EXPECTED)
             with _loops_untold():
                 found = gradient(parameters, inputs, y.to(device_of(model)))
             yield found

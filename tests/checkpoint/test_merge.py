@@ -311,6 +311,33 @@ def test_numbers_of_eight_bits_with_scales_are_refused(tmp_path, scale, dtype):
     assert not paths["out"].exists()
 
 
+def test_what_is_no_list_or_number_is_named(files):
+    with pytest.raises(TypeError, match="paths: expected a list of at least two checkpoints, got '"):
+        merge_checkpoints(str(files["a"]), files["out"], MergeOptions())
+    for value in ("x", [None], {}):
+        with pytest.raises(TypeError, match=r"blocks\['\*input_blocks\*'\]: expected a number"):
+            merged(files, "ab", MergeOptions(blocks={"*input_blocks*": value}))
+
+
+def test_a_lora_and_permutations_are_no_models(files, capsys):
+    lora, moved = files["b"].with_name("lora.safetensors"), files["b"].with_name("moved.safetensors")
+    save_file({"lora_unet_x.lora_up.weight": torch.ones(2, 1), "lora_unet_x.alpha": torch.ones(())}, lora)
+    spec = fm.PermutationSpec({}, {NAMES[0]: (2, 3)})
+    fm.Alignment({}, spec).save(moved)
+    a = str(files["a"])
+    for wrong, message in (
+        (lora, "holds a LoRA, not a model; `fastmatch apply"),
+        (moved, "holds permutations, as"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            merge_checkpoints([a, wrong], files["out"], MergeOptions())
+        for arguments in ([a, str(wrong)], [str(wrong), a]):
+            assert main(["align", *arguments, "--out", str(files["out"])]) == 2
+            assert message in capsys.readouterr().err
+    assert main(["apply", str(moved), str(moved), "--out", str(files["out"])]) == 2
+    assert "holds permutations, as" in capsys.readouterr().err
+
+
 def test_another_architecture_is_refused(files):
     save_file({name: torch.ones(3, 3) for name in NAMES}, files["b"])
     with pytest.raises(ValueError, match="architectures must be equal"):

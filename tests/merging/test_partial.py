@@ -414,7 +414,7 @@ def test_what_it_cannot_do_is_said():
     ("zip", {"a": 0.0}, "a: expected a finite number above 0; got 0.0"),
     ("zip", {"b": -0.1}, "b: expected a finite number of at least 0"),
     ("zip", {"b": 1.5}, "b: expected a number from 0 to 1; got 1.5"),
-    ("cca", {"gamma": -1.0}, "gamma: expected a finite number of at least 0; got -1.0"),
+    ("cca", {"gamma": -1.0}, "gamma: expected a finite number above 0; got -1.0"),
     ("cca", {"ridge": -1.0}, "ridge: expected a finite number of at least 0; got -1.0"),
     ("cca", {"ridge": 0.2, "gamma": 0.1}, "gamma: it replaces ridge"),
     ("permute", {"site": "sideways"}, "site: expected one of 'post', 'pre'; got 'sideways'"),

@@ -187,6 +187,23 @@ def test_without_outputs_to_compare_nothing_is_applied_unjudged():
         assert all(torch.equal(t, merged.state_dict()[n]) for n, t in new.state_dict().items())
 
 
+@pytest.mark.parametrize("given", ["models", "statistics"])
+@pytest.mark.parametrize("name", ["vgg", "mlp"])
+def test_a_handful_of_samples_is_too_few_to_judge_by(name, given):
+    """Calibrated on one sample, every method answers as the endpoints do on this sample."""
+    seed = fresh_seed()
+    (a, x), (b, _) = (build(name, seed + k) for k in range(2))
+    merged = fm.merge([a, b])
+    data = [(torch.randn(4, *x.shape[1:]), torch.zeros(4, dtype=torch.long))]
+    ends = [a, b] if given == "models" else fm.endpoint_statistics([a, b], data)
+    with pytest.warns(
+        UserWarning, match='as it is: method "auto": 4 samples are too few to calibrate and judge by: 8'
+    ):
+        new = fm.renormalize(merged, ends, data)
+    assert fm.applied_plan(new).method == "none"
+    assert all(torch.equal(t, merged.state_dict()[k]) for k, t in new.state_dict().items())
+
+
 def test_without_outputs_to_compare_batch_norm_is_reset():
     ends, data = pair("vgg"), labelled()
     merged = fm.merge(ends)

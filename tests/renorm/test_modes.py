@@ -320,7 +320,7 @@ def test_the_plan_lists_what_is_left_alone_and_renormalize_warns_of_it():
     before = copy.deepcopy(model.state_dict())
     merged = fm.merge([model, Mixed()])
     with pytest.warns(UserWarning, match="leaves these alone: .*up: transposed convolutions"):
-        new = fm.renormalize(merged, [model, model], data, "repair")
+        new = fm.renormalize(merged, [model, model], data, "repair", weights=[0.5, 0.5])
     for name, tensor in new.state_dict().items():
         assert torch.equal(tensor, merged.state_dict()[name]) != name.startswith("first.")
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
@@ -684,3 +684,31 @@ def test_published_layers_that_cannot_be_told_are_refused():
         ValueError, match=r'layers: "published" needs a forward pass that torch\.fx can follow'
     ):
         fm.plan_renormalization(Branching(), fm.Renormalization(layers="published"))
+
+
+def _slips(a, b, c):
+    """Endpoints that are not those of ``merge([a, b], [0.1, 0.9])``, and what they are."""
+    return {"another model": [a, c], "another order": [b, a]}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["repair", "least-squares", "auto"])
+@pytest.mark.parametrize("slip", ["another model", "another order"])
+def test_endpoints_that_were_not_merged_are_refused(slip, method, dtype):
+    seed = fresh_seed()
+    (a, x), (b, _), (c, _) = (build("mlp", seed + k) for k in range(3))
+    a, b, c = (model.to(dtype) for model in (a, b, c))
+    data = [(x.to(dtype), torch.zeros(len(x), dtype=torch.long))]
+    merged = fm.merge([a, b], [0.1, 0.9], biases="normalize")
+    with pytest.raises(
+        ValueError,
+        match=r"endpoints: expected the models that were merged, in their order; the merge's '.*' is not 0\.1",
+    ):
+        fm.renormalize(merged, _slips(a, b, c)[slip], data, method)
+    first = fm.renormalize(merged, [a, b], data, "repair")
+    assert fm.renormalize(first, [a, b], data, "repair") is not first, (
+        "what is renormalized is no average any more"
+    )
+    assert fm.renormalize(merged, [a, c], data, "repair", weights=[0.1, 0.9]) is not merged, (
+        "weights= says that it is meant"
+    )

@@ -62,9 +62,10 @@ class Target:
     columns: torch.Tensor | None = None
 
 
-def is_lora(names: Mapping[str, torch.Tensor]) -> bool:
-    """Whether the tensors of a file are the factors of a LoRA, by their names."""
-    return any(FACTORS.search(name) for name in names)
+def is_lora(names: Mapping[str, torch.Tensor], *, alone: bool = False) -> bool:
+    """Whether a file holds factors of a LoRA, by the names of its tensors; with ``alone`` whether it holds nothing else."""
+    found = [bool(FACTORS.search(name)) for name in names if not name.startswith(WORDS)]
+    return bool(found) and all(found) if alone else any(found)
 
 
 def permute_lora(

@@ -31,6 +31,7 @@ __all__ = ["run"]
 WIDTHS, SEEDS = (1, 4), (0, 1, 2, 3, 4)
 
 
+# parameters: progress is part of every long call
 def run(
     out: str | Path = "study",
     *,
