@@ -30,8 +30,13 @@ State: TypeAlias = "Checkpoint | RenamedCheckpoint"
 
 
 class DifferentFunction(ValueError):
-    """Two checkpoints are not the same function."""
+    """Two checkpoints are not the same function.
 
+    Attributes:
+        error: largest difference of an output, relative to its largest value; None if a tensor differs that no network reads.
+    """
+
+    error: float | None = None
     exit_status = 3
     """Of the command, so that a script can tell this answer from a wrong call."""
 
@@ -223,11 +228,26 @@ def _verify_copy(
         )
     error = max(_difference(x, y) for x, y in zip(old, new, strict=True))
     if not error <= tolerance:
-        raise DifferentFunction(
+        different = DifferentFunction(
             f"{path_b}: is not the same function as {path_a}{told}: outputs differ by {error:.2g} relative, "
-            f"at most {tolerance:.2g} is allowed"
+            f"at most {tolerance:.2g} is allowed{_other_types(states)}"
         )
+        different.error = error
+        raise different
     return CheckpointVerification(error, len(old))
+
+
+def _other_types(states: Sequence[State]) -> str:
+    """Return what an error adds where the checkpoints have other element types, of which one rounds more."""
+    types = [{t.dtype for t in state.headers.values() if t.is_floating_point()} for state in states]
+    if types[0] == types[1]:
+        return ""
+    said = [" and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found)) for found in types]
+    rounding = max(torch.finfo(dtype).eps for found in types for dtype in found)
+    return (
+        f". They are of {said[0]} and of {said[1]}, whose rounding alone makes outputs differ by some {rounding:.0e}: compare files of one "
+        "type, or allow for it by the tolerance"
+    )
 
 
 def _joined(found: list[CheckpointVerification]) -> CheckpointVerification:

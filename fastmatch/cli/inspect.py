@@ -93,7 +93,7 @@ def _spec_of(path: str, args: argparse.Namespace) -> PermutationSpec:
 
 def verify_command(args: argparse.Namespace) -> None:
     """Run two checkpoints on the same random inputs and compare their outputs."""
-    from fastmatch.checkpoint.verify import verify_checkpoints
+    from fastmatch.checkpoint.verify import DifferentFunction, verify_checkpoints
 
     model: nn.Module | None = None
     example: Any = None
@@ -101,10 +101,15 @@ def verify_command(args: argparse.Namespace) -> None:
         model, example = build_network(args)
     elif args.input_shape is not None:
         raise ValueError("--input-shape: needs --model; without it the inputs follow A's config.json")
-    found = verify_checkpoints(
-        args.a, args.b, model=model, example_inputs=example,
-        dtype=dtype_from(args.dtype) or torch.float64, tolerance=args.tolerance,
-    )  # fmt: skip
+    try:
+        found = verify_checkpoints(
+            args.a, args.b, model=model, example_inputs=example,
+            dtype=dtype_from(args.dtype) or torch.float64, tolerance=args.tolerance,
+        )  # fmt: skip
+    except DifferentFunction as different:
+        if args.json:
+            say(args, "", same=False, error=different.error, reason=str(different))
+        raise
     agree = "1 output agrees" if found.outputs == 1 else f"{found.outputs} outputs agree"
     text = f"the same function: {agree} within {found.error:.2g} relative"
-    say(args, text, outputs=found.outputs, error=found.error)
+    say(args, text, same=True, outputs=found.outputs, error=found.error)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from fastmatch._internal.files import load_state, save_state
@@ -65,6 +67,18 @@ def test_verify_has_a_status_of_its_own_for_another_function(planted, capsys):
     save_file({**state, name: state[name] * 1.5}, "other.safetensors")
     assert main(["verify", "b.safetensors", "other.safetensors", *MODEL]) == 3
     assert "is not the same function" in capsys.readouterr().err
+    assert main(["verify", "b.safetensors", "other.safetensors", *MODEL, "--json"]) == 3
+    found = json.loads(capsys.readouterr().out)
+    assert found["same"] is False
+    assert 0 < found["error"] < float("inf")
+    assert "is not the same function" in found["reason"]
+    save_file({k: t.half() for k, t in state.items()}, "half.safetensors")
+    assert main(["verify", "b.safetensors", "half.safetensors", *MODEL]) == 3
+    assert (
+        "They are of float32 and of float16, whose rounding alone makes outputs differ by some 1e-03"
+        in capsys.readouterr().err
+    )
+    assert main(["verify", "b.safetensors", "half.safetensors", *MODEL, "--tolerance", "1e-2"]) == 0
     assert main(["verify", "b.safetensors", "nowhere.safetensors", *MODEL]) == 2
     assert main(["verify", "b.safetensors", "b.safetensors", *MODEL]) == 0
     assert "1 output agrees" in capsys.readouterr().out

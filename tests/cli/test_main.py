@@ -139,7 +139,7 @@ INSPECT = ["inspect", "--model", "cli_module:build_with_inputs"]
     (["curve", *PAIR, *DATA, "--points", "3", "--out", "o.csv"], {"rows", "loss_barrier", "out"}),
     (["triangle", *PAIR, PAIR[0], *DATA, "--points", "3", "--out", "o.csv"], {"rows", "loss_barrier", "out"}),
     (["layers", *PAIR, *DATA, "--out", "o.csv"], {"rows", "out"}),
-    (["verify", *PAIR], {"outputs", "error"}),
+    (["verify", *PAIR], {"same", "outputs", "error"}),
     (["inspect"], {"groups", "pins"}),
     (["libraries"], {"libraries"}),
     (["apply", "permutations.safetensors", PAIR[1], "--out", "o.pt"], {"kind", "moved", "out"}),
