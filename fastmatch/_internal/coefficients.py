@@ -12,7 +12,6 @@ from fastmatch._internal.callers import warn_user
 from fastmatch._internal.divided import local_part
 
 __all__ = [
-    "check_is_merge",
     "check_weights",
     "has_stale_note",
     "is_one",
@@ -85,62 +84,88 @@ def remember_weights(model: nn.Module, weights: Sequence[float]) -> nn.Module:
     return model
 
 
-def remembered_weights(model: nn.Module) -> tuple[float, ...] | None:
-    """Return the weights that a module was merged with; None if there is no note, or other tensors were loaded since."""
+def remembered_weights(
+    model: nn.Module, endpoints: Sequence[nn.Module] | None = None
+) -> tuple[float, ...] | None:
+    """Return the weights that a module was merged with; None if there is no note, or other tensors were loaded since.
+
+    Raises:
+        ValueError: the module is not the sum of ``endpoints`` by these weights, as far as entries of matrices tell.
+    """
     note = model.__dict__.get(_NOTE)
-    return note.weights if isinstance(note, _Note) and not _has_changed(model, note) else None
+    if not isinstance(note, _Note):
+        return None
+    changed = _changed(model, note)
+    if changed is None:
+        return None
+    others = {} if endpoints is None else _not_merged(model, endpoints, note)
+    found = int(_any(changed) * 2 + _any(list(others.values())))  # a GPU is waited for once
+    if found >= 2:
+        return None
+    if found:
+        wrong = next(name for name, is_other in others.items() if bool(is_other))
+        raise ValueError(
+            f"endpoints: expected the models that were merged, in their order; the merge's {wrong!r} is not "
+            f"{' + '.join(f'{w:g} endpoints[{k}]' for k, w in enumerate(note.weights))}. Give the aligned models, or weights= if this is meant"
+        )
+    return note.weights
 
 
 def has_stale_note(model: nn.Module) -> bool:
     """Return whether a module was merged, and has other tensors now."""
-    note = model.__dict__.get(_NOTE)
-    return isinstance(note, _Note) and _has_changed(model, note)
+    return isinstance(model.__dict__.get(_NOTE), _Note) and remembered_weights(model) is None
 
 
-def check_is_merge(model: nn.Module, endpoints: Sequence[nn.Module]) -> None:
-    """Raise ValueError unless a module with a note is the sum of ``endpoints`` by its weights, as far as entries of matrices tell.
-
-    Vectors are left out: a merge may have corrected biases. So are modules of other parameters.
-    """
-    note = model.__dict__[_NOTE]
-    weights = note.weights
-    merged, *ends = (_floating(x) for x in (model, *endpoints))
-    if len(ends) != len(weights) or any(end.keys() != merged.keys() for end in ends):
-        return
-    for name, tensor in merged.items():
-        if tensor.ndim < 2 or any(end[name].shape != tensor.shape for end in ends):
-            continue
-        now = _entries(tensor)
-        terms = [w * _entries(end[name]).to(now.device) for w, end in zip(weights, ends, strict=True)]
-        dtypes = (note.dtypes[name], *(end[name].dtype for end in (merged, *ends)))
-        eps = max(torch.finfo(dtype).eps for dtype in dtypes)
-        size = sum(term.abs().max() for term in terms)
-        if bool((sum(terms) - now).abs().max() > 8 * eps * size):
-            raise ValueError(
-                f"endpoints: expected the models that were merged, in their order; the merge's {name!r} is not "
-                f"{' + '.join(f'{w:g} endpoints[{k}]' for k, w in enumerate(weights))}. Give the aligned models, or weights= if this is meant"
-            )
+def _any(flags: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return 0 or 1, on the device of the first flag."""
+    if not flags:
+        return torch.zeros((), dtype=torch.int64, device="cpu")
+    return torch.stack([flag.to(flags[0].device) for flag in flags]).any().long()
 
 
-def _has_changed(model: nn.Module, note: _Note) -> bool:
+def _changed(model: nn.Module, note: _Note) -> list[torch.Tensor] | None:
+    """Return for every parameter whether it is another one than was merged; None if there are other parameters."""
     parameters = _floating(model)
     if parameters.keys() != note.entries.keys():
-        return True
-    same: dict[torch.device, list[torch.Tensor]] = {}
+        return None
+    found = []
     for name, tensor in parameters.items():
         if tensor.dtype == note.dtypes[name]:
-            then = note.sums[name].to(tensor.device)
-            same.setdefault(tensor.device, []).append((_sum_of_bits(tensor) == then).all())
+            found.append((_sum_of_bits(tensor) != note.sums[name].to(tensor.device)).any())
             continue
         now = _entries(tensor)
         then = note.entries[name].to(now.device)
         if then.shape != now.shape:
-            return True
+            return None
         if now.numel():
             eps = 2 * max(torch.finfo(dtype).eps for dtype in (note.dtypes[name], tensor.dtype))
             close = (now - then).abs() <= eps * (then.abs() + then.abs().max())
-            same.setdefault(now.device, []).append((close | (now == then)).all())
-    return not all(bool(torch.stack(found).all()) for found in same.values())  # a GPU is waited for once
+            found.append(~(close | (now == then)).all())
+    return found
+
+
+def _not_merged(model: nn.Module, endpoints: Sequence[nn.Module], note: _Note) -> dict[str, torch.Tensor]:
+    """Return for every matrix whether it is not the weighted sum of those of ``endpoints``, by some of its entries.
+
+    Vectors are left out: a merge may have corrected biases. So are modules of other parameters.
+    """
+    found: dict[str, torch.Tensor] = {}
+    if not all(isinstance(x, nn.Module) for x in endpoints):
+        return found  # told of where endpoints are checked
+    merged, *ends = (_floating(x) for x in (model, *endpoints))
+    if len(ends) != len(note.weights) or any(end.keys() != merged.keys() for end in ends):
+        return found
+    for name, tensor in merged.items():
+        if tensor.ndim < 2 or not tensor.numel() or any(end[name].shape != tensor.shape for end in ends):
+            continue
+        now = _entries(tensor)
+        terms = torch.stack(
+            [w * _entries(e[name]).to(now.device) for w, e in zip(note.weights, ends, strict=True)]
+        )
+        dtypes = {note.dtypes[name], tensor.dtype, *(end[name].dtype for end in ends)}
+        allowed = 8 * max(torch.finfo(dtype).eps for dtype in dtypes) * terms.abs().amax(1).sum()
+        found[name] = (terms.sum(0) - now).abs().max() > allowed
+    return found
 
 
 def _floating(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
 from fastmatch._internal.json_files import read_json
 from fastmatch.checkpoint.align import AlignedTensors
+from fastmatch.checkpoint.diffusion.components import find_components
 from fastmatch.checkpoint.diffusion.lora import is_lora, permute_lora
-from fastmatch.checkpoint.diffusion.single_file import check_rest, with_running_mean
+from fastmatch.checkpoint.diffusion.single_file import EMA, check_rest, with_running_mean
 from fastmatch.checkpoint.modules import leave_what_does_not_fit
 from fastmatch.checkpoint.names import RenamedCheckpoint
 from fastmatch.checkpoint.pairs import layout_for
@@ -19,6 +21,9 @@ from fastmatch.checkpoint.structure import bind
 from fastmatch.checkpoint.tracing import is_diffusion
 from fastmatch.checkpoint.writer import write_like
 from fastmatch.permutations.alignment import Alignment
+from fastmatch.spec.common import restricted
+
+log = logging.getLogger("fastmatch")
 
 __all__ = ["apply_to_checkpoint"]
 
@@ -41,7 +46,7 @@ def apply_to_checkpoint(
         path: a file or directory with the tensors of B, or a file with the factors of a LoRA: names of kohya, LyCORIS,
             diffusers or peft; LoRA, LoCon, LoHa, LoKr, DoRA and full differences. Or the directory of an adapter of peft: LoRA and
             DoRA of layers and embeddings, with the layers and biases that it holds whole. A file of a diffusion model may have more
-            than the one that was aligned: running means of the UNet's weights move with them.
+            than the one that was aligned, and running means of the UNet's weights move with them; or it may lack whole networks.
         out: the file or directory to write, with the same names, shapes and types.
         force: replace an output that exists.
 
@@ -67,6 +72,8 @@ def apply_to_checkpoint(
         return "LoRA"
     check_is_model(checkpoint)
     check_unscaled(checkpoint)
+    if not checkpoint.path.is_dir() and is_diffusion(path, checkpoint):
+        alignment = _of_networks_in(alignment, checkpoint)
     leave_what_does_not_fit(checkpoint, alignment.spec)
     layout = layout_for(path, checkpoint, alignment.spec)
     bind(alignment.spec, RenamedCheckpoint(checkpoint, layout).headers, str(path))
@@ -77,3 +84,27 @@ def apply_to_checkpoint(
         alignment = replace(alignment, spec=with_running_mean(alignment.spec, shapes, str(path)))
     write_like(checkpoint, out, AlignedTensors(checkpoint, layout, alignment), force=force)
     return "checkpoint"
+
+
+def _of_networks_in(alignment: Alignment, checkpoint: Checkpoint) -> Alignment:
+    """Return the permutations of the networks that a file has, as a pruned one; a line names those that it lacks."""
+    spec = alignment.spec
+    networks = [c.prefix for c in find_components(spec.shapes, str(checkpoint.path)) if c.prefix]
+    absent = [
+        prefix
+        for prefix in (*networks, EMA)
+        if any(name.startswith(prefix) for name in spec.shapes)
+        and not any(name.startswith(prefix) for name in checkpoint)
+    ]
+    kept = [name for name in spec.shapes if not name.startswith(tuple(absent))]
+    if not kept or len(kept) == len(spec.shapes):
+        return alignment
+    log.warning(
+        "%s: has no %s, which the permutations move as well",
+        checkpoint.path,
+        ", ".join(p.rstrip(".") for p in absent),
+    )
+    spec = restricted(spec, kept)
+    return replace(
+        alignment, spec=spec, permutations={name: alignment.permutations[name] for name in spec.groups}
+    )

@@ -14,7 +14,6 @@ from torch import nn
 from fastmatch._internal.batches import Forward, batches_of, check_module, default_forward
 from fastmatch._internal.callers import warn_user
 from fastmatch._internal.coefficients import (
-    check_is_merge,
     check_weights,
     has_stale_note,
     remember_weights,
@@ -165,12 +164,9 @@ def renormalize_many(
         raise ValueError(f"weights: expected {len(models)} rows, one per merge, got {len(weights)}")
     plan = _without_endpoints(models[0], options) if endpoints is None else None
     plan = plan or plan_renormalization(models[0], options)
-    notes = [remembered_weights(model) for model in models]
+    merged_from = None if weights is not None or isinstance(endpoints, EndpointStatistics) else endpoints
+    notes = [remembered_weights(m, merged_from if applied_plan(m) is None else None) for m in models]
     alphas = _weights_of_merges(models, notes, endpoints, weights, plan)
-    if weights is None and endpoints is not None and not isinstance(endpoints, EndpointStatistics):
-        for model, note in zip(models, notes, strict=True):
-            if note is not None and applied_plan(model) is None:
-                check_is_merge(model, endpoints)
     _check_same(ranks, models, endpoints, {"method": options, "weights": alphas, "forward": forward})
 
     def read(title: str) -> Iterator[Any]:

@@ -124,6 +124,30 @@ def test_permutations_of_a_pruned_file_move_the_running_mean_of_the_full_one(tmp
         apply_to_checkpoint(alignment, full, out, force=True)
 
 
+def test_permutations_of_a_full_file_move_a_pruned_one(tmp_path, generator, caplog):
+    shapes, spec = small_shapes(), small_spec()
+    full = random_file(shapes, generator)
+    alignment = Alignment(spec.random(generator), spec)
+    moved = alignment.apply({name: full[name] for name in spec.shapes})
+    pruned = {name: tensor for name, tensor in full.items() if name.startswith(UNET)}
+    assert 0 < len(pruned) < len(spec.shapes)
+    save_file(pruned, tmp_path / "pruned.safetensors")
+    apply_to_checkpoint(alignment, tmp_path / "pruned.safetensors", tmp_path / "out.safetensors")
+    found = load_file(tmp_path / "out.safetensors")
+    assert found.keys() == pruned.keys()
+    assert all(torch.equal(tensor, moved[name]) for name, tensor in found.items())
+    assert not all(torch.equal(tensor, pruned[name]) for name, tensor in found.items())
+    (record,) = caplog.records
+    assert "pruned.safetensors: has no" in record.getMessage()
+    assert "cond_stage_model" in record.getMessage()
+    del pruned[next(iter(pruned))]  # a part of a network
+    save_file(pruned, tmp_path / "pruned.safetensors")
+    with pytest.raises(ValueError, match="has no tensor"):
+        apply_to_checkpoint(
+            alignment, tmp_path / "pruned.safetensors", tmp_path / "out.safetensors", force=True
+        )
+
+
 def test_a_merge_names_what_the_reference_lacks_or_has_besides(tmp_path, generator, caplog):
     shapes = unet_shapes()
     a = random_file(shapes, generator)

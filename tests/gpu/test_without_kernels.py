@@ -53,7 +53,7 @@ def test_every_call_runs_and_warns_once(bare_gpu):
         fm.align(ga, gb, gx, fm.ActivationMatching(data))
         merged = fm.merge([ga, by_weights.apply(gb)])
         for mode in ("joint", "sequential"):
-            fm.renormalize(merged, [ga, gb], data, fm.Renormalization("repair", mode=mode))
+            fm.renormalize(merged, [ga, by_weights.apply(gb)], data, fm.Renormalization("repair", mode=mode))
         factors = [(gpu.tensor(torch.randn(40, 6)), gpu.tensor(torch.randn(40, 6)))]
         cost = fm.assignment.FactorCost(factors)
         assert fm.solve(cost, solver=fm.assignment.CandidateLists()).is_certified
