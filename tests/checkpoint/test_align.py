@@ -504,7 +504,8 @@ def test_a_matcher_starts_where_it_says_and_is_part_of_the_journals_key(folder, 
     found = align_checkpoints(folder / "a", folder / "b", folder / "out", matcher)
     expected = match_weights(a, b, spec, matcher, Hooks(out_of_core=True))
     assert found.matching is not None
-    assert found.matching.objective == expected.objective
+    # The first value is the survey's: its sums are of other parts, and round otherwise in the last bits.
+    assert found.matching.objective == pytest.approx(expected.objective, rel=1e-13)
     assert all(torch.equal(found.permutations[k], v) for k, v in expected.permutations.items())
 
 
