@@ -72,12 +72,13 @@ def apply_to_checkpoint(
         return "LoRA"
     check_is_model(checkpoint)
     check_unscaled(checkpoint)
-    if not checkpoint.path.is_dir() and is_diffusion(path, checkpoint):
+    is_file = not checkpoint.path.is_dir() and is_diffusion(path, checkpoint)
+    if is_file:
         alignment = _of_networks_in(alignment, checkpoint)
     leave_what_does_not_fit(checkpoint, alignment.spec)
     layout = layout_for(path, checkpoint, alignment.spec)
     bind(alignment.spec, RenamedCheckpoint(checkpoint, layout).headers, str(path))
-    if not checkpoint.path.is_dir() and is_diffusion(path, checkpoint):
+    if is_file:
         # The permutations may come from a file that had less.
         shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint.headers.items()}
         check_rest(shapes, alignment.spec.shapes, str(path))

@@ -150,15 +150,20 @@ def test_a_file_of_the_model_without_its_head_gets_the_prefix(tmp_path):
     assert verify_checkpoints(tmp_path / "a", tmp_path / "b").error < 1e-9
 
 
-@pytest.mark.parametrize("holder", ["a", "b"])
-def test_many_of_which_one_stores_a_tied_tensor_twice_are_merged(holder, tmp_path):
+def save_tied_and_permuted(folder):
+    """Write a Llama whose table of words is its head too, and a permuted one, as a and b."""
     config = transformers.LlamaConfig(
         vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
         tie_word_embeddings=True,
     )  # fmt: skip
     torch.manual_seed(fresh_seed())
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "a")
-    permute(tmp_path / "a", tmp_path / "b")
+    transformers.LlamaForCausalLM(config).save_pretrained(folder / "a")
+    permute(folder / "a", folder / "b")
+
+
+@pytest.mark.parametrize("holder", ["a", "b"])
+def test_many_of_which_one_stores_a_tied_tensor_twice_are_merged(holder, tmp_path):
+    save_tied_and_permuted(tmp_path)
     permute(tmp_path / "a", tmp_path / "c")
     state = load_file(tmp_path / holder / SINGLE)
     save_file(
@@ -175,13 +180,7 @@ def test_many_of_which_one_stores_a_tied_tensor_twice_are_merged(holder, tmp_pat
 @pytest.mark.parametrize("holder", ["a", "b"])
 def test_a_tied_tensor_that_only_one_of_two_files_stores_twice_is_no_difference(holder, tmp_path):
     transformers.logging.disable_progress_bar()
-    config = transformers.LlamaConfig(
-        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        tie_word_embeddings=True,
-    )  # fmt: skip
-    torch.manual_seed(fresh_seed())
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "a")
-    permute(tmp_path / "a", tmp_path / "b")
+    save_tied_and_permuted(tmp_path)
     path = tmp_path / holder / SINGLE
     state = load_file(path)
     assert "lm_head.weight" not in state
