@@ -20,6 +20,7 @@ import torch
 from fastmatch._internal.concurrent import IN_CACHE
 from fastmatch.assignment.gap import duality_gap
 from fastmatch.assignment.solution import Assignment
+from fastmatch_kernels.inner_product import row_products
 
 __all__ = ["BoundedGain", "PrefixProducts", "multiply", "multiply_if_bounds_pay", "solve_bounded"]
 
@@ -51,6 +52,9 @@ MANY = 1 / 16
 """Fraction of the rows: if the bounds of more of them are too loose, the prefix grows; otherwise these rows are completed."""
 
 EPS = float(torch.finfo(torch.float32).eps)
+
+SUMMED = 128
+"""Squares that are added in float32; the sums are added in float64."""
 
 SCALES = (1e-15, 1e30)
 """Least and largest size of a gain whose bounds are used: float32 does not overflow there, nor does underflow matter."""
@@ -130,13 +134,14 @@ class BoundedGain:
     def _rounding(self, multiplied: list[int]) -> float:
         """A bound on all rounding in float32, in units of the product of two rows' norms.
 
-        A sum of d products is off by at most d / 2 times EPS; so are d squares. A matrix product adds sums of at least 64
-        terms to the bound, and the steps from one bound to the next add less than 64 numbers.
+        A sum of d products is off by at most d / 2 times EPS; so are d squares, of which SUMMED are added in float32: those of
+        the rest, and those that leave it when the prefix grows. A matrix product adds sums of at least 64 terms to the bound,
+        and the steps from one bound to the next add less than 64 numbers.
 
         Args:
             multiplied: the features of each factor that enter the products.
         """
-        return (2 * max(self.features) + sum(multiplied) / 64 + len(self.features) + 64) * EPS
+        return (max(multiplied) + 2 * SUMMED + sum(multiplied) / 64 + len(self.features) + 64) * EPS
 
     def _write(self, places: np.ndarray, values: np.ndarray) -> None:
         """Write known entries, rounded up."""
@@ -248,7 +253,7 @@ class BoundedGain:
         picked = torch.from_numpy(np.asarray(rows, np.int64)), torch.from_numpy(np.asarray(cols, np.int64))
         total = torch.zeros(len(picked[0]), dtype=torch.float64, device="cpu")
         for a, b in self.factors:
-            total += products(a, b, *picked)
+            total += row_products(a, b, *picked)
         return total.numpy()
 
     def entry_error(self) -> np.ndarray:
@@ -346,7 +351,7 @@ class PrefixProducts:
                 self._squares[1, side] += others
                 self._squares[0, side] += others + squared_norms(x[:, first])
         if self.cols is not None:
-            self._values += products(a, b, None, self.cols)
+            self._values += row_products(a, b, torch.arange(len(a), device="cpu"), self.cols)
 
     def _multiply(self, a: torch.Tensor, b: torch.Tensor) -> None:
         """Add the products of a prefix. Short ones are collected, because each product reads and writes the gain."""
@@ -461,30 +466,14 @@ class _Forecast:
 
 
 def squared_norms(x: torch.Tensor) -> torch.Tensor:
-    """Return float64 ``|x_i|^2`` of each row, summed in float32."""
-    return x.square().sum(1).double()
-
-
-def products(
-    a: torch.Tensor, b: torch.Tensor, rows: torch.Tensor | None = None, cols: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Return float64 ``<a[rows], b[cols]>`` by row, all rows for None, from copies that stay in the caches."""
-    count = len(a) if rows is None else len(rows)
-    total = torch.zeros(count, dtype=torch.float64, device="cpu")
-    if a.stride(0) == b.stride(0) == 1 and a.shape[1] > 1:  # the units are columns of what is stored
-        step = max(1, IN_CACHE // max(count, 1))
-        for x, y in zip(a.T.split(step), b.T.split(step), strict=True):
-            x = x if rows is None else x.index_select(1, rows)
-            y = y if cols is None else y.index_select(1, cols)
-            total += (x.double() * y.double()).sum(0)
-        return total
-    step = max(1, IN_CACHE // max(a.shape[1], 1))
-    for lo in range(0, count, step):
-        part = slice(lo, lo + step)
-        x = (a[part] if rows is None else a.index_select(0, rows[part])).double()
-        y = (b[part] if cols is None else b.index_select(0, cols[part])).double()
-        total[part] = (x * y).sum(1)
-    return total
+    """Return float64 ``|x_i|^2`` of each row; SUMMED squares at a time are added in float32."""
+    if x.stride(0) == 1 and x.shape[1] > 1:  # the units are columns of what is stored
+        return torch.stack([part.square().sum(0).double() for part in x.T.split(SUMMED)]).sum(0)
+    whole = x.shape[1] // SUMMED * SUMMED
+    norms = [torch.linalg.vector_norm(x[:, whole:], dim=1)[:, None]]
+    if whole:
+        norms.append(torch.linalg.vector_norm(x[:, :whole].unflatten(1, (-1, SUMMED)), dim=2))
+    return torch.cat(norms, 1).double().square().sum(1)
 
 
 def _check_sign(sign: float) -> None:

@@ -140,6 +140,7 @@ class Ascent:
             placed = {name: step for name, step in first.items() if step.axes}
             again = [name for name, step in placed.items() if not step.is_complete]
             self.placement = Placement(self.problem, self.unkept, placed, again, self.states)
+        whole: dict[str, list[torch.Tensor]] = {}
         for name, found in progress_bar(
             self._visits(levels, {name: step.axes for name, step in first.items()}),
             "weight matching, sweep 1",
@@ -148,8 +149,14 @@ class Ascent:
         ):
             if first[name].is_complete:
                 self.stale.discard(name)
+            elif len(first[name].axes) == len(self.problem.axes(first[name].group)):
+                whole[name] = self._around(name)
             if found is not None:
                 self.permutations = {**self.permutations, **found.permutations}
+        # A group that took all of its axes is at its best if those around it have stayed where they were.
+        self.stale -= {
+            name for name, then in whole.items() if all(map(torch.equal, then, self._around(name)))
+        }
         self._let_go()
         self.skipped += len(self.names) - self.solves
         value = self._objective()
@@ -329,6 +336,13 @@ class Ascent:
         """Hold no tensors of states on disk."""
         for state in self.states:
             state.want(())
+
+    def _around(self, name: str) -> list[torch.Tensor]:
+        """The permutations that the gain of a group depends on, now."""
+        names = self.problem.coupled(name) | ({name} & self.problem.self_coupled)
+        return [
+            self.permutations[member] for group in sorted(names) for member in self.problem.grouping[group]
+        ]
 
     def _end_sweep(self, value: float) -> None:
         self.sweeps += 1

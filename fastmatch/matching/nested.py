@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 
 from fastmatch._internal.states import State, headers_of
-from fastmatch.assignment import linear_sum_assignment, solve_batched
+from fastmatch.assignment import linear_sum_assignment, solve, solve_batched
 from fastmatch.assignment.bounded_gain import LARGEST_SHARE, BoundedGain, multiply
 from fastmatch.matching.gains import is_large
 from fastmatch.permutations.apply import permute_tensor
@@ -68,7 +68,12 @@ class _Blocks:
     def rows(self, blocks: torch.Tensor, kind: int) -> torch.Tensor:
         """Return the (blocks, size, features) weights of the units of a kind."""
         dim, positions = self.kinds[kind]
-        picked = blocks.movedim(1 + dim, 1)[:, positions]  # (blocks, outer, size, inner, ...)
+        front = blocks.movedim(1 + dim, 1)
+        every = torch.arange(front.shape[1], device="cpu")
+        if torch.equal(positions.flatten(), every):
+            picked = front.unflatten(1, positions.shape)
+        else:
+            picked = front[:, positions]  # (blocks, outer, size, inner, ...)
         return picked.movedim(2, 1).reshape(len(blocks), positions.shape[1], -1)
 
     def ordered(self, orders: dict[int, torch.Tensor], but: int | None, part: slice) -> torch.Tensor:
@@ -124,6 +129,14 @@ def match_nested(
     own = [
         _OwnGains([x for x in inner if x.is_covered and kind in x.kinds], kind) for kind in range(len(kinds))
     ]
+    if all(block.is_covered for block in inner):
+        found = _match_flat(own, value)
+        if found is not None:
+            return {name: found[0]} | {
+                subgroup: order
+                for names, rows in zip(kinds, found[1], strict=True)
+                for subgroup, order in zip(names, rows, strict=True)
+            }
     orders = [torch.arange(n, device="cpu").expand(p, p, n).clone() for n in sizes]
     best = value.clone()
     for gains, order in zip(own, orders, strict=True):
@@ -174,6 +187,21 @@ class _OwnGains:
         else:
             self._whole = self._in_blocks(found)
 
+    def match_flat(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Match the inner units as if any of A could be any of B.
+
+        Returns:
+            (units,) outer permutation and (units, size) orders, if that keeps units of one outer unit together. No nested match
+            has a larger gain then.
+        """
+        assert self.bounds is not None
+        size = self.factors[0][0].shape[1]
+        found = torch.from_numpy(solve(self.bounds, maximize=True).col_ind).view(-1, size)
+        if self.bounds.is_whole:
+            self._whole, self.bounds = self._in_blocks(self.bounds.bound), None
+        outer = found // size
+        return (outer[:, 0], found % size) if torch.equal(outer, outer[:, :1].expand_as(outer)) else None
+
     def grow(self) -> bool:
         """Multiply twice as many features, or return False if so many do not pay."""
         assert self.bounds is not None
@@ -212,6 +240,29 @@ class _OwnGains:
         """Return a gain of all inner units as (units, units, size, size)."""
         size = self.factors[0][0].shape[1]
         return gain.view(len(gain) // size, size, len(gain.T) // size, size).transpose(1, 2)
+
+
+def _match_flat(
+    own: Sequence[_OwnGains], value: torch.Tensor
+) -> tuple[torch.Tensor, list[torch.Tensor]] | None:
+    """Return the outer permutation and the orders inside it, by kind, if matching all inner units at once finds them.
+
+    It does for near copies, and spares the assignments of pairs. Each kind is at its best there, whatever the outer permutation;
+    so all is, if they agree on that and what the outer units earn by themselves is at its best too.
+
+    Args:
+        own: the gains of each kind.
+        value: (units, units), what the outer units earn by themselves.
+    """
+    outer = _assign(value) if value.any() else None
+    orders = []
+    for gains in own:
+        found = None if gains.bounds is None else gains.match_flat()
+        if found is None or not (outer is None or torch.equal(outer, found[0])):
+            return None
+        outer = found[0]
+        orders.append(found[1])
+    return None if outer is None else (outer, orders)
 
 
 def _solve_all(own: _OwnGains, orders: torch.Tensor) -> torch.Tensor:

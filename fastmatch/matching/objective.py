@@ -11,7 +11,7 @@ import torch
 
 from fastmatch._internal.ranks import ALONE, Ranks, deal
 from fastmatch._internal.states import State, headers_of
-from fastmatch.permutations.apply import dimension_indices, permute_tensor
+from fastmatch.permutations.apply import dimension_indices, is_identity, permute_tensor
 from fastmatch.spec import Axis, Group, Permutations, PermutationSpec
 from fastmatch_kernels.inner_product import InnerSum, inner
 
@@ -239,7 +239,9 @@ class WeightObjective:
 
     def note(self, name: str, permutations: Permutations) -> None:
         """Keep the inner product of a tensor, which is at hand on this rank, for a later :meth:`value`."""
-        self._noted[name] = self._key(name, permutations), self._inner(name, permutations)
+        key = self._key(name, permutations)
+        if not (name in self.survey and all(map(is_identity, key.values()))):
+            self._noted[name] = key, self._inner(name, permutations)
 
     def _key(self, name: str, permutations: Permutations) -> Permutations:
         """The permutations that the inner product of a tensor depends on."""

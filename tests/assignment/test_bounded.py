@@ -137,7 +137,7 @@ def test_near_copies_whose_norms_differ_need_no_paths(small):
     g, n = torch.Generator().manual_seed(fresh_seed()), 600
     a = [torch.randn(n, 1, generator=g), 0.02 * torch.randn(n, 2000, generator=g)]
     order = torch.randperm(n, generator=g)
-    b = [(x + 0.1 * x.std() * torch.randn(x.shape, generator=g))[order] for x in a]
+    b = [(x + 0.05 * x.std() * torch.randn(x.shape, generator=g))[order] for x in a]
     gain = multiply(list(zip(a, b, strict=True)))
     assert isinstance(gain, BoundedGain)
     found = fm.solve(gain, maximize=True)

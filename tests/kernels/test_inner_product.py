@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fastmatch_kernels.inner_product import change_of_inner, inner, squares_and_inner
+from fastmatch_kernels.inner_product import change_of_inner, inner, row_products, squares_and_inner
 from helpers.networks import fresh_seed
 
 
@@ -100,3 +100,21 @@ def test_a_square_of_what_is_not_finite_is_not_finite(value):
     assert square_a == 50
     assert not math.isfinite(square_b)
     assert not math.isfinite(inner_product)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["rows", "columns", "mixed", "strided"])
+def test_products_of_rows(layout, dtype):
+    generator = torch.Generator().manual_seed(fresh_seed())
+    a, b = (torch.randn(size, 37, generator=generator).add(100).to(dtype) for size in (9, 14))
+    if layout != "rows":
+        a = a.t().contiguous().t()
+    if layout == "columns":
+        b = b.t().contiguous().t()
+    if layout == "strided":
+        a, b = a[:, ::2], b[:, ::2]
+    rows, cols = (torch.randint(size, (50,), generator=generator) for size in (9, 14))
+    expected = (a[rows].double() * b[cols].double()).sum(1)
+    torch.testing.assert_close(row_products(a, b, rows, cols), expected, rtol=1e-13, atol=0)
+    assert row_products(a[:, :0], b[:, :0], rows, cols).tolist() == [0.0] * 50
+    assert row_products(a, b, rows[:0], cols[:0]).shape == (0,)

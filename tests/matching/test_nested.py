@@ -56,6 +56,20 @@ def every_permutation(spec: PermutationSpec):
         yield dict(zip(spec.groups, chosen, strict=True))
 
 
+@pytest.mark.parametrize("moved", [False, True])
+def test_heads_are_solved_again_only_if_the_stream_that_was_placed_after_them_has_moved(moved):
+    """Heads take all of their axes at once, when the stream is not placed yet."""
+    spec, generator = heads_of(shared=False), torch.Generator().manual_seed(fresh_seed())
+    stream = Group("stream", 7, (Axis("value", 1),))
+    spec = PermutationSpec({**spec.groups, "stream": stream}, spec.shapes)
+    a, planted = random_state(spec, generator), spec.identity()
+    planted["stream"] = planted["stream"].roll(1) if moved else planted["stream"]
+    found = WeightMatching().match(a, apply_permutations(a, spec, planted), spec)
+    assert found.converged
+    assert found.order[:2] == ("heads", "stream")
+    assert found.order.count("heads") == 1 + moved
+
+
 @pytest.mark.slow
 def test_one_family_is_matched_optimally():
     """All 6^4 arrangements of three heads with three channels each."""
@@ -194,8 +208,8 @@ def test_a_planted_permutation_of_everything_is_found_by_activations(name):
 
 
 @pytest.mark.parametrize("cosine", [0.999, 0.9, 0.7, 0.0])
-@pytest.mark.parametrize("shared", [False, True])
-def test_bounds_spare_near_copies_most_products_and_give_the_same(shared, cosine, monkeypatch):
+@pytest.mark.parametrize(("shared", "flat"), [(False, False), (False, True), (True, False)])
+def test_bounds_spare_near_copies_most_products_and_give_the_same(shared, flat, cosine, monkeypatch):
     spec, generator = heads_of(shared), torch.Generator().manual_seed(fresh_seed())
     spec = replace(
         spec, shapes={n: tuple(500 if d in (5, 7) else d for d in s) for n, s in spec.shapes.items()}
@@ -207,7 +221,15 @@ def test_bounds_spare_near_copies_most_products_and_give_the_same(shared, cosine
     whole = match_nested(*args)
     monkeypatch.setattr(gains, "BOUNDED_UNITS", 2)
     monkeypatch.setattr(gains, "BOUNDED_PRODUCTS", 0)
-    shares, solved = [], []
+    shares, solved, flat_shares = [], [], []
+    match_flat = nested._OwnGains.match_flat
+
+    def matched_flat(own):
+        found, share = match_flat(own) if flat else None, own.bounds.share if own.bounds else 1.0
+        flat_shares.extend([share] if found else [])
+        return found
+
+    monkeypatch.setattr(nested._OwnGains, "match_flat", matched_flat)
     largest, inner = nested._OwnGains.largest, nested._solve_inner
     monkeypatch.setattr(
         nested._OwnGains, "largest", lambda own: shares.append(own.bounds.share) or largest(own)
@@ -217,12 +239,34 @@ def test_bounds_spare_near_copies_most_products_and_give_the_same(shared, cosine
     )
     found = match_nested(*args)
     assert all(torch.equal(p, found[name]) for name, p in whole.items())
-    if cosine > 0.99:
+    if cosine > 0.99 and flat:  # all at once, and no pair of heads by itself
+        assert max(flat_shares) < 0.3
+        assert not shares
+        assert not solved
+    elif cosine > 0.99:
         assert shares
         assert max(shares) < 0.3
         assert sum(solved) == HEADS  # no pair but the planted ones
     if cosine == 0.0:
         assert not shares
+
+
+def test_units_that_fit_best_in_other_heads_stay_in_theirs(monkeypatch):
+    """Matched at once, units would go to two heads: so heads are matched with their units."""
+    spec, generator = heads_of(False), torch.Generator().manual_seed(fresh_seed())
+    spec = replace(spec, shapes={"value": (HEADS * CHANNELS, 400), "out": (400, HEADS * CHANNELS)})
+    a = {n: t.float() for n, t in random_state(spec, generator).items()}
+    moved = torch.arange(HEADS * CHANNELS)
+    moved[[0, CHANNELS]] = moved[[CHANNELS, 0]]  # a unit of the first head and one of the second
+    b = {"value": a["value"][moved], "out": a["out"][:, moved]}
+    args = a, b, spec, "heads", spec.groups["heads"].axes, spec.identity()
+    whole = match_nested(*args)
+    monkeypatch.setattr(gains, "BOUNDED_UNITS", 2)
+    monkeypatch.setattr(gains, "BOUNDED_PRODUCTS", 0)
+    found, flat = [], nested._match_flat
+    monkeypatch.setattr(nested, "_match_flat", lambda *args: found.append(flat(*args)))
+    assert all(torch.equal(p, whole[name]) for name, p in match_nested(*args).items())
+    assert found == [None]
 
 
 def test_bounds_that_tell_too_little_are_finished(monkeypatch):
@@ -236,6 +280,7 @@ def test_bounds_that_tell_too_little_are_finished(monkeypatch):
     whole = match_nested(*args)
     monkeypatch.setattr(gains, "BOUNDED_UNITS", 2)
     monkeypatch.setattr(gains, "BOUNDED_PRODUCTS", 0)
+    monkeypatch.setattr(nested._OwnGains, "match_flat", lambda own: None)
     finished = []
     finish = nested._OwnGains.finish
     monkeypatch.setattr(nested._OwnGains, "finish", lambda own: finished.append(own) or finish(own))

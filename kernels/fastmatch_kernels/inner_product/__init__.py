@@ -1,4 +1,4 @@
-"""Inner products of a tensor with a reordered one, in float64: ``inner`` and ``change_of_inner``; ``squares_and_inner``.
+"""Inner products of a tensor with a reordered one, in float64: ``inner`` and ``change_of_inner``; sums of two tensors or of rows.
 
 A reordering maps dimensions to int64 positions, ``{dim: index}``: ``b.index_select(dim, index)`` along each.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from fastmatch_kernels._dispatch import backend_of
 from fastmatch_kernels.inner_product import reference
 
-__all__ = ["InnerSum", "change_of_inner", "inner", "moved_positions", "squares_and_inner"]
+__all__ = ["InnerSum", "change_of_inner", "inner", "moved_positions", "row_products", "squares_and_inner"]
 
 COMPILED = (torch.float32, torch.float64)
 """Dtypes that the CPU kernel reads; others go through the reference."""
@@ -132,6 +132,27 @@ def squares_and_inner(a: Tensor, b: Tensor, *, compiled: bool = True) -> tuple[f
 
         return cpu.squares_and_inner(a, b)
     return reference.squares_and_inner(a, b)
+
+
+def row_products(a: Tensor, b: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    """Return (r,) float64 ``<a[rows[i]], b[cols[i]]>``.
+
+    Example:
+        >>> from fastmatch_kernels.inner_product import row_products
+        >>> a, b = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0, 1.0], [0.0, 5.0]])
+        >>> row_products(a, b, torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1])).tolist()
+        [3.0, 7.0, 20.0]
+
+    Args:
+        a, b: (n, d) and (m, d) on the CPU.
+        rows, cols: (r,) int64.
+    """
+    alike = a.dtype == b.dtype and a.dtype in COMPILED and len(rows) * a.shape[1] > SMALL
+    if alike and any(x.is_contiguous() and y.is_contiguous() for x, y in ((a, b), (a.T, b.T))):
+        from fastmatch_kernels.inner_product import cpu
+
+        return cpu.row_products(a, b, rows, cols)
+    return reference.row_products(a, b, rows, cols)
 
 
 def _inner(a: Tensor, b: Tensor, indices: Indices) -> float | Tensor:

@@ -16,7 +16,7 @@ from fastmatch_kernels._numba.cache import njit
 from fastmatch_kernels._numba.half import HALF, decode
 from fastmatch_kernels._numba.parallel import over_rows
 
-__all__ = ["inner", "squares_and_inner"]
+__all__ = ["inner", "row_products", "squares_and_inner"]
 
 GATHER_COST = 4
 """Entries read in order in the time of one that is gathered."""
@@ -131,3 +131,36 @@ def squares_and_inner(a: Tensor, b: Tensor) -> tuple[float, float, float]:
     sums, like = np.empty(3), np.float64(0) if a.dtype == torch.float64 else np.float32(0)
     _three_sums(*(x.flatten().view(words).numpy() for x in (a, b)), HALF.get(a.dtype), like, sums)
     return float(sums[0]), float(sums[1]), float(sums[2])
+
+
+@njit(nogil=True, fastmath=_REASSOCIATE)
+def _add_rows(a, b, rows, cols, lo, hi, out):  # pragma: no cover - compiled
+    """out[i] += <a[rows[i]], b[cols[i]]> for i in lo..hi."""
+    for i in range(lo, hi):
+        x, y = a[rows[i]], b[cols[i]]
+        total = 0.0
+        for k in range(x.shape[0]):
+            total += np.float64(x[k]) * np.float64(y[k])
+        out[i] += total
+
+
+@njit(nogil=True, fastmath=_REASSOCIATE)
+def _add_columns(a, b, rows, cols, lo, hi, out):  # pragma: no cover - compiled
+    """out[i] += <a[:, rows[i]], b[:, cols[i]]> for i in lo..hi; each row of a and b is read once."""
+    for k in range(a.shape[0]):
+        x, y = a[k], b[k]
+        for i in range(lo, hi):
+            out[i] += np.float64(x[rows[i]]) * np.float64(y[cols[i]])
+
+
+def row_products(a: Tensor, b: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    """Return ``<a[rows], b[cols]>`` by row, of two contiguous matrices or of the transposes of two such."""
+    out = np.zeros(len(rows))
+    places = [
+        index.numpy().astype(np.uint32) for index in (rows, cols)
+    ]  # unsigned: no checks for negative indices
+    add, pair = (_add_rows, (a, b)) if a.is_contiguous() else (_add_columns, (a.T, b.T))
+    views = [t.detach().numpy() for t in pair]
+    work = len(rows) * a.shape[1] * GATHER_COST
+    over_rows(len(rows), work, lambda lo, hi: add(*views, *places, lo, hi, out))
+    return torch.from_numpy(out)

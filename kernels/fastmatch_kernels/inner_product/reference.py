@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["change_of_inner", "inner", "squares_and_inner"]
+__all__ = ["change_of_inner", "inner", "row_products", "squares_and_inner"]
 
 SHORT = 1 << 14
 """Numbers up to which torch does not divide the work among threads, which would wait for each other."""
@@ -33,6 +33,22 @@ def squares_and_inner(a: Tensor, b: Tensor) -> tuple[float, float, float]:
         for k, (left, right) in enumerate(((x, x), (y, y), (x, y))):
             totals[k] += float((left * right).sum())  # a dot product may use threads
     return totals[0], totals[1], totals[2]
+
+
+def row_products(a: Tensor, b: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    """Copy so many rows or columns to float64 at a time that the copies stay in the caches."""
+    total = torch.zeros(len(rows), dtype=torch.float64, device="cpu")
+    if a.stride(0) == b.stride(0) == 1 and a.shape[1] > 1:  # the rows are columns of what is stored
+        step = max(1, SHORT // max(len(rows), 1))
+        for x, y in zip(a.T.split(step), b.T.split(step), strict=True):
+            total += (x.index_select(1, rows).double() * y.index_select(1, cols).double()).sum(0)
+        return total
+    step = max(1, SHORT // max(a.shape[1], 1))
+    for lo in range(0, len(rows), step):
+        part = slice(lo, lo + step)
+        x, y = a.index_select(0, rows[part]).double(), b.index_select(0, cols[part]).double()
+        total[part] = (x * y).sum(1)
+    return total
 
 
 def change_of_inner(
