@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastmatch._internal.allowed import DEMO_WIDTHS
 from fastmatch._internal.files import writing
 from fastmatch._internal.progress import progress_bar
 from fastmatch._internal.stopwatch import Stopwatch
@@ -27,10 +28,7 @@ from fastmatch.renorm.options import Method
 from fastmatch.studies.digits import Batches, digits, train_new
 from fastmatch.studies.networks import mlp, vgg
 
-__all__ = ["MAX_WIDTH", "run"]
-
-MIN_WIDTH, MAX_WIDTH = 128, 8192
-"""Of the MLPs' hidden layers."""
+__all__ = ["run"]
 
 LINES = (
     ("not aligned", "-", "-"),
@@ -134,8 +132,9 @@ def run(
         ValueError: ``width`` is out of range.
         ImportError: scikit-learn is not installed.
     """
-    if not MIN_WIDTH <= width <= MAX_WIDTH:
-        raise ValueError(f"width: expected {MIN_WIDTH} to {MAX_WIDTH}; got {width}")
+    least, most = DEMO_WIDTHS
+    if not least <= width <= most:
+        raise ValueError(f"width: expected {least} to {most}; got {width}")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
