@@ -19,10 +19,11 @@ from torch import nn
 
 from fastmatch._internal.batches import described_call
 from fastmatch._internal.checks import nearest
+from fastmatch._internal.places import check_place
 from fastmatch._internal.ranks import is_of_ranks
 from fastmatch._internal.words import error_line
 
-__all__ = ["called", "check_place", "function_of", "loader_from", "network_from"]
+__all__ = ["called", "function_of", "loader_from", "network_from"]
 
 
 def callable_from(argument: str, option: str) -> Callable[..., Any]:
@@ -43,20 +44,6 @@ def callable_from(argument: str, option: str) -> Callable[..., Any]:
     if not callable(found):
         raise ValueError(f"{option}: {name!r} of {place!r} is {type(found).__name__}, expected a callable")
     return found
-
-
-def check_place(argument: str, option: str) -> tuple[str, str]:
-    """Return the module or file, and the callable, that an argument names; nothing is imported.
-
-    Raises:
-        ValueError: the argument has another form, or there is no such file.
-    """
-    place, colon, name = argument.rpartition(":")
-    if not (colon and place and name):
-        raise ValueError(f"{option}: expected module:callable or file.py:callable, got {argument!r}")
-    if Path(place).suffix == ".py" and not Path(place).is_file():
-        raise ValueError(f"{option}: no file {place}")
-    return place, name
 
 
 def _imported(place: str, option: str) -> ModuleType:

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, get_args
 
-__all__ = ["check_choice", "check_fraction", "check_integer", "check_number", "check_type", "nearest"]
+__all__ = [
+    "check_choice",
+    "check_format",
+    "check_fraction",
+    "check_integer",
+    "check_number",
+    "check_type",
+    "check_weights",
+    "nearest",
+]
 
 
 def nearest(name: str, names: Iterable[str], text: str = "did you mean {}?") -> str:
@@ -69,3 +79,30 @@ def check_fraction(name: str, value: object) -> None:
     check_number(name, value)
     if float(value) > 1.0:  # type: ignore[arg-type]
         raise ValueError(f"{name}: expected a number from 0 to 1; got {value!r}")
+
+
+def check_format(path: str | Path, argument: str, suffixes: Iterable[str]) -> None:
+    """Raise ValueError unless the suffix of ``path`` is one of ``suffixes``: it decides the format of the file."""
+    if Path(path).suffix not in set(suffixes):
+        raise ValueError(f"{argument}: expected a file ending in {', '.join(sorted(suffixes))}, got {path}")
+
+
+def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
+    """Return one finite weight per model; equal weights for None.
+
+    Raises:
+        ValueError: the number of weights is not ``count``, or one is not finite.
+    """
+    if weights is None:
+        return [1.0 / count] * count
+    if isinstance(weights, (str, Mapping)) or not isinstance(weights, Iterable):
+        raise TypeError(f"weights: expected {count} numbers, got {type(weights).__name__}")
+    try:
+        values = [float(w) for w in weights]
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"weights: expected {count} numbers, got {weights!r}") from error
+    if len(values) != count:
+        raise ValueError(f"weights: expected {count}, one per model, got {len(values)}")
+    if not all(abs(w) < float("inf") for w in values):
+        raise ValueError(f"weights: expected finite numbers; got {values}")
+    return values

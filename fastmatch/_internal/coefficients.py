@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from fastmatch._internal.callers import warn_user
+from fastmatch._internal.checks import check_weights
 from fastmatch._internal.divided import local_part
 
 __all__ = [
@@ -30,27 +31,6 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def is_one(total: float) -> bool:
     """Whether a sum of weights counts as one."""
     return abs(total - 1) <= 1e-6
-
-
-def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
-    """Return one finite weight per model; equal weights for None.
-
-    Raises:
-        ValueError: the number of weights is not ``count``, or one is not finite.
-    """
-    if weights is None:
-        return [1.0 / count] * count
-    if isinstance(weights, (str, Mapping)) or not isinstance(weights, Iterable):
-        raise TypeError(f"weights: expected {count} numbers, got {type(weights).__name__}")
-    try:
-        values = [float(w) for w in weights]
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"weights: expected {count} numbers, got {weights!r}") from error
-    if len(values) != count:
-        raise ValueError(f"weights: expected {count}, one per model, got {len(values)}")
-    if not all(abs(w) < float("inf") for w in values):
-        raise ValueError(f"weights: expected finite numbers; got {values}")
-    return values
 
 
 def warn_of_scale(weights: Sequence[float], call: str = "merge", scaled: str = "every tensor") -> None:

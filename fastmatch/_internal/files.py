@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from fastmatch._internal.allowed import STATE_SUFFIXES, TORCH_SUFFIXES
+from fastmatch._internal.checks import check_format
 from fastmatch._internal.outputs import check_target, writing
 from fastmatch._internal.safetensors_file import read_entry, read_header, write_safetensors
 from fastmatch._internal.torch_file import load_torch, save_torch
@@ -23,17 +25,8 @@ __all__ = [
     "writing",
 ]
 
-TORCH_SUFFIXES = frozenset({".pt", ".pth", ".bin", ".ckpt"})
-STATE_SUFFIXES = TORCH_SUFFIXES | {".safetensors"}
-"""The suffixes of the files that :func:`save_state` writes."""
 HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 """Entries of a header that are hashes of the file's tensors, by which programs know a model."""
-
-
-def check_format(path: str | Path, argument: str, suffixes: Iterable[str]) -> None:
-    """Raise ValueError unless the suffix of ``path`` is one of ``suffixes``: it decides the format of the file."""
-    if Path(path).suffix not in set(suffixes):
-        raise ValueError(f"{argument}: expected a file ending in {', '.join(sorted(suffixes))}, got {path}")
 
 
 def load_state(path: str | Path, *, mmap: bool = False) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from fastmatch._internal.ranks import is_first
+from fastmatch._internal.launching import is_first
 
 __all__ = ["no_progress", "progress_bar"]
 

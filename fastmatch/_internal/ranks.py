@@ -25,6 +25,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 from fastmatch._internal.checks import check_number
+from fastmatch._internal.launching import LAUNCHER, RanksError, initialized, is_first, is_launched
 
 __all__ = [
     "ALONE",
@@ -55,13 +56,6 @@ PATIENCE = 5.0
 """Seconds in which a rank that lives answers, once a connection is broken."""
 
 HOLDER_GONE = "rank 0, which holds the store of the run, does not answer"
-
-LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What torchrun and other launchers set for every process."""
-
-
-class RanksError(RuntimeError):
-    """Another rank failed, or does not answer. The message says which one, and why."""
 
 
 class Ranks:
@@ -354,7 +348,7 @@ def current() -> Ranks:
 
     The first call with a group is made by all of its ranks.
     """
-    dist = _initialized()
+    dist = initialized()
     if dist is None or _apart.get():
         return ALONE
     if _known.get("default") is not dist.group.WORLD:
@@ -388,28 +382,7 @@ def is_of_ranks(error: BaseException) -> bool:
 
 def in_group() -> bool:
     """Return whether this process shares its work with a process group; unlike :func:`current` it asks nobody."""
-    return _initialized() is not None and not _apart.get()
-
-
-def is_launched() -> bool:
-    """Return whether a launcher started this process as one of several."""
-    return all(os.environ.get(name) for name in LAUNCHER) and os.environ["WORLD_SIZE"] != "1"
-
-
-def is_first() -> bool:
-    """Return whether this process speaks for the run: it is rank 0, or alone."""
-    dist = _initialized()
-    if dist is not None:
-        return dist.get_rank() == 0
-    return not is_launched() or os.environ["RANK"] == "0"
-
-
-def _initialized() -> Any:
-    """The module torch.distributed if a process group is initialized; it is not imported for that."""
-    dist = sys.modules.get("torch.distributed")
-    if dist is None or not dist.is_available() or not dist.is_initialized():
-        return None
-    return dist
+    return initialized() is not None and not _apart.get()
 
 
 def _timeout() -> float:
@@ -430,7 +403,7 @@ def joined() -> Iterator[Ranks]:
 
     Without a launcher, and in a process that has joined one already, this does nothing.
     """
-    if _initialized() is not None or not all(os.environ.get(name) for name in LAUNCHER):
+    if initialized() is not None or not all(os.environ.get(name) for name in LAUNCHER):
         yield current()
         return
     import torch.distributed as dist

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
 
 import torch
 
+from fastmatch._internal.allowed import DeviceName
 from fastmatch._internal.checks import check_integer
 from fastmatch._internal.ranks import deal
 from fastmatch._internal.states import State
@@ -22,9 +22,6 @@ from fastmatch.matching.objective import WeightObjective
 from fastmatch.spec import PermutationSpec
 
 __all__ = ["DEVICES", "Device", "DeviceName", "Prediction", "Work", "predict", "work_of"]
-
-DeviceName: TypeAlias = Literal["cpu", "h100"]
-"""The devices whose rates are known."""
 
 PARTS = ("survey", "read", "gather", "products", "assignment", "exchange", "write")
 

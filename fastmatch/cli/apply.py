@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastmatch._internal.files import STATE_SUFFIXES
+from fastmatch._internal.allowed import STATE_SUFFIXES
 from fastmatch.cli.options import Commands, add, add_command
 from fastmatch.cli.outputs import check_outputs, say
-from fastmatch.permutations.alignment import Alignment
 
 __all__ = ["add_commands"]
 
@@ -33,19 +32,16 @@ def add_commands(commands: Commands) -> None:
 
 def apply_command(args: argparse.Namespace) -> None:
     """Read both files, permute, and write."""
-    from fastmatch.checkpoint import apply_to_checkpoint
-
-    alignment = _permutations(args.alignment)
+    if Path(args.alignment).is_dir() or Path(args.alignment).suffix != ".safetensors":
+        raise ValueError(
+            "permutations: expected the .safetensors file that `fastmatch align --permutations` wrote, as the first argument; "
+            f"got {args.alignment}"
+        )
     check_outputs(args, out=None if Path(args.checkpoint).is_dir() else STATE_SUFFIXES)
+    from fastmatch.checkpoint import apply_to_checkpoint
+    from fastmatch.permutations.alignment import Alignment
+
+    alignment = Alignment.load(args.alignment)
     kind = apply_to_checkpoint(alignment, args.checkpoint, args.out, force=args.force)
     text = f"permuted the {kind} {args.checkpoint}: {alignment.moved} units moved; wrote {args.out}"
     say(args, text, kind=kind, moved=alignment.moved, out=args.out)
-
-
-def _permutations(path: str) -> Alignment:
-    """Return the permutations in a file; an error says which argument they are."""
-    if Path(path).is_dir() or Path(path).suffix != ".safetensors":
-        raise ValueError(
-            f"permutations: expected the .safetensors file that `fastmatch align --permutations` wrote, as the first argument; got {path}"
-        )
-    return Alignment.load(path)

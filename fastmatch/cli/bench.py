@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fastmatch._internal.files import check_target, writing
+from fastmatch._internal.outputs import check_target, writing
 from fastmatch.cli.options import Commands, add, add_command
 
 __all__ = ["SUITES", "add_commands", "combined"]

@@ -3,34 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import math
-from functools import partial
-from pathlib import Path
 from typing import Any
 
-from fastmatch._internal.batches import default_forward
-from fastmatch._internal.callables import loader_from
+from fastmatch._internal.allowed import LEAST_ON_A_LINE, LEAST_ON_A_SIDE, PICTURES
 from fastmatch._internal.checks import check_integer
-from fastmatch._internal.files import load_state
-from fastmatch.cli.loading import build_model, function_from, load_into, load_models
 from fastmatch.cli.options import Commands, add, add_command
-from fastmatch.cli.outputs import CSV_SUFFIXES, check_outputs, write_table
-from fastmatch.evaluation.between import Renormalized
-from fastmatch.evaluation.curve import LEAST_ON_A_LINE, interpolate
-from fastmatch.evaluation.distances import distances
-from fastmatch.evaluation.layers import layer_table
-from fastmatch.evaluation.plots import PICTURES, draw_panels
-from fastmatch.evaluation.scores import score
-from fastmatch.evaluation.table import Table
-from fastmatch.evaluation.triangle import LEAST_ON_A_SIDE, triangle
-from fastmatch.renorm import Renormalization
+from fastmatch.cli.outputs import CSV_SUFFIXES, check_outputs
 
 __all__ = ["add_commands"]
 
-DRAWN = ("loss", "accuracy", "metric")
-"""What a picture shows, a panel each, as far as it was measured."""
-LAYER_COLUMNS = ("model", "layer", "variance", "dead inputs", "variance ratio", "feature ratio")
-"""The columns of ``layers`` that are printed: those that tell in which layer a merge loses what its endpoints have."""
 LABELLED = "callable that returns a loader of (inputs, targets), or of mappings with labels"
 
 
@@ -117,15 +98,6 @@ def _add_measures(command: argparse.ArgumentParser) -> None:
     add(command, "--forward")
 
 
-def _measures(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the functions that the options name, as arguments of the library's calls."""
-    return {
-        "loss": function_from(args.loss, "--loss", None),
-        "metric": function_from(args.metric, "--metric", None),
-        "forward": function_from(args.forward, "--forward", default_forward),
-    }
-
-
 def _add_outputs(command: argparse.ArgumentParser, *, plot: bool = False) -> None:
     add(command, "--out", help="CSV file to write; by default the table is printed alone", required=False)
     if plot:
@@ -136,15 +108,9 @@ def _add_outputs(command: argparse.ArgumentParser, *, plot: bool = False) -> Non
 def score_command(args: argparse.Namespace) -> None:
     """Evaluate checkpoints one after the other."""
     check_outputs(args, out=CSV_SUFFIXES)
-    model, _ = build_model(args.model)
-    data, measures = loader_from(args.data, "--data"), _measures(args)
-    rows = []
-    for path in args.checkpoints:
-        found = score(load_into(model, path), data, **measures)
-        rows.append({"checkpoint": path, "loss": found.loss, "top-1": found.accuracy, "top-5": found.top5})
-        if args.metric is not None:
-            rows[-1]["metric"] = found.metric
-    write_table(Table(tuple(rows)), args)
+    from fastmatch.cli.work.evaluate import score_checkpoints
+
+    score_checkpoints(args)
 
 
 def curve_command(args: argparse.Namespace) -> None:
@@ -155,39 +121,21 @@ def curve_command(args: argparse.Namespace) -> None:
             raise ValueError(f"--{option}: is an option of --renormalize, which is not given")
     if args.renormalize is not None and args.calibration is None:
         raise ValueError(f"--calibration: needed by --renormalize {args.renormalize}")
-    options = Renormalization(args.renormalize or "auto", args.mode or "joint", args.samples)
+    if args.samples is not None:
+        check_integer("samples", args.samples, least=1)
     check_outputs(args, out=CSV_SUFFIXES, plot=PICTURES)
-    model, _ = build_model(args.model)
-    data = loader_from(args.data, "--data")
-    between = None
-    if args.renormalize is not None:
-        between = Renormalized(loader_from(args.calibration, "--calibration"), options)
-    pair = load_into(model, args.a), load_into(model, args.b)
-    curve = interpolate(*pair, data, args.points, between=between, **_measures(args))
-    if args.plot is not None:
-        measured = [metric for metric in DRAWN if getattr(curve, metric)]
-        draw_panels(curve.plot, measured, args.plot, (5, 2.6), is_row=False)
-    text = f"loss barrier {curve.barrier:.4f}"
-    if curve.accuracy:
-        text += f", accuracy barrier {curve.accuracy_barrier:.4f}"
-    write_table(
-        curve.table(), args, text, loss_barrier=curve.barrier, accuracy_barrier=curve.accuracy_barrier
-    )
+    from fastmatch.cli.work.evaluate import draw_curve
+
+    draw_curve(args)
 
 
 def triangle_command(args: argparse.Namespace) -> None:
     """Evaluate the triangle of three checkpoints."""
     check_integer("points", args.points, LEAST_ON_A_SIDE)
     check_outputs(args, out=CSV_SUFFIXES, plot=PICTURES)
-    found = triangle(
-        load_models(args), loader_from(args.data, "--data"), points=args.points, **_measures(args)
-    )
-    if args.plot is not None:
-        rows = found.scores
-        measured = [m for m in DRAWN if m == "loss" or not all(math.isnan(getattr(s, m)) for s in rows)]
-        plot = partial(found.plot, names=[Path(path).stem for path in args.checkpoints])
-        draw_panels(plot, measured, args.plot, (5, 4), is_row=True)
-    write_table(found.table(), args, f"loss barrier {found.barrier:.4f}", loss_barrier=found.barrier)
+    from fastmatch.cli.work.evaluate import draw_triangle
+
+    draw_triangle(args)
 
 
 def layers_command(args: argparse.Namespace) -> None:
@@ -197,14 +145,19 @@ def layers_command(args: argparse.Namespace) -> None:
             f"--endpoints: {unknown[0]} is not one of the checkpoints {' '.join(args.checkpoints)}"
         )
     check_outputs(args, out=CSV_SUFFIXES)
-    models = dict(zip(args.checkpoints, load_models(args), strict=True))
-    forward = function_from(args.forward, "--forward", default_forward)
-    data = loader_from(args.data, "--data")
-    table = layer_table(models, data, endpoints=args.endpoints, forward=forward)
-    write_table(table, args, shown=LAYER_COLUMNS)
+    from fastmatch.cli.work.evaluate import measure_layers
+
+    measure_layers(args)
 
 
 def distances_command(args: argparse.Namespace) -> None:
     """Write the distance of every two checkpoints."""
+    twice = [path for path in args.checkpoints if args.checkpoints.count(path) > 1]
+    if twice:
+        raise ValueError(f"checkpoints: expected different ones; {twice[0]} is there twice")
+    if len(args.checkpoints) < 2:
+        raise ValueError("checkpoints: expected at least two, got 1")
     check_outputs(args, out=CSV_SUFFIXES)
-    write_table(distances({path: load_state(path) for path in args.checkpoints}), args)
+    from fastmatch.cli.work.evaluate import measure_distances
+
+    measure_distances(args)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
-from fastmatch.cli.groups import described
-from fastmatch.cli.loading import build_network, in_a_folder
+from fastmatch._internal.checks import check_number
 from fastmatch.cli.options import Commands, add, add_command, dtype_from
 from fastmatch.cli.outputs import check_inputs, say
-from fastmatch.spec import PermutationSpec
+
+if TYPE_CHECKING:
+    from fastmatch.spec import PermutationSpec
 
 __all__ = ["add_commands"]
 
@@ -66,23 +64,26 @@ def inspect_command(args: argparse.Namespace) -> None:
             "--model: give a network, or a directory with a config.json in its place"
             + ("" if args.model is None else "; got both")
         )
-    spec = (
-        _spec_of(args.checkpoint, args) if args.model is None else PermutationSpec.trace(*build_network(args))
-    )
+    if args.model is None and args.input_shape is not None:
+        raise ValueError("--input-shape: needs --model; without it the inputs follow the config.json")
+    check_inputs(args)
+    from fastmatch.cli.groups import described
+    from fastmatch.cli.loading import build_network
+    from fastmatch.spec import PermutationSpec
+
+    spec = _spec_of(args.checkpoint) if args.model is None else PermutationSpec.trace(*build_network(args))
     if args.json:
         print(spec.to_json())
     else:
         say(args, described(spec))
 
 
-def _spec_of(path: str, args: argparse.Namespace) -> PermutationSpec:
+def _spec_of(path: str) -> PermutationSpec:
     """Return the groups of a checkpoint whose structure its folder or its names tell."""
     from fastmatch.checkpoint import Checkpoint
     from fastmatch.checkpoint.tracing import is_diffusion, trace_checkpoint
+    from fastmatch.cli.loading import in_a_folder
 
-    if args.input_shape is not None:
-        raise ValueError("--input-shape: needs --model; without it the inputs follow the config.json")
-    check_inputs(args)
     checkpoint = Checkpoint(path)
     if not Path(path).is_dir() and not is_diffusion(path, checkpoint):
         raise ValueError(
@@ -93,18 +94,24 @@ def _spec_of(path: str, args: argparse.Namespace) -> PermutationSpec:
 
 def verify_command(args: argparse.Namespace) -> None:
     """Run two checkpoints on the same random inputs and compare their outputs."""
-    from fastmatch.checkpoint.verify import DifferentFunction, verify_checkpoints
+    if args.model is None and args.input_shape is not None:
+        raise ValueError("--input-shape: needs --model; without it the inputs follow A's config.json")
+    check_number("tolerance", args.tolerance)
+    check_inputs(args)
+    import torch
 
-    model: nn.Module | None = None
+    from fastmatch.checkpoint.verify import DifferentFunction, verify_checkpoints
+    from fastmatch.cli.loading import build_network
+
+    dtype = dtype_from(args.dtype) or torch.float64
+    model: Any = None
     example: Any = None
     if args.model is not None:
         model, example = build_network(args)
-    elif args.input_shape is not None:
-        raise ValueError("--input-shape: needs --model; without it the inputs follow A's config.json")
     try:
         found = verify_checkpoints(
             args.a, args.b, model=model, example_inputs=example,
-            dtype=dtype_from(args.dtype) or torch.float64, tolerance=args.tolerance,
+            dtype=dtype, tolerance=args.tolerance,
         )  # fmt: skip
     except DifferentFunction as different:
         if args.json:

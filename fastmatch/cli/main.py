@@ -1,6 +1,7 @@
 """The ``fastmatch`` command: the grammar of all commands, and how errors and signals are reported.
 
-torch and the modules of the commands are imported once it is known which command runs, so help is shown at once.
+The options of all commands are known, and checked, without torch: help and errors about options are shown at once. What needs torch
+is in :mod:`fastmatch.cli.work`, and imported by the command that runs.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from functools import partial
 from typing import Any, NoReturn
 
 from fastmatch._internal.checks import nearest
+from fastmatch._internal.launching import RanksError, is_first, is_launched
+from fastmatch._internal.progress import no_progress
 from fastmatch._internal.words import printable
 from fastmatch.cli.commands import COMMANDS, module_of
 from fastmatch.cli.signals import ended_by_signals, tell_interrupted
@@ -77,11 +80,7 @@ class _Parser(argparse.ArgumentParser):
     def refuse(self, message: str) -> NoReturn:
         """Print one line on standard error and exit with status 2."""
         said = f"{self.prog}: {message} (see `{self.prog} --help`)\n"
-        if "RANK" in os.environ:  # of several ranks, the first says it; one process need not wait for torch
-            from fastmatch._internal.ranks import is_first
-
-            said = said if is_first() else ""
-        self.exit(2, said or None)
+        self.exit(2, said if is_first() else None)
 
 
 def parser(only: str | None = None) -> argparse.ArgumentParser:
@@ -130,14 +129,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     128 plus the number after another signal; 141 if the reader of the output has gone; 3 if ``verify`` finds another function.
     """
     try:
-        with ended_by_signals():  # the command's module is imported, and torch with it
+        with ended_by_signals():
             args = _parse(sys.argv[1:] if arguments is None else arguments)
     except KeyboardInterrupt as interrupt:
         return tell_interrupted(interrupt, "fastmatch: {} before it began")
     verbose, quiet = getattr(args, "verbose", False), getattr(args, "quiet", False)
-    from fastmatch._internal.progress import no_progress
-    from fastmatch._internal.ranks import is_first, is_launched
-
     try:
         if is_launched() and args.command not in SHARED:
             alone = ValueError(
@@ -173,8 +169,6 @@ def _told(error: Exception, args: argparse.Namespace, *, verbose: bool) -> int:
     """Print an error on one line, after its traceback if ``verbose``, and return the exit status."""
     if verbose:
         traceback.print_exception(error)
-    from fastmatch._internal.ranks import RanksError
-
     text, is_expected = " ".join(str(error).split()), isinstance(error, (*EXPECTED, RanksError))
     if isinstance(error, OSError) and error.filename and error.strerror:
         text = f"{error.filename}: {error.strerror}"

@@ -3,37 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import io
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
-import torch
-from torch import nn
-
-from fastmatch._internal.batches import default_forward
-from fastmatch._internal.callables import loader_from
-from fastmatch._internal.coefficients import check_weights
-from fastmatch._internal.files import STATE_SUFFIXES, shared_metadata, writing
-from fastmatch._internal.model_files import with_names_of
-from fastmatch._internal.states import check_finite
-from fastmatch._internal.torch_file import torch_sink
-from fastmatch.cli.loading import build_model, example_from, function_from, load_into, load_models
-from fastmatch.cli.merge_on_disk import add_merge_options, merge_on_disk
-from fastmatch.cli.options import Commands, add, add_command
-from fastmatch.cli.outputs import check_outputs, say, write_weights
-from fastmatch.cli.reports import PAGES, report_data, write_report
-from fastmatch.merging.average import Biases, merge
-from fastmatch.merging.ensemble import model_cost
-from fastmatch.merging.partial import merge_partial
-from fastmatch.merging.unit_rules import CCA, Identity, Permute, Zip
-from fastmatch.renorm import renormalize
-from fastmatch.renorm.options import Method
-from fastmatch.spec.running import arguments_of
+from fastmatch._internal.allowed import PAGES, STATE_SUFFIXES, Biases, Method
+from fastmatch._internal.checks import check_weights
+from fastmatch.cli.options import Commands, add, add_command, dtype_from
+from fastmatch.cli.outputs import check_inputs, check_outputs
 
 __all__ = ["add_commands"]
 
-MATCHED_RULES = {"permute": Permute, "zip": Zip, "cca": CCA}
-"""The rules that match units on data."""
+MATCHED_RULES = ("permute", "zip", "cca")
+"""The words of ``--rule`` that match units on data."""
 
 
 def add_commands(commands: Commands) -> None:
@@ -49,7 +30,7 @@ def add_commands(commands: Commands) -> None:
         "folders are merged tensor by tensor",
     )  # fmt: skip
     add(command, "--weights")
-    add_merge_options(command)
+    _add_merge_options(command)
     command.add_argument(
         "--biases", choices=get_args(Biases), default="average",
         help="average them; scale them down like the activations of a merge (normalize); or set them to zero (remove)",
@@ -112,9 +93,31 @@ def add_commands(commands: Commands) -> None:
     add(command, "--force")
 
 
+def _add_merge_options(command: argparse.ArgumentParser) -> None:
+    """Add the options of merges on disk to a command."""
+    group = command.add_argument_group("merges on disk", "without --model")
+    group.add_argument(
+        "--block-weights", nargs="+", metavar="PATTERN=W",
+        help="weights of the second checkpoint by patterns of names, such as '*input_blocks.3.*=0.2', or of each but the first: "
+        "'*=0.2,0.3'; or the customary numbers of a UNet's blocks with commas, 25 for Stable Diffusion 1 and 2. What no pattern "
+        "fits follows --weights",
+    )  # fmt: skip
+    group.add_argument(
+        "--add-difference", metavar="BASE",
+        help="add to the first checkpoint what the others have more than this one; --weights are then theirs (default: 1)",
+    )  # fmt: skip
+    group.add_argument(
+        "--dtype", metavar="TYPE",
+        help="write floating point tensors in this type, such as float16; by default the first checkpoint's",
+    )  # fmt: skip
+
+
 def merge_command(args: argparse.Namespace) -> None:
     """Average checkpoints that are aligned already."""
     if args.model is None:
+        _check_merge_on_disk(args)
+        from fastmatch.cli.work.merge_on_disk import merge_on_disk
+
         merge_on_disk(args)
         return
     for option in ("block_weights", "add_difference", "dtype"):
@@ -122,17 +125,25 @@ def merge_command(args: argparse.Namespace) -> None:
             raise ValueError(f"--{option.replace('_', '-')}: merges on disk, without --model")
     check_weights(args.weights, len(args.checkpoints))
     check_outputs(args, out=STATE_SUFFIXES, report=PAGES)
-    data = report_data(args)
-    models = load_models(args)
-    merged = merge(models, args.weights, biases=args.biases)
-    state = with_names_of(merged.state_dict(), args.checkpoints[0], merged)
-    write_weights(state, args.out, force=args.force, metadata=shared_metadata(args.checkpoints))
-    text = f"{len(models)} checkpoints, biases: {args.biases}; wrote {args.out}"
-    say(args, text, checkpoints=len(models), biases=args.biases, out=args.out, report=args.report)
-    if args.report is not None:
-        from fastmatch.report.merge import merge_report
+    from fastmatch.cli.work.merge import merge_networks
 
-        write_report(merge_report(merged, models, data, names=args.checkpoints), args)
+    merge_networks(args)
+
+
+def _check_merge_on_disk(args: argparse.Namespace) -> None:
+    for option, default in (("biases", "average"), ("report", None), ("report_data", None)):
+        if getattr(args, option) != default:
+            raise ValueError(f"--{option.replace('_', '-')}: needs --model")
+    if len(args.checkpoints) < 2:
+        raise ValueError("checkpoints: expected two or more to merge, got one")
+    dtype_from(args.dtype)
+    check_weights(args.weights, len(args.checkpoints) - (args.add_difference is not None))
+    check_inputs(args)
+    if args.block_weights is not None:  # the names in the first checkpoint tell how many there have to be
+        from fastmatch.cli.work.merge_on_disk import merge_options
+
+        merge_options(args)
+    check_outputs(args, out=None if Path(args.checkpoints[0]).is_dir() else STATE_SUFFIXES)
 
 
 def partial_command(args: argparse.Namespace) -> None:
@@ -151,51 +162,6 @@ def partial_command(args: argparse.Namespace) -> None:
         )
     check_weights(args.weights, len(args.checkpoints))
     check_outputs(args, out={".pt2"})
-    built = [build_model(name) for name in args.model]
-    example = example_from(args.input_shape, built[0][1])
-    data = [] if args.data is None else loader_from(args.data, "--data")
-    networks = [network for network, _ in built] * (len(args.checkpoints) if len(built) == 1 else 1)
-    models = [load_into(network, path) for network, path in zip(networks, args.checkpoints, strict=True)]
-    forward = function_from(args.forward, "--forward", default_forward)
-    rule = MATCHED_RULES[args.rule](data, forward=forward) if args.rule in MATCHED_RULES else Identity()
-    start_at = args.keep if args.start_at is None else args.start_at
-    found = merge_partial(
-        models, example, rule, start_at=start_at, stop_at=args.stop_at, apart=args.apart, weights=args.weights
-    )
-    merged: nn.Module = found.model
-    if args.renormalize is not None:
-        endpoints = None
-        if args.renormalize != "reset":
-            endpoints = found.endpoint_statistics(models, data, forward=forward)
-        merged = renormalize(merged, endpoints, data, args.renormalize, forward=forward)
-    check_finite(merged.state_dict(), f"{args.out} is not written: the result")
-    _export(merged, example, args.out, force=args.force)
-    single, cost = model_cost(models[0], example), model_cost(merged, example)
-    flops = f", {cost.flops / single.flops:.2f} times the FLOPs" if single.flops else ""
-    say(
-        args,
-        f"{len(found.merged)} of {len(found.spec.groups)} groups merged by {args.rule}; {cost.parameters} parameters, "
-        f"{cost.parameters / single.parameters:.2f} times one model's{flops}; wrote {args.out}",
-        merged=list(found.merged),
-        groups=len(found.spec.groups),
-        rule=args.rule,
-        parameters=cost.parameters,
-        parameter_ratio=cost.parameters / single.parameters,
-        flops_ratio=cost.flops / single.flops if single.flops else None,
-        out=args.out,
-    )
+    from fastmatch.cli.work.merge import merge_partially
 
-
-def _export(model: nn.Module, example_inputs: Any, out: str, *, force: bool) -> None:
-    """Write a model as an exported program, with every first dimension dynamic where its operations allow that."""
-    args, kwargs = arguments_of(example_inputs, None)
-
-    def dynamic(value: Any) -> Any:
-        return {0: torch.export.Dim.AUTO} if isinstance(value, torch.Tensor) and value.ndim else None
-
-    shapes = (*map(dynamic, args), *map(dynamic, kwargs.values()))
-    program = torch.export.export(model.eval(), args, kwargs or None, dynamic_shapes=shapes)
-    buffer = io.BytesIO()  # torch cannot export into a file that fails
-    torch.export.save(program, buffer)
-    with writing(out, force=force) as temporary, torch_sink(temporary, Path(out)) as file:
-        file.write(buffer.getbuffer())
+    merge_partially(args)

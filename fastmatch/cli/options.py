@@ -1,38 +1,29 @@
-"""Options that several commands share, each defined once, and the matcher that the matcher options describe."""
+"""Options that several commands share, each defined once, and what can be told of them before torch is loaded."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, TypeAlias, get_args
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
-import torch
-
-from fastmatch._internal.batches import default_forward
-from fastmatch._internal.callables import loader_from
+from fastmatch._internal.allowed import Include, Init, Method, Mode, Reduce, Similarity, Site
+from fastmatch._internal.checks import check_integer, check_number
 from fastmatch.cli.commands import SUMMARIES
-from fastmatch.cli.loading import function_from
-from fastmatch.matching.activations import ActivationMatching
-from fastmatch.matching.fisher import FisherMatching
-from fastmatch.matching.matcher import Matcher
-from fastmatch.matching.mixture import Mixture
-from fastmatch.matching.objective import Include
-from fastmatch.matching.similarity import Similarity
-from fastmatch.matching.sites import Reduce, Site
-from fastmatch.matching.straight_through import StraightThrough
-from fastmatch.matching.weights import Init, WeightMatching
-from fastmatch.permutations.alignment import Alignment
-from fastmatch.renorm.options import Method, Mode
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "Commands",
     "add",
     "add_command",
     "add_matcher_options",
+    "check_matcher",
     "device_from",
     "dtype_from",
-    "matcher_from",
 ]
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -93,14 +84,14 @@ SHARED: dict[str, dict[str, Any]] = {
 }
 """Options of several commands. A command may change the help, the default and ``required``."""
 
-PARTS: dict[str, tuple[type[Matcher], ...]] = {
-    "weights": (WeightMatching,),
-    "activations": (ActivationMatching,),
-    "fisher": (FisherMatching, WeightMatching),
-    "straight-through": (StraightThrough, WeightMatching),
-    "mixture": (Mixture, WeightMatching, ActivationMatching),
+PARTS: dict[str, tuple[str, ...]] = {
+    "weights": ("WeightMatching",),
+    "activations": ("ActivationMatching",),
+    "fisher": ("FisherMatching", "WeightMatching"),
+    "straight-through": ("StraightThrough", "WeightMatching"),
+    "mixture": ("Mixture", "WeightMatching", "ActivationMatching"),
 }
-"""The words of ``--matcher`` -> the matchers whose options apply, the matcher itself first."""
+"""The words of ``--matcher`` -> the classes of the matchers whose options apply, the matcher itself first."""
 
 
 @dataclass(frozen=True)
@@ -108,15 +99,19 @@ class MatcherOption:
     """An option that sets one field of a matcher.
 
     Attributes:
-        owner: the matcher.
+        owner: the class of the matcher.
         field: the field.
+        default: of the field; the help shows it unless it is None.
         settings: what argparse needs: the help, and the type or the choices.
+        check: raises ValueError for a name and a value that the field does not take; the matcher checks the same.
         is_inherited: whether matchers that use the owner for a part take the option too.
     """
 
-    owner: type[Matcher]
+    owner: str
     field: str
+    default: object
     settings: dict[str, Any]
+    check: Callable[[str, object], None] | None = None
     is_inherited: bool = True
 
     @property
@@ -133,58 +128,89 @@ class MatcherOption:
         ]  # fmt: skip
 
 
+# parameters: a field of a matcher, its default and check, and how argparse adds it
 def _option(
-    owner: type[Matcher], field: str, text: str, *, is_inherited: bool = True, **settings: Any
+    owner: str,
+    field: str,
+    default: object,
+    text: str,
+    *,
+    check: Callable[[str, object], None] | None = None,
+    is_inherited: bool = True,
+    **settings: Any,
 ) -> MatcherOption:
     """Return an option whose help names the default and the matchers that take it."""
-    default = next(f.default for f in fields(owner) if f.name == field)  # type: ignore[arg-type]
-    option = MatcherOption(owner, field, settings, is_inherited)
+    option = MatcherOption(owner, field, default, settings, check, is_inherited)
     words = ", ".join(option.words)
-    shown = "" if callable(default) else f" (default: {default})"
+    shown = "" if default is None else f" (default: {default})"
     settings["help"] = f"{text}; of {words}{shown}"
     return option
 
 
+def _check_share(name: str, value: object) -> None:
+    """Raise ValueError unless the value is a number from 0 to below 1."""
+    check_number(name, value)
+    if value >= 1:  # type: ignore[operator]
+        raise ValueError(
+            f"{name}: expected a number from 0 to below 1 (--matcher activations matches by activations alone); got {value!r}"
+        )
+
+
 MATCHER_OPTIONS = (
     _option(
-        WeightMatching, "init",
+        "WeightMatching", "init", "greedy",
         "where weight matching starts: greedy, identity, or a .safetensors file of --permutations",
         metavar="WORD|FILE",
     ),
-    _option(WeightMatching, "max_sweeps", "maximum number of passes over the groups", type=int, metavar="N"),
     _option(
-        WeightMatching, "tolerance", "smallest rise of the objective that counts as progress, relative to the product of both networks' norms",
-        type=float, metavar="X",
+        "WeightMatching", "max_sweeps", 100, "maximum number of passes over the groups", type=int, metavar="N",
+        check=partial(check_integer, least=1),
     ),
     _option(
-        WeightMatching, "include",
+        "WeightMatching", "tolerance", 1e-12,
+        "smallest rise of the objective that counts as progress, relative to the product of both networks' norms",
+        type=float, metavar="X", check=check_number,
+    ),
+    _option(
+        "WeightMatching", "include", "affine",
         "tensors in the objective: matrices and kernels only (weights), biases and norms too (affine), running "
         "statistics too (statistics)",
         choices=get_args(Include),
     ),
     _option(
-        WeightMatching, "balance", "compare networks whose units have incoming and outgoing weights of equal norms",
+        "WeightMatching", "balance", False, "compare networks whose units have incoming and outgoing weights of equal norms",
         is_inherited=False, action="store_const", const=True,
     ),
-    _option(WeightMatching, "seed", "seed of the order in which groups are visited", type=int, metavar="N"),
-    _option(ActivationMatching, "similarity", "how two units are compared", choices=get_args(Similarity)),
     _option(
-        ActivationMatching, "site", "read activations after (post) or before (pre) the nonlinearity",
+        "WeightMatching", "seed", 0, "seed of the order in which groups are visited", type=int, metavar="N",
+        check=check_integer,
+    ),
+    _option(
+        "ActivationMatching", "similarity", "correlation", "how two units are compared", choices=get_args(Similarity)
+    ),
+    _option(
+        "ActivationMatching", "site", "post", "read activations after (post) or before (pre) the nonlinearity",
         choices=get_args(Site),
     ),
     _option(
-        ActivationMatching, "reduce", "which site of a group with several counts, or the sum of their similarities",
+        "ActivationMatching", "reduce", "last",
+        "which site of a group with several counts, or the sum of their similarities",
         choices=get_args(Reduce),
     ),
     _option(
-        ActivationMatching, "forward", "function of (model, batch) that runs the network on a batch",
+        "ActivationMatching", "forward", None, "function of (model, batch) that runs the network on a batch",
         metavar="MODULE:CALLABLE",
     ),
-    _option(StraightThrough, "epochs", "passes over the data", type=int, metavar="N"),
-    _option(StraightThrough, "learning_rate", "step size of Adam", type=float, metavar="X"),
     _option(
-        Mixture, "activation_weight", "weight of the activations' term, from 0 to below 1", type=float,
-        metavar="X",
+        "StraightThrough", "epochs", 5, "passes over the data", type=int, metavar="N", check=partial(check_integer, least=1)
+    ),
+    _option(
+        "StraightThrough", "learning_rate", 1e-2, "step size of Adam", type=float, metavar="X",
+        check=partial(check_number, exclusive=True),
+    ),
+    _option(
+        "Mixture", "activation_weight", 0.5, "weight of the activations' term, from 0 to below 1", type=float,
+        metavar="X", check=_check_share,
     ),
 )  # fmt: skip
 
@@ -261,56 +287,33 @@ def add_matcher_options(command: argparse.ArgumentParser) -> None:
         group.add_argument(option.flag, **option.settings)
 
 
-def matcher_from(args: argparse.Namespace, *, reads: bool = True) -> Matcher:
-    """Build the matcher that the options describe. Without ``reads`` it has no data: that checks the options alone, quickly.
+def check_matcher(args: argparse.Namespace) -> None:
+    """Check the options of the matcher, as far as that needs no torch.
 
     Raises:
-        ValueError: the matcher does not take an option that was given, or it needs data and none is given.
-        TypeError: the data is not a loader.
+        ValueError: the matcher does not take an option that was given, or its value; or it needs data and none is given.
+        FileNotFoundError: there is no file of ``--init``.
     """
     word = args.matcher or "weights"
-    values: dict[type[Matcher], dict[str, Any]] = {part: {} for part in PARTS[word]}
     for option in MATCHER_OPTIONS:
         value = getattr(args, option.field)
-        if value is None:
-            continue
-        if word not in option.words:
+        if value is not None and word not in option.words:
             raise ValueError(f"{option.flag}: is an option of --matcher {' or '.join(option.words)}")
-        values[option.owner][option.field] = value
+        if value is not None and option.check is not None:
+            option.check(option.field, value)
     if word == "weights" and args.data is not None:
         words = [name for name in PARTS if name != "weights"]
         raise ValueError(f"--data: is an option of --matcher {' or '.join(words)}")
     if word != "weights" and args.data is None:
         raise ValueError(f"--data: --matcher {word} needs a loader, as module:callable")
-    init = values.get(WeightMatching, {}).get("init")
-    if init is not None and init not in get_args(Init):
-        if not init.endswith(".safetensors"):
-            raise ValueError(
-                f"--init: expected greedy, identity or a .safetensors FILE of --permutations; got {init!r}"
-            )
-        values[WeightMatching]["init"] = Alignment.load(init).permutations
-    own = values.get(ActivationMatching, {})
-    if "forward" in own:
-        own["forward"] = (
-            function_from(own["forward"], "--forward", default_forward) if reads else default_forward
+    if args.init is None or args.init in get_args(Init):
+        return
+    if not args.init.endswith(".safetensors"):
+        raise ValueError(
+            f"--init: expected greedy, identity or a .safetensors FILE of --permutations; got {args.init!r}"
         )
-    data = loader_from(args.data, "--data") if reads and args.data is not None else []
-    return _build(word, values, data)
-
-
-def _build(word: str, values: dict[type[Matcher], dict[str, Any]], data: Iterable[Any]) -> Matcher:
-    """Build a matcher from the values of its fields and of those of its parts."""
-    by_weights = WeightMatching(**values.get(WeightMatching, {}))
-    if word == "weights":
-        return by_weights
-    if word == "fisher":
-        return FisherMatching(data, by_weights)
-    if word == "straight-through":
-        return StraightThrough(data, projection=by_weights, **values[StraightThrough])
-    by_activations = ActivationMatching(data, **values[ActivationMatching])
-    if word == "activations":
-        return by_activations
-    return Mixture(by_weights, by_activations, **values[Mixture])
+    if not Path(args.init).is_file():
+        raise FileNotFoundError(f"{args.init}: no such file")
 
 
 def dtype_from(name: str | None) -> torch.dtype | None:
@@ -319,8 +322,12 @@ def dtype_from(name: str | None) -> torch.dtype | None:
     Raises:
         ValueError: there is no such type.
     """
-    dtype = None if name is None else getattr(torch, name, None)
-    if name is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+    if name is None:
+        return None
+    import torch
+
+    dtype = getattr(torch, name, None)
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"--dtype: expected a floating point type such as bfloat16, got {name!r}")
     return dtype
 
@@ -331,9 +338,13 @@ def device_from(name: str | None) -> str:
     Raises:
         ValueError: torch has no such device here.
     """
+    if name is None:
+        return "cpu"
+    import torch
+
     try:
-        torch.empty(0, device=name or "cpu")
+        torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device: cannot be used here, got {name!r} ({reason})") from error
-    return name or "cpu"
+    return name

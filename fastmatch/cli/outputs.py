@@ -1,24 +1,22 @@
-"""What a command writes and says: checks of paths, weights that are finite, and a summary as text or JSON."""
+"""What a command reads, writes and says: checks of paths before torch is loaded, and a summary as text or JSON."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from fastmatch._internal.callables import check_place
-from fastmatch._internal.files import check_format, check_target, save_state
+from fastmatch._internal.checks import check_format
+from fastmatch._internal.launching import is_first
 from fastmatch._internal.locks import locked
-from fastmatch._internal.outputs import real_path
-from fastmatch._internal.ranks import is_first
-from fastmatch._internal.states import State, check_finite
+from fastmatch._internal.outputs import check_target, real_path
+from fastmatch._internal.places import check_place
 from fastmatch._internal.words import printable
-from fastmatch.evaluation.table import Table
 
-__all__ = ["CSV_SUFFIXES", "check_outputs", "say", "write_table", "write_weights"]
+__all__ = ["CSV_SUFFIXES", "check_inputs", "check_outputs", "say"]
 
 CSV_SUFFIXES = frozenset({".csv"})
 
@@ -66,11 +64,13 @@ def check_outputs(args: argparse.Namespace, **suffixes: Collection[str] | None) 
 
     Raises:
         ValueError: see :func:`check_inputs`; or two outputs are the same file, an output is an input, a suffix is not allowed, or
-            ``--report-data`` is given without ``--report``.
+            ``--report-data`` is given without ``--report``, or ``--force`` without an output.
         FileExistsError, FileNotFoundError: an output exists and ``--force`` is not given, or its folder is missing.
     """
     if _given(args, "report_data") and not _given(args, "report"):
         raise ValueError("--report-data: is an option of --report, which is not given")
+    if args.force and not _given(args, *suffixes):
+        raise ValueError(f"--force: replaces {' and '.join(map(_flag, suffixes))}, and none is given")
     check_inputs(args)
     owners: dict[Path, str] = {}
     folders: set[Path] = set()
@@ -94,41 +94,6 @@ def check_outputs(args: argparse.Namespace, **suffixes: Collection[str] | None) 
         check_target(path, force=args.force, folder=path in folders)
         if is_first():
             args.outputs.enter_context(locked(path))
-
-
-def write_weights(state: State, out: str, *, force: bool, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a state dict whose numbers are all finite; ``metadata`` is for the header of a safetensors file.
-
-    Raises:
-        ValueError: a tensor holds NaN or infinity; it is named, and nothing is written.
-    """
-    check_finite(state, f"{out} is not written: the result")
-    save_state(state, out, force=force, metadata=metadata)
-
-
-def write_table(
-    table: Table, args: argparse.Namespace, text: str = "", *, shown: Collection[str] = (), **record: Any
-) -> None:
-    """Write a table to ``--out`` as CSV, if that is given, and say it with a last line of text.
-
-    Keys of ``--json`` hold no blanks, as some columns of the CSV do. Text has the columns ``shown`` alone, if there are any.
-    """
-    last = [text] if text else []
-    seen = table
-    if shown:
-        seen = Table(tuple({name: row[name] for name in row if name in shown} for row in table.rows))
-        last.append(f"{len(table.columns) - len(seen.columns)} more columns: --out and --json have them")
-    if args.out is not None:
-        table.to_csv(args.out, force=args.force)
-    if written := [path for path in (args.out, getattr(args, "plot", None)) if path is not None]:
-        last.append(f"wrote {' and '.join(written)}")
-    say(
-        args,
-        "\n".join([str(seen), *(["; ".join(last)] if last else [])]),
-        **record,
-        rows=[{name.replace(" ", "_"): value for name, value in row.items()} for row in table.rows],
-        out=args.out,
-    )
 
 
 def say(args: argparse.Namespace, text: str, **record: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from fastmatch.cli.options import Commands, add, add_command
 from fastmatch.cli.outputs import say
@@ -23,6 +24,8 @@ def add_commands(commands: Commands) -> None:
 
 def pipeline_command(args: argparse.Namespace) -> None:
     """Run the recipe, print the summary, and list what was written."""
+    if not Path(args.recipe).is_file():
+        raise FileNotFoundError(f"{args.recipe}: no such file")
     from fastmatch.recipes.pipeline import pipeline
 
     outcome = pipeline(args.recipe, args.out, force=args.force)

@@ -7,17 +7,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import get_args
 
-from fastmatch._internal.states import check_same_architecture
+from fastmatch._internal.allowed import DeviceName
+from fastmatch._internal.checks import check_integer
 from fastmatch.cli.options import Commands, add_command
-from fastmatch.cli.outputs import say
+from fastmatch.cli.outputs import check_inputs, say
 
 __all__ = ["add_commands"]
 
 
 def add_commands(commands: Commands) -> None:
     """Add the command to the grammar."""
-    from fastmatch.checkpoint.prediction import DeviceName
-
     command = add_command(
         commands,
         "plan",
@@ -40,6 +39,10 @@ def add_commands(commands: Commands) -> None:
 
 def plan_command(args: argparse.Namespace) -> None:
     """Print the predicted cost of an alignment."""
+    for option in ("ranks", "sweeps"):
+        check_integer(option, getattr(args, option), least=1)
+    check_inputs(args)
+    from fastmatch._internal.states import check_same_architecture
     from fastmatch.checkpoint import Checkpoint
     from fastmatch.checkpoint.names import RenamedCheckpoint
     from fastmatch.checkpoint.pairs import layout_for

@@ -5,18 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import get_args
 
-from fastmatch._internal.batches import default_forward
-from fastmatch._internal.callables import loader_from
-from fastmatch._internal.coefficients import check_weights
-from fastmatch._internal.files import STATE_SUFFIXES, shared_metadata
-from fastmatch._internal.model_files import with_names_of
-from fastmatch.cli.loading import build_model, function_from, load_into
+from fastmatch._internal.allowed import PAGES, STATE_SUFFIXES, Method
+from fastmatch._internal.checks import check_integer, check_weights
 from fastmatch.cli.options import Commands, add, add_command
-from fastmatch.cli.outputs import check_outputs, say, write_weights
-from fastmatch.cli.reports import PAGES, report_data, write_report
-from fastmatch.renorm import Renormalization, applied_plan, renormalize
-from fastmatch.renorm.options import Method
-from fastmatch.renorm.plan import candidates
+from fastmatch.cli.outputs import check_outputs
 
 __all__ = ["add_commands"]
 
@@ -63,8 +55,9 @@ def renormalize_command(args: argparse.Namespace) -> None:
                 raise ValueError(
                     f"--{option}: --method reset uses the data alone and takes none, except for --report"
                 )
-    options = Renormalization(args.method, args.mode or "joint", args.samples)
-    if len(args.endpoints) > 1 and options.method != "reset" and args.weights is None:
+    if args.samples is not None:
+        check_integer("samples", args.samples, least=1)
+    if len(args.endpoints) > 1 and args.method != "reset" and args.weights is None:
         equal = " ".join([f"{1 / len(args.endpoints):.3g}"] * len(args.endpoints))
         raise ValueError(
             f"--weights: needed for {len(args.endpoints)} endpoints, the coefficients of the merge, such as {equal}"
@@ -72,39 +65,6 @@ def renormalize_command(args: argparse.Namespace) -> None:
     if args.endpoints:
         check_weights(args.weights, len(args.endpoints))
     check_outputs(args, out=STATE_SUFFIXES, report=PAGES)
-    measured = report_data(args)
-    model, _ = build_model(args.model)
-    data = loader_from(args.data, "--data")
-    merged = load_into(model, args.checkpoint)
-    endpoints = [load_into(model, path) for path in args.endpoints]
-    if not endpoints and options.method != "reset" and "reset" not in candidates(merged, options):
-        raise ValueError(f"--endpoints: needed for method {options.method!r}")
-    forward = function_from(args.forward, "--forward", default_forward)
-    if options.method == "reset":
-        new = renormalize(merged, None, data, options, forward=forward)
-    else:
-        new = renormalize(merged, endpoints or None, data, options, weights=args.weights, forward=forward)
-    state = with_names_of(new.state_dict(), args.checkpoint, new)
-    write_weights(state, args.out, force=args.force, metadata=shared_metadata([args.checkpoint]))
-    plan = applied_plan(new)
-    assert plan is not None
-    say(
-        args,
-        f"{plan}\nwrote {args.out}",
-        method=plan.method,
-        why=plan.why,
-        layers=list(plan.layers),
-        left_alone=dict(plan.left_alone),
-        kept=dict(plan.kept),
-        new_parameters=list(plan.added),
-        out=args.out,
-        report=args.report,
-    )
-    if args.report is not None:
-        from fastmatch.report.merge import merge_report
+    from fastmatch.cli.work.renormalize import renormalize_checkpoint
 
-        report = merge_report(
-            merged, endpoints, data if measured is None else measured, renormalized=new, weights=args.weights,
-            names=args.endpoints, forward=forward,
-        )  # fmt: skip
-        write_report(report, args)
+    renormalize_checkpoint(args)

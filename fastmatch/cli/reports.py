@@ -14,10 +14,7 @@ from fastmatch._internal.words import printable
 if TYPE_CHECKING:
     from fastmatch.report.report import Report
 
-__all__ = ["PAGES", "report_data", "write_report"]
-
-PAGES = frozenset({".html", ".htm"})
-"""Suffixes of ``--report``; the module that writes pages is imported only if one is asked for."""
+__all__ = ["report_data", "write_report"]
 
 
 def report_data(args: argparse.Namespace) -> Iterable[Any] | None:

@@ -1,4 +1,4 @@
-"""Where the command begins: a signal that comes while torch is still being loaded ends it in one line too."""
+"""Where the command begins: a signal that comes while it is still being loaded ends it in one line too."""
 
 from __future__ import annotations
 

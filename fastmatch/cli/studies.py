@@ -7,13 +7,16 @@ import io
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch.utils.data import Dataset
-
-from fastmatch._internal.callables import called
+from fastmatch._internal.allowed import DEMO_WIDTHS
+from fastmatch._internal.checks import check_integer
+from fastmatch._internal.places import check_place
 from fastmatch.cli.options import Commands, add, add_command
 from fastmatch.cli.outputs import say
+
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset
 
 __all__ = ["add_commands", "claims_table"]
 
@@ -68,6 +71,10 @@ def add_commands(commands: Commands) -> None:
 
 def demo_command(args: argparse.Namespace) -> None:
     """Train, align, merge and renormalize small networks on digits."""
+    least, most = DEMO_WIDTHS
+    if not least <= args.width <= most:
+        raise ValueError(f"--width: expected {least} to {most}; got {args.width}")
+    check_integer("seed", args.seed)
     from fastmatch.studies.demo import run
 
     silent = args.quiet or args.json
@@ -79,6 +86,15 @@ def demo_command(args: argparse.Namespace) -> None:
 
 def study_command(args: argparse.Namespace) -> None:
     """Measure the paper's claims on small networks and print the verdicts."""
+    if args.points < 3 or args.points % 2 == 0:
+        raise ValueError(f"--points: expected an odd number of at least 3; got {args.points}")
+    for option in ("epochs", "processes"):
+        if getattr(args, option) is not None:
+            check_integer(option, getattr(args, option), least=1)
+    for seed in args.seeds:
+        check_integer("seeds", seed)
+    if args.data != "digits":
+        check_place(args.data, "--data")
     from fastmatch.studies.paper import run
 
     data = None if args.data == "digits" else _datasets_from(args.data)
@@ -99,6 +115,8 @@ def _default_processes() -> int:
 
 def _datasets_from(argument: str) -> tuple[Dataset[Any], Dataset[Any]]:
     """Call ``module:callable`` and return the (train, test) datasets that it returns."""
+    from fastmatch._internal.callables import called
+
     built = called(argument, "--data")
     is_pair = isinstance(built, (tuple, list)) and len(built) == 2
     if not is_pair or not all(hasattr(dataset, "__getitem__") for dataset in built):

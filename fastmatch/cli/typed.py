@@ -29,6 +29,9 @@ IN_PYTHON = ("forward", "labels", "mode", "only", "unread", "verify")
 CALL = re.compile(r"[\w.]+\((?:\.\.\., ([^()]*)|([^()]*), \.\.\.)\)")
 """A call that shows one argument: ``trace(..., unread='hold')``."""
 
+KEYED = re.compile(r"""\bmodels\[(['"])(.*?)\1\]""")
+"""A model that the library knows by a name: the path that was typed."""
+
 VALUE = r"""(True|False|"[\w-]+"|'[\w-]+'|\[[\d., ]+\]|\d[\d.]*\b|(?=[\s);,.]|$))"""
 
 
@@ -45,6 +48,7 @@ def as_typed(text: str, args: argparse.Namespace) -> str:
     begin = re.match(r"(\w+)(?:\[(\d+)\])?(?=: )", text)
     if begin and begin[1] not in args.arguments:  # a path may be called like an argument
         text = words.named(begin[1], begin[2], begin[0]) + text[begin.end() :]
+    text = KEYED.sub(r"\2", text)
     text = CALL.sub(lambda match: match[1] or match[2], text)
     for name in IN_PYTHON:
         if words.flag(name) is None and words.flag(f"no_{name}") is None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from fastmatch._internal.allowed import LEAST_ON_A_LINE
 from fastmatch._internal.batches import Forward, check_module, default_forward
 from fastmatch._internal.checks import check_integer
 from fastmatch._internal.ranks import current
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["Curve", "interpolate"]
-
-LEAST_ON_A_LINE = 3
-"""Points of a curve: both ends and one between."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from fastmatch._internal.allowed import PICTURES
 from fastmatch._internal.checks import check_choice
 from fastmatch._internal.files import check_format, check_target, writing
 
@@ -23,9 +24,6 @@ __all__ = [
     "framed",
     "legend_beside",
 ]
-
-PICTURES = frozenset({".pdf", ".png", ".svg"})
-"""Suffixes of the picture formats that are written."""
 
 Metric: TypeAlias = Literal["loss", "accuracy", "top5", "metric"]
 

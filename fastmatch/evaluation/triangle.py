@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from fastmatch._internal.allowed import LEAST_ON_A_SIDE
 from fastmatch._internal.batches import Forward, check_module, default_forward
 from fastmatch._internal.checks import check_integer
 from fastmatch._internal.ranks import current
@@ -27,8 +28,6 @@ __all__ = ["Triangle", "triangle"]
 
 LEVELS = 100
 """Colours of a picture: steps between them would be taken for what was measured."""
-LEAST_ON_A_SIDE = 2
-"""Points on a side of a triangle: its corners."""
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Literal, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 import torch
 
+from fastmatch._internal.allowed import Include
 from fastmatch._internal.ranks import ALONE, Ranks, deal
 from fastmatch._internal.states import State, headers_of
 from fastmatch.permutations.apply import dimension_indices, is_identity, permute_tensor
@@ -16,11 +17,6 @@ from fastmatch.spec import Axis, Group, Permutations, PermutationSpec
 from fastmatch_kernels.inner_product import InnerSum, inner
 
 __all__ = ["Include", "Survey", "WeightObjective", "included", "objective", "weight_scale"]
-
-Include: TypeAlias = Literal["weights", "affine", "statistics"]
-"""The tensors that enter the objective. Each word adds to the one before: ``"weights"`` takes matrices and kernels;
-``"affine"`` adds biases, norm scales and shifts (as Git Re-Basin does); ``"statistics"`` adds the running statistics
-of batch norm (as some published ports do)."""
 
 Survey: TypeAlias = Mapping[str, tuple[float, float, float]]
 """Tensor -> ``<a, a>``, ``<b, b>`` and ``<a, b>`` in float64, with B's units as they are."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from itertools import groupby
 from operator import itemgetter
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import nn
 
+from fastmatch._internal.allowed import Similarity
 from fastmatch._internal.batches import Forward, evaluating
 from fastmatch._internal.ranks import Ranks
 from fastmatch._internal.tree import MergeTree
@@ -21,11 +22,6 @@ from fastmatch.spec.activation_sites import Site, SiteReader
 from fastmatch.statistics.moments import CrossMoments, PooledSimilarity
 
 __all__ = ["Similarity", "measure_similarities"]
-
-Similarity: TypeAlias = Literal["correlation", "covariance", "inner", "batch-correlation", "cca"]
-"""How similar two units are: ``"correlation"``, ``"covariance"`` and ``"inner"`` product are pooled over all samples;
-``"batch-correlation"`` averages over batches (:class:`BatchPearson`); ``"cca"`` is the covariance after whitening
-(:class:`WhitenedCovariance`)."""
 
 Moments: TypeAlias = CrossMoments | BatchPearson | WhitenedCovariance
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import torch
 
+from fastmatch._internal.allowed import Reduce
 from fastmatch.spec import ActivationSite, Axis, PermutationSpec
 from fastmatch.spec.activation_sites import Site
 
 __all__ = ["Reading", "Reduce", "choose_readings", "choose_sites", "unit_columns"]
-
-Reduce: TypeAlias = Literal["last", "first", "sum"]
-"""What is done with several sites of one group (a residual stream): one is taken, or their similarities are added."""
 
 Reading: TypeAlias = tuple[ActivationSite, ...]
 """The sites that are read from one tensor: that of a group, or those of all subgroups of a kind."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 import torch
 
+from fastmatch._internal.allowed import Init
 from fastmatch._internal.checks import check_choice, check_integer, check_number, check_type
 from fastmatch._internal.same_on_ranks import check_same_on_ranks
 from fastmatch._internal.states import State, headers_of, state_of
@@ -21,10 +21,6 @@ from fastmatch.spec import Permutations, PermutationSpec
 from fastmatch.spec.checks import check_spec
 
 __all__ = ["Init", "WeightMatching", "check_unbalanced", "match_weights"]
-
-Init: TypeAlias = Literal["greedy", "identity"]
-"""Where weight matching begins: ``"greedy"`` first matches the groups one after the other, each by the weights that
-are known by then; ``"identity"`` begins with the units as they are, as published."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, TypeAlias, overload
+from typing import overload
 
 import torch
 from torch import nn
 
+from fastmatch._internal.allowed import Biases
 from fastmatch._internal.callers import warn_user
 from fastmatch._internal.checks import check_choice
 from fastmatch._internal.coefficients import check_weights, is_one, remember_weights, warn_of_scale
@@ -27,8 +28,6 @@ from fastmatch.merging.biases import bias_depths, norms_in, zeroed_biases
 from fastmatch.permutations.apply import LARGE
 
 __all__ = ["Biases", "merge", "merge_states"]
-
-Biases: TypeAlias = Literal["average", "normalize", "remove"]
 
 
 @torch.inference_mode(False)

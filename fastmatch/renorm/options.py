@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
+from fastmatch._internal.allowed import Method, Mode, TargetMix
 from fastmatch._internal.checks import check_choice, check_integer, check_number, check_type
 from fastmatch.renorm.published import Published
 
 __all__ = ["RIDGE", "Method", "Mode", "Renormalization", "TargetMix", "renormalization_of"]
-
-Method: TypeAlias = Literal["auto", "repair", "rescale", "reshift", "reset", "least-squares"]
-Mode: TypeAlias = Literal["joint", "sequential"]
-TargetMix: TypeAlias = Literal["weighted", "equal", "average"]
 
 RIDGE = 1e-3
 """Of the mean variance of a layer's inputs."""

@@ -6,15 +6,13 @@ import html
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastmatch._internal.allowed import PAGES
 from fastmatch._internal.files import check_format, check_target, writing
 from fastmatch.report.content import Content
 from fastmatch.report.page import render
 from fastmatch.report.text import screen
 
-__all__ = ["PAGES", "Report"]
-
-PAGES = frozenset({".html", ".htm"})
-"""Suffixes of the pages that are written."""
+__all__ = ["Report"]
 
 
 @dataclass(frozen=True, eq=False)

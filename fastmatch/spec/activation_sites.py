@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import nn
 
+from fastmatch._internal.allowed import Site
 from fastmatch._internal.checks import check_choice
 from fastmatch._internal.dispatch_mode import DispatchMode
 from fastmatch.spec.axes import ActivationSite
@@ -17,9 +18,6 @@ from fastmatch.spec.running import plain_operations
 from fastmatch.spec.spots import Spot, Spots
 
 __all__ = ["Site", "SiteReader"]
-
-Site: TypeAlias = Literal["post", "pre"]
-"""Where activations are read at a nonlinearity: its output ("post") or its input ("pre")."""
 
 
 class SiteReader(DispatchMode):

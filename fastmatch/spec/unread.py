@@ -7,10 +7,10 @@ tells which, so the groups cannot be moved without the caller's word.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, TypeAlias
 
 import torch
 
+from fastmatch._internal.allowed import Unread
 from fastmatch.spec.axes import Group, Pin, UnreadAxis
 from fastmatch.spec.labels import Label, is_pinned, pin
 from fastmatch.spec.nesting import UNUSED
@@ -18,9 +18,6 @@ from fastmatch.spec.places import occurrences
 from fastmatch.spec.record import Record
 
 __all__ = ["Unread", "check_unread", "hold_groups", "pin_unread"]
-
-Unread: TypeAlias = Literal["refuse", "hold", "ignore"]
-"""What to do about parameters that were not read: raise, keep the groups they could share in place, or move on."""
 
 MOST_NAMED = 5
 

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 import platform
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from fastmatch._internal.allowed import DEMO_WIDTHS
 from fastmatch._internal.files import writing
 from fastmatch._internal.progress import progress_bar
 from fastmatch._internal.stopwatch import Stopwatch
+from fastmatch.assignment import solve
 from fastmatch.evaluation.between import Renormalized
 from fastmatch.evaluation.curve import Curve, interpolate
 from fastmatch.evaluation.plots import framed
@@ -24,13 +31,10 @@ from fastmatch.matching.align import align
 from fastmatch.matching.weights import WeightMatching
 from fastmatch.renorm import endpoint_statistics
 from fastmatch.renorm.options import Method
-from fastmatch.studies.digits import Batches, digits, train_new
+from fastmatch.studies.digits import LEARNING_RATE, Batches, digits, train
 from fastmatch.studies.networks import mlp, vgg
 
-__all__ = ["MAX_WIDTH", "run"]
-
-MIN_WIDTH, MAX_WIDTH = 128, 8192
-"""Of the MLPs' hidden layers."""
+__all__ = ["run"]
 
 LINES = (
     ("not aligned", "-", "-"),
@@ -134,17 +138,21 @@ def run(
         ValueError: ``width`` is out of range.
         ImportError: scikit-learn is not installed.
     """
-    if not MIN_WIDTH <= width <= MAX_WIDTH:
-        raise ValueError(f"width: expected {MIN_WIDTH} to {MAX_WIDTH}; got {width}")
+    least, most = DEMO_WIDTHS
+    if not least <= width <= most:
+        raise ValueError(f"width: expected {least} to {most}; got {width}")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     data = digits()
     rows: list[Row] = []
+    pairs: list[tuple[Architecture, tuple[nn.Module, nn.Module], Stopwatch]] = []
     timings: dict[str, dict[str, float]] = {}
-    for architecture in architectures(width):
-        watch = Stopwatch()
-        pair = train_pair(architecture, data[0], seed, watch, progress)
+    with compiling(width):
+        for architecture in architectures(width):
+            watch = Stopwatch()
+            pairs.append((architecture, train_pair(architecture, data[0], seed, watch, progress), watch))
+    for architecture, pair, watch in pairs:
         rows += compare(architecture, pair, data, points, watch, progress)
         timings[architecture.name] = watch.seconds
     print(table(rows))
@@ -171,16 +179,65 @@ def run(
 def train_pair(
     architecture: Architecture, data: Batches, seed: int, watch: Stopwatch, progress: bool | None
 ) -> tuple[nn.Module, nn.Module]:
-    """Train two networks that differ in initialisation and data order."""
+    """Train two networks that differ in initialisation and data order, side by side.
 
-    def train_one(number: int, label: str) -> nn.Module:
-        with watch(f"train {label}"):
-            return train_new(
-                architecture.build, data, epochs=architecture.epochs, seed=1000 * seed + number,
-                title=f"training {architecture.name}, {label}", progress=progress,
-            )  # fmt: skip
+    Each has one thread: on layers this small, two threads for one network are hardly faster than one.
+    """
+    numbers = {"A": 1000 * seed, "B": 1000 * seed + 1}
+    networks = []
+    for number in numbers.values():
+        torch.manual_seed(number)
+        networks.append(architecture.build())
 
-    return train_one(0, "A"), train_one(1, "B")
+    def train_one(network: nn.Module, label: str) -> nn.Module:
+        torch.set_num_threads(1)
+        return train(
+            network, data, epochs=architecture.epochs, seed=numbers[label], lr=LEARNING_RATE,
+            title=f"training {architecture.name}, {label}", progress=progress,
+        )  # fmt: skip
+
+    threads = torch.get_num_threads()
+    try:
+        with watch("train A and B"), ThreadPoolExecutor(2) as side_by_side:
+            model_a, model_b = side_by_side.map(train_one, networks, numbers)
+    finally:
+        torch.set_num_threads(threads)
+    return model_a, model_b
+
+
+@contextmanager
+def compiling(width: int) -> Iterator[None]:
+    """Compile the kernels that are needed in another process, while the networks train. They are kept on the disk."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"from {__name__} import compile_kernels; compile_kernels({width})"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield
+        process.wait()  # compiling the same once more would take longer
+    finally:
+        process.kill()
+        process.wait()
+
+
+def compile_kernels(width: int) -> None:
+    """Compile what :func:`compare` needs, by comparing untrained networks on little data and solving both kinds of costs."""
+    training, test = (Batches(part.inputs[:64], part.targets[:64], 32) for part in digits())
+    for architecture in architectures(width):
+        compare(
+            architecture,
+            (architecture.build(), architecture.build()),
+            (training, test),
+            3,
+            Stopwatch(),
+            progress=False,
+        )
+    for dtype in (np.float32, np.float64):
+        costs = np.random.default_rng(0).standard_normal((256, 256)).astype(dtype)
+        for matrix in (costs, costs[np.arange(256) // 4]):
+            solve(matrix)
 
 
 def compare(

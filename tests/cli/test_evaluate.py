@@ -9,6 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 
 import fastmatch as fm
+from fastmatch._internal.files import save_state
 from fastmatch.cli.main import main
 
 FILES = ["a.safetensors", "b.safetensors", "c.pt"]
@@ -122,3 +123,11 @@ def test_layers_prints_the_columns_that_fit_a_terminal(models, capsys):
 ])  # fmt: skip
 def test_bad_input_is_one_line(models, refused, arguments, message):
     refused(arguments, message)
+
+
+def test_distances_name_the_checkpoint_that_is_of_another_network(models, refused):
+    save_state({"0.weight": models[0].state_dict()["0.weight"]}, "other.pt")
+    refused(
+        ["distances", "a.safetensors", "other.pt"],
+        "distances: other.pt: has no tensor '0.bias', which a.safetensors has",
+    )

@@ -234,7 +234,7 @@ def test_wrong_input_is_one_line_that_says_what_to_do(planted, refused, change, 
     with Path("cli_module.py").open("a") as file:
         file.write("\ndef fails():\n    return {}['width']\n")
     Path("broken_module.py").write_text("def build(:\n")
-    Path("needy_module.py").write_text("import not_there\n")
+    Path("needy_module.py").write_text("import not_there\n\nbuild = not_there.build\n")
     for name in ("empty.safetensors", "empty.pt"):
         Path(name).write_bytes(b"")
     state = load_state("a.safetensors")
@@ -269,7 +269,7 @@ def test_other_errors_are_one_line_too_and_verbose_shows_where(planted, monkeypa
     def broken(args):
         raise RuntimeError("two\nlines")
 
-    monkeypatch.setattr("fastmatch.cli.inspect.build_network", broken)
+    monkeypatch.setattr("fastmatch.cli.loading.build_network", broken)
     assert main(INSPECT) == 1
     assert capsys.readouterr().err == "fastmatch inspect: RuntimeError: two lines (--verbose shows where)\n"
     assert main([*INSPECT, "--verbose"]) == 1
@@ -376,14 +376,16 @@ def test_a_second_signal_does_not_stop_the_removal_of_files():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_while_torch_is_loaded_is_one_line_too(tmp_path, number):
     (tmp_path / "torch.py").write_text("import time\nprint('ready', flush=True)\ntime.sleep(60)\n")
+    for name in "ab":
+        (tmp_path / name).write_text("")
     paths = os.pathsep.join([str(tmp_path), *sys.path])
     process = subprocess.Popen(
         [sys.executable, "-c", "from fastmatch.cli.start import start; raise SystemExit(start())", "distances", "a", "b"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": paths},
-        preexec_fn=_unignore_signals,
+        preexec_fn=_unignore_signals, cwd=tmp_path,
     )  # fmt: skip
     how, error = signalled(process, number)
-    assert error == f"fastmatch: {how} before it began\n"
+    assert error == f"fastmatch distances: {how}; nothing is half-written\n"
 
 
 @pytest.mark.slow

@@ -16,7 +16,8 @@ import fastmatch as fm
 from fastmatch._internal.files import save_state
 from fastmatch.cli.loading import build_model
 from fastmatch.cli.main import parser
-from fastmatch.cli.options import MATCHER_OPTIONS, PARTS, matcher_from
+from fastmatch.cli.matchers import matcher_from
+from fastmatch.cli.options import MATCHER_OPTIONS, PARTS
 from fastmatch.cli.typed import as_typed
 
 MODEL = ["--model", "cli_module:build_with_inputs"]
@@ -216,14 +217,41 @@ def test_an_option_of_a_matcher_arrives_in_the_matcher_or_is_refused(ready, word
             matcher_from(args)
         return
     matcher = matcher_from(args)
-    parts = [matcher, *(value for value in vars(matcher).values() if isinstance(value, option.owner))]
-    owner = next(part for part in parts if isinstance(part, option.owner))
-    value, default = getattr(owner, option.field), getattr(option.owner, option.field)
+    kind = getattr(fm, option.owner)
+    parts = [matcher, *(value for value in vars(matcher).values() if isinstance(value, kind))]
+    owner = next(part for part in parts if isinstance(part, kind))
+    value, default = getattr(owner, option.field), getattr(kind, option.field)
     assert value != default
     expected = vars(args)[option.field]
     if option.field == "forward":
         value, expected = value.__wrapped__, sys.modules["cli_module"].run
     assert value == expected
+
+
+@pytest.mark.parametrize("option", MATCHER_OPTIONS, ids=lambda option: option.flag)
+def test_an_option_of_a_matcher_is_known_before_torch_as_the_matcher_knows_it(option):
+    """Its default, and the values that are refused, with the same words up to the advice."""
+    fields = {"init": "greedy", "max_sweeps": 1, "tolerance": 0.0}
+    kind = getattr(fm, option.owner)
+    needed = {"data": []} if option.owner in ("ActivationMatching", "StraightThrough") else {}
+    if option.owner == "Mixture":
+        needed = {
+            "weight_matching": fm.WeightMatching(**fields),
+            "activation_matching": fm.ActivationMatching([]),
+        }
+    if option.default is not None:
+        assert getattr(kind, option.field) == option.default
+    for value in (-1, 0, 0.0, 0.5, 1, 1.0, -0.1, 2, 2.0, float("nan"), float("inf")) if option.check else ():
+        if option.settings["type"] is int and type(value) is float:
+            continue
+        said = []
+        for judge in (option.check, lambda name, value: kind(**needed, **{name: value})):
+            try:
+                judge(option.field, value)
+                said.append("")
+            except ValueError as error:
+                said.append(str(error).partition(" (")[0].partition(";")[0])
+        assert said[0] == said[1], value
 
 
 def test_out_of_core_uses_every_option_of_weight_matching(ready, monkeypatch):
