@@ -6,7 +6,7 @@ import os
 import sys
 from typing import Any
 
-__all__ = ["LAUNCHER", "RanksError", "initialized", "is_first", "is_launched"]
+__all__ = ["LAUNCHER", "RanksError", "initialized", "is_alone", "is_first", "is_launched"]
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun and other launchers set for every process."""
@@ -19,6 +19,11 @@ class RanksError(RuntimeError):
 def is_launched() -> bool:
     """Return whether a launcher started this process as one of several."""
     return all(os.environ.get(name) for name in LAUNCHER) and os.environ["WORLD_SIZE"] != "1"
+
+
+def is_alone() -> bool:
+    """Return whether no other process shares this one's work: no launcher started it, and no process group is initialized."""
+    return initialized() is None and not is_launched()
 
 
 def is_first() -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 from fastmatch._internal.allowed import Unread
-from fastmatch._internal.launching import is_launched
+from fastmatch._internal.launching import is_alone
 from fastmatch._internal.locks import hidden
 from fastmatch.cli.align_checks import JOINT, PAIRWISE, check_align, check_align_many
 from fastmatch.cli.options import Commands, add, add_command, add_matcher_options
@@ -156,7 +156,7 @@ def _add_many_options(command: argparse.ArgumentParser) -> None:
 
 def align_command(args: argparse.Namespace) -> None:
     """Align two checkpoints and write the second one aligned, or the merge of both; torchrun's ranks share the work."""
-    if not is_launched():  # ranks check together, for which they need torch
+    if is_alone():  # ranks check together, for which they need torch
         check_align(args)
     from fastmatch.cli.work.align import align_pair
 

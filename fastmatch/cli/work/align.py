@@ -13,7 +13,7 @@ from torch import nn
 
 from fastmatch._internal.batches import default_forward
 from fastmatch._internal.files import shared_metadata
-from fastmatch._internal.launching import is_first, is_launched
+from fastmatch._internal.launching import is_alone, is_first
 from fastmatch._internal.model_files import load_state_for, with_names_of
 from fastmatch._internal.ranks import joined
 from fastmatch._internal.states import check_finite, check_same_architecture, state_of
@@ -60,7 +60,7 @@ LIMITED = [STRATEGIES[word].__name__ for word in JOINT]
 def align_pair(args: argparse.Namespace) -> None:
     """Align two checkpoints and write the second one aligned, or the merge of both; torchrun's ranks share the work."""
     with joined() as ranks, ranks.together(), speaking(ranks):
-        if is_launched():  # alone, they are checked before torch is loaded
+        if not is_alone():  # alone, they are checked before torch is loaded
             check_align(args)
         _align_pair(args)
 
