@@ -43,6 +43,12 @@ def check_integer(name: str, value: object, least: int = 0) -> None:
         raise ValueError(f"{name}: expected a whole number of at least {least}; got {value!r}")
 
 
+def check_limit(name: str, value: object) -> None:
+    """Raise ValueError unless ``value`` is a number of at least 0; infinity allows everything."""
+    if value != math.inf:
+        check_number(name, value)
+
+
 def check_number(name: str, value: object, *, least: float = 0.0, exclusive: bool = False) -> None:
     """Raise ValueError unless ``value`` is a finite number of at least (``exclusive``: above) ``least``."""
     if not _is_finite(value) or value < least or (exclusive and value == least):  # type: ignore[operator]

@@ -136,12 +136,15 @@ class BoundedGain:
 
         A sum of d products is off by at most d / 2 times EPS; so are d squares, of which SUMMED are added in float32: those of
         the rest, and those that leave it when the prefix grows. A matrix product adds sums of at least 64 terms to the bound,
-        and the steps from one bound to the next add less than 64 numbers.
+        and the steps from one bound to the next add less than 64 numbers. Short prefixes are multiplied at once, up to COLLECTED
+        features.
 
         Args:
             multiplied: the features of each factor that enter the products.
         """
-        return (max(multiplied) + 2 * SUMMED + sum(multiplied) / 64 + len(self.features) + 64) * EPS
+        return (
+            max(*multiplied, COLLECTED) + 2 * SUMMED + sum(multiplied) / 64 + len(self.features) + 64
+        ) * EPS
 
     def _write(self, places: np.ndarray, values: np.ndarray) -> None:
         """Write known entries, rounded up."""

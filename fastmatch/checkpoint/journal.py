@@ -6,6 +6,7 @@ import base64
 import errno
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -27,8 +28,10 @@ from fastmatch.spec import Permutations, PermutationSpec
 
 __all__ = ["Journal", "journal_path", "journaling"]
 
-FAMILY, VERSION = "fastmatch-journal-", 2
+FAMILY, VERSION = "fastmatch-journal-", 3
 FORMAT = f"{FAMILY}{VERSION}"
+log = logging.getLogger("fastmatch")
+
 WRITE = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 
 
@@ -129,6 +132,8 @@ class Journal:
                 self.remove()
                 raise
         self.count = len(self._waiting)
+        if self.count:
+            log.warning("%s: steps taken over from the run that was interrupted: %d", path, self.count)
 
     def _read(self, run: Mapping[str, str]) -> int:
         """Read the steps, and return the length of the whole lines."""

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from fastmatch._internal.checks import check_limit
 from fastmatch._internal.states import check_same_architecture, prefix_of
 from fastmatch.checkpoint.diffusion.pipeline import networks_of
 from fastmatch.checkpoint.diffusion.single_file import running_means
@@ -93,6 +94,7 @@ def verify_checkpoints(
     Memory: a parameter is read on demand and dropped when its module has run. The peak is therefore the largest module
     in ``dtype`` plus activations, whatever the size of the model. Of a diffusion model it is the largest network.
     """
+    check_limit("tolerance", tolerance)
     if model is None and (example_inputs is not None or kwargs is not None):
         raise ValueError(
             "example_inputs: expected a model to run them on; without one the inputs follow the config"

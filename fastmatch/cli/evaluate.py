@@ -7,6 +7,7 @@ from typing import Any
 
 from fastmatch._internal.allowed import LEAST_ON_A_LINE, LEAST_ON_A_SIDE, PICTURES
 from fastmatch._internal.checks import check_integer
+from fastmatch._internal.outputs import real_path
 from fastmatch.cli.options import Commands, add, add_command
 from fastmatch.cli.outputs import CSV_SUFFIXES, check_outputs
 
@@ -152,7 +153,8 @@ def layers_command(args: argparse.Namespace) -> None:
 
 def distances_command(args: argparse.Namespace) -> None:
     """Write the distance of every two checkpoints."""
-    twice = [path for path in args.checkpoints if args.checkpoints.count(path) > 1]
+    places = [real_path(path) for path in args.checkpoints]
+    twice = [path for path, place in zip(args.checkpoints, places, strict=True) if places.count(place) > 1]
     if twice:
         raise ValueError(f"checkpoints: expected different ones; {twice[0]} is there twice")
     if len(args.checkpoints) < 2:

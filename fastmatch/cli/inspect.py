@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastmatch._internal.checks import check_number
+from fastmatch._internal.checks import check_limit
 from fastmatch.cli.options import Commands, add, add_command, dtype_from
 from fastmatch.cli.outputs import check_inputs, say
 
@@ -96,7 +96,7 @@ def verify_command(args: argparse.Namespace) -> None:
     """Run two checkpoints on the same random inputs and compare their outputs."""
     if args.model is None and args.input_shape is not None:
         raise ValueError("--input-shape: needs --model; without it the inputs follow A's config.json")
-    check_number("tolerance", args.tolerance)
+    check_limit("tolerance", args.tolerance)
     check_inputs(args)
     import torch
 

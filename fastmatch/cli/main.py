@@ -1,7 +1,7 @@
 """The ``fastmatch`` command: the grammar of all commands, and how errors and signals are reported.
 
 The options of all commands are known, and checked, without torch: help and errors about options are shown at once. What needs torch
-is in :mod:`fastmatch.cli.work`, and imported by the command that runs.
+is imported by the command that runs; most of it is in :mod:`fastmatch.cli.work`.
 """
 
 from __future__ import annotations

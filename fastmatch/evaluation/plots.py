@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from fastmatch._internal.allowed import PICTURES
-from fastmatch._internal.checks import check_choice
-from fastmatch._internal.files import check_format, check_target, writing
+from fastmatch._internal.checks import check_choice, check_format
+from fastmatch._internal.outputs import check_target, writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

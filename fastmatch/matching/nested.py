@@ -9,6 +9,9 @@ a key head, and the channels of their values. If two kinds share a tensor (the o
 turn until neither changes. That is done only for pairs that matter: the norms bound what the shared tensors can add to a
 pair, and pairs that no best outer assignment uses under these bounds are left out.
 
+Near copies go a shorter way: all inner units of a kind are matched at once, whatever their outer units. Mostly that keeps those of
+an outer unit together, and no nested match earns more.
+
 Bounds also spare near copies most of the products. A prefix of the features and the norms of the rest bound every entry of the
 inner gains (:mod:`fastmatch.assignment.bounded_gain`), and so the optimum of every pair. Only pairs that a best outer
 assignment uses under these bounds are multiplied to the end and solved.
@@ -109,7 +112,7 @@ def match_nested(
         tensor; otherwise each kind is optimal given the others.
 
     Cost: one product of all units of the subgroups, and p^2 assignments of n x n for p subgroups of n units each. For near
-    copies, a share of the product, and a few p assignments. If subgroups share a tensor, products of that tensor for the
+    copies, a share of the product, and one assignment of all units of a kind or a few p small ones. If subgroups share a tensor, products of that tensor for the
     pairs that the bounds leave.
     """
     kinds = [names for (outer, _), names in spec.subgroups().items() if outer == name]

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastmatch._internal.allowed import PAGES
-from fastmatch._internal.files import check_format, check_target, writing
+from fastmatch._internal.checks import check_format
+from fastmatch._internal.outputs import check_target, writing
 from fastmatch.report.content import Content
 from fastmatch.report.page import render
 from fastmatch.report.text import screen

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -189,6 +191,12 @@ def train_pair(
         torch.manual_seed(number)
         networks.append(architecture.build())
 
+    stop = threading.Event()
+
+    def go_on(*_: object) -> None:
+        if stop.is_set():
+            raise RuntimeError("the other network's training has ended early")
+
     def train_one(network: nn.Module, label: str) -> nn.Module:
         torch.set_num_threads(1)
         return train(
@@ -197,19 +205,39 @@ def train_pair(
         )  # fmt: skip
 
     threads = torch.get_num_threads()
+    hooks = [network.register_forward_pre_hook(go_on) for network in networks]
     try:
         with watch("train A and B"), ThreadPoolExecutor(2) as side_by_side:
-            model_a, model_b = side_by_side.map(train_one, networks, numbers)
+            try:
+                trained = [
+                    side_by_side.submit(train_one, *pair) for pair in zip(networks, numbers, strict=True)
+                ]
+                for ended in wait(trained, return_when=FIRST_EXCEPTION).done:
+                    ended.result()
+            except BaseException:  # an error, or Ctrl-C: the pool would wait for what still trains
+                stop.set()
+                raise
     finally:
         torch.set_num_threads(threads)
-    return model_a, model_b
+        for hook in hooks:
+            hook.remove()
+    return networks[0], networks[1]
 
 
 @contextmanager
 def compiling(width: int) -> Iterator[None]:
-    """Compile the kernels that are needed in another process, while the networks train. They are kept on the disk."""
+    """Compile the kernels that are needed in another process, while the networks train. They are kept on the disk.
+
+    Where some are kept already, another process would take longer than what may be missing.
+    """
+    from fastmatch_kernels._numba.cache import folders
+
+    if any(True for folder in folders() for _ in folder.glob("*.nbc")):
+        yield
+        return
     process = subprocess.Popen(
         [sys.executable, "-c", f"from {__name__} import compile_kernels; compile_kernels({width})"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

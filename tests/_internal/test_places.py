@@ -27,6 +27,9 @@ MADE = [
     "from torch import *", "from torch import (*)", "def __getattr__(name):\n    return print", "globals()['build'] = print",
     "exec('build = print')", "import sys\nsetattr(sys.modules[__name__], 'build', print)", "vars()['build'] = print",
     "def make():\n    global build\n    build = print\nmake()", "def build(:",  # the import says where
+    "from math import \\\n*", "from sys import modules as m\nm['net'].build = print", "import net as me\nme.build = print",
+    "match 1:\n    case build: pass", "match [1]:\n    case [*build]: pass", "match {}:\n    case {**build}: pass",
+    "build = " + "+".join("1" * 5000),  # too deep for recursion
 ]  # fmt: skip
 
 
@@ -40,6 +43,8 @@ def here(tmp_path, monkeypatch):
 def test_names_at_the_top_of_a_file(here, place):
     file = here / ("pkg/net.py" if "pkg" in place else "net.py")
     file.parent.mkdir(exist_ok=True)
+    (here / "pkg").mkdir(exist_ok=True)
+    (here / "pkg" / "__init__.py").touch()
     file.write_text(PLAIN)
     for name in ("build", "Net", "Net.forward", "loader", "other", "made", "OrderedDict", "t.zeros"):
         assert check_place(f"{place}:{name}", "--model") == (place, name)
@@ -63,5 +68,16 @@ def test_modules_that_are_not_in_this_folder(here):
     (here / "latin.py").write_bytes(
         "# -*- coding: latin-1 -*-\nname = 'ü'\ndef build(): ...\n".encode("latin-1")
     )
-    for argument in ("both:build", "json:dump", "torch.nn.functional:mse_lss", "gone:f", "latin.py:build"):
+    (here / "time.py").write_text("")  # what is built in comes first
+    (here / "numpy").mkdir()
+    (here / "numpy" / "linalg.py").write_text("")  # and so does an installed package
+    for argument in (
+        "both:build",
+        "time:sleep",
+        "numpy.linalg:norm",
+        "json:dump",
+        "torch.nn.functional:mse_lss",
+        "gone:f",
+        "latin.py:build",
+    ):
         check_place(argument, "--model")

@@ -57,13 +57,17 @@ def test_a_resumed_run_computes_no_step_again_and_writes_the_same_bits(
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 3])
-def test_a_run_that_is_killed_after_any_step_ends_in_the_same_bits(run, interrupted, tmp_path, steps):
+def test_a_run_that_is_killed_after_any_step_ends_in_the_same_bits(run, interrupted, tmp_path, steps, caplog):
     """After none too: then nothing is known, and no group may be taken as solved."""
     run("undisturbed")
     lines = interrupted.read_bytes().splitlines(keepends=True)
     assert len(lines) > 4
     interrupted.write_bytes(b"".join(lines[: steps + 1]))
     run(resume=True)
+    told = [
+        message for message in caplog.messages if "taken over from the run that was interrupted" in message
+    ]
+    assert [message.rpartition(" ")[2] for message in told] == [str(steps)] * (steps > 0)
     assert (tmp_path / "out.safetensors").read_bytes() == (tmp_path / "undisturbed.safetensors").read_bytes()
 
 

@@ -47,6 +47,7 @@ def test_kernels_are_compiled_beside_the_training_and_the_process_ends_with_it(m
             super().__init__(["sleep", "60"], **options)
 
     monkeypatch.setattr(subprocess, "Popen", Process)
+    monkeypatch.setattr("fastmatch_kernels._numba.cache.folders", list)
 
     def interrupted():
         with demo.compiling(128):
@@ -56,6 +57,32 @@ def test_kernels_are_compiled_beside_the_training_and_the_process_ends_with_it(m
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert begun[0].poll() is not None
+
+
+def test_kernels_that_are_kept_are_not_compiled_beside_the_training(tmp_path, monkeypatch):
+    (tmp_path / "kernel.nbc").touch()
+    monkeypatch.setattr("fastmatch_kernels._numba.cache.folders", lambda: [tmp_path])
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail("compiled again"))
+    with demo.compiling(128):
+        pass
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_training_that_fails_ends_the_other_one(error, monkeypatch):
+    passes = []
+
+    def fake_train(network, data, *, title, **options):
+        if title.endswith("B"):
+            raise error("B has failed")
+        for k in range(100_000):
+            network(data.inputs[:1])
+            passes.append(k)
+
+    monkeypatch.setattr(demo, "train", fake_train)
+    data, _ = demo.digits()
+    with pytest.raises(error, match="B has failed"):
+        demo.train_pair(demo.architectures(128)[0], data, 0, demo.Stopwatch(), progress=False)
+    assert len(passes) < 99_999
 
 
 @pytest.mark.slow
