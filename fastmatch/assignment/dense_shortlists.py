@@ -33,6 +33,7 @@ from fastmatch_kernels.lap.state import (
     POPS,
     READS,
     SEARCHES,
+    SLICES,
     SQUARE_SCANS,
     TURNS,
     VECTOR,
@@ -47,9 +48,6 @@ PROBED = (8, 64)
 
 COPIED = 1 << 28
 """Entries up to which a nearly square matrix is copied to be made square."""
-
-SLICES = 4
-"""Row reduction is judged after as many bids as a quarter of the rows."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from fastmatch_kernels.lap.match import (
     two_least,
 )
 from fastmatch_kernels.lap.paths import new_search, path, shuffle
-from fastmatch_kernels.lap.proof import gap_of, least_of_row, prove
+from fastmatch_kernels.lap.proof import EPS, gap_of, least_of_row, prove
 from fastmatch_kernels.lap.scale import fitting_scale
 from fastmatch_kernels.lap.state import (
     BIDS,
@@ -47,6 +47,7 @@ from fastmatch_kernels.lap.state import (
     READS,
     RESUMED,
     SEARCHES,
+    SLICES,
     SOLVED,
     SQUARE_SCANS,
     TOO_LARGE,
@@ -72,13 +73,14 @@ CROWDED_FROM = SmallSchedule().crowded_from
 
 @njit(nogil=True, cache=True, inner=True)
 def _bid(
-    c, start, sign, m, v, row_of, col_of, stack, top, eps, most, limit, counts
+    c, start, sign, m, v, seconds, columns, row_of, col_of, stack, top, eps, most, limit, counts
 ):  # pragma: no cover - compiled
     """Let the rows on ``stack[:top]`` bid until the stack is empty or ``limit`` bids are spent; return what is left.
 
     A row takes its best column and lowers its dual until the column is ``eps`` worse than the row's second best. With
     eps = 0 this is augmenting row reduction: a row whose two best tie is left free. No dual falls by more than ``most``
-    and eps: the pair stays its row's best.
+    and eps: the pair stays its row's best. ``columns`` and ``seconds`` tell of its last bid what ``survey`` told of the row: a
+    column, and a bound on all others. So its row dual needs no other read in the end.
     """
     bids = 0
     while top > 0 and bids < limit:
@@ -95,6 +97,7 @@ def _bid(
             v[j] -= min(second - first, most) + eps
             row_of[j] = i
             col_of[i] = j
+            seconds[i], columns[i] = second, j
             if old >= 0:
                 col_of[old] = -1
                 stack[top] = old
@@ -106,15 +109,34 @@ def _bid(
 @njit(nogil=True, cache=True)
 def bid_rows(c, sign, m, v, row_of, col_of, stack, top, eps, limit, counts):  # pragma: no cover - compiled
     """Let rows bid as in :func:`_bid`, for the solver of larger matrices where candidate lists do not pay."""
-    before = counts[BIDS]
-    top = _bid(c, np.int64(0), sign, m, v, row_of, col_of, stack, top, eps, np.inf, limit, counts)
+    before, n = counts[BIDS], col_of.shape[0]
+    seconds, columns = np.empty(n), np.empty(n, np.int64)
+    top = _bid(
+        c, np.int64(0), sign, m, v, seconds, columns, row_of, col_of, stack, top, eps, np.inf, limit, counts
+    )
     counts[READS] += counts[BIDS] - before
     return top
 
 
 @njit(nogil=True, cache=True, inner=True)
 def _phase(
-    c, start, sign, m, v, row_of, col_of, stack, top, eps, most, rounds, war_above, few, counts
+    c,
+    start,
+    sign,
+    m,
+    v,
+    seconds,
+    columns,
+    row_of,
+    col_of,
+    stack,
+    top,
+    eps,
+    most,
+    rounds,
+    war_above,
+    few,
+    counts,
 ):  # pragma: no cover
     """Run a phase of the auction; return whether it was a price war.
 
@@ -125,7 +147,7 @@ def _phase(
         if top == 0:
             return False
         before = top
-        top = _bid(c, start, sign, m, v, row_of, col_of, stack, top, eps, most, n, counts)
+        top = _bid(c, start, sign, m, v, seconds, columns, row_of, col_of, stack, top, eps, most, n, counts)
         if top > war_above * before and top > few * n:
             return True
     return top > 0
@@ -133,10 +155,10 @@ def _phase(
 
 @njit(nogil=True, cache=True, inner=True)
 def _reduce(
-    c, start, sign, m, v, row_of, col_of, stack, top, most, extra, counts
+    c, start, sign, m, v, seconds, columns, row_of, col_of, stack, top, most, bids, counts
 ):  # pragma: no cover - compiled
     """Run a round of augmenting row reduction; return how many rows are free, on ``stack``."""
-    _bid(c, start, sign, m, v, row_of, col_of, stack, top, 0.0, most, top + extra, counts)
+    _bid(c, start, sign, m, v, seconds, columns, row_of, col_of, stack, top, 0.0, most, bids, counts)
     return free_rows(col_of, stack)
 
 
@@ -170,42 +192,66 @@ def _largest_fall(least, seconds, gap):  # pragma: no cover - compiled
 
 
 @njit(nogil=True, cache=True, inner=True)
+def _lower_best(c, start, sign, m, v, seconds, columns, col_of, most):  # pragma: no cover - compiled
+    """Lower the duals of columns whose rows like them best, down to the bounds on the others: these bids need no read."""
+    for i in range(col_of.shape[0]):
+        j = columns[i]
+        if col_of[i] == j and seconds[i] < np.inf:
+            x = sign * np.float64(c[start + i * m + j]) - v[j]
+            v[j] -= max(0.0, min(seconds[i] - x, most))
+
+
+@njit(nogil=True, cache=True, inner=True)
 def _bids(
-    c, start, sign, m, v, least, seconds, row_of, col_of, stack, top, schedule, counts
+    c, start, sign, m, v, least, seconds, columns, row_of, col_of, stack, top, lower, schedule, counts
 ):  # pragma: no cover - compiled
     """Match free rows by row reduction and a short auction; return how many are left, on ``stack``, and whether it paid.
 
-    An auction that leaves more rows free than there were is undone.
+    An auction that leaves more rows free than there were is undone. With ``lower``, row reduction begins with the bids of matched
+    rows. A crowded matrix has found its duals in another way, and these bids would make its paths longer.
     """
     (
         auction_above, war_above, war_few, repeat_above, phases, first_eps, eps_factor, bids, reductions, extra_steps,
-        reduce_from, auction_from,
-    ) = schedule[:12]  # fmt: skip
+        reduce_from, auction_from, dear_bids,
+    ) = schedule[:13]  # fmt: skip
     n = col_of.shape[0]
     extra = int(extra_steps * n)
     gap = typical_gap(least, seconds)
     most = _largest_fall(least, seconds, gap)
+    if lower:
+        _lower_best(c, start, sign, m, v, seconds, columns, col_of, most)
     for turn in range(reductions):
         if n >= reduce_from and (turn == 0 or top <= auction_above * n):
-            top = _reduce(c, start, sign, m, v, row_of, col_of, stack, top, most, extra, counts)
+            top = _reduce(
+                c, start, sign, m, v, seconds, columns, row_of, col_of, stack, top, most, top + extra, counts
+            )
     calm = top <= auction_above * n
     eps = first_eps * gap if n == m and n >= auction_from and not calm else 0.0
     if 0.0 < eps < np.inf:
         v_before, row_before, col_before = np.empty(v.shape[0]), np.empty(m, np.int64), np.empty(n, np.int64)
+        seconds_before, columns_before = np.empty(n), np.empty(n, np.int64)
+        copy_to(seconds_before, seconds)
+        copy_to(columns_before, columns)
         _copy(v_before, row_before, col_before, v, row_of, col_of)
         before = top
         calm = True
         for phase in range(phases):
             war = _phase(
-                c, start, sign, m, v, row_of, col_of, stack, top, eps, most, bids, war_above, war_few, counts
-            )
+                c, start, sign, m, v, seconds, columns, row_of, col_of, stack, top, eps, most, bids, war_above,
+                war_few, counts,
+            )  # fmt: skip
             row_of[:] = -1
             col_of[:] = -1
             top = free_rows(col_of, stack)
             for _ in range(2):
-                top = _reduce(c, start, sign, m, v, row_of, col_of, stack, top, most, extra, counts)
+                top = _reduce(
+                    c, start, sign, m, v, seconds, columns, row_of, col_of, stack, top, most, top + extra,
+                    counts,
+                )  # fmt: skip
             if top >= before and (war or phase == 0 or phase == phases - 1):
                 _copy(v, row_of, col_of, v_before, row_before, col_before)
+                copy_to(seconds, seconds_before)  # bounds read under lower duals would be false
+                copy_to(columns, columns_before)
                 top = free_rows(col_of, stack)
                 calm = False
                 break
@@ -216,10 +262,23 @@ def _bids(
                 break
             eps *= eps_factor
         for _ in range(1 if n >= reduce_from else reductions):
-            top = _reduce(c, start, sign, m, v, row_of, col_of, stack, top, most, extra, counts)
+            top = _reduce(
+                c, start, sign, m, v, seconds, columns, row_of, col_of, stack, top, most, top + extra, counts
+            )
     elif n < reduce_from:
         for _ in range(reductions):
-            top = _reduce(c, start, sign, m, v, row_of, col_of, stack, top, most, extra, counts)
+            top = _reduce(
+                c, start, sign, m, v, seconds, columns, row_of, col_of, stack, top, most, top + extra, counts
+            )
+    # No auction follows in a rectangle: row reduction goes on until a path takes less time than a row's bids.
+    settled, made = top, np.int64(0)
+    while m > n + n // NEARLY and top > 0 and settled * dear_bids > made:
+        before, made = top, -counts[BIDS]
+        top = _reduce(
+            c, start, sign, m, v, seconds, columns, row_of, col_of, stack, top, most, n // SLICES + 1, counts
+        )
+        settled = before - top
+        made += counts[BIDS]
     return top, calm
 
 
@@ -303,7 +362,7 @@ def _start(
         (SOLVED, OPEN or CROWDED; WRONG, INFEASIBLE or TOO_LARGE; ``sign``, or what costs are multiplied by; the scans that
         paths are expected to take, if CROWDED).
     """
-    crowded_from, crowded_above, _, short_scans, short_tied_scans = schedule[12:-3]
+    crowded_from, crowded_above, _, short_scans, short_tied_scans = schedule[13:-3]
     if not (warm and n == m):
         v[:] = 0.0
         warm = False
@@ -375,10 +434,10 @@ def _finish(
         room: those duals and all that belongs to them, from ``room[at]`` on, as :func:`_keep` writes it, after room for as
             much again.
     """
-    accepted_below = schedule[14]
+    accepted_below, typical = schedule[15], n * typical_gap(least, seconds)
     stack = np.empty(n, np.int64)
     top = free_rows(col_of, stack)
-    kept = False
+    kept, crowded = False, expected > 0.0
     for attempt in range(2):
         # Duals that leave few rows free are taken at once; others only if bids from zeros are a price war.
         if other <= n and (attempt == 1 or other <= accepted_below * n):
@@ -399,7 +458,10 @@ def _finish(
             break
         if top == 0:
             break
-        top, calm = _bids(c, start, sign, m, v, least, seconds, row_of, col_of, stack, top, schedule, counts)
+        top, calm = _bids(
+            c, start, sign, m, v, least, seconds, columns, row_of, col_of, stack, top, not crowded, schedule,
+            counts,
+        )  # fmt: skip
         if calm:
             kept = False
             break
@@ -421,17 +483,18 @@ def _finish(
             return INFEASIBLE
         if top > 0:
             return NEARLY_SQUARE
-    total, typical = 0.0, n * typical_gap(least, seconds)
+    total = 0.0
     for i in range(n):
         at_row = start + i * m
-        x = sign * np.float64(c[at_row + col_of[i]])
+        x, dual = sign * np.float64(c[at_row + col_of[i]]), v[col_of[i]]
         total += abs(x)
-        # All columns but one are bounded by the survey.
-        low = min(x - v[col_of[i]], sign * np.float64(c[at_row + columns[i]]) - v[columns[i]])
-        if low > seconds[i]:
+        # All columns but one are bounded by what was last read of the row. A bid brings its column to that bound, but for rounding.
+        low = min(x - dual, sign * np.float64(c[at_row + columns[i]]) - v[columns[i]])
+        if low - seconds[i] > EPS * (abs(x) + abs(dual)):
             low = least_of_row(c, at_row, m, sign, v)
             counts[READS] += 1
-        least[i] = low
+            seconds[i] = low
+        least[i] = min(low, seconds[i])
     _, gap, bound = prove(c, start, n, m, sign, v, least, col_of)
     top_dual = 0.0
     for j in range(m):

@@ -40,6 +40,7 @@ __all__ = [
     "READS",
     "RESUMED",
     "SEARCHES",
+    "SLICES",
     "SOLVED",
     "SQUARE_SCANS",
     "TOO_LARGE",
@@ -88,6 +89,9 @@ FEW_ROWS = 16
 
 FEW_PATHS = 16
 """Paths from whose lengths those of the others are estimated."""
+
+SLICES = 4
+"""Row reduction is judged after as many bids as a quarter of the rows."""
 
 TURNS = 8
 """Turns that paths from two kinds of first duals take at most."""
@@ -215,6 +219,8 @@ class SmallSchedule(NamedTuple):
     """Rows from which row reduction runs before the auction, which it may save."""
     auction_from: int = 72
     """Rows from which an auction is tried: below, paths take less time."""
+    dear_bids: float = 8.0
+    """Bids that a row may take in a rectangle before a path is quicker."""
     crowded_from: int = 40
     """Rows from which other first duals are tried."""
     crowded_above: float = 0.42
