@@ -25,7 +25,7 @@ SHAPES = {
     (0, 4): [(1,)],
 }
 CASES = [(shape, dims) for shape, choices in SHAPES.items() for dims in choices]
-DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 def pair(shape, dtype, generator):
@@ -83,7 +83,7 @@ def test_the_sum_does_not_depend_on_threads():
     assert first == pytest.approx(plain(a, b, index), abs=1e-9 * float(a.norm() * b.norm()))
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(5, 41), (0, 4), ()])
 def test_squares_and_inner(shape, dtype):
     generator = torch.Generator().manual_seed(fresh_seed())

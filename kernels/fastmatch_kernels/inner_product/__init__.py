@@ -16,7 +16,10 @@ from fastmatch_kernels.inner_product import reference
 __all__ = ["InnerSum", "change_of_inner", "inner", "moved_positions", "row_products", "squares_and_inner"]
 
 COMPILED = (torch.float32, torch.float64)
-"""Dtypes that the CPU kernel reads; others go through the reference."""
+"""Dtypes that the CPU kernels read, in any pair; others go through the reference."""
+
+HALVES = (torch.bfloat16, torch.float16)
+"""Dtypes that the CPU kernel of inner products reads too, if both tensors have the same one."""
 
 ON_GPU = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """Dtypes that the GPU kernel reads, and that of sums on the CPU."""
@@ -214,5 +217,6 @@ def moved_positions(now: Indices, then: Indices, shape: Sequence[int]) -> dict[i
 
 
 def _has_kernel(a: Tensor, b: Tensor, dims: Collection[int]) -> bool:
-    is_compiled = a.dtype in COMPILED and b.dtype in COMPILED and a.numel() > SMALL
+    is_read = (a.dtype in COMPILED and b.dtype in COMPILED) or (a.dtype == b.dtype and a.dtype in HALVES)
+    is_compiled = is_read and a.numel() > SMALL
     return is_compiled and a.device.type == b.device.type == "cpu" and len(dims) <= 2

@@ -24,14 +24,20 @@ GATHER_COST = 4
 _REASSOCIATE = {"reassoc", "contract"}  # lets sums use vector lanes; NaN and inf keep their meaning
 
 
+@njit(nogil=True)
+def _number(x, half):  # pragma: no cover - compiled
+    """A number, or what bits of ``half`` stand for."""
+    return x if half is None else decode(x, half, np.float32(0))
+
+
 @njit(nogil=True, fastmath=_REASSOCIATE)
 def _sum_rows(
-    lo, hi, a, b, rows, columns, now_rows, now_columns, then_rows, then_columns
+    lo, hi, a, b, half, rows, columns, now_rows, now_columns, then_rows, then_columns
 ):  # pragma: no cover - compiled
     """The sum over k in lo..hi and j of <a[:, rows[k], :, columns[j]], b[:, now_rows[k], :, now_columns[j]]>.
 
-    Minus the same with ``then``, where that is not None. a, b: (outer, n1, middle, n2, inner), contiguous;
-    indices: unsigned integers.
+    Minus the same with ``then``, where that is not None. a, b: (outer, n1, middle, n2, inner), contiguous, numbers or bits of
+    ``half``; indices: unsigned integers.
     """
     total = 0.0
     # What is gathered goes through a row: a sum that waits for every gather takes twice as long.
@@ -44,17 +50,17 @@ def _sum_rows(
                 for j in range(columns.shape[0]):
                     u, v = x[columns[j]], y[now_columns[j]]
                     if a.shape[4] == 1:
-                        step = np.float64(v[0])
+                        step = np.float64(_number(v[0], half))
                         if then_rows is not None:
-                            step -= z[then_columns[j], 0]
-                        terms[j] = u[0] * step
+                            step -= _number(z[then_columns[j], 0], half)
+                        terms[j] = _number(u[0], half) * step
                     else:
                         part = 0.0
                         for r in range(a.shape[4]):
-                            step = np.float64(v[r])
+                            step = np.float64(_number(v[r], half))
                             if then_rows is not None:
-                                step -= z[then_columns[j], r]
-                            part += u[r] * step
+                                step -= _number(z[then_columns[j], r], half)
+                            part += _number(u[r], half) * step
                         terms[j] = part
                 for j in range(columns.shape[0]):
                     total += terms[j]
@@ -71,8 +77,8 @@ def inner(
     """Return the inner product under ``now``, minus that under ``then`` if given, over the positions ``moved``.
 
     Args:
-        a: float32 or float64.
-        b: float32 or float64, of a's shape.
+        a: float32 or float64; or a half type that b has too.
+        b: float32 or float64, or that half type, of a's shape.
         moved: dimension -> positions to sum over; all positions of the dimensions that it does not name.
         now: at most two dimensions with ``then``: dimension -> positions of ``b``.
         then: the same for the inner product that is subtracted.
@@ -105,9 +111,11 @@ def inner(
     before = (
         (None, None) if then is None else (positions(first, rows, then), positions(second, columns, then))
     )
-    views = [t.detach().contiguous().view(view).numpy() for t in (a, b)]
+    half = HALF.get(a.dtype)
+    bits = (t.detach().contiguous().view(view) for t in (a, b))
+    views = [(t if half is None else t.view(torch.uint16)).numpy() for t in bits]
     work = len(places[0]) * len(places[1]) * outer * middle * view[4] * GATHER_COST
-    arguments = [*views, *places, *before]
+    arguments = [*views, half, *places, *before]
     parts: list[float] = []
     over_rows(len(places[0]), work, lambda lo, hi: parts.append(_sum_rows(lo, hi, *arguments)))
     return math.fsum(parts)
