@@ -14,6 +14,7 @@ __all__ = [
     "check_format",
     "check_fraction",
     "check_integer",
+    "check_limit",
     "check_number",
     "check_type",
     "check_weights",

@@ -221,8 +221,7 @@ class WeightObjective:
         def holds(then: Permutations) -> bool:
             return all(torch.equal(permutations[group], p) for group, p in then.items())
 
-        still = self.spec.identity() if self.survey else {}
-        known = {n: self.survey[n][2] for n in names if n in self.survey and holds(self._key(n, still))}
+        known = {n: self.survey[n][2] for n in names if self._is_surveyed(n, permutations)}
         noted = {n: x for n, (then, x) in self._noted.items() if n not in known and holds(then)}
         for found in self.ranks.exchange(noted, "inner products that are known"):
             known |= found
@@ -235,9 +234,12 @@ class WeightObjective:
 
     def note(self, name: str, permutations: Permutations) -> None:
         """Keep the inner product of a tensor, which is at hand on this rank, for a later :meth:`value`."""
-        key = self._key(name, permutations)
-        if not (name in self.survey and all(map(is_identity, key.values()))):
-            self._noted[name] = key, self._inner(name, permutations)
+        if not self._is_surveyed(name, permutations):
+            self._noted[name] = self._key(name, permutations), self._inner(name, permutations)
+
+    def _is_surveyed(self, name: str, permutations: Permutations) -> bool:
+        """Whether the survey has the inner product of a tensor: it has those of units as they are."""
+        return name in self.survey and all(map(is_identity, self._key(name, permutations).values()))
 
     def _key(self, name: str, permutations: Permutations) -> Permutations:
         """The permutations that the inner product of a tensor depends on."""
