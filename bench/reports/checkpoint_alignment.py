@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 
 from bench.lib import record
 from bench.lib.machine import peak
+from fastmatch._internal.huge_pages import ask_for_huge_pages
 
 NAME = "checkpoint_alignment"
 ROOT = Path(__file__).parents[2]
@@ -295,6 +296,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--align", action="store_true", help=argparse.SUPPRESS)  # the measured process
     given = sys.argv[1:] if arguments is None else arguments
     if "--align" in given:
+        ask_for_huge_pages()  # as the command does
         options = parser.parse_args(given)
         print(json.dumps(align(*folders(options.dir), options.groups)))
         return 0

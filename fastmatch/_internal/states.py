@@ -203,9 +203,20 @@ def check_same_architecture(a: State, b: State, name_a: str = "model_a", name_b:
             )
 
 
+WITH_EXTREMES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Dtypes of which torch finds the least and the largest entry."""
+
+
+def _witness(tensor: torch.Tensor) -> torch.Tensor:
+    """Numbers of which one is not finite if an entry of a tensor on the CPU is not, from one read and without a mask."""
+    if tensor.dtype in WITH_EXTREMES and tensor.numel():
+        return torch.stack(tensor.aminmax())  # NaN is handed on
+    return tensor.sum(dtype=torch.float64)
+
+
 def check_finite(state: State, argument: str) -> None:
     """Raise ValueError naming the first tensor that holds NaN or infinity; of a divided one this rank's part is looked at."""
-    # A sum needs one read and no mask. It is finite if every term is, except on overflow; only then count.
+    # Elsewhere than on the CPU a sum is the witness: it is finite if every term is, except on overflow. Only then count.
     floating = {name: local_part(tensor) for name, tensor in state.items() if tensor.is_floating_point()}
     for name, tensor in floating.items():
         if tensor.is_meta:
@@ -224,7 +235,8 @@ def check_finite(state: State, argument: str) -> None:
         for device in {x.device for x in sums.values()}
     }
     for name, tensor in floating.items():
-        if fine.get(tensor.device) or bool(torch.isfinite(sums.get(name, tensor).sum(dtype=torch.float64))):
+        witness = sums[name] if name in sums else _witness(tensor)
+        if fine.get(tensor.device) or bool(torch.isfinite(witness).all()):
             continue
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastmatch._internal.huge_pages import ask_for_huge_pages
 from fastmatch.cli.signals import ended_by_signals, tell_interrupted
 
 __all__ = ["start"]
@@ -9,6 +10,7 @@ __all__ = ["start"]
 
 def start() -> int:
     """Run the command that was typed and return the exit status."""
+    ask_for_huge_pages()
     try:
         with ended_by_signals():
             from fastmatch.cli.main import main

@@ -113,11 +113,9 @@ def permute_tensor(
     skip: Axis | None = None,
 ) -> torch.Tensor:
     """Return ``tensor`` with the axes of all groups but ``skip`` moved; the same object if nothing moves."""
-    moved = tensor
-    for dim, index in dimension_indices(parameter, spec, permutations, skip).items():
-        moved = moved.index_select(dim, index.to(moved.device))
+    indices = dimension_indices(parameter, spec, permutations, skip)
     slices = slice_indices(parameter, spec, permutations, skip)
-    return _reorder_slices(moved.clone() if moved is tensor else moved, slices) if slices else moved
+    return _moved(tensor, indices, slices) if indices or slices else tensor
 
 
 def _reorder_slices(tensor: torch.Tensor, slices: Sequence[tuple[Axis, torch.Tensor]]) -> torch.Tensor:
@@ -166,10 +164,11 @@ def _moved(
 
 def _reordered(tensor: torch.Tensor, indices: dict[int, torch.Tensor]) -> torch.Tensor:
     """``tensor`` selected by every index; the kernel reads and writes it once for two dimensions."""
-    if len(indices) == 2 and _has_kernel(tensor):
+    if len(indices) <= 2 and indices.keys() != {0} and _has_kernel(tensor):
         from fastmatch_kernels import ops as kernels
 
-        (first, rows), (second, columns) = sorted(indices.items())
+        first, second = sorted(indices) if len(indices) == 2 else (0, *indices)
+        rows, columns = indices.get(first), indices[second]
         return kernels.permute_merge([tensor], [1.0], [rows], [columns], dims=(first, second))
     for dim, index in indices.items():
         tensor = tensor.index_select(dim, index.to(tensor.device))
@@ -177,8 +176,8 @@ def _reordered(tensor: torch.Tensor, indices: dict[int, torch.Tensor]) -> torch.
 
 
 def _has_kernel(tensor: torch.Tensor) -> bool:
-    """Whether the kernel reorders two dimensions faster than torch, which copies the tensor once for each."""
-    if not tensor.is_floating_point() or tensor.itemsize < 2:
+    """Whether the kernel is faster than torch, which copies the tensor once for each dimension, and gathers within rows one by one."""
+    if not tensor.is_floating_point() or tensor.itemsize < 2 or tensor.requires_grad:
         return False
     if tensor.device.type == "cuda":
         return tensor.itemsize <= 4
