@@ -15,10 +15,12 @@ from fastmatch.checkpoint import (
     Checkpoint,
     MergeOptions,
     WriteOptions,
+    align,
     align_checkpoints,
     align_many_checkpoints,
     apply_to_checkpoint,
     merge_checkpoints,
+    tracing,
     verify_checkpoints,
 )
 from fastmatch.checkpoint.diffusion.components import build_component, find_components
@@ -338,6 +340,24 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path, generator, harm):
     with pytest.raises(ValueError, match=message):
         align_checkpoints(*(tmp_path / f"{x}.safetensors" for x in ("a", "b", "out")))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
+
+
+def test_a_difference_of_two_files_is_told_before_the_proof(tmp_path, generator, capsys, monkeypatch):
+    """To prove a file of full size takes most of a minute."""
+    a, b = random_file(unet_shapes(), generator), random_file(unet_shapes(), generator)
+    message = other_width(a, b)
+    save_file(a, tmp_path / "a.safetensors")
+    save_file(b, tmp_path / "b.safetensors")
+    proved = []
+    for module in (tracing, align):
+        monkeypatch.setattr(module, "prove_checkpoint", lambda *args: proved.append(args))
+    paths = [str(tmp_path / f"{x}.safetensors") for x in ("a", "b", "out")]
+    assert main(["align", *paths[:2], "--out", paths[2]]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not proved
+    save_file(b, tmp_path / "a.safetensors")
+    assert main(["align", *paths[:2], "--out", paths[2]]) == 0
+    assert len(proved) == 1
 
 
 def test_the_same_network_is_found_under_another_prefix(tmp_path, generator):
