@@ -11,7 +11,7 @@ import torch
 from fastmatch._internal.json_files import read_json
 from fastmatch._internal.states import State
 from fastmatch.checkpoint.align import AlignedTensors
-from fastmatch.checkpoint.diffusion.components import find_components
+from fastmatch.checkpoint.diffusion.components import CONTROLNET, find_components, has_role
 from fastmatch.checkpoint.diffusion.lora import is_lora, permute_lora
 from fastmatch.checkpoint.diffusion.single_file import EMA, check_rest, with_running_mean
 from fastmatch.checkpoint.inputs import differ_in_inputs
@@ -52,6 +52,7 @@ def apply_to_checkpoint(
             diffusers or peft; LoRA, LoCon, LoHa, LoKr, DoRA and full differences. Or the directory of an adapter of peft: LoRA and
             DoRA of layers and embeddings, with the layers and biases that it holds whole. A file of a diffusion model may have more
             than the one that was aligned, and running means of the UNet's weights move with them; or it may lack whole networks.
+            A ControlNet beside the UNet is carried as it is if the permutations do not name it.
             Axes that keep their order may have another size, as the inputs of a UNet for inpainting or the classes of a head.
         out: the file or directory to write, with the same names, shapes and types.
         force: replace an output that exists.
@@ -80,6 +81,10 @@ def apply_to_checkpoint(
     check_unscaled(checkpoint)
     is_file = not checkpoint.path.is_dir() and is_diffusion(path, checkpoint)
     if is_file:
+        if has_role(checkpoint, CONTROLNET) and alignment.spec.shapes.keys().isdisjoint(checkpoint):
+            raise ValueError(
+                f"{path}: holds a ControlNet, of which the permutations have no name; one that they do not move fits the aligned UNet as it is"
+            )
         alignment = _of_networks_in(alignment, checkpoint)
     leave_what_does_not_fit(checkpoint, alignment.spec)
     layout = layout_for(path, checkpoint, alignment.spec)
@@ -89,7 +94,9 @@ def apply_to_checkpoint(
     if is_file:
         # The permutations may come from a file that had less.
         shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint.headers.items()}
-        check_rest(shapes, alignment.spec.shapes, str(path))
+        added = (c for c in find_components(shapes, str(path)) if c.kind.role == CONTROLNET)
+        owned = {component.prefix + name for component in added for name in component.shapes}
+        check_rest(shapes, owned | alignment.spec.shapes.keys(), str(path))
         alignment = replace(alignment, spec=with_running_mean(alignment.spec, shapes, str(path)))
     write_like(checkpoint, out, AlignedTensors(checkpoint, layout, alignment), force=force)
     return "checkpoint"

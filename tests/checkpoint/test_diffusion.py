@@ -122,7 +122,8 @@ def test_permutations_of_a_pruned_file_move_the_running_mean_of_the_full_one(tmp
     )
     save_file(b | {"control_model.input_blocks.0.0.bias": torch.zeros(32)}, full)
     with pytest.raises(
-        ValueError, match=r"'control_model\.input_.*' belongs to a network that is added to the UNet"
+        ValueError,
+        match=r"'control_model\.input_.*' belongs to what is added to the UNet.*of their own, which fits",
     ):
         apply_to_checkpoint(alignment, full, out, force=True)
 
@@ -305,7 +306,12 @@ def stranger(a, b):
 
 def control(a, b):
     b["control_model.input_blocks.0.0.bias"] = torch.zeros(32)
-    return r"'control_model\.input_blocks\.0\.0\.bias' belongs to a network that is added to the UNet"
+    return r"'control_model\.input_blocks\.0\.0\.bias' belongs to what is added to the UNet.*, which fits the aligned UNet as it is"
+
+
+def attention_of_pictures(a, b):
+    b["ip_adapter.1.to_k_ip.weight"] = torch.zeros(32, 64)
+    return r"'ip_adapter\.1\.to_k_ip\.weight' belongs to what is added to the UNet.*; leave these tensors out"
 
 
 def half_a_file(a, b):
@@ -330,7 +336,8 @@ def nothing_in_common(a, b):
 
 
 @pytest.mark.parametrize(
-    "harm", [stranger, control, half_a_file, half_a_reference, other_width, nothing_in_common]
+    "harm",
+    [stranger, control, attention_of_pictures, half_a_file, half_a_reference, other_width, nothing_in_common],
 )
 def test_what_does_not_fit_is_refused_by_name(tmp_path, generator, harm):
     a, b = random_file(unet_shapes(), generator), random_file(unet_shapes(), generator)
