@@ -211,7 +211,7 @@ class _Run:
         traced = self.traced[structure]
         pair = Pair.of(a, b, traced)
         surveyed = pair.survey()
-        # The survey tells of NaN, and is the quicker one.
+        # After the survey: a NaN in a file is likelier than a proof that fails.
         if structure not in self.proofs:
             self.proofs[structure] = prove_checkpoint(b.path, b, traced) if self.spec is None else None
         proof = self.proofs[structure]

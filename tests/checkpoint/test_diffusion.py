@@ -350,7 +350,6 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path, generator, harm):
 
 
 def test_a_difference_of_two_files_is_told_before_the_proof(tmp_path, generator, capsys, monkeypatch):
-    """To prove a file of full size takes most of a minute."""
     a, b = random_file(unet_shapes(), generator), random_file(unet_shapes(), generator)
     message = other_width(a, b)
     save_file(a, tmp_path / "a.safetensors")

@@ -183,7 +183,7 @@ def test_bad_input_is_refused_before_anything_is_written(planted, tmp_path, chan
 
 
 def test_numbers_that_are_not_finite_are_told_before_the_proof(tmp_path, monkeypatch):
-    """The proof of a file of full size takes longer than to read it."""
+    """A NaN in a file is likelier than a proof that fails."""
     diffusion = pytest.importorskip("helpers.diffusion")
     state = diffusion.random_file(diffusion.small_shapes("unet"), torch.Generator().manual_seed(fresh_seed()))
     name = "model.diffusion_model.out.2.bias"
