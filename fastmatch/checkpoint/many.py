@@ -167,7 +167,8 @@ class _Run:
         self.paths, self.out, self.matcher, self.spec, self.write = paths, out, matcher, spec, write
         self.device, self.progress = device, progress
         self.kept = hidden(out, "many")
-        self.traced: dict[str, tuple[PermutationSpec, Verification | None]] = {}
+        self.traced: dict[str, PermutationSpec] = {}
+        self.proofs: dict[str, Verification | None] = {}
         self.whole: PermutationSpec | None = None
 
     @contextmanager
@@ -204,9 +205,16 @@ class _Run:
         if self.paths[0].is_dir() != path.is_dir():
             kind = "folder" if self.paths[0].is_dir() else "file"
             raise ValueError(f"{path}: expected a {kind}, like {self.paths[0]}")
-        traced, proof = self._structure(b)
+        structure = self._structure_of(b)
+        if structure not in self.traced:
+            self.traced[structure] = trace_checkpoint(b.path, b) if self.spec is None else self.spec
+        traced = self.traced[structure]
         pair = Pair.of(a, b, traced)
         surveyed = pair.survey()
+        # After the survey: a NaN in a file is likelier than a proof that fails.
+        if structure not in self.proofs:
+            self.proofs[structure] = prove_checkpoint(b.path, b, traced) if self.spec is None else None
+        proof = self.proofs[structure]
         run = pair.run(self.matcher, surveyed)
         key = _hash(json.dumps([run, self.matcher.max_sweeps]))
         file = self.kept / f"{key}.safetensors"
@@ -240,17 +248,13 @@ class _Run:
             note.unlink(missing_ok=True)
             raise
 
-    def _structure(self, b: Checkpoint) -> tuple[PermutationSpec, Verification | None]:
-        """Trace a checkpoint, unless one with the same names, shapes and config was traced before."""
+    def _structure_of(self, b: Checkpoint) -> str:
+        """Return a hash that is the same for checkpoints with the same names, shapes and config, which are traced and proved once."""
         if self.spec is not None:
-            return self.spec, None
+            return ""
         configs = sorted(b.path.rglob(CONFIG)) if b.path.is_dir() else []
         shapes = {name: tuple(tensor.shape) for name, tensor in b.headers.items()}
-        key = _hash(json.dumps([shapes, [file.read_text() for file in configs]], sort_keys=True))
-        if key not in self.traced:
-            traced = trace_checkpoint(b.path, b)
-            self.traced[key] = traced, prove_checkpoint(b.path, b, traced)
-        return self.traced[key]
+        return _hash(json.dumps([shapes, [file.read_text() for file in configs]], sort_keys=True))
 
     def merge(self, alignments: list[Alignment], options: MergeOptions) -> None:
         """Write the merge of all, each in its new order."""

@@ -15,13 +15,16 @@ from fastmatch.checkpoint import (
     Checkpoint,
     MergeOptions,
     WriteOptions,
+    align,
     align_checkpoints,
     align_many_checkpoints,
     apply_to_checkpoint,
     merge_checkpoints,
+    tracing,
     verify_checkpoints,
 )
 from fastmatch.checkpoint.diffusion.components import build_component, find_components
+from fastmatch.checkpoint.diffusion.folders import trace_folder
 from fastmatch.checkpoint.diffusion.namings import translation
 from fastmatch.checkpoint.diffusion.single_file import prove_file, trace_file, with_running_mean
 from fastmatch.cli.main import main
@@ -119,7 +122,8 @@ def test_permutations_of_a_pruned_file_move_the_running_mean_of_the_full_one(tmp
     )
     save_file(b | {"control_model.input_blocks.0.0.bias": torch.zeros(32)}, full)
     with pytest.raises(
-        ValueError, match=r"'control_model\.input_.*' belongs to a network that is added to the UNet"
+        ValueError,
+        match=r"'control_model\.input_.*' belongs to what is added to the UNet.*of their own, which fits",
     ):
         apply_to_checkpoint(alignment, full, out, force=True)
 
@@ -223,6 +227,76 @@ def test_an_inpainting_unet_keeps_its_own_columns(tmp_path, generator):
     assert torch.equal(merged[:, :4], ((plain.float() + first[:, :4].float()) / 2).half())
 
 
+@pytest.mark.parametrize("inputs", [9, 8, 5])
+def test_permutations_of_a_plain_unet_move_one_with_more_inputs(tmp_path, generator, caplog, inputs):
+    """Those for inpainting, pix2pix and depth; the running mean is as wide."""
+    first = f"{UNET}input_blocks.0.0.weight"
+    plain, shapes = small_shapes("tiny"), small_shapes("tiny")
+    shapes[first] = (shapes[first][0], inputs, 3, 3)
+    spec = small_spec("tiny")
+    alignment = Alignment(spec.random(generator), spec)
+    alignment.save(tmp_path / "p.safetensors")
+    b = random_file(shapes, generator, torch.float32)
+    mean = {running_mean(name): tensor.clone() for name, tensor in b.items()}
+    save_file(b | mean, tmp_path / "b.safetensors")
+    paths = [str(tmp_path / f"{x}.safetensors") for x in ("p", "b", "out")]
+
+    assert main(["apply", *paths[:2], "--out", paths[2]]) == 0
+
+    out = load_file(paths[2])
+    assert out[first].shape == (64, inputs, 3, 3)
+    expected = apply_permutations(b, trace_file(shapes, "b"), alignment.permutations)
+    assert out.keys() == b.keys() | mean.keys()
+    assert all(torch.equal(out[name], tensor) for name, tensor in expected.items())
+    assert all(torch.equal(out[running_mean(name)], tensor) for name, tensor in expected.items())
+    assert sum(not torch.equal(out[name], b[name]) for name in plain) > 50
+    assert not caplog.records
+    found = verify_checkpoints(*paths[1:])
+    assert (found.outputs, found.error < 1e-12) == (2, True)
+
+
+def test_permutations_of_an_inpainting_unet_move_a_plain_folder(tmp_path, generator):
+    for name, inputs in (("wide", 9), ("plain", 4)):
+        net = diffusers.UNet2DConditionModel(in_channels=inputs, **TINY_UNET)
+        net.save_pretrained(tmp_path / name)
+    spec = trace_folder(tmp_path / "wide")
+    alignment = Alignment(spec.random(generator), spec)
+    apply_to_checkpoint(alignment, tmp_path / "plain", tmp_path / "out")
+    assert verify_checkpoints(tmp_path / "plain", tmp_path / "out").error < 1e-12
+    before, after = (Checkpoint(tmp_path / name) for name in ("plain", "out"))
+    assert torch.equal(after["conv_in.weight"], before["conv_in.weight"])  # skip connections keep its order
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    assert len(moved) > 50
+
+
+def test_permutations_fit_where_only_axes_that_stay_have_another_size(tmp_path, generator, caplog):
+    """The prompt's embedding is wider in Stable Diffusion 2; the names are the same, and it keeps its order."""
+    shapes, spec = unet_shapes(), small_spec("unet")
+    alignment = Alignment(spec.random(generator), spec)
+    wide = {n: (s[0], 96) if re.search(r"attn2\.to_[kv]\.weight", n) else s for n, s in shapes.items()}
+    b = random_file(wide, generator)
+    save_file(b, tmp_path / "b.safetensors")
+    apply_to_checkpoint(alignment, tmp_path / "b.safetensors", tmp_path / "out.safetensors")
+    out = load_file(tmp_path / "out.safetensors")
+    expected = apply_permutations(b, trace_file(wide, "b"), alignment.permutations)
+    assert all(torch.equal(out[name], tensor) for name, tensor in expected.items())
+    (record,) = caplog.records
+    assert re.search(
+        r"b\.safetensors: .*of another size than .*: \S*attn2\.to_k\.weight \(32, 96\), not \(32, 64\)",
+        record.getMessage(),
+    )
+    for name in b:
+        if name.endswith("ff.net.2.weight"):
+            b[name] = b[name][:, :-1].contiguous()
+    save_file(b, tmp_path / "b.safetensors")
+    with pytest.raises(
+        ValueError,
+        match=r"b\.safetensors: tensor '\S*ff\.net\.2\.weight' has shape \(32, 127\), .* \(32, 128\)",
+    ):
+        apply_to_checkpoint(alignment, tmp_path / "b.safetensors", tmp_path / "x.safetensors")
+    assert not (tmp_path / "x.safetensors").exists()
+
+
 def stranger(a, b):
     b[f"{UNET}input_blocks.1.2.weight"] = torch.zeros(3)
     return (
@@ -232,7 +306,12 @@ def stranger(a, b):
 
 def control(a, b):
     b["control_model.input_blocks.0.0.bias"] = torch.zeros(32)
-    return r"'control_model\.input_blocks\.0\.0\.bias' belongs to a network that is added to the UNet"
+    return r"'control_model\.input_blocks\.0\.0\.bias' belongs to what is added to the UNet.*, which fits the aligned UNet as it is"
+
+
+def attention_of_pictures(a, b):
+    b["ip_adapter.1.to_k_ip.weight"] = torch.zeros(32, 64)
+    return r"'ip_adapter\.1\.to_k_ip\.weight' belongs to what is added to the UNet.*; leave these tensors out"
 
 
 def half_a_file(a, b):
@@ -257,7 +336,8 @@ def nothing_in_common(a, b):
 
 
 @pytest.mark.parametrize(
-    "harm", [stranger, control, half_a_file, half_a_reference, other_width, nothing_in_common]
+    "harm",
+    [stranger, control, attention_of_pictures, half_a_file, half_a_reference, other_width, nothing_in_common],
 )
 def test_what_does_not_fit_is_refused_by_name(tmp_path, generator, harm):
     a, b = random_file(unet_shapes(), generator), random_file(unet_shapes(), generator)
@@ -267,6 +347,23 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path, generator, harm):
     with pytest.raises(ValueError, match=message):
         align_checkpoints(*(tmp_path / f"{x}.safetensors" for x in ("a", "b", "out")))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
+
+
+def test_a_difference_of_two_files_is_told_before_the_proof(tmp_path, generator, capsys, monkeypatch):
+    a, b = random_file(unet_shapes(), generator), random_file(unet_shapes(), generator)
+    message = other_width(a, b)
+    save_file(a, tmp_path / "a.safetensors")
+    save_file(b, tmp_path / "b.safetensors")
+    proved = []
+    for module in (tracing, align):
+        monkeypatch.setattr(module, "prove_checkpoint", lambda *args: proved.append(args))
+    paths = [str(tmp_path / f"{x}.safetensors") for x in ("a", "b", "out")]
+    assert main(["align", *paths[:2], "--out", paths[2]]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not proved
+    save_file(b, tmp_path / "a.safetensors")
+    assert main(["align", *paths[:2], "--out", paths[2]]) == 0
+    assert len(proved) == 1
 
 
 def test_the_same_network_is_found_under_another_prefix(tmp_path, generator):

@@ -182,6 +182,24 @@ def test_bad_input_is_refused_before_anything_is_written(planted, tmp_path, chan
     assert not list(tmp_path.glob(".out*"))
 
 
+def test_numbers_that_are_not_finite_are_told_before_the_proof(tmp_path, monkeypatch):
+    """A NaN in a file is likelier than a proof that fails."""
+    diffusion = pytest.importorskip("helpers.diffusion")
+    state = diffusion.random_file(diffusion.small_shapes("unet"), torch.Generator().manual_seed(fresh_seed()))
+    name = "model.diffusion_model.out.2.bias"
+    for file, tensor in (("a", state[name]), ("b", torch.full_like(state[name], float("inf")))):
+        save_state(state | {name: tensor}, tmp_path / f"{file}.safetensors")
+    proved = []
+    monkeypatch.setattr(many, "prove_checkpoint", lambda *args: proved.append(args))
+    paths = [tmp_path / f"{x}.safetensors" for x in "ab"]
+    with pytest.raises(ValueError, match=rf"b\.safetensors: tensor '{name}' holds 4 NaN or infinite"):
+        align_many_checkpoints(paths, tmp_path / "out")
+    assert not proved
+    save_file(state, paths[1])
+    align_many_checkpoints(paths, tmp_path / "out")
+    assert len(proved) == 1
+
+
 def test_files_of_diffusion_models_are_traced_once_and_merged(tmp_path, capsys, monkeypatch):
     diffusion = pytest.importorskip("helpers.diffusion")
     shapes, spec = diffusion.small_shapes("unet"), diffusion.small_spec("unet")

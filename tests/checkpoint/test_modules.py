@@ -137,6 +137,21 @@ def test_a_head_for_other_classes_is_not_matched_and_named(tmp_path, caplog):
     assert all(torch.equal(out[k], v) for k, v in Checkpoint(tmp_path / "c").items())
 
 
+def test_permutations_move_a_model_with_a_head_for_other_classes(tmp_path, caplog):
+    for name, labels in (("five", 5), ("three", 3)):
+        save_bert(tmp_path / name, "BertForSequenceClassification", num_labels=labels)
+    spec = trace_config(tmp_path / "five")
+    alignment = fm.Alignment(spec.random(), spec)
+    apply_to_checkpoint(alignment, tmp_path / "three", tmp_path / "out")
+    assert verify_checkpoints(tmp_path / "three", tmp_path / "out").error < 1e-12
+    before, after = Checkpoint(tmp_path / "three"), Checkpoint(tmp_path / "out")
+    name = "classifier.weight"
+    assert torch.equal(after[name], permute_tensor(before[name], name, spec, alignment.permutations))
+    assert not torch.equal(after[name], before[name])
+    (said,) = (r.getMessage() for r in caplog.records if r.name == "fastmatch")
+    assert "classifier.bias (3,), not (5,), classifier.weight (3, 16), not (5, 16)" in said
+
+
 def test_another_width_is_still_refused(tmp_path):
     save_bert(tmp_path / "a", "BertModel")
     save_bert(tmp_path / "b", "BertModel")

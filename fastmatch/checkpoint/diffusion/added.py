@@ -1,4 +1,4 @@
-"""Networks that pipelines add to a UNet or transformer, such as ControlNets: carried where the channels that they use keep their order.
+"""Networks that pipelines and files add to a UNet or transformer, such as ControlNets: carried where the channels that they use keep their order.
 
 They add to the hidden states between blocks, or read them there. The UNets of Stable Diffusion keep the order of those; the transformers of
 SD3 and Flux do not.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 
+from fastmatch.checkpoint.diffusion.components import CONTROLNET, find_components, has_role
 from fastmatch.checkpoint.diffusion.folders import class_of
 from fastmatch.checkpoint.diffusion.pipeline import networks_of
 from fastmatch.checkpoint.reader import Checkpoint
@@ -34,17 +35,16 @@ INDEPENDENT = ("safety_checker", "image_encoder", "feature_extractor", "schedule
 def check_added(checkpoint: Checkpoint, spec: PermutationSpec) -> None:
     """Check the networks in a pipeline that are carried as they are; a line names those that nothing is known about.
 
+    A ControlNet in one file with the UNet may move inside. What it adds keeps its order, and so must what it is added to.
+
     Raises:
         ValueError: one of them is added to hidden states whose order may change.
     """
+    rows = [axis.parameter for group in spec.groups.values() for axis in group.axes if axis.dim == 0]
     if not checkpoint.parts:
+        _check_in_file(checkpoint, rows)
         return
-    moved = [
-        axis.parameter
-        for group in spec.groups.values()
-        for axis in group.axes
-        if axis.dim == 0 and BETWEEN_BLOCKS.fullmatch(axis.parameter)
-    ]
+    moved = [name for name in rows if BETWEEN_BLOCKS.fullmatch(name)]
     aligned = {name for name, _ in networks_of(checkpoint.parts)}
     for folder in sorted(path for path in checkpoint.path.iterdir() if path.is_dir()):
         name = class_of(folder)
@@ -61,3 +61,23 @@ def check_added(checkpoint: Checkpoint, spec: PermutationSpec) -> None:
                 "%s: carried as it is%s; it no longer fits if it reads hidden units of %s", folder,
                 f" (a {name})" if name else "", ", ".join(sorted(aligned)),
             )  # fmt: skip
+
+
+def _check_in_file(checkpoint: Checkpoint, moved: list[str]) -> None:
+    """Raise ValueError if a file holds a ControlNet, and one of the parameters whose rows move makes hidden states of its UNet."""
+    if checkpoint.path.is_dir() or not has_role(checkpoint, CONTROLNET):
+        return
+    shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint.headers.items()}
+    between = {
+        component.prefix + part.name
+        for component in find_components(shapes, str(checkpoint.path))
+        for name, source in component.layout.items()
+        for part in source.parts
+        if BETWEEN_BLOCKS.fullmatch(f"{component.kind.role}.{name}")
+    }
+    for name in moved:
+        if name in between:
+            raise ValueError(
+                f"{checkpoint.path}: holds a ControlNet, which is added to hidden states of its UNet; the order of those of {name!r} changes. "
+                "Keep that order with --no-residual (spec.without_residual()), or take the ControlNet out"
+            )

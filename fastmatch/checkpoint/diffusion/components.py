@@ -16,11 +16,14 @@ from fastmatch.checkpoint.diffusion.layout import Converted, Layout, Shapes
 from fastmatch.checkpoint.structure import parameters_on_meta
 
 __all__ = [
-    "KINDS", "UNUSED", "Component", "Kind", "build_component", "find_components", "has_networks", "import_diffusers",
-    "made_empty", "marked", "parameters_of",
+    "CONTROLNET", "KINDS", "UNUSED", "Component", "Kind", "build_component", "find_components", "has_networks", "has_role",
+    "import_diffusers", "made_empty", "marked", "parameters_of",
 ]  # fmt: skip
 
 BATCH, SIDE, TOKENS = 2, 8, 4
+
+CONTROLNET = "controlnet"
+"""The role of networks that are added to a UNet."""
 
 Tensors = dict[str, torch.Tensor]
 
@@ -93,6 +96,11 @@ def find_components(shapes: Shapes, argument: str) -> list[Component]:
 def has_networks(names: Iterable[str]) -> bool:
     """Whether a file holds a network of a diffusion model, by the names of its tensors."""
     return bool(marked(names))
+
+
+def has_role(names: Iterable[str], role: str) -> bool:
+    """Whether a file holds a network of this role, by the names of its tensors."""
+    return any(_is_marked(name, kind) for name in names for kind in KINDS if kind.role == role)
 
 
 def marked(names: Iterable[str]) -> set[str]:
@@ -208,13 +216,19 @@ def _noise(*shape: int) -> torch.Tensor:
     return torch.randn(BATCH, *shape, generator=torch.Generator().manual_seed(sum(shape)), device="cpu")
 
 
-def _unet_call(model: nn.Module, sample: torch.Tensor, text: torch.Tensor, *more: torch.Tensor) -> Any:
-    times = torch.tensor([3, 700], device="cpu")
-    config: Any = model.config
+def _unet_call(model: Any, sample: torch.Tensor, text: torch.Tensor, *more: torch.Tensor) -> Any:
+    return model(sample, _times(), text, **_added(model.config, more), return_dict=False)
+
+
+def _times() -> torch.Tensor:
+    return torch.tensor([3, 700], device="cpu")
+
+
+def _added(config: Any, more: tuple[torch.Tensor, ...]) -> dict[str, Any]:
+    """Return the arguments of a UNet or ControlNet besides the picture, the time and the prompt."""
     if config.addition_embed_type == "text_time":
-        added = {"text_embeds": more[0], "time_ids": more[1]}
-        return model(sample, times, text, added_cond_kwargs=added, return_dict=False)
-    return model(sample, times, text, class_labels=more[0] if more else None, return_dict=False)
+        return {"added_cond_kwargs": {"text_embeds": more[0], "time_ids": more[1]}}
+    return {"class_labels": more[0] if more else None}
 
 
 def _unet_inputs(config: Any) -> tuple[torch.Tensor, ...]:
@@ -224,6 +238,16 @@ def _unet_inputs(config: Any) -> tuple[torch.Tensor, ...]:
         numbers = configs.TIME_NUMBERS
         return *inputs, _noise(width - numbers * config.addition_time_embed_dim), _noise(numbers)
     return (*inputs, _noise(width)) if config.class_embed_type else tuple(inputs)
+
+
+def _controlnet_call(
+    model: Any, picture: torch.Tensor, sample: torch.Tensor, text: torch.Tensor, *more: torch.Tensor
+) -> Any:
+    return model(sample, _times(), text, picture, **_added(model.config, more), return_dict=False)
+
+
+def _controlnet_inputs(config: Any) -> tuple[torch.Tensor, ...]:
+    return _noise(config.conditioning_channels, 8 * SIDE, 8 * SIDE), *_unet_inputs(config)
 
 
 def _autoencoder_call(model: Any, image: torch.Tensor, latent: torch.Tensor) -> Any:
@@ -299,7 +323,7 @@ def _convert_t5(tensors: Tensors, config: Any) -> Mapping[str, torch.Tensor]:
 
 
 def _sd3_call(model: nn.Module, sample: torch.Tensor, text: torch.Tensor, pooled: torch.Tensor) -> Any:
-    return model(sample, text, pooled, torch.tensor([3, 700], device="cpu"), return_dict=False)
+    return model(sample, text, pooled, _times(), return_dict=False)
 
 
 def _sd3_inputs(config: Any) -> tuple[torch.Tensor, ...]:
@@ -325,8 +349,10 @@ def _flux_inputs(config: Any) -> tuple[torch.Tensor, ...]:
 
 
 KINDS = (
-    _of_diffusers("unet", "UNet2DConditionModel", "input_blocks.0.0.weight", configs.unet,
+    _of_diffusers("unet", "UNet2DConditionModel", "output_blocks.0.0.in_layers.0.weight", configs.unet,
                   _converter("convert_ldm_unet_checkpoint", "model.diffusion_model."), _unet_call, _unet_inputs),
+    _of_diffusers(CONTROLNET, "ControlNetModel", "input_hint_block.0.weight", configs.controlnet,
+                  _converter("convert_controlnet_checkpoint"), _controlnet_call, _controlnet_inputs),
     _of_diffusers("transformer", "SD3Transformer2DModel", "joint_blocks.0.x_block.attn.qkv.weight", configs.sd3,
                   _converter("convert_sd3_transformer_checkpoint_to_diffusers"), _sd3_call, _sd3_inputs, (64, 256),
                   of_head=("ln_q.weight", "ln_k.weight")),
@@ -351,4 +377,12 @@ UNUSED = ("position_ids", "logit_scale")
 OPTIONAL = ("final_layer_norm.weight", "final_layer_norm.bias")
 """Ends of names of parameters that files may leave out, because the image model reads an earlier layer."""
 
-OTHERS = ("model_ema.", "first_stage_model.", "cond_stage_model.", "conditioner.", "text_encoders.", "loss.")
+OTHERS = (
+    "model_ema.",
+    "control_model.",
+    "first_stage_model.",
+    "cond_stage_model.",
+    "conditioner.",
+    "text_encoders.",
+    "loss.",
+)

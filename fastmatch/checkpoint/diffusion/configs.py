@@ -12,7 +12,7 @@ from typing import Any
 
 from fastmatch.checkpoint.diffusion.layout import Shapes
 
-__all__ = ["autoencoder", "clip", "flux", "sd3", "t5", "unet"]
+__all__ = ["autoencoder", "clip", "controlnet", "flux", "sd3", "t5", "unet"]
 
 NORM_GROUPS, HEAD, TIME_CHANNELS, SD1_HEADS = 32, 64, 256, 8
 TIME_NUMBERS = 5
@@ -51,6 +51,18 @@ def unet(shapes: Shapes, scale: int = 1) -> dict[str, Any]:
         else:
             config["class_embed_type"] = "projection"
     return config
+
+
+def controlnet(shapes: Shapes, scale: int = 1) -> dict[str, Any]:
+    """Return the config of a ControlNetModel with CompVis names: the way down of a UNet, and convolutions of the picture that it is given."""
+    config = unet({**shapes, "out.2.weight": (0,)}, scale)
+    for key in ("out_channels", "up_block_types"):
+        del config[key]
+    first, *others = (shapes[f"input_hint_block.{k}.weight"] for k in (0, 4, 8, 12))
+    return config | {
+        "conditioning_channels": first[1],
+        "conditioning_embedding_out_channels": (first[0], *(shape[0] for shape in others)),
+    }
 
 
 def _unet_levels(shapes: Shapes) -> tuple[list[int], list[int], int]:

@@ -14,7 +14,7 @@ from functools import cached_property
 
 import torch
 
-from fastmatch.checkpoint.diffusion.components import find_components
+from fastmatch.checkpoint.diffusion.components import CONTROLNET, find_components
 from fastmatch.checkpoint.diffusion.layout import Layout, Part, Shapes, Source
 from fastmatch.permutations.alignment import Alignment
 from fastmatch.permutations.apply import dimension_indices, is_identity, permute_tensor, slice_indices
@@ -275,7 +275,7 @@ def _networks(shapes: Shapes, argument: str) -> list[_Network]:
         found = [
             _Network(c.kind.role, c.prefix, c.shapes, c.layout, _order(c.shapes))
             for c in find_components(shapes, argument)
-            if c.kind.role != "vae"
+            if c.kind.role not in ("vae", CONTROLNET)
         ]
     if not found:  # one folder of a pipeline
         is_image = any("transformer_blocks." in name for name in shapes)

@@ -45,8 +45,15 @@ FACTORS = (16, 8, 4, 2, 1)
 SMALL, LARGEST = 20_000_000, 100_000_000
 """Parameters up to which a network is proved as it is, and above which a reduced one is not run."""
 
-WITH_UNET = ("control_model.", "adapter.", "ip_adapter.", "lora_unet_")
-"""Starts of names of networks and factors that read the units of the UNet or add to them."""
+FITS_AS_IT_IS = "move these tensors to a file of their own, which fits the aligned UNet as it is"
+
+WITH_UNET = {
+    "control_model.": FITS_AS_IT_IS,
+    "adapter.": FITS_AS_IT_IS,
+    "ip_adapter.": "leave these tensors out: they read units that move, and fit the UNet only in the order that it has",
+    "lora_unet_": "move these tensors to a file of their own, and permute it with `fastmatch apply PERMUTATIONS FILE`",
+}
+"""Starts of names of networks and factors that read the units of the UNet or add to them -> what to do with those that are not known."""
 
 
 class _Runner(nn.Module):
@@ -168,10 +175,11 @@ def trace_file(shapes: Shapes, argument: str) -> PermutationSpec:
 def check_rest(shapes: Shapes, owned: Collection[str], argument: str) -> None:
     """Raise ValueError if a network that reads the units of another is in the file, but not in ``owned``."""
     for name in shapes:
-        if name not in owned and name.startswith(WITH_UNET):
+        advice = next((advice for start, advice in WITH_UNET.items() if name.startswith(start)), None)
+        if advice is not None and name not in owned:
             raise ValueError(
-                f"{argument}: tensor {name!r} belongs to a network that is added to the UNet, which is not supported "
-                "in one file with it"
+                f"{argument}: tensor {name!r} belongs to what is added to the UNet, and is of no network that is known in one file "
+                f"with it; {advice}"
             )
 
 

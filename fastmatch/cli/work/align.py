@@ -162,28 +162,33 @@ def _align_out_of_core(args: argparse.Namespace) -> Alignment:
     assert isinstance(matcher, WeightMatching)
     write = WriteOptions(args.merge, dtype_from(args.dtype), args.force, args.permutations)
     device = device_from(args.device)
+    spec, proof = None, None
     if args.model is None:
-        checkpoint = Checkpoint(args.b)
-        check_same_sizes(Checkpoint(args.a), checkpoint)
-        traced = trace_checkpoint(args.b, checkpoint, unread=args.unread)
-        proof = prove_checkpoint(args.b, checkpoint, traced)
+        # Without options of the structure the library traces it, and proves it when it has seen that A and B fit.
+        if args.groups is not None or not args.residual or args.unread != "refuse":
+            checkpoint = Checkpoint(args.b)
+            check_same_sizes(Checkpoint(args.a), checkpoint)
+            traced = trace_checkpoint(args.b, checkpoint, unread=args.unread)
+            proof = prove_checkpoint(args.b, checkpoint, traced)
+            spec = selected(traced, args)
     else:
         model, example = build_network(args)
         traced = PermutationSpec.trace(model, example, unread=args.unread)
         # A copy in float64 of a model that is aligned out of core may not fit.
         small = sum(t.numel() for t in model.parameters()) <= LARGEST
         proof = verify(model, traced, example) if small else None
+        spec = selected(traced, args)
     alignment = align_checkpoints(
         args.a,
         args.b,
         args.out,
         matcher,
-        spec=selected(traced, args),
+        spec=spec,
         write=write,
         device=device,
         resume=args.resume,
     )
-    return replace(alignment, proof=proof)
+    return alignment if spec is None else replace(alignment, proof=proof)
 
 
 def align_all(args: argparse.Namespace) -> None:
