@@ -253,10 +253,11 @@ def _align(
     pair = Pair.of(a, b, traced)
     if write.merge is not None and ranks.rank == 0:
         log_differences(b, a, sizes=is_diffusion(b.path, b))  # of other models they are named as not matched
-    proof = prove_checkpoint(b.path, b, traced) if spec is None else None
     watch = Stopwatch()
     with watch("survey"):
         surveyed = pair.survey(ranks)
+    # After the survey: a NaN in a file is likelier than a proof that fails.
+    proof = prove_checkpoint(b.path, b, traced) if spec is None else None
     run = pair.run(matcher, surveyed)
     with journaling_on_ranks(ranks, journal_path(claim.path), run, pair.common, resume=resume) as remembered:
         with watch("match"):

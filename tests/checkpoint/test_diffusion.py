@@ -360,6 +360,10 @@ def test_a_difference_of_two_files_is_told_before_the_proof(tmp_path, generator,
     paths = [str(tmp_path / f"{x}.safetensors") for x in ("a", "b", "out")]
     assert main(["align", *paths[:2], "--out", paths[2]]) == 2
     assert re.search(message, capsys.readouterr().err)
+    name = f"{UNET}out.2.bias"
+    save_file(b | {name: torch.full_like(b[name], float("nan"))}, tmp_path / "a.safetensors")
+    assert main(["align", *paths[:2], "--out", paths[2]]) == 2
+    assert f"a.safetensors: tensor '{name}' holds 4 NaN or infinite" in capsys.readouterr().err
     assert not proved
     save_file(b, tmp_path / "a.safetensors")
     assert main(["align", *paths[:2], "--out", paths[2]]) == 0
