@@ -53,14 +53,15 @@ MANY = 1 / 16
 
 EPS = float(torch.finfo(torch.float32).eps)
 
-SUMMED = 128
-"""Squares that are added in float32; the sums are added in float64."""
+CAST = 8_000_000
+"""Elements of a factor that are cast to float32 at a time. The copies are below 32 MiB, up to which the C library uses memory again
+instead of asking the system for pages."""
 
 SCALES = (1e-15, 1e30)
 """Least and largest size of a gain whose bounds are used: float32 does not overflow there, nor does underflow matter."""
 
 Factors = Iterable[tuple[torch.Tensor, torch.Tensor]]
-"""Pairs (n, d_k) and (n, d_k) of float32 on the CPU; every iteration yields the same ones."""
+"""Pairs (n, d_k) and (n, d_k) on the CPU, of float32 at most; every iteration yields the same ones."""
 
 
 class BoundedGain:
@@ -116,7 +117,7 @@ class BoundedGain:
         factors = [(b, a) for a, b in self.factors]
         bound = torch.zeros(self.shape, device="cpu")
         for prefix, (a, b) in zip(self.prefixes, factors, strict=True):
-            bound.addmm_(a[:, :prefix], b[:, :prefix].T)
+            _add_product(bound, a[:, :prefix], b[:, :prefix])
         squares = torch.stack([self.total.flip(0), self.rest.flip(0)])
         return BoundedGain(factors, bound, list(self.prefixes), self.features, squares)
 
@@ -134,17 +135,14 @@ class BoundedGain:
     def _rounding(self, multiplied: list[int]) -> float:
         """A bound on all rounding in float32, in units of the product of two rows' norms.
 
-        A sum of d products is off by at most d / 2 times EPS; so are d squares, of which SUMMED are added in float32: those of
-        the rest, and those that leave it when the prefix grows. A matrix product adds sums of at least 64 terms to the bound,
-        and the steps from one bound to the next add less than 64 numbers. Short prefixes are multiplied at once, up to COLLECTED
-        features.
+        A sum of d products is off by at most d / 2 times EPS. A matrix product adds sums of at least 64 terms to the bound, and
+        the steps from one bound to the next add less than 64 numbers. Short prefixes are multiplied at once, up to COLLECTED
+        features. Squares are added in float64.
 
         Args:
             multiplied: the features of each factor that enter the products.
         """
-        return (
-            max(*multiplied, COLLECTED) + 2 * SUMMED + sum(multiplied) / 64 + len(self.features) + 64
-        ) * EPS
+        return (max(*multiplied, COLLECTED) + sum(multiplied) / 64 + len(self.features) + 64) * EPS
 
     def _write(self, places: np.ndarray, values: np.ndarray) -> None:
         """Write known entries, rounded up."""
@@ -183,7 +181,7 @@ class BoundedGain:
                 continue
             part = torch.zeros(len(picked), self.shape[1], device="cpu")
             for pair in self.factors:
-                part.addmm_(pair[side][picked], pair[1 - side].T)
+                _add_product(part, pair[side][picked], pair[1 - side])
             sizes = self.total.sqrt()
             part += (self._rounding(self.features) * sizes[side, picked] * sizes[1 - side].max()).float()[
                 :, None
@@ -200,7 +198,7 @@ class BoundedGain:
             lo, hi = self.prefixes[k], math.ceil(share * self.features[k])
             if hi > lo:
                 a, b = a[:, lo:hi], b[:, lo:hi]
-                self.bound.addmm_(a, b.T)
+                _add_product(self.bound, a, b)
                 for rest, x in zip(self.rest, (a, b), strict=True):
                     rest -= squared_norms(x)
                 self.prefixes[k] = hi
@@ -210,8 +208,9 @@ class BoundedGain:
 
     def full(self) -> torch.Tensor:
         """Return the whole gain; it takes the place of its bounds."""
-        for k, (a, b) in enumerate(self.factors):
-            self.bound.addmm_(a, b.T, beta=int(k > 0))
+        self.bound.zero_()
+        for a, b in self.factors:
+            _add_product(self.bound, a, b)
         self.prefixes, self.rest, self.is_whole = list(self.features), torch.zeros_like(self.rest), True
         self.known, self.values = self.known[:0], self.values[:0]
         return self.bound
@@ -346,24 +345,24 @@ class PrefixProducts:
             return
         self._features.append(a.shape[1])
         self._prefixes.append(max(at_least, math.ceil(self.share * a.shape[1])))
-        first, rest = slice(self._prefixes[-1]), slice(self._prefixes[-1], None)
+        first = slice(self._prefixes[-1])
         self._multiply(a[:, first], b[:, first])
         if self.pays:
             for side, x in enumerate((a, b)):
-                others = squared_norms(x[:, rest])
-                self._squares[1, side] += others
-                self._squares[0, side] += others + squared_norms(x[:, first])
+                whole = squared_norms(x)
+                self._squares[0, side] += whole
+                self._squares[1, side] += whole - squared_norms(x[:, first])
         if self.cols is not None:
             self._values += row_products(a, b, torch.arange(len(a), device="cpu"), self.cols)
 
     def _multiply(self, a: torch.Tensor, b: torch.Tensor) -> None:
         """Add the products of a prefix. Short ones are collected, because each product reads and writes the gain."""
         if a.shape[1] >= COLLECTED:
-            self._out.addmm_(a, b.T)
+            _add_product(self._out, a, b)
             return
         if sum(x.shape[1] for x, _ in self._short) + a.shape[1] > COLLECTED:
             self._multiply_short()
-        self._short.append((a.clone(), b.clone()))  # a slice would hold the whole factor
+        self._short.append((_cast_copy(a), _cast_copy(b)))  # a slice would hold the whole factor
 
     def _multiply_short(self) -> None:
         if self._short:
@@ -447,7 +446,7 @@ class _Forecast:
         """Count more features, up to those that are judged by; return how many."""
         count = min(JUDGED - self.features, a.shape[1])
         if count:
-            a, b = a[self.rows, :count], b[:, :count]
+            a, b = a[self.rows, :count].float(), b[:, :count].float()
             self.products.addmm_(a, b.T)
             for total, x in zip(self.squares, (a, b), strict=True):
                 total += x.square().sum(1)
@@ -469,14 +468,20 @@ class _Forecast:
 
 
 def squared_norms(x: torch.Tensor) -> torch.Tensor:
-    """Return float64 ``|x_i|^2`` of each row; SUMMED squares at a time are added in float32."""
-    if x.stride(0) == 1 and x.shape[1] > 1:  # the units are columns of what is stored
-        return torch.stack([part.square().sum(0).double() for part in x.T.split(SUMMED)]).sum(0)
-    whole = x.shape[1] // SUMMED * SUMMED
-    norms = [torch.linalg.vector_norm(x[:, whole:], dim=1)[:, None]]
-    if whole:
-        norms.append(torch.linalg.vector_norm(x[:, :whole].unflatten(1, (-1, SUMMED)), dim=2))
-    return torch.cat(norms, 1).double().square().sum(1)
+    """Return float64 ``|x_i|^2`` of each row."""
+    units = torch.arange(len(x), device="cpu")
+    return row_products(x, x, units, units)
+
+
+def _add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """Add ``a @ b.T`` in float32."""
+    step = a.shape[1] if a.dtype == b.dtype == out.dtype else max(1, CAST // max(len(a), len(b)))
+    for x, y in zip(a.split(max(step, 1), 1), b.split(max(step, 1), 1), strict=True):
+        out.addmm_(x.float(), y.float().T)
+
+
+def _cast_copy(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.float32, copy=True)
 
 
 def _check_sign(sign: float) -> None:

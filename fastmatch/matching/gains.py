@@ -58,7 +58,7 @@ HELD = 1 << 29
 """Bytes of factors in the order of B's other axes up to which they are held while a gain with bounds is solved."""
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Dtypes that the GPU kernel multiplies."""
+"""Dtypes that the GPU kernel multiplies, and that gains with bounds are read in."""
 
 PRECISION = "fp16x3"
 """Of the GPU kernel's float32 products: about float32's own, on matrix units. Progress is checked in float64."""
@@ -160,13 +160,13 @@ def owners_of(blocks: Sequence[object], ranks: int) -> list[int]:
 
 
 class FactorsOf:
-    """The factors of a group's gain, read again whenever they are iterated over."""
+    """The factors of a group's gain as they are stored, read again whenever they are iterated over."""
 
     def __init__(self, gains: Gains, group: Group, axes: Sequence[Axis], permutations: Permutations) -> None:
         self.gains, self.arguments = gains, (group, axes, permutations)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for views in self.gains.pairs(*self.arguments):
+        for views in self.gains.pairs(*self.arguments, as_stored=True):
             yield from views.pairs
 
 
@@ -336,10 +336,19 @@ class Gains:
         for views in self.pairs(group, axes, permutations):
             _multiply(gain, views, accumulate=True)
 
-    def pairs(self, group: Group, axes: Sequence[Axis], permutations: Permutations) -> Iterator[FactorViews]:
+    def pairs(
+        self,
+        group: Group,
+        axes: Sequence[Axis],
+        permutations: Permutations,
+        *,
+        as_stored: bool = False,
+    ) -> Iterator[FactorViews]:
         """Yield the (n, features) matrices of A and B, B's other axes permuted; vectors (biases, norms) joined to one.
 
-        On a GPU they are views, which the kernel reads through an index. Elsewhere they are copies. Each tensor is read once and released before the next, because a state may read them from disk.
+        On a GPU they are views, which the kernel reads through an index. Elsewhere they are copies of the gain's dtype, in parts; with
+        ``as_stored`` whole, and in the dtype that both have, if it is no wider. Each tensor is read once and released
+        before the next, because a state may read them from disk.
         """
         a, b = headers_of(self.a), headers_of(self.b)
         wide = any(a[x.parameter].dtype == b[x.parameter].dtype == torch.float64 for x in axes)
@@ -356,11 +365,13 @@ class Gains:
             whole_a = axis.slice_of(a)
             whole_b = axis.slice_of(permute_tensor(b, name, self.spec, permutations, skip=axis))
             within = replace(axis, at=())
-            for part_a, part_b in _chunks(whole_a, whole_b, axis):
-                rows_a = unit_rows(part_a, within, group.size, dtype)
-                rows_b = unit_rows(part_b, within, group.size, dtype).to(rows_a.device)
+            keeps = as_stored and a.dtype == b.dtype and a.dtype in KERNEL_DTYPES
+            kept = a.dtype if keeps else dtype
+            for part_a, part_b in [(whole_a, whole_b)] if keeps else _chunks(whole_a, whole_b, axis):
+                rows_a = unit_rows(part_a, within, group.size, kept)
+                rows_b = unit_rows(part_b, within, group.size, kept).to(rows_a.device)
                 if rows_a.shape[1] == 1:
-                    vectors.append((rows_a, rows_b))
+                    vectors.append((rows_a.to(dtype), rows_b.to(dtype)))
                 else:
                     yield FactorViews([(rows_a, rows_b)])
         if vectors:

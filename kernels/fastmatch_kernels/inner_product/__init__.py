@@ -19,7 +19,7 @@ COMPILED = (torch.float32, torch.float64)
 """Dtypes that the CPU kernels read, in any pair; others go through the reference."""
 
 HALVES = (torch.bfloat16, torch.float16)
-"""Dtypes that the CPU kernel of inner products reads too, if both tensors have the same one."""
+"""Dtypes that the CPU kernels read too, if both tensors have the same one."""
 
 ON_GPU = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """Dtypes that the GPU kernel reads, and that of sums on the CPU."""
@@ -150,8 +150,9 @@ def row_products(a: Tensor, b: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
         a, b: (n, d) and (m, d) on the CPU.
         rows, cols: (r,) int64, of a's and of b's rows; they are not checked.
     """
-    alike = a.dtype == b.dtype and a.dtype in COMPILED and len(rows) * a.shape[1] > SMALL
-    if alike and any(x.is_contiguous() and y.is_contiguous() for x, y in ((a, b), (a.T, b.T))):
+    alike = a.dtype == b.dtype and a.dtype in (*COMPILED, *HALVES)
+    large = len(rows) * a.shape[1] > SMALL
+    if alike and large and any(x.is_contiguous() and y.is_contiguous() for x, y in ((a, b), (a.T, b.T))):
         from fastmatch_kernels.inner_product import cpu
 
         return cpu.row_products(a, b, rows, cols)

@@ -21,6 +21,9 @@ __all__ = ["inner", "row_products", "squares_and_inner"]
 GATHER_COST = 4
 """Entries read in order in the time of one that is gathered."""
 
+TOGETHER = 8
+"""Stored rows of which columns are read at once: an index and a sum are loaded once for all of them."""
+
 _REASSOCIATE = {"reassoc", "contract"}  # lets sums use vector lanes; NaN and inf keep their meaning
 
 
@@ -142,33 +145,40 @@ def squares_and_inner(a: Tensor, b: Tensor) -> tuple[float, float, float]:
 
 
 @njit(nogil=True, fastmath=_REASSOCIATE)
-def _add_rows(a, b, rows, cols, lo, hi, out):  # pragma: no cover - compiled
-    """out[i] += <a[rows[i]], b[cols[i]]> for i in lo..hi."""
+def _add_rows(a, b, half, rows, cols, lo, hi, out):  # pragma: no cover - compiled
+    """out[i] += <a[rows[i]], b[cols[i]]> for i in lo..hi, of numbers or bits of ``half``."""
     for i in range(lo, hi):
         x, y = a[rows[i]], b[cols[i]]
         total = 0.0
         for k in range(x.shape[0]):
-            total += np.float64(x[k]) * np.float64(y[k])
+            total += np.float64(_number(x[k], half)) * np.float64(_number(y[k], half))
         out[i] += total
 
 
 @njit(nogil=True, fastmath=_REASSOCIATE)
-def _add_columns(a, b, rows, cols, lo, hi, out):  # pragma: no cover - compiled
-    """out[i] += <a[:, rows[i]], b[:, cols[i]]> for i in lo..hi; each row of a and b is read once."""
-    for k in range(a.shape[0]):
-        x, y = a[k], b[k]
+def _add_columns(a, b, half, rows, cols, lo, hi, out):  # pragma: no cover - compiled
+    """out[i] += <a[:, rows[i]], b[:, cols[i]]> for i in lo..hi, of numbers or bits of ``half``."""
+    whole = a.shape[0] - a.shape[0] % TOGETHER
+    for first in range(0, whole, TOGETHER):
         for i in range(lo, hi):
-            out[i] += np.float64(x[rows[i]]) * np.float64(y[cols[i]])
+            row, col = rows[i], cols[i]
+            total = 0.0
+            for k in range(first, first + TOGETHER):
+                total += np.float64(_number(a[k, row], half)) * np.float64(_number(b[k, col], half))
+            out[i] += total
+    for k in range(whole, a.shape[0]):
+        for i in range(lo, hi):
+            out[i] += np.float64(_number(a[k, rows[i]], half)) * np.float64(_number(b[k, cols[i]], half))
 
 
 def row_products(a: Tensor, b: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-    """Return ``<a[rows], b[cols]>`` by row, of two contiguous matrices or of the transposes of two such."""
-    out = np.zeros(len(rows))
+    """Return ``<a[rows], b[cols]>`` by row, of two contiguous matrices of one dtype or of the transposes of two such."""
+    out, half = np.zeros(len(rows)), HALF.get(a.dtype)
     places = [
         index.numpy().astype(np.uint32) for index in (rows, cols)
     ]  # unsigned: no checks for negative indices
     add, pair = (_add_rows, (a, b)) if a.is_contiguous() else (_add_columns, (a.T, b.T))
-    views = [t.detach().numpy() for t in pair]
+    views = [(t.detach() if half is None else t.detach().view(torch.uint16)).numpy() for t in pair]
     work = len(rows) * a.shape[1] * GATHER_COST
-    over_rows(len(rows), work, lambda lo, hi: add(*views, *places, lo, hi, out))
+    over_rows(len(rows), work, lambda lo, hi: add(*views, half, *places, lo, hi, out))
     return torch.from_numpy(out)
