@@ -20,7 +20,7 @@ import torch
 from fastmatch._internal.concurrent import IN_CACHE
 from fastmatch.assignment.gap import duality_gap
 from fastmatch.assignment.solution import Assignment
-from fastmatch_kernels.inner_product import row_products
+from fastmatch_kernels.inner_product import row_products, row_squares
 
 __all__ = ["BoundedGain", "PrefixProducts", "multiply", "multiply_if_bounds_pay", "solve_bounded"]
 
@@ -200,7 +200,7 @@ class BoundedGain:
                 a, b = a[:, lo:hi], b[:, lo:hi]
                 _add_product(self.bound, a, b)
                 for rest, x in zip(self.rest, (a, b), strict=True):
-                    rest -= squared_norms(x)
+                    rest -= row_squares(x)
                 self.prefixes[k] = hi
         self._bound_rest()
         self.bound[rows], self.bound[:, cols] = kept
@@ -349,9 +349,9 @@ class PrefixProducts:
         self._multiply(a[:, first], b[:, first])
         if self.pays:
             for side, x in enumerate((a, b)):
-                whole = squared_norms(x)
+                whole = row_squares(x)
                 self._squares[0, side] += whole
-                self._squares[1, side] += whole - squared_norms(x[:, first])
+                self._squares[1, side] += whole - row_squares(x[:, first])
         if self.cols is not None:
             self._values += row_products(a, b, torch.arange(len(a), device="cpu"), self.cols)
 
@@ -465,12 +465,6 @@ class _Forecast:
             MARGIN * float(needed[self.squares[0] > 0].quantile(QUANTILE)) if self.squares[0].any() else 1.0
         )
         return max(share, LEAST_SHARE) if share <= largest else 1.0  # NaN: 1
-
-
-def squared_norms(x: torch.Tensor) -> torch.Tensor:
-    """Return float64 ``|x_i|^2`` of each row."""
-    units = torch.arange(len(x), device="cpu")
-    return row_products(x, x, units, units)
 
 
 def _add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:

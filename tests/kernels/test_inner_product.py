@@ -7,7 +7,13 @@ import math
 import pytest
 import torch
 
-from fastmatch_kernels.inner_product import change_of_inner, inner, row_products, squares_and_inner
+from fastmatch_kernels.inner_product import (
+    change_of_inner,
+    inner,
+    row_products,
+    row_squares,
+    squares_and_inner,
+)
 from helpers.networks import fresh_seed
 
 
@@ -118,3 +124,4 @@ def test_products_of_rows(layout, dtype):
     torch.testing.assert_close(row_products(a, b, rows, cols), expected, rtol=1e-13, atol=0)
     assert row_products(a[:, :0], b[:, :0], rows, cols).tolist() == [0.0] * 50
     assert row_products(a, b, rows[:0], cols[:0]).shape == (0,)
+    torch.testing.assert_close(row_squares(a), a.double().square().sum(1), rtol=1e-13, atol=0)

@@ -13,7 +13,15 @@ from torch import Tensor
 from fastmatch_kernels._dispatch import backend_of
 from fastmatch_kernels.inner_product import reference
 
-__all__ = ["InnerSum", "change_of_inner", "inner", "moved_positions", "row_products", "squares_and_inner"]
+__all__ = [
+    "InnerSum",
+    "change_of_inner",
+    "inner",
+    "moved_positions",
+    "row_products",
+    "row_squares",
+    "squares_and_inner",
+]
 
 COMPILED = (torch.float32, torch.float64)
 """Dtypes that the CPU kernels read, in any pair; others go through the reference."""
@@ -150,13 +158,39 @@ def row_products(a: Tensor, b: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
         a, b: (n, d) and (m, d) on the CPU.
         rows, cols: (r,) int64, of a's and of b's rows; they are not checked.
     """
-    alike = a.dtype == b.dtype and a.dtype in (*COMPILED, *HALVES)
-    large = len(rows) * a.shape[1] > SMALL
-    if alike and large and any(x.is_contiguous() and y.is_contiguous() for x, y in ((a, b), (a.T, b.T))):
+    if _has_row_kernel(a, b, len(rows) * a.shape[1]):
         from fastmatch_kernels.inner_product import cpu
 
         return cpu.row_products(a, b, rows, cols)
     return reference.row_products(a, b, rows, cols)
+
+
+def row_squares(a: Tensor) -> Tensor:
+    """Return (n,) float64 ``<a[i], a[i]>``.
+
+    Example:
+        >>> from fastmatch_kernels.inner_product import row_squares
+        >>> row_squares(torch.tensor([[1.0, 2.0], [3.0, 4.0]])).tolist()
+        [5.0, 25.0]
+
+    Args:
+        a: (n, d) on the CPU.
+    """
+    if _has_row_kernel(a, a, a.numel()):
+        from fastmatch_kernels.inner_product import cpu
+
+        return cpu.row_squares(a)
+    return reference.row_squares(a)
+
+
+def _has_row_kernel(a: Tensor, b: Tensor, work: int) -> bool:
+    """Whether the kernels of rows read both matrices, and the numbers are so many that these pay."""
+    read = a.dtype == b.dtype and a.dtype in (*COMPILED, *HALVES)
+    return (
+        read
+        and work > SMALL
+        and any(x.is_contiguous() and y.is_contiguous() for x, y in ((a, b), (a.T, b.T)))
+    )
 
 
 def _inner(a: Tensor, b: Tensor, indices: Indices) -> float | Tensor:

@@ -16,7 +16,7 @@ from fastmatch_kernels._numba.cache import njit
 from fastmatch_kernels._numba.half import HALF, decode
 from fastmatch_kernels._numba.parallel import over_rows
 
-__all__ = ["inner", "row_products", "squares_and_inner"]
+__all__ = ["inner", "row_products", "row_squares", "squares_and_inner"]
 
 GATHER_COST = 4
 """Entries read in order in the time of one that is gathered."""
@@ -115,8 +115,7 @@ def inner(
         (None, None) if then is None else (positions(first, rows, then), positions(second, columns, then))
     )
     half = HALF.get(a.dtype)
-    bits = (t.detach().contiguous().view(view) for t in (a, b))
-    views = [(t if half is None else t.view(torch.uint16)).numpy() for t in bits]
+    views = [_numbers(t.contiguous().view(view), half) for t in (a, b)]
     work = len(places[0]) * len(places[1]) * outer * middle * view[4] * GATHER_COST
     arguments = [*views, half, *places, *before]
     parts: list[float] = []
@@ -171,6 +170,36 @@ def _add_columns(a, b, half, rows, cols, lo, hi, out):  # pragma: no cover - com
             out[i] += np.float64(_number(a[k, rows[i]], half)) * np.float64(_number(b[k, cols[i]], half))
 
 
+@njit(nogil=True, fastmath=_REASSOCIATE)
+def _add_squares(a, half, lo, hi, out):  # pragma: no cover - compiled
+    """out[i] += <a[:, i], a[:, i]> for i in lo..hi, of numbers or bits of ``half``."""
+    for first in range(0, a.shape[0], TOGETHER):
+        rows = a[first : first + TOGETHER]
+        for i in range(lo, hi):
+            total = 0.0
+            for k in range(rows.shape[0]):
+                number = np.float64(_number(rows[k, i], half))
+                total += number * number
+            out[i] += total
+
+
+def row_squares(a: Tensor) -> Tensor:
+    """Return ``<a, a>`` by row, of a contiguous matrix or of the transpose of one."""
+    if a.is_contiguous():
+        rows = torch.arange(len(a), device="cpu")
+        return row_products(a, a, rows, rows)
+    out, half = np.zeros(len(a)), HALF.get(a.dtype)
+    view = _numbers(a.T, half)
+    over_rows(len(a), a.numel(), lambda lo, hi: _add_squares(view, half, lo, hi, out))
+    return torch.from_numpy(out)
+
+
+def _numbers(tensor: Tensor, half: int | None) -> np.ndarray:
+    """Return an array of the tensor's numbers, or of their bits."""
+    tensor = tensor.detach()
+    return (tensor if half is None else tensor.view(torch.uint16)).numpy()
+
+
 def row_products(a: Tensor, b: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     """Return ``<a[rows], b[cols]>`` by row, of two contiguous matrices of one dtype or of the transposes of two such."""
     out, half = np.zeros(len(rows)), HALF.get(a.dtype)
@@ -178,7 +207,7 @@ def row_products(a: Tensor, b: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
         index.numpy().astype(np.uint32) for index in (rows, cols)
     ]  # unsigned: no checks for negative indices
     add, pair = (_add_rows, (a, b)) if a.is_contiguous() else (_add_columns, (a.T, b.T))
-    views = [(t.detach() if half is None else t.detach().view(torch.uint16)).numpy() for t in pair]
+    views = [_numbers(t, half) for t in pair]
     work = len(rows) * a.shape[1] * GATHER_COST
     over_rows(len(rows), work, lambda lo, hi: add(*views, half, *places, lo, hi, out))
     return torch.from_numpy(out)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["change_of_inner", "inner", "row_products", "squares_and_inner"]
+__all__ = ["change_of_inner", "inner", "row_products", "row_squares", "squares_and_inner"]
 
 SHORT = 1 << 14
 """Numbers up to which torch does not divide the work among threads, which would wait for each other."""
@@ -49,6 +49,12 @@ def row_products(a: Tensor, b: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
         x, y = a.index_select(0, rows[part]).double(), b.index_select(0, cols[part]).double()
         total[part] = (x * y).sum(1)
     return total
+
+
+def row_squares(a: Tensor) -> Tensor:
+    """The products of rows with themselves."""
+    rows = torch.arange(len(a), device="cpu")
+    return row_products(a, a, rows, rows)
 
 
 def change_of_inner(
