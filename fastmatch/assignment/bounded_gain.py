@@ -22,7 +22,14 @@ from fastmatch.assignment.gap import duality_gap
 from fastmatch.assignment.solution import Assignment
 from fastmatch_kernels.inner_product import row_products, row_squares
 
-__all__ = ["BoundedGain", "PrefixProducts", "multiply", "multiply_if_bounds_pay", "solve_bounded"]
+__all__ = [
+    "BoundedGain",
+    "PrefixProducts",
+    "add_product",
+    "multiply",
+    "multiply_if_bounds_pay",
+    "solve_bounded",
+]
 
 JUDGED = 128
 """Features by which the share that a proof needs is predicted, and which are multiplied in any case."""
@@ -117,7 +124,7 @@ class BoundedGain:
         factors = [(b, a) for a, b in self.factors]
         bound = torch.zeros(self.shape, device="cpu")
         for prefix, (a, b) in zip(self.prefixes, factors, strict=True):
-            _add_product(bound, a[:, :prefix], b[:, :prefix])
+            add_product(bound, a[:, :prefix], b[:, :prefix])
         squares = torch.stack([self.total.flip(0), self.rest.flip(0)])
         return BoundedGain(factors, bound, list(self.prefixes), self.features, squares)
 
@@ -181,7 +188,7 @@ class BoundedGain:
                 continue
             part = torch.zeros(len(picked), self.shape[1], device="cpu")
             for pair in self.factors:
-                _add_product(part, pair[side][picked], pair[1 - side])
+                add_product(part, pair[side][picked], pair[1 - side])
             sizes = self.total.sqrt()
             part += (self._rounding(self.features) * sizes[side, picked] * sizes[1 - side].max()).float()[
                 :, None
@@ -198,7 +205,7 @@ class BoundedGain:
             lo, hi = self.prefixes[k], math.ceil(share * self.features[k])
             if hi > lo:
                 a, b = a[:, lo:hi], b[:, lo:hi]
-                _add_product(self.bound, a, b)
+                add_product(self.bound, a, b)
                 for rest, x in zip(self.rest, (a, b), strict=True):
                     rest -= row_squares(x)
                 self.prefixes[k] = hi
@@ -208,9 +215,8 @@ class BoundedGain:
 
     def full(self) -> torch.Tensor:
         """Return the whole gain; it takes the place of its bounds."""
-        self.bound.zero_()
-        for a, b in self.factors:
-            _add_product(self.bound, a, b)
+        for k, (a, b) in enumerate(self.factors):
+            add_product(self.bound, a, b, accumulate=k > 0)
         self.prefixes, self.rest, self.is_whole = list(self.features), torch.zeros_like(self.rest), True
         self.known, self.values = self.known[:0], self.values[:0]
         return self.bound
@@ -358,7 +364,7 @@ class PrefixProducts:
     def _multiply(self, a: torch.Tensor, b: torch.Tensor) -> None:
         """Add the products of a prefix. Short ones are collected, because each product reads and writes the gain."""
         if a.shape[1] >= COLLECTED:
-            _add_product(self._out, a, b)
+            add_product(self._out, a, b)
             return
         if sum(x.shape[1] for x, _ in self._short) + a.shape[1] > COLLECTED:
             self._multiply_short()
@@ -467,11 +473,12 @@ class _Forecast:
         return max(share, LEAST_SHARE) if share <= largest else 1.0  # NaN: 1
 
 
-def _add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """Add ``a @ b.T`` in float32."""
-    step = a.shape[1] if a.dtype == b.dtype == out.dtype else max(1, CAST // max(len(a), len(b)))
-    for x, y in zip(a.split(max(step, 1), 1), b.split(max(step, 1), 1), strict=True):
-        out.addmm_(x.float(), y.float().T)
+def add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, accumulate: bool = True) -> None:
+    """Add ``a @ b.T`` to ``out``, in its dtype; or write it. Factors of another dtype are cast in parts."""
+    step = max(1, a.shape[1] if a.dtype == b.dtype == out.dtype else CAST // max(len(a), len(b), 1))
+    for x, y in zip(a.split(step, 1), b.split(step, 1), strict=True):
+        out.addmm_(x.to(out.dtype), y.to(out.dtype).T, beta=int(accumulate))
+        accumulate = True
 
 
 def _cast_copy(x: torch.Tensor) -> torch.Tensor:

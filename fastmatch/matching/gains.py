@@ -16,11 +16,12 @@ import torch
 
 from fastmatch._internal.ranks import ALONE, Ranks
 from fastmatch._internal.shared_data import owner_of
-from fastmatch._internal.states import State, device_of, headers_of, working_dtype
+from fastmatch._internal.states import State, device_of, headers_of
 from fastmatch._internal.tree import MergeTree
 from fastmatch.assignment.bounded_gain import (
     LARGEST_SHARE,
     BoundedGain,
+    add_product,
     multiply,
     multiply_if_bounds_pay,
 )
@@ -39,11 +40,6 @@ MAX_UPDATES = 64
 """A gain is rebuilt after this many updates, to bound their float32 rounding. It grows with the square root of their
 number and is twice that of a rebuilt gain after about 16 updates (measured on an MLP and VGG16)."""
 
-CHUNK = 8_000_000
-"""Elements of a tensor that enter a gain at a time, so that copies in the gain's dtype stay small compared with it. In float32 they
-are below 32 MiB, up to which the C library uses memory again instead of asking the system for pages."""
-
-
 BOUNDED_UNITS, BOUNDED_PRODUCTS = 512, 1 << 30
 """Units and products from which bounds are tried: below that, a proof takes as long as the gain."""
 
@@ -58,7 +54,10 @@ HELD = 1 << 29
 """Bytes of factors in the order of B's other axes up to which they are held while a gain with bounds is solved."""
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Dtypes that the GPU kernel multiplies, and that gains with bounds are read in."""
+"""Dtypes that the GPU kernel multiplies."""
+
+AS_STORED = (*KERNEL_DTYPES, torch.float64)
+"""Dtypes that are cast when they are multiplied, if both models have the same one; others are cast before."""
 
 PRECISION = "fp16x3"
 """Of the GPU kernel's float32 products: about float32's own, on matrix units. Progress is checked in float64."""
@@ -77,17 +76,6 @@ def unit_rows(
     return picked.movedim(1, 0).reshape(picked.shape[1], -1)
 
 
-def _chunks(a: torch.Tensor, b: torch.Tensor, axis: Axis) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Both tensors, split alike along their longest dimension other than the axis's."""
-    others = [d for d in range(a.ndim) if d != axis.dim]
-    if not others or a.numel() <= CHUNK:
-        yield a, b
-        return
-    dim = max(others, key=lambda d: a.shape[d])
-    step = max(1, CHUNK * a.shape[dim] // a.numel())
-    yield from zip(a.split(step, dim), b.split(step, dim), strict=True)
-
-
 def _has_kernel(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether the kernel multiplies them where they are: on one GPU, of one dtype of at most float32."""
     alike = a.device == b.device and a.dtype == b.dtype
@@ -103,7 +91,7 @@ def _multiply(out: torch.Tensor, views: FactorViews, *, accumulate: bool) -> Non
         kernels.gain(views.pairs, out=out, **options)
         return
     for a, b in views.pairs:
-        out.addmm_(a.to(out.dtype), b.T.to(out.dtype), beta=int(accumulate))
+        add_product(out, a, b, accumulate=accumulate)
         accumulate = True
 
 
@@ -166,7 +154,7 @@ class FactorsOf:
         self.gains, self.arguments = gains, (group, axes, permutations)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for views in self.gains.pairs(*self.arguments, as_stored=True):
+        for views in self.gains.pairs(*self.arguments):
             yield from views.pairs
 
 
@@ -267,9 +255,14 @@ class Gains:
         """Whether a group is large, and its tensors are on the CPU and multiplied in float32."""
         if not is_large(group.size, self._elements(axes)):
             return False
-        pairs = [(headers_of(self.a)[x.parameter], headers_of(self.b)[x.parameter]) for x in axes]
-        wide = any(a.dtype == b.dtype == torch.float64 for a, b in pairs)
-        return not wide and all(device_of(s, x.parameter) == "cpu" for s in (self.a, self.b) for x in axes)
+        is_wide = self._dtype(axes) == torch.float64
+        return not is_wide and all(device_of(s, x.parameter) == "cpu" for s in (self.a, self.b) for x in axes)
+
+    def _dtype(self, axes: Sequence[Axis]) -> torch.dtype:
+        """The dtype of a gain: float64 if a tensor has it in both models."""
+        a, b = headers_of(self.a), headers_of(self.b)
+        wide = any(a[x.parameter].dtype == b[x.parameter].dtype == torch.float64 for x in axes)
+        return torch.float64 if wide else torch.float32
 
     def _elements(self, axes: Sequence[Axis]) -> int:
         return sum(math.prod(self.spec.shapes[axis.parameter]) for axis in axes)
@@ -322,9 +315,8 @@ class Gains:
         """Compute the gain from all axes."""
         for k, views in enumerate(self.pairs(group, axes, permutations)):
             if out is None:
-                first = views.pairs[0][0]
-                dtype = working_dtype(first.dtype)
-                out = torch.empty(group.size, group.size, dtype=dtype, device=first.device)
+                device = views.pairs[0][0].device
+                out = torch.empty(group.size, group.size, dtype=self._dtype(axes), device=device)
             _multiply(out, views, accumulate=k > 0)
         assert out is not None, f"group {group.name!r} was given no axes"
         return out
@@ -336,27 +328,17 @@ class Gains:
         for views in self.pairs(group, axes, permutations):
             _multiply(gain, views, accumulate=True)
 
-    def pairs(
-        self,
-        group: Group,
-        axes: Sequence[Axis],
-        permutations: Permutations,
-        *,
-        as_stored: bool = False,
-    ) -> Iterator[FactorViews]:
+    def pairs(self, group: Group, axes: Sequence[Axis], permutations: Permutations) -> Iterator[FactorViews]:
         """Yield the (n, features) matrices of A and B, B's other axes permuted; vectors (biases, norms) joined to one.
 
-        On a GPU they are views, which the kernel reads through an index. Elsewhere they are copies of the gain's dtype, in parts; with
-        ``as_stored`` whole, and in the dtype that both have, if it is no wider. Each tensor is read once and released
-        before the next, because a state may read them from disk.
+        They have the dtype of the tensors if both have the same, and need not be copies. On a GPU they are views, which the kernel
+        reads through an index. Each tensor is read once and released before the next, because a state may read them from disk.
         """
-        a, b = headers_of(self.a), headers_of(self.b)
-        wide = any(a[x.parameter].dtype == b[x.parameter].dtype == torch.float64 for x in axes)
-        dtype = torch.float64 if wide else torch.float32
+        dtype = self._dtype(axes)
         vectors: list[tuple[torch.Tensor, torch.Tensor]] = []
         for axis in axes:
             a, b, name = self.a[axis.parameter], self.b[axis.parameter], axis.parameter
-            if not wide and a.ndim > 1 and _has_kernel(a, b) and not self.spec.has_slices(name):
+            if dtype == torch.float32 and a.ndim > 1 and _has_kernel(a, b) and not self.spec.has_slices(name):
                 order = dimension_indices(name, self.spec, permutations, skip=axis)
                 views = factor_views(a, b, axis, group.size, order)
                 if views is not None:
@@ -365,15 +347,13 @@ class Gains:
             whole_a = axis.slice_of(a)
             whole_b = axis.slice_of(permute_tensor(b, name, self.spec, permutations, skip=axis))
             within = replace(axis, at=())
-            keeps = as_stored and a.dtype == b.dtype and a.dtype in KERNEL_DTYPES
-            kept = a.dtype if keeps else dtype
-            for part_a, part_b in [(whole_a, whole_b)] if keeps else _chunks(whole_a, whole_b, axis):
-                rows_a = unit_rows(part_a, within, group.size, kept)
-                rows_b = unit_rows(part_b, within, group.size, kept).to(rows_a.device)
-                if rows_a.shape[1] == 1:
-                    vectors.append((rows_a.to(dtype), rows_b.to(dtype)))
-                else:
-                    yield FactorViews([(rows_a, rows_b)])
+            kept = a.dtype if a.dtype == b.dtype and a.dtype in AS_STORED else dtype
+            rows_a = unit_rows(whole_a, within, group.size, kept)
+            rows_b = unit_rows(whole_b, within, group.size, kept).to(rows_a.device)
+            if rows_a.shape[1] == 1:
+                vectors.append((rows_a.to(dtype), rows_b.to(dtype)))
+            else:
+                yield FactorViews([(rows_a, rows_b)])
         if vectors:
             yield FactorViews(
                 [(torch.cat([x for x, _ in vectors], 1), torch.cat([y for _, y in vectors], 1))]

@@ -122,7 +122,7 @@ class _Gathered:
         self.orders[axis] = dimension_indices(axis.parameter, gains.spec, permutations, skip=axis)
         if not self.products.pays:
             return
-        for views in gains.pairs(self.group, [axis], permutations, as_stored=True):
+        for views in gains.pairs(self.group, [axis], permutations):
             for a, b in views.pairs:
                 if a.shape[1] == 1:
                     self._vectors.append((a, b))

@@ -164,7 +164,7 @@ def _moved(
 
 def _reordered(tensor: torch.Tensor, indices: dict[int, torch.Tensor]) -> torch.Tensor:
     """``tensor`` selected by every index; the kernel reads and writes it once for two dimensions."""
-    if len(indices) <= 2 and indices.keys() != {0} and _has_kernel(tensor):
+    if _has_kernel(tensor, indices):
         from fastmatch_kernels import ops as kernels
 
         first, second = sorted(indices) if len(indices) == 2 else (0, *indices)
@@ -175,13 +175,13 @@ def _reordered(tensor: torch.Tensor, indices: dict[int, torch.Tensor]) -> torch.
     return tensor
 
 
-def _has_kernel(tensor: torch.Tensor) -> bool:
-    """Whether the kernel is faster than torch, which copies the tensor once for each dimension, and gathers within rows one by one."""
-    if not tensor.is_floating_point() or tensor.itemsize < 2 or tensor.requires_grad:
+def _has_kernel(tensor: torch.Tensor, indices: dict[int, torch.Tensor]) -> bool:
+    """Whether the kernel is faster than torch, which copies the tensor once for each dimension, and on a CPU gathers within rows one by one."""
+    if not tensor.is_floating_point() or tensor.itemsize < 2 or tensor.requires_grad or len(indices) > 2:
         return False
     if tensor.device.type == "cuda":
-        return tensor.itemsize <= 4
-    return tensor.device.type == "cpu" and tensor.numel() >= LARGE
+        return len(indices) == 2 and tensor.itemsize <= 4
+    return tensor.device.type == "cpu" and tensor.numel() >= LARGE and indices.keys() != {0}
 
 
 def invert(permutations: Permutations, spec: PermutationSpec | None = None) -> Permutations:

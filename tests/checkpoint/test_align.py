@@ -102,7 +102,7 @@ def test_only_named_groups_move(folder):
 
 
 def test_matching_out_of_core_is_matching(folder, monkeypatch):
-    monkeypatch.setattr("fastmatch.matching.gains.CHUNK", 100)
+    monkeypatch.setattr("fastmatch.assignment.bounded_gain.CAST", 100)
     spec = trace_config(folder / "a")
     a, b = Checkpoint(folder / "a"), Checkpoint(folder / "b")
     held = match_weights(dict(a), dict(b), spec, fm.WeightMatching(seed=3))
