@@ -87,9 +87,10 @@ def test_permutations_are_those_of_whole_products(kind, small):
         assert bounded <= 5  # of a few units
 
 
-def test_bounds_hold_after_every_step_and_what_is_known_is_exact(small):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_bounds_hold_after_every_step_and_what_is_known_is_exact(small, dtype):
     g = torch.Generator().manual_seed(fresh_seed())
-    factors = factors_of("0.95", 70, g)
+    factors = [(a.to(dtype), b.to(dtype)) for a, b in factors_of("0.95", 70, g)]
     gain, table = multiply(factors), exact(factors)
     assert isinstance(gain, BoundedGain)
 
