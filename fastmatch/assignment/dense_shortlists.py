@@ -79,7 +79,7 @@ class DenseShortlists:
 
     def solve(self, problem: LapProblem) -> LapSolution:
         """Solve the problem: see :meth:`Solver.solve`."""
-        matrix = for_kernels(problem.matrix(self, computed=True))
+        matrix = for_kernels(problem.matrix(self))
         compile_kernels(matrix.dtype)
         phases = _DensePhases(matrix, problem.sign, self.schedule, problem.finite_start)
         try:

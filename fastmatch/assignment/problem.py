@@ -51,18 +51,17 @@ class LapProblem:
         usable = self.shape[0] == self.shape[1] and self.start is not None and np.isfinite(self.start).all()
         return np.array(self.start, np.float64) if usable else None
 
-    def matrix(self, solver: object, *, computed: bool = False) -> np.ndarray:
-        """Return the cost as a matrix on the host, rows contiguous, float32 or float64.
+    def matrix(self, solver: object) -> np.ndarray:
+        """Return the cost as a matrix on the host, rows contiguous, float32 or float64; that of a factor cost is computed.
 
         Args:
             solver: who asks; an error names it.
-            computed: also compute the matrix of a factor cost, in float64.
 
         Raises:
-            ValueError: the cost is not a matrix.
+            ValueError: the cost is neither a matrix nor given by factors.
         """
         cost, name = self.cost, type(solver).__name__
-        if isinstance(cost, FactorCost) and computed:
+        if isinstance(cost, FactorCost):
             return cost.dense()
         if isinstance(cost, DeviceCost):
             cost = DenseCost(cost.matrix)

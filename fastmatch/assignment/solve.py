@@ -33,6 +33,9 @@ __all__ = ["linear_sum_assignment", "select_solver", "solve"]
 SMALL = 1 << 20
 """Entries up to which a matrix is solved by whole rows on one core. Beyond that, rows leave its cache, and lists win."""
 
+SMALL_FACTORS = 1 << 18
+"""The same for the matrix of a factor cost. Beyond that, lists win on copied units, which are common there."""
+
 SAMPLED = 4096
 """Entries by which the size of the costs is judged."""
 
@@ -69,6 +72,7 @@ def select_solver(cost: np.ndarray | torch.Tensor | Cost) -> Solver:
     floating-point tensor on a GPU beyond 2^24 entries,
     :class:`DeviceCost` of that size                      :class:`CandidateLists`
     gain with bounds                                      that of its matrix of bounds
+    :class:`FactorCost` of up to 2^18 entries             :class:`SmallDense`
     :class:`FactorCost` of up to 2^24 entries             :class:`DenseShortlists`
     larger :class:`FactorCost`                            :class:`CandidateLists`
     other costs                                           :class:`CandidateLists`
@@ -81,6 +85,8 @@ def select_solver(cost: np.ndarray | torch.Tensor | Cost) -> Solver:
     cost = _as_cost(cost.bound if isinstance(cost, BoundedGain) else cost, None)
     entries = math.prod(cost.shape)
     if isinstance(cost, (DenseCost, DeviceCost)) and entries <= SMALL:
+        return SMALL_DENSE
+    if isinstance(cost, FactorCost) and entries <= SMALL_FACTORS:
         return SMALL_DENSE
     if isinstance(cost, DenseCost) or (isinstance(cost, (DeviceCost, FactorCost)) and entries <= STORED):
         return DENSE_SHORTLISTS
@@ -172,7 +178,7 @@ def solve(
     try:
         solution = chosen.solve(problem)
     except TooLarge:
-        return _solve_scaled(problem.matrix(chosen, computed=True), transposed, maximize, chosen)
+        return _solve_scaled(problem.matrix(chosen), transposed, maximize, chosen)
     if solution is None:
         if isinstance(given, FactorCost) and isinstance(chosen, CandidateLists):
             return solve(given, maximize=maximize, warm_start=warm_start, solver=DENSE_SHORTLISTS)

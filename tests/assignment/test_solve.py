@@ -25,6 +25,8 @@ from fastmatch.assignment import (
     select_solver,
     solve,
 )
+from fastmatch.assignment.bounded_gain import BoundedGain, multiply
+from fastmatch.assignment.shortest_paths import ShortestPaths
 from fastmatch.assignment.solve import SMALL
 from helpers.costs import check_rows
 from helpers.networks import fresh_seed
@@ -410,9 +412,23 @@ def test_solvers_and_schedules_check_their_options():
     ):
         with pytest.raises(TypeError, match=match):
             solver(schedule=schedule)
-    factors = FactorCost([(np.ones((3, 2), np.float32), np.ones((3, 2), np.float32))])
-    with pytest.raises(ValueError, match="SmallDense takes a matrix, not a FactorCost"):
-        solve(factors, solver=SmallDense())
+
+
+@pytest.mark.parametrize("solver", [None, SmallDense(), DenseShortlists(), ShortestPaths()], ids=repr)
+def test_every_solver_of_matrices_computes_that_of_factors(solver):
+    g = np.random.default_rng(fresh_seed())
+    a, b = g.random((30, 4)), g.random((40, 4))
+    found = solve(FactorCost([(a, b)]), maximize=True, solver=solver)
+    assert found.is_certified
+    assert found.objective == pytest.approx(solve(a @ b.T, maximize=True).objective, rel=1e-12)
+
+
+def test_a_solver_of_matrices_refuses_bounds():
+    units = torch.randn(600, 300, generator=torch.Generator().manual_seed(fresh_seed()))
+    gain = multiply([(units, units)])
+    assert isinstance(gain, BoundedGain)
+    with pytest.raises(ValueError, match="SmallDense takes a matrix, not a BoundedGain"):
+        solve(gain, maximize=True, solver=SmallDense())
 
 
 def test_a_solver_that_declines_a_matrix_leaves_it_to_shortlists():
