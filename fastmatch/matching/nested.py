@@ -9,6 +9,9 @@ a key head, and the channels of their values. If two kinds share a tensor (the o
 turn until neither changes. That is done only for pairs that matter: the norms bound what the shared tensors can add to a
 pair, and pairs that no best outer assignment uses under these bounds are left out.
 
+Axes that no other group moves add the same to a gain in every solve. What they add is kept, so that later solves read and multiply the
+other axes alone.
+
 Near copies go a shorter way: all inner units of a kind are matched at once, whatever their outer units. Mostly that keeps those of
 an outer unit together, and no nested match earns more.
 
@@ -20,14 +23,14 @@ assignment uses under these bounds are multiplied to the end and solved.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from fastmatch._internal.states import State, headers_of
 from fastmatch.assignment import linear_sum_assignment, solve, solve_batched
-from fastmatch.assignment.bounded_gain import LARGEST_SHARE, BoundedGain, multiply
+from fastmatch.assignment.bounded_gain import JUDGED, LARGEST_SHARE, BoundedGain, multiply_if_bounds_pay
 from fastmatch.matching.gains import is_large
 from fastmatch.permutations.apply import permute_tensor
 from fastmatch.spec import Axis, Permutations, PermutationSpec
@@ -42,6 +45,9 @@ MAX_ENTRIES = 1 << 25
 
 TURNS = 8
 """Outer assignments by bounds, of which only the pairs are solved, before all pairs are."""
+
+KEPT_BYTES = 1 << 28
+"""Bytes of gains of axes that no other group moves, which are kept between solves."""
 
 STACKED_SIZE = 512
 """Inner problems up to this size are solved as one stack, larger ones one by one."""
@@ -95,8 +101,36 @@ class _Blocks:
         return blocks
 
 
+class StillGains:
+    """What axes that no other group moves add to the gains of groups, between solves.
+
+    It changes no bit of a gain: these axes are added up first, whether their sum is kept or not.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, tuple[Axis, ...]], list[torch.Tensor]] = {}
+        self._left = KEPT_BYTES
+
+    def of(self, name: str, axes: Sequence[Axis]) -> list[torch.Tensor] | None:
+        """Return the sum over ``axes`` for each kind of subgroup of a group, if it was kept."""
+        return self._kept.get((name, tuple(axes)))
+
+    def keep(self, name: str, axes: Sequence[Axis], gains: list[torch.Tensor]) -> None:
+        """Keep these sums if they are not kept yet and there is room."""
+        size = sum(gain.numel() * gain.element_size() for gain in gains)
+        if (name, tuple(axes)) not in self._kept and size <= self._left:
+            self._left -= size
+            self._kept[name, tuple(axes)] = gains
+
+
 def match_nested(
-    a: State, b: State, spec: PermutationSpec, name: str, axes: Sequence[Axis], permutations: Permutations
+    a: State,
+    b: State,
+    spec: PermutationSpec,
+    name: str,
+    axes: Sequence[Axis],
+    permutations: Permutations,
+    kept: StillGains | None = None,
 ) -> Permutations:
     """Return the best permutations of a group and its subgroups, all other groups held.
 
@@ -106,6 +140,7 @@ def match_nested(
         name: a group with subgroups.
         axes: the axes of the group that enter the gain.
         permutations: of all groups, for the order of B's other axes.
+        kept: what earlier solves for the same tensors have kept.
 
     Returns:
         Group -> permutation, for the group and its subgroups. It is optimal if no two kinds of subgroups share a
@@ -121,7 +156,12 @@ def match_nested(
         for g in (name, *(g for names in kinds for g in names))
     }
     others = {**permutations, **still}
-    blocks = [_cut(a, b, spec, name, axis, others) for axis in axes]
+    alone = [axis for axis in axes if _is_alone(axis, spec, still)]
+    then = [_cut(a, b, spec, name, axis, others) for axis in axes if axis not in alone]
+    is_whole = all(block.is_covered for block in then)
+    known = kept.of(name, alone) if kept is not None and is_whole else None
+    first = [_cut(a, b, spec, name, axis, others) for axis in alone] if known is None else []
+    blocks = first + then
     sizes = [spec.groups[names[0]].size for names in kinds]
     p = spec.groups[name].size
     value = torch.zeros(p, p, dtype=torch.float64, device="cpu")
@@ -130,7 +170,14 @@ def match_nested(
             value += (block.a.flatten(1) @ block.b.flatten(1).T).double().cpu()
     inner = [block for block in blocks if block.kinds]
     own = [
-        _OwnGains([x for x in inner if x.is_covered and kind in x.kinds], kind) for kind in range(len(kinds))
+        _OwnGains(
+            [x for x in first if x.is_covered and kind in x.kinds],
+            [x for x in then if x.is_covered and kind in x.kinds],
+            kind,
+            size,
+            None if known is None else known[kind],
+        )
+        for kind, size in enumerate(sizes)
     ]
     if all(block.is_covered for block in inner):
         found = _match_flat(own, value)
@@ -143,10 +190,14 @@ def match_nested(
     orders = [torch.arange(n, device="cpu").expand(p, p, n).clone() for n in sizes]
     best = value.clone()
     for gains, order in zip(own, orders, strict=True):
-        if gains.factors and gains.bounds is None:
+        if gains.is_known and gains.bounds is None:
             best += _solve_all(gains, order)
     if all(block.is_covered for block in inner) and all(gains.bounds is None for gains in own):
         outer = _assign(best)
+        sums = [gains.alone for gains in own if gains.alone is not None]
+        is_solved_again = len(alone) < len(spec.groups[name].axes)
+        if kept is not None and is_solved_again and len(sums) == len(own) and len(inner) == len(blocks):
+            kept.keep(name, alone, sums)
     else:
         outer = _solve_by_bounds(inner, own, value, best, orders)
     result = {name: outer}
@@ -160,35 +211,74 @@ class _OwnGains:
     """The gains of all pairs of one kind's units, from the blocks that no other kind is in.
 
     Attributes:
-        factors: (units, size, features) of A and B, for each block.
+        size: units of the kind in one outer unit.
+        factors: (units, size, features) of A and B, for each block that was read.
+        alone: the whole gain from axes that no other group moves; None if it does not say all about them.
         bounds: bounds of the whole gain, if they are expected to pay.
     """
 
-    def __init__(self, blocks: Sequence[_Blocks], kind: int) -> None:
+    def __init__(
+        self,
+        first: Sequence[_Blocks],
+        then: Sequence[_Blocks],
+        kind: int,
+        size: int,
+        alone: torch.Tensor | None,
+    ) -> None:
+        """Multiply the blocks, or as many features as bounds need.
+
+        Args:
+            first: blocks of axes that no other group moves.
+            then: the other blocks.
+            kind: the kind of subgroup.
+            size: see above.
+            alone: the gain from ``first``, if it is known; there are no such blocks then.
+        """
+        blocks = [*first, *then]
         wide = any(block.a.dtype == torch.float64 for block in blocks)
-        dtype = torch.float64 if wide else torch.float32
+        dtype = alone.dtype if alone is not None else torch.float64 if wide else torch.float32
+        self.size, self.alone = size, alone
         self.factors = [
             (block.rows(block.a, kind).to(dtype), block.rows(block.b, kind).to(dtype)) for block in blocks
         ]
         self.bounds: BoundedGain | None = None
         self._whole: torch.Tensor | None = None
-        if self.factors and math.prod(self.factors[0][0].shape[:2]) ** 2 <= MAX_ENTRIES:
-            self._multiply()
+        if alone is not None:
+            self._whole = self._in_blocks(self._sum(self.factors, alone.clone()))
+        elif self.factors and math.prod(self.factors[0][0].shape[:2]) ** 2 <= MAX_ENTRIES:
+            self._multiply(len(first))
 
-    def _multiply(self) -> None:
-        """Multiply all pairs, or as many features as their bounds need."""
-        first = self.factors[0][0]
+    @property
+    def is_known(self) -> bool:
+        """Whether any tensor tells how well units fit."""
+        return bool(self.factors) or self._whole is not None
+
+    def _multiply(self, first: int) -> None:
+        """Multiply all pairs, or as many features as their bounds need; the first blocks are those of axes that no other group moves."""
+        units = self.factors[0][0]
         elements = sum(a.numel() for a, _ in self.factors)
-        on_host = first.dtype == torch.float32 and first.device.type == "cpu"
-        if not (on_host and is_large(math.prod(first.shape[:2]), elements)):
-            every = slice(0, len(first))
-            self._whole = self.of(every, every)
-            return
-        found = multiply([(a.flatten(0, 1), b.flatten(0, 1)) for a, b in self.factors])
-        if isinstance(found, BoundedGain):
-            self.bounds = found
-        else:
-            self._whole = self._in_blocks(found)
+        on_host = units.dtype == torch.float32 and units.device.type == "cpu"
+        judged = math.inf  # features of the first blocks that enter the forecast
+        if on_host and is_large(math.prod(units.shape[:2]), elements):
+            flat = [(a.flatten(0, 1), b.flatten(0, 1)) for a, b in self.factors]
+            features = sum(a.shape[1] for a, _ in flat)
+            self.bounds = multiply_if_bounds_pay(flat, features)
+            judged = sum(a.shape[1] for a, _ in flat[:first])
+        if self.bounds is None:
+            total = self._sum(self.factors[:first], None)
+            if total is not None and judged >= JUDGED:  # else bounds may pay when other groups have moved
+                self.alone = total.clone() if first < len(self.factors) else total
+            self._whole = self._in_blocks(self._sum(self.factors[first:], total))
+
+    @staticmethod
+    def _sum(
+        factors: Sequence[tuple[torch.Tensor, torch.Tensor]], total: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """Add the products of all pairs to ``total``."""
+        for a, b in factors:
+            left, right = a.flatten(0, 1), b.flatten(0, 1)
+            total = left @ right.T if total is None else total.addmm_(left, right.T)
+        return total
 
     def match_flat(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Match the inner units as if any of A could be any of B.
@@ -198,7 +288,7 @@ class _OwnGains:
             has a larger gain then.
         """
         assert self.bounds is not None
-        size = self.factors[0][0].shape[1]
+        size = self.size
         found = torch.from_numpy(solve(self.bounds, maximize=True).col_ind).view(-1, size)
         if self.bounds.is_whole:
             self._whole, self.bounds = self._in_blocks(self.bounds.bound), None
@@ -232,16 +322,12 @@ class _OwnGains:
         """Return the (rows, columns, size, size) gains of A's units in ``rows`` and B's in ``columns``."""
         if self._whole is not None:
             return self._whole[rows, columns]
-        total = None
-        for a, b in self.factors:
-            left, right = a[rows].flatten(0, 1), b[columns].flatten(0, 1)
-            total = left @ right.T if total is None else total.addmm_(left, right.T)
-        assert total is not None
-        return self._in_blocks(total)
+        return self._in_blocks(self._sum([(a[rows], b[columns]) for a, b in self.factors], None))
 
-    def _in_blocks(self, gain: torch.Tensor) -> torch.Tensor:
+    def _in_blocks(self, gain: torch.Tensor | None) -> torch.Tensor:
         """Return a gain of all inner units as (units, units, size, size)."""
-        size = self.factors[0][0].shape[1]
+        assert gain is not None, "the axes have no units of this kind"
+        size = self.size
         return gain.view(len(gain) // size, size, len(gain.T) // size, size).transpose(1, 2)
 
 
@@ -379,7 +465,7 @@ def _solve_inner(
 ) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
     """(kind -> orders (blocks, size), optima (blocks,)) of A's block ``i`` against B's in ``part``."""
     orders: dict[int, torch.Tensor] = {}
-    own = [gains.of(slice(i, i + 1), part)[0] if gains.factors else None for gains in owned]
+    own = [gains.of(slice(i, i + 1), part)[0] if gains.is_known else None for gains in owned]
     coupled = any(len(x.kinds) > 1 for x in mixed)
     for turn in range(MAX_TURNS if coupled else 1):
         before = dict(orders)
@@ -423,6 +509,12 @@ def _solve(gains: torch.Tensor) -> torch.Tensor:
     return torch.stack(
         [torch.as_tensor(linear_sum_assignment(g, maximize=True)[1], device="cpu").cpu() for g in gains]
     )
+
+
+def _is_alone(axis: Axis, spec: PermutationSpec, own: Collection[str]) -> bool:
+    """Whether no other group moves the tensor of an axis, nor the groups in ``own`` along another axis of it."""
+    movers = spec.axes_of(axis.parameter)
+    return all(name in own and other.dim == axis.dim for other, name in movers)
 
 
 def _cut(
