@@ -35,7 +35,7 @@ from fastmatch.matching.gains import is_large
 from fastmatch.permutations.apply import permute_tensor
 from fastmatch.spec import Axis, Permutations, PermutationSpec
 
-__all__ = ["best_orders", "match_nested"]
+__all__ = ["StillGains", "best_orders", "match_nested"]
 
 MAX_TURNS = 4
 """The largest number of turns of kinds that share a tensor."""

@@ -13,7 +13,7 @@ from fastmatch._internal.states import state_of
 from fastmatch.assignment import bounded_gain
 from fastmatch.matching import gains, nested
 from fastmatch.matching.activations import ActivationMatching
-from fastmatch.matching.nested import best_orders, match_nested
+from fastmatch.matching.nested import StillGains, best_orders, match_nested
 from fastmatch.matching.objective import objective
 from fastmatch.matching.weights import WeightMatching
 from fastmatch.permutations.apply import apply_permutations, compose, invert
@@ -249,6 +249,53 @@ def test_bounds_spare_near_copies_most_products_and_give_the_same(shared, flat, 
         assert sum(solved) == HEADS  # no pair but the planted ones
     if cosine == 0.0:
         assert not shares
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_what_no_other_group_moves_is_read_and_multiplied_once_and_changes_no_bit(large, monkeypatch):
+    spec, generator = heads_of(shared=False), torch.Generator().manual_seed(fresh_seed())
+    stream = Group("stream", 300, (Axis("value", 1),))
+    shapes = {n: tuple(300 if d in (5, 7) else d for d in s) for n, s in spec.shapes.items()}
+    spec = PermutationSpec({**spec.groups, "stream": stream}, shapes)
+    a, b = ({n: t.float() for n, t in random_state(spec, generator).items()} for _ in range(2))
+    if large:  # bounds are tried
+        monkeypatch.setattr(gains, "BOUNDED_UNITS", 2)
+        monkeypatch.setattr(gains, "BOUNDED_PRODUCTS", 0)
+    read, solved, kept = [], [], StillGains()
+    cut, solve_all = nested._cut, nested._solve_all
+    monkeypatch.setattr(nested, "_cut", lambda *args: read.append(args[4].parameter) or cut(*args))
+    monkeypatch.setattr(
+        nested, "_solve_all", lambda own, orders: solved.append(own._whole.clone()) or solve_all(own, orders)
+    )
+    for turn in range(3):
+        others = {**spec.identity(), "stream": torch.randperm(300, generator=generator)}
+        args = a, b, spec, "heads", spec.groups["heads"].axes, others
+        read.clear()
+        found = match_nested(*args, kept)
+        assert sorted(read) == (["value"] if turn else ["out", "value"])
+        whole = match_nested(*args)
+        assert all(torch.equal(p, whole[name]) for name, p in found.items())
+        assert torch.equal(solved[-1], solved[-2])
+        heads = {**others, **spec.identity(), "stream": others["stream"]}
+        moved = apply_permutations(b, spec, heads)
+        exact = sum(
+            x.double() @ y.double().T for x, y in ((a["value"], moved["value"]), (a["out"].T, moved["out"].T))
+        )
+        torch.testing.assert_close(
+            solved[-1].transpose(1, 2).reshape(exact.shape).double(), exact, rtol=1e-4, atol=1e-3
+        )
+
+
+def test_sums_that_find_no_room_are_not_kept(monkeypatch):
+    monkeypatch.setattr(nested, "KEPT_BYTES", 100)
+    kept, axes = StillGains(), (Axis("out", 1),)
+    kept.keep("large", axes, [torch.zeros(26)])
+    kept.keep("small", axes, [torch.zeros(25)])
+    kept.keep("small", axes, [torch.ones(25)])
+    kept.keep("more", axes, [torch.zeros(1)])
+    assert kept.of("large", axes) is kept.of("more", axes) is kept.of("small", ()) is None
+    (found,) = kept.of("small", axes)
+    assert not found.any()
 
 
 def test_units_that_fit_best_in_other_heads_stay_in_theirs(monkeypatch):
