@@ -13,7 +13,7 @@ for these is its time, with that in iterations scaled, which is more than it tak
 layer in the UNet of SDXL, where the streams keep their order; of the UNet's output for SD 1.5; of a reduced model's, in float64, where
 the streams of SDXL move. Where it changes, units were moved across heads or apart from others, so that no alignment reaches that objective.
 "Survey, match, write": the parts of ours. Survey reads, checks and hashes both files; what is left is imports, the structure, and the proof by reduced
-models in float64. "GFLOP in a second" are those of float32 products in the same process: rows of one model and pair are of one machine.
+models in float64. Ours asks torch for huge pages, as the command does; the others run as they come. "GFLOP in a second" are those of float32 products in the same process: rows of one model and pair are of one machine.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from bench.lib import record
 from bench.lib.diffusion_files import write_random, write_sibling
 from bench.lib.diffusion_shapes import listed_shapes
 from bench.lib.machine import peak, product_rate
+from fastmatch._internal.huge_pages import ask_for_huge_pages
 from fastmatch.checkpoint import Checkpoint
 
 NAME = "diffusion_peers"
@@ -106,7 +107,8 @@ def published_run(a: Path, b: Path, out: Path, iterations: int, script: Path) ->
 
 
 def ours_run(a: Path, b: Path, out: Path, *, streams: bool) -> dict[str, Any]:
-    """Align by fastmatch: everything that can move, or all but the residual streams."""
+    """Align by fastmatch as its command does: everything that can move, or all but the residual streams."""
+    ask_for_huge_pages()
     from fastmatch._internal import stopwatch
     from fastmatch.checkpoint import align_checkpoints
     from fastmatch.checkpoint.tracing import trace_checkpoint
