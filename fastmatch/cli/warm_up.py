@@ -117,9 +117,10 @@ def _networks() -> Iterator[Callable[[], Any]]:
         a, b = network().to(dtype), network().to(dtype)
         data = [torch.randn(8, 3, 8, 8, dtype=dtype) for _ in range(2)]
         matcher = ActivationMatching(data) if by_activations else WeightMatching()
-        merged = merge([a, align(a, b, data[0], matcher, verify=False).apply(b)])
+        endpoints = [a, align(a, b, data[0], matcher, verify=False).apply(b)]
+        merged = merge(endpoints)
         for method in ("repair", "reset"):
-            renormalize(merged, [a, b], data, method)
+            renormalize(merged, endpoints, data, method)
 
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         yield from (partial(run, dtype, by_activations) for by_activations in (False, True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -22,8 +23,8 @@ torch.manual_seed(0)
 a, b = (nn.Sequential(nn.Linear(20, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)) for _ in range(2))
 data = [torch.randn(64, 20) for _ in range(4)]
 for matcher in (fm.WeightMatching(), fm.ActivationMatching(data)):
-    merged = fm.merge([a, fm.align(a, b, data[0], matcher).apply(b)])
-    fm.renormalize(merged, [a, b], data)
+    endpoints = [a, fm.align(a, b, data[0], matcher).apply(b)]
+    fm.renormalize(fm.merge(endpoints), endpoints, data)
 g = np.random.default_rng(0)
 for shape in ((7, 9), (300, 300), (1200, 1200)):
     for dtype in (np.float32, np.float64, np.int64):
@@ -55,6 +56,14 @@ def test_where_nothing_can_be_kept_it_says_what_to_set(monkeypatch, capsys):
         monkeypatch.setattr(warm_up, name, list)
     assert main(["warm-up"]) == 0
     assert "set NUMBA_CACHE_DIR to a folder that can be written" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("steps", ["_assignments", "_merges", "_networks"])
+def test_its_steps_run(steps, monkeypatch):
+    """The first of each kind, in small sizes: :func:`test_later_processes_compile_nothing` runs all."""
+    monkeypatch.setattr(warm_up, "UNITS", 32)
+    ran = [step() for step in itertools.islice(getattr(warm_up, steps)(), 3)]
+    assert len(ran) == 3
 
 
 @pytest.mark.slow
