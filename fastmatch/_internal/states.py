@@ -209,7 +209,7 @@ WITH_EXTREMES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def _witness(tensor: torch.Tensor) -> torch.Tensor:
     """Numbers of which one is not finite if an entry of a tensor on the CPU is not, from one read and without a mask."""
-    if tensor.dtype in WITH_EXTREMES and tensor.numel():
+    if tensor.dtype in WITH_EXTREMES and tensor.layout == torch.strided and tensor.numel():
         return torch.stack(tensor.aminmax())  # NaN is handed on
     return tensor.sum(dtype=torch.float64)
 

@@ -475,7 +475,8 @@ class _Forecast:
 
 def add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, accumulate: bool = True) -> None:
     """Add ``a @ b.T`` to ``out``, in its dtype; or write it. Factors of another dtype are cast in parts."""
-    step = max(1, a.shape[1] if a.dtype == b.dtype == out.dtype else CAST // max(len(a), len(b), 1))
+    parts = max(64, CAST // max(len(a), len(b), 1) // 64 * 64)  # as many terms as a bound's rounding expects
+    step = max(1, a.shape[1]) if a.dtype == b.dtype == out.dtype else parts
     for x, y in zip(a.split(step, 1), b.split(step, 1), strict=True):
         out.addmm_(x.to(out.dtype), y.to(out.dtype).T, beta=int(accumulate))
         accumulate = True

@@ -22,7 +22,7 @@ from fastmatch.checkpoint.reader import ADAPTER, CONFIG, Checkpoint
 from fastmatch.checkpoint.structure import build_empty, trace_config
 from fastmatch.permutations.verify import Verification
 from fastmatch.spec import PermutationSpec
-from fastmatch.spec.common import other_sizes, restricted
+from fastmatch.spec.common import moved_dimensions, other_sizes, restricted
 from fastmatch.spec.unread import Unread
 
 log = logging.getLogger("fastmatch")
@@ -189,7 +189,7 @@ def common_spec(
     absent = [p for p in prefixes if not any(name.startswith(p) for name in a)]
     if len(absent) == len(prefixes):
         raise ValueError(f"{path_a}: has none of the networks of {path_b}; architectures must be equal")
-    moved = {(axis.parameter, axis.dim) for group in spec.groups.values() for axis in group.axes}
+    moved = moved_dimensions(spec)
     kept = set()
     for name, shape in spec.shapes.items():
         owner = max((p for p in prefixes if name.startswith(p)), key=len, default=None)

@@ -5,13 +5,14 @@ Both models are run once over the data. The similarity matrix of each group is o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 
 from fastmatch._internal.batches import Forward, batches_of, check_data, check_forward, default_forward
+from fastmatch._internal.callers import warn_user
 from fastmatch._internal.checks import check_choice
 from fastmatch._internal.divided import check_undivided
 from fastmatch._internal.progress import progress_bar
@@ -98,7 +99,11 @@ class ActivationMatching(Matcher):
 
         Raises:
             TypeError: a model is a state dict, which cannot be run.
-            ValueError: the spec has no site for a group, the data yields nothing, or activations are not finite.
+            ValueError: the spec has no site for a group, the data yields nothing, activations are not finite, or no unit's
+                vary, as with a single sample.
+
+        Warns:
+            UserWarning: no unit of some groups varies, so that they stay in place.
         """
         ranks = current()
         with ranks.together():
@@ -108,6 +113,7 @@ class ActivationMatching(Matcher):
         self, model_a: Model, model_b: Model, spec: PermutationSpec, ranks: Ranks, progress: bool | None
     ) -> Matching:
         gains = self._measure(model_a, model_b, spec, progress)
+        _check_varies(gains)
         permutations: Permutations = spec.identity()
         subgroups: dict[str, list[tuple[str, ...]]] = {}
         for (outer, _), names in spec.subgroups().items():
@@ -172,6 +178,20 @@ class ActivationMatching(Matcher):
         batches = progress_bar(share.batches, title, show=progress)
         return measure_similarities(
             models, spec, readings, self.similarity, self.site, batches, self.forward, (ranks, share.blocks)
+        )
+
+
+def _check_varies(gains: Mapping[tuple[str, ...], torch.Tensor]) -> None:
+    """Raise ValueError if nothing tells units apart; warn if that is so in some groups only."""
+    constant = [names[0] for names, gain in gains.items() if not bool(gain.any())]
+    if constant and len(constant) == len(gains):
+        raise ValueError(
+            "data: the activations of no unit vary over the samples, so nothing tells units apart; give more samples that differ"
+        )
+    if constant:
+        listed = ", ".join(constant[:3]) + (", ..." if constant[3:] else "")
+        warn_user(
+            f"data: the activations of no unit vary in {len(constant)} of {len(gains)} groups, which stay in place: {listed}"
         )
 
 

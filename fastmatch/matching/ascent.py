@@ -26,7 +26,7 @@ from fastmatch.matching.gains import Gains, owners_of
 from fastmatch.matching.greedy import greedy_order
 from fastmatch.matching.held import HeldState, hold
 from fastmatch.matching.levels import levels_of
-from fastmatch.matching.nested import StillGains, match_nested
+from fastmatch.matching.nested import UnmovedGains, match_nested
 from fastmatch.matching.objective import Survey, WeightObjective
 from fastmatch.matching.placement import Placement
 from fastmatch.matching.sharing import Sharing
@@ -118,7 +118,7 @@ class Ascent:
         self.gains = Gains(problem.a, problem.b, problem.spec, budget, in_blocks=hooks.in_blocks)
         self.unkept = Gains(problem.a, problem.b, problem.spec, 0, in_blocks=hooks.in_blocks)
         self.kept: set[str] | None = None
-        self.still = StillGains()
+        self.unmoved = UnmovedGains()
         self.solver = plain_solver(problem.spec)
         if hooks.ranks.is_group:  # which gains are kept must not depend on which groups this rank solves
             self.kept = problem.within(budget)
@@ -310,7 +310,7 @@ class Ascent:
         name, problem = group.name, self.problem
         if len(problem.grouping[name]) > 1:
             arguments = problem.a, problem.b, problem.spec, name, axes, self.permutations
-            return Step(match_nested(*arguments, self.still))
+            return Step(match_nested(*arguments, self.unmoved))
         gains = self.gains if self.kept is None or name in self.kept else self.unkept
         if name in problem.bonus:
             gain = gains.of(group, axes, self.permutations)

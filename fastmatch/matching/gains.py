@@ -57,7 +57,7 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes that the GPU kernel multiplies."""
 
 AS_STORED = (*KERNEL_DTYPES, torch.float64)
-"""Dtypes that are cast when they are multiplied, if both models have the same one; others are cast before."""
+"""Dtypes that are cast when they are multiplied; others, as of eight bits, are cast before."""
 
 PRECISION = "fp16x3"
 """Of the GPU kernel's float32 products: about float32's own, on matrix units. Progress is checked in float64."""
@@ -331,8 +331,8 @@ class Gains:
     def pairs(self, group: Group, axes: Sequence[Axis], permutations: Permutations) -> Iterator[FactorViews]:
         """Yield the (n, features) matrices of A and B, B's other axes permuted; vectors (biases, norms) joined to one.
 
-        They have the dtype of the tensors if both have the same, and need not be copies. On a GPU they are views, which the kernel
-        reads through an index. Each tensor is read once and released before the next, because a state may read them from disk.
+        They have the dtypes of the tensors, if torch multiplies these, and need not be copies. On a GPU they are views, which the kernel
+        reads through an index, or copies of one dtype. Each tensor is read once and released before the next, because a state may read them from disk.
         """
         dtype = self._dtype(axes)
         vectors: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -347,9 +347,14 @@ class Gains:
             whole_a = axis.slice_of(a)
             whole_b = axis.slice_of(permute_tensor(b, name, self.spec, permutations, skip=axis))
             within = replace(axis, at=())
-            kept = a.dtype if a.dtype == b.dtype and a.dtype in AS_STORED else dtype
-            rows_a = unit_rows(whole_a, within, group.size, kept)
-            rows_b = unit_rows(whole_b, within, group.size, kept).to(rows_a.device)
+            is_alike = (
+                a.dtype == b.dtype or a.device.type == b.device.type == "cpu"
+            )  # a GPU's product takes one dtype
+            rows_a, rows_b = (
+                unit_rows(x, within, group.size, x.dtype if is_alike and x.dtype in AS_STORED else dtype)
+                for x in (whole_a, whole_b)
+            )
+            rows_b = rows_b.to(rows_a.device)
             if rows_a.shape[1] == 1:
                 vectors.append((rows_a.to(dtype), rows_b.to(dtype)))
             else:

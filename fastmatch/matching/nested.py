@@ -35,7 +35,7 @@ from fastmatch.matching.gains import is_large
 from fastmatch.permutations.apply import permute_tensor
 from fastmatch.spec import Axis, Permutations, PermutationSpec
 
-__all__ = ["StillGains", "best_orders", "match_nested"]
+__all__ = ["UnmovedGains", "best_orders", "match_nested"]
 
 MAX_TURNS = 4
 """The largest number of turns of kinds that share a tensor."""
@@ -101,8 +101,8 @@ class _Blocks:
         return blocks
 
 
-class StillGains:
-    """What axes that no other group moves add to the gains of groups, between solves.
+class UnmovedGains:
+    """What axes that no other group moves add to the gains of groups, kept between solves.
 
     It changes no bit of a gain: these axes are added up first, whether their sum is kept or not.
     """
@@ -112,15 +112,15 @@ class StillGains:
         self._left = KEPT_BYTES
 
     def of(self, name: str, axes: Sequence[Axis]) -> list[torch.Tensor] | None:
-        """Return the sum over ``axes`` for each kind of subgroup of a group, if it was kept."""
+        """Return what was kept of a solve of a group by ``axes``: one sum for each kind of subgroup."""
         return self._kept.get((name, tuple(axes)))
 
-    def keep(self, name: str, axes: Sequence[Axis], gains: list[torch.Tensor]) -> None:
-        """Keep these sums if they are not kept yet and there is room."""
-        size = sum(gain.numel() * gain.element_size() for gain in gains)
+    def keep(self, name: str, axes: Sequence[Axis], sums: list[torch.Tensor]) -> None:
+        """Keep the sums of a solve by ``axes`` if they are not kept yet and there is room."""
+        size = sum(total.numel() * total.element_size() for total in sums)
         if (name, tuple(axes)) not in self._kept and size <= self._left:
             self._left -= size
-            self._kept[name, tuple(axes)] = gains
+            self._kept[name, tuple(axes)] = sums
 
 
 def match_nested(
@@ -130,7 +130,7 @@ def match_nested(
     name: str,
     axes: Sequence[Axis],
     permutations: Permutations,
-    kept: StillGains | None = None,
+    kept: UnmovedGains | None = None,
 ) -> Permutations:
     """Return the best permutations of a group and its subgroups, all other groups held.
 
@@ -140,7 +140,7 @@ def match_nested(
         name: a group with subgroups.
         axes: the axes of the group that enter the gain.
         permutations: of all groups, for the order of B's other axes.
-        kept: what earlier solves for the same tensors have kept.
+        kept: what earlier solves of the same models have kept; this one adds to it.
 
     Returns:
         Group -> permutation, for the group and its subgroups. It is optimal if no two kinds of subgroups share a
@@ -151,16 +151,15 @@ def match_nested(
     pairs that the bounds leave.
     """
     kinds = [names for (outer, _), names in spec.subgroups().items() if outer == name]
-    still = {
+    own_order = {
         g: torch.arange(spec.groups[g].size, device="cpu")
         for g in (name, *(g for names in kinds for g in names))
     }
-    others = {**permutations, **still}
-    alone = [axis for axis in axes if _is_alone(axis, spec, still)]
-    then = [_cut(a, b, spec, name, axis, others) for axis in axes if axis not in alone]
-    is_whole = all(block.is_covered for block in then)
-    known = kept.of(name, alone) if kept is not None and is_whole else None
-    first = [_cut(a, b, spec, name, axis, others) for axis in alone] if known is None else []
+    others = {**permutations, **own_order}
+    known = None if kept is None else kept.of(name, axes)
+    unmoved = [axis for axis in axes if _is_unmoved(axis, spec, own_order)]
+    first = [_cut(a, b, spec, name, axis, others) for axis in unmoved] if known is None else []
+    then = [_cut(a, b, spec, name, axis, others) for axis in axes if axis not in unmoved]
     blocks = first + then
     sizes = [spec.groups[names[0]].size for names in kinds]
     p = spec.groups[name].size
@@ -194,10 +193,9 @@ def match_nested(
             best += _solve_all(gains, order)
     if all(block.is_covered for block in inner) and all(gains.bounds is None for gains in own):
         outer = _assign(best)
-        sums = [gains.alone for gains in own if gains.alone is not None]
-        is_solved_again = len(alone) < len(spec.groups[name].axes)
-        if kept is not None and is_solved_again and len(sums) == len(own) and len(inner) == len(blocks):
-            kept.keep(name, alone, sums)
+        sums = [gains.unmoved for gains in own if gains.unmoved is not None]
+        if kept is not None and then and len(sums) == len(own) and len(inner) == len(blocks):
+            kept.keep(name, axes, sums)
     else:
         outer = _solve_by_bounds(inner, own, value, best, orders)
     result = {name: outer}
@@ -213,7 +211,7 @@ class _OwnGains:
     Attributes:
         size: units of the kind in one outer unit.
         factors: (units, size, features) of A and B, for each block that was read.
-        alone: the whole gain from axes that no other group moves; None if it does not say all about them.
+        unmoved: the sum over axes that no other group moves, if no bounds were in it and none will be in later solves.
         bounds: bounds of the whole gain, if they are expected to pay.
     """
 
@@ -223,7 +221,7 @@ class _OwnGains:
         then: Sequence[_Blocks],
         kind: int,
         size: int,
-        alone: torch.Tensor | None,
+        unmoved: torch.Tensor | None,
     ) -> None:
         """Multiply the blocks, or as many features as bounds need.
 
@@ -232,19 +230,19 @@ class _OwnGains:
             then: the other blocks.
             kind: the kind of subgroup.
             size: see above.
-            alone: the gain from ``first``, if it is known; there are no such blocks then.
+            unmoved: the sum over ``first``, if it is known; there are no such blocks then.
         """
         blocks = [*first, *then]
         wide = any(block.a.dtype == torch.float64 for block in blocks)
-        dtype = alone.dtype if alone is not None else torch.float64 if wide else torch.float32
-        self.size, self.alone = size, alone
+        dtype = unmoved.dtype if unmoved is not None else torch.float64 if wide else torch.float32
+        self.size, self.unmoved = size, unmoved
         self.factors = [
             (block.rows(block.a, kind).to(dtype), block.rows(block.b, kind).to(dtype)) for block in blocks
         ]
         self.bounds: BoundedGain | None = None
         self._whole: torch.Tensor | None = None
-        if alone is not None:
-            self._whole = self._in_blocks(self._sum(self.factors, alone.clone()))
+        if unmoved is not None:
+            self._whole = self._in_blocks(self._sum(self.factors, unmoved.clone()))
         elif self.factors and math.prod(self.factors[0][0].shape[:2]) ** 2 <= MAX_ENTRIES:
             self._multiply(len(first))
 
@@ -266,8 +264,8 @@ class _OwnGains:
             judged = sum(a.shape[1] for a, _ in flat[:first])
         if self.bounds is None:
             total = self._sum(self.factors[:first], None)
-            if total is not None and judged >= JUDGED:  # else bounds may pay when other groups have moved
-                self.alone = total.clone() if first < len(self.factors) else total
+            if total is not None and judged >= JUDGED:  # else the forecast changes with the other groups
+                self.unmoved = total.clone() if first < len(self.factors) else total
             self._whole = self._in_blocks(self._sum(self.factors[first:], total))
 
     @staticmethod
@@ -511,10 +509,9 @@ def _solve(gains: torch.Tensor) -> torch.Tensor:
     )
 
 
-def _is_alone(axis: Axis, spec: PermutationSpec, own: Collection[str]) -> bool:
+def _is_unmoved(axis: Axis, spec: PermutationSpec, own: Collection[str]) -> bool:
     """Whether no other group moves the tensor of an axis, nor the groups in ``own`` along another axis of it."""
-    movers = spec.axes_of(axis.parameter)
-    return all(name in own and other.dim == axis.dim for other, name in movers)
+    return all(group in own and other.dim == axis.dim for other, group in spec.axes_of(axis.parameter))
 
 
 def _cut(

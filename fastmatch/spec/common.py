@@ -8,7 +8,7 @@ from dataclasses import replace
 from fastmatch._internal.states import State
 from fastmatch.spec.spec import PermutationSpec
 
-__all__ = ["other_sizes", "resized", "restricted"]
+__all__ = ["moved_dimensions", "other_sizes", "resized", "restricted"]
 
 
 def other_sizes(spec: PermutationSpec, a: State, b: State) -> list[str]:
@@ -18,7 +18,7 @@ def other_sizes(spec: PermutationSpec, a: State, b: State) -> list[str]:
         spec: which axes move.
         a, b: tensors of two models by their names in the spec; only shapes are read.
     """
-    moved = {(axis.parameter, axis.dim) for group in spec.groups.values() for axis in group.axes}
+    moved = moved_dimensions(spec)
 
     def differs(name: str) -> bool:
         sizes, others = a[name].shape, b[name].shape
@@ -26,6 +26,12 @@ def other_sizes(spec: PermutationSpec, a: State, b: State) -> list[str]:
         return len(sizes) == len(others) and bool(axes) and all((name, d) not in moved for d in axes)
 
     return [name for name in b if name in a and differs(name)]
+
+
+def moved_dimensions(spec: PermutationSpec) -> set[tuple[str, int]]:
+    """Return (parameter, dimension) of what groups move, and of what their slices are positions in."""
+    axes = [axis for group in spec.groups.values() for axis in group.axes]
+    return {(axis.parameter, dim) for axis in axes for dim in (axis.dim, *(d for d, _, _ in axis.at))}
 
 
 def resized(spec: PermutationSpec, names: Collection[str], state: State) -> PermutationSpec:

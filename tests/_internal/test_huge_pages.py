@@ -58,7 +58,8 @@ def test_torch_takes_huge_pages_unless_the_user_has_decided(decided):
 
 
 def test_the_command_asks_for_huge_pages(monkeypatch, capsys):
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setenv(VARIABLE, "")  # so that it is put back
+    monkeypatch.delenv(VARIABLE)
     monkeypatch.setattr(sys, "argv", ["fastmatch", "--version"])
     with pytest.raises(SystemExit):
         start()

@@ -87,10 +87,31 @@ def test_permutations_are_those_of_whole_products(kind, small):
         assert bounded <= 5  # of a few units
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_bounds_hold_after_every_step_and_what_is_known_is_exact(small, dtype):
+@pytest.mark.parametrize("out", [torch.float32, torch.float64])
+@pytest.mark.parametrize("features", [0, 64, 300])
+def test_products_are_added_in_parts(out, features, monkeypatch):
+    monkeypatch.setattr(module, "CAST", 1)
     g = torch.Generator().manual_seed(fresh_seed())
-    factors = [(a.to(dtype), b.to(dtype)) for a, b in factors_of("0.95", 70, g)]
+    a, b = torch.randn(20, features, generator=g), torch.randn(30, features, generator=g).bfloat16()
+    exact, total = a.double() @ b.double().T, torch.full((20, 30), torch.nan, dtype=out)
+    if features:
+        module.add_product(total, a, b, accumulate=False)
+    else:
+        total.zero_()
+    module.add_product(total, a, b)
+    torch.testing.assert_close(total.double(), 2 * exact, rtol=1e-4, atol=1e-4)
+
+
+HALF = torch.bfloat16, torch.float16
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.float32), (torch.float32, HALF[0]), *((x, x) for x in HALF)]
+)
+def test_bounds_hold_after_every_step_and_what_is_known_is_exact(small, dtypes, monkeypatch):
+    monkeypatch.setattr(module, "CAST", 1)  # parts of 64 features
+    g = torch.Generator().manual_seed(fresh_seed())
+    factors = [(a.to(dtypes[0]), b.to(dtypes[1])) for a, b in factors_of("0.95", 70, g)]
     gain, table = multiply(factors), exact(factors)
     assert isinstance(gain, BoundedGain)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -125,3 +126,14 @@ def test_products_of_rows(layout, dtype):
     assert row_products(a[:, :0], b[:, :0], rows, cols).tolist() == [0.0] * 50
     assert row_products(a, b, rows[:0], cols[:0]).shape == (0,)
     torch.testing.assert_close(row_squares(a), a.double().square().sum(1), rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("dtypes", list(itertools.permutations(DTYPES, 2)))
+def test_products_of_rows_of_two_dtypes(dtypes, monkeypatch):
+    monkeypatch.setattr("fastmatch_kernels.inner_product.CAST", 50)
+    generator = torch.Generator().manual_seed(fresh_seed())
+    a, b = (torch.randn(9, 37, generator=generator).add(100).to(dtype) for dtype in dtypes)
+    rows, cols = (torch.randint(9, (50,), generator=generator) for _ in range(2))
+    expected = (a[rows].double() * b[cols].double()).sum(1)
+    for x, y in ((a, b), (a.t().contiguous().t(), b)):
+        torch.testing.assert_close(row_products(x, y, rows, cols), expected, rtol=1e-13, atol=0)

@@ -191,6 +191,32 @@ def test_sequential_matching_earns_what_one_read_earns(name):
     assert matcher.match(a, b, spec).objective[1] == pytest.approx(earned, rel=1e-9)
 
 
+@pytest.mark.parametrize("samples", [1, 5])
+def test_samples_that_do_not_differ_are_refused(samples):
+    model, x = build("mlp", fresh_seed())
+    other, _ = build("mlp", fresh_seed())
+    data = [x[:1].expand(samples, -1)]
+    with pytest.raises(
+        ValueError, match=r"data: the activations of no unit vary over the samples.*give more"
+    ):
+        fm.align(model, other, x, fm.ActivationMatching(data))
+
+
+def test_groups_of_which_no_unit_varies_are_told():
+    model, x = build("mlp", fresh_seed())
+    other, _ = build("mlp", fresh_seed())
+    spec = fm.PermutationSpec.trace(model, x)
+    dead = list(spec.groups.values())[-1]  # nothing behind it is constant too
+    with torch.no_grad():
+        for axis in dead.axes:
+            if axis.dim == 0:
+                model.get_parameter(axis.parameter).zero_()
+    matcher = fm.ActivationMatching([x])
+    with pytest.warns(UserWarning, match=f"no unit vary in 1 of {len(spec.groups)} groups, .*{dead.name}"):
+        found = matcher.match(model, other, spec)
+    assert torch.equal(found.permutations[dead.name], torch.arange(dead.size))
+
+
 @pytest.mark.parametrize("size", [0, 1, 7, 60])
 def test_of_equally_good_permutations_one_leaves_more_units_alone(size):
     generator = torch.Generator().manual_seed(fresh_seed())

@@ -13,7 +13,7 @@ from fastmatch._internal.states import state_of
 from fastmatch.assignment import bounded_gain
 from fastmatch.matching import gains, nested
 from fastmatch.matching.activations import ActivationMatching
-from fastmatch.matching.nested import StillGains, best_orders, match_nested
+from fastmatch.matching.nested import UnmovedGains, best_orders, match_nested
 from fastmatch.matching.objective import objective
 from fastmatch.matching.weights import WeightMatching
 from fastmatch.permutations.apply import apply_permutations, compose, invert
@@ -261,7 +261,7 @@ def test_what_no_other_group_moves_is_read_and_multiplied_once_and_changes_no_bi
     if large:  # bounds are tried
         monkeypatch.setattr(gains, "BOUNDED_UNITS", 2)
         monkeypatch.setattr(gains, "BOUNDED_PRODUCTS", 0)
-    read, solved, kept = [], [], StillGains()
+    read, solved, kept = [], [], UnmovedGains()
     cut, solve_all = nested._cut, nested._solve_all
     monkeypatch.setattr(nested, "_cut", lambda *args: read.append(args[4].parameter) or cut(*args))
     monkeypatch.setattr(
@@ -286,9 +286,31 @@ def test_what_no_other_group_moves_is_read_and_multiplied_once_and_changes_no_bi
         )
 
 
+@pytest.mark.parametrize("unmoved", [40, 500])
+def test_nothing_is_kept_if_bounds_may_pay_in_a_later_solve(unmoved, monkeypatch):
+    """The first 128 features tell whether bounds pay. Here they are those of A for one order of the stream."""
+    spec, generator = heads_of(shared=False), torch.Generator().manual_seed(fresh_seed())
+    stream = Group("stream", 500, (Axis("value", 1),))
+    size = HEADS * CHANNELS
+    shapes = {"value": (size, 500), "out": (unmoved, size)}
+    spec = PermutationSpec({**spec.groups, "stream": stream}, shapes)
+    a = {n: t.float() for n, t in random_state(spec, generator).items()}
+    planted = torch.randperm(500, generator=generator)
+    b = {"value": a["value"][:, planted.argsort()], "out": torch.randn(a["out"].shape, generator=generator)}
+    monkeypatch.setattr(gains, "BOUNDED_UNITS", 2)
+    monkeypatch.setattr(gains, "BOUNDED_PRODUCTS", 0)
+    kept, axes = UnmovedGains(), spec.groups["heads"].axes
+    for order in (torch.randperm(500, generator=generator), planted):
+        others = {**spec.identity(), "stream": order}
+        found = match_nested(a, b, spec, "heads", axes, others, kept)
+        assert (kept.of("heads", axes) is None) == (unmoved < bounded_gain.JUDGED)
+        whole = match_nested(a, b, spec, "heads", axes, others)
+        assert all(torch.equal(p, whole[name]) for name, p in found.items())
+
+
 def test_sums_that_find_no_room_are_not_kept(monkeypatch):
     monkeypatch.setattr(nested, "KEPT_BYTES", 100)
-    kept, axes = StillGains(), (Axis("out", 1),)
+    kept, axes = UnmovedGains(), (Axis("out", 1),)
     kept.keep("large", axes, [torch.zeros(26)])
     kept.keep("small", axes, [torch.zeros(25)])
     kept.keep("small", axes, [torch.ones(25)])

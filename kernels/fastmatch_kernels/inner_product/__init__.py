@@ -36,6 +36,9 @@ SMALL = 1 << 18
 """Numbers up to which a tensor on the CPU goes through torch. That takes a fraction of a millisecond longer than the
 kernel, which a process takes a tenth of a second to load and more than a second to compile."""
 
+CAST = 1 << 22
+"""Numbers that are cast at a time, of two tensors of other dtypes."""
+
 Indices = Mapping[int, Tensor]
 """Dimension -> int64 positions to select."""
 
@@ -158,10 +161,17 @@ def row_products(a: Tensor, b: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
         a, b: (n, d) and (m, d) on the CPU.
         rows, cols: (r,) int64, of a's and of b's rows; they are not checked.
     """
-    if _has_row_kernel(a, b, len(rows) * a.shape[1]):
+    work = len(rows) * a.shape[1]
+    if _has_row_kernel(a, b, work):
         from fastmatch_kernels.inner_product import cpu
 
         return cpu.row_products(a, b, rows, cols)
+    if a.dtype != b.dtype and work > SMALL:
+        wide = torch.promote_types(a.dtype, b.dtype)
+        step = max(1, CAST // max(len(a), len(b)))
+        parts = zip(a.split(step, 1), b.split(step, 1), strict=True)
+        sums = [row_products(_packed(x.to(wide)), _packed(y.to(wide)), rows, cols) for x, y in parts]
+        return torch.stack(sums).sum(0)
     return reference.row_products(a, b, rows, cols)
 
 
@@ -176,11 +186,17 @@ def row_squares(a: Tensor) -> Tensor:
     Args:
         a: (n, d) on the CPU.
     """
+    a = _packed(a)
     if _has_row_kernel(a, a, a.numel()):
         from fastmatch_kernels.inner_product import cpu
 
         return cpu.row_squares(a)
     return reference.row_squares(a)
+
+
+def _packed(a: Tensor) -> Tensor:
+    """Return a matrix whose rows or columns are stored one after the other."""
+    return a if a.T.is_contiguous() else a.contiguous()
 
 
 def _has_row_kernel(a: Tensor, b: Tensor, work: int) -> bool:
