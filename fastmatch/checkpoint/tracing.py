@@ -230,7 +230,7 @@ def _without_other_sizes(
     if not left:
         return spec
     log.warning(
-        "%s: not matched, because they have another size in %s: %s",
+        "%s: not matched, and written as they are, because they have another size in %s: %s",
         b.path, a.path, ", ".join(f"{n} {tuple(b.headers[n].shape)}, not {tuple(a.headers[n].shape)}" for n in sorted(files)),
     )  # fmt: skip
     return restricted(spec, set(spec.shapes) - set(left))
