@@ -58,6 +58,15 @@ def test_biases_that_a_network_had_not_are_named(merged, folder, capfd, caplog):
     assert load_state("r.pt").keys() == load_state("new.pt").keys()
 
 
+@pytest.mark.filterwarnings("always")
+def test_a_named_method_warns_of_few_samples(merged, capsys):
+    line = [*RENORMALIZE[:-1], "cli_module:two", "--weights", "0.25", "0.75", "--out", "new.pt"]
+    assert main([*line, "--method", "repair"]) == 0
+    told = capsys.readouterr().err
+    assert '--data: 2 samples came, and "repair" brings the network to the statistics of these alone' in told
+    assert "give 8 at the least" in told
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     ([*RENORMALIZE, "--out", "new.pt"], "--weights: needed for 2 endpoints"),
     (["renormalize", "merged.pt", *MODEL, *DATA, "--out", "new.pt"], "--endpoints: needed"),

@@ -202,7 +202,7 @@ def test_frozen_half_and_dead_channels():
         assert not p.requires_grad
         assert bool(torch.isfinite(p).all())
     resnet = ResNet(nn.Identity).eval().requires_grad_(False)
-    made = fm.renormalize(resnet, [resnet], [torch.randn(4, 3, 16, 16)], "repair")
+    made = fm.renormalize(resnet, [resnet], [torch.randn(8, 3, 16, 16)], "repair")
     assert made.stem.bias is not None
     assert not made.stem.bias.requires_grad
     assert resnet.stem.bias is None
