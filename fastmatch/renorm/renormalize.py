@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -153,6 +153,11 @@ def renormalize_many(
     """
     ranks = current()
     options = renormalization_of(method)
+    if isinstance(data, str) and data in get_args(Method):  # a word in the place of the loader
+        ends = "None" if data == "reset" else "endpoints"
+        raise TypeError(
+            f'data: expected a loader, got the method {data!r}; endpoints stand before the data: renormalize(model, {ends}, loader, "{data}")'
+        )
     if not models:
         raise ValueError("models: expected at least one")
     for k, model in enumerate(models):

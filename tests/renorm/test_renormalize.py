@@ -208,6 +208,19 @@ def test_frozen_half_and_dead_channels():
     assert resnet.stem.bias is None
 
 
+def test_a_method_in_the_place_of_the_loader_is_told():
+    """The batches of the loader were taken for endpoints, and counted."""
+    model, data = build("vgg", 0)[0].double(), loader()
+    with pytest.raises(
+        TypeError, match=r'data: expected a loader, .* renormalize\(model, None, loader, "reset"\)'
+    ):
+        fm.renormalize(model, data, "reset")  # pyright: ignore
+    with pytest.raises(
+        TypeError, match=r'data: expected a loader, .* renormalize\(model, endpoints, loader, "repair"\)'
+    ):
+        fm.renormalize(model, data, "repair")  # pyright: ignore
+
+
 def test_bad_input():
     a, b = (build("vgg", k)[0].double() for k in range(2))
     data = loader()
