@@ -94,5 +94,12 @@ def test_renormalize_asks_for_the_weights_of_the_merge(planted, refused):
 
 def test_inspect_takes_a_network_or_a_directory(planted, refused):
     refused(["inspect"], "--model: give a network, or a directory")
-    refused(["inspect", "a.safetensors", *MODEL], "got both")
-    refused(["inspect", "a.safetensors"], "--model: needed, because a.safetensors")
+    refused(
+        ["inspect", "a.safetensors", *MODEL],
+        "--model: gives the network, whose groups are the same for all of its files; leave out a.safetensors",
+    )
+    refused(
+        ["inspect", "a.safetensors"],
+        "--model: needed in the place of a.safetensors, which is not a directory with a config.json; such as: fastmatch inspect --model",
+    )
+    assert main(["inspect", *MODEL]) == 0  # what both lead to
