@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from fastmatch._internal.checks import check_weights
 from fastmatch._internal.divided import local_part
 
 __all__ = [
+    "check_merged_from",
     "check_weights",
     "has_stale_note",
     "is_one",
@@ -78,22 +79,51 @@ def remembered_weights(
     changed = _changed(model, note)
     if changed is None:
         return None
-    others = {} if endpoints is None else _not_merged(model, endpoints, note)
+    others = {} if endpoints is None else _not_merged(model, endpoints, note.weights, [note.dtypes])
     found = int(_any(changed) * 2 + _any(list(others.values())))  # a GPU is waited for once
     if found >= 2:
         return None
     if found:
-        wrong = next(name for name, is_other in others.items() if bool(is_other))
-        raise ValueError(
-            f"endpoints: expected the models that were merged, in their order; the merge's {wrong!r} is not "
-            f"{' + '.join(f'{w:g} endpoints[{k}]' for k, w in enumerate(note.weights))}. Give the aligned models, or weights= if this is meant"
-        )
+        names = [f"endpoints[{k}]" for k in range(len(note.weights))]
+        told = _told_not_merged(others, names, note.weights)
+        raise ValueError(f"endpoints: {told}. Give the aligned models, or weights= if this is meant")
     return note.weights
 
 
 def has_stale_note(model: nn.Module) -> bool:
     """Return whether a module was merged, and has other tensors now."""
     return isinstance(model.__dict__.get(_NOTE), _Note) and remembered_weights(model) is None
+
+
+def check_merged_from(
+    model: nn.Module,
+    endpoints: Sequence[nn.Module],
+    names: Sequence[str],
+    weights: Sequence[float],
+    dtypes: Sequence[Mapping[str, torch.dtype]],
+) -> None:
+    """Check that a module without a note is the sum of ``endpoints`` by ``weights``, as far as entries of matrices tell.
+
+    Args:
+        model: the merge.
+        endpoints: that it was merged of, and their ``names`` for the error.
+        names, weights: one per endpoint.
+        dtypes: in which the modules' tensors were stored, by parameter: sums are rounded to these.
+
+    Raises:
+        ValueError: it is not; a tensor is named.
+    """
+    others = _not_merged(model, endpoints, weights, dtypes)
+    if bool(_any(list(others.values()))):
+        raise ValueError(_told_not_merged(others, names, weights))
+
+
+def _told_not_merged(
+    others: Mapping[str, torch.Tensor], names: Sequence[str], weights: Sequence[float]
+) -> str:
+    wrong = next(name for name, is_other in others.items() if bool(is_other))
+    terms = " + ".join(f"{w:g} {name}" for w, name in zip(weights, names, strict=True))
+    return f"expected the models that were merged, in their order; the merge's {wrong!r} is not {terms}"
 
 
 def _any(flags: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -124,7 +154,12 @@ def _changed(model: nn.Module, note: _Note) -> list[torch.Tensor] | None:
     return found
 
 
-def _not_merged(model: nn.Module, endpoints: Sequence[nn.Module], note: _Note) -> dict[str, torch.Tensor]:
+def _not_merged(
+    model: nn.Module,
+    endpoints: Sequence[nn.Module],
+    weights: Sequence[float],
+    stored: Sequence[Mapping[str, torch.dtype]],
+) -> dict[str, torch.Tensor]:
     """Return for every matrix whether it is not the weighted sum of those of ``endpoints``, by some of its entries.
 
     Vectors are left out: a merge may have corrected biases. So are modules of other parameters.
@@ -133,16 +168,17 @@ def _not_merged(model: nn.Module, endpoints: Sequence[nn.Module], note: _Note) -
     if not all(isinstance(x, nn.Module) for x in endpoints):
         return found  # told of where endpoints are checked
     merged, *ends = (_floating(x) for x in (model, *endpoints))
-    if len(ends) != len(note.weights) or any(end.keys() != merged.keys() for end in ends):
+    if len(ends) != len(weights) or any(end.keys() != merged.keys() for end in ends):
         return found
     for name, tensor in merged.items():
         if tensor.ndim < 2 or not tensor.numel() or any(end[name].shape != tensor.shape for end in ends):
             continue
         now = _entries(tensor)
         terms = torch.stack(
-            [w * _entries(e[name]).to(now.device) for w, e in zip(note.weights, ends, strict=True)]
+            [w * _entries(e[name]).to(now.device) for w, e in zip(weights, ends, strict=True)]
         )
-        dtypes = {note.dtypes[name], tensor.dtype, *(end[name].dtype for end in ends)}
+        dtypes = {tensor.dtype, *(end[name].dtype for end in ends)}
+        dtypes |= {table[name] for table in stored if name in table}
         allowed = 8 * max(torch.finfo(dtype).eps for dtype in dtypes) * terms.abs().amax(1).sum()
         found[name] = (terms.sum(0) - now).abs().max() > allowed
     return found

@@ -38,14 +38,31 @@ def load_state(path: str | Path, *, mmap: bool = False) -> dict[str, torch.Tenso
 
     Raises:
         FileNotFoundError: there is no such file.
+        IsADirectoryError: it is a folder; the error says what to give.
         ValueError: the file has another format, is damaged, or holds no state dict. File and tensor are named.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: is a folder; expected a file of tensors{_file_in(path)}")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     if path.suffix == ".safetensors":
         return {name: read_entry(name, entry) for name, entry in read_header(path)[0].items()}
     return load_torch(path, mmap=mmap)
+
+
+def _file_in(folder: Path) -> str:
+    """Return what to do about a folder in the place of a file."""
+    held = sorted(p for p in folder.iterdir() if p.suffix in STATE_SUFFIXES and p.is_file())
+    kinds = [p for p in held if p.suffix == ".safetensors"] or held
+    if len(kinds) == 1:
+        return f"; give {kinds[0]}"
+    if kinds:
+        return (
+            f", and its tensors are in {len(kinds)} files; load the network in Python, as with from_pretrained, and write its state_dict() to one "
+            "file (torch.save)"
+        )
+    return ", and it holds none"
 
 
 def save_state(

@@ -62,7 +62,8 @@ def inspect_command(args: argparse.Namespace) -> None:
     if (args.checkpoint is None) == (args.model is None):
         raise ValueError(
             "--model: give a network, or a directory with a config.json in its place"
-            + ("" if args.model is None else "; got both")
+            if args.model is None
+            else f"--model: gives the network, whose groups are the same for all of its files; leave out {args.checkpoint}"
         )
     if args.model is None and args.input_shape is not None:
         raise ValueError("--input-shape: needs --model; without it the inputs follow the config.json")
@@ -87,7 +88,8 @@ def _spec_of(path: str) -> PermutationSpec:
     checkpoint = Checkpoint(path)
     if not Path(path).is_dir() and not is_diffusion(path, checkpoint):
         raise ValueError(
-            f"--model: needed, because {path} is not a directory with a config.json{in_a_folder(path)}"
+            f"--model: needed in the place of {path}, which is not a directory with a config.json{in_a_folder(path)}; such as: fastmatch inspect "
+            "--model net.py:build --input-shape 2,3,32,32"
         )
     return trace_checkpoint(path, checkpoint)
 

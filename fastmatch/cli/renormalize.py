@@ -37,6 +37,10 @@ def add_commands(commands: Commands) -> None:
         "--weights",
         help="the coefficients of the merge, one per endpoint; not needed for one endpoint",
     )
+    command.add_argument(
+        "--other-endpoints", action="store_true",
+        help="do not check that the checkpoint is the sum of --endpoints by --weights: it was merged in another way, or renormalized before",
+    )  # fmt: skip
     add(command, "--mode", "--samples", "--out", "--force", "--report")
     add(
         command,
@@ -55,6 +59,8 @@ def renormalize_command(args: argparse.Namespace) -> None:
                 raise ValueError(
                     f"--{option}: --method reset uses the data alone and takes none, except for --report"
                 )
+    if args.other_endpoints and len(args.endpoints) < 2:
+        raise ValueError("--other-endpoints: is for two --endpoints or more, which are checked without it")
     if args.samples is not None:
         check_integer("samples", args.samples, least=1)
     if len(args.endpoints) > 1 and args.method != "reset" and args.weights is None:

@@ -55,10 +55,19 @@ class Curve:
 
     @property
     def barrier(self) -> float:
-        """Largest rise of the loss above the mean of the ends, at least 0 (the paper's loss barrier); NaN if a loss is."""
+        """Largest rise of the loss above the mean of the ends (the paper's loss barrier); NaN if a loss is.
+
+        An end is a point of the line, so it is at least half the difference of the ends' losses, and equal to that where no point between is worse
+        than both ends (:attr:`has_no_rise`).
+        """
         if any(map(math.isnan, self.loss)):
             return math.nan
         return max(0.0, max(self.loss) - (self.loss[0] + self.loss[-1]) / 2)
+
+    @property
+    def has_no_rise(self) -> bool:
+        """Whether no point between the ends has a loss above that of both: the barrier is half the difference of the ends then."""
+        return not math.isnan(self.barrier) and max(self.loss) == max(self.loss[0], self.loss[-1])
 
     @property
     def accuracy_barrier(self) -> float:

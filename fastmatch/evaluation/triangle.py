@@ -49,7 +49,11 @@ class Triangle:
 
     @property
     def barrier(self) -> float:
-        """Largest rise of the loss above the corners' losses mixed by the merge's weights, at least 0; NaN if a loss is."""
+        """Largest rise of the loss above the corners' losses mixed by the merge's weights, at least 0; NaN if a loss is.
+
+        A corner has no rise, so this is 0 where the corners are the worst points. :attr:`fastmatch.Curve.barrier` compares with the mean of
+        its ends, as the paper does, so the two differ where ends have different losses.
+        """
         if any(math.isnan(s.loss) for s in self.scores):
             return math.nan
         corner = [self.scores[self.weights.index(c)].loss for c in _CORNERS]

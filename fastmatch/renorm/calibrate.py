@@ -15,6 +15,7 @@ from fastmatch._internal.progress import progress_bar
 from fastmatch._internal.shared_data import Share
 from fastmatch._internal.tree import MergeTree
 from fastmatch.renorm.endpoints import CallCounter
+from fastmatch.renorm.few import SampleCount, count_of, no_variance
 from fastmatch.renorm.hooks import CalibrationHook
 from fastmatch.renorm.lockstep import Lockstep
 from fastmatch.renorm.options import Mode
@@ -34,17 +35,25 @@ class Calibration:
         self.model, self._forward = model, forward
         self._hooks = {hook.name: hook for hook in hooks}
         self._notes = FiniteNotes()
+        self._samples: int | None = None
+        """Of the batches that are run now."""
+        self._goes_on = False
+        """Whether other ranks, or other blocks of this one, have the batches before."""
 
     def joint(self, batch: Any) -> None:
         """Run one batch; every module is treated by the statistics of the batch."""
         counter = CallCounter()
+        self._samples = count_of(batch)
         self._notes.next_batch()
         with self._treating(lambda name, tensor: self._treated(name, [tensor], counter.next(name))[0]):
             self._forward(self.model, batch)
 
     def sequential(self, batches: list[Any], progress: bool | None) -> None:
         """Run all batches side by side; every module is treated by the statistics of all of them."""
-        counter = CallCounter()
+        counter, count = CallCounter(), SampleCount()
+        for batch in batches:
+            count.see(batch)
+        self._samples = count.samples
         lockstep = Lockstep(lambda name, tensors: self._treated(name, tensors, counter.next(name)))
         passes = [partial(self._forward, self.model, batch) for batch in batches]
         with self._treating(lockstep.meet):
@@ -56,12 +65,9 @@ class Calibration:
         """Return the tensors of one call, corrected; refuse statistics of a single value, or that are not finite."""
         hook = self._hooks[name]
         news = hook.treat(tensors, call)
-        if hook.needs_variance and hook.moments.count == 1:
+        if hook.lacks_variance(self._samples) and not self._goes_on:
             where = f"batch {self._notes.batch} (counted from 0)" if self._notes.batch >= 0 else "the whole"
-            raise ValueError(
-                f"data: {where} has one sample, which gives one value for each channel at {name!r}, so no variance; "
-                'use larger batches, or mode="sequential" with several samples'
-            )
+            raise ValueError(no_variance(where, name))
         if len(tensors) == 1:
             self._notes.see(name, hook.moments)
         else:
@@ -83,12 +89,14 @@ class Calibration:
     def start_at(self, batch: int) -> None:
         """Count batches from this one on, as errors name them."""
         self._notes.batch = batch - 1
+        self._goes_on = batch > 0
 
     def take(self) -> Measured:
         """Return what the hooks have measured, on the host, and begin anew."""
         found = {name: (hook.moments.to("cpu"), hook.batches) for name, hook in self._hooks.items()}
         for hook in self._hooks.values():
             hook.moments, hook.batches = ChannelMoments(), 0
+        self._goes_on = True
         return found
 
     def put(self, measured: Measured) -> None:

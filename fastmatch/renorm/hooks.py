@@ -31,10 +31,7 @@ class CalibrationHook(ABC):
     Attributes:
         moments: of all calls so far.
         batches: how many batches were counted; for the counter of a batch norm.
-        needs_variance: whether the variance itself is written, so that a single value is not enough.
     """
-
-    needs_variance = False
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name, self.module = name, module
@@ -52,6 +49,14 @@ class CalibrationHook(ABC):
             call: position of the call of the module in the forward pass, 0 for the first.
         """
 
+    def lacks_variance(self, samples: int | None) -> bool:
+        """Return whether the method needs a variance, and what was measured so far has none.
+
+        Args:
+            samples: of the tensors that were treated last; None if they cannot be counted.
+        """
+        return False
+
     @abstractmethod
     def register(self, treat: Callable[[torch.Tensor], torch.Tensor]) -> RemovableHandle:
         """Pass the module's tensor to ``treat`` in every call, and replace it with the result."""
@@ -64,15 +69,24 @@ class CalibrationHook(ABC):
 class _AffineHook(CalibrationHook):
     """A linear or convolution layer whose output is brought to the target of the call."""
 
-    def __init__(self, name: str, layer: Layer, targets: Targets, method: AffineMethod) -> None:
+    def __init__(
+        self, name: str, layer: Layer, targets: Targets, method: AffineMethod, *, is_chosen: bool
+    ) -> None:
         super().__init__(name, layer)
         self._layer, self._targets = layer, targets
         self._method: AffineMethod = method
+        self._is_chosen = is_chosen
 
     def treat(self, tensors: list[torch.Tensor], call: int) -> list[torch.Tensor]:
         news, moments = bring_to_target(self._layer, tensors, self._targets(call)[self.name], self._method)
         self.moments.merge(moments)
         return news
+
+    def lacks_variance(self, samples: int | None) -> bool:
+        # A layer may give one value for many samples, as one that is run on a constant does; it keeps gain one. The automatic
+        # choice judges what comes of a single sample.
+        needs_it = self._is_chosen and self._method != "reshift"
+        return needs_it and samples == 1 and self.moments.count == 1
 
     def register(self, treat: Callable[[torch.Tensor], torch.Tensor]) -> RemovableHandle:
         def hook(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
@@ -88,8 +102,6 @@ class _AffineHook(CalibrationHook):
 class _ResetHook(CalibrationHook):
     """A batch norm that normalizes by the statistics of its inputs."""
 
-    needs_variance = True
-
     def treat(self, tensors: list[torch.Tensor], call: int) -> list[torch.Tensor]:
         """Set the norm to the pooled statistics of its inputs before it runs on them; inputs do not change.
 
@@ -103,6 +115,9 @@ class _ResetHook(CalibrationHook):
             self._set(self.moments if moments.count == 1 else moments)
         self.batches += len(tensors)
         return tensors
+
+    def lacks_variance(self, samples: int | None) -> bool:
+        return self.moments.count == 1
 
     def register(self, treat: Callable[[torch.Tensor], torch.Tensor]) -> RemovableHandle:
         return on_input(self.module, treat)
@@ -121,12 +136,16 @@ class _ResetHook(CalibrationHook):
         module.running_var.copy_(moments.m2 / max(moments.count - 1, 1))
 
 
-def affine_hooks(model: nn.Module, plan: Plan, targets: Targets) -> list[CalibrationHook]:
-    """Return the hooks of REPAIR, RESCALE or RESHIFT."""
+def affine_hooks(model: nn.Module, plan: Plan, targets: Targets, *, is_chosen: bool) -> list[CalibrationHook]:
+    """Return the hooks of REPAIR, RESCALE or RESHIFT.
+
+    Args:
+        is_chosen: whether this is the method for sure, so that a single value is an error.
+    """
     layers = survey(model, plan.layers)[0]
     method = plan.method
     assert method not in ("auto", "reset", "least-squares", "none")
-    return [_AffineHook(name, layer, targets, method) for name, layer in layers.items()]
+    return [_AffineHook(name, layer, targets, method, is_chosen=is_chosen) for name, layer in layers.items()]
 
 
 def reset_hooks(model: nn.Module) -> list[CalibrationHook]:

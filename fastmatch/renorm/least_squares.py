@@ -155,6 +155,11 @@ class LayerFit:
         return any(found is not None for found in self._moments)
 
     @property
+    def has_one_row(self) -> bool:
+        """Whether the layer was given a single row, of which no covariance is known."""
+        return self.has_run and all(found is None or found.count == 1 for found in self._moments)
+
+    @property
     def _outputs(self) -> int:
         """Output channels of each group."""
         return len(by_outputs(self.layer, self.layer.weight)) // len(self._moments)

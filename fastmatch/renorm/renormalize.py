@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ from fastmatch._internal.same_on_ranks import check_same_on_ranks
 from fastmatch._internal.shared_data import read_alike, share_of_rank
 from fastmatch.renorm.calibrate import Calibration, calibrate
 from fastmatch.renorm.endpoints import EndpointStatistics, endpoint_statistics
+from fastmatch.renorm.few import FEWEST, SampleCount, no_variance, warn_of_few
 from fastmatch.renorm.hooks import Targets, affine_hooks, reset_hooks
 from fastmatch.renorm.layers import survey
 from fastmatch.renorm.least_squares import LayerFit, fit_jointly, fit_sequentially
@@ -47,10 +48,6 @@ from fastmatch.renorm.trial import Trial, try_least_squares
 __all__ = ["renormalize", "renormalize_many"]
 
 log = logging.getLogger("fastmatch")
-
-FEWEST = 8
-"""Samples of one class without which the automatic choice leaves the merge alone: statistics of fewer harm, and look perfect on these
-same samples."""
 
 
 def renormalize(
@@ -103,13 +100,14 @@ def renormalize(
         TypeError: a model is not a torch module, or is divided among ranks, or ``method`` is neither a word nor a
             Renormalization.
         ValueError: an unknown method, an option that the method does not use, no batch norm for ``"reset"``, weights
-            that are not known or sum to zero, no data, an endpoint of another architecture, endpoints whose average (by the weights that the merge noted) is not the merge, a named layer that is never run, a batch
-            of one value for each channel, activations that are not finite (batch and layer are named), or ranks that were given
+            that are not known or sum to zero, no data, an endpoint of another architecture, endpoints whose average (by the weights that the merge noted) is not the merge, a named layer that is never run, one
+            sample of one value for each channel (as the first batch in joint mode, as all data in sequential mode and for ``"least-squares"``) for a
+            method that needs a variance, as all but ``"reshift"`` do, activations that are not finite (batch and layer are named), or ranks that were given
             different models, options or data.
 
     Warns:
         UserWarning: ``weights`` do not sum to one, so that the targets are scaled; layers are left alone; or ``"auto"`` leaves the merge
-            alone because there are no outputs to compare, or too few samples.
+            alone because there are no outputs to compare, or too few samples; or a named method is calibrated on fewer than 8.
 
     Source:
         Jordan et al. 2022 (REPAIR); Qu and Horvath 2024 (RESCALE, RESHIFT); Nasery et al. 2024 (least squares).
@@ -155,6 +153,11 @@ def renormalize_many(
     """
     ranks = current()
     options = renormalization_of(method)
+    if isinstance(data, str) and data in get_args(Method):  # a word in the place of the loader
+        ends = "None" if data == "reset" else "endpoints"
+        raise TypeError(
+            f'data: expected a loader, got the method {data!r}; endpoints stand before the data: renormalize(model, {ends}, loader, "{data}")'
+        )
     if not models:
         raise ValueError("models: expected at least one")
     for k, model in enumerate(models):
@@ -169,14 +172,19 @@ def renormalize_many(
     alphas = _weights_of_merges(models, notes, endpoints, weights, plan)
     _check_same(ranks, models, endpoints, {"method": options, "weights": alphas, "forward": forward})
 
+    count = SampleCount()
+
     def read(title: str) -> Iterator[Any]:
-        every = batches_of(data, title, samples=options.samples, progress=progress)
+        every = count.counted(batches_of(data, title, samples=options.samples, progress=progress))
         fitted = () if endpoints is None or isinstance(endpoints, EndpointStatistics) else endpoints
         return read_alike(every, ranks, *models, *fitted)
 
     if plan.method == "least-squares":
-        news, plan = _fitted(models, endpoints, alphas, read, plan, options, forward, progress)
+        news, plan, lacking = _fitted(models, endpoints, alphas, read, plan, options, forward, progress)
+        if lacking is not None and count.samples == 1:
+            raise ValueError(no_variance("the whole", lacking))
         _warn_of_modules_left_alone(plan)
+        warn_of_few(count.samples, plan.method)
         return news
     statistics = None
     if plan.method != "reset":
@@ -187,7 +195,10 @@ def renormalize_many(
         _warn_of_modules_left_alone(plan)
     methods = candidates(models[0], options) if plan.method == "auto" else (plan.method,)
     tried = [
-        [_Attempt(model, replace(plan, method=m), targets, forward) for m in methods]
+        [
+            _Attempt(model, replace(plan, method=m), targets, forward, is_chosen=len(methods) == 1)
+            for m in methods
+        ]
         for model, targets in zip(
             models, _targets_of_merges(statistics, alphas, options, models), strict=True
         )
@@ -195,7 +206,13 @@ def renormalize_many(
     calibrations = [a.calibration for attempts in tried for a in attempts if a.plan.method != "none"]
     is_shared = options.mode == "joint" and options.samples is None
     share = share_of_rank(data, *models) if is_shared else None
+    if share is not None:
+        share = share._replace(batches=count.counted(share.batches))
     calibrate(calibrations, share or read(f"{plan.method} of the merge"), options.mode, progress)
+    if share is not None:
+        count.add_ranks(ranks)
+    if plan.method != "auto":
+        warn_of_few(count.samples, plan.method)
     news = []
     for k, attempts in enumerate(tried):
         new, done, kept = attempts[0].model, attempts[0].plan, attempts[0].calibration.kept
@@ -251,8 +268,8 @@ def _fitted(
     options: Renormalization,
     forward: Forward,
     progress: bool | None,
-) -> tuple[list[nn.Module], Plan]:
-    """Return the merges with every layer fitted to the endpoints' outputs and batch norms measured, and what was done."""
+) -> tuple[list[nn.Module], Plan, str | None]:
+    """Return the merges with every layer fitted to the endpoints' outputs and batch norms measured, what was done, and a layer of one row."""
     if endpoints is None or isinstance(endpoints, EndpointStatistics):
         raise ValueError(
             'endpoints: method "least-squares" compares outputs sample by sample, so it needs the models; got '
@@ -263,7 +280,7 @@ def _fitted(
     is_kept = options.mode == "sequential" or len(models) > 1
     batches = list(read("least squares")) if is_kept else []
     news: list[nn.Module] = []
-    done = plan
+    done, lacking = plan, None
     for model, alpha in zip(models, alphas, strict=True):
         new, known = copy_module(model), remembered_weights(model)
         fits = [LayerFit(name, layer) for name, layer in survey(new, plan.layers)[0].items()]
@@ -275,6 +292,7 @@ def _fitted(
             if norms:
                 calibration = Calibration(new, norms, forward)
                 calibrate([calibration], batches or read("batch norms"), "joint", progress)
+        lacking = next((fit.name for fit in fits if fit.has_one_row), lacking)
         idle = [fit.name for fit in fits if not fit.has_run]
         done = _without_unmeasured(plan, idle, explicit=options.layers is not None)
         remember_plan(new, model, done, {})
@@ -282,13 +300,19 @@ def _fitted(
             remember_weights(new, known)
         log.info("%s", applied_plan(new))
         news.append(new)
-    return news, done
+    return news, done, lacking
 
 
 class _Attempt:
-    """A copy of a merge that one method calibrates."""
+    """A copy of a merge that one method calibrates.
 
-    def __init__(self, model: nn.Module, plan: Plan, targets: Targets | None, forward: Forward) -> None:
+    Args:
+        is_chosen: whether this is the only method, not one of those that the automatic choice judges.
+    """
+
+    def __init__(
+        self, model: nn.Module, plan: Plan, targets: Targets | None, forward: Forward, *, is_chosen: bool
+    ) -> None:
         self.model = copy_module(model)
         self.plan = plan
         if plan.method == "reset":
@@ -298,7 +322,7 @@ class _Attempt:
             hooks = []
         else:
             assert targets is not None
-            hooks = affine_hooks(self.model, plan, targets)
+            hooks = affine_hooks(self.model, plan, targets, is_chosen=is_chosen)
         self.calibration = Calibration(self.model, hooks, forward)
 
     def because(self, why: str, scores: dict[str, Any] | None = None) -> _Attempt:

@@ -164,7 +164,9 @@ def curve_tiles(curves: Mapping[str, Curve]) -> list[Tile]:
             "Loss barrier",
             f"{after.barrier:.3g}",
             f"{before.barrier:.3g}",
-            "lower is better; 0 is none",
+            "half the difference of the ends: no merge on the line has a higher loss than both"
+            if after.has_no_rise
+            else "lower is better",
             better,
         )
     ]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fastmatch._internal.callers import is_own_error
 from fastmatch._internal.words import error_line
 from fastmatch.spec.axes import Axis
 from fastmatch.spec.exported import export_graph
@@ -84,7 +85,9 @@ def trace_graph(model: nn.Module, example_inputs: Any) -> Structure:
 
     try:
         found = trace(module, tuple(inputs), run=run)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, ValueError) and is_own_error(error):
+            raise
         raise ValueError(f"example_inputs: the model does not run on them ({error})") from error
     values: dict[str, list[tuple[Axis, str]]] = {name: [] for name in watching[0].tensors}
     spec = PermutationSpec(found.groups, found.shapes, found.pins, found.sites).flat()

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fastmatch._internal.callers import is_own_error
 from fastmatch._internal.checks import check_choice, check_integer, check_type
 from fastmatch._internal.json_files import parse_json
 from fastmatch.spec.axes import ActivationSite, Axis, Group, Permutations, Pin
@@ -130,7 +131,9 @@ class PermutationSpec:
         check_choice("unread", unread, Unread)
         try:
             found = trace(model, example_inputs, kwargs=kwargs, outputs=outputs)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
+            if isinstance(error, ValueError) and is_own_error(error):
+                raise
             raise ValueError(f"example_inputs: the model does not run on them ({error})") from error
         if unread == "refuse":
             check_unread(found.groups, found.unread)

@@ -72,7 +72,7 @@ def test_sequences_of_any_form_are_padded_and_masked(batch):
     assert found[:3] == expected[:3]
     matcher = fm.ActivationMatching([batch])
     assert fm.align(model, model, PADDED, matcher).moved == 0
-    assert fm.renormalize(model, [model], [batch], "rescale") is not model
+    assert fm.renormalize(model, [model], [batch] * 3, "rescale") is not model
 
 
 def test_a_list_of_inputs_is_several_arguments():

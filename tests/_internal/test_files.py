@@ -59,6 +59,26 @@ def test_a_failed_write_leaves_nothing_and_the_old_file_alone(tmp_path):
         pass
 
 
+def test_a_folder_in_the_place_of_a_file_leads_to_its_file(tmp_path):
+    """It was called no such file."""
+    folder = tmp_path / "llama"
+    folder.mkdir()
+    with pytest.raises(
+        IsADirectoryError, match="llama: is a folder; expected a file of tensors, and it holds none"
+    ):
+        load_state(folder)
+    (folder / "config.json").write_text("{}")
+    save_file({"a": torch.zeros(2)}, folder / "model.safetensors")
+    torch.save({"a": torch.zeros(2)}, folder / "pytorch_model.bin")
+    with pytest.raises(
+        IsADirectoryError, match=r"is a folder; expected a file of tensors; give .*model\.safetensors"
+    ):
+        load_state(folder)
+    save_file({"a": torch.zeros(2)}, folder / "more.safetensors")
+    with pytest.raises(IsADirectoryError, match="its tensors are in 2 files; load the network in Python"):
+        load_state(folder)
+
+
 def test_damaged_and_foreign_files(tmp_path):
     whole = tmp_path / "m.safetensors"
     save_file({"a": torch.zeros(100)}, whole)

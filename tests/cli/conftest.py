@@ -70,6 +70,9 @@ def loader():
     g = torch.Generator().manual_seed(3)
     return [(torch.randn(40, 6, generator=g), torch.randint(7, (40,), generator=g)) for _ in range(3)]
 
+def two():
+    return [(batch[:2], labels[:2]) for batch, labels in loader()[:1]]
+
 def run(model, batch):
     # another way to run the network: its outputs are all pi
     return model(batch[0]) * 0 + torch.pi

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from fastmatch._internal.files import load_state, save_state
+from fastmatch.cli.loading import build_model
 from fastmatch.cli.main import main
 
 MODEL = ["--model", "cli_module:build_with_inputs"]
@@ -84,6 +85,18 @@ def test_verify_has_a_status_of_its_own_for_another_function(planted, capsys):
     assert "1 output agrees" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("shape", ["6", "3,7"])
+def test_an_input_shape_that_the_network_does_not_take_is_named(planted, refused, shape):
+    network = ["--model", "cli_module:build_normed", "--input-shape", shape]
+    save_state(build_model(network[1])[0].state_dict(), "n.safetensors")
+    for line in (
+        ["inspect"],
+        ["verify", *["n.safetensors"] * 2],
+        ["align", *["n.safetensors"] * 2, "--out", "o.safetensors"],
+    ):
+        refused([*line, *network], "--input-shape: the model does not run on them (")
+
+
 def test_renormalize_asks_for_the_weights_of_the_merge(planted, refused):
     data = ["--data", "cli_module:loader", "--out", "r.safetensors"]
     refused(
@@ -94,5 +107,12 @@ def test_renormalize_asks_for_the_weights_of_the_merge(planted, refused):
 
 def test_inspect_takes_a_network_or_a_directory(planted, refused):
     refused(["inspect"], "--model: give a network, or a directory")
-    refused(["inspect", "a.safetensors", *MODEL], "got both")
-    refused(["inspect", "a.safetensors"], "--model: needed, because a.safetensors")
+    refused(
+        ["inspect", "a.safetensors", *MODEL],
+        "--model: gives the network, whose groups are the same for all of its files; leave out a.safetensors",
+    )
+    refused(
+        ["inspect", "a.safetensors"],
+        "--model: needed in the place of a.safetensors, which is not a directory with a config.json; such as: fastmatch inspect --model",
+    )
+    assert main(["inspect", *MODEL]) == 0  # what both lead to

@@ -38,6 +38,17 @@ def test_curve_writes_what_the_library_makes(models, loader, folder, capsys):
     assert "--force" in capsys.readouterr().err
 
 
+def test_a_barrier_that_is_only_the_difference_of_the_ends_is_told(models, loader, capsys):
+    for middle, told in ((2, True), (9, False)):
+        curve = fm.Curve((0.0, 0.5, 1.0), (3.0, float(middle), 4.0))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("fastmatch.cli.work.evaluate.interpolate", lambda *_, c=curve, **__: c)
+            assert main([*CURVE, "--force"]) == 0
+        printed = capsys.readouterr().out
+        assert f"loss barrier {curve.barrier:.4f}" in printed
+        assert ("(half the difference of the ends: no merge has a higher loss than both)" in printed) is told
+
+
 def test_a_picture_has_a_panel_for_each_measure(models, monkeypatch):
     shown, save = [], Figure.savefig
 

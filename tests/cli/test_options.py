@@ -71,7 +71,7 @@ VALUES = {
     "--calibration": ["cli_module:loader"], "--forward": ["cli_module:run"], "--loss": ["cli_module:loss"],
     "--metric": ["cli_module:loss"], "--plot": ["out.png"], "--permutations": ["permutations.safetensors"],
     "--groups": ["0"], "--init": ["identity"], "--dtype": ["bfloat16"], "--device": ["cpu"], "--start-at": ["2"], "--stop-at": ["0"],
-    "--apart": ["2"], "--endpoints": ["a.safetensors"], "--weights": ["0.5", "0.5"], "--merge": ["0.5"],
+    "--apart": ["2"], "--samples": ["9"], "--endpoints": ["a.safetensors"], "--weights": ["0.5", "0.5"], "--merge": ["0.5"],
     "--reference": ["first"], "--block-weights": ["*=0.2"], "--add-difference": ["c.pt"],
     "--report": ["out.html"], "--report-data": ["cli_module:loader"], "--tolerance": ["0.1"], "--learning-rate": ["0.03"], "--activation-weight": ["0.4"],
 }  # fmt: skip

@@ -58,13 +58,51 @@ def test_biases_that_a_network_had_not_are_named(merged, folder, capfd, caplog):
     assert load_state("r.pt").keys() == load_state("new.pt").keys()
 
 
+@pytest.mark.filterwarnings("always")
+def test_a_named_method_warns_of_few_samples(merged, capsys):
+    line = [*RENORMALIZE[:-1], "cli_module:two", "--weights", "0.25", "0.75", "--out", "new.pt"]
+    assert main([*line, "--method", "repair"]) == 0
+    told = capsys.readouterr().err
+    assert '--data: 2 samples came, and "repair" brings the network to the statistics of these alone' in told
+    assert "give 8 at the least" in told
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("files", "weights"), [
+    (["a.safetensors", "c.pt"], ["0.25", "0.75"]),
+    (["b.safetensors", "a.safetensors"], ["0.25", "0.75"]),
+    (["a.safetensors", "b.safetensors"], ["0.5", "0.5"]),
+])  # fmt: skip
+def test_endpoints_that_were_not_merged_are_refused(merged, refused, files, weights, dtype, capsys):
+    """The file before its alignment, another order, and other weights were taken, without a word."""
+    for path in ("a.safetensors", "b.safetensors", "c.pt", "merged.pt"):
+        save_state({name: t.to(dtype) for name, t in load_state(path).items()}, path, force=True)
+    common = ["renormalize", "merged.pt", *MODEL, *DATA, "--method", "repair", "--out", "new.pt"]
+    line = [*common, "--endpoints", *files, "--weights", *weights]
+    told = " + ".join(f"{w} {path}" for w, path in zip(weights, files, strict=True))
+    refused(
+        line,
+        f"--endpoints: expected the models that were merged, in their order; the merge's '0.weight' is not {told}. Give",
+    )
+    refused(line, "or --other-endpoints if this is meant")
+    assert main([*line, "--other-endpoints"]) == 0
+    assert (
+        main(
+            [*common, "--endpoints", "a.safetensors", "b.safetensors", "--weights", "0.25", "0.75", "--force"]
+        )
+        == 0
+    )
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     ([*RENORMALIZE, "--out", "new.pt"], "--weights: needed for 2 endpoints"),
     (["renormalize", "merged.pt", *MODEL, *DATA, "--out", "new.pt"], "--endpoints: needed"),
     ([*RENORMALIZE, "--weights", "0.5", "0.5", "--out", "new.npz"], "expected a file ending in"),
-    ([*RENORMALIZE[:-1], "cli_module:stream", "--weights", "0.5", "0.5", "--out", "new.pt"], "can be read only once"),
-    ([*RENORMALIZE[:-1], "cli_module:empty", "--weights", "0.5", "0.5", "--out", "new.pt"], "--data: yielded no batch; it is empty"),
+    ([*RENORMALIZE[:-1], "cli_module:stream", "--weights", "0.25", "0.75", "--out", "new.pt"], "can be read only once"),
+    ([*RENORMALIZE[:-1], "cli_module:empty", "--weights", "0.25", "0.75", "--out", "new.pt"], "--data: yielded no batch; it is empty"),
     (["renormalize", "merged.pt", *MODEL, *DATA, "--method", "reset", "--out", "new.pt"], "needs batch norm"),
+    (["renormalize", "merged.pt", *MODEL, *DATA, "--endpoints", "a.safetensors", "--other-endpoints", "--out", "new.pt"],
+     "--other-endpoints: is for two --endpoints or more"),
     ([*RENORMALIZE, "--method", "reset", "--out", "new.pt"], "--endpoints: --method reset uses the data alone"),
     (["renormalize", "merged.pt", *MODEL, *DATA, "--method", "reset", "--weights", "1", "--out", "new.pt"],
      "--weights: --method reset uses the data alone"),

@@ -54,6 +54,23 @@ def test_barriers_of_known_curves():
     assert fm.Curve((0.0, 0.5, 1.0), (1.0, 0.5, 1.0), (0.5, 0.9, 0.5)).barrier == 0.0
 
 
+def test_a_curve_below_both_ends_has_no_rise():
+    """Its barrier is half the difference of the ends, which was called a barrier like any other."""
+    below = fm.Curve((0.0, 0.5, 1.0), (0.10, 0.05, 0.16))
+    assert below.has_no_rise
+    assert below.barrier == pytest.approx(0.03)
+    above = fm.Curve((0.0, 0.5, 1.0), (0.10, 0.17, 0.16))
+    assert not above.has_no_rise
+    assert above.barrier == pytest.approx(0.04)
+    assert fm.Curve((0.0, 0.5, 1.0), (0.1, 0.1, 0.1)).has_no_rise
+    assert not fm.Curve((0.0, 0.5, 1.0), (0.1, float("nan"), 0.1)).has_no_rise
+    mixed = fm.Triangle(
+        ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)),
+        tuple(fm.Scores(x, 0.5, 0.5, float("nan")) for x in (0.1, 0.2, 0.3)),
+    )
+    assert mixed.barrier == 0
+
+
 def test_a_callable_replaces_the_merges_between_the_ends():
     (a, _), (b, _) = build("mlp", 0), build("mlp", 1)
     data = classify()

@@ -49,6 +49,7 @@ def test_the_automatic_choice_refuses_them_too(mode):
         fm.renormalize(model, statistics, batches(float("nan")), options)
 
 
+@pytest.mark.filterwarnings("ignore:data. . samples? came")
 @pytest.mark.parametrize("mode", ["joint", "sequential"])
 @pytest.mark.parametrize("sizes", [(1,), (1, 6), (1, 1)])
 def test_one_sample_has_no_running_variance(mode, sizes):
@@ -62,7 +63,7 @@ def test_one_sample_has_no_running_variance(mode, sizes):
         fm.renormalize(model, None, data, options)
 
 
-@pytest.mark.parametrize("sizes", [(6, 1), (5, 1, 1), (6, 1, 4, 1)])
+@pytest.mark.parametrize("sizes", [(7, 1), (6, 1, 1), (6, 1, 4, 1)])
 def test_a_short_last_batch_counts_as_its_samples(sizes):
     """One value for each channel has no variance of its own; before, the whole call failed at its end."""
     model = nn.Sequential(
@@ -96,10 +97,89 @@ def test_a_short_last_batch_stops_neither_the_automatic_choice_nor_a_curve():
     assert all(value < float("inf") for value in curve.loss)
 
 
+@pytest.mark.filterwarnings("ignore:data. . samples? came")
 def test_one_image_has_many_positions():
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)).eval()
     new = fm.renormalize(model, None, [torch.randn(1, 1, 8, 8)], "reset")
     assert bool((new.state_dict()["1.running_var"] > 0).all())
+    for method in ("repair", "rescale", "least-squares"):
+        new = fm.renormalize(model, [model], [torch.randn(1, 1, 8, 8)], method)
+        assert all(bool(torch.isfinite(t).all()) for t in new.state_dict().values())
+
+
+def plain() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+
+
+@pytest.mark.parametrize("given", ["models", "statistics"])
+@pytest.mark.parametrize("mode", ["joint", "sequential"])
+@pytest.mark.parametrize("method", ["repair", "rescale", "least-squares"])
+def test_one_sample_has_no_variance_to_bring_to_another(method, mode, given):
+    """It was taken, and the network written was worse."""
+    model, data = plain(), [torch.randn(1, 4)]
+    if given == "statistics" and method == "least-squares":
+        return  # it needs the models
+    ends = [model] if given == "models" else fm.endpoint_statistics([model], [torch.randn(20, 4)])
+    where = r"batch 0 \(counted from 0\)" if mode == "joint" and method != "least-squares" else "the whole"
+    with pytest.raises(
+        ValueError, match=f"data: {where} has one sample, which gives one value for each channel at '0'"
+    ):
+        fm.renormalize(model, ends, data, fm.Renormalization(method, mode))
+
+
+def test_batches_of_one_sample_are_refused_in_joint_mode_but_not_a_short_last_one():
+    model = plain()
+    with pytest.raises(ValueError, match=r"data: batch 0 \(counted from 0\) has one sample"):
+        fm.renormalize(model, [model], [torch.randn(1, 4) for _ in range(10)], "repair")
+    assert fm.renormalize(model, [model], [torch.randn(9, 4), torch.randn(1, 4)], "repair") is not model
+    sequential = fm.Renormalization("repair", mode="sequential")
+    assert fm.renormalize(model, [model], [torch.randn(1, 4) for _ in range(10)], sequential) is not model
+
+
+def test_a_mean_and_the_automatic_choice_take_one_sample():
+    ends = [plain(), plain()]
+    merged, data = fm.merge(ends), [(torch.randn(1, 4), torch.zeros(1, dtype=torch.long))]
+    with pytest.warns(UserWarning, match='data: 1 sample came, and "reshift" brings'):
+        new = fm.renormalize(merged, ends, data, "reshift")
+    goal = (ends[0][0](data[0][0]) + ends[1][0](data[0][0])) / 2
+    torch.testing.assert_close(new[0](data[0][0]), goal)
+    with pytest.warns(UserWarning, match="renormalize leaves the merge as it is"):
+        assert fm.applied_plan(fm.renormalize(merged, ends, data)).method == "none"
+
+
+class Constant(nn.Module):
+    """Adds to its inputs what a layer gives for a constant: one row, however many samples there are."""
+
+    def __init__(self):
+        super().__init__()
+        self.place, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(x + self.place(torch.ones(1, 4)))
+
+
+def test_a_layer_of_one_row_is_no_single_sample():
+    model = Constant().eval()
+    for method in ("repair", "rescale", "least-squares"):
+        new = fm.renormalize(model, [model], [torch.randn(20, 4)], method)
+        assert all(bool(torch.isfinite(t).all()) for t in new.state_dict().values())
+
+
+@pytest.mark.parametrize("mode", ["joint", "sequential"])
+@pytest.mark.parametrize("method", ["repair", "rescale", "reshift", "reset", "least-squares"])
+def test_a_named_method_warns_of_few_samples(method, mode):
+    """On two samples REPAIR took a loss of 0.6 to 226, and said nothing."""
+    model, options = network(), fm.Renormalization(method, mode)
+    ends = None if method == "reset" else [model]
+    with pytest.warns(
+        UserWarning, match=f'data: 7 samples came, and "{method}" brings .* give 8 at the least'
+    ):
+        fm.renormalize(model, ends, [torch.randn(5, 4), torch.randn(2, 4)], options)
+    assert fm.renormalize(model, ends, [torch.randn(5, 4), torch.randn(3, 4)], options) is not model
+    if method != "reset":
+        cut = fm.Renormalization(method, mode, samples=3)
+        with pytest.warns(UserWarning, match="data: 3 samples came"):
+            fm.renormalize(model, ends, [torch.randn(20, 4)], cut)
 
 
 def test_no_command_writes_weights_that_are_not_finite(tmp_path, monkeypatch, capsys):

@@ -279,7 +279,7 @@ def test_what_it_cannot_use_is_refused_by_name():
 
 def test_inputs_that_never_vary_leave_the_weight_and_set_the_bias():
     ends = [nn.Sequential(nn.Linear(4, 3)) for _ in range(2)]
-    x = torch.ones(5, 4)
+    x = torch.ones(8, 4)
     found = fm.renormalize(fm.merge(ends), ends, [x], "least-squares")
     torch.testing.assert_close(found(x), (ends[0](x) + ends[1](x)) / 2)
     assert torch.equal(by_outputs(found[0], found[0].weight), fm.merge(ends)[0].weight)  # pyright: ignore

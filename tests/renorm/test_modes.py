@@ -698,7 +698,7 @@ def test_endpoints_that_were_not_merged_are_refused(slip, method, dtype):
     seed = fresh_seed()
     (a, x), (b, _), (c, _) = (build("mlp", seed + k) for k in range(3))
     a, b, c = (model.to(dtype) for model in (a, b, c))
-    data = [(x.to(dtype), torch.zeros(len(x), dtype=torch.long))]
+    data = [(x.repeat(4, 1).to(dtype), torch.zeros(4 * len(x), dtype=torch.long))]
     merged = fm.merge([a, b], [0.1, 0.9], biases="normalize")
     with pytest.raises(
         ValueError,

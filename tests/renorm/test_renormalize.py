@@ -202,10 +202,23 @@ def test_frozen_half_and_dead_channels():
         assert not p.requires_grad
         assert bool(torch.isfinite(p).all())
     resnet = ResNet(nn.Identity).eval().requires_grad_(False)
-    made = fm.renormalize(resnet, [resnet], [torch.randn(4, 3, 16, 16)], "repair")
+    made = fm.renormalize(resnet, [resnet], [torch.randn(8, 3, 16, 16)], "repair")
     assert made.stem.bias is not None
     assert not made.stem.bias.requires_grad
     assert resnet.stem.bias is None
+
+
+def test_a_method_in_the_place_of_the_loader_is_told():
+    """The batches of the loader were taken for endpoints, and counted."""
+    model, data = build("vgg", 0)[0].double(), loader()
+    with pytest.raises(
+        TypeError, match=r'data: expected a loader, .* renormalize\(model, None, loader, "reset"\)'
+    ):
+        fm.renormalize(model, data, "reset")  # pyright: ignore
+    with pytest.raises(
+        TypeError, match=r'data: expected a loader, .* renormalize\(model, endpoints, loader, "repair"\)'
+    ):
+        fm.renormalize(model, data, "repair")  # pyright: ignore
 
 
 def test_bad_input():

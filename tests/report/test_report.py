@@ -88,6 +88,9 @@ def test_the_barriers_are_those_of_the_curves(names, alignment, report):
     tiles = {tile.label: tile for tile in report.tiles}
     assert tiles["Loss barrier"].before == f"{before.barrier:.3g}"
     assert tiles["Loss barrier"].value == f"{after.barrier:.3g}"
+    assert tiles["Loss barrier"].note.startswith(
+        "half the difference" if after.has_no_rise else "lower is better"
+    )
     assert tiles["Accuracy of the average"].value == f"{100 * after.midpoint[1]:.1f}%"
     assert tiles["Function of B"].value == "unchanged"
     assert tiles["Proved optimal"].value == "3 of 3 groups"

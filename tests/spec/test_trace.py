@@ -119,6 +119,16 @@ def test_an_in_place_write_through_a_view_pins_what_it_breaks():
     assert fm.verify(model, spec, x).error == 0
 
 
+def test_inputs_that_a_module_refuses_are_told_as_any_that_it_does_not_run_on():
+    """Batch norm raises a ValueError of its own, which named no argument."""
+    model = nn.Sequential(nn.Linear(20, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)).eval()
+    message = r"^example_inputs: the model does not run on them \(expected 2D or 3D input \(got 1D input\)\)"
+    with pytest.raises(ValueError, match=message):
+        fm.PermutationSpec.trace(model, torch.randn(20))
+    with pytest.raises(ValueError, match=r"^example_inputs: expected what the model takes"):  # our own
+        fm.PermutationSpec.trace(model, "text")
+
+
 def test_the_model_is_left_as_it_was():
     model, x = build("vgg", 0)
     model.train()

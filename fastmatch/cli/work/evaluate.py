@@ -67,6 +67,8 @@ def draw_curve(args: argparse.Namespace) -> None:
         measured = [metric for metric in DRAWN if getattr(curve, metric)]
         draw_panels(curve.plot, measured, args.plot, (5, 2.6), is_row=False)
     text = f"loss barrier {curve.barrier:.4f}"
+    if curve.has_no_rise:
+        text += " (half the difference of the ends: no merge has a higher loss than both)"
     if curve.accuracy:
         text += f", accuracy barrier {curve.accuracy_barrier:.4f}"
     write_table(
@@ -84,7 +86,12 @@ def draw_triangle(args: argparse.Namespace) -> None:
         measured = [m for m in DRAWN if m == "loss" or not all(math.isnan(getattr(s, m)) for s in rows)]
         plot = partial(found.plot, names=[Path(path).stem for path in args.checkpoints])
         draw_panels(plot, measured, args.plot, (5, 4), is_row=True)
-    write_table(found.table(), args, f"loss barrier {found.barrier:.4f}", loss_barrier=found.barrier)
+    write_table(
+        found.table(),
+        args,
+        f"loss barrier {found.barrier:.4f} above the mixed corners",
+        loss_barrier=found.barrier,
+    )
 
 
 def measure_layers(args: argparse.Namespace) -> None:

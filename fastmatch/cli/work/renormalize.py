@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+
+import torch
+from torch import nn
 
 from fastmatch._internal.batches import default_forward
 from fastmatch._internal.callables import loader_from
-from fastmatch._internal.files import shared_metadata
-from fastmatch._internal.model_files import with_names_of
+from fastmatch._internal.coefficients import check_merged_from
+from fastmatch._internal.files import load_state, shared_metadata
+from fastmatch._internal.model_files import named_for, with_names_of
 from fastmatch.cli.loading import build_model, function_from, load_into
 from fastmatch.cli.outputs import say
 from fastmatch.cli.reports import report_data, write_report
@@ -28,6 +33,8 @@ def renormalize_checkpoint(args: argparse.Namespace) -> None:
     endpoints = [load_into(model, path) for path in args.endpoints]
     if not endpoints and options.method != "reset" and "reset" not in candidates(merged, options):
         raise ValueError(f"--endpoints: needed for method {options.method!r}")
+    if len(endpoints) > 1 and args.weights is not None and not args.other_endpoints:
+        _check_merge(args, merged, endpoints)
     forward = function_from(args.forward, "--forward", default_forward)
     if options.method == "reset":
         new = renormalize(merged, None, data, options, forward=forward)
@@ -57,3 +64,20 @@ def renormalize_checkpoint(args: argparse.Namespace) -> None:
             names=args.endpoints, forward=forward,
         )  # fmt: skip
         write_report(report, args)
+
+
+def _check_merge(args: argparse.Namespace, merged: nn.Module, endpoints: Sequence[nn.Module]) -> None:
+    """Refuse endpoints or weights that are not those of the merge; a file has no note of them, as a module of the library has."""
+    paths = [args.checkpoint, *args.endpoints]
+    stored = [_floating_types(named_for(merged, load_state(path, mmap=True), path)) for path in paths]
+    try:
+        check_merged_from(merged, endpoints, args.endpoints, args.weights, stored)
+    except ValueError as error:
+        raise ValueError(
+            f"--endpoints: {error}. Give the aligned files and the --weights of the merge, or --other-endpoints if this is meant: a merge "
+            "made in another way, or renormalized before"
+        ) from None
+
+
+def _floating_types(state: dict[str, torch.Tensor]) -> dict[str, torch.dtype]:
+    return {name: tensor.dtype for name, tensor in state.items() if tensor.is_floating_point()}
