@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -60,7 +61,11 @@ def test_torch_takes_huge_pages_unless_the_user_has_decided(decided):
 def test_the_command_asks_for_huge_pages(monkeypatch, capsys):
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setattr(sys, "argv", ["fastmatch", "--version"])
-    with pytest.raises(SystemExit):
-        start()
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit):
+            start()
+    finally:
+        signal.signal(signal.SIGINT, before)  # the process would be the command's own
     assert os.environ[VARIABLE] == "1"
     capsys.readouterr()
