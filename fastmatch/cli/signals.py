@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
-__all__ = ["EARLY", "Ended", "ended_by_signals", "tell_interrupted"]
+__all__ = ["EARLY", "Ended", "ended_by_signals", "finished", "tell_interrupted"]
 
 ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
@@ -58,6 +58,7 @@ class _Signals:
     Attributes:
         came: numbers of the signals that ask it to end, in their order.
         told: whether the user has been told.
+        status: the command's own, when nothing is left but the end of Python.
         line: see :data:`Line`.
         own: the process that is the command's own. Those that are forked from it, and others' programs, are not ended.
         outermost: where the outermost block is; what called it may be an import.
@@ -66,6 +67,7 @@ class _Signals:
     def __init__(self) -> None:
         self.came: list[int] = []
         self.told = False
+        self.status: int | None = None
         self.line: Line | None = None
         self.own: int | None = None
         self.outermost: FrameType | None = None
@@ -86,6 +88,10 @@ class _Signals:
             self.came.append(number)
         number = self.came[-1]
         is_own = self.own == os.getpid()
+        if self.status is not None and is_own:
+            with suppress(Exception):
+                sys.stdout.flush()
+            os._exit(self.status)
         if self.told and is_own:
             os._exit(128 + number)
         if self._is_loading(frame):
@@ -140,7 +146,7 @@ class _Signals:
 
     def check(self, error: BaseException | None) -> None:
         """Raise the exception of a signal that has come, where something has swallowed it or made another error of it."""
-        if self.came and not self.told and not isinstance(error, KeyboardInterrupt):
+        if self.came and not self.told and self.status is None and not isinstance(error, KeyboardInterrupt):
             raise interrupt_of(self.came[0]) from error
 
 
@@ -156,7 +162,8 @@ def ended_by_signals(line: Line | None = None, *, is_own: bool = False) -> Itera
 
     Args:
         line: what is said and done where the process ends inside an import.
-        is_own: the process is the command's own, from here to its end, and may be ended. After the block Ctrl-C ends it without a word.
+        is_own: the process is the command's own, from here to its end, and may be ended. After the block Ctrl-C ends it without a word,
+            and after :func:`finished` every signal does, with the command's status.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -185,12 +192,24 @@ def ended_by_signals(line: Line | None = None, *, is_own: bool = False) -> Itera
         _signals.line = outer
         if not is_nested:
             _signals.stop()
-        if is_own and signal.SIGINT in taken:
-            taken[signal.SIGINT] = signal.SIG_DFL
-        for number, handler in taken.items():
-            signal.signal(number, handler)
-        if not is_nested:
-            _signals.forget()
+            if (
+                _signals.status is None
+            ):  # else the handler remains, so that a finished command ends with its own status
+                _give_back(taken, is_own)
+
+
+def _give_back(taken: dict[int, Any], is_own: bool) -> None:
+    """Give the signals the handlers that they had."""
+    if is_own and signal.SIGINT in taken:
+        taken[signal.SIGINT] = signal.SIG_DFL
+    for number, handler in taken.items():
+        signal.signal(number, handler)
+    _signals.forget()
+
+
+def finished(status: int) -> None:
+    """Say that the command is done and has this status: a signal only hurries the end of Python."""
+    _signals.status = status
 
 
 def interrupt_of(number: int) -> KeyboardInterrupt:

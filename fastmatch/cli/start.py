@@ -6,7 +6,7 @@ import signal
 import sys
 
 from fastmatch._internal.huge_pages import ask_for_huge_pages
-from fastmatch.cli.signals import EARLY, ended_by_signals, tell_interrupted
+from fastmatch.cli.signals import EARLY, ended_by_signals, finished, tell_interrupted
 
 __all__ = ["start"]
 
@@ -20,7 +20,14 @@ def start() -> int:
             from fastmatch.cli.main import command
 
             what = "fastmatch: {} at its end"
-            status, script = command(sys.argv[1:])
+            try:
+                status, script = command(sys.argv[1:])
+            except SystemExit as done:  # --help, or an error of options
+                if not isinstance(done.code, int):
+                    raise
+                status, script = done.code, None
+            if script is None:
+                finished(status)
     except KeyboardInterrupt as interrupt:
         return tell_interrupted(interrupt, what)
     if script is not None:
