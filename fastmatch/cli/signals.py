@@ -8,6 +8,7 @@ that is the command's own ends at once if it has nothing to undo; otherwise the 
 from __future__ import annotations
 
 import _thread
+import atexit
 import os
 import signal
 import sys
@@ -176,6 +177,8 @@ def ended_by_signals(line: Line | None = None, *, is_own: bool = False) -> Itera
     if not is_nested:
         _signals.forget()
         _signals.own, _signals.outermost = os.getpid() if is_own else None, sys._getframe(2)
+    if is_own:
+        atexit.register(_ignore)  # what is registered first runs last
     _signals.line = line
     for number in taken:
         signal.signal(number, _signals.end)
@@ -210,6 +213,14 @@ def _give_back(taken: dict[int, Any], is_own: bool) -> None:
 def finished(status: int) -> None:
     """Say that the command is done and has this status: a signal only hurries the end of Python."""
     _signals.status = status
+
+
+def _ignore() -> None:
+    """Ignore signals while Python unloads modules: it would give them the system's handlers, which change the status."""
+    if _signals.status is not None:
+        for number in (signal.SIGINT, *ENDING):
+            if signal.getsignal(number) == _signals.end:
+                signal.signal(number, signal.SIG_IGN)
 
 
 def interrupt_of(number: int) -> KeyboardInterrupt:

@@ -212,8 +212,9 @@ def signalled():
     os.kill(os.getpid(), {number})
     time.sleep(5)
     print("went on")
+status = start()
 atexit.register(signalled)
-sys.exit(start())
+sys.exit(status)
 """
 
 
