@@ -37,6 +37,6 @@ def is_first() -> bool:
 def initialized() -> Any:
     """Return the module torch.distributed if a process group is initialized; it is not imported for that."""
     dist = sys.modules.get("torch.distributed")
-    if dist is None or not dist.is_available() or not dist.is_initialized():
-        return None
-    return dist
+    # It lacks the function where torch was built without it, and while it is being loaded.
+    is_initialized = getattr(dist, "is_initialized", None)
+    return dist if is_initialized is not None and is_initialized() else None

@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-__all__ = ["hidden", "locked"]
+__all__ = ["hidden", "locked", "remove_locks"]
 
 
 def _module(name: str) -> Any:
@@ -62,6 +62,13 @@ def locked(path: str | Path) -> Iterator[None]:
     finally:
         del counts[key]
         _release(file, descriptor)
+
+
+def remove_locks() -> None:
+    """Remove the files of all locks that this thread holds: the process ends now, and the system drops the locks."""
+    for key in _held.__dict__.get("counts", {}):
+        with suppress(OSError):  # as on Windows, which removes no file that is open
+            hidden(key, "lock").unlink(missing_ok=True)
 
 
 def _acquire(file: Path, path: Path) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fastmatch._internal.locks import hidden, locked
 from fastmatch._internal.renaming import discard, exchange, rename_new, sync, sync_tree
+from fastmatch._internal.unfinished import unfinished
 
 __all__ = ["Claim", "check_target", "claimed", "real_path", "writing"]
 
@@ -106,8 +107,8 @@ def claimed(path: str | Path, *, force: bool = False, folder: bool = False) -> I
     """
     path = Path(path)
     check_target(path, force=force, folder=folder)
-    with locked(path):
-        part, aside = hidden(path, "part"), hidden(path, "old")
+    part, aside = hidden(path, "part"), hidden(path, "old")
+    with unfinished(lambda: os.path.lexists(part) or os.path.lexists(aside)), locked(path):
         with _naming(path, part):
             if aside.is_dir() and not aside.is_symlink() and not os.path.lexists(path):
                 aside.rename(path)  # a run was killed between two renames

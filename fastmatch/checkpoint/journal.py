@@ -22,6 +22,7 @@ import torch
 from fastmatch._internal.json_files import parse_json
 from fastmatch._internal.locks import hidden
 from fastmatch._internal.renaming import sync
+from fastmatch._internal.unfinished import unfinished
 from fastmatch.assignment import Assignment
 from fastmatch.matching.ascent import Step
 from fastmatch.spec import Permutations, PermutationSpec
@@ -57,21 +58,24 @@ def journaling(
         OSError: it cannot be written.
     """
     _check_file(path)
-    try:
-        file = os.open(path, WRITE | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise OSError(error.errno, f"the journal cannot be written ({error.strerror})", str(path)) from error
-    try:
-        journal = Journal(path, file, run, spec, resume=resume)
+    with unfinished():
         try:
-            yield journal
-        except BaseException:
-            if not journal.count:
-                journal.remove()
-            raise
-        journal.remove()
-    finally:
-        os.close(file)
+            file = os.open(path, WRITE | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise OSError(
+                error.errno, f"the journal cannot be written ({error.strerror})", str(path)
+            ) from error
+        try:
+            journal = Journal(path, file, run, spec, resume=resume)
+            try:
+                yield journal
+            except BaseException:
+                if not journal.count:
+                    journal.remove()
+                raise
+            journal.remove()
+        finally:
+            os.close(file)
 
 
 def _check_file(path: Path) -> None:

@@ -17,6 +17,7 @@ from fastmatch._internal.coefficients import check_weights
 from fastmatch._internal.locks import hidden, locked
 from fastmatch._internal.outputs import check_target, real_path
 from fastmatch._internal.renaming import discard
+from fastmatch._internal.unfinished import unfinished
 from fastmatch.checkpoint.align import AlignedTensors, WriteOptions
 from fastmatch.checkpoint.blocks import coefficients_by_name
 from fastmatch.checkpoint.journal import journaling
@@ -113,7 +114,7 @@ def align_many_checkpoints(
         coefficients_by_name(first, weights[1:], merge.blocks)
     outs = _outputs(paths, out, is_merge=merge is not None)
     run = _Run(paths, out, matcher, spec, write, str(device), progress)
-    with locked(out), run.opened(outs, resume=resume):
+    with unfinished(), locked(out), run.opened(outs, resume=resume):
         found = [run.aligned(k, outs.get(path)) for k, path in enumerate(paths[1:], start=1)]
         identity = Alignment({}, found[0].spec, proof=found[0].proof)
         if merge is not None:

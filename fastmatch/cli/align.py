@@ -173,8 +173,7 @@ def align_many_command(args: argparse.Namespace) -> None:
 
 def kept_by(args: argparse.Namespace) -> Path | None:
     """Return where ``align`` or ``align-many`` would keep what is solved for ``--resume``; None where nothing is kept."""
-    from fastmatch.checkpoint.journal import journal_path
-
+    # By the names of `journal_path` and of `align_many_checkpoints`; their modules load torch, which a signal may have stopped.
     if args.command == "align":
-        return journal_path(args.out) if args.out else None
+        return hidden(Path(args.out), "journal") if args.out else None
     return hidden(Path(args.out[0]), "many") if args.out and args.model is None else None

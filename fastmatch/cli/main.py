@@ -22,14 +22,16 @@ from functools import partial
 from typing import Any, NoReturn
 
 from fastmatch._internal.checks import nearest
-from fastmatch._internal.launching import RanksError, is_first, is_launched
+from fastmatch._internal.launching import RanksError, initialized, is_first, is_launched
+from fastmatch._internal.locks import remove_locks
 from fastmatch._internal.progress import no_progress
+from fastmatch._internal.unfinished import is_unfinished
 from fastmatch._internal.words import printable
 from fastmatch.cli.commands import COMMANDS, module_of
-from fastmatch.cli.signals import ended_by_signals, tell_interrupted
+from fastmatch.cli.signals import EARLY, ended_by_signals, tell_interrupted
 from fastmatch.cli.typed import as_typed
 
-__all__ = ["main", "parser"]
+__all__ = ["command", "main", "parser"]
 
 SHARED = ("align", "run")
 """The commands that several processes of a launcher may run together."""
@@ -128,11 +130,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0 on success; 2 after one line about wrong input; 1 after one line about any other error; 130 after Ctrl-C, and
     128 plus the number after another signal; 141 if the reader of the output has gone; 3 if ``verify`` finds another function.
     """
+    status, script = command(sys.argv[1:] if arguments is None else arguments)
+    if script is not None:
+        script()  # the user's own script: its errors are not ours, and its traceback is wanted
+    return status
+
+
+def command(arguments: Sequence[str]) -> tuple[int, Callable[[], None] | None]:
+    """Run one command but for a user's script, and return the exit status and the script, which has its own signal handlers."""
     try:
-        with ended_by_signals():
-            args = _parse(sys.argv[1:] if arguments is None else arguments)
+        with ended_by_signals(lambda _: EARLY):
+            args = _parse(arguments)
     except KeyboardInterrupt as interrupt:
-        return tell_interrupted(interrupt, "fastmatch: {} before it began")
+        return tell_interrupted(interrupt, EARLY), None
     verbose, quiet = getattr(args, "verbose", False), getattr(args, "quiet", False)
     try:
         if is_launched() and args.command not in SHARED:
@@ -142,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             alone.said_by_first = not is_first()  # type: ignore[attr-defined]
             raise alone
         with (
-            ended_by_signals(),
+            ended_by_signals(partial(_leaving, args)),
             no_progress(quiet),
             _logging(verbose),
             warnings.catch_warnings(),
@@ -154,15 +164,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # What is left in the buffer would fail again when Python closes the file.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        return 141, None
     except KeyboardInterrupt as interrupt:
-        what = f"fastmatch {args.command}: {{}}; nothing is half-written{_left_by(args)}"
-        return tell_interrupted(interrupt, what if is_first() else None)
+        return tell_interrupted(interrupt, _line(args) or None), None
     except Exception as error:
-        return _told(error, args, verbose=verbose)
-    if script is not None:
-        script()  # the user's own script: its errors are not ours, and its traceback is wanted
-    return 0
+        return _told(error, args, verbose=verbose), None
+    return 0, script
+
+
+def _line(args: argparse.Namespace) -> str:
+    """Return the line about a signal that ended the command; "" for ranks that leave it to the first."""
+    what = f"fastmatch {args.command}: {{}}; nothing is half-written{_left_by(args)}"
+    return what if is_first() else ""
+
+
+def _leaving(args: argparse.Namespace, is_asked_twice: bool) -> str | None:
+    """Remove the locks of outputs and return the line, if the process can end at once; None if there is something to undo."""
+    if (is_unfinished() or initialized() is not None) and not is_asked_twice:
+        return None
+    remove_locks()
+    return _line(args)
 
 
 def _told(error: Exception, args: argparse.Namespace, *, verbose: bool) -> int:

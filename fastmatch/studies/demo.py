@@ -24,6 +24,7 @@ from fastmatch._internal.allowed import DEMO_WIDTHS
 from fastmatch._internal.files import writing
 from fastmatch._internal.progress import progress_bar
 from fastmatch._internal.stopwatch import Stopwatch
+from fastmatch._internal.unfinished import unfinished
 from fastmatch.assignment import solve
 from fastmatch.evaluation.between import Renormalized
 from fastmatch.evaluation.curve import Curve, interpolate
@@ -235,19 +236,20 @@ def compiling(width: int) -> Iterator[None]:
     if any(True for folder in folders() for _ in folder.glob("*.nbc")):
         yield
         return
-    process = subprocess.Popen(
-        [sys.executable, "-c", f"from {__name__} import compile_kernels; compile_kernels({width})"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        yield
-        process.wait()  # compiling the same once more would take longer
-    finally:
-        process.kill()
-        process.wait()
+    with unfinished():
+        process = subprocess.Popen(
+            [sys.executable, "-c", f"from {__name__} import compile_kernels; compile_kernels({width})"],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            yield
+            process.wait()  # compiling the same once more would take longer
+        finally:
+            process.kill()
+            process.wait()
 
 
 def compile_kernels(width: int) -> None:

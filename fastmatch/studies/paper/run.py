@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 
 from fastmatch._internal.files import writing
 from fastmatch._internal.progress import progress_bar
+from fastmatch._internal.unfinished import unfinished
 from fastmatch.studies.digits import Batches, digits
 from fastmatch.studies.networks import NETWORKS
 from fastmatch.studies.paper.claims import judge
@@ -113,7 +114,7 @@ def _measured(pairs: list[Pair], loaders: Data, processes: int) -> Iterator[Rows
     sent = pickle.dumps(
         loaders
     )  # by value: torch would send tensors by shared memory, of which containers have little
-    with ProcessPoolExecutor(processes, get_context("spawn"), _set_up, (sent,)) as pool:
+    with unfinished(), ProcessPoolExecutor(processes, get_context("spawn"), _set_up, (sent,)) as pool:
         yield from pool.map(_measure_here, pairs)
 
 
