@@ -307,7 +307,8 @@ class _Unpickler(pickle._Unpickler):
             return known[module, name]
         if module.startswith("pathlib") and name.endswith("Path"):
             return _text_of_path
-        raise _Refused(f"names {module}.{name}, which is not part of the format")
+        named = ascii(f"{module}.{name}")[1:-1]  # a file may name anything, a line break included
+        raise _Refused(f"names {named}, which is not part of the format")
 
     def persistent_load(self, pid: Any) -> Any:
         raise _Refused("refers to something outside of the file")

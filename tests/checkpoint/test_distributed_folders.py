@@ -146,6 +146,12 @@ def test_metadata_that_use_a_registered_number_are_refused(small, monkeypatch):
     assert not called
 
 
+def test_a_line_break_in_a_name_does_not_reach_the_terminal(small):
+    (small / ".metadata").write_bytes(b"\x80\x04\x8c\x04a\nbc\x8c\x02\x1b[\x93.")
+    with pytest.raises(ValueError, match=r"names a\\nbc\.\\x1b\[, which is not part of the format"):
+        Checkpoint(small)
+
+
 def leave(metadata, **changes):
     """Change the place of ``w``."""
     for name, value in changes.items():
