@@ -1,7 +1,7 @@
 """Huge pages for torch's large tensors on Linux.
 
 The system hands out memory in pages of 4 KiB, and clears each one when it is first touched. For tensors that are made, read
-once and let go, as those of a checkpoint are, this takes most of the time: a copy of 90 MB takes a fifth of it in pages of 2 MiB.
+once and let go, as those of a checkpoint are, this takes most of the time.
 """
 
 from __future__ import annotations

@@ -286,12 +286,11 @@ class _OwnGains:
             has a larger gain then.
         """
         assert self.bounds is not None
-        size = self.size
-        found = torch.from_numpy(solve(self.bounds, maximize=True).col_ind).view(-1, size)
+        found = torch.from_numpy(solve(self.bounds, maximize=True).col_ind).view(-1, self.size)
         if self.bounds.is_whole:
             self._whole, self.bounds = self._in_blocks(self.bounds.bound), None
-        outer = found // size
-        return (outer[:, 0], found % size) if torch.equal(outer, outer[:, :1].expand_as(outer)) else None
+        outer = found // self.size
+        return (outer[:, 0], found % self.size) if torch.equal(outer, outer[:, :1].expand_as(outer)) else None
 
     def grow(self) -> bool:
         """Multiply twice as many features, or return False if so many do not pay."""
