@@ -3,7 +3,9 @@
     python -m bench.reports.first_second
 
 Processor seconds, because compilation and imports run on one thread and other work on the machine does not count. Each
-measurement is a process of its own. Importing torch is not counted, nor is building a network that is traced.
+measurement is a process of its own. Importing torch is not counted, nor is building a network that is traced. Python's full
+garbage collections look at every object that torch has made, whatever comes after its import; they are counted, and shown
+beside.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from statistics import median
+from typing import Any
 
 from bench.lib import record
 
@@ -24,19 +27,27 @@ NAME = "first_second"
 
 REPEATS = 3
 
+COLLECTIONS = "full garbage collections"
+
 ALIGN = """
-import time, torch
+import gc, time, torch
 from torch import nn
 
 def mlp():
     return nn.Sequential(nn.Linear(20, {width}), nn.ReLU(), nn.Linear({width}, {width}), nn.ReLU(), nn.Linear({width}, 10))
 
+times = []
+def collection(phase, info):
+    if info["generation"] == 2:
+        times.append(time.process_time())
+
 torch.manual_seed(0)
 a, b, x = mlp(), mlp(), torch.randn(8, 20)
+gc.callbacks.append(collection)
 begin = time.process_time()
 import fastmatch as fm
 fm.align(a, b, x)
-print(time.process_time() - begin)
+print([time.process_time() - begin, sum(times[1::2]) - sum(times[::2])])
 """
 
 TRACE = """
@@ -91,8 +102,8 @@ def spent(command: list[str]) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def printed(code: str, cache: str) -> float:
-    """Return the seconds that code prints in a new process, with kernels from a folder, or the usual ones for none."""
+def printed(code: str, cache: str) -> Any:
+    """Return what code prints in a new process, with kernels from a folder, or the usual ones for none."""
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, **({"NUMBA_CACHE_DIR": cache} if cache else {}), "PYTHONDONTWRITEBYTECODE": ""},
@@ -124,12 +135,14 @@ def alignments(width: int, targets: tuple[float, float]) -> Iterator[record.Row]
     code = ALIGN.format(width=width)
     printed(code, "")  # compiles the modules themselves
     with tempfile.TemporaryDirectory() as cache:
-        empty = printed(code, cache)
-        filled = median(printed(code, cache) for _ in range(3))
-    for state, seconds, target in zip(("empty", "filled"), (empty, filled), targets, strict=True):
+        empty = [printed(code, cache)]
+        filled = [printed(code, cache) for _ in range(REPEATS)]
+    for state, runs, target in zip(("empty", "filled"), (empty, filled), targets, strict=True):
+        seconds, collections = (median(parts) for parts in zip(*runs, strict=True))
         yield {
             "what": f"first alignment, MLP of {width}, {state} cache",
             "seconds": seconds,
+            COLLECTIONS: collections,
             "target": target,
         }
 
@@ -159,8 +172,11 @@ def page(found: record.Record) -> str:
         "The first second of a process",
         NAME,
         found,
-        "Processor seconds beyond the interpreter and `import torch`; the first call of a process each.",
-        record.table(found["rows"], ["what", "seconds", "target"]),
+        "Processor seconds beyond the interpreter and `import torch`; the first call of a process each. Full garbage collections "
+        "are those that Python makes in these seconds, of the objects that torch has made.",
+        record.table(
+            [{COLLECTIONS: "-", **row} for row in found["rows"]], ["what", "seconds", COLLECTIONS, "target"]
+        ),
     )
 
 

@@ -10,10 +10,14 @@ from fastmatch.assignment.gap import duality_gap
 from fastmatch.assignment.problem import Infeasible, LapProblem, LapSolution, TooLarge, check_entries
 from fastmatch_kernels.lap.state import HUGE, POPS, SEARCHES
 
-__all__ = ["ShortestPaths"]
+__all__ = ["ShortestPaths", "TooManyPops"]
 
 SWEEPS = 8
 """Sweeps that raise duals at most; one is nearly always enough."""
+
+
+class TooManyPops(Exception):
+    """The paths pop more columns than they may: a compiled solver is worth its loading."""
 
 
 @dataclass(frozen=True)
@@ -22,14 +26,23 @@ class ShortestPaths:
 
     A compiled solver takes a tenth of the time from the second call on. +inf (-inf for a maximisation) forbids an entry.
 
+    Args:
+        most_pops: columns that the paths may pop; beyond them :class:`TooManyPops` is raised. None: any number.
+
     Example:
         >>> from fastmatch.assignment.shortest_paths import ShortestPaths
         >>> fm.solve(np.random.rand(20, 20), solver=ShortestPaths()).is_certified
         True
     """
 
+    most_pops: int | None = None
+
     def solve(self, problem: LapProblem) -> LapSolution:
-        """Solve the problem: see :meth:`Solver.solve`."""
+        """Solve the problem: see :meth:`Solver.solve`.
+
+        Raises:
+            TooManyPops: the paths are longer than asked for.
+        """
         matrix = problem.matrix(self)
         check_entries(matrix, problem.sign)
         costs = problem.sign * matrix.astype(np.float64)
@@ -41,6 +54,8 @@ class ShortestPaths:
         search = _Search(costs, _first_duals(costs, problem.finite_start))
         for row in search.match_rows():
             search.augment(row)
+            if self.most_pops is not None and search.counts[POPS] > self.most_pops:
+                raise TooManyPops
         u = search.close()
         return LapSolution(search.col_of, u, search.v, search.counts)
 

@@ -34,7 +34,7 @@ from fastmatch_kernels.lap.state import (
     room_for,
 )
 
-__all__ = ["SmallDense"]
+__all__ = ["SmallDense", "is_loaded"]
 
 
 _KERNELS: dict[np.dtype, Callable[..., int]] = {}
@@ -46,6 +46,11 @@ DEFAULT = SmallSchedule()
 
 CROWDED_FROM = DEFAULT.crowded_from
 """Rows from which a problem may be found crowded."""
+
+
+def is_loaded() -> bool:
+    """Whether this process has loaded or compiled the kernel for some type of entries."""
+    return bool(_KERNELS)
 
 
 def solve_small(

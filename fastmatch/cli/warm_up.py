@@ -17,7 +17,7 @@ from fastmatch.cli.outputs import say
 __all__ = ["add_commands"]
 
 UNITS = 160
-"""Units of a layer of the networks: more than the solver that compiles nothing takes."""
+"""Units of a layer of the networks, and rows of the matrices."""
 
 
 def add_commands(commands: Commands) -> None:

@@ -19,8 +19,7 @@ from fastmatch._internal.progress import progress_bar
 from fastmatch._internal.ranks import Ranks, current
 from fastmatch._internal.same_on_ranks import check_same_on_ranks
 from fastmatch._internal.shared_data import batches_of_rank, read_in_step, runs_alone
-from fastmatch.assignment import solve
-from fastmatch.matching.device_gain import gain_solver
+from fastmatch.matching.gain_solves import solve_gain
 from fastmatch.matching.matcher import Matcher, Model, modules_of
 from fastmatch.matching.nested import best_orders
 from fastmatch.matching.sharing import Sharing
@@ -208,7 +207,7 @@ class _Found(NamedTuple):
 
 
 def _match_group(name: str, gain: torch.Tensor) -> _Found:
-    solution = solve(gain, maximize=True, solver=gain_solver(gain))
+    solution = solve_gain(gain)
     permutation = _settled(gain, torch.from_numpy(solution.col_ind))
     after = float(_entries(gain, torch.arange(len(gain), device="cpu"), permutation).sum())
     gap = solution.gap, solution.gap_bound
@@ -234,7 +233,7 @@ def best_permutation(gain: torch.Tensor) -> torch.Tensor:
     itself should be left alone. After the assignment, unit i takes its own column wherever exchanging two columns
     loses nothing.
     """
-    solution = solve(gain, maximize=True, solver=gain_solver(gain))
+    solution = solve_gain(gain)
     return _settled(gain, torch.from_numpy(solution.col_ind))
 
 

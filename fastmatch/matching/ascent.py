@@ -21,7 +21,7 @@ from fastmatch._internal.progress import progress_bar
 from fastmatch._internal.ranks import Ranks, current
 from fastmatch.assignment import Assignment, solve
 from fastmatch.assignment.bounded_gain import BoundedGain
-from fastmatch.matching.device_gain import gain_solver
+from fastmatch.matching.gain_solves import plain_solver, solve_gain
 from fastmatch.matching.gains import Gains, owners_of
 from fastmatch.matching.greedy import greedy_order
 from fastmatch.matching.held import HeldState, hold
@@ -30,7 +30,6 @@ from fastmatch.matching.nested import UnmovedGains, match_nested
 from fastmatch.matching.objective import Survey, WeightObjective
 from fastmatch.matching.placement import Placement
 from fastmatch.matching.sharing import Sharing
-from fastmatch.matching.small_network import plain_solver
 from fastmatch.permutations.alignment import Matching
 from fastmatch.spec import Axis, Group, Permutations
 
@@ -324,10 +323,12 @@ class Ascent:
     def _solved(self, group: Group, gain: torch.Tensor | BoundedGain) -> Step:
         """Solve the assignment of a group's gain."""
         name = group.name
-        solver = (self.solver or gain_solver(gain)) if isinstance(gain, torch.Tensor) else None
-        solution = solve(gain, maximize=True, warm_start=self.solutions.get(name), solver=solver)
+        before = self.solutions.get(name)
         if isinstance(gain, BoundedGain):
+            solution = solve(gain, maximize=True, warm_start=before)
             self.gains.spend(name, gain.share)
+        else:
+            solution = solve_gain(gain, before, self.solver)
         return Step({name: torch.from_numpy(solution.col_ind)}, solution)
 
     def _gathered(self, group: Group, axes: Sequence[Axis]) -> BoundedGain | None:

@@ -1,4 +1,4 @@
-"""Gains on a GPU: of one tensor's axis, as views that the kernel reads without copies, and how their problems are solved."""
+"""Gains on a GPU: of one tensor's axis, as views that the kernel reads without copies."""
 
 from __future__ import annotations
 
@@ -9,22 +9,12 @@ from typing import NamedTuple
 
 import torch
 
-from fastmatch.assignment import CandidateLists, Solver
 from fastmatch.spec import Axis
 
-__all__ = ["FactorViews", "factor_views", "gain_solver"]
+__all__ = ["FactorViews", "factor_views"]
 
 MOST_VIEWS = 32
 """Views of one tensor up to which it is multiplied where it is."""
-
-
-LISTED = 2048
-"""Units from which a gain stays on its GPU, and lists of candidates come to the host in its place."""
-
-
-def gain_solver(gain: torch.Tensor) -> Solver | None:
-    """Return the solver of a gain; None for the default."""
-    return CandidateLists() if gain.is_cuda and len(gain) >= LISTED else None
 
 
 class FactorViews(NamedTuple):

@@ -115,6 +115,21 @@ def block(package):
     (package / "__pycache__").write_text("not a folder")
 
 
+KEPT = """
+from fastmatch_kernels._numba.cache import is_kept
+from fastmatch_kernels.probe.caller import outer
+print(is_kept(outer))
+"""
+
+
+def test_a_kernel_is_kept_from_when_it_is_compiled_until_a_source_changes(package, run):
+    assert run(code=KEPT)[0] == ["False"]
+    run()
+    assert run(code=KEPT)[0] == ["True"]
+    (package / "probe" / "callee.py").write_text(CALLEE.replace("x + 1", "x + 2"))
+    assert run(code=KEPT)[0] == ["False"]
+
+
 def test_a_changed_source_recompiles_what_calls_it_and_its_old_code_is_removed(package, run):
     assert run()[0] == ["4", "0"]
     assert run()[0] == ["4", "1"]

@@ -36,7 +36,7 @@ from numba.core.registry import CPUDispatcher
 from numba.core.serialize import dumps
 from numba.misc.appdirs import AppDirs
 
-__all__ = ["compiled", "folders", "njit"]
+__all__ = ["compiled", "folders", "is_kept", "njit"]
 
 config: Any = numba_config  # its attributes come from the environment: no checker knows them
 
@@ -118,6 +118,12 @@ def _is_trusted(folder: Path) -> bool:
 def _is_chosen(folder: Path) -> bool:
     """Whether the folder is as safe as the package or was named by the user, so that it needs no check."""
     return bool(config.CACHE_DIR) or folder == PACKAGE / "__pycache__"
+
+
+def is_kept(kernel: Any) -> bool:
+    """Whether a cache folder has the kernel, compiled from these sources for some type of its arguments."""
+    kept = f"{kernel._cache._name}-{SOURCES}-*.nbc"
+    return any(next(folder.glob(kept), None) is not None for folder in folders())
 
 
 _missing: list[str] = []
