@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
+from fastmatch.permutations.apply import apply_permutations
 from fastmatch.spec import PermutationSpec
 
 
@@ -110,6 +111,29 @@ def weight_matching_torch(a, b, spec: PermutationSpec, seed: int, max_sweeps: in
         return columns, new > old + 1e-6 * abs(new)
 
     return coordinate_descent(spec, lambda n: torch.arange(n, device=device), step, seed, max_sweeps)
+
+
+def merge_many_torch(states, spec: PermutationSpec, seed: int, max_rounds: int = 100):
+    """Return the permutations of every model: each is matched to the mean of the others, round after round.
+
+    This is algorithm 3 of Git Re-Basin, in torch and float32.
+    """
+    generator = np.random.default_rng(seed)
+    names = {axis.parameter for group in spec.groups.values() for axis in group.axes}
+    placed = [dict(state) for state in states]
+    orders = [{name: torch.arange(group.size) for name, group in spec.groups.items()} for _ in states]
+    for _ in range(max_rounds):
+        has_moved = False
+        for k in generator.permutation(len(states)):
+            others = [state for i, state in enumerate(placed) if i != k]
+            mean = {name: sum(state[name] for state in others) / len(others) for name in names}
+            found = weight_matching_torch(mean, placed[k], spec, seed)
+            has_moved |= any(not torch.equal(p, torch.arange(len(p))) for p in found.values())
+            orders[k] = {name: orders[k][name][p] for name, p in found.items()}
+            placed[k] = apply_permutations(states[k], spec, orders[k])
+        if not has_moved:
+            break
+    return orders
 
 
 def activation_matching_by_layer(model_a, model_b, layers: dict[str, str], data):

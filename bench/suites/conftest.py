@@ -13,8 +13,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
+import fastmatch as fm
 from bench.lib.machine import machine, versions
 from bench.lib.peers import solvers
 
@@ -22,6 +24,13 @@ from bench.lib.peers import solvers
 def pytest_addoption(parser):
     parser.addoption("--quick", action="store_true", help="small sizes: under three minutes on two cores")
     parser.addoption("--families", help="measure the families of costs whose names fit this pattern")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _solvers_are_loaded() -> None:
+    """Load the compiled solvers: without them the first matches of a process are solved in numpy."""
+    for dtype in (np.float32, np.float64):
+        fm.solve(np.eye(3, dtype=dtype))
 
 
 @pytest.fixture

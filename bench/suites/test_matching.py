@@ -11,18 +11,41 @@ from bench.lib.paired import compare
 from bench.lib.published import (
     activation_matching,
     activation_matching_by_layer,
+    merge_many_torch,
     objective,
     weight_matching,
     weight_matching_torch,
 )
 from fastmatch.matching.activations import ActivationMatching
+from fastmatch.matching.frank_wolfe import FrankWolfe
+from fastmatch.matching.merge_many import MergeMany
+from fastmatch.matching.pair_objective import sum_over_pairs
 from fastmatch.matching.weights import WeightMatching
+from fastmatch.permutations.apply import apply_permutations
+from fastmatch.spec import PermutationSpec
 from fastmatch.studies.digits import Batches
 
+SIBLING = 0.95
+"""Cosine between the tensors of a network and of its sibling, before its units are permuted: a fine-tuned model's."""
 
-def weights_row(benchmark, name, size, build, example, *, numpy_too, rounds):
+
+def sibling(a, spec):
+    """Return a state near ``a``, with the units of all groups permuted."""
+    g = torch.Generator().manual_seed(1)
+    orders = {name: torch.randperm(group.size, generator=g) for name, group in spec.groups.items()}
+    noise = (1 - SIBLING**2) ** 0.5
+    near = {
+        k: SIBLING * v + noise * v.square().mean().sqrt() * torch.randn(v.shape, generator=g)
+        for k, v in a.items()
+    }
+    return apply_permutations(near, spec, orders)
+
+
+def weights_row(benchmark, name, size, build, example, *, numpy_too, rounds, siblings=False):
     (one, two), spec, _ = pair(build, example)
     a, b = one.state_dict(), two.state_dict()
+    if siblings:
+        b = sibling(a, spec)
 
     def value(perms) -> float:
         wide = [{k: v.double().numpy() for k, v in s.items()} for s in (a, b)]
@@ -46,10 +69,37 @@ def weights_row(benchmark, name, size, build, example, *, numpy_too, rounds):
 
 
 @pytest.mark.widths(quick=(256, 512), full=(256, 512, 1024, 2048, 4096))
-def test_mlp_by_weights(benchmark, width):
+@pytest.mark.parametrize("siblings", [False, True])
+def test_mlp_by_weights(benchmark, width, siblings):
     weights_row(
-        benchmark, "MLP 3 x width", width, lambda: mlp(width), (2, 784),
-        numpy_too=width <= 2048, rounds=3 if width <= 512 else 0,
+        benchmark, "MLP 3 x width" + ", siblings" * siblings, width, lambda: mlp(width), (2, 784),
+        numpy_too=width <= 2048, rounds=3 if width <= 512 else 0, siblings=siblings,
+    )  # fmt: skip
+
+
+@pytest.mark.widths(quick=(100,), full=(300, 600))
+@pytest.mark.parametrize("strategy", [MergeMany(), FrankWolfe()], ids=lambda s: type(s).__name__)
+def test_many_by_weights(benchmark, width, strategy):
+    """Five networks at once. Both find local optima: ours may not be worse by more than these differ among seeds."""
+    torch.manual_seed(0)
+    models = [mlp(width).eval() for _ in range(5)]
+    spec = PermutationSpec.trace(models[0], torch.randn(2, 784))
+    states = [m.state_dict() for m in models]
+
+    def total(orders) -> float:
+        placed = [apply_permutations(s, spec, o) for s, o in zip(states, orders, strict=True)]
+        return float(sum_over_pairs([torch.cat([v.double().flatten() for v in s.values()]) for s in placed]))
+
+    def check(peer, ours, theirs):
+        mine, other = total([found.permutations for found in ours]), total(theirs)
+        benchmark.extra_info.setdefault("objectives", {"fastmatch": mine})[peer] = other
+        assert mine >= 0.98 * other, (peer, mine, other)
+
+    compare(
+        benchmark, suite="matching", instance=f"5 MLPs 3 x width, {type(strategy).__name__}", size=width, check=check,
+        peers={"each to the mean, torch float32": lambda: merge_many_torch(states, spec, 0)}, rounds=0,
+        ours=lambda: strategy.match(states, spec, progress=False),
+        neurons=5 * sum(g.size for g in spec.groups.values()),
     )  # fmt: skip
 
 
