@@ -103,8 +103,6 @@ class FactorCost:
                 raise ValueError(
                     f"factors: expected ({self.shape[0]}, d) and ({self.shape[1]}, d), got {tuple(a.shape)} and {tuple(b.shape)}"
                 )
-            if not (bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all())):
-                raise ValueError("factors: hold NaN or infinity")
         self.tile = (int(tile[0]), int(tile[1]))
         self.depth = sum(a.shape[1] for a, _ in self.pairs)
         # An entry's size, and the sum of the sizes of its terms, are at most this, by row.
@@ -115,7 +113,12 @@ class FactorCost:
         # By sign: what screening multiplies, made on first use.
         self._screens: dict[float, tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]] = {}
         largest = float(self._size.max(initial=0.0))
-        if not largest < torch.finfo(self.dtype).max / 4:
+        fits = largest < torch.finfo(self.dtype).max / 4  # not if a factor holds NaN
+        if not (fits and all(self.shape)) and not all(
+            bool(torch.isfinite(x).all()) for pair in self.pairs for x in pair
+        ):
+            raise ValueError("factors: hold NaN or infinity")
+        if not fits:
             raise ValueError(f"factors: their products overflow {self.dtype}; pass float64 or scale them")
 
     def __repr__(self) -> str:

@@ -37,6 +37,7 @@ from fastmatch_kernels.lap.state import (
     DOUBTFUL,
     FEW_PATHS,
     FEW_ROWS,
+    FEWER_PATHS,
     HUGE,
     INFEASIBLE,
     KEPT,
@@ -288,6 +289,9 @@ def _try_paths(
 ):  # pragma: no cover - compiled
     """Augment from the rows ``stack[:top]`` while all of it is expected to scan no more than ``limit`` rows.
 
+    A path ends at a free column. In a rectangle the number of these is known, so paths are expected to grow as they get fewer; and
+    only what is ahead counts, because its limit stands for another way to go on from here.
+
     Returns:
         (-1 if a row has no path, else 0; the number of free rows, which are then on ``stack``; the scans that are expected
         for these, of which later ones are longer).
@@ -295,16 +299,21 @@ def _try_paths(
     search = new_search(m, v, row_of)
     shuffle(stack, top)
     before = last = counts[POPS] + counts[SEARCHES]
-    tied, done, begin, rest = top < 0, 0, 0, 0.0
+    tied, done, begin, rest, spent = top < 0, 0, 0, 0.0, 0.0
+    spare, few = np.float64(m - n), FEW_PATHS if n == m else FEWER_PATHS
     while done < top:
         found, tied = path(c, start, m, sign, v, row_of, col_of, stack[done], search, tied, counts)
         if not found:
             return -1, top, rest
         done += 1
         now = counts[POPS] + counts[SEARCHES]
-        if done - begin >= FEW_PATHS and now - last > n // 16:
-            rest = (top - done) * ((now - last) / (done - begin))
-            if now - before + rest > limit:
+        if done - begin >= few and now - last > n // 16:
+            if n == m:
+                rest, spent = (top - done) * ((now - last) / (done - begin)), np.float64(now - before)
+            else:
+                left = spare + (top - done)
+                rest = (now - last) * np.log(left / spare) / np.log((spare + (top - begin)) / left)
+            if spent + rest > limit:
                 break
             begin, last = done, now
     return 0, free_rows(col_of, stack), 2.0 * rest
