@@ -72,6 +72,7 @@ class Hooks:
             same steps.
         ranks: the processes that share the work.
         survey: sums over tensors that are known already.
+        gains: those that an earlier ascent has kept, of the same A and B in the dtypes of their products; new ones for None.
     """
 
     bonus: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -82,6 +83,7 @@ class Hooks:
     remembered: Callable[[str, Callable[[], Step]], Step] = lambda name, compute: compute()
     ranks: Ranks = field(default_factory=current)
     survey: Survey | None = None
+    gains: Gains | None = None
 
 
 class Ascent:
@@ -114,7 +116,9 @@ class Ascent:
         self.stale = set(self.names if hooks.stale is None else hooks.stale)
         self.sharing = Sharing(hooks.ranks, self.costs, is_bound=not hooks.out_of_core)
         budget = 0 if hooks.out_of_core else KEPT * problem.size()
-        self.gains = Gains(problem.a, problem.b, problem.spec, budget, in_blocks=hooks.in_blocks)
+        self.gains = hooks.gains or Gains(
+            problem.a, problem.b, problem.spec, budget, in_blocks=hooks.in_blocks
+        )
         self.unkept = Gains(problem.a, problem.b, problem.spec, 0, in_blocks=hooks.in_blocks)
         self.kept: set[str] | None = None
         self.unmoved = UnmovedGains()

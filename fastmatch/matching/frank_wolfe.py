@@ -56,7 +56,7 @@ class FrankWolfe(Strategy):
         TypeError: ``matcher`` is not a :class:`WeightMatching`.
 
     Cost: per step, a gain and an assignment problem for every model and group. Memory: one n x n float64 matrix per model
-    and group, and every model six times in float64.
+    and group, and every model six times, in float32 unless a model is in float64.
     """
 
     matcher: WeightMatching = WeightMatching(init="identity")

@@ -147,6 +147,15 @@ def owners_of(blocks: Sequence[object], ranks: int) -> list[int]:
     return [owner_of(k, len(blocks), ranks) for k in range(len(blocks))]
 
 
+def _units_at(places: Mapping[Axis, Mapping[int, torch.Tensor]], size: int) -> torch.Tensor:
+    """The units of a group at the moved positions of its axes: its own, or those of a group inside or around it."""
+    found = torch.zeros(size, dtype=torch.bool, device="cpu")
+    for axis, moved in places.items():
+        if axis.dim in moved:
+            found |= torch.isin(axis.positions(size), moved[axis.dim]).any(2).any(0)
+    return found.nonzero().flatten()
+
+
 class FactorsOf:
     """The factors of a group's gain as they are stored, read again whenever they are iterated over."""
 
@@ -286,6 +295,73 @@ class Gains:
         gain = self._build(group, axes, permutations, None if kept is None else kept.gain)
         self._keep(group.name, gain, orders)
         return gain
+
+    def follow(self, a: State, moved: Mapping[str, torch.Tensor]) -> None:
+        """Take another A, which differs from the last one in some units only, and update the gains that are kept.
+
+        Args:
+            a: the state dict.
+            moved: group -> its units whose weights may differ, int64 on the CPU.
+        """
+        before, self.a = self.a, a
+        for name, kept in list(self.kept.items()):
+            group = self.spec.groups[name]
+            places = {axis: self._moved_places(axis.parameter, moved) for axis in kept.orders}
+            rows = _units_at(places, group.size)
+            features = {axis: {d: at for d, at in places[axis].items() if d != axis.dim} for axis in places}
+            if kept.updates < MAX_UPDATES and self._pays(group, rows, features):
+                self._follow(kept, group, before, rows, features)
+            else:
+                self.budget += kept.gain.numel() * kept.gain.element_size()
+                del self.kept[name]
+
+    def _moved_places(self, parameter: str, moved: Mapping[str, torch.Tensor]) -> dict[int, torch.Tensor]:
+        """Dimension of a tensor -> the positions of units that moved."""
+        found: dict[int, list[torch.Tensor]] = {}
+        for axis, name in self.spec.axes_of(parameter):
+            if len(moved.get(name, ())):
+                positions = axis.positions(self.spec.groups[name].size)[:, moved[name]]
+                found.setdefault(axis.dim, []).append(positions.flatten())
+        return {dim: torch.cat(positions).unique() for dim, positions in found.items()}
+
+    def _pays(
+        self, group: Group, rows: torch.Tensor, features: Mapping[Axis, Mapping[int, torch.Tensor]]
+    ) -> bool:
+        """Whether the rows and features of a gain that A's units have moved are few. Features move along one dimension at most."""
+        products = whole = 0.0
+        for axis, places in features.items():
+            shape = self.spec.shapes[axis.parameter]
+            whole += math.prod(shape)
+            share = len(rows) / group.size + sum(len(at) / shape[dim] for dim, at in places.items())
+            products += math.inf if len(places) > 1 else share * math.prod(shape)
+        return products < REBUILD_FRACTION * whole
+
+    def _follow(
+        self,
+        kept: _Kept,
+        group: Group,
+        before: State,
+        rows: torch.Tensor,
+        features: Mapping[Axis, Mapping[int, torch.Tensor]],
+    ) -> None:
+        """Change a gain by the features of A that moved, and multiply the rows of units that moved anew."""
+        gain, size = kept.gain, group.size
+        anew = torch.zeros(len(rows), size, dtype=gain.dtype, device=gain.device)
+        for axis, places in features.items():
+            a, name = self.a[axis.parameter], axis.parameter
+            b = self.b[name]
+            for dim, index in kept.orders[axis].items():
+                b = b.index_select(dim, index.to(b.device))
+            for dim, at in places.items():
+                now, then = (x.index_select(dim, at.to(x.device)) for x in (a, before[name]))
+                change = unit_rows(now - then, axis, size, gain.dtype)
+                others = unit_rows(b.index_select(dim, at.to(b.device)), axis, size, gain.dtype)
+                gain.addmm_(change, others.to(gain.device).T)
+            if len(rows):
+                left = unit_rows(a, axis, size, gain.dtype, rows)
+                anew.addmm_(left, unit_rows(b, axis, size, gain.dtype).to(gain.device).T)
+        gain[rows.to(gain.device)] = anew
+        kept.updates += 1
 
     def _orders(self, axes: Sequence[Axis], permutations: Permutations) -> dict[Axis, Order] | None:
         """The order of B's columns per axis; None if units move only in slices, which have no single order.

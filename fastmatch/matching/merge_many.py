@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,11 +10,13 @@ import torch
 
 from fastmatch._internal.checks import check_integer
 from fastmatch._internal.progress import progress_bar
+from fastmatch._internal.ranks import current as current_ranks
 from fastmatch._internal.states import State, state_of
 from fastmatch.matching.activations import ActivationMatching
 from fastmatch.matching.ascent import Hooks
+from fastmatch.matching.gains import Gains
 from fastmatch.matching.matcher import Models, Strategy, check_matcher, check_rereadable
-from fastmatch.matching.pair_objective import anchored, moving, pair_objective
+from fastmatch.matching.pair_objective import anchored, moving
 from fastmatch.matching.similar_many import match_similar
 from fastmatch.matching.weights import WeightMatching, check_unbalanced, match_weights
 from fastmatch.permutations.alignment import Alignment, Matching
@@ -61,6 +63,9 @@ class MergeMany(Strategy):
     Raises:
         ValueError: ``max_rounds`` is out of range, or ``matcher.init`` is not ``"identity"``.
         TypeError: ``matcher`` is neither of the two, or its data is an iterator, which can be read only once.
+
+    Cost: by weights, a first match per model as of two; later ones multiply the units that have moved. Memory: the sum of the models in float64, and
+    for every model the mean of the others and gains of at most that size.
     """
 
     matcher: WeightMatching | ActivationMatching = WeightMatching(init="identity")
@@ -113,10 +118,12 @@ def match_mean(
     assert isinstance(matcher, WeightMatching)
     current = list(start) if start is not None else [spec.identity() for _ in states]
     generator = np.random.default_rng(matcher.seed)
-    trace = [pair_objective(states, spec, current, matcher.include)]
     solves = skipped = rounds = 0
-    totals = _Totals(states, spec, current, moving(states[0], spec, matcher.include))
+    names = moving(states[0], spec, matcher.include)
+    totals = _Totals(states, spec, current, names)
+    trace = [totals.objective()]
     stale = [set(spec.top_level()) for _ in states]
+    kept = [_KeptGains(state, spec, names) for state in states]
     moved = True
     while moved and rounds < options.max_rounds:
         moved = False
@@ -125,20 +132,23 @@ def match_mean(
             single = replace(matcher, init=current[k], seed=int(generator.integers(2**31)))
             if not stale[k]:
                 continue
-            hooks = Hooks(stale=stale[k])
-            found = match_weights(totals.mean_of_others(k), states[k], spec, single, hooks, progress=False)
-            changed = {g for g, p in found.permutations.items() if not torch.equal(p, current[k][g])}
+            mean = totals.mean_of_others(k)
+            hooks = Hooks(stale=stale[k], gains=kept[k].at(mean))
+            found = match_weights(mean, states[k], spec, single, hooks, progress=False)
+            differ = {g: (p != current[k][g]).nonzero().flatten() for g, p in found.permutations.items()}
+            changed = {g for g, units in differ.items() if len(units)}
             moved |= bool(changed)
             stale[k] = set() if found.converged else set(spec.top_level())
             neighbours = _with_neighbours(changed, spec)
             for other in range(len(states)):
                 if other != k:
                     stale[other] |= neighbours
+                    kept[other].note(differ)
             current[k] = found.permutations
             totals.move(k, current[k])
             solves, skipped = solves + found.solves, skipped + found.skipped
         rounds += 1
-        trace.append(pair_objective(states, spec, current, matcher.include))
+        trace.append(totals.objective())
     outcome = Matching(current[-1], "MergeMany", tuple(trace), rounds, solves, skipped, converged=not moved)
     return current, outcome
 
@@ -147,6 +157,51 @@ def _with_neighbours(groups: set[str], spec: PermutationSpec) -> set[str]:
     """The top-level groups of ``groups`` and of all groups that share a tensor with them."""
     reached = groups.union(*(spec.neighbours(g) for g in groups))
     return {spec.groups[g].within or g for g in reached}
+
+
+class _KeptGains:
+    """The gains of a model with the mean of the others, between its matches.
+
+    Late rounds move few units, so gains are updated by these. A gain is of the mean in float32, unless the model is in float64.
+
+    Args:
+        state: the model.
+        spec: which axes move together.
+        names: the tensors that enter.
+    """
+
+    def __init__(self, state: State, spec: PermutationSpec, names: Sequence[str]) -> None:
+        self.state, self.spec, self.names = state, spec, names
+        self.gains: Gains | None = None
+        self.moved: dict[str, set[int]] = {}
+
+    def note(self, differ: Mapping[str, torch.Tensor]) -> None:
+        """Note the units of each group that another model has moved."""
+        for group, units in differ.items():
+            self.moved.setdefault(group, set()).update(units.tolist())
+
+    def at(self, mean: State) -> Gains | None:
+        """Return the gains with this mean of the others; None in a process group, where every rank keeps its own."""
+        if current_ranks().is_group:
+            return None
+        wide = {name: self.state[name].dtype == torch.float64 for name in self.names}
+        a = {
+            **mean,
+            **{name: mean[name].to(torch.float64 if wide[name] else torch.float32) for name in self.names},
+        }
+        if self.gains is None:
+            budget = sum(x.numel() * x.element_size() for x in map(a.__getitem__, self.names))
+            self.gains = Gains(a, self.state, self.spec, budget)
+        else:
+            self.gains.follow(
+                a,
+                {
+                    group: torch.tensor(sorted(units), dtype=torch.long, device="cpu")
+                    for group, units in self.moved.items()
+                },
+            )
+        self.moved = {}
+        return self.gains
 
 
 class _Totals:
@@ -165,6 +220,12 @@ class _Totals:
         for k in range(1, len(states)):
             for name in names:
                 self.totals[name] = self.totals[name] + self._tensor(k, name)
+        self.own = sum(float(s[name].double().square().sum()) for s in states for name in names)
+        """The models' products with themselves, which no order changes."""
+
+    def objective(self) -> float:
+        """Return the inner products of all pairs of models, summed."""
+        return (sum(float(total.square().sum()) for total in self.totals.values()) - self.own) / 2
 
     def _tensor(self, k: int, name: str) -> torch.Tensor:
         return permute_tensor(self.states[k][name], name, self.spec, self.permutations[k])

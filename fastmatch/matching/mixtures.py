@@ -20,6 +20,9 @@ from fastmatch.spec import Axis
 
 __all__ = ["Mixtures", "can_mix"]
 
+SPLIT = 1 << 15
+"""Numbers of each term that are multiplied at a time."""
+
 Order = Mapping[int, torch.Tensor]
 """Dimension -> the positions of a tensor that a permutation selects along it."""
 
@@ -40,6 +43,9 @@ def can_mix(axes: Sequence[Axis], sizes: Sequence[int]) -> bool:
 class Mixtures:
     """One tensor of every model, under the maps of all of its dimensions and under those of each alone.
 
+    They are kept in float32, unless a tensor is in float64: the way to the permutations needs no more. Products of terms are summed in
+    float64.
+
     Args:
         tensors: one per model, of one shape; not changed.
         axes: (axis, number of its group) of every axis that is mixed; see :func:`can_mix`. The maps begin at the identity.
@@ -50,7 +56,9 @@ class Mixtures:
         self.dims: tuple[int, ...] = tuple(sorted({axis.dim for axis, _ in axes}))
         alone = [(dim,) for dim in self.dims] if len(self.dims) > 1 else []
         subsets: list[tuple[int, ...]] = [(), *alone, self.dims]
-        self.mixed = [{dims: t.double() if dims else t for dims in subsets} for t in tensors]
+        wide = any(t.dtype == torch.float64 for t in tensors)
+        self.dtype = torch.float64 if wide else torch.float32
+        self.mixed = [{dims: t.to(self.dtype) if dims else t for dims in subsets} for t in tensors]
         """Per model, the tensor under the maps of some dimensions."""
         self._orders: list[Order] = []
         self._terms: list[torch.Tensor] = []
@@ -81,7 +89,7 @@ class Mixtures:
         gram = torch.zeros(count + 1, count + 1, dtype=torch.float64, device="cpu")
         total: torch.Tensor | None = None
         for mixed, order in zip(self.mixed, self._orders, strict=True):
-            terms = torch.zeros(count + 1, *mixed[()].shape, dtype=torch.float64, device=mixed[()].device)
+            terms = torch.zeros(count + 1, *mixed[()].shape, dtype=self.dtype, device=mixed[()].device)
             for dims, part in mixed.items():
                 terms[len(dims)] += _reordered(part, order, [d for d in self.dims if d not in dims])
             self._terms.append(terms)
@@ -97,7 +105,7 @@ class Mixtures:
         for mixed, order, terms in zip(self.mixed, self._orders, self._terms, strict=True):
             for dims, part in mixed.items():
                 if len(dims) == 1 and count > 1:
-                    mixed[dims] = torch.lerp(part, _reordered(mixed[()], order, dims).double(), t)
+                    mixed[dims] = torch.lerp(part, _reordered(mixed[()], order, dims).to(part), t)
             mixed[self.dims] = torch.einsum(
                 "k,k...->...", torch.tensor(weights, device="cpu").to(terms), terms
             )
@@ -120,5 +128,9 @@ def _reordered(tensor: torch.Tensor, order: Order, dims: Sequence[int]) -> torch
 
 
 def _gram(terms: torch.Tensor) -> torch.Tensor:
-    flat = terms.flatten(1)
-    return (flat @ flat.T).cpu()
+    """The inner products of all terms, in float64; parts are widened while they are in a cache."""
+    total = torch.zeros(len(terms), len(terms), dtype=torch.float64, device=terms.device)
+    for part in terms.flatten(1).split(SPLIT, dim=1):
+        wide = part.double()
+        total.addmm_(wide, wide.T)
+    return total.cpu()

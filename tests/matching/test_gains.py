@@ -56,6 +56,52 @@ def test_followed_gains_are_the_gains(name, monkeypatch):
         perms = spec.random(generator) if turn == 6 else few_moves(perms, generator)
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_gains_follow_another_a_whose_units_have_moved(name, monkeypatch):
+    monkeypatch.setattr(gains_module, "REBUILD_FRACTION", 2.0)
+    seed = fresh_seed()
+    (one, x), (two, _) = build(name, seed), build(name, seed + 1)
+    spec = fm.PermutationSpec.trace(one, x)
+    first, b = one.state_dict(), two.state_dict()
+    axes = {n: [x for x in g.axes if first[x.parameter].is_floating_point()] for n, g in spec.groups.items()}
+    generator = torch.Generator().manual_seed(seed)
+    perms, order, a = spec.random(generator), spec.identity(), first
+    gains = Gains(a, b, spec, budget=2**30)
+    followed = 0
+    for turn in range(12):
+        for group in spec.groups.values():
+            got = gains.of(group, axes[group.name], perms)
+            want = direct(a, b, spec, group, axes[group.name], perms)
+            scale = 1e-5 * float(want.abs().max() + 1)
+            assert float((got.double() - want).abs().max()) <= scale, (group.name, turn)
+        if turn % 2:  # the next gains are updated on both sides
+            perms = few_moves(perms, generator)
+        now = spec.random(generator) if turn == 6 else few_moves(dict(order), generator)
+        moved = {g: (now[g] != order[g]).nonzero().flatten() for g in now}
+        order, a = now, apply_permutations(first, spec, now)
+        gains.follow(a, moved)
+        followed += len(gains.kept)
+    assert followed > 0 or all(
+        any(spec.has_slices(x.parameter) for x in g.axes) for g in spec.groups.values()
+    )
+
+
+def test_gains_of_an_a_that_moved_a_lot_are_built_again():
+    (one, x), (two, _) = build("mlp", 1), build("mlp", 2)
+    spec = fm.PermutationSpec.trace(one, x)
+    a, b = one.state_dict(), two.state_dict()
+    gains = Gains(a, b, spec, budget=2**30)
+    budget = gains.budget
+    for group in spec.groups.values():
+        gains.of(group, group.axes, spec.identity())
+    gains.follow(a, {})
+    assert gains.kept.keys() == spec.groups.keys()
+    now = spec.random(torch.Generator().manual_seed(0))
+    gains.follow(apply_permutations(a, spec, now), {g: torch.arange(len(p)) for g, p in now.items()})
+    assert gains.kept == {}
+    assert gains.budget == budget
+
+
 def test_updates_are_taken_counted_and_end(monkeypatch):
     (one, x), (two, _) = build("mlp", 1), build("mlp", 2)
     spec = fm.PermutationSpec.trace(one, x)

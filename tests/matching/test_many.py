@@ -225,6 +225,20 @@ def _orders_by_activations(models, x, matcher, **options):
     return [a.permutations for a in found], found[0].matching
 
 
+@pytest.mark.parametrize("name", ["mlp", "resnet", "encoder", "grouped"])
+def test_gains_that_are_kept_between_rounds_change_no_result(name, monkeypatch):
+    seed = fresh_seed()
+    networks = [build(name, seed + k) for k in range(4)]
+    spec = fm.PermutationSpec.trace(*networks[0])
+    states = [model.state_dict() for model, _ in networks]
+    kept, matching = match_mean(states, spec, fm.MergeMany())
+    monkeypatch.setattr("fastmatch.matching.merge_many._KeptGains.at", lambda self, mean: None)
+    fresh, other = match_mean(states, spec, fm.MergeMany())
+    for one, two in zip(kept, fresh, strict=True):
+        assert all(torch.equal(one[group], two[group]) for group in two)
+    assert matching.objective == pytest.approx(other.objective, rel=1e-12)
+
+
 def test_activations_of_all_pairs_find_the_best_order_of_three_small_networks():
     # Every order of the three units of two networks is tried.
     torch.manual_seed(fresh_seed())
