@@ -8,8 +8,8 @@ from fastmatch.assignment.solution import Assignment
 
 __all__ = ["is_only_optimum"]
 
-MARGIN = 4.0
-"""Certificates' bounds by which every other assignment must be worse: one for this solver's rounding, one for another's."""
+MARGIN = 64.0
+"""Certificates' bounds by which every other assignment must be worse. Another solver's bound may be larger, as its duals may be."""
 
 FEW_TIGHT = 4
 """Tight entries beside the matched ones, by rows, beyond which ties are taken for granted."""

@@ -11,7 +11,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from fastmatch._internal.callers import is_own_error
 from fastmatch._internal.checks import check_limit
 from fastmatch._internal.states import check_same_architecture, prefix_of
 from fastmatch.checkpoint.diffusion.pipeline import networks_of
@@ -22,7 +21,7 @@ from fastmatch.checkpoint.same_model import check_same_sizes
 from fastmatch.checkpoint.structure import build_empty, compared, config_inputs
 from fastmatch.checkpoint.tracing import is_diffusion, models_of, take_names
 from fastmatch.permutations.precise import Wide
-from fastmatch.spec.running import arguments_of, outputs_named, plain_operations
+from fastmatch.spec.running import arguments_of, examples_that_run, outputs_named, plain_operations
 
 __all__ = ["CheckpointVerification", "DifferentFunction", "verify_checkpoints"]
 
@@ -106,13 +105,8 @@ def verify_checkpoints(
     check_same_architecture(a.headers, b.headers, str(path_a), str(path_b))
     if model is not None:
         own = (_without_prefix(model, a), _without_prefix(model, b))
-        try:
+        with examples_that_run():
             return _verify(model, own, arguments_of(example_inputs, kwargs), dtype, tolerance)
-        except (RuntimeError, ValueError) as error:
-            is_own = isinstance(error, ValueError) and is_own_error(error)
-            if is_own or isinstance(error, torch.OutOfMemoryError):
-                raise
-            raise ValueError(f"example_inputs: the model does not run on them ({error})") from error
     if a.parts:
         return _verify_pipeline(a, b, dtype, tolerance)
     if is_diffusion(path_a, a):

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fastmatch._internal.callers import is_own_error
 from fastmatch._internal.words import error_line
 from fastmatch.spec.axes import Axis
 from fastmatch.spec.exported import export_graph
 from fastmatch.spec.operations import tensors_in
-from fastmatch.spec.running import arguments_of
+from fastmatch.spec.running import arguments_of, examples_that_run
 from fastmatch.spec.spec import PermutationSpec
 from fastmatch.spec.trace import Tracer, trace
 
@@ -83,12 +82,8 @@ def trace_graph(model: nn.Module, example_inputs: Any) -> Structure:
         watching.append(_Watching(module, tracer))
         return watching[0].run(*values)
 
-    try:
+    with examples_that_run():
         found = trace(module, tuple(inputs), run=run)
-    except (RuntimeError, ValueError) as error:
-        if isinstance(error, ValueError) and is_own_error(error):
-            raise
-        raise ValueError(f"example_inputs: the model does not run on them ({error})") from error
     values: dict[str, list[tuple[Axis, str]]] = {name: [] for name in watching[0].tensors}
     spec = PermutationSpec(found.groups, found.shapes, found.pins, found.sites).flat()
     for site in spec.sites:

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 
+from fastmatch._internal.callers import is_own_error
 from fastmatch._internal.checks import check_choice
 from fastmatch._internal.eager import eagerly
 from fastmatch._internal.modules import to_eval_mode
@@ -25,6 +26,7 @@ __all__ = [
     "check_not_batches",
     "copies_of",
     "examples_of",
+    "examples_that_run",
     "outputs_named",
     "plain_operations",
     "tensors_returned",
@@ -102,6 +104,19 @@ def _differs(buffer: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether an ordinary tensor was changed: batch norm updates its statistics without a new version of them."""
     is_ordinary = type(buffer) is torch.Tensor and buffer.layout == torch.strided and not buffer.is_meta
     return is_ordinary and not torch.equal(buffer, value)
+
+
+@contextmanager
+def examples_that_run() -> Iterator[None]:
+    """Turn an error of a model into a ValueError that names ``example_inputs``; our own errors and those of memory pass."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, ValueError) and is_own_error(error):
+            raise
+        raise ValueError(f"example_inputs: the model does not run on them ({error})") from error
 
 
 @contextmanager

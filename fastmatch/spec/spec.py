@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from fastmatch._internal.callers import is_own_error
 from fastmatch._internal.checks import check_choice, check_integer, check_type
 from fastmatch._internal.json_files import parse_json
 from fastmatch.spec.axes import ActivationSite, Axis, Group, Permutations, Pin
+from fastmatch.spec.running import examples_that_run
 from fastmatch.spec.trace import Outputs, trace
 from fastmatch.spec.unread import Unread, check_unread, hold_groups
 
@@ -129,12 +129,8 @@ class PermutationSpec:
             UserWarning: the model takes more paths than were followed.
         """
         check_choice("unread", unread, Unread)
-        try:
+        with examples_that_run():
             found = trace(model, example_inputs, kwargs=kwargs, outputs=outputs)
-        except (RuntimeError, ValueError) as error:
-            if isinstance(error, ValueError) and is_own_error(error):
-                raise
-            raise ValueError(f"example_inputs: the model does not run on them ({error})") from error
         if unread == "refuse":
             check_unread(found.groups, found.unread)
         spec = cls(found.groups, found.shapes, found.pins, found.sites)

@@ -142,6 +142,22 @@ def test_the_model_is_left_as_it_was():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+class Hungry(nn.Module):
+    """A model that finds no memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 56.00 GiB")
+
+
+def test_a_lack_of_memory_is_not_blamed_on_the_inputs():
+    with pytest.raises(torch.OutOfMemoryError, match=r"56\.00 GiB"):
+        fm.PermutationSpec.trace(Hungry(), torch.randn(2, 4))
+
+
 @pytest.mark.parametrize(("model", "example", "error"), [
     ("text", torch.zeros(1), "model: expected a torch module"),
     (nn.ReLU(), torch.zeros(1), "no parameters"),
