@@ -166,7 +166,7 @@ def align(folder: Path, permuted: Path, out: Path, groups: int | None) -> dict[s
     parts.time(WeightObjective, "value", "objective")
     parts.time(WeightObjective, "change", "objective")
     parts.time(ascent, "match_nested", "heads")
-    parts.time(ascent, "solve", "assignments and their proofs")
+    parts.time(ascent.Ascent, "_solved", "assignments and their proofs")
     parts.time(out_of_core, "write_like", "write")
     spec = trace_config(folder)
     started, processor = time.perf_counter(), time.process_time()
@@ -249,7 +249,7 @@ def page(found: record.Record) -> str:
         ]  # fmt: skip
         names = dict.fromkeys(name for row in chosen for name in row["parts"])
         parts = [
-            {"processor s": name, **{f"{row['cosine']:g}": row["parts"].get(name, 0.0) for row in chosen}}
+            {"processor s": name, **{f"{row['cosine']:g}": row["parts"].get(name, "-") for row in chosen}}
             for name in names
         ]
         products = chosen[0]["products"]
@@ -264,7 +264,8 @@ def page(found: record.Record) -> str:
         "Streamed alignment of a Llama-shaped checkpoint", NAME, found,
         "Checkpoints in bfloat16 shards. B is A mixed with an independent checkpoint so that each tensor has the cosine of the table, then permuted: 1 is a "
         "sibling, 0 an unrelated network. Reads are the bytes read, in those of one checkpoint. The peak is VmHWM of the aligning process. "
-        "Seconds depend on what else ran (load: the average at the end of the run); processor seconds count all threads.",
+        "Seconds depend on what else ran (load: the average at the end of the run); processor seconds count all threads. A part that was not timed by itself, -, "
+        "is in the last one.",
         *sections,
     )  # fmt: skip
 

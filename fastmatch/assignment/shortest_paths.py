@@ -53,9 +53,9 @@ class ShortestPaths:
             raise TooLarge
         search = _Search(costs, _first_duals(costs, problem.finite_start))
         for row in search.match_rows():
-            search.augment(row)
             if self.most_pops is not None and search.counts[POPS] > self.most_pops:
                 raise TooManyPops
+            search.augment(row)
         u = search.close()
         return LapSolution(search.col_of, u, search.v, search.counts)
 

@@ -1,4 +1,4 @@
-"""Whether a certified assignment is the only best one, so that every exact solver returns it."""
+"""Whether a certified assignment is the only best one, so that other exact solvers return it too."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from fastmatch.assignment.solution import Assignment
 __all__ = ["is_only_optimum"]
 
 MARGIN = 64.0
-"""Certificates' bounds by which every other assignment must be worse. Another solver's bound may be larger, as its duals may be."""
+"""Certificates' gaps and bounds by which every other assignment must be worse: two for this solver's, the rest for another's, whose
+duals may be larger and its bound with them."""
 
 FEW_TIGHT = 4
 """Tight entries beside the matched ones, by rows, beyond which ties are taken for granted."""

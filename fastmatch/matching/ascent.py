@@ -21,7 +21,7 @@ from fastmatch._internal.progress import progress_bar
 from fastmatch._internal.ranks import Ranks, current
 from fastmatch.assignment import Assignment, solve
 from fastmatch.assignment.bounded_gain import BoundedGain
-from fastmatch.matching.gain_solves import plain_solver, solve_gain
+from fastmatch.matching.gain_solves import GainSolver, plain_solver
 from fastmatch.matching.gains import Gains, owners_of
 from fastmatch.matching.greedy import greedy_order
 from fastmatch.matching.held import HeldState, hold
@@ -72,7 +72,7 @@ class Hooks:
             same steps.
         ranks: the processes that share the work.
         survey: sums over tensors that are known already.
-        gains: those that an earlier ascent has kept, of the same A and B in the dtypes of their products; new ones for None.
+        gains: those that an earlier ascent has kept, of the same A, in float32 or float64, and B; new ones for None.
     """
 
     bonus: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -122,7 +122,8 @@ class Ascent:
         self.unkept = Gains(problem.a, problem.b, problem.spec, 0, in_blocks=hooks.in_blocks)
         self.kept: set[str] | None = None
         self.unmoved = UnmovedGains()
-        self.solver = plain_solver(problem.spec)
+        waits = not (hooks.ranks.is_group or hooks.out_of_core or hooks.in_blocks)
+        self.solver = GainSolver(plain_solver(problem.spec), waits=waits)
         if hooks.ranks.is_group:  # which gains are kept must not depend on which groups this rank solves
             self.kept = problem.within(budget)
             self.gains.budget = sys.maxsize
@@ -329,10 +330,10 @@ class Ascent:
         name = group.name
         before = self.solutions.get(name)
         if isinstance(gain, BoundedGain):
-            solution = solve(gain, maximize=True, warm_start=before)
+            solution = solve(gain, maximize=True, warm_start=self.solver.by_kernels(name, before))
             self.gains.spend(name, gain.share)
         else:
-            solution = solve_gain(gain, before, self.solver)
+            solution = self.solver.solve(name, gain, before)
         return Step({name: torch.from_numpy(solution.col_ind)}, solution)
 
     def _gathered(self, group: Group, axes: Sequence[Axis]) -> BoundedGain | None:

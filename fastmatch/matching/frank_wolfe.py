@@ -13,15 +13,18 @@ from fastmatch._internal.progress import progress_bar
 from fastmatch._internal.states import State, state_of
 from fastmatch.assignment import linear_sum_assignment
 from fastmatch.matching.matcher import Models, Strategy, check_matcher
-from fastmatch.matching.merge_many import MergeMany, check_init, match_mean
+from fastmatch.matching.merge_many import MergeMany, Totals, check_init, match_mean
 from fastmatch.matching.mixtures import Mixtures, can_mix
 from fastmatch.matching.objective import Include
-from fastmatch.matching.pair_objective import anchored, moving, pair_objective, sum_over_pairs
+from fastmatch.matching.pair_objective import anchored, moving, sum_over_pairs
 from fastmatch.matching.weights import WeightMatching
 from fastmatch.permutations.alignment import Alignment, Matching
 from fastmatch.spec import Axis, Permutations, PermutationSpec
 
 __all__ = ["FrankWolfe", "match_frank_wolfe"]
+
+LEAST_RISE = 1e-6
+"""The relative rise of the relaxed objective that is more than rounding, where mixtures are in float32."""
 
 STEPS = 17
 """The objective is compared at this many points of the segment to the Frank-Wolfe vertex, both ends included."""
@@ -36,7 +39,7 @@ class FrankWolfe(Strategy):
 
     Maximizes ``sum_{p<q} <P_p theta_p, P_q theta_q>`` over permutations P_k that are relaxed to doubly stochastic
     matrices. Each step solves one assignment problem per model and group, with the gradient as its gain, and goes to
-    the best of 17 points on the segment to that vertex. The relaxed objective never falls. At the end each map is
+    the best of 17 points on the segment to that vertex, while the relaxed objective rises by more than rounding. At the end each map is
     rounded to its nearest permutation (or all are set to the identity, if that is better), and :class:`MergeMany`
     improves the result. Groups with subgroups (heads) move only in this last part.
 
@@ -91,7 +94,8 @@ def match_frank_wolfe(
     maps, solves = _climb(states, spec.flat(), options, progress)
     rounded = [_rounded(model, spec) for model in maps]
     identity = [spec.identity() for _ in states]
-    at_start, at_rounded = (pair_objective(states, spec, p, include) for p in (identity, rounded))
+    names = moving(states[0], spec, include)
+    at_start, at_rounded = (Totals(states, spec, p, names).objective() for p in (identity, rounded))
     found, polished = match_mean(
         states,
         spec,
@@ -188,6 +192,7 @@ def _climb(
     """The relaxed maps at which no step raises the objective, and the number of assignment problems solved."""
     relaxation = _Relaxation(states, spec, options.matcher.include)
     points = np.linspace(0, 1, STEPS).tolist()
+    least = max(options.matcher.tolerance, LEAST_RISE if relaxation.dtype == torch.float32 else 0.0)
     solves = 0
     for _ in progress_bar(range(options.max_steps), "Frank-Wolfe", show=progress):
         vertices = [
@@ -197,7 +202,7 @@ def _climb(
         solves += sum(map(len, vertices))
         values = relaxation.look(vertices, points)
         best = int(np.argmax(values))
-        if not values[best] > values[0] + options.matcher.tolerance * abs(values[0]):
+        if not values[best] > values[0] + least * abs(values[0]):
             break
         relaxation.go(vertices, points[best])
     return relaxation.maps, solves

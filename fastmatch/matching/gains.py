@@ -345,9 +345,13 @@ class Gains:
         features: Mapping[Axis, Mapping[int, torch.Tensor]],
     ) -> None:
         """Change a gain by the features of A that moved, and multiply the rows of units that moved anew."""
+        if not len(rows) and not any(features.values()):
+            return
         gain, size = kept.gain, group.size
         anew = torch.zeros(len(rows), size, dtype=gain.dtype, device=gain.device)
         for axis, places in features.items():
+            if not len(rows) and not places:
+                continue
             a, name = self.a[axis.parameter], axis.parameter
             b = self.b[name]
             for dim, index in kept.orders[axis].items():
@@ -356,10 +360,11 @@ class Gains:
                 now, then = (x.index_select(dim, at.to(x.device)) for x in (a, before[name]))
                 change = unit_rows(now - then, axis, size, gain.dtype)
                 others = unit_rows(b.index_select(dim, at.to(b.device)), axis, size, gain.dtype)
-                gain.addmm_(change, others.to(gain.device).T)
+                _multiply(gain, FactorViews([(change, others.to(gain.device))]), accumulate=True)
             if len(rows):
                 left = unit_rows(a, axis, size, gain.dtype, rows)
-                anew.addmm_(left, unit_rows(b, axis, size, gain.dtype).to(gain.device).T)
+                right = unit_rows(b, axis, size, gain.dtype).to(gain.device)
+                _multiply(anew, FactorViews([(left, right)]), accumulate=True)
         gain[rows.to(gain.device)] = anew
         kept.updates += 1
 

@@ -10,10 +10,9 @@ import torch
 
 from fastmatch._internal.checks import check_integer
 from fastmatch._internal.progress import progress_bar
-from fastmatch._internal.ranks import current as current_ranks
 from fastmatch._internal.states import State, state_of
 from fastmatch.matching.activations import ActivationMatching
-from fastmatch.matching.ascent import Hooks
+from fastmatch.matching.ascent import KEPT, Hooks
 from fastmatch.matching.gains import Gains
 from fastmatch.matching.matcher import Models, Strategy, check_matcher, check_rereadable
 from fastmatch.matching.pair_objective import anchored, moving
@@ -23,7 +22,7 @@ from fastmatch.permutations.alignment import Alignment, Matching
 from fastmatch.permutations.apply import permute_tensor
 from fastmatch.spec import Permutations, PermutationSpec
 
-__all__ = ["MergeMany", "check_init", "match_mean"]
+__all__ = ["MergeMany", "Totals", "check_init", "match_mean"]
 
 
 def check_init(matcher: WeightMatching) -> None:
@@ -65,7 +64,7 @@ class MergeMany(Strategy):
         TypeError: ``matcher`` is neither of the two, or its data is an iterator, which can be read only once.
 
     Cost: by weights, a first match per model as of two; later ones multiply the units that have moved. Memory: the sum of the models in float64, and
-    for every model the mean of the others and gains of at most that size.
+    for every model the mean of the others and gains of at most twice its size.
     """
 
     matcher: WeightMatching | ActivationMatching = WeightMatching(init="identity")
@@ -120,7 +119,7 @@ def match_mean(
     generator = np.random.default_rng(matcher.seed)
     solves = skipped = rounds = 0
     names = moving(states[0], spec, matcher.include)
-    totals = _Totals(states, spec, current, names)
+    totals = Totals(states, spec, current, names)
     trace = [totals.objective()]
     stale = [set(spec.top_level()) for _ in states]
     kept = [_KeptGains(state, spec, names) for state in states]
@@ -135,8 +134,8 @@ def match_mean(
             mean = totals.mean_of_others(k)
             hooks = Hooks(stale=stale[k], gains=kept[k].at(mean))
             found = match_weights(mean, states[k], spec, single, hooks, progress=False)
-            differ = {g: (p != current[k][g]).nonzero().flatten() for g, p in found.permutations.items()}
-            changed = {g for g, units in differ.items() if len(units)}
+            differ = {g: p != current[k][g] for g, p in found.permutations.items()}
+            changed = {g for g, units in differ.items() if units.any()}
             moved |= bool(changed)
             stale[k] = set() if found.converged else set(spec.top_level())
             neighbours = _with_neighbours(changed, spec)
@@ -173,38 +172,30 @@ class _KeptGains:
     def __init__(self, state: State, spec: PermutationSpec, names: Sequence[str]) -> None:
         self.state, self.spec, self.names = state, spec, names
         self.gains: Gains | None = None
-        self.moved: dict[str, set[int]] = {}
+        self.moved: Mapping[str, torch.Tensor] = {}
 
     def note(self, differ: Mapping[str, torch.Tensor]) -> None:
-        """Note the units of each group that another model has moved."""
-        for group, units in differ.items():
-            self.moved.setdefault(group, set()).update(units.tolist())
+        """Note at which positions of each group another model has moved units."""
+        self.moved = {group: units | self.moved.get(group, units) for group, units in differ.items()}
 
-    def at(self, mean: State) -> Gains | None:
-        """Return the gains with this mean of the others; None in a process group, where every rank keeps its own."""
-        if current_ranks().is_group:
-            return None
+    def at(self, mean: State) -> Gains:
+        """Return the gains with this mean of the others."""
         wide = {name: self.state[name].dtype == torch.float64 for name in self.names}
         a = {
             **mean,
             **{name: mean[name].to(torch.float64 if wide[name] else torch.float32) for name in self.names},
         }
         if self.gains is None:
-            budget = sum(x.numel() * x.element_size() for x in map(a.__getitem__, self.names))
-            self.gains = Gains(a, self.state, self.spec, budget)
-        else:
-            self.gains.follow(
-                a,
-                {
-                    group: torch.tensor(sorted(units), dtype=torch.long, device="cpu")
-                    for group, units in self.moved.items()
-                },
+            self.gains = Gains(
+                a, self.state, self.spec, KEPT * 4 * sum(a[name].numel() for name in self.names)
             )
+        else:
+            self.gains.follow(a, {group: units.nonzero().flatten() for group, units in self.moved.items()})
         self.moved = {}
         return self.gains
 
 
-class _Totals:
+class Totals:
     """The sum over models of the permuted tensors in ``names``, in float64; it follows the models that move."""
 
     def __init__(

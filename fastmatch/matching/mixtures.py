@@ -21,7 +21,7 @@ from fastmatch.spec import Axis
 __all__ = ["Mixtures", "can_mix"]
 
 SPLIT = 1 << 15
-"""Numbers of each term that are multiplied at a time."""
+"""Numbers of each term that a CPU multiplies at a time."""
 
 Order = Mapping[int, torch.Tensor]
 """Dimension -> the positions of a tensor that a permutation selects along it."""
@@ -128,9 +128,10 @@ def _reordered(tensor: torch.Tensor, order: Order, dims: Sequence[int]) -> torch
 
 
 def _gram(terms: torch.Tensor) -> torch.Tensor:
-    """The inner products of all terms, in float64; parts are widened while they are in a cache."""
+    """The inner products of all terms, in float64; a CPU widens parts while they are in a cache."""
     total = torch.zeros(len(terms), len(terms), dtype=torch.float64, device=terms.device)
-    for part in terms.flatten(1).split(SPLIT, dim=1):
+    flat = terms.flatten(1)
+    for part in flat.split(SPLIT, dim=1) if flat.device.type == "cpu" else (flat,):
         wide = part.double()
         total.addmm_(wide, wide.T)
     return total.cpu()

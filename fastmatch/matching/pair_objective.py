@@ -10,10 +10,10 @@ import torch
 from fastmatch._internal.states import State
 from fastmatch.matching.objective import Include, included
 from fastmatch.permutations.alignment import Alignment, Matching
-from fastmatch.permutations.apply import apply_permutations, compose, invert
+from fastmatch.permutations.apply import compose, invert
 from fastmatch.spec import Permutations, PermutationSpec
 
-__all__ = ["anchored", "moving", "pair_objective", "sum_over_pairs"]
+__all__ = ["anchored", "moving", "sum_over_pairs"]
 
 
 def moving(state: State, spec: PermutationSpec, include: Include) -> list[str]:
@@ -26,15 +26,6 @@ def sum_over_pairs(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return ``sum_{p<q} <t_p, t_q>``, a scalar."""
     total = torch.stack(list(tensors)).sum(dim=0)
     return (total.square().sum() - sum(t.square().sum() for t in tensors)) / 2
-
-
-def pair_objective(
-    states: Sequence[State], spec: PermutationSpec, permutations: Sequence[Permutations], include: Include
-) -> float:
-    """Return the inner products of the permuted parameters, summed over all pairs of models, in float64."""
-    moved = [apply_permutations(s, spec, p) for s, p in zip(states, permutations, strict=True)]
-    names = moving(states[0], spec, include)
-    return sum(float(sum_over_pairs([m[n].double() for m in moved])) for n in names)
 
 
 def anchored(

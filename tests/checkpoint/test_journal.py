@@ -50,7 +50,9 @@ def test_a_resumed_run_computes_no_step_again_and_writes_the_same_bits(
     run, interrupted, tmp_path, monkeypatch
 ):
     run("undisturbed")
-    monkeypatch.setattr("fastmatch.matching.ascent.solve", lambda *a, **k: pytest.fail("solved again"))
+    monkeypatch.setattr(
+        "fastmatch.matching.ascent.Ascent._solve", lambda *a, **k: pytest.fail("solved again")
+    )
     run(resume=True)
     assert (tmp_path / "out.safetensors").read_bytes() == (tmp_path / "undisturbed.safetensors").read_bytes()
     assert not interrupted.exists()

@@ -103,3 +103,58 @@ def test_kernels_that_are_loaded_are_used(monkeypatch):
     fm.solve(np.ones((3, 3), np.float32))
     monkeypatch.setattr(gain_solves, "_patience", patience(10**9))
     assert gain_solves.solve_gain(gain).stats["solver"] == "SmallDense"
+
+
+def on_a_grid(width: int) -> nn.Module:
+    """A network whose second layer has few different weights, so that its gains tie once its neighbours have moved."""
+    model = mlp(width)
+    layers = [m for m in model if isinstance(m, nn.Linear)]
+    with torch.no_grad():
+        for parameter in layers[1].parameters():
+            parameter.copy_((parameter * 12).round() / 8)
+    return model
+
+
+@pytest.mark.parametrize("init", ["identity", "greedy"])
+def test_ties_that_come_later_are_broken_as_by_kernels_from_the_start(monkeypatch, init):
+    monkeypatch.setattr(gain_solves, "FEW_UNITS", 0)
+    x, seed = torch.randn(8, 12), fresh_seed()
+    for k in range(20):
+        torch.manual_seed(seed + k)
+        a, b = on_a_grid(50), on_a_grid(50)
+        matcher = fm.WeightMatching(init=init, seed=k)
+        first, other = (
+            aligned(patience(pops), monkeypatch, a, b, x, matcher, verify=False) for pops in (10**9, 0)
+        )
+        for name, permutation in other.permutations.items():
+            assert torch.equal(permutation, first.permutations[name]), k
+
+
+def test_gains_that_numpy_has_solved_are_solved_again_before_one_with_ties(monkeypatch):
+    g = torch.Generator().manual_seed(fresh_seed())
+    for _ in range(40):
+        gains = [torch.randn(30, 30, generator=g), torch.randint(4, (30, 30), generator=g).float()]
+        found = []
+        for pops in (10**9, 0):
+            monkeypatch.setattr(gain_solves, "_patience", patience(pops))
+            monkeypatch.setattr(small_dense, "_KERNELS", {})
+            solver, last = gain_solves.GainSolver(None, waits=True), None
+            for gain in gains:
+                last = solver.solve("group", gain, last)
+            assert last is not None
+            found.append(last)
+            assert not solver.recorded
+            assert solver.room == gain_solves.RECORDED
+        assert found[0].col_ind.tolist() == found[1].col_ind.tolist()
+        assert found[0].gap == found[1].gap
+
+
+def test_numpy_stops_where_its_gains_would_take_much_memory(monkeypatch):
+    monkeypatch.setattr(gain_solves, "_patience", patience(10**9))
+    monkeypatch.setattr(small_dense, "_KERNELS", {})
+    monkeypatch.setattr(gain_solves, "RECORDED", 2 * 4 * 30 * 30)
+    g = torch.Generator().manual_seed(fresh_seed())
+    solver = gain_solves.GainSolver(None, waits=True)
+    gains = [torch.randn(30, 30, generator=g) for _ in range(4)]
+    by = [solver.solve(name, gain, None).stats["solver"] for name, gain in zip("abcd", gains, strict=True)]
+    assert by == ["ShortestPaths", "ShortestPaths", "SmallDense", "SmallDense"]

@@ -50,7 +50,7 @@ from fastmatch_kernels.lap.state import (
     SEARCHES,
     SLICES,
     SOLVED,
-    SQUARE_SCANS,
+    SQUARE_AHEAD,
     TOO_LARGE,
     TURNS,
     WARM,
@@ -287,10 +287,10 @@ def _bids(
 def _try_paths(
     c, start, n, m, sign, v, row_of, col_of, stack, top, limit, counts
 ):  # pragma: no cover - compiled
-    """Augment from the rows ``stack[:top]`` while all of it is expected to scan no more than ``limit`` rows.
+    """Augment from the rows ``stack[:top]`` while this is expected to scan no more than ``limit`` rows.
 
-    A path ends at a free column. In a rectangle the number of these is known, so paths are expected to grow as they get fewer; and
-    only what is ahead counts, because its limit stands for another way to go on from here.
+    In a square, all scans count. In a rectangle, only those of the paths that are left count: the limit is what another way takes
+    from there on. Each path takes a free column, so later paths are expected to be longer.
 
     Returns:
         (-1 if a row has no path, else 0; the number of free rows, which are then on ``stack``; the scans that are expected
@@ -645,7 +645,7 @@ def solve_matrix(C, sign, transposed, pairs, proof, room, begin):  # pragma: no 
                 room[2 * half + k] = counts[k]
     if state == OPEN:
         nearly = n < m and m <= n + n // NEARLY and n >= CROWDED_FROM
-        limit = np.float64(SQUARE_SCANS * n) if nearly else np.inf
+        limit = np.float64(SQUARE_AHEAD * n) if nearly else np.inf
         state = _finish(
             c, start, n, m, scale, SCHEDULE, v, u, seconds, columns, row_of, col_of, limit, other, expected, room, half,
             counts,

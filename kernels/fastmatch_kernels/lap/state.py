@@ -43,6 +43,7 @@ __all__ = [
     "SEARCHES",
     "SLICES",
     "SOLVED",
+    "SQUARE_AHEAD",
     "SQUARE_SCANS",
     "TOO_LARGE",
     "WARM",
@@ -74,9 +75,11 @@ make the problem square; or some rows are left."""
 NEARLY = 8
 """A problem with up to 1/8 more columns than rows may be solved with rows of zeros that make it square."""
 
-SQUARE_SCANS = 10
-"""Scans per row: if the paths ahead are expected to take more, a nearly square problem is made square, where an auction can shorten
-them. Solving that takes about as long."""
+SQUARE_SCANS = 4
+"""Scans per row: if paths are expected to take more, a nearly square problem is made square, where an auction can shorten them."""
+
+SQUARE_AHEAD = 10
+"""The same for small matrices, but of the paths that are left: what others have taken is spent either way."""
 
 ZEROS, RESUMED, WARM = range(3)
 """What one matrix is solved from: duals of zero, what a crowded problem left, or given duals."""
@@ -89,8 +92,11 @@ LARGEST = np.finfo(np.float64).max
 FEW_ROWS = 16
 """Rows of a larger matrix that are read before their sizes are judged: huge ones are usually seen in these."""
 
-FEW_PATHS, FEWER_PATHS = 16, 8
-"""Paths from whose lengths those of the others are estimated; in a rectangle."""
+FEW_PATHS = 16
+"""Paths from whose lengths those of the others are estimated."""
+
+FEWER_PATHS = 8
+"""The same in a rectangle."""
 
 SLICES = 4
 """Row reduction is judged after as many bids as a quarter of the rows."""
