@@ -37,7 +37,8 @@ def prepared(what: str, key: Hashable, run_tiny: Callable[[], object]) -> None:
         while not done.wait(SILENT_SECONDS):
             if _compiled() > before:  # on a busy machine loading takes seconds too
                 LOG.warning(
-                    "compiling %s (6 to 25 s on a slow processor, once per installation and version of the sources)",
+                    "compiling %s (6 to 25 s on a slow processor, once per installation and version of the sources; "
+                    "fastmatch warm-up does it beforehand)",
                     what,
                 )
                 return

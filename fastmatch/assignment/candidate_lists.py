@@ -17,7 +17,7 @@ from fastmatch.assignment.cost import Cost, SoftCost
 from fastmatch.assignment.dense_cost import DenseCost
 from fastmatch.assignment.device_cost import DeviceCost
 from fastmatch.assignment.factor_cost import FactorCost
-from fastmatch.assignment.phases import SLICE, Phases
+from fastmatch.assignment.phases import SLICE, Phases, deviation
 from fastmatch.assignment.problem import LapProblem, LapSolution
 from fastmatch.assignment.schedule import ListSchedule
 from fastmatch_kernels.lap.state import BIDS, READS, Lists
@@ -275,7 +275,7 @@ class _ListPhases(Phases):
     def spread(self) -> float:
         """Return the standard deviation of the better half of the listed costs."""
         listed = self.lists.costs[: self.n * padded(self.k)].reshape(self.n, padded(self.k))
-        return float(listed[:, : max(1, self.k // 2)].std())
+        return deviation(listed[:, : max(1, self.k // 2)])
 
     def short_auction(self) -> None:
         """Run one phase at a small eps: near-optimal duals make the searches after it short."""
@@ -309,4 +309,4 @@ def sampled_spread(cost: Cost) -> float:
     """Return the standard deviation of a sample of the entries."""
     g = np.random.default_rng(0)
     rows, cols = (g.integers(size, size=SAMPLED_ENTRIES) for size in cost.shape)
-    return float(cost.entries(rows, cols).std())
+    return deviation(cost.entries(rows, cols))

@@ -11,7 +11,7 @@ import numpy as np
 
 from fastmatch._internal.checks import check_type
 from fastmatch.assignment._compile import prepared
-from fastmatch.assignment.phases import SLICE, Phases
+from fastmatch.assignment.phases import SLICE, Phases, deviation
 from fastmatch.assignment.problem import (
     Infeasible,
     LapProblem,
@@ -493,9 +493,7 @@ class _DensePhases(Phases):
 
     def spread(self) -> float:
         """Return the standard deviation of the listed costs."""
-        listed = self.lists.costs[np.isfinite(self.lists.costs)].astype(np.float64)
-        largest = np.abs(listed).max(initial=0.0)
-        return float((listed / largest).std() * largest) if largest > 0 else 0.0  # squares of 1e200 overflow
+        return deviation(self.lists.costs[np.isfinite(self.lists.costs)].astype(np.float64))
 
     def match_tight(self) -> None:
         """Free the rows whose match is not their best, and match free rows to free columns among their best."""

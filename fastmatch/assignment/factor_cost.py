@@ -82,9 +82,8 @@ class FactorCost:
     ) -> None:
         check_choice("precision", precision, Precision)
         check_choice("metric", metric, Metric)
-        if not len(factors):
-            raise ValueError("factors: expected at least one pair, got none")
-        if len(tile) != 2 or min(tile) < 1:
+        _check_pairs(factors)
+        if not isinstance(tile, (tuple, list)) or len(tile) != 2 or min(tile) < 1:
             raise ValueError(f"tile: expected (rows, columns), both at least 1, got {tile}")
         pairs = [(_factor(a, metric), _factor(b, metric)) for a, b in factors]
         flat = [x for pair in pairs for x in pair]
@@ -119,7 +118,8 @@ class FactorCost:
         ):
             raise ValueError("factors: hold NaN or infinity")
         if not fits:
-            raise ValueError(f"factors: their products overflow {self.dtype}; pass float64 or scale them")
+            wider = "" if self.dtype == torch.float64 else "pass float64 or "
+            raise ValueError(f"factors: their products overflow {self.dtype}; {wider}scale them")
 
     def __repr__(self) -> str:
         return f"FactorCost({self.shape[0]} x {self.shape[1]}, {self.metric!r}, {len(self.pairs)} pairs, {self.device})"
@@ -271,14 +271,16 @@ class FactorCost:
         n, m = self.shape
         if self.metric != "dot":
             return np.zeros(m)
-        norms = np.zeros((2, max(n, m)))
-        for a, b in self.pairs:
-            norms[0, :n] += a.double().square().sum(1).cpu().numpy()
-            norms[1, :m] += b.double().square().sum(1).cpu().numpy()
+        norms, tops = np.zeros((2, max(n, m))), [0.0, 0.0]
+        for side, size in enumerate(self.shape):
+            factors = [pair[side] for pair in self.pairs]
+            tops[side] = max((float(x.abs().max()) for x in factors if x.numel()), default=0.0)
+            for x in factors if tops[side] > 0 else ():  # squares of large ones overflow
+                norms[side, :size] += (x.double() / tops[side]).square().sum(1).cpu().numpy()
         squares = norms[1, :m]
         if not squares.max() > 0:
             return np.zeros(m)
-        scale = float(np.sqrt(norms[0, :n].mean() / squares.mean()))
+        scale = tops[0] * tops[1] * float(np.sqrt(norms[0, :n].mean() / squares.mean()))
         rows = np.unique(np.linspace(0, n - 1, min(n, SAMPLE)).astype(np.int64))
         best, most = np.zeros(m), -1
         for t in MULTIPLES:
@@ -300,6 +302,11 @@ class FactorCost:
         """
         if self.metric == "l1":
             raise ValueError("metric: Sinkhorn's duals take 'dot' or 'l2', got 'l1'")
+        largest = float(self._size.max(initial=0.0))
+        if self.dtype == torch.float64 and self.device.type == "cpu" and largest > 0:
+            # The compiled kernel reads float32. Any duals are good to start from, and these are near enough.
+            narrow, steps = self._in_float32(largest), [t / largest for t in temperatures]
+            return largest * narrow.sinkhorn_duals(v / largest, steps, sign, relaxation)
         factors, start = self._as_products(torch.from_numpy(v).to(self.device), sign)
         backend = "reference" if self._in_float64() else self.backend
         from fastmatch_kernels.row_softmin import sinkhorn_duals
@@ -310,6 +317,19 @@ class FactorCost:
         if self.metric == "l2":
             duals = duals + sign * self._squares[1]
         return duals.cpu().numpy()
+
+    def _in_float32(self, largest: float) -> FactorCost:
+        """Return the cost divided by its largest size, in float32."""
+
+        def scaled(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            left, right = largest**-0.5, largest**-0.5
+            if self.metric == "dot":  # one side may be as much larger as the other is smaller
+                left = 1 / (float(a.abs().max()) or 1.0)
+                right = 1 / (left * largest)
+            return (a * left).float(), (b * right).float()
+
+        pairs = [scaled(a, b) for a, b in self.pairs]
+        return FactorCost(pairs, self.metric, self.tile, self.backend)
 
     def _in_float64(self) -> bool:
         """Return whether the device has no kernel for these factors, so that the reference reads them."""
@@ -407,6 +427,17 @@ class FactorCost:
                     total += a.square().sum(1, keepdim=True)
                     total += b.square().sum(1)
         return total.cpu().numpy()
+
+
+def _check_pairs(factors: object) -> None:
+    """Raise unless ``factors`` is a sequence of pairs."""
+    pairs = list(factors) if isinstance(factors, Sequence) and not isinstance(factors, str) else [None]
+    if not pairs:
+        raise ValueError("factors: expected at least one pair, got none")
+    for pair in pairs:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            given = type(factors if pair is None else pair).__name__
+            raise TypeError(f"factors: expected pairs of matrices such as [(a, b)], got {given}")
 
 
 def _squares(pairs: list[tuple[torch.Tensor, torch.Tensor]], side: int) -> torch.Tensor:

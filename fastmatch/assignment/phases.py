@@ -10,7 +10,7 @@ from fastmatch.assignment.problem import Infeasible
 from fastmatch.assignment.schedule import AuctionSchedule
 from fastmatch_kernels.lap.state import FREE, READS, Lists, new_matching, new_paths, new_refills
 
-__all__ = ["Phases"]
+__all__ = ["Phases", "deviation"]
 
 SLICE = 1 << 19
 """Bids per call of the kernel, about 50 ms. Ctrl-C is handled between calls."""
@@ -190,3 +190,9 @@ class Phases:
             if self.counts[READS] + waits > reads or sweeps < 0:
                 return False
             self.refill(rows, True)
+
+
+def deviation(values: np.ndarray) -> float:
+    """Return the standard deviation of finite float64 values, whose squares may overflow."""
+    largest = float(np.abs(values).max(initial=0.0))
+    return largest * float((values / largest).std()) if largest > 0 else 0.0

@@ -61,8 +61,13 @@ class Spots:
         """Memory that depends on data -> the last parameter on its way."""
         self._modules: list[str] = []
         self._counts: Counter[tuple[str, str, str]] = Counter()
-        self.elsewhere: list[str] = []
-        """Paths of modules that another thread ran."""
+        self._here: set[str] = set()
+        self._elsewhere: list[str] = []
+
+    @property
+    def elsewhere(self) -> list[str]:
+        """Paths of modules that only another thread ran. What this one ran too, another caller runs at the same time."""
+        return [path for path in self._elsewhere if path not in self._here]
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -71,8 +76,12 @@ class Spots:
 
         def enter(module: nn.Module, _inputs: Any) -> None:
             if id(module) in self._paths:
-                here = threading.get_ident() == thread
-                (self._modules if here else self.elsewhere).append(self._paths[id(module)])
+                path = self._paths[id(module)]
+                if threading.get_ident() == thread:
+                    self._modules.append(path)
+                    self._here.add(path)
+                else:
+                    self._elsewhere.append(path)
 
         def leave(module: nn.Module, _inputs: Any, _output: Any) -> None:
             if id(module) in self._paths and threading.get_ident() == thread and self._modules:

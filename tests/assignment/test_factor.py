@@ -265,3 +265,51 @@ def test_a_precision_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="precision: 'bf16' needs backend 'cpu', got reference"):
         FactorCost([(ones, ones)], backend="reference", precision="bf16")
     assert FactorCost([(ones, ones)], precision="bf16").T.precision == "bf16"
+
+
+@pytest.mark.parametrize("metric", ["dot", "l2"])
+@pytest.mark.parametrize(
+    ("left", "right"), [(1.0, 1.0), (1e-70, 1e-70), (1e74, 1e74), (1e140, 1e-120), (1e-90, 1e110)]
+)
+def test_float64_factors_of_any_size_are_solved_by_lists(left, right, metric):
+    if metric == "l2":
+        right = left
+    g = np.random.default_rng(fresh_seed())
+    a, b = left * g.standard_normal((150, 6)), right * g.standard_normal((150, 6))
+    for maximize in (False, True):
+        found = solve(FactorCost([(a, b)], metric), maximize=maximize, solver=CandidateLists())
+        other = solve(FactorCost([(a, b)], metric).dense(), maximize=maximize)
+        assert found.is_certified
+        assert found.objective == pytest.approx(other.objective, rel=1e-12)
+        assert found.col_ind.tolist() == other.col_ind.tolist()
+
+
+def test_sinkhorns_duals_of_float64_factors_are_those_of_the_reference():
+    g = np.random.default_rng(fresh_seed())
+    for metric in ("dot", "l2"):
+        a, b = g.standard_normal((80, 5)), g.standard_normal((80, 5))
+        here = FactorCost([(a, b)], metric)
+        steps = (float(here.dense().std()) * np.geomspace(1, 0.05, 10)).tolist()
+        found = here.sinkhorn_duals(np.zeros(80), steps)
+        narrow = FactorCost([(a.astype(np.float32), b.astype(np.float32))], metric)
+        expected = narrow.sinkhorn_duals(np.zeros(80), steps)
+        np.testing.assert_allclose(found, expected, atol=1e-3 * np.abs(expected).max())
+
+
+def test_a_hint_to_pass_float64_is_for_other_types():
+    for dtype, size, hint in (
+        (np.float32, 1e30, "pass float64 or scale"),
+        (np.float64, 1e200, "float64; scale"),
+    ):
+        factor = np.full((3, 2), size, dtype)
+        with pytest.raises(ValueError, match=hint):
+            FactorCost([(factor, factor)])
+
+
+@pytest.mark.parametrize(
+    "factors",
+    [None, "ab", torch.ones(2, 2), (torch.ones(2, 2), torch.ones(2, 2)), [torch.ones(2, 2)], [(1, 2, 3)]],
+)
+def test_what_is_no_pair_of_matrices_is_named(factors):
+    with pytest.raises(TypeError, match=r"^factors: expected pairs of matrices such as \[\(a, b\)\]"):
+        FactorCost(factors)

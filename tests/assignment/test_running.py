@@ -47,7 +47,8 @@ def test_a_kernel_that_is_long_in_loading_is_not_announced_as_compiling(monkeypa
     monkeypatch.setattr(_compile, "_compiled", lambda: len(begun))
     _compile.prepared("a kernel", object(), lambda: begun.append(1) or time.sleep(0.2))
     assert caplog.messages == [
-        "compiling a kernel (6 to 25 s on a slow processor, once per installation and version of the sources)"
+        "compiling a kernel (6 to 25 s on a slow processor, once per installation and version of the sources; "
+        "fastmatch warm-up does it beforehand)"
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from math import comb
@@ -375,6 +376,22 @@ def test_a_model_that_runs_modules_on_another_thread_is_refused():
 
     with pytest.raises(ValueError, match="runs 'a' on another thread"):
         fm.PermutationSpec.trace(Tricky(body), torch.randn(2, 12), unread="ignore")
+
+
+def test_a_model_can_be_traced_while_another_thread_runs_it():
+    started, ended = threading.Event(), threading.Event()
+
+    def body(s, x):
+        if threading.current_thread() is threading.main_thread():
+            other = threading.Thread(target=lambda: (started.set(), s(x.detach()), ended.set()))
+            other.start()  # as a caller elsewhere would, in the middle of this pass
+            other.join()
+        return s.c(F.relu(s.a(x)))
+
+    model, x = Tricky(body), torch.randn(2, 12)
+    spec = fm.PermutationSpec.trace(model, x, unread="ignore")
+    assert ended.is_set()
+    assert list(spec.groups) == ["a"]
 
 
 def test_inputs_that_a_model_writes_to_are_left_alone():
