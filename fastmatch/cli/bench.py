@@ -82,12 +82,19 @@ def combined(run: dict[str, Any], earlier: dict[str, Any] | None) -> dict[str, A
         row["extra_info"]["run"] = run["datetime"]
     if earlier is not None:
         earlier = earlier if "runs" in earlier else combined(earlier, None)
-        measured = {row["fullname"] for row in run["benchmarks"]}
-        kept = [row for row in earlier["benchmarks"] if row["fullname"] not in measured]
+        measured = set(map(_instance, run["benchmarks"]))
+        kept = [row for row in earlier["benchmarks"] if _instance(row) not in measured]
         run["benchmarks"] = kept + run["benchmarks"]
         names = {row["extra_info"]["run"] for row in kept}
         run["runs"] = {k: v for k, v in earlier["runs"].items() if k in names} | run["runs"]
     return run
+
+
+def _instance(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what a benchmark measured. Its test may have been renamed."""
+    told = row["extra_info"]
+    known = "suite" in told
+    return (told["suite"], told["instance"], told["size"]) if known else (row["fullname"],)
 
 
 def bench_command(args: argparse.Namespace) -> None:

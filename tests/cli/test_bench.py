@@ -79,6 +79,9 @@ def test_rows_of_an_earlier_run_stay_where_they_were_not_measured_anew():
     assert all("data" not in row["stats"] for row in both["benchmarks"])
     plain = combined(fake_run("2002-02-02T10:00:00", merge=3.0), fake_run("2001-01-01T10:00:00", apply=1.0))
     assert report.rows_of(plain) == report.rows_of(both)  # an earlier run as pytest-benchmark wrote it
+    renamed = fake_run("2002-03-03T10:00:00", merge=6.0)
+    renamed["benchmarks"][0]["fullname"] = "a test of another name"
+    assert [row["seconds"]["fastmatch"] for row in report.rows_of(combined(renamed, both))] == [1.0, 6.0]
     anew = combined(fake_run("2003-03-03T10:00:00", apply=4.0, merge=5.0), both)
     assert list(anew["runs"]) == ["2003-03-03T10:00:00"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fastmatch as fm
-from fastmatch.matching import device_gain
+from fastmatch.matching import gain_solves
 from fastmatch.matching.objective import WeightObjective
 from fastmatch_kernels.row_topk import entries, reference
 from helpers.networks import fresh_seed
@@ -24,8 +24,8 @@ LISTED = 64
 @pytest.fixture
 def siblings(monkeypatch):
     """A wide network, one with the same units in another order and some noise, and the order."""
-    assert device_gain.LISTED <= 2048
-    monkeypatch.setattr(device_gain, "LISTED", UNITS)
+    assert gain_solves.LISTED <= 2048
+    monkeypatch.setattr(gain_solves, "LISTED", UNITS)
     torch.manual_seed(fresh_seed())
     a = nn.Sequential(nn.Linear(6, UNITS), nn.ReLU(), nn.Linear(UNITS, 3)).eval()
     b, order = copy.deepcopy(a), torch.randperm(UNITS)
