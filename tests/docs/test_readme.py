@@ -51,7 +51,7 @@ def test_it_is_short():
 def test_the_ratios_are_the_committed_runs():
     text = (ROOT / "README.md").read_text()
     rows = (ROOT / "bench/results/bench.md").read_text().splitlines()
-    for network, size, quoted in (("MLP 3 x width, weights", 2048, "56.6"), ("VGG16, weights", 2048, "73.5")):
+    for network, size in (("MLP 3 x width, weights", 2048), ("VGG16, weights", 2048)):
         row = next(r for r in rows if f"| {network} | {size} |" in r)
-        assert f"{float(row.split('torch float32 ')[1].split(',')[0].split()[0]):.1f}" == quoted
-        assert f"{quoted} times" in text.replace("\n", " ")
+        ratio = float(row.split("torch float32 ")[1].split(",")[0].split()[0])
+        assert f"{ratio:.1f} times" in text.replace("\n", " ")
