@@ -110,7 +110,7 @@ class GainSolver:
         if name in self.recorded:
             last = None
             for gain in self.recorded.pop(name):
-                last = solve(gain, maximize=True, warm_start=last, solver=_default(gain))
+                last = solve(gain, maximize=True, warm_start=last)
                 self.room += gain.numel() * gain.element_size()
         return last
 

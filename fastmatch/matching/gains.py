@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import overload
 
 import torch
@@ -304,9 +305,10 @@ class Gains:
             moved: group -> its units whose weights may differ, int64 on the CPU.
         """
         before, self.a = self.a, a
+        places_of = cache(partial(self._moved_places, moved))  # groups share tensors
         for name, kept in list(self.kept.items()):
             group = self.spec.groups[name]
-            places = {axis: self._moved_places(axis.parameter, moved) for axis in kept.orders}
+            places = {axis: places_of(axis.parameter) for axis in kept.orders}
             rows = _units_at(places, group.size)
             features = {axis: {d: at for d, at in places[axis].items() if d != axis.dim} for axis in places}
             if kept.updates < MAX_UPDATES and self._pays(group, rows, features):
@@ -315,7 +317,7 @@ class Gains:
                 self.budget += kept.gain.numel() * kept.gain.element_size()
                 del self.kept[name]
 
-    def _moved_places(self, parameter: str, moved: Mapping[str, torch.Tensor]) -> dict[int, torch.Tensor]:
+    def _moved_places(self, moved: Mapping[str, torch.Tensor], parameter: str) -> dict[int, torch.Tensor]:
         """Dimension of a tensor -> the positions of units that moved."""
         found: dict[int, list[torch.Tensor]] = {}
         for axis, name in self.spec.axes_of(parameter):

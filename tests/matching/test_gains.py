@@ -36,50 +36,51 @@ def few_moves(perms, generator):
     return perms
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_followed_gains_are_the_gains(name, monkeypatch):
-    monkeypatch.setattr(gains_module, "REBUILD_FRACTION", 2.0)  # update wherever an update is possible
+def two_states(name):
+    """The spec of a network, two states of it, and a generator, from a seed that is printed."""
     seed = fresh_seed()
     (one, x), (two, _) = build(name, seed), build(name, seed + 1)
     spec = fm.PermutationSpec.trace(one, x)
-    a, b = one.state_dict(), two.state_dict()
-    axes = {n: [x for x in g.axes if a[x.parameter].is_floating_point()] for n, g in spec.groups.items()}
-    generator = torch.Generator().manual_seed(seed)
+    return spec, one.state_dict(), two.state_dict(), torch.Generator().manual_seed(seed)
+
+
+def check_gains(gains, perms, turn):
+    """Compare the gain of every group with the definition."""
+    a, b, spec = gains.a, gains.b, gains.spec
+    for group in spec.groups.values():
+        axes = [x for x in group.axes if a[x.parameter].is_floating_point()]
+        got = gains.of(group, axes, perms)
+        want = direct(a, b, spec, group, axes, perms)
+        scale = 1e-5 * float(want.abs().max() + 1)
+        assert float((got.double() - want).abs().max()) <= scale, (group.name, turn)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_followed_gains_are_the_gains(name, monkeypatch):
+    monkeypatch.setattr(gains_module, "REBUILD_FRACTION", 2.0)  # update wherever an update is possible
+    spec, a, b, generator = two_states(name)
     perms = spec.random(generator)
     gains = Gains(a, b, spec, budget=2**30)
     for turn in range(12):
-        for group in spec.groups.values():
-            got = gains.of(group, axes[group.name], perms)
-            want = direct(a, b, spec, group, axes[group.name], perms)
-            scale = 1e-5 * float(want.abs().max() + 1)
-            assert float((got.double() - want).abs().max()) <= scale, (group.name, turn)
+        check_gains(gains, perms, turn)
         perms = spec.random(generator) if turn == 6 else few_moves(perms, generator)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_gains_follow_another_a_whose_units_have_moved(name, monkeypatch):
     monkeypatch.setattr(gains_module, "REBUILD_FRACTION", 2.0)
-    seed = fresh_seed()
-    (one, x), (two, _) = build(name, seed), build(name, seed + 1)
-    spec = fm.PermutationSpec.trace(one, x)
-    first, b = one.state_dict(), two.state_dict()
-    axes = {n: [x for x in g.axes if first[x.parameter].is_floating_point()] for n, g in spec.groups.items()}
-    generator = torch.Generator().manual_seed(seed)
-    perms, order, a = spec.random(generator), spec.identity(), first
-    gains = Gains(a, b, spec, budget=2**30)
+    spec, first, b, generator = two_states(name)
+    perms, order = spec.random(generator), spec.identity()
+    gains = Gains(first, b, spec, budget=2**30)
     followed = 0
     for turn in range(12):
-        for group in spec.groups.values():
-            got = gains.of(group, axes[group.name], perms)
-            want = direct(a, b, spec, group, axes[group.name], perms)
-            scale = 1e-5 * float(want.abs().max() + 1)
-            assert float((got.double() - want).abs().max()) <= scale, (group.name, turn)
+        check_gains(gains, perms, turn)
         if turn % 2:  # the next gains are updated on both sides
             perms = few_moves(perms, generator)
         now = spec.random(generator) if turn == 6 else few_moves(dict(order), generator)
         moved = {g: (now[g] != order[g]).nonzero().flatten() for g in now}
-        order, a = now, apply_permutations(first, spec, now)
-        gains.follow(a, moved)
+        gains.follow(apply_permutations(first, spec, now), moved)
+        order = now
         followed += len(gains.kept)
     assert followed > 0 or all(
         any(spec.has_slices(x.parameter) for x in g.axes) for g in spec.groups.values()
