@@ -21,6 +21,7 @@ from fastmatch._internal.concurrent import IN_CACHE
 from fastmatch.assignment.gap import duality_gap
 from fastmatch.assignment.solution import Assignment
 from fastmatch_kernels.inner_product import row_products, row_squares
+from fastmatch_kernels.matrix_product import addmm_nt
 
 __all__ = [
     "BoundedGain",
@@ -373,7 +374,7 @@ class PrefixProducts:
     def _multiply_short(self) -> None:
         if self._short:
             a, b = (torch.cat([pair[side] for pair in self._short], 1) for side in (0, 1))
-            self._out.addmm_(a, b.T)
+            addmm_nt(self._out, a, b)
             self._short = []
 
     def finish(self, factors: Factors) -> BoundedGain | torch.Tensor:
@@ -453,7 +454,7 @@ class _Forecast:
         count = min(JUDGED - self.features, a.shape[1])
         if count:
             a, b = a[self.rows, :count].float(), b[:, :count].float()
-            self.products.addmm_(a, b.T)
+            addmm_nt(self.products, a, b)
             for total, x in zip(self.squares, (a, b), strict=True):
                 total += x.square().sum(1)
             self.features += count
@@ -478,7 +479,7 @@ def add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, accumula
     parts = max(64, CAST // max(len(a), len(b), 1) // 64 * 64)  # as many terms as a bound's rounding expects
     step = max(1, a.shape[1]) if a.dtype == b.dtype == out.dtype else parts
     for x, y in zip(a.split(step, 1), b.split(step, 1), strict=True):
-        out.addmm_(x.to(out.dtype), y.to(out.dtype).T, beta=int(accumulate))
+        addmm_nt(out, x.to(out.dtype), y.to(out.dtype), beta=int(accumulate))
         accumulate = True
 
 

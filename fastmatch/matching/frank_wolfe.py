@@ -17,6 +17,7 @@ from fastmatch.matching.merge_many import MergeMany, Totals, check_init, match_m
 from fastmatch.matching.mixtures import Mixtures, can_mix
 from fastmatch.matching.objective import Include
 from fastmatch.matching.pair_objective import anchored, moving, sum_over_pairs
+from fastmatch.matching.pair_products import PairProducts, pays
 from fastmatch.matching.weights import WeightMatching
 from fastmatch.permutations.alignment import Alignment, Matching
 from fastmatch.spec import Axis, Permutations, PermutationSpec
@@ -132,12 +133,16 @@ class _Relaxation:
             [torch.eye(n, dtype=torch.float64, device=self.device) for n in self.sizes] for _ in states
         ]
         numbers = {name: k for k, name in enumerate(spec.groups)}
-        self.mixtures: list[Mixtures] = []
+        self.moved: list[Mixtures | PairProducts] = []
         others = []
         for name in names:
             axes = [(axis, numbers[group]) for axis, group in spec.axes_of(name)]
-            if can_mix([axis for axis, _ in axes], [self.sizes[k] for _, k in axes]):
-                self.mixtures.append(Mixtures([s[name].to(self.device) for s in states], axes))
+            sizes = [self.sizes[k] for _, k in axes]
+            tensors = [s[name].to(self.device) for s in states]
+            if pays([axis for axis, _ in axes], sizes, tensors[0], len(states)):
+                self.moved.append(PairProducts(tensors, *axes[0], sizes[0]))
+            elif can_mix([axis for axis, _ in axes], sizes):
+                self.moved.append(Mixtures(tensors, axes))
             else:
                 others.append(name)
         self.others = [{n: s[n].to(self.device, torch.float64) for n in others} for s in states]
@@ -149,8 +154,8 @@ class _Relaxation:
             [torch.zeros(n, n, dtype=self.dtype, device=self.device) for n in self.sizes]
             for _ in range(self.count)
         ]
-        for mixtures in self.mixtures:
-            mixtures.add_gradients(found)
+        for tensor in self.moved:
+            tensor.add_gradients(found)
         if self.others[0]:
             for total, part in zip(found, _gradient(self.others, self.spec, self.maps), strict=True):
                 for x, y in zip(total, part, strict=True):
@@ -160,8 +165,8 @@ class _Relaxation:
     def look(self, permutations: Sequence[Sequence[torch.Tensor]], points: Sequence[float]) -> list[float]:
         """Return the objective at fractions of the way to permutations, per model and group."""
         values = np.zeros(len(points))
-        for mixtures in self.mixtures:
-            gram = mixtures.look(permutations).numpy()
+        for tensor in self.moved:
+            gram = tensor.look(permutations).numpy()
             degree = len(gram) - 1
             weights = np.array(
                 [[(1 - t) ** k * t ** (degree - k) for k in range(degree + 1)] for t in points]
@@ -175,8 +180,8 @@ class _Relaxation:
     def go(self, permutations: Sequence[Sequence[torch.Tensor]], t: float) -> None:
         """Move by a fraction of the way to the permutations last looked at."""
         self.maps = self._at(permutations, t)
-        for mixtures in self.mixtures:
-            mixtures.go(t)
+        for tensor in self.moved:
+            tensor.go(t)
 
     def _at(self, permutations: Sequence[Sequence[torch.Tensor]], t: float) -> Maps:
         """The maps at a fraction of the way to permutations."""

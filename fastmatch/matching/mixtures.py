@@ -17,6 +17,7 @@ import torch
 
 from fastmatch.matching.gains import unit_rows
 from fastmatch.spec import Axis
+from fastmatch_kernels.matrix_product import addmm_nt
 
 __all__ = ["Mixtures", "can_mix"]
 
@@ -72,7 +73,7 @@ class Mixtures:
                 gradient = out[group]
                 others = mixed[tuple(dim for dim in self.dims if dim != axis.dim)]
                 rows = (unit_rows(x, axis, len(gradient), gradient.dtype) for x in (rest, others))
-                gradient.addmm_(next(rows), next(rows).T)
+                addmm_nt(gradient, *rows)
 
     def look(self, permutations: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
         """Return the matrix Q of the objective ``w' Q w`` on the way to permutations, ``w_j = (1 - t)^j t^(q - j)``.

@@ -34,6 +34,7 @@ from fastmatch.assignment.bounded_gain import JUDGED, LARGEST_SHARE, BoundedGain
 from fastmatch.matching.gains import is_large
 from fastmatch.permutations.apply import permute_tensor
 from fastmatch.spec import Axis, Permutations, PermutationSpec
+from fastmatch_kernels.matrix_product import addmm_nt
 
 __all__ = ["UnmovedGains", "best_orders", "match_nested"]
 
@@ -275,7 +276,10 @@ class _OwnGains:
         """Add the products of all pairs to ``total``."""
         for a, b in factors:
             left, right = a.flatten(0, 1), b.flatten(0, 1)
-            total = left @ right.T if total is None else total.addmm_(left, right.T)
+            if total is None:
+                total = addmm_nt(left.new_empty(len(left), len(right)), left, right, beta=0)
+            else:
+                addmm_nt(total, left, right)
         return total
 
     def match_flat(self) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -10,6 +10,7 @@ Error: that of float32 products summed in float32 (float64 if ``out`` is), ``gam
 from __future__ import annotations
 
 from fastmatch_kernels.gain.reference import GainArguments, gathered
+from fastmatch_kernels.matrix_product import addmm_nt
 
 __all__ = ["gain"]
 
@@ -29,4 +30,4 @@ def gain(arguments: GainArguments) -> None:
         for start in range(0, out.shape[1], step):
             rows = None if b_index is None else b_index[start : start + step]
             tile = second if rows is not None else second[start : start + step]
-            out[:, start : start + step].addmm_(left, gathered(tile, rows, index).to(out.dtype).T)
+            addmm_nt(out[:, start : start + step], left, gathered(tile, rows, index).to(out.dtype))

@@ -22,6 +22,7 @@ import torch
 
 from fastmatch_kernels._numba.cache import njit
 from fastmatch_kernels._numba.parallel import over_rows
+from fastmatch_kernels.matrix_product import addmm_nt, goes_to_onednn
 from fastmatch_kernels.moments import reference
 from fastmatch_kernels.moments.reference import MomentsArguments
 
@@ -164,8 +165,14 @@ def _add_product(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor) -> None:
         for part, into in zip(left.split(at_once, dim=1), out.split(at_once), strict=True):
             shape = (len(part), part.shape[1], right.shape[1])
             product = _buffers.get("product", math.prod(shape)).view(shape)
-            blocks = torch.bmm(part, right.mT, out=product).numpy()
-            over_rows(len(into), product.numel(), partial(_accumulate, blocks, into.numpy()), BLOCK_ENTRIES)
+            if goes_to_onednn(product[0], part[0], right[0]):
+                for x_block, y_block, into_block in zip(part, right, product, strict=True):
+                    addmm_nt(into_block, x_block, y_block, beta=0)
+            else:
+                torch.bmm(part, right.mT, out=product)
+            over_rows(
+                len(into), product.numel(), partial(_accumulate, product.numpy(), into.numpy()), BLOCK_ENTRIES
+            )
 
 
 def _read_samples(x: np.ndarray, shift: np.ndarray, stats: np.ndarray, out: np.ndarray) -> None:

@@ -25,6 +25,7 @@ from fastmatch_kernels._factors import result_dtype
 from fastmatch_kernels._numba.cache import njit
 from fastmatch_kernels._numba.parallel import over_rows
 from fastmatch_kernels.gain.reference import gathered
+from fastmatch_kernels.matrix_product import addmm_nt
 from fastmatch_kernels.row_topk.reference import RowArguments, product_error, term_sizes
 
 __all__ = [
@@ -200,7 +201,7 @@ def products(
             else:
                 right = gathered(b, b_index[columns], inner)
             # The first product overwrites: filling the tile beforehand would be another pass over it.
-            out.addmm_(a[rows].to(out.dtype), right.to(out.dtype).T, beta=int(k > 0), alpha=-1)
+            addmm_nt(out, a[rows].to(out.dtype), right.to(out.dtype), beta=int(k > 0), alpha=-1)
 
     return fill
 

@@ -1,0 +1,122 @@
+"""``out = beta out + alpha a b^T`` by the fastest library for the processor.
+
+On a CPU torch multiplies float32 matrices with MKL, which uses no AVX-512 on AMD's processors. oneDNN, which torch contains too,
+does: 225 instead of 105 GFLOP/s on a core of a Zen 5. So large products go there on such processors, if torch has both.
+Which library multiplies is decided by the processor and the shapes, never by a clock: the same call gives the same bits.
+
+torch offers oneDNN's float32 product by an operator of its compiler only, ``mkldnn::_linear_pointwise``. It makes a new matrix.
+So ``out`` is worked on in blocks of rows that stay in the caches. Of factors that are contiguous neither as they are nor
+transposed it would take a plain loop, hundreds of times slower: they are copied.
+"""
+
+from __future__ import annotations
+
+import platform
+from functools import cache
+from pathlib import Path
+
+import torch
+
+__all__ = ["addmm_nt", "goes_to_onednn"]
+
+LEAST_SIDE = 64
+"""The least number of rows, columns and terms of a product that goes to oneDNN."""
+
+LEAST_WORK = 1 << 24
+"""The least number of multiplications: a new shape takes oneDNN some milliseconds, once in a process."""
+
+BLOCK = 1 << 21
+"""Entries of a block of ``out``: 8 MB, which the C library uses again instead of asking the system for pages."""
+
+LEAST_ROWS = 128
+"""Rows of a block at least: each block reads all of b."""
+
+COPIED = 1 << 23
+"""Entries of ``b`` that are copied at a time, where it is not dense."""
+
+LEAST_TERMS = 512
+"""Terms of a product at least, where ``b`` is copied: each reads and writes all of ``out``."""
+
+LARGEST = 2**31
+"""Entries from which on a factor stays with torch's own product: 32 bits count them."""
+
+
+def addmm_nt(
+    out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float = 1, alpha: float = 1
+) -> torch.Tensor:
+    """Set ``out = beta out + alpha a b^T``, and return it.
+
+    On a CPU, float32 products are summed in float32: their error is at most ``gamma_d |a| |b|^T``, whichever library multiplies.
+
+    Example:
+        >>> import torch
+        >>> from fastmatch_kernels.matrix_product import addmm_nt
+        >>> addmm_nt(torch.ones(1, 2), torch.tensor([[1.0, 2.0]]), torch.eye(2), alpha=10)
+        tensor([[11., 21.]])
+
+    Args:
+        out: (n, m), written to. With ``beta`` 0, what it holds counts for nothing, not even NaN.
+        a: (n, d), of out's dtype.
+        b: (m, d), of out's dtype.
+    """
+    if not goes_to_onednn(out, a, b):
+        return out.addmm_(a, b.T, beta=beta, alpha=alpha)
+    a, b = a.detach(), b.detach()
+    terms = b.shape[1] if _is_dense(b) else max(COPIED // len(b), LEAST_TERMS)
+    for left, right in zip(a.split(terms, 1), b.split(terms, 1), strict=True):
+        _add_by_rows(out, left, _dense(right), beta, alpha)
+        beta = 1
+    return out
+
+
+def _add_by_rows(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, beta: float, alpha: float) -> None:
+    """The same for a ``b`` that is dense, by oneDNN."""
+    step = max(BLOCK // len(b), LEAST_ROWS)
+    for rows, into in zip(a.split(step), out.split(step), strict=True):
+        product = torch.ops.mkldnn._linear_pointwise(_dense(rows), b, None, "none", [], "")
+        if beta == 0:
+            torch.mul(product, alpha, out=into)
+        else:
+            (into if beta == 1 else into.mul_(beta)).add_(product, alpha=alpha)
+
+
+def goes_to_onednn(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Return whether oneDNN multiplies them."""
+    n, m, d = len(a), len(b), a.shape[1]
+    return (
+        min(n, m, d) >= LEAST_SIDE
+        and n * m * d >= LEAST_WORK
+        and out.device.type == a.device.type == b.device.type == "cpu"
+        and out.dtype == a.dtype == b.dtype == torch.float32
+        and max(n, m) * d < LARGEST
+        and torch.backends.mkldnn.enabled
+        and _mkl_is_slow()
+    )
+
+
+@cache
+def _mkl_is_slow() -> bool:
+    """Whether this is a processor of AMD with AVX-512, and torch has MKL and oneDNN's product."""
+    return (
+        torch.backends.mkl.is_available()
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+        and "AuthenticAMD" in _processor()
+    )
+
+
+def _processor() -> str:
+    try:
+        with Path("/proc/cpuinfo").open() as file:
+            return file.read(1000)
+    except OSError:
+        return platform.processor()
+
+
+def _is_dense(x: torch.Tensor) -> bool:
+    return x.is_contiguous() or x.T.is_contiguous()
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    return x if _is_dense(x) else x.contiguous()

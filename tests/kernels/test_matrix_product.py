@@ -1,0 +1,109 @@
+"""``out = beta out + alpha a b^T``, by torch's own product and by oneDNN's, whatever processor runs the tests."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastmatch_kernels import matrix_product
+from fastmatch_kernels.matrix_product import addmm_nt, goes_to_onednn
+from tests.helpers.networks import fresh_seed
+
+LAYOUTS = {
+    "contiguous": lambda n, d: torch.randn(n, d),
+    "transposed": lambda n, d: torch.randn(d, n).T,
+    "prefix": lambda n, d: torch.randn(n, d + 30)[:, :d],
+    "every second": lambda n, d: torch.randn(n, 2 * d)[:, ::2],
+    "one row": lambda n, d: torch.randn(1, d).expand(n, d),
+}
+
+
+@pytest.fixture(params=[True, False], ids=["onednn", "torch"])
+def is_onednn(request, monkeypatch):
+    if request.param and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this torch has no product of oneDNN")
+    monkeypatch.setattr(matrix_product, "_mkl_is_slow", lambda: request.param)
+    monkeypatch.setattr(matrix_product, "LEAST_WORK", 0)
+    return request.param
+
+
+@pytest.mark.parametrize(("beta", "alpha"), [(0, 1), (1, 1), (1, -1), (0.5, -2)])
+@pytest.mark.parametrize("left", LAYOUTS)
+@pytest.mark.parametrize("right", LAYOUTS)
+def test_it_is_the_product_for_every_layout(is_onednn, left, right, beta, alpha, monkeypatch):
+    """In blocks of rows and of terms that divide nothing evenly."""
+    monkeypatch.setattr(matrix_product, "BLOCK", 200 * 67)
+    monkeypatch.setattr(matrix_product, "COPIED", 100 * 67)
+    monkeypatch.setattr(matrix_product, "LEAST_TERMS", 70)
+    torch.manual_seed(fresh_seed())
+    a, b, out = LAYOUTS[left](301, 150), LAYOUTS[right](67, 150), torch.randn(301, 90)[:, 5:72]
+    assert goes_to_onednn(out, a, b) == is_onednn
+    exact = beta * out.double() + alpha * (a.double() @ b.double().T)
+    if beta == 0:
+        out.fill_(torch.nan)
+    assert addmm_nt(out, a, b, beta=beta, alpha=alpha) is out
+    size = out.double().abs().nan_to_num() + abs(alpha) * (a.double().abs() @ b.double().abs().T)
+    error = (out.double() - exact).abs() / size
+    assert error.max() <= 160 * torch.finfo(torch.float32).eps / 2
+
+
+def test_numbers_that_are_not_finite_stay_where_they_are(is_onednn):
+    a, b = torch.randn(80, 100), torch.randn(90, 100)
+    a[3, 4], b[5, 6] = torch.nan, torch.inf
+    found, expected = addmm_nt(torch.zeros(80, 90), a, b), a @ b.T
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found.isinf(), expected.isinf())
+
+
+def test_factors_with_gradients_and_in_inference_mode(is_onednn):
+    a = torch.randn(80, 100, requires_grad=is_onednn)
+    with torch.inference_mode():
+        inside = addmm_nt(torch.zeros(80, 80), a, a)
+    with torch.no_grad():
+        assert torch.equal(addmm_nt(torch.zeros(80, 80), a, a), inside)
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "d", "dtype"),
+    [(63, 80, 80, torch.float32), (80, 80, 0, torch.float32), (0, 80, 80, torch.float32), (80, 80, 80, torch.float64)],
+)  # fmt: skip
+def test_small_sides_and_float64_stay_with_torch(is_onednn, n, m, d, dtype):
+    a, b, out = torch.randn(n, d, dtype=dtype), torch.randn(m, d, dtype=dtype), torch.ones(n, m, dtype=dtype)
+    assert not goes_to_onednn(out, a, b)
+    torch.testing.assert_close(addmm_nt(out, a, b), 1 + a @ b.T)
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")  # torch says so wherever its flags are set
+def test_little_work_stays_with_torch_and_so_does_all_where_onednn_is_switched_off(monkeypatch):
+    monkeypatch.setattr(matrix_product, "_mkl_is_slow", lambda: True)
+    small, large = torch.ones(100, 100), torch.ones(300, 300)
+    assert not goes_to_onednn(small, small, small)
+    assert goes_to_onednn(large, large, large)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not goes_to_onednn(large, large, large)
+
+
+@pytest.mark.parametrize(
+    ("vendor", "capability", "slow"),
+    [
+        ("vendor_id : AuthenticAMD", "AVX512", True),
+        ("vendor_id : GenuineIntel", "AVX512", False),
+        ("vendor_id : AuthenticAMD", "AVX2", False),
+        ("BogoMIPS : 50", "DEFAULT", False),
+    ],
+)
+def test_the_processor_decides(vendor, capability, slow, monkeypatch):
+    monkeypatch.setattr(matrix_product, "_processor", lambda: vendor)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    assert matrix_product._mkl_is_slow.__wrapped__() == slow
+
+
+def test_the_processor_is_known_without_a_list_of_them(monkeypatch):
+    monkeypatch.setattr(Path, "open", lambda self: (_ for _ in ()).throw(FileNotFoundError(self)))
+    monkeypatch.setattr(platform, "processor", lambda: "AMD64 Family 26, AuthenticAMD")
+    assert "AuthenticAMD" in matrix_product._processor()
