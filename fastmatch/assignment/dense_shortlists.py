@@ -46,6 +46,9 @@ __all__ = ["DenseShortlists"]
 PROBED = (8, 64)
 """Entries by which lines are compared before all of them."""
 
+NARROWED = 1 << 27
+"""Entries up to which a float64 matrix is copied to float32: half a gigabyte."""
+
 COPIED = 1 << 28
 """Entries up to which a nearly square matrix is copied to be made square."""
 
@@ -69,7 +72,7 @@ class DenseShortlists:
 
     Cost: one read of the matrix if most rows have a column's minimum, as for copies with noise, two for independent
     entries, plus the rows that the auction or the paths read again (``stats["reads"]`` counts rows). Memory: 24 (index, cost)
-    pairs per row in addition to the matrix.
+    pairs per row in addition to the matrix, and a copy of one of up to 2^27 float64 entries that are all exact in float32.
     """
 
     schedule: DenseSchedule = field(default_factory=DenseSchedule)
@@ -79,7 +82,7 @@ class DenseShortlists:
 
     def solve(self, problem: LapProblem) -> LapSolution:
         """Solve the problem: see :meth:`Solver.solve`."""
-        matrix = for_kernels(problem.matrix(self))
+        matrix = _narrowed(for_kernels(problem.matrix(self)))
         compile_kernels(matrix.dtype)
         phases = _DensePhases(matrix, problem.sign, self.schedule, problem.finite_start)
         try:
@@ -94,6 +97,16 @@ class DenseShortlists:
         square.run()
         col_of, u, v, counts = square.solution()
         return LapSolution(col_of[:n], u[:n], v, counts)
+
+
+def _narrowed(matrix: np.ndarray) -> np.ndarray:
+    """Return a float32 copy if that holds all entries, else the matrix: every pass over it then reads half as many bytes."""
+    from fastmatch_kernels.lap.narrow import narrow
+
+    if matrix.dtype == np.float32 or matrix.size > NARROWED:
+        return matrix
+    copy = np.empty(matrix.shape, np.float32)
+    return copy if narrow(matrix.reshape(-1), copy.reshape(-1)) else matrix
 
 
 class _DensePhases(Phases):

@@ -12,6 +12,9 @@ __all__ = ["as_array", "as_real", "for_kernels"]
 EXACT = 1 << 53
 """The largest integer up to which float64 holds all integers."""
 
+EXACT32 = 1 << 24
+"""The largest integer up to which float32 does."""
+
 
 def as_array(cost: Any, name: str = "cost") -> np.ndarray:
     """Return the entries as a numpy array, without a copy if there is one already.
@@ -77,8 +80,16 @@ def as_real(cost: Any, name: str = "cost") -> np.ndarray:
                 f"{name}: integers beyond 2^53 are not exact in float64; pass a matrix of int64 or uint64 to solve, "
                 "or subtract a constant"
             )
-        return matrix.astype(np.float64)
+        return matrix.astype(np.float32 if _fits_float32(matrix) else np.float64)
     raise TypeError(f"{name}: expected real numbers up to float64, got {matrix.dtype}")
+
+
+def _fits_float32(integers: np.ndarray) -> bool:
+    """Whether float32 holds them exactly. Half as many bytes then go through every pass of a solver."""
+    if not integers.size or integers.dtype.kind == "O":
+        return False
+    first = integers[0]  # large ones are mostly seen here, without a pass
+    return all(int(x.min()) >= -EXACT32 and int(x.max()) <= EXACT32 for x in (first, integers))
 
 
 class _Memory:

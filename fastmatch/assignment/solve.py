@@ -23,7 +23,7 @@ from fastmatch.assignment.factor_cost import FactorCost
 from fastmatch.assignment.gap import duality_gap, settled
 from fastmatch.assignment.integers import is_wide, solve_integers, wide_integers
 from fastmatch.assignment.problem import LapProblem, LapSolution, Solver, TooLarge
-from fastmatch.assignment.reading import as_array
+from fastmatch.assignment.reading import EXACT, as_array
 from fastmatch.assignment.small_dense import SmallDense, solve_small
 from fastmatch.assignment.solution import Assignment
 from fastmatch_kernels.lap.state import DOUBTFUL, HUGE, SOLVED, VECTOR
@@ -41,6 +41,9 @@ SAMPLED = 4096
 
 LARGE_DUALS = 64.0
 """Largest dual of a warm start, in largest sampled costs; otherwise, in small sampled costs."""
+
+SAMPLED, STEP = 256, 7919
+"""Columns that are sampled for small costs, and the step from one to the next: a prime."""
 
 ROUNDED = 1e-12
 """Bound on the rounding, in sums of the matched costs' absolute values, above which duals may be too large."""
@@ -243,14 +246,10 @@ def _without_large(matrix: np.ndarray, sign: float, found: Assignment) -> np.nda
     tall = matrix.shape[0] > matrix.shape[1]
     if tall:
         matrix, rows, cols = matrix.T, cols, rows
-    size = np.abs(matrix[:: max(1, len(matrix) // 64)]).astype(np.float64)
-    size = size[np.isfinite(size) & (size > 0)]
     # The bound tells of duals that were so large that moving them by a constant left nothing of the others.
     moved = found.gap_bound / (32 * np.finfo(np.float64).eps * len(rows))
     largest = max(np.abs(found.u).max(), np.abs(found.v).max(), moved)
-    if found.is_certified and (
-        not len(size) or largest < LARGE_DUALS * np.partition(size, len(size) // 100)[len(size) // 100]
-    ):
+    if found.is_certified and not _is_large(largest, found, matrix):
         return None
     with np.errstate(over="ignore", invalid="ignore"):
         costs = sign * matrix.astype(np.float64)
@@ -267,6 +266,18 @@ def _without_large(matrix: np.ndarray, sign: float, found: Assignment) -> np.nda
     if after >= before / LARGE_DUALS:
         return None
     return kept.T if tall else kept
+
+
+def _is_large(largest: float, found: Assignment, matrix: np.ndarray) -> bool:
+    """Whether the largest dual is so large beside the small ones of sampled costs that they may vanish in its rounding."""
+    n, m = matrix.shape
+    spread = np.arange(min(m, SAMPLED)) * STEP % m  # neighbours may be alike
+    size = np.abs(matrix[:: max(1, n // 64)][:, np.unique(spread)]).astype(np.float64).ravel()
+    size = size[np.isfinite(size) & (size > 0)]
+    if not len(size) or largest < LARGE_DUALS * np.partition(size, len(size) // 100)[len(size) // 100]:
+        return False
+    # Integers are added without rounding.
+    return not all((np.rint(x) == x).all() and np.abs(x).max() < EXACT for x in (size, found.u, found.v))
 
 
 def _solve_scaled(matrix: np.ndarray, transposed: bool, maximize: bool, solver: Solver) -> Assignment:

@@ -13,6 +13,7 @@ from scipy.optimize import linear_sum_assignment as scipy_lsa
 
 from fastmatch.assignment import (
     CandidateLists,
+    DenseCost,
     DenseShortlists,
     DeviceCost,
     FactorCost,
@@ -22,7 +23,9 @@ from fastmatch.assignment import (
     solve,
     solve_batched,
 )
+from fastmatch.assignment.reading import EXACT32
 from fastmatch_kernels.lap import lists, reduction, rows, small
+from fastmatch_kernels.lap.narrow import BLOCK, narrow
 from helpers.networks import fresh_seed
 
 SOLVERS = [DenseShortlists(), SmallDense()]
@@ -86,6 +89,47 @@ def test_memory_that_repeats_one_row():
     cost = np.broadcast_to(row, (30, 40))
     for solver in SOLVERS:
         assert solve(cost, solver=solver).objective == pytest.approx(np.sort(row)[:30].sum())
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint32])
+@pytest.mark.parametrize("place", [0, -1], ids=["first row", "last row"])
+def test_integers_become_float32_only_if_it_holds_all_of_them(dtype, place):
+    cost = np.random.default_rng(fresh_seed()).integers(0, 100, (40, 50)).astype(dtype)
+    cost[place, 3] = EXACT32
+    assert DenseCost(cost).matrix.dtype == np.float32
+    if dtype != np.uint32:
+        assert DenseCost(-cost).matrix.dtype == np.float32
+        assert DenseCost(-cost - 1).matrix.dtype == np.float64
+    cost[place, 3] += 1
+    kept = DenseCost(cost).matrix
+    assert kept.dtype == np.float64
+    assert np.array_equal(kept, cost)
+
+
+@pytest.mark.parametrize("odd", [None, EXACT32 + 1, 0.1, 1e300, 1e-300, np.inf, np.nan], ids=repr)
+@pytest.mark.parametrize("size", [1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 7])
+def test_doubles_are_narrowed_only_if_float32_holds_all_of_them(odd, size):
+    given = np.random.default_rng(fresh_seed()).integers(-1000, 1000, size).astype(np.float64)
+    for place in (0, size // 2, size - 1):
+        doubles = given.copy()
+        if odd is not None:
+            doubles[place] = odd
+        narrowed = np.empty(size, np.float32)
+        assert narrow(doubles, narrowed) == (odd is None or odd == np.inf)
+        if odd is None:
+            assert np.array_equal(narrowed, doubles)
+
+
+@pytest.mark.parametrize("odd", [0.0, 1e-9])
+def test_what_is_narrowed_has_the_same_optimum(odd):
+    """The last entry is one that float32 holds, or not; the matrix that was given stays as it is."""
+    cost = np.random.default_rng(fresh_seed()).integers(0, 60, (80, 80)).astype(np.float64)
+    cost[-1, -1] += odd
+    kept = cost.copy()
+    found = solve(cost, solver=DenseShortlists())
+    assert found.objective == pytest.approx(cost[scipy_lsa(cost)].sum(), rel=1e-15)
+    assert found.is_certified
+    assert np.array_equal(cost, kept)
 
 
 def test_a_mapped_file_is_read_and_not_written(tmp_path):

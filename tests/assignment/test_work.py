@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
@@ -159,3 +161,15 @@ def test_paths_from_other_duals_take_over_if_those_from_zeros_are_long(family):
 def test_no_auction_runs_if_nearly_every_path_ends_at_once():
     found = solved(FAMILIES["zero units, unequal"](1500, 1500, 0, "float64"))
     assert found.stats["bids"] < 2 * 1500
+
+
+@pytest.mark.parametrize(("step", "looked_at"), [(1.0, False), (2.0**-10, True)])
+def test_large_duals_of_integers_hide_nothing_and_the_matrix_is_not_read_again(step, looked_at, monkeypatch):
+    """Differences of degrees have duals near the largest degree, and most matched costs are small."""
+    module = sys.modules["fastmatch.assignment.solve"]
+    asked = []
+    monkeypatch.setattr(
+        module, "_is_large", lambda *given, ask=module._is_large: asked.append(ask(*given)) or asked[-1]
+    )
+    solved(FAMILIES["differences of degrees"](1500, 1500, 0) * step)
+    assert asked == [looked_at]

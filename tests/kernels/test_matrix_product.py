@@ -10,7 +10,7 @@ import torch
 
 from fastmatch_kernels import matrix_product
 from fastmatch_kernels.matrix_product import addmm_nt, goes_to_onednn
-from tests.helpers.networks import fresh_seed
+from helpers.networks import fresh_seed
 
 LAYOUTS = {
     "contiguous": lambda n, d: torch.randn(n, d),
