@@ -49,6 +49,9 @@ PROBED = (8, 64)
 NARROWED = 1 << 27
 """Entries up to which a float64 matrix is copied to float32: half a gigabyte."""
 
+NARROWED_ABOVE = 1 / 16
+"""Fraction of the rows: if more are free after the first read, others follow."""
+
 COPIED = 1 << 28
 """Entries up to which a nearly square matrix is copied to be made square."""
 
@@ -82,7 +85,7 @@ class DenseShortlists:
 
     def solve(self, problem: LapProblem) -> LapSolution:
         """Solve the problem: see :meth:`Solver.solve`."""
-        matrix = _narrowed(for_kernels(problem.matrix(self)))
+        matrix = for_kernels(problem.matrix(self))
         compile_kernels(matrix.dtype)
         phases = _DensePhases(matrix, problem.sign, self.schedule, problem.finite_start)
         try:
@@ -93,20 +96,10 @@ class DenseShortlists:
                 raise
             raise TooLarge from None  # large entries were forbidden, and are needed
         n = len(matrix)
-        square = _DensePhases(as_square(matrix), problem.sign, self.schedule, None)
+        square = _DensePhases(as_square(phases.matrix), problem.sign, self.schedule, None)
         square.run()
         col_of, u, v, counts = square.solution()
         return LapSolution(col_of[:n], u[:n], v, counts)
-
-
-def _narrowed(matrix: np.ndarray) -> np.ndarray:
-    """Return a float32 copy if that holds all entries, else the matrix: every pass over it then reads half as many bytes."""
-    from fastmatch_kernels.lap.narrow import narrow
-
-    if matrix.dtype == np.float32 or matrix.size > NARROWED:
-        return matrix
-    copy = np.empty(matrix.shape, np.float32)
-    return copy if narrow(matrix.reshape(-1), copy.reshape(-1)) else matrix
 
 
 class _DensePhases(Phases):
@@ -147,6 +140,8 @@ class _DensePhases(Phases):
     def run(self) -> bool:
         """Solve the problem; return False if solving it :func:`as_square` is quicker."""
         self.survey()
+        if self.free() > NARROWED_ABOVE * self.n:
+            self.narrow()
         return not self.free() or self.solve_free()
 
     def solution(self) -> LapSolution:
@@ -177,6 +172,19 @@ class _DensePhases(Phases):
             self.row_of, self.col_of,
         )  # fmt: skip
         self.list_best()
+
+    def narrow(self) -> None:
+        """Go on with a float32 copy if that holds all entries: each later pass reads half as many bytes."""
+        from fastmatch_kernels.lap.narrow import narrow
+
+        if self.matrix.dtype == np.float32 or self.matrix.size > NARROWED:
+            return
+        copy = np.empty(self.matrix.shape, np.float32)
+        if narrow(self.flat, copy.reshape(-1)):
+            compile_kernels(copy.dtype)
+            self.matrix, self.flat = copy, copy.reshape(-1)
+            self.lists = matrix_lists(self.n, copy.dtype)
+            self.list_best()
 
     def read_all(self, *, whole: bool = False) -> float:
         """Survey all rows; return the sum of sizes. Unless ``whole``, only the first rows if their sum is HUGE already."""
@@ -705,7 +713,8 @@ def compile_kernels(dtype: np.dtype) -> None:
     """Load or compile the kernels for one type of entries; a warning tells that they are being compiled."""
 
     def run_tiny() -> None:
-        tiny = np.array([[1.0, 2.0, 3.0], [2.0, 4.0, 7.0], [3.0, 6.0, 9.5]], dtype=dtype)
+        # 9.6 is not exact in float32: what is goes on with kernels of float32.
+        tiny = np.array([[1.0, 2.0, 3.0], [2.0, 4.0, 7.0], [3.0, 6.0, 9.6]], dtype=dtype)
         tried = _DensePhases(tiny, 1.0, DenseSchedule(), None)
         tried.run()
         tried.scaled_auction(lambda: False)

@@ -67,7 +67,7 @@ class PairProducts:
     def add_gradients(self, gradients: Sequence[Sequence[torch.Tensor]]) -> None:
         """Add the gradient of the pairwise objective by the maps to (size, size) matrices, per model and group."""
         for gradient, out in zip(self.gradients, gradients, strict=True):
-            out[self.group] += gradient
+            out[self.group].add_(gradient)
 
     def look(self, permutations: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
         """Return the matrix Q of the objective ``w' Q w`` on the way to permutations, ``w = (t, 1 - t)``.
