@@ -16,6 +16,7 @@ import torch
 from bench.lib import record
 from fastmatch_kernels import ops as kernels
 from fastmatch_kernels.channel_affine.reference import affine_of
+from fastmatch_kernels.matrix_product import addmm_nt, goes_to_onednn
 from fastmatch_kernels.moments.reference import Moments, MomentsArguments, moments_update
 from fastmatch_kernels.row_topk.reference import term_sizes
 
@@ -170,6 +171,36 @@ def bench_permute_merge(repeats: int, tiny: bool) -> Iterator[record.Row]:
                 }
 
 
+def bench_matrix_product(repeats: int, tiny: bool) -> Iterator[record.Row]:
+    """The product under all others, in the layouts that weights come in."""
+    layouts = {
+        "contiguous": lambda n, d: torch.randn(n, d),
+        "transposed": lambda n, d: torch.randn(d, n).T,
+        "part of wider rows": lambda n, d: torch.randn(n, d + 64)[:, :d],
+    }
+    sizes = [(600, 600), (2048, 2048), (4096, 256), (4096, 2048)]
+    for n, d in [(64, 64)] if tiny else sizes:
+        for layout, make in layouts.items():
+            a, b, out = make(n, d), make(n, d), torch.zeros(n, n)
+
+            def ours(a=a, b=b, out=out):
+                return addmm_nt(out, a, b, beta=0)
+
+            def theirs(a=a, b=b, out=out):
+                return torch.mm(a, b.T, out=out)
+
+            close("matrix_product", ours().clone(), theirs(), 1e-3)
+            mine, other = alternate([ours, theirs], repeats)
+            yield {
+                "operation": "matrix_product",
+                "case": f"{n} x {n} x {d}, {layout}",
+                "library": "oneDNN" if goes_to_onednn(out, a, b) else "torch's own",
+                "ms": 1e3 * mine,
+                "times faster than torch.mm": other / mine,
+                "GFLOP/s": 2 * n * n * d / mine / 1e9,
+            }
+
+
 def bench_gain(repeats: int, tiny: bool) -> Iterator[record.Row]:
     n, d = (64, 32) if tiny else (3072, 1024)
     a, b = torch.randn(n, d), torch.randn(n, d)
@@ -270,6 +301,7 @@ def bench_channel_affine(repeats: int, tiny: bool) -> Iterator[record.Row]:
 
 
 OPERATIONS = (
+    bench_matrix_product,
     bench_moments,
     bench_streamed_moments,
     bench_permute_merge,

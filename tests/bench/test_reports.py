@@ -126,7 +126,7 @@ def test_initial_duals_are_simulated():
 def test_the_kernels_are_compared_with_torch():
     found = kernels_cpu.measure(Namespace(tiny=True, repeats=2))
     assert {row["operation"] for row in found["rows"]} == {
-        "moments", "permute_merge", "gain", "row_topk", "row_softmin", "channel_affine",
+        "matrix_product", "moments", "permute_merge", "gain", "row_topk", "row_softmin", "channel_affine",
     }  # fmt: skip
     assert kernels_cpu.page(found)
 
