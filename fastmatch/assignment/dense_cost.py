@@ -27,7 +27,7 @@ class DenseCost:
 
     Args:
         matrix: (n, m), numpy or torch. It is kept as a numpy array of float32 or float64 and copied only if its type
-            demands that: half precision, and integers that float32 holds, become float32; other integers float64.
+            demands that: half precision and 8- or 16-bit integers become float32, other integers float64; more than 2^20 integers that float32 holds become float32 too.
 
     Raises:
         TypeError: the entries are not real numbers of at most float64, or a tensor is sparse, quantized or without memory.

@@ -50,7 +50,7 @@ NARROWED = 1 << 27
 """Entries up to which a float64 matrix is copied to float32: half a gigabyte."""
 
 NARROWED_ABOVE = 1 / 16
-"""Fraction of the rows: if more are free after the first read, others follow."""
+"""Fraction of the rows: if more are free after the first read, more reads follow."""
 
 COPIED = 1 << 28
 """Entries up to which a nearly square matrix is copied to be made square."""
@@ -75,7 +75,7 @@ class DenseShortlists:
 
     Cost: one read of the matrix if most rows have a column's minimum, as for copies with noise, two for independent
     entries, plus the rows that the auction or the paths read again (``stats["reads"]`` counts rows). Memory: 24 (index, cost)
-    pairs per row in addition to the matrix, and a copy of one of up to 2^27 float64 entries that are all exact in float32.
+    pairs per row in addition to the matrix, and a float32 copy of a float64 matrix of up to 2^27 entries that float32 holds.
     """
 
     schedule: DenseSchedule = field(default_factory=DenseSchedule)
@@ -713,7 +713,7 @@ def compile_kernels(dtype: np.dtype) -> None:
     """Load or compile the kernels for one type of entries; a warning tells that they are being compiled."""
 
     def run_tiny() -> None:
-        # 9.6 is not exact in float32: what is goes on with kernels of float32.
+        # float32 does not hold 9.6. A matrix that it holds would go on with the kernels of float32.
         tiny = np.array([[1.0, 2.0, 3.0], [2.0, 4.0, 7.0], [3.0, 6.0, 9.6]], dtype=dtype)
         tried = _DensePhases(tiny, 1.0, DenseSchedule(), None)
         tried.run()

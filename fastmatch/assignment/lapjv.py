@@ -45,6 +45,6 @@ class LapJV:
             reference = getattr(
                 lapjv.lapjv, "__wrapped__", lapjv.lapjv
             )  # fastmatch.backends may have replaced it
-            cols, _, (_, _, v) = reference(given, force_doubles=matrix.dtype == np.float64)
+            cols, _, (_, _, v) = reference(given, force_doubles=True)
             cols, v = cols.astype(np.int64), v.astype(np.float64)
         return LapSolution(cols, DenseCost(matrix).row_min(v, problem.sign), v)

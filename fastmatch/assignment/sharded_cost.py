@@ -35,7 +35,8 @@ class ShardedCost:
 
     Args:
         local: the (r, m) cost of this rank's rows, such as a :class:`FactorCost` of some rows and all columns. Its
-            :meth:`Cost.row_topk` and :meth:`Cost.row_min` must give a row the same answer whichever other rows it holds.
+            :meth:`Cost.row_topk` and :meth:`Cost.row_min` must give a row a right answer whichever other rows it holds. Bounds
+            may differ by rounding: then which of several optima is found may depend on the number of ranks.
 
     Raises:
         TypeError: ``local`` is not a :class:`Cost`.

@@ -42,9 +42,6 @@ SAMPLED = 4096
 LARGE_DUALS = 64.0
 """Largest dual of a warm start, in largest sampled costs; otherwise, in small sampled costs."""
 
-SAMPLED, STEP = 256, 7919
-"""Columns that are sampled for small costs, and the step from one to the next: a prime."""
-
 ROUNDED = 1e-12
 """Bound on the rounding, in sums of the matched costs' absolute values, above which duals may be too large."""
 
@@ -54,7 +51,7 @@ SCALE = 128
 READ_AS = {np.dtype(kind): np.dtype(np.float32) for kind in ("f4", "f2", "i1", "u1", "i2", "u2", "?")} | {
     np.dtype(kind): np.dtype(np.float64) for kind in ("f8", "i4", "u4", "i8", "u8")
 }
-"""The type in which entries of a type are read, as :func:`fastmatch.assignment.reading.as_real` does."""
+"""The type in which entries of a small matrix are read, as :func:`fastmatch.assignment.reading.as_real` does."""
 
 STORED = 1 << 24
 """Entries up to which the matrix of a factor cost is computed, in float64 (128 MB), and up to which a matrix on a GPU
@@ -270,14 +267,14 @@ def _without_large(matrix: np.ndarray, sign: float, found: Assignment) -> np.nda
 
 def _is_large(largest: float, found: Assignment, matrix: np.ndarray) -> bool:
     """Whether the largest dual is so large beside the small ones of sampled costs that they may vanish in its rounding."""
-    n, m = matrix.shape
-    spread = np.arange(min(m, SAMPLED)) * STEP % m  # neighbours may be alike
-    size = np.abs(matrix[:: max(1, n // 64)][:, np.unique(spread)]).astype(np.float64).ravel()
+    g, (n, m) = np.random.default_rng(0), matrix.shape
+    size = np.abs(matrix[g.integers(n, size=SAMPLED), g.integers(m, size=SAMPLED)]).astype(np.float64)
     size = size[np.isfinite(size) & (size > 0)]
     if not len(size) or largest < LARGE_DUALS * np.partition(size, len(size) // 100)[len(size) // 100]:
         return False
-    # Integers are added without rounding.
-    return not all((np.rint(x) == x).all() and np.abs(x).max() < EXACT for x in (size, found.u, found.v))
+    # Sums of three such integers are exact.
+    numbers = (size, matrix[found.row_ind, found.col_ind], found.u, found.v)
+    return not all((np.rint(x) == x).all() and np.abs(x).max() < EXACT / 4 for x in numbers)
 
 
 def _solve_scaled(matrix: np.ndarray, transposed: bool, maximize: bool, solver: Solver) -> Assignment:

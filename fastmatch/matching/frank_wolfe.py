@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,7 +17,7 @@ from fastmatch.matching.merge_many import MergeMany, Totals, check_init, match_m
 from fastmatch.matching.mixtures import Mixtures, can_mix
 from fastmatch.matching.objective import Include
 from fastmatch.matching.pair_objective import anchored, moving, sum_over_pairs
-from fastmatch.matching.pair_products import PairProducts, pays
+from fastmatch.matching.pair_products import PairProducts, can_pair, pairs_pay
 from fastmatch.matching.weights import WeightMatching
 from fastmatch.permutations.alignment import Alignment, Matching
 from fastmatch.spec import Axis, Permutations, PermutationSpec
@@ -60,7 +60,8 @@ class FrankWolfe(Strategy):
         TypeError: ``matcher`` is not a :class:`WeightMatching`.
 
     Cost: per step, a gain and an assignment problem for every model and group. Memory: one n x n float64 matrix per model
-    and group, and every model six times, in float32 unless a model is in float64.
+    and group, and every model six times, in float32 unless a model is in float64. For a group of many weights that move
+    along no other dimension, n x n matrices are kept in place of the six: one for each pair of models, and two for each model.
     """
 
     matcher: WeightMatching = WeightMatching(init="identity")
@@ -133,20 +134,37 @@ class _Relaxation:
             [torch.eye(n, dtype=torch.float64, device=self.device) for n in self.sizes] for _ in states
         ]
         numbers = {name: k for k, name in enumerate(spec.groups)}
-        self.moved: list[Mixtures | PairProducts] = []
+        axes_of = {name: [(axis, numbers[group]) for axis, group in spec.axes_of(name)] for name in names}
+        self.parts: list[Mixtures | PairProducts] = []
+        """The tensors, each in one part."""
         others = []
-        for name in names:
-            axes = [(axis, numbers[group]) for axis, group in spec.axes_of(name)]
-            sizes = [self.sizes[k] for _, k in axes]
-            tensors = [s[name].to(self.device) for s in states]
-            if pays([axis for axis, _ in axes], sizes, tensors[0], len(states)):
-                self.moved.append(PairProducts(tensors, *axes[0], sizes[0]))
-            elif can_mix([axis for axis, _ in axes], sizes):
-                self.moved.append(Mixtures(tensors, axes))
+        paired = self._pair(states, axes_of)
+        for name, axes in axes_of.items():
+            if name in paired:
+                continue
+            if can_mix([axis for axis, _ in axes], [self.sizes[k] for _, k in axes]):
+                self.parts.append(Mixtures([s[name].to(self.device) for s in states], axes))
             else:
                 others.append(name)
         self.others = [{n: s[n].to(self.device, torch.float64) for n in others} for s in states]
         """The tensors whose maps act on slices."""
+
+    def _pair(self, states: Sequence[State], axes_of: Mapping[str, Sequence[tuple[Axis, int]]]) -> set[str]:
+        """Add the groups of whose tensors products of pairs are kept; return the names of these tensors."""
+        paired: set[str] = set()
+        for number, size in enumerate(self.sizes):
+            alone = {
+                name: axes[0][0]
+                for name, axes in axes_of.items()
+                if axes[0][1] == number
+                and can_pair([axis for axis, _ in axes], [size] * len(axes), states[0][name].shape)
+            }
+            weights = sum(states[0][name].numel() for name in alone) // size
+            if pairs_pay(size, weights, self.count):
+                tensors = [[s[name].to(self.device) for name in alone] for s in states]
+                self.parts.append(PairProducts(tensors, list(alone.values()), number, size))
+                paired |= alone.keys()
+        return paired
 
     def gradients(self) -> Maps:
         """Return the gradient by the maps, in float32 unless a state is in float64."""
@@ -154,8 +172,8 @@ class _Relaxation:
             [torch.zeros(n, n, dtype=self.dtype, device=self.device) for n in self.sizes]
             for _ in range(self.count)
         ]
-        for tensor in self.moved:
-            tensor.add_gradients(found)
+        for part in self.parts:
+            part.add_gradients(found)
         if self.others[0]:
             for total, part in zip(found, _gradient(self.others, self.spec, self.maps), strict=True):
                 for x, y in zip(total, part, strict=True):
@@ -165,8 +183,8 @@ class _Relaxation:
     def look(self, permutations: Sequence[Sequence[torch.Tensor]], points: Sequence[float]) -> list[float]:
         """Return the objective at fractions of the way to permutations, per model and group."""
         values = np.zeros(len(points))
-        for tensor in self.moved:
-            gram = tensor.look(permutations).numpy()
+        for part in self.parts:
+            gram = part.look(permutations).numpy()
             degree = len(gram) - 1
             weights = np.array(
                 [[(1 - t) ** k * t ** (degree - k) for k in range(degree + 1)] for t in points]
@@ -180,8 +198,8 @@ class _Relaxation:
     def go(self, permutations: Sequence[Sequence[torch.Tensor]], t: float) -> None:
         """Move by a fraction of the way to the permutations last looked at."""
         self.maps = self._at(permutations, t)
-        for tensor in self.moved:
-            tensor.go(t)
+        for part in self.parts:
+            part.go(t)
 
     def _at(self, permutations: Sequence[Sequence[torch.Tensor]], t: float) -> Maps:
         """The maps at a fraction of the way to permutations."""

@@ -1,6 +1,7 @@
-"""Tensors of many models that one map each moves along one dimension: their products of pairs are made once.
+"""Tensors of many models that one map each moves along one dimension: products of pairs of models are made once.
 
-A model's units are the rows of a matrix X, and its map is M. The gradient by the map of model p is
+The units of model p in a group are the rows of a matrix X_p, with all weights of such tensors in columns, and its map is M_p. The
+gradient by the map is
 
     S_p = sum_{q != p} (M_q X_q) X_p' = sum_{q != p} M_q (X_q X_p').
 
@@ -23,37 +24,56 @@ from fastmatch.matching.gains import unit_rows
 from fastmatch.spec import Axis
 from fastmatch_kernels.matrix_product import addmm_nt
 
-__all__ = ["PairProducts", "pays"]
+__all__ = ["PairProducts", "can_pair", "pairs_pay"]
 
 FEATURES_A_PAIR = 30
-"""Features of a unit, for each other model, from which reordering the products of all pairs is faster than making them anew.
+"""Weights of a unit, for each other model, from which reordering the products of all pairs is faster than making products anew.
 
-A CPU multiplies at some 50 GFLOP/s a core, and reorders and adds a number in about a nanosecond."""
+A CPU multiplies at 100 to 200 GFLOP/s a core, and reorders and adds a number in about half a nanosecond."""
+
+SPACE = 2.0
+"""Numbers that are kept at most, in those that :class:`~fastmatch.matching.mixtures.Mixtures` would keep."""
 
 
-def pays(axes: Sequence[Axis], sizes: Sequence[int], tensor: torch.Tensor, models: int) -> bool:
-    """Return whether the products of all pairs are kept: for one axis, of units with many weights."""
-    if len(axes) != 1 or axes[0].at:
-        return False
-    return tensor.numel() >= FEATURES_A_PAIR * sizes[0] * max(models - 1, 1)
+def can_pair(axes: Sequence[Axis], sizes: Sequence[int], shape: Sequence[int]) -> bool:
+    """Return whether a tensor has one axis, which holds its whole dimension."""
+    return len(axes) == 1 and not axes[0].at and axes[0].positions(sizes[0]).numel() == shape[axes[0].dim]
+
+
+def pairs_pay(size: int, weights: int, models: int) -> bool:
+    """Return whether products of pairs of models are kept.
+
+    Args:
+        size: the units of the group.
+        weights: the weights of a unit in tensors that move along no other dimension.
+        models: how many models there are.
+    """
+    kept = (models * (models - 1) / 2 + 2 * models) * size * size
+    return weights >= FEATURES_A_PAIR * (models - 1) and kept <= SPACE * 3 * models * size * weights
 
 
 class PairProducts:
-    """The gradient and the objective of one tensor of every model, as they change in steps towards permutations.
+    """Gradient and objective of the tensors of one group, as they change in steps towards permutations.
 
     They are in float32, unless a tensor is in float64. The interface is that of
     :class:`~fastmatch.matching.mixtures.Mixtures`.
 
     Args:
-        tensors: one per model, of one shape; not kept.
-        axis: the axis that is mixed; a part of the tensor that it leaves out counts for nothing.
-        group: the number of its group.
-        size: the units of the group. The maps begin at the identity.
+        tensors: one list per model, in the order of ``axes``; not kept. There are two models at least.
+        axes: the axis of each tensor; see :func:`can_pair`.
+        group: the number of the group.
+        size: its units. The maps begin at the identity.
     """
 
-    def __init__(self, tensors: Sequence[torch.Tensor], axis: Axis, group: int, size: int) -> None:
-        wide = any(t.dtype == torch.float64 for t in tensors)
-        rows = [unit_rows(t, axis, size, torch.float64 if wide else torch.float32) for t in tensors]
+    def __init__(
+        self, tensors: Sequence[Sequence[torch.Tensor]], axes: Sequence[Axis], group: int, size: int
+    ) -> None:
+        wide = any(t.dtype == torch.float64 for model in tensors for t in model)
+        dtype = torch.float64 if wide else torch.float32
+        rows = [
+            torch.cat([unit_rows(t, axis, size, dtype) for t, axis in zip(model, axes, strict=True)], 1)
+            for model in tensors
+        ]
         self.group = group
         self.products = {
             (q, p): addmm_nt(rows[0].new_empty(size, size), rows[q], rows[p], beta=0)
@@ -96,7 +116,7 @@ class PairProducts:
 
     def _gradients(self, orders: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The gradient by each map where all maps are permutations."""
-        first = next(iter(self.products.values()))
+        first = self.products[0, 1]
         found = [torch.zeros_like(first) for _ in orders]
         for (q, p), product in self.products.items():
             found[p] += product.index_select(0, orders[q])

@@ -22,20 +22,21 @@ __all__ = ["addmm_nt", "goes_to_onednn"]
 LEAST_SIDE = 64
 """The least number of rows, columns and terms of a product that goes to oneDNN."""
 
-LEAST_WORK = 1 << 24
-"""The least number of multiplications: a new shape takes oneDNN some milliseconds, once in a process."""
+LEAST_WORK = 1 << 25
+"""The least number of multiplications: a new shape takes oneDNN half a millisecond more, once in a process."""
 
 BLOCK = 1 << 21
-"""Entries of a block of ``out``: 8 MB, which the C library uses again instead of asking the system for pages."""
+"""Entries of a block of ``out``: 8 MB, which the C library uses again instead of asking the system for pages. Rows of more than
+16,384 columns make larger blocks."""
 
 LEAST_ROWS = 128
 """Rows of a block at least: each block reads all of b."""
 
 COPIED = 1 << 23
-"""Entries of ``b`` that are copied at a time, where it is not dense."""
+"""Entries of a factor with gaps that are copied at a time."""
 
 LEAST_TERMS = 512
-"""Terms of a product at least, where ``b`` is copied: each reads and writes all of ``out``."""
+"""Terms of a product at least, where factors are copied: each reads and writes all of ``out``."""
 
 LARGEST = 2**31
 """Entries from which on a factor stays with torch's own product: 32 bits count them."""
@@ -46,7 +47,7 @@ def addmm_nt(
 ) -> torch.Tensor:
     """Set ``out = beta out + alpha a b^T``, and return it.
 
-    On a CPU, float32 products are summed in float32: their error is at most ``gamma_d |a| |b|^T``, whichever library multiplies.
+    No gradient is recorded. On a CPU, float32 products are summed in float32: their error is at most ``gamma_d |a| |b|^T``, whichever library multiplies.
 
     Example:
         >>> import torch
@@ -55,25 +56,27 @@ def addmm_nt(
         tensor([[11., 21.]])
 
     Args:
-        out: (n, m), written to. With ``beta`` 0, what it holds counts for nothing, not even NaN.
+        out: (n, m), written to; it shares no memory with a and b. With ``beta`` 0, what it holds counts for nothing, not even
+            NaN.
         a: (n, d), of out's dtype.
         b: (m, d), of out's dtype.
     """
+    a, b = a.detach(), b.detach()
     if not goes_to_onednn(out, a, b):
         return out.addmm_(a, b.T, beta=beta, alpha=alpha)
-    a, b = a.detach(), b.detach()
-    terms = b.shape[1] if _is_dense(b) else max(COPIED // len(b), LEAST_TERMS)
+    whole = all(_has_no_gaps(x) for x in (a, b))
+    terms = b.shape[1] if whole else max(COPIED // max(len(a), len(b)), LEAST_TERMS)
     for left, right in zip(a.split(terms, 1), b.split(terms, 1), strict=True):
-        _add_by_rows(out, left, _dense(right), beta, alpha)
+        _add_by_rows(out, left, _without_gaps(right), beta, alpha)
         beta = 1
     return out
 
 
 def _add_by_rows(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, beta: float, alpha: float) -> None:
-    """The same for a ``b`` that is dense, by oneDNN."""
+    """The same for a ``b`` without gaps, by oneDNN."""
     step = max(BLOCK // len(b), LEAST_ROWS)
     for rows, into in zip(a.split(step), out.split(step), strict=True):
-        product = torch.ops.mkldnn._linear_pointwise(_dense(rows), b, None, "none", [], "")
+        product = torch.ops.mkldnn._linear_pointwise(_without_gaps(rows), b, None, "none", [], "")
         if beta == 0:
             torch.mul(product, alpha, out=into)
         else:
@@ -114,9 +117,10 @@ def _processor() -> str:
         return platform.processor()
 
 
-def _is_dense(x: torch.Tensor) -> bool:
+def _has_no_gaps(x: torch.Tensor) -> bool:
+    """Whether it is contiguous, as it is or transposed."""
     return x.is_contiguous() or x.T.is_contiguous()
 
 
-def _dense(x: torch.Tensor) -> torch.Tensor:
-    return x if _is_dense(x) else x.contiguous()
+def _without_gaps(x: torch.Tensor) -> torch.Tensor:
+    return x if _has_no_gaps(x) else x.contiguous()

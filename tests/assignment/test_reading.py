@@ -17,9 +17,12 @@ from fastmatch.assignment import (
     DenseShortlists,
     DeviceCost,
     FactorCost,
+    LapJV,
     SmallDense,
     certificate,
+    dense_shortlists,
     linear_sum_assignment,
+    reading,
     solve,
     solve_batched,
 )
@@ -93,8 +96,10 @@ def test_memory_that_repeats_one_row():
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint32])
 @pytest.mark.parametrize("place", [0, -1], ids=["first row", "last row"])
-def test_integers_become_float32_only_if_it_holds_all_of_them(dtype, place):
+def test_many_integers_become_float32_only_if_it_holds_all_of_them(dtype, place, monkeypatch):
+    monkeypatch.setattr(reading, "MANY", 1999)
     cost = np.random.default_rng(fresh_seed()).integers(0, 100, (40, 50)).astype(dtype)
+    assert DenseCost(cost[:-1]).matrix.dtype == np.float64, "few"
     cost[place, 3] = EXACT32
     assert DenseCost(cost).matrix.dtype == np.float32
     if dtype != np.uint32:
@@ -121,15 +126,49 @@ def test_doubles_are_narrowed_only_if_float32_holds_all_of_them(odd, size):
 
 
 @pytest.mark.parametrize("odd", [0.0, 1e-9])
-def test_what_is_narrowed_has_the_same_optimum(odd):
+@pytest.mark.parametrize("shape", [(80, 80), (80, 83), (60, 200)])
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("forbidden", [False, True])
+def test_what_is_narrowed_has_the_same_optimum(odd, shape, maximize, forbidden, monkeypatch):
     """The last entry is one that float32 holds, or not; the matrix that was given stays as it is."""
-    cost = np.random.default_rng(fresh_seed()).integers(0, 60, (80, 80)).astype(np.float64)
+    narrowed, narrow = [], dense_shortlists._DensePhases.narrow
+
+    def spy(phases):
+        narrow(phases)
+        if phases.m >= shape[1]:  # and not the tiny matrix that loads the kernels
+            narrowed.append(phases.matrix.dtype == np.float32)
+
+    monkeypatch.setattr(dense_shortlists._DensePhases, "narrow", spy)
+    cost = np.random.default_rng(fresh_seed()).integers(0, 60, shape).astype(np.float64)
+    cost[:, 20:] += -100 if maximize else 100  # many rows want few columns
     cost[-1, -1] += odd
+    if forbidden:
+        cost[::7, ::5] = -np.inf if maximize else np.inf
     kept = cost.copy()
-    found = solve(cost, solver=DenseShortlists())
-    assert found.objective == pytest.approx(cost[scipy_lsa(cost)].sum(), rel=1e-15)
+    found = solve(cost, maximize=maximize, solver=DenseShortlists())
+    assert narrowed, "most rows are free after the first read"
+    assert all(x == (odd == 0.0) for x in narrowed)
+    assert found.objective == pytest.approx(cost[scipy_lsa(cost, maximize=maximize)].sum(), rel=1e-15)
     assert found.is_certified
     assert np.array_equal(cost, kept)
+    again = solve(cost, maximize=maximize, solver=DenseShortlists(), warm_start=found)
+    assert again.objective == found.objective
+
+
+@pytest.mark.parametrize("empty", [5, np.array(5), np.int32(5)], ids=repr)
+def test_one_integer_is_no_matrix(empty):
+    with pytest.raises(ValueError, match="cost: expected a matrix, got 0 dimensions"):
+        solve(empty)
+
+
+def test_lapjv_adds_integers_in_float64():
+    """In float32 some of these came out one above the optimum."""
+    for seed in range(60):
+        g = np.random.default_rng(seed)
+        cost = g.choice([-EXACT32, 1 - EXACT32, EXACT32 - 1, EXACT32, 0, 1, 3], (60, 60)).astype(np.float32)
+        found = solve(cost, solver=LapJV())
+        assert found.objective == cost[scipy_lsa(cost)].sum(dtype=np.float64)
+        assert found.is_certified
 
 
 def test_a_mapped_file_is_read_and_not_written(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import fastmatch as fm
+from fastmatch.matching import pair_products
 from fastmatch.matching.frank_wolfe import _gradient, _Relaxation, _relaxed, match_frank_wolfe
 from fastmatch.matching.gains import Gains
 from fastmatch.matching.merge_many import match_mean
@@ -101,10 +103,13 @@ def test_the_objective_never_falls_and_is_the_sum_over_pairs(match, strategy, na
     assert matching.objective[-1] == pytest.approx(value, rel=1e-9)
 
 
+@pytest.mark.parametrize("pairs_pay", [True, False], ids=["pairs", "mixtures"])
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_steps_of_mixtures_are_the_relaxed_objective(name, dtype, error):
+def test_steps_of_mixtures_are_the_relaxed_objective(name, dtype, error, pairs_pay, monkeypatch):
     """Value on the way, and gradient after it, against mixtures formed by products of matrices."""
+    monkeypatch.setattr(pair_products, "FEATURES_A_PAIR", 0 if pairs_pay else math.inf)
+    monkeypatch.setattr(pair_products, "SPACE", math.inf)
     seed = fresh_seed()
     pairs = [build(name, seed + k) for k in range(3)]
     spec = fm.PermutationSpec.trace(*pairs[0]).flat()
@@ -112,6 +117,8 @@ def test_steps_of_mixtures_are_the_relaxed_objective(name, dtype, error):
     names = moving(states[0], spec, "affine")
     direct = [{n: s[n].double() for n in names} for s in states]
     relaxation = _Relaxation(states, spec, "affine")
+    kept = [part for part in relaxation.parts if isinstance(part, pair_products.PairProducts)]
+    assert bool(kept) == (pairs_pay and name != "grouped"), "its tensors have units in each group of channels"
     generator = torch.Generator().manual_seed(seed)
     for t in (0.25, 1.0, 0.5, 0.125):
         goals = [list(spec.random(generator).values()) for _ in states]
@@ -311,3 +318,9 @@ def test_activations_for_many_are_refused_where_they_cannot_be_compared():
     strategy = fm.MergeMany(fm.ActivationMatching([x]))
     with pytest.raises(TypeError, match="model_a"):
         fm.align_many(states, spec=spec, strategy=strategy)
+
+
+def test_products_of_pairs_are_kept_where_they_are_fast_and_take_little_memory():
+    assert pair_products.pairs_pay(600, 784, 5), "the first layer of an MLP for digits"
+    assert not pair_products.pairs_pay(600, 10, 5), "its last layer: a product is as fast"
+    assert not pair_products.pairs_pay(4096, 270, 10), "3 GB for 44 MB of weights"
