@@ -41,7 +41,8 @@ class LapJV:
         if n < 2:
             cols, v = np.zeros(n, np.int64), np.zeros(n)
         else:
-            given = np.negative(matrix) if problem.sign < 0 else matrix
+            # In float32 it adds in float32, and may miss the optimum.
+            given = (np.negative(matrix) if problem.sign < 0 else matrix).astype(np.float64, copy=False)
             reference = getattr(
                 lapjv.lapjv, "__wrapped__", lapjv.lapjv
             )  # fastmatch.backends may have replaced it
