@@ -8,6 +8,9 @@ they return is checked: a peer that fails, or whose objective is above the best 
 compared. Costs given by factors are solved as such by ours, and made a matrix first for the peers. A peer that takes over 20 times as long as the fastest has one turn, and is ended at 40 times and a second; it is
 not asked about larger matrices of that family. ``--peers-from`` takes the peers' figures from an earlier run and measures only ours.
 
+Where a peer is clearly faster, all solve the matrix again with its rows and columns in random order. That tells whether the order
+that a formula gives them decides.
+
 Size is that of the shorter side; a shape 1:1.001 has at least one column more than rows. Matrices beyond 2^27 entries are
 left out.
 """
@@ -114,7 +117,28 @@ class Measurement:
         row["skipped"] = skipped or before.get("skipped", [])
         row["best"], row["size"] = str(best), str(size)
         row |= ours(first[OURS], best)
-        return row | ratio(row)
+        row |= ratio(row)
+        if row["ratio"] is not None and row["ratio"] > TARGET and not isinstance(cost, Factors) and names:
+            row["shuffled"] = self.shuffled(cost, [k for k in again if k not in wrong], seed)
+        return row
+
+    def shuffled(self, cost: np.ndarray, names: list[str], seed: int) -> float | None:
+        """Return our seconds over the fastest peer's for the matrix with rows and columns in random order."""
+        g = np.random.default_rng(seed)
+        rows, columns = (g.permutation(size) for size in cost.shape)
+        self.runner.place(np.ascontiguousarray(cost[rows][:, columns]))
+        seconds: dict[str, list[float]] = {name: [] for name in names}
+        for _ in range(self.repeats):
+            for name in sorted(seconds, key=lambda k: k != OURS):
+                limit = 2 * SLOW * seconds[OURS][0] + SPARE if seconds[OURS] and name != OURS else None
+                taken = self.runner.run(name, limit).seconds
+                if taken is None:
+                    del seconds[name]
+                else:
+                    seconds[name].append(taken)
+        medians = {k: statistics.median(taken) for k, taken in seconds.items()}
+        found = ratio({"seconds": medians, "wrong": []})
+        return found["ratio"]
 
     def first(self, names: list[str]) -> dict[str, Outcome]:
         """Ask everyone once. A peer need not end that takes far longer than another one."""
@@ -200,6 +224,12 @@ def summary(found: list[record.Row]) -> list[str]:
             f"Our seconds over the fastest peer's: {max(ratios):.2f} at worst, above {TARGET} in {above} of "
             f"{len(ratios)}. Fastest peer over ours, geometric mean: {mean:.2f}."
         )
+    orders = [row["shuffled"] for row in found if row.get("shuffled") is not None]
+    if orders:
+        told.append(
+            f"{len(orders)} of those above were solved again with rows and columns in random order: "
+            f"{sum(r > TARGET for r in orders)} are above {TARGET} then, {max(orders):.2f} at worst."
+        )
     kinds = {
         fault: sum(row["fault"] == fault for row in faults)
         for fault in sorted({row["fault"] for row in faults})
@@ -263,6 +293,7 @@ def page(found: record.Record) -> str:
     shown = [
         {"family": row["family"].replace("|", "\\|"), "matrix": f"{row['n']} x {row['m']}, {row['dtype']}"}
         | {"ours / fastest": row["ratio"] if row["ratio"] is not None else "-"}
+        | {"in random order": "-" if row.get("shuffled") is None else row["shuffled"]}
         | {name: told(row, name) for name in names}
         | {"fault": row["fault"] or "-"}
         for row in ordered

@@ -72,6 +72,20 @@ def test_the_fastest_right_peer_is_compared_by_medians(monkeypatch):
     assert again["skipped"] == ["stuck"]
 
 
+def test_what_an_order_gives_away_is_solved_again_in_random_order(monkeypatch):
+    turns = {"ours": [3.0] * 3 + [1.0] * 3, "right": [1.0] * 3 + [2.0] * 3, "high": [0.1] * 6}
+    given = {k: [outcome(t, 11 if k == "high" else 10) for t in taken] for k, taken in turns.items()}
+    row, measurement = row_of(monkeypatch, **given)
+    assert row["ratio"] == 3.0
+    assert row["shuffled"] == 0.5
+    assert measurement.runner.asked.count("high") == 3, "it is wrong"
+    assert "again with rows and columns in random order: 0 are above 1.2 then, 0.50 at worst." in "\n".join(
+        report.summary([row])
+    )
+    quick, _ = row_of(monkeypatch, ours=[outcome(1.0)], right=[outcome(1.0)])
+    assert "shuffled" not in quick
+
+
 @pytest.mark.parametrize(
     ("found", "fault"),
     [
