@@ -76,7 +76,7 @@ def _add_by_rows(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, beta: floa
     """The same for a ``b`` without gaps, by oneDNN."""
     step = max(BLOCK // len(b), LEAST_ROWS)
     for rows, into in zip(a.split(step), out.split(step), strict=True):
-        product = torch.ops.mkldnn._linear_pointwise(_without_gaps(rows), b, None, "none", [], "")
+        product = _onednn(_without_gaps(rows), b)
         if beta == 0:
             torch.mul(product, alpha, out=into)
         else:
@@ -92,21 +92,38 @@ def goes_to_onednn(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> bool:
         and out.device.type == a.device.type == b.device.type == "cpu"
         and out.dtype == a.dtype == b.dtype == torch.float32
         and max(n, m) * d < LARGEST
+        and type(out) is torch.Tensor  # and not one without entries, of torch's tracing modes
         and torch.backends.mkldnn.enabled
         and _mkl_is_slow()
+        and _is_right()
     )
 
 
 @cache
 def _mkl_is_slow() -> bool:
-    """Whether this is a processor of AMD with AVX-512, and torch has MKL and oneDNN's product."""
+    """Whether this is a processor of AMD with AVX-512, and torch has MKL and oneDNN."""
     return (
         torch.backends.mkl.is_available()
         and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
         and "AuthenticAMD" in _processor()
     )
+
+
+@cache
+def _is_right() -> bool:
+    """Whether torch's operator, which may change from version to version, multiplies as it is expected to."""
+    a, b = torch.arange(6.0, device="cpu").view(2, 3), torch.arange(12.0, device="cpu").view(4, 3)
+    with torch.no_grad():
+        try:
+            return torch.equal(_onednn(a, b), a @ b.T)
+        except (AttributeError, RuntimeError, TypeError):  # it is gone, or takes other arguments
+            return False
+
+
+def _onednn(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return ``a b^T``, of factors without gaps."""
+    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
 
 
 def _processor() -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from fastmatch_kernels import matrix_product
 from fastmatch_kernels.matrix_product import addmm_nt, goes_to_onednn
@@ -23,7 +24,7 @@ LAYOUTS = {
 
 @pytest.fixture(params=[True, False], ids=["onednn", "torch"])
 def is_onednn(request, monkeypatch):
-    if request.param and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if request.param and not matrix_product._is_right():
         pytest.skip("this torch has no product of oneDNN")
     monkeypatch.setattr(matrix_product, "_mkl_is_slow", lambda: request.param)
     monkeypatch.setattr(matrix_product, "LEAST_WORK", 0)
@@ -80,7 +81,7 @@ def test_small_sides_and_float64_stay_with_torch(is_onednn, n, m, d, dtype):
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")  # torch says so wherever its flags are set
 def test_little_work_stays_with_torch_and_so_does_all_where_onednn_is_switched_off(monkeypatch):
     monkeypatch.setattr(matrix_product, "_mkl_is_slow", lambda: True)
-    small, large = torch.ones(100, 100), torch.ones(300, 300)
+    small, large = torch.ones(100, 100), torch.ones(400, 400)
     assert not goes_to_onednn(small, small, small)
     assert goes_to_onednn(large, large, large)
     with torch.backends.mkldnn.flags(enabled=False):
@@ -102,6 +103,32 @@ def test_the_processor_decides(vendor, capability, slow, monkeypatch):
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     assert matrix_product._mkl_is_slow.__wrapped__() == slow
+
+
+@pytest.mark.parametrize(
+    "answer", [AttributeError("no such operator"), RuntimeError("other arguments"), "wrong"]
+)
+def test_an_operator_that_has_changed_is_not_used(answer, monkeypatch):
+    def changed(a, b):
+        if isinstance(answer, Exception):
+            raise answer
+        return a @ b.T + 1
+
+    monkeypatch.setattr(matrix_product, "_onednn", changed)
+    assert not matrix_product._is_right.__wrapped__()
+    monkeypatch.setattr(matrix_product, "_mkl_is_slow", lambda: True)
+    monkeypatch.setattr(matrix_product, "_is_right", matrix_product._is_right.__wrapped__)
+    large = torch.ones(400, 400)
+    assert not goes_to_onednn(large, large, large)
+    assert torch.equal(addmm_nt(large.clone(), large, large), torch.full((400, 400), 401.0))
+
+
+def test_tensors_without_entries_stay_with_torch(monkeypatch):
+    monkeypatch.setattr(matrix_product, "_mkl_is_slow", lambda: True)
+    with FakeTensorMode():
+        large = torch.ones(400, 400)
+        assert not goes_to_onednn(large, large, large)
+        assert addmm_nt(large.clone(), large, large).shape == (400, 400)
 
 
 def test_the_processor_is_known_without_a_list_of_them(monkeypatch):
