@@ -141,4 +141,7 @@ def _has_no_gaps(x: torch.Tensor) -> bool:
 
 
 def _without_gaps(x: torch.Tensor) -> torch.Tensor:
-    return x if _has_no_gaps(x) else x.contiguous()
+    if _has_no_gaps(x):
+        return x
+    # A transposed matrix is copied as it lies: oneDNN transposes while it packs.
+    return x.T.contiguous().T if x.stride(0) == 1 else x.contiguous()
