@@ -82,6 +82,9 @@ def select_solver(cost: np.ndarray | torch.Tensor | Cost) -> Solver:
         >>> type(fm.assignment.select_solver(np.zeros((2000, 2000)))).__name__
         'DenseShortlists'
     """
+    integers = wide_integers(cost, False)
+    if integers is not None:  # float64 proposes what integers prove
+        cost = integers.distance.astype(np.float64)
     cost = _as_cost(cost.bound if isinstance(cost, BoundedGain) else cost, None)
     entries = math.prod(cost.shape)
     if isinstance(cost, (DenseCost, DeviceCost)) and entries <= SMALL:
@@ -199,6 +202,13 @@ def solve(
             kept = _without_large(given.matrix, sign, found)
             if kept is not None:
                 return solve(kept, maximize=maximize, solver=solver)
+            if doubtful and rows == columns:
+                # A row of large entries has a large dual, in whose rounding a gap may hide; as a column it may not.
+                turned = LapProblem(oriented.T, sign)
+                solution = chosen.solve(turned)
+                if solution is not None:
+                    other = _finish(turned, solution, not transposed, type(chosen).__name__)
+                    return other if other.gap - other.gap_bound < found.gap - found.gap_bound else found
     return found
 
 
@@ -246,7 +256,7 @@ def _without_large(matrix: np.ndarray, sign: float, found: Assignment) -> np.nda
     # The bound tells of duals that were so large that moving them by a constant left nothing of the others.
     moved = found.gap_bound / (32 * np.finfo(np.float64).eps * len(rows))
     largest = max(np.abs(found.u).max(), np.abs(found.v).max(), moved)
-    if found.is_certified and not _is_large(largest, found, matrix):
+    if found.is_certified and not _is_large(largest, matrix, matrix[rows, cols], found):
         return None
     with np.errstate(over="ignore", invalid="ignore"):
         costs = sign * matrix.astype(np.float64)
@@ -265,7 +275,7 @@ def _without_large(matrix: np.ndarray, sign: float, found: Assignment) -> np.nda
     return kept.T if tall else kept
 
 
-def _is_large(largest: float, found: Assignment, matrix: np.ndarray) -> bool:
+def _is_large(largest: float, matrix: np.ndarray, matched: np.ndarray, found: Assignment) -> bool:
     """Whether the largest dual is so large beside the small ones of sampled costs that they may vanish in its rounding."""
     g, (n, m) = np.random.default_rng(0), matrix.shape
     size = np.abs(matrix[g.integers(n, size=SAMPLED), g.integers(m, size=SAMPLED)]).astype(np.float64)
@@ -273,7 +283,7 @@ def _is_large(largest: float, found: Assignment, matrix: np.ndarray) -> bool:
     if not len(size) or largest < LARGE_DUALS * np.partition(size, len(size) // 100)[len(size) // 100]:
         return False
     # Sums of three such integers are exact.
-    numbers = (size, matrix[found.row_ind, found.col_ind], found.u, found.v)
+    numbers = (size, matched, found.u, found.v)
     return not all((np.rint(x) == x).all() and np.abs(x).max() < EXACT / 4 for x in numbers)
 
 

@@ -13,7 +13,7 @@ from fastmatch._internal.progress import progress_bar
 from fastmatch._internal.states import State, state_of
 from fastmatch.assignment import linear_sum_assignment
 from fastmatch.matching.matcher import Models, Strategy, check_matcher
-from fastmatch.matching.merge_many import MergeMany, Totals, check_init, match_mean
+from fastmatch.matching.merge_many import MergeMany, check_init, match_mean
 from fastmatch.matching.mixtures import Mixtures, can_mix
 from fastmatch.matching.objective import Include
 from fastmatch.matching.pair_objective import anchored, moving, sum_over_pairs
@@ -41,8 +41,8 @@ class FrankWolfe(Strategy):
     Maximizes ``sum_{p<q} <P_p theta_p, P_q theta_q>`` over permutations P_k that are relaxed to doubly stochastic
     matrices. Each step solves one assignment problem per model and group, with the gradient as its gain, and goes to
     the best of 17 points on the segment to that vertex, while the relaxed objective rises by more than rounding. At the end each map is
-    rounded to its nearest permutation (or all are set to the identity, if that is better), and :class:`MergeMany`
-    improves the result. Groups with subgroups (heads) move only in this last part.
+    rounded to its nearest permutation, and :class:`MergeMany` improves the result. The result of :class:`MergeMany` by itself is
+    returned if it is better. Groups with subgroups (heads) move only in this last part.
 
     Example:
         >>> alignments = fm.align_many([model_a, model_b], x, fm.FrankWolfe(max_steps=5))
@@ -79,8 +79,8 @@ class FrankWolfe(Strategy):
     ) -> list[Alignment]:
         """Return one alignment per model; see :meth:`Strategy.match`.
 
-        Each ``matching.objective`` is the sum over pairs at the identity, after rounding, and after each round of the
-        last part. It never falls.
+        Each ``matching.objective`` is the sum over pairs of the models as they are, after rounding, and after each round of the
+        last part; or that of :class:`MergeMany`, if its result is better.
         """
         states = [state_of(model, f"models[{k}]") for k, model in enumerate(models)]
         permutations, matching = match_frank_wolfe(states, spec, self, progress=progress)
@@ -92,26 +92,20 @@ def match_frank_wolfe(
     states: Sequence[State], spec: PermutationSpec, options: FrankWolfe, *, progress: bool | None = None
 ) -> tuple[list[Permutations], Matching]:
     """Return one dict of permutations per model, into the shared order, and the outcome for the last of them."""
-    include = options.matcher.include
     maps, solves = _climb(states, spec.flat(), options, progress)
     rounded = [_rounded(model, spec) for model in maps]
-    identity = [spec.identity() for _ in states]
-    names = moving(states[0], spec, include)
-    at_start, at_rounded = (Totals(states, spec, p, names).objective() for p in (identity, rounded))
-    found, polished = match_mean(
-        states,
-        spec,
-        MergeMany(options.matcher, options.max_rounds),
-        start=rounded if at_rounded > at_start else identity,
-        progress=progress,
-    )
-    outcome = replace(
-        polished,
+    last = MergeMany(options.matcher, options.max_rounds)
+    alone, steps = match_mean(states, spec, last, progress=progress)
+    found, polished = match_mean(states, spec, last, start=rounded, progress=progress)
+    outcome = replace(polished, objective=(steps.objective[0], *polished.objective))
+    if steps.objective[-1] > polished.objective[-1]:
+        found, outcome = alone, steps
+    return found, replace(
+        outcome,
         matcher="FrankWolfe",
-        objective=(at_start, *polished.objective),
-        solves=solves + polished.solves,
+        solves=solves + steps.solves + polished.solves,
+        skipped=steps.skipped + polished.skipped,
     )
-    return found, outcome
 
 
 class _Relaxation:

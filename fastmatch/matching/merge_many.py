@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ def check_init(matcher: WeightMatching) -> None:
     if matcher.init != "identity":
         given = repr(matcher.init) if isinstance(matcher.init, str) else "permutations"
         raise ValueError(
-            "matcher: each match begins at the current permutations, the first at the identity; write "
+            "matcher: each match begins at the current permutations; write "
             f'WeightMatching(init="identity", ...), got init={given}'
         )
     check_unbalanced(matcher)
@@ -43,7 +44,7 @@ class MergeMany(Strategy):
     By weights (the default), it maximizes ``sum_{p<q} <P_p theta_p, P_q theta_q>`` over the permutations P_k of each model's units. A model is matched
     again in the groups whose tensors have changed in another model since its last match. A match to the
     mean of the others raises this sum by as much as it raises its own objective. So the sum never falls and the rounds
-    end by themselves.
+    end by themselves, at a local optimum. They begin with all models matched to the first one, if that is better than the models as they are.
 
     With :class:`ActivationMatching`, it maximizes the similarity of matched units, summed over all pairs of models, in the
     same way, from the matches to the reference on. Each group is then one problem by itself.
@@ -55,15 +56,15 @@ class MergeMany(Strategy):
         >>> alignments = fm.align_many(models, x, fm.MergeMany(fm.ActivationMatching(loader)))
 
     Args:
-        matcher: the options of each match. :class:`WeightMatching` must have ``init="identity"``: the first matches begin
-            there, later ones where the model is. :class:`ActivationMatching` reads its data once for each pair of models.
+        matcher: the options of each match. :class:`WeightMatching` must have ``init="identity"``: each match begins where the
+            model is. :class:`ActivationMatching` reads its data once for each pair of models.
         max_rounds: the largest number of rounds; ``matching.converged`` says whether it was enough.
 
     Raises:
         ValueError: ``max_rounds`` is out of range, or ``matcher.init`` is not ``"identity"``.
         TypeError: ``matcher`` is neither of the two, or its data is an iterator, which can be read only once.
 
-    Cost: by weights, a first match per model as of two; later ones multiply the units that have moved. Memory: the sum of the models in float64, and
+    Cost: by weights, two matches per model as of two; later ones multiply the units that have moved. Memory: the sum of the models in float64, and
     for every model the mean of the others and gains of at most twice its size.
     """
 
@@ -83,8 +84,8 @@ class MergeMany(Strategy):
     ) -> list[Alignment]:
         """Return one alignment per model; see :meth:`Strategy.match`.
 
-        Each ``matching.objective`` is the sum over pairs before the first round and after each; by activations first
-        that of the models as they are.
+        Each ``matching.objective`` is the sum over pairs of the models as they are, before the first round if they were matched to
+        one of them, and after each round.
         """
         if isinstance(self.matcher, ActivationMatching):
             permutations, matching = match_similar(
@@ -110,17 +111,21 @@ def match_mean(
         states: state dicts of the same architecture.
         spec: which axes move together.
         options: how they are matched.
-        start: where the models begin; the identity for None.
+        start: where the models begin; :func:`first_orders` for None.
         progress: show progress bars; None shows them on a terminal.
     """
     matcher = options.matcher
     assert isinstance(matcher, WeightMatching)
-    current = list(start) if start is not None else [spec.identity() for _ in states]
-    generator = np.random.default_rng(matcher.seed)
-    solves = skipped = rounds = 0
     names = moving(states[0], spec, matcher.include)
+    trace: list[float] = []
+    solves = skipped = rounds = 0
+    if start is None:
+        first = first_orders(states, spec, matcher, progress=progress)
+        start, solves, trace = first.orders, first.solves, [first.at_identity]
+    current = list(start)
+    generator = np.random.default_rng(matcher.seed)
     totals = Totals(states, spec, current, names)
-    trace = [totals.objective()]
+    trace += [value] if (value := totals.objective()) not in trace else []
     stale = [set(spec.top_level()) for _ in states]
     kept = [_KeptGains(state, spec, names) for state in states]
     moved = True
@@ -150,6 +155,36 @@ def match_mean(
         trace.append(totals.objective())
     outcome = Matching(current[-1], "MergeMany", tuple(trace), rounds, solves, skipped, converged=not moved)
     return current, outcome
+
+
+class FirstOrders(NamedTuple):
+    """Where models begin, the number of assignments solved for it, and the objective there and of the models as they are."""
+
+    orders: list[Permutations]
+    solves: int
+    objective: float
+    at_identity: float
+
+
+def first_orders(
+    states: Sequence[State], spec: PermutationSpec, matcher: WeightMatching, *, progress: bool | None = None
+) -> FirstOrders:
+    """Return where models begin: all matched to the first, or as they are.
+
+    The mean of models in different orders tells little of any of them. So rounds from there end sooner, and higher, than from the
+    models as they are, unless these are alike already.
+    """
+    single, solves = replace(matcher, init="greedy"), 0
+    found = [spec.identity() for _ in states]
+    for k in progress_bar(range(1, len(states)), "matching to the first", show=progress):
+        matched = match_weights(states[0], states[k], spec, single, progress=False)
+        found[k] = matched.permutations
+        solves += matched.solves
+    names = moving(states[0], spec, matcher.include)
+    identity = [spec.identity() for _ in states]
+    at_found, at_identity = (Totals(states, spec, p, names).objective() for p in (found, identity))
+    better = found if at_found > at_identity else identity
+    return FirstOrders(better, solves, max(at_found, at_identity), at_identity)
 
 
 def _with_neighbours(groups: set[str], spec: PermutationSpec) -> set[str]:

@@ -7,7 +7,7 @@ Which library multiplies is decided by the processor and the shapes, never by a 
 
 torch offers oneDNN's float32 product by an operator of its compiler only, ``mkldnn::_linear_pointwise``. It makes a new matrix.
 So ``out`` is worked on in blocks of rows that stay in the caches. Of factors that are contiguous neither as they are nor
-transposed it would take a plain loop, hundreds of times slower: they are copied.
+transposed it may take a plain loop, hundreds of times slower: they are copied.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from fastmatch.assignment import (
     FactorCost,
     SmallDense,
     certificate,
+    select_solver,
     solve_batched,
 )
 
@@ -236,3 +237,26 @@ def test_a_sentinel_that_no_row_needs_makes_no_large_dual():
 def test_the_function_of_scipy_names_its_own_argument(cost, error):
     with pytest.raises(error, match=r"^cost_matrix\b"):
         fm.linear_sum_assignment(cost)
+
+
+@pytest.mark.parametrize("seed", [2, 3, 4])
+@pytest.mark.parametrize("large", [2.0**31, 2.0**50])
+@pytest.mark.parametrize("turn", [False, True], ids=["row", "column"])
+def test_a_row_of_large_entries_hides_no_gap(seed, large, turn):
+    """Its dual is as large, and small costs were lost in the rounding of the proof."""
+    cost = np.random.default_rng(seed).integers(0, 1000, (1100, 1100)).astype(np.float64)
+    cost[-1] = large + 1
+    cost[-1, -1] = large
+    cost = np.ascontiguousarray(cost.T) if turn else cost
+    for given, maximize in ((cost, False), (-cost, True)):
+        found = fm.solve(given, maximize=maximize)
+        assert found.is_certified
+        rows, cols = linear_sum_assignment(given, maximize=maximize)
+        assert found.objective == pytest.approx(given[rows, cols].sum(), rel=1e-15)
+        gap, bound = certificate(given, found, maximize=maximize)
+        assert gap <= bound
+
+
+def test_the_solver_of_integers_beyond_float64_is_named():
+    assert type(select_solver(np.array([[2**60, 1], [3, 4]]))).__name__ == "SmallDense"
+    assert type(select_solver(np.full((1100, 1100), 2**60))).__name__ == "DenseShortlists"
