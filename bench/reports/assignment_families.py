@@ -123,7 +123,7 @@ class Measurement:
         return row
 
     def shuffled(self, cost: np.ndarray, names: list[str], seed: int) -> float | None:
-        """Return our seconds over the fastest peer's for the matrix with rows and columns in random order."""
+        """Return our seconds over the fastest peer's, or over its limit, for the matrix with rows and columns in random order."""
         g = np.random.default_rng(seed)
         rows, columns = (g.permutation(size) for size in cost.shape)
         self.runner.place(np.ascontiguousarray(cost[rows][:, columns]))
@@ -131,14 +131,13 @@ class Measurement:
         for _ in range(self.repeats):
             for name in sorted(seconds, key=lambda k: k != OURS):
                 limit = 2 * SLOW * seconds[OURS][0] + SPARE if seconds[OURS] and name != OURS else None
-                taken = self.runner.run(name, limit).seconds
-                if taken is None:
-                    del seconds[name]
-                else:
-                    seconds[name].append(taken)
-        medians = {k: statistics.median(taken) for k, taken in seconds.items()}
-        found = ratio({"seconds": medians, "wrong": []})
-        return found["ratio"]
+                found = self.runner.run(name, limit)
+                if found.seconds is not None:
+                    seconds[name].append(found.seconds)
+                elif found.failure == "limit" and limit is not None:
+                    seconds[name].append(limit)  # it takes longer than that
+        medians = {k: statistics.median(taken) for k, taken in seconds.items() if taken}
+        return ratio({"seconds": medians, "wrong": []})["ratio"]
 
     def first(self, names: list[str]) -> dict[str, Outcome]:
         """Ask everyone once. A peer need not end that takes far longer than another one."""

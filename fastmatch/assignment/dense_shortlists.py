@@ -50,7 +50,7 @@ NARROWED = 1 << 27
 """Entries up to which a float64 matrix is copied to float32: half a gigabyte."""
 
 NARROWED_ABOVE = 1 / 16
-"""Fraction of the rows: if more are free after the first read, more reads follow."""
+"""Fraction of the rows: if more are free after the first steps, many reads follow."""
 
 COPIED = 1 << 28
 """Entries up to which a nearly square matrix is copied to be made square."""
@@ -140,8 +140,6 @@ class _DensePhases(Phases):
     def run(self) -> bool:
         """Solve the problem; return False if solving it :func:`as_square` is quicker."""
         self.survey()
-        if self.free() > NARROWED_ABOVE * self.n:
-            self.narrow()
         return not self.free() or self.solve_free()
 
     def solution(self) -> LapSolution:
@@ -332,6 +330,8 @@ class _DensePhases(Phases):
                     self.begin_at(found)
                 elif free <= self.n:
                     others = found
+        if self.free() > NARROWED_ABOVE * self.n:
+            self.narrow()
         if not self.free() or self.solve_copies():
             return True
         calm = self.bids(plan.slow_above if others is None else plan.slow_above_others)
