@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -41,8 +42,8 @@ class FrankWolfe(Strategy):
     Maximizes ``sum_{p<q} <P_p theta_p, P_q theta_q>`` over permutations P_k that are relaxed to doubly stochastic
     matrices. Each step solves one assignment problem per model and group, with the gradient as its gain, and goes to
     the best of 17 points on the segment to that vertex, while the relaxed objective rises by more than rounding. At the end each map is
-    rounded to its nearest permutation, and :class:`MergeMany` improves the result. The result of :class:`MergeMany` by itself is
-    returned if it is better. Groups with subgroups (heads) move only in this last part.
+    rounded to its nearest permutation, and :class:`MergeMany` improves the result. What :class:`MergeMany` finds by itself is
+    returned if it is better than that, or than the relaxed objective. Groups with subgroups (heads) move only in this last part.
 
     Example:
         >>> alignments = fm.align_many([model_a, model_b], x, fm.FrankWolfe(max_steps=5))
@@ -92,20 +93,18 @@ def match_frank_wolfe(
     states: Sequence[State], spec: PermutationSpec, options: FrankWolfe, *, progress: bool | None = None
 ) -> tuple[list[Permutations], Matching]:
     """Return one dict of permutations per model, into the shared order, and the outcome for the last of them."""
-    maps, solves = _climb(states, spec.flat(), options, progress)
-    rounded = [_rounded(model, spec) for model in maps]
+    maps, solves, relaxed = _climb(states, spec.flat(), options, progress)
     last = MergeMany(options.matcher, options.max_rounds)
-    alone, steps = match_mean(states, spec, last, progress=progress)
-    found, polished = match_mean(states, spec, last, start=rounded, progress=progress)
-    outcome = replace(polished, objective=(steps.objective[0], *polished.objective))
-    if steps.objective[-1] > polished.objective[-1]:
-        found, outcome = alone, steps
-    return found, replace(
-        outcome,
-        matcher="FrankWolfe",
-        solves=solves + steps.solves + polished.solves,
-        skipped=steps.skipped + polished.skipped,
-    )
+    found, outcome = match_mean(states, spec, last, progress=progress)
+    solves += outcome.solves
+    if outcome.objective[-1] < relaxed:  # else rounding is not expected to end higher
+        rounded = [_rounded(model, spec) for model in maps]
+        other, polished = match_mean(states, spec, last, start=rounded, progress=progress)
+        solves += polished.solves
+        if polished.objective[-1] >= outcome.objective[-1]:
+            found = other
+            outcome = replace(polished, objective=(outcome.objective[0], *polished.objective))
+    return found, replace(outcome, matcher="FrankWolfe", solves=solves)
 
 
 class _Relaxation:
@@ -205,12 +204,12 @@ class _Relaxation:
 
 def _climb(
     states: Sequence[State], spec: PermutationSpec, options: FrankWolfe, progress: bool | None
-) -> tuple[Maps, int]:
-    """The relaxed maps at which no step raises the objective, and the number of assignment problems solved."""
+) -> tuple[Maps, int, float]:
+    """The relaxed maps at which no step raises the objective, the number of assignment problems solved, and the objective there."""
     relaxation = _Relaxation(states, spec, options.matcher.include)
     points = np.linspace(0, 1, STEPS).tolist()
     least = max(options.matcher.tolerance, LEAST_RISE if relaxation.dtype == torch.float32 else 0.0)
-    solves = 0
+    solves, reached = 0, -math.inf
     for _ in progress_bar(range(options.max_steps), "Frank-Wolfe", show=progress):
         vertices = [
             [linear_sum_assignment(g, maximize=True)[1].cpu() for g in model]
@@ -219,10 +218,12 @@ def _climb(
         solves += sum(map(len, vertices))
         values = relaxation.look(vertices, points)
         best = int(np.argmax(values))
+        reached = values[0]
         if not values[best] > values[0] + least * abs(values[0]):
             break
         relaxation.go(vertices, points[best])
-    return relaxation.maps, solves
+        reached = values[best]
+    return relaxation.maps, solves, reached
 
 
 def _rounded(maps: list[torch.Tensor], spec: PermutationSpec) -> Permutations:
