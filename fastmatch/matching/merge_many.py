@@ -117,15 +117,16 @@ def match_mean(
     matcher = options.matcher
     assert isinstance(matcher, WeightMatching)
     names = moving(states[0], spec, matcher.include)
-    trace: list[float] = []
     solves = skipped = rounds = 0
+    before: list[float] = []
     if start is None:
         first = first_orders(states, spec, matcher, progress=progress)
-        start, solves, trace = first.orders, first.solves, [first.at_identity]
+        start, solves = first.orders, first.solves
+        before = [first.at_identity] if first.objective > first.at_identity else []
     current = list(start)
     generator = np.random.default_rng(matcher.seed)
     totals = Totals(states, spec, current, names)
-    trace += [value] if (value := totals.objective()) not in trace else []
+    trace = [*before, totals.objective()]
     stale = [set(spec.top_level()) for _ in states]
     kept = [_KeptGains(state, spec, names) for state in states]
     moved = True
