@@ -301,7 +301,7 @@ def test_align_many(models, loader, options, strategy, capsys):
     ([*MANY, *OUTS, "--strategy", "chain", "--max-rounds", "3"], "--max-rounds: is an option of --strategy merge-many or frank-wolfe"),
     ([*MANY, *OUTS, "--max-steps", "3"], "--max-steps: is an option of --strategy frank-wolfe"),
     ([*MANY, *OUTS, "--max-rounds", "0"], "--max-rounds: expected a whole number of at least 1"),
-    ([*MANY, *OUTS, "--init", "greedy"], "the first at the identity; write --init identity, got --init greedy"),
+    ([*MANY, *OUTS, "--init", "greedy"], "each match begins at the current permutations; write --init identity, got --init greedy"),
     ([*MANY, *OUTS, "--strategy", "chain", "--site", "pre"], "--site: is an option of --matcher activations or mixture"),
     (["align-many", "a.safetensors", "--model", "cli_module:build", "--out", "o.pt"], "--out: expected 0 files"),
 ])  # fmt: skip
