@@ -369,7 +369,10 @@ def test_layers_under_weight_norm_are_renormalized_as_if_it_were_removed(method,
         assert torch.equal(new.get_parameter(kept), merged.get_parameter(kept))
 
 
-def test_other_parametrizations_are_left_alone_and_the_message_says_how_to_remove_them():
+@pytest.mark.parametrize("seed", [209, 261, None])
+def test_other_parametrizations_are_left_alone_and_the_message_says_how_to_remove_them(seed):
+    """At the first seeds the spectral norm changes by less than 1% if rows are scaled by factors around 1."""
+    torch.manual_seed(fresh_seed() if seed is None else seed)
     net = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), spectral_norm(nn.Linear(6, 6)))
     left = fm.plan_renormalization(net).left_alone
     assert list(left) == ["2"]
