@@ -330,6 +330,10 @@ class _DensePhases(Phases):
                     self.begin_at(found)
                 elif free <= self.n:
                     others = found
+        if self.m > self.n + self.n // NEARLY:
+            self.reduce_by_rows()
+            if self.free() <= plan.auction_above * self.n:
+                return self.finish(True)
         if self.free() > NARROWED_ABOVE * self.n:
             self.narrow()
         if not self.free() or self.solve_copies():
@@ -369,12 +373,9 @@ class _DensePhases(Phases):
 
     def bids(self, slow_above: float) -> bool:
         """Match free rows by row reduction and a short auction; return whether that paid: see :meth:`short_auctions`."""
-        from fastmatch_kernels.lap.duals import typical_gap
-
         plan = self.schedule
-        eps = plan.short_eps * typical_gap(self.least, self.seconds)
+        eps = self.short_eps()
         many = plan.auction_above * self.n
-        self.distinct = 0.0 < eps < np.inf
         # Lists are not used if half of the rows have ties for their best column, and not for few rows: reading a list
         # takes as long as scanning a row three times.
         self.by_rows = self.free() <= plan.listed_above * self.n or not self.distinct
@@ -398,6 +399,14 @@ class _DensePhases(Phases):
             return self.short_auctions(eps, slow_above, before)
         self.reduce()
         return not self.is_square
+
+    def short_eps(self) -> float:
+        """Return the first eps of a short auction, and note whether most rows have a single best column."""
+        from fastmatch_kernels.lap.duals import typical_gap
+
+        eps = float(self.schedule.short_eps * typical_gap(self.least, self.seconds))
+        self.distinct = 0.0 < eps < np.inf
+        return eps
 
     def finish(self, calm: bool) -> bool:
         """Match the free rows by shortest paths; if these would be long and costs are distinct, by eps-scaling first.
@@ -449,6 +458,30 @@ class _DensePhases(Phases):
             rows = self.bid(rows, 0.0, self.n // SLICES + 1)
         return self.free() <= plan.reduced_above * self.n
 
+    def reduce_by_rows(self) -> None:
+        """Run row reduction over whole rows until a path takes less time than a row's bids.
+
+        In a rectangle most rows soon find a free column, and their lists would not be used again.
+        """
+        from fastmatch_kernels.lap.small import bid_rows
+
+        plan = self.schedule
+        self.short_eps()
+        self.by_rows = True
+        stack = np.empty(self.n, np.int64)
+        rows = self.free_rows()
+        settled, made = len(rows), 0
+        while settled * plan.dear_bids > made:
+            before = len(rows), int(self.counts[BIDS])
+            stack[: len(rows)] = rows[::-1]
+            bid_rows(
+                self.flat, self.sign, self.m, self.duals, self.seconds, self.columns, self.row_of, self.col_of, stack,
+                len(rows), 0.0, len(rows) if made == 0 else self.n // SLICES + 1, self.counts,
+            )  # fmt: skip
+            rows = self.free_rows()
+            settled, made = before[0] - len(rows), int(self.counts[BIDS]) - before[1]
+        self.list_best()
+
     def reduce_rows(self) -> None:
         """Run two passes of augmenting row reduction."""
         self.reduce()
@@ -469,7 +502,8 @@ class _DensePhases(Phases):
             part = min(bids, SLICE, at_once, 2 * self.n)
             if self.by_rows:
                 top = bid_rows(
-                    self.flat, self.sign, self.m, self.duals, self.row_of, self.col_of, stack, top, eps, part, self.counts
+                    self.flat, self.sign, self.m, self.duals, np.empty(self.n), np.empty(self.n, np.int64), self.row_of,
+                    self.col_of, stack, top, eps, part, self.counts,
                 )  # fmt: skip
             else:
                 before = self.counts.copy()
@@ -570,6 +604,16 @@ class _DensePhases(Phases):
             eps *= plan.short_factor
         return True
 
+    def by_least(self) -> np.ndarray:
+        """Return the free rows in the order of their least cost at first if that shortens paths: see :func:`sort_by`."""
+        from fastmatch_kernels.lap.paths import shuffle, sort_by
+
+        rows = self.free_rows()
+        shuffle(rows, len(rows))
+        if not self.is_square:
+            sort_by(rows, FEW_PATHS, len(rows), self.least)
+        return rows
+
     def augment_by_lists(self, most: float) -> bool:
         """Augment over the lists while these save reads, and are expected to take no more than ``most`` steps.
 
@@ -580,7 +624,7 @@ class _DensePhases(Phases):
 
         plan = self.schedule
         paths = tuple(new_paths(self.n, self.m))
-        sources, at = self.free_rows(), 0
+        sources, at = self.by_least(), 0
         before = last = self.counts.copy()
         while at < len(sources):
             at, _ = augment(
@@ -612,10 +656,9 @@ class _DensePhases(Phases):
         Returns:
             0 if no row is free any more, else the scans that the rest is expected to take.
         """
-        from fastmatch_kernels.lap.paths import paths, shuffle
+        from fastmatch_kernels.lap.paths import paths
 
-        order = self.free_rows()
-        shuffle(order, len(order))
+        order = self.by_least()
         at, spent = 0, 0
         step = max(256, SLICE // self.m * 32) if scans == np.inf else max(1, int(first * self.n))
         while at < len(order):

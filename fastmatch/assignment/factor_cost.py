@@ -13,6 +13,7 @@ from fastmatch.assignment.cost import row_index
 from fastmatch.assignment.reading import as_array
 from fastmatch_kernels._dispatch import Backend, RowPrecision, backend_of
 from fastmatch_kernels._numba.parallel import over_rows
+from fastmatch_kernels.matrix_product import addmm_nt
 
 __all__ = ["FactorCost", "Metric", "Precision"]
 
@@ -416,16 +417,18 @@ class FactorCost:
 
     def dense(self) -> np.ndarray:
         """Return the whole matrix in float64, on the host."""
-        total = torch.zeros(self.shape, dtype=torch.float64, device=self.device)
-        for a, b in self.pairs:
+        total = torch.empty(self.shape, dtype=torch.float64, device=self.device)
+        for k, (a, b) in enumerate(self.pairs):
             a, b = a.double(), b.double()
             if self.metric == "l1":
-                total += torch.cdist(a, b, p=1)
-            else:
-                total.addmm_(a, b.T, alpha=1 if self.metric == "dot" else -2)
-                if self.metric == "l2":
-                    total += a.square().sum(1, keepdim=True)
-                    total += b.square().sum(1)
+                distances = torch.cdist(a, b, p=1)
+                total = total + distances if k else distances
+                continue
+            # Twice a number is exact.
+            addmm_nt(total, a if self.metric == "dot" else -2 * a, b, beta=min(k, 1))
+            if self.metric == "l2":
+                total += a.square().sum(1, keepdim=True)
+                total += b.square().sum(1)
         return total.cpu().numpy()
 
 

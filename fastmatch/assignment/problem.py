@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -51,8 +52,13 @@ class LapProblem:
         usable = self.shape[0] == self.shape[1] and self.start is not None and np.isfinite(self.start).all()
         return np.array(self.start, np.float64) if usable else None
 
+    @cached_property
+    def _of_factors(self) -> np.ndarray:
+        assert isinstance(self.cost, FactorCost)
+        return self.cost.dense()
+
     def matrix(self, solver: object) -> np.ndarray:
-        """Return the cost as a matrix on the host, rows contiguous, float32 or float64; that of a factor cost is computed.
+        """Return the cost as a matrix on the host, rows contiguous, float32 or float64; that of a factor cost is computed once.
 
         Args:
             solver: who asks; an error names it.
@@ -62,7 +68,7 @@ class LapProblem:
         """
         cost, name = self.cost, type(solver).__name__
         if isinstance(cost, FactorCost):
-            return cost.dense()
+            return self._of_factors
         if isinstance(cost, DeviceCost):
             cost = DenseCost(cost.matrix)
         if not isinstance(cost, DenseCost):

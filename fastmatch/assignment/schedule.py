@@ -109,6 +109,8 @@ class DenseSchedule(AuctionSchedule):
     """The same if half of the rows have ties for their best column: neither other duals nor auctions help much then."""
     dear_bid_reads: float = 0.25
     """Reads per bid above which bids over whole rows are quicker than over lists."""
+    dear_bids: float = 8.0
+    """Bids that a row may take in a rectangle before lists or a path are quicker."""
     ends_at_once: float = 1.25
     """Scans per free row: if paths after row reduction are expected to take no more, no auction is tried."""
     few_scans: float = 1.0

@@ -24,9 +24,11 @@ from fastmatch_kernels.lap.state import (
     CROWDED,
     DOUBTFUL,
     INFEASIBLE,
-    NEARLY_SQUARE,
+    LONG,
+    NEARLY,
     RESUMED,
     SOLVED,
+    SQUARED,
     TOO_LARGE,
     WARM,
     ZEROS,
@@ -54,7 +56,7 @@ def is_loaded() -> bool:
 
 
 def solve_small(
-    matrix: np.ndarray, maximize: bool, *, proof: bool, start: np.ndarray | None = None
+    matrix: np.ndarray, maximize: bool, *, proof: bool, listed: bool = False, start: np.ndarray | None = None
 ) -> tuple[int, tuple[np.ndarray, ...]]:
     """Solve a matrix in one compiled call, by the default schedule.
 
@@ -64,10 +66,11 @@ def solve_small(
         matrix: (n, m) float32 or float64, not empty.
         maximize: look for the largest total.
         proof: whether more than the indices is wanted.
+        listed: whether to stop, LONG, where candidate lists are quicker.
         start: column duals of the minimisation to start from, for a square matrix whose rows are contiguous.
 
     Returns:
-        The state, SOLVED, DOUBTFUL or another one of ``fastmatch_kernels.lap.state``, and (pairs, u, v, numbers), which count
+        The state, SOLVED, DOUBTFUL, LONG or another one of ``fastmatch_kernels.lap.state``, and (pairs, u, v, numbers), which count
         with the first two: pairs (2, min(n, m)) are rows and columns, and numbers are the objective, the gap, its bound,
         reads, bids, pops and searches. Without ``proof``, there are only pairs.
     """
@@ -84,26 +87,27 @@ def solve_small(
     sign = -1.0 if maximize else 1.0
     if start is None:
         room = np.empty(room_for(rows)) if rows == columns >= CROWDED_FROM else _NONE
-        state = kernel(given, sign, transposed, pairs, found, room, ZEROS)
+        state = kernel(given, sign, transposed, pairs, found, room, ZEROS, listed)
     else:
         room = start
-        state = kernel(given, sign, transposed, pairs, found, room, WARM)
+        state = kernel(given, sign, transposed, pairs, found, room, WARM, listed)
     if state == CROWDED:
         _crowded_kernel(matrix.dtype)(given, room)
-        state = kernel(given, sign, transposed, pairs, found, room, RESUMED)
-    elif state == NEARLY_SQUARE:
-        return _solve_as_square(given, maximize, transposed, proof)
+        state = kernel(given, sign, transposed, pairs, found, room, RESUMED, listed)
+    n, m = given.shape
+    if state == LONG and n < m <= n + n // NEARLY and not (listed and given.size > SQUARED):
+        return _solve_as_square(given, maximize, transposed, proof, listed)
     if not proof:
         return state, (pairs,)
     return state, (pairs, found[:rows], found[rows:-7], found[-7:])
 
 
 def _solve_as_square(
-    given: np.ndarray, maximize: bool, transposed: bool, proof: bool
+    given: np.ndarray, maximize: bool, transposed: bool, proof: bool, listed: bool
 ) -> tuple[int, tuple[np.ndarray, ...]]:
     """Return what :func:`solve_small` does, from a square problem: ``given`` is the matrix or its transpose, n < m."""
     n = len(given)
-    state, (pairs, *found) = solve_small(as_square(given), maximize, proof=proof)
+    state, (pairs, *found) = solve_small(as_square(given), maximize, proof=proof, listed=listed)
     pairs = pairs[:, :n]
     if transposed:
         pairs = pairs[::-1, np.argsort(pairs[1])]
@@ -128,7 +132,7 @@ def _kernel(dtype: np.dtype) -> Callable[..., int]:
         f"the kernel for small matrices of {dtype}",
         ("matrix", dtype.char),
         lambda: solve_matrix(
-            np.ones((2, 2), dtype), 1.0, False, np.empty((2, 2), np.int64), np.empty(11), _NONE, ZEROS
+            np.ones((2, 2), dtype), 1.0, False, np.empty((2, 2), np.int64), np.empty(11), _NONE, ZEROS, False
         ),
     )
     _KERNELS[dtype] = solve_matrix
@@ -148,10 +152,10 @@ def _crowded_kernel(dtype: np.dtype) -> Callable[..., None]:
     return crowded_duals
 
 
-def _by_default(problem: LapProblem, matrix: np.ndarray) -> tuple[int, LapSolution]:
+def _by_default(problem: LapProblem, matrix: np.ndarray, listed: bool) -> tuple[int, LapSolution]:
     """Solve by the kernel of :func:`solve_small`, so that warm starts compile no other one."""
     sign = problem.sign
-    state, found = solve_small(matrix, sign < 0, proof=True, start=problem.finite_start)
+    state, found = solve_small(matrix, sign < 0, proof=True, listed=listed, start=problem.finite_start)
     (_, col_of), u, v, numbers = found
     if state not in (SOLVED, DOUBTFUL):  # duals and counts were not written
         return state, LapSolution(col_of, u, v, np.zeros(4, np.int64))
@@ -160,9 +164,10 @@ def _by_default(problem: LapProblem, matrix: np.ndarray) -> tuple[int, LapSoluti
 
 @dataclass(frozen=True)
 class SmallDense:
-    """Solve a matrix over whole rows on one core: the choice up to 2^20 entries, where rows stay in the core's cache.
+    """Solve a matrix over whole rows on one core: the first choice up to 2^23 entries.
 
-    +inf (-inf for a maximisation) forbids an entry.
+    Most matrices of that size are solved in a read or two. It takes factor costs too, whose matrix is computed in float64. +inf
+    (-inf for a maximisation) forbids an entry.
 
     Example:
         >>> fm.solve(np.random.rand(50, 50), solver=fm.assignment.SmallDense()).is_certified
@@ -170,21 +175,29 @@ class SmallDense:
 
     Args:
         schedule: when its phases run, a :class:`SmallSchedule`. Its numbers are checked here.
+        hands_over: return None for a matrix of 2^18 entries or more whose paths turn out long, so that
+            :func:`fastmatch.assignment.solve` begins again with :class:`DenseShortlists`.
     """
 
     schedule: SmallSchedule = field(default_factory=SmallSchedule)
+    hands_over: bool = False
 
     def __post_init__(self) -> None:
         check_type("schedule", self.schedule, SmallSchedule)
+        check_type("hands_over", self.hands_over, bool)
         check_fields("schedule", self.schedule._asdict(), SmallSchedule._field_defaults)
 
-    def solve(self, problem: LapProblem) -> LapSolution:
+    def solve(self, problem: LapProblem) -> LapSolution | None:
         """Solve the problem: see :meth:`Solver.solve`."""
         matrix = problem.matrix(self)
         is_default = self.schedule == DEFAULT and matrix.size
         state, found = (
-            _by_default(problem, matrix) if is_default else self._scheduled(problem, for_kernels(matrix))
+            _by_default(problem, matrix, self.hands_over)
+            if is_default
+            else self._scheduled(problem, for_kernels(matrix))
         )
+        if state == LONG:
+            return None
         if state == INFEASIBLE:
             raise Infeasible("cost: no assignment avoids the forbidden entries")
         if state == TOO_LARGE:
@@ -211,6 +224,7 @@ class SmallDense:
                 problem.sign,
                 tuple(self.schedule),
                 duals is not None,
+                self.hands_over,
                 v,
                 u,
                 row_of,

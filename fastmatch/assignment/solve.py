@@ -23,18 +23,15 @@ from fastmatch.assignment.factor_cost import FactorCost
 from fastmatch.assignment.gap import duality_gap, settled
 from fastmatch.assignment.integers import is_wide, solve_integers, wide_integers
 from fastmatch.assignment.problem import LapProblem, LapSolution, Solver, TooLarge
-from fastmatch.assignment.reading import EXACT, as_array
+from fastmatch.assignment.reading import EXACT, MANY, as_array, as_real
 from fastmatch.assignment.small_dense import SmallDense, solve_small
 from fastmatch.assignment.solution import Assignment
-from fastmatch_kernels.lap.state import DOUBTFUL, HUGE, SOLVED, VECTOR
+from fastmatch_kernels.lap.state import DOUBTFUL, HUGE, LONG, SOLVED, VECTOR
 
 __all__ = ["linear_sum_assignment", "select_solver", "solve"]
 
-SMALL = 1 << 20
-"""Entries up to which a matrix is solved by whole rows on one core. Beyond that, rows leave its cache, and lists win."""
-
-SMALL_FACTORS = 1 << 18
-"""The same for the matrix of a factor cost. Beyond that, lists win on copied units, which are common there."""
+SMALL = 1 << 23
+"""Entries up to which a matrix is tried over whole rows first. Most are solved so; lists take over where that takes long."""
 
 SAMPLED = 4096
 """Entries by which the size of the costs is judged."""
@@ -57,8 +54,12 @@ STORED = 1 << 24
 """Entries up to which the matrix of a factor cost is computed, in float64 (128 MB), and up to which a matrix on a GPU
 comes to the host."""
 
-SMALL_DENSE, DENSE_SHORTLISTS, CANDIDATE_LISTS = SmallDense(), DenseShortlists(), CandidateLists()
-"""The solvers with their default options. They are made once, because a small solve takes as long as their checks."""
+SMALL_DENSE, DENSE_SHORTLISTS, CANDIDATE_LISTS = (
+    SmallDense(hands_over=True),
+    DenseShortlists(),
+    CandidateLists(),
+)
+"""The solvers that are used by default. They are made once, because a small solve takes as long as their checks."""
 
 
 def select_solver(cost: np.ndarray | torch.Tensor | Cost) -> Solver:
@@ -67,19 +68,18 @@ def select_solver(cost: np.ndarray | torch.Tensor | Cost) -> Solver:
     ====================================================  ========================
     cost                                                  solver
     ====================================================  ========================
-    matrix of up to 2^20 entries                          :class:`SmallDense`
+    matrix of up to 2^23 entries                          :class:`SmallDense`, which hands over to :class:`DenseShortlists`
     larger matrix                                         :class:`DenseShortlists`
     floating-point tensor on a GPU beyond 2^24 entries,
     :class:`DeviceCost` of that size                      :class:`CandidateLists`
     gain with bounds                                      that of its matrix of bounds
-    :class:`FactorCost` of up to 2^18 entries             :class:`SmallDense`
-    :class:`FactorCost` of up to 2^24 entries             :class:`DenseShortlists`
+    :class:`FactorCost` of up to 2^24 entries             that of its matrix
     larger :class:`FactorCost`                            :class:`CandidateLists`
     other costs                                           :class:`CandidateLists`
     ====================================================  ========================
 
     Example:
-        >>> type(fm.assignment.select_solver(np.zeros((2000, 2000)))).__name__
+        >>> type(fm.assignment.select_solver(np.zeros((4000, 4000)))).__name__
         'DenseShortlists'
     """
     integers = wide_integers(cost, False)
@@ -87,9 +87,7 @@ def select_solver(cost: np.ndarray | torch.Tensor | Cost) -> Solver:
         cost = integers.distance.astype(np.float64)
     cost = _as_cost(cost.bound if isinstance(cost, BoundedGain) else cost, None)
     entries = math.prod(cost.shape)
-    if isinstance(cost, (DenseCost, DeviceCost)) and entries <= SMALL:
-        return SMALL_DENSE
-    if isinstance(cost, FactorCost) and entries <= SMALL_FACTORS:
+    if isinstance(cost, (DenseCost, DeviceCost, FactorCost)) and entries <= SMALL:
         return SMALL_DENSE
     if isinstance(cost, DenseCost) or (isinstance(cost, (DeviceCost, FactorCost)) and entries <= STORED):
         return DENSE_SHORTLISTS
@@ -180,6 +178,9 @@ def solve(
     problem = LapProblem(oriented, sign, _first_duals(warm_start, oriented, sign, transposed))
     try:
         solution = chosen.solve(problem)
+        if solution is None and chosen is SMALL_DENSE:
+            chosen = DENSE_SHORTLISTS
+            solution = chosen.solve(problem)
     except TooLarge:
         return _solve_scaled(problem.matrix(chosen), transposed, maximize, chosen)
     if solution is None:
@@ -220,12 +221,16 @@ def _small_array(cost: Any) -> np.ndarray | None:
     dtype = READ_AS.get(given)
     if dtype == given:
         return cost if cost.flags.aligned else None
-    return None if dtype is None or is_wide(cost) else cost.astype(dtype)
+    if dtype is None or is_wide(cost):
+        return None
+    return cost.astype(dtype) if cost.size <= MANY else as_real(cost)
 
 
 def _solve_small(matrix: np.ndarray, maximize: bool) -> Assignment | None:
     """Return the solution by one compiled call; None if there is none, and the slower way says why."""
-    state, found = solve_small(matrix, maximize, proof=True)
+    state, found = solve_small(matrix, maximize, proof=True, listed=True)
+    if state == LONG:
+        return solve(matrix, maximize=maximize, solver=DENSE_SHORTLISTS)
     if state not in (SOLVED, DOUBTFUL):
         return None
     (row_ind, col_ind), u, v, numbers = found
@@ -438,9 +443,12 @@ def linear_sum_assignment(cost_matrix: Any, maximize: bool = False) -> tuple[Any
     """
     array = _small_array(cost_matrix)
     if array is not None:
-        state, (pairs,) = solve_small(array, maximize, proof=False)
+        state, (pairs,) = solve_small(array, maximize, proof=False, listed=True)
         if state == SOLVED:
             return pairs[0], pairs[1]
+        if state == LONG:
+            found = solve(array, maximize=maximize, solver=DENSE_SHORTLISTS)
+            return found.row_ind, found.col_ind
     if isinstance(cost_matrix, np.ma.MaskedArray):
         if np.ma.is_masked(cost_matrix):
             warnings.warn(

@@ -8,7 +8,6 @@ from fastmatch._internal.ranks import current as current_ranks
 from fastmatch.assignment import Assignment, CandidateLists, Solver, solve
 from fastmatch.assignment.shortest_paths import ShortestPaths, TooManyPops
 from fastmatch.assignment.small_dense import is_loaded
-from fastmatch.assignment.solve import SMALL
 from fastmatch.assignment.uniqueness import is_only_optimum
 from fastmatch.spec import PermutationSpec
 
@@ -22,6 +21,9 @@ FEW_UNITS = 128
 0.1 ms; loading takes half a second in every process, and compiling some seconds. The choice depends on the network
 alone, so results do not depend on what was loaded before. Only weight matching makes it: activations of dead units tie, and
 partial merges match them by the default solver."""
+
+IN_NUMPY = 1 << 20
+"""Entries of a gain up to which numpy's paths are tried."""
 
 LOADING = 40_000
 """Columns that numpy's paths pop in about the time that kernels take to load from their cache: 4 to 10 us each."""
@@ -122,7 +124,7 @@ def _default(gain: torch.Tensor) -> Solver | None:
 
 def _solved_in_numpy(gain: torch.Tensor, warm_start: Assignment | None) -> Assignment | None:
     """Return the assignment if numpy finds it in good time and it is the only best one; else None."""
-    if gain.device.type != "cpu" or gain.numel() > SMALL or is_loaded():
+    if gain.device.type != "cpu" or gain.numel() > IN_NUMPY or is_loaded():
         return None
     while (most := _patience.left()) > 0:
         try:

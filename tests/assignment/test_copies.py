@@ -39,9 +39,10 @@ def test_lines_that_only_share_a_hash_are_no_copies(monkeypatch, columns):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_a_matrix_of_copies_is_solved_and_proved(transposed):
+@pytest.mark.parametrize("solver", [None, fm.assignment.DenseShortlists()])
+def test_a_matrix_of_copies_is_solved_and_proved(transposed, solver):
     g = np.random.default_rng(fresh_seed())
     matrix = g.standard_normal((1100, 20))[:, g.integers(20, size=1100)]
-    found = fm.solve(matrix.T if transposed else matrix)
+    found = fm.solve(matrix.T if transposed else matrix, solver=solver)
     assert found.gap <= found.gap_bound
     assert sorted(found.col_ind) == list(range(1100))

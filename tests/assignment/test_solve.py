@@ -283,7 +283,9 @@ def test_a_planted_permutation_of_a_large_problem():
 
 def test_methods_agree():
     cost = problem("gaussian", 120, seed=fresh_seed())
-    assert select_solver(cost) == (SmallDense() if cost.size <= SMALL else DenseShortlists())
+    assert select_solver(cost) == SmallDense(hands_over=True)
+    assert select_solver(np.broadcast_to(0.0, (1, SMALL))) == SmallDense(hands_over=True)
+    assert select_solver(np.broadcast_to(0.0, (1, SMALL + 1))) == DenseShortlists()
     assert solve(cost, solver=SmallDense()).objective == pytest.approx(solve(cost).objective, rel=1e-12)
 
 

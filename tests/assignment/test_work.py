@@ -122,14 +122,14 @@ def test_a_price_war_that_matches_few_rows_is_undone(n):
 
 def test_row_reduction_goes_on_while_it_matches_many_rows():
     """With heavy tails, each row has a column of its own that is far better than the rest."""
-    found = solved(np.random.default_rng(9).standard_cauchy((1100, 1100)))
+    found = solved(np.random.default_rng(9).standard_cauchy((1100, 1100)), DenseShortlists())
     assert found.stats["searches"] < 20
 
 
-@pytest.mark.parametrize("n", [300, 1100])
-def test_short_paths_among_ties_go_on_to_the_end(n):
+@pytest.mark.parametrize(("n", "solver"), [(300, None), (1100, None), (1100, DenseShortlists())])
+def test_short_paths_among_ties_go_on_to_the_end(n, solver):
     """Graph matching on a web: most entries of a row tie, and many rows want the few columns of the hubs."""
-    found = solved(FAMILIES["graph gradient, hubs"](n, n, seed=0))
+    found = solved(FAMILIES["graph gradient, hubs"](n, n, seed=0), solver)
     assert found.stats["bids"] == 0
     assert found.stats["reads"] < 5 * n
 
@@ -144,10 +144,10 @@ def test_rows_are_not_read_for_the_proof_if_the_survey_bounds_them(solver):
     assert found.stats["reads"] == 300
 
 
-@pytest.mark.parametrize("n", [300, 1500])
-def test_paths_from_zeros_end_a_price_war_if_they_are_short(n):
+@pytest.mark.parametrize(("n", "solver"), [(300, None), (1500, None), (1500, DenseShortlists())])
+def test_paths_from_zeros_end_a_price_war_if_they_are_short(n, solver):
     """Three choices for every row: other first duals leave fewer rows free, but their paths lead through half of the columns."""
-    found = solved(FAMILIES["three choices"](n, n, 0, "float64"))
+    found = solved(FAMILIES["three choices"](n, n, 0, "float64"), solver)
     assert found.stats["bids"] > n
     assert found.stats["pops"] < 2 * n
 
@@ -159,7 +159,7 @@ def test_paths_from_other_duals_take_over_if_those_from_zeros_are_long(family):
 
 
 def test_no_auction_runs_if_nearly_every_path_ends_at_once():
-    found = solved(FAMILIES["zero units, unequal"](1500, 1500, 0, "float64"))
+    found = solved(FAMILIES["zero units, unequal"](1500, 1500, 0, "float64"), DenseShortlists())
     assert found.stats["bids"] < 2 * 1500
 
 
@@ -171,5 +171,5 @@ def test_large_duals_of_integers_hide_nothing_and_the_matrix_is_not_read_again(s
     monkeypatch.setattr(
         module, "_is_large", lambda *given, ask=module._is_large: asked.append(ask(*given)) or asked[-1]
     )
-    solved(FAMILIES["differences of degrees"](1500, 1500, 0) * step)
+    solved(FAMILIES["differences of degrees"](1500, 1500, 0) * step, DenseShortlists())
     assert asked == [looked_at]

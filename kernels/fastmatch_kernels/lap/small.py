@@ -28,10 +28,11 @@ from fastmatch_kernels.lap.match import (
     survey,
     two_least,
 )
-from fastmatch_kernels.lap.paths import new_search, path, shuffle
+from fastmatch_kernels.lap.paths import new_search, path, shuffle, sort_by
 from fastmatch_kernels.lap.proof import EPS, gap_of, least_of_row, prove
 from fastmatch_kernels.lap.scale import fitting_scale
 from fastmatch_kernels.lap.state import (
+    AUCTIONED,
     BIDS,
     CROWDED,
     DOUBTFUL,
@@ -41,8 +42,10 @@ from fastmatch_kernels.lap.state import (
     HUGE,
     INFEASIBLE,
     KEPT,
+    LISTED,
+    LISTS_AHEAD,
+    LONG,
     NEARLY,
-    NEARLY_SQUARE,
     OPEN,
     POPS,
     READS,
@@ -108,10 +111,11 @@ def _bid(
 
 
 @njit(nogil=True, cache=True)
-def bid_rows(c, sign, m, v, row_of, col_of, stack, top, eps, limit, counts):  # pragma: no cover - compiled
+def bid_rows(
+    c, sign, m, v, seconds, columns, row_of, col_of, stack, top, eps, limit, counts
+):  # pragma: no cover - compiled
     """Let rows bid as in :func:`_bid`, for the solver of larger matrices where candidate lists do not pay."""
-    before, n = counts[BIDS], col_of.shape[0]
-    seconds, columns = np.empty(n), np.empty(n, np.int64)
+    before = counts[BIDS]
     top = _bid(
         c, np.int64(0), sign, m, v, seconds, columns, row_of, col_of, stack, top, eps, np.inf, limit, counts
     )
@@ -204,11 +208,26 @@ def _lower_best(c, start, sign, m, v, seconds, columns, col_of, most):  # pragma
 
 @njit(nogil=True, cache=True, inner=True)
 def _bids(
-    c, start, sign, m, v, least, seconds, columns, row_of, col_of, stack, top, lower, schedule, counts
+    c,
+    start,
+    sign,
+    m,
+    v,
+    least,
+    seconds,
+    columns,
+    row_of,
+    col_of,
+    stack,
+    top,
+    lower,
+    auctions,
+    schedule,
+    counts,
 ):  # pragma: no cover - compiled
     """Match free rows by row reduction and a short auction; return how many are left, on ``stack``, and whether it paid.
 
-    An auction that leaves more rows free than there were is undone. With ``lower``, row reduction begins with the bids of matched
+    Without ``auctions``, one that is wanted counts as one that does not pay. An auction that leaves more rows free than there were is undone. With ``lower``, row reduction begins with the bids of matched
     rows. A crowded matrix has found its duals in another way, and these bids would make its paths longer.
     """
     (
@@ -227,7 +246,7 @@ def _bids(
                 c, start, sign, m, v, seconds, columns, row_of, col_of, stack, top, most, top + extra, counts
             )
     calm = top <= auction_above * n
-    eps = first_eps * gap if n == m and n >= auction_from and not calm else 0.0
+    eps = first_eps * gap if auctions and n == m and n >= auction_from and not calm else 0.0
     if 0.0 < eps < np.inf:
         v_before, row_before, col_before = np.empty(v.shape[0]), np.empty(m, np.int64), np.empty(n, np.int64)
         seconds_before, columns_before = np.empty(n), np.empty(n, np.int64)
@@ -285,7 +304,7 @@ def _bids(
 
 @njit(nogil=True, cache=True, inner=True)
 def _try_paths(
-    c, start, n, m, sign, v, row_of, col_of, stack, top, limit, counts
+    c, start, n, m, sign, v, least, row_of, col_of, stack, top, limit, counts
 ):  # pragma: no cover - compiled
     """Augment from the rows ``stack[:top]`` while this is expected to scan no more than ``limit`` rows.
 
@@ -297,10 +316,11 @@ def _try_paths(
         for these, of which later ones are longer).
     """
     search = new_search(m, v, row_of)
-    shuffle(stack, top)
     before = last = counts[POPS] + counts[SEARCHES]
     tied, done, begin, rest, spent = top < 0, 0, 0, 0.0, 0.0
     spare, few = np.float64(m - n), FEW_PATHS if n == m else FEWER_PATHS
+    shuffle(stack, top)
+    sort_by(stack, few, top, least)  # the first ones, which the estimate comes from, remain a random sample
     while done < top:
         found, tied = path(c, start, m, sign, v, row_of, col_of, stack[done], search, tied, counts)
         if not found:
@@ -406,7 +426,7 @@ def _start(
         return OPEN, scale, 0.0
     # If half of the rows have ties for their best column, neither other duals nor auctions help much.
     most = short_tied_scans if typical_gap(least, seconds) == 0.0 else short_scans
-    at, top, rest = _try_paths(c, start, n, m, scale, v, row_of, col_of, stack, top, most * n, counts)
+    at, top, rest = _try_paths(c, start, n, m, scale, v, least, row_of, col_of, stack, top, most * n, counts)
     if at < 0:
         return INFEASIBLE, scale, 0.0
     return CROWDED if top > crowded_above * n else OPEN, scale, rest
@@ -427,16 +447,18 @@ def _finish(
     row_of,
     col_of,
     limit,
+    auctions,
     other,
     expected,
     room,
     at,
     counts,
 ):  # pragma: no cover - compiled
-    """Match the rows that :func:`_start` has left; return SOLVED, INFEASIBLE, DOUBTFUL or NEARLY_SQUARE.
+    """Match the rows that :func:`_start` has left; return SOLVED, INFEASIBLE, DOUBTFUL or LONG.
 
     Args:
-        limit: scans that paths may be expected to take; NEARLY_SQUARE if they take more.
+        limit: scans that paths may be expected to take; LONG if they take more.
+        auctions: whether an auction may run; LONG if one is wanted and may not.
         other: how many rows other first duals leave free; n + 1 without any.
         expected: scans that paths from zeros are expected to take. After a price war they go on while they take half of that. Then
             paths from other duals and they take turns, until one is expected to end sooner than the other.
@@ -451,8 +473,10 @@ def _finish(
         # Duals that leave few rows free are taken at once; others only if bids from zeros are a price war.
         if other <= n and (attempt == 1 or other <= accepted_below * n):
             if attempt == 1:
+                if 0.5 * expected > limit:
+                    return LONG
                 begun, top, rest = _try_paths(
-                    c, start, n, m, sign, v, row_of, col_of, stack, top, 0.5 * expected, counts
+                    c, start, n, m, sign, v, least, row_of, col_of, stack, top, 0.5 * expected, counts
                 )
                 if begun < 0:
                     return INFEASIBLE
@@ -468,17 +492,23 @@ def _finish(
         if top == 0:
             break
         top, calm = _bids(
-            c, start, sign, m, v, least, seconds, columns, row_of, col_of, stack, top, not crowded, schedule,
-            counts,
+            c, start, sign, m, v, least, seconds, columns, row_of, col_of, stack, top, not crowded, auctions,
+            schedule, counts,
         )  # fmt: skip
         if calm:
             kept = False
             break
+        if n == m and not auctions:
+            return LONG
     here, there = at, np.int64(0)
     for _ in range(TURNS if kept else 0):
         if top == 0:
             break
-        begun, top, rest = _try_paths(c, start, n, m, sign, v, row_of, col_of, stack, top, expected, counts)
+        if expected > limit:
+            return LONG
+        begun, top, rest = _try_paths(
+            c, start, n, m, sign, v, least, row_of, col_of, stack, top, expected, counts
+        )
         if begun < 0:
             return INFEASIBLE
         if top == 0 or rest <= expected:
@@ -487,11 +517,11 @@ def _finish(
         _take(room, there, v, least, seconds, columns, row_of, col_of)
         here, there, expected, top = there, here, rest, free_rows(col_of, stack)
     if top > 0:
-        begun, top, _ = _try_paths(c, start, n, m, sign, v, row_of, col_of, stack, top, limit, counts)
+        begun, top, _ = _try_paths(c, start, n, m, sign, v, least, row_of, col_of, stack, top, limit, counts)
         if begun < 0:
             return INFEASIBLE
         if top > 0:
-            return NEARLY_SQUARE
+            return LONG
     total = 0.0
     for i in range(n):
         at_row = start + i * m
@@ -514,11 +544,19 @@ def _finish(
     return DOUBTFUL if doubtful else SOLVED
 
 
+@njit(nogil=True, cache=True, inner=True)
+def _allowed(c, n, m, listed):  # pragma: no cover - compiled
+    """Return how many scans paths may be expected to take, and whether auctions may run, if ``listed`` lists may take over."""
+    if not listed or n * m < LISTED:
+        return np.inf, True
+    return LISTS_AHEAD * np.float64(n) / m, n * m * c.itemsize <= AUCTIONED
+
+
 @njit(nogil=True, cache=True, inline="always")
 def solve_one(
-    c, start, n, m, sign, schedule, warm, v, least, row_of, col_of, counts
+    c, start, n, m, sign, schedule, warm, listed, v, least, row_of, col_of, counts
 ):  # pragma: no cover - compiled
-    """Solve one problem; return SOLVED, WRONG, INFEASIBLE, TOO_LARGE or DOUBTFUL, which is solved,
+    """Solve one problem; return SOLVED, WRONG, INFEASIBLE, TOO_LARGE, LONG if ``listed``, or DOUBTFUL, which is solved,
     but rounding may have hidden a better solution.
 
     Args:
@@ -526,15 +564,19 @@ def solve_one(
         sign: 1 or -1; costs are ``sign * c``.
         schedule: a ``SmallSchedule`` as a plain tuple.
         warm: whether ``v`` holds first duals; they are used if n = m.
+        listed: whether candidate lists may take over.
         v: (m in whole vectors,) column duals, written. Unmatched columns have the largest one.
         least: (n,) row duals, the least c - v of every row, written.
         row_of, col_of: (m,), (n,) the matching, written.
         counts: as in ``state``, added to.
     """
     seconds, columns = np.empty(n), np.empty(n, np.int64)
+    limit, auctions = _allowed(c, n, m, listed)
     state, scale, expected = _start(
         c, start, n, m, sign, schedule, warm, v, least, seconds, columns, row_of, col_of, counts
     )
+    if state == CROWDED and not auctions:
+        state = LONG
     if state in (OPEN, CROWDED):
         other, room, half = n + 1, seconds, v.shape[0] + KEPT * n
         if state == CROWDED:
@@ -553,7 +595,8 @@ def solve_one(
             columns,
             row_of,
             col_of,
-            np.inf,
+            limit,
+            auctions,
             other,
             expected,
             room,
@@ -599,7 +642,7 @@ def crowded_duals(C, room):  # pragma: no cover - compiled
 
 
 @njit(nogil=True, cache=True)
-def solve_matrix(C, sign, transposed, pairs, proof, room, begin):  # pragma: no cover - compiled
+def solve_matrix(C, sign, transposed, pairs, proof, room, begin, listed):  # pragma: no cover - compiled
     """Solve one contiguous matrix (n, m), n <= m, and write all of the result: a small problem has no time for more calls.
 
     Results are written and not returned, because numba takes a microsecond to return an array.
@@ -613,9 +656,10 @@ def solve_matrix(C, sign, transposed, pairs, proof, room, begin):  # pragma: no 
             rows crowded, and otherwise it may be (0,).
         begin: ZEROS, or RESUMED if the problem was left CROWDED and :func:`crowded_duals` has looked for other first
             duals, or WARM. These are numbers of one compiled kernel: a kernel for warm starts would take as long again.
+        listed: whether candidate lists may take over.
 
     Returns:
-        The state, as :func:`solve_one`, CROWDED or NEARLY_SQUARE.
+        The state, as :func:`solve_one`, or CROWDED; also LONG if the matrix is nearly square.
     """
     n, m = C.shape
     c = flat(C)
@@ -625,6 +669,9 @@ def solve_matrix(C, sign, transposed, pairs, proof, room, begin):  # pragma: no 
     columns, row_of, counts = np.empty(n, np.int64), np.empty(m, np.int64), np.zeros(4, np.int64)
     rows, col_of = pairs[0], pairs[1]
     half, other, state, scale, expected = v.shape[0] + KEPT * n, n + 1, OPEN, sign, 0.0
+    limit, auctions = _allowed(c, n, m, listed)
+    if n < m <= n + n // NEARLY and n >= CROWDED_FROM:
+        limit = np.float64(SQUARE_AHEAD * n)
     if begin == RESUMED:
         _take(room, np.int64(0), v, u, seconds, columns, row_of, col_of)
         for k in range(4):
@@ -638,17 +685,17 @@ def solve_matrix(C, sign, transposed, pairs, proof, room, begin):  # pragma: no 
         state, scale, expected = _start(
             c, start, n, m, sign, SCHEDULE, begin == WARM, v, u, seconds, columns, row_of, col_of, counts
         )
+        if state == CROWDED and not auctions:
+            return LONG
         if state == CROWDED:
             room[2 * half + 5], room[2 * half + 6] = scale, expected
             _keep(room, np.int64(0), v, u, seconds, columns, row_of, col_of)
             for k in range(4):
                 room[2 * half + k] = counts[k]
     if state == OPEN:
-        nearly = n < m and m <= n + n // NEARLY and n >= CROWDED_FROM
-        limit = np.float64(SQUARE_AHEAD * n) if nearly else np.inf
         state = _finish(
-            c, start, n, m, scale, SCHEDULE, v, u, seconds, columns, row_of, col_of, limit, other, expected, room, half,
-            counts,
+            c, start, n, m, scale, SCHEDULE, v, u, seconds, columns, row_of, col_of, limit, auctions, other, expected,
+            room, half, counts,
         )  # fmt: skip
     if proof.shape[0] > 0 and state in (SOLVED, DOUBTFUL):
         numbers = n + m
@@ -690,4 +737,4 @@ def solve_stack(c, n, m, sign, schedule, lo, hi, out, bad):  # pragma: no cover 
     v = np.empty((m + WIDTH - 1) // WIDTH * WIDTH)
     least, row_of, counts = np.empty(n), np.empty(m, np.int64), np.zeros(4, np.int64)
     for b in range(lo, hi):
-        bad[b] = solve_one(c, b * n * m, n, m, sign, schedule, False, v, least, row_of, out[b], counts)
+        bad[b] = solve_one(c, b * n * m, n, m, sign, schedule, False, False, v, least, row_of, out[b], counts)

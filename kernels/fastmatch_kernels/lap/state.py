@@ -22,6 +22,7 @@ import numpy as np
 
 __all__ = [
     "ASIDE",
+    "AUCTIONED",
     "BIDS",
     "CAPACITY",
     "CROWDED",
@@ -34,8 +35,10 @@ __all__ = [
     "INFEASIBLE",
     "KEPT",
     "LARGEST",
+    "LISTED",
+    "LISTS_AHEAD",
+    "LONG",
     "NEARLY",
-    "NEARLY_SQUARE",
     "OPEN",
     "POPS",
     "READS",
@@ -43,6 +46,7 @@ __all__ = [
     "SEARCHES",
     "SLICES",
     "SOLVED",
+    "SQUARED",
     "SQUARE_AHEAD",
     "SQUARE_SCANS",
     "TOO_LARGE",
@@ -67,10 +71,10 @@ FREE, ASIDE = -1, -3
 READS, BIDS, POPS, SEARCHES = range(4)
 """Places in ``counts`` (4,) int64: rows read again, bids, columns popped from the heap, path searches."""
 
-SOLVED, WRONG, INFEASIBLE, TOO_LARGE, DOUBTFUL, CROWDED, NEARLY_SQUARE, OPEN = range(8)
-"""What became of a small problem. DOUBTFUL: solved, but rounding may have hidden a better solution. CROWDED, NEARLY_SQUARE
-and OPEN: not yet. Many rows want the same columns, and other first duals are to be tried; paths are long, and rows of zeros would
-make the problem square; or some rows are left."""
+SOLVED, WRONG, INFEASIBLE, TOO_LARGE, DOUBTFUL, CROWDED, LONG, OPEN = range(8)
+"""What became of a small problem. DOUBTFUL: solved, but rounding may have hidden a better solution. CROWDED, LONG and OPEN:
+not yet. Many rows want the same columns, and other first duals are to be tried; paths are long, and candidate lists, or rows of
+zeros that make the problem square, would shorten them; or some rows are left."""
 
 NEARLY = 8
 """A problem with up to 1/8 more columns than rows may be solved with rows of zeros that make it square."""
@@ -79,7 +83,21 @@ SQUARE_SCANS = 4
 """Scans per row: if paths are expected to take more, a nearly square problem is made square, where an auction can shorten them."""
 
 SQUARE_AHEAD = 10
-"""The same for small matrices, but of the paths that are left: what others have taken is spent either way."""
+"""Scans per row that the paths which are left are expected to take, above which a nearly square matrix is made square. What
+other paths have taken is spent either way."""
+
+SQUARED = 1 << 20
+"""Entries up to which a nearly square matrix is made square at once. Beyond that lists take over, which may do without."""
+
+LISTS_AHEAD = 24000
+"""The same for candidate lists, times the columns: lists have to be read first, and a step over them takes as long as a scan of
+few columns."""
+
+LISTED = 1 << 18
+"""Entries from which candidate lists may take over: in smaller matrices a scan of a row takes little more than one of a list."""
+
+AUCTIONED = 5 << 22
+"""Bytes up to which an auction bids over whole rows. Beyond 20 MB rows leave the caches, and bids over lists are quicker."""
 
 ZEROS, RESUMED, WARM = range(3)
 """What one matrix is solved from: duals of zero, what a crowded problem left, or given duals."""
