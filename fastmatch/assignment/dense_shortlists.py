@@ -557,6 +557,12 @@ class _DensePhases(Phases):
         keep_tight(self.matrix, self.v, *self.arrays)
         self.match_free()
 
+    def refine(self) -> None:
+        """Lower duals so that most matches become their row's best."""
+        from fastmatch_kernels.lap.refine import refine
+
+        refine(self.flat, self.m, self.sign, self.duals, *self.arrays, self.counts)
+
     def held(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return the arrays that an auction changes, each with a copy."""
         return [
@@ -589,8 +595,15 @@ class _DensePhases(Phases):
                 if slow or len(rows) <= enough:
                     break
             war = len(rows) > plan.war_above * self.n
+            ended = self.held() if phase else []
             self.match_tight()
             self.reduce_rows()
+            if ended and self.free() > plan.refined_above * self.n:
+                for x, old in ended:
+                    x[:] = old
+                self.refine()
+                self.match_tight()
+                self.reduce_rows()
             left = self.free()
             useless = left > (plan.war_leaves * before if war and phase == 0 else before - 1)
             if useless and (war or phase in (0, plan.short_phases - 1)):
@@ -706,6 +719,7 @@ class _DensePhases(Phases):
             for x, old in held:
                 x[:] = old
             return False
+        self.refine()
         self.match_tight()
         self.reduce_rows()
         return True

@@ -117,6 +117,9 @@ class DenseSchedule(AuctionSchedule):
     """Scans per row up to which paths over whole rows are quicker than lists, which have to be read first."""
     repeat_above: float = 0.1
     """Fraction of the rows: if a short auction and row reduction leave more of them free, another one runs."""
+    refined_above: float = 0.4
+    """Fraction of the rows: if row reduction after a later phase leaves more of them free, the auction's matching is kept instead,
+    and duals are refined for it."""
     short_phases: int = 6
     """Short auctions at most."""
     short_factor: float = 0.2
