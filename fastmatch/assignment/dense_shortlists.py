@@ -775,5 +775,7 @@ def compile_kernels(dtype: np.dtype) -> None:
         tried = _DensePhases(tiny, 1.0, DenseSchedule(), None)
         tried.run()
         tried.scaled_auction(lambda: False)
+        tried.refine()
+        tried.reduce_by_rows()
 
     prepared(f"the assignment kernels for {dtype}", ("dense", dtype.char), run_tiny)
