@@ -58,7 +58,7 @@ COPIED = 1 << 28
 
 @dataclass(frozen=True)
 class DenseShortlists:
-    """Solve a matrix with a short candidate list per row: the choice beyond 2^20 entries.
+    """Solve a matrix with a short candidate list per row: the choice beyond 2^23 entries, and where paths are long.
 
     It takes matrices on the host or on a GPU, which are copied to the host, and factor costs, whose matrix is computed in
     float64. +inf (-inf for a maximisation) forbids an entry.

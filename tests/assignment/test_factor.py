@@ -313,3 +313,18 @@ def test_a_hint_to_pass_float64_is_for_other_types():
 def test_what_is_no_pair_of_matrices_is_named(factors):
     with pytest.raises(TypeError, match=r"^factors: expected pairs of matrices such as \[\(a, b\)\]"):
         FactorCost(factors)
+
+
+@pytest.mark.parametrize("metric", ["dot", "l2", "l1"])
+@pytest.mark.parametrize("widths", [(5,), (5, 3), (0, 4), (0,)])
+def test_the_whole_matrix_is_the_sum_over_all_pairs(metric, widths):
+    g = np.random.default_rng(fresh_seed())
+    pairs = [(g.standard_normal((9, d)), g.standard_normal((11, d))) for d in widths]
+    found = FactorCost(pairs, metric).dense()
+    between = [a[:, None] - b for a, b in pairs]
+    expected = {
+        "dot": lambda: sum(a @ b.T for a, b in pairs),
+        "l2": lambda: sum((x * x).sum(2) for x in between),
+        "l1": lambda: sum(np.abs(x).sum(2) for x in between),
+    }[metric]()
+    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)

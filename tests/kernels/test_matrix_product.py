@@ -5,12 +5,13 @@ from __future__ import annotations
 import platform
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
 from fastmatch_kernels import matrix_product
-from fastmatch_kernels.matrix_product import addmm_nt, goes_to_onednn
+from fastmatch_kernels.matrix_product import addmm_nt, goes_to_numpy, goes_to_onednn
 from helpers.networks import fresh_seed
 
 LAYOUTS = {
@@ -49,6 +50,51 @@ def test_it_is_the_product_for_every_layout(is_onednn, left, right, beta, alpha,
     size = out.double().abs().nan_to_num() + abs(alpha) * (a.double().abs() @ b.double().abs().T)
     error = (out.double() - exact).abs() / size
     assert error.max() <= 160 * torch.finfo(torch.float32).eps / 2
+
+
+@pytest.mark.parametrize(("beta", "alpha"), [(0, 1), (0, -2), (1, 1), (0.5, -2)])
+@pytest.mark.parametrize("left", LAYOUTS)
+@pytest.mark.parametrize("right", LAYOUTS)
+@pytest.mark.parametrize("gaps", [True, False])
+def test_products_of_float64_go_to_numpy(left, right, beta, alpha, gaps, monkeypatch):
+    monkeypatch.setattr(matrix_product, "_mkl_is_slow", lambda: True)
+    monkeypatch.setattr(matrix_product, "_numpy_has_openblas", lambda: True)
+    monkeypatch.setattr(matrix_product, "LEAST_WORK_BY_NUMPY", 0)
+    monkeypatch.setattr(matrix_product, "BLOCK", 400 * 67)
+    torch.manual_seed(fresh_seed())
+    a, b = LAYOUTS[left](301, 50).double(), LAYOUTS[right](67, 50).double()
+    out = torch.randn(301, 90, dtype=torch.float64)[:, 5:72]
+    out = out if gaps else out.contiguous()
+    assert goes_to_numpy(out, a, b)
+    exact = beta * out + alpha * (a @ b.T)
+    if beta == 0:
+        out.fill_(torch.nan)
+    assert addmm_nt(out, a, b.requires_grad_(), beta=beta, alpha=alpha) is out
+    torch.testing.assert_close(out, exact, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("n", "m", "d"), [(0, 8, 8), (8, 0, 8), (8, 8, 0)])
+def test_products_of_nothing(n, m, d, monkeypatch):
+    monkeypatch.setattr(matrix_product, "_mkl_is_slow", lambda: True)
+    monkeypatch.setattr(matrix_product, "LEAST_WORK_BY_NUMPY", 0)
+    a, b = (torch.randn(k, d, dtype=torch.float64) for k in (n, m))
+    out = torch.full((n, m), torch.nan, dtype=torch.float64)
+    assert torch.equal(addmm_nt(out, a, b, beta=0), torch.zeros(n, m, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("config", "is_openblas"),
+    [
+        ({"Build Dependencies": {"blas": {"name": "scipy-openblas"}}}, True),
+        ({"Build Dependencies": {"blas": {"name": "mkl-dynamic-lp64"}}}, False),
+        ({"Build Dependencies": {"blas": {"name": "blas"}}}, False),
+        ({}, False),
+        (None, False),
+    ],
+)
+def test_the_library_of_numpy_decides(config, is_openblas, monkeypatch):
+    monkeypatch.setattr(np, "show_config", lambda mode: config)
+    assert matrix_product._numpy_has_openblas.__wrapped__() == is_openblas
 
 
 def test_numbers_that_are_not_finite_stay_where_they_are(is_onednn):
