@@ -52,6 +52,9 @@ NARROWED = 1 << 27
 NARROWED_ABOVE = 1 / 16
 """Fraction of the rows: if more are free after the first steps, many reads follow."""
 
+SCANNED = 1 << 28
+"""Entries that bids over whole rows may scan in one call, which no signal interrupts."""
+
 COPIED = 1 << 28
 """Entries up to which a nearly square matrix is copied to be made square."""
 
@@ -331,6 +334,8 @@ class _DensePhases(Phases):
                 elif free <= self.n:
                     others = found
         if self.m > self.n + self.n // NEARLY:
+            if not self.free() or self.solve_copies():  # while least and seconds are both the survey's
+                return True
             self.reduce_by_rows()
             if self.free() <= plan.auction_above * self.n:
                 return self.finish(True)
@@ -401,7 +406,10 @@ class _DensePhases(Phases):
         return not self.is_square
 
     def short_eps(self) -> float:
-        """Return the first eps of a short auction, and note whether most rows have a single best column."""
+        """Return the first eps of a short auction, and note whether most rows have a single best column.
+
+        In a rectangle, bids have written to ``seconds``, and only the second answer is used.
+        """
         from fastmatch_kernels.lap.duals import typical_gap
 
         eps = float(self.schedule.short_eps * typical_gap(self.least, self.seconds))
@@ -471,12 +479,13 @@ class _DensePhases(Phases):
         stack = np.empty(self.n, np.int64)
         rows = self.free_rows()
         settled, made = len(rows), 0
+        step = max(1, min(self.n // SLICES + 1, SCANNED // self.m))
         while settled * plan.dear_bids > made:
             before = len(rows), int(self.counts[BIDS])
             stack[: len(rows)] = rows[::-1]
             bid_rows(
                 self.flat, self.sign, self.m, self.duals, self.seconds, self.columns, self.row_of, self.col_of, stack,
-                len(rows), 0.0, len(rows) if made == 0 else self.n // SLICES + 1, self.counts,
+                len(rows), 0.0, step, self.counts,
             )  # fmt: skip
             rows = self.free_rows()
             settled, made = before[0] - len(rows), int(self.counts[BIDS]) - before[1]
@@ -599,11 +608,15 @@ class _DensePhases(Phases):
             self.match_tight()
             self.reduce_rows()
             if ended and self.free() > plan.refined_above * self.n:
+                reduced, free = self.held(), self.free()
                 for x, old in ended:
                     x[:] = old
                 self.refine()
                 self.match_tight()
                 self.reduce_rows()
+                if self.free() > free:
+                    for x, old in reduced:
+                        x[:] = old
             left = self.free()
             useless = left > (plan.war_leaves * before if war and phase == 0 else before - 1)
             if useless and (war or phase in (0, plan.short_phases - 1)):
@@ -776,6 +789,14 @@ def compile_kernels(dtype: np.dtype) -> None:
         tried.run()
         tried.scaled_auction(lambda: False)
         tried.refine()
-        tried.reduce_by_rows()
+        tried.drop()
+        tried.augment_by_lists(np.inf)
+        tried.solution()
+        wide = _DensePhases(tiny[:2], 1.0, DenseSchedule(), None)
+        wide.survey()
+        wide.drop()
+        wide.reduce_by_rows()
+        wide.drop()
+        wide.augment_by_rows(np.inf)
 
     prepared(f"the assignment kernels for {dtype}", ("dense", dtype.char), run_tiny)

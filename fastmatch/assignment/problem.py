@@ -96,7 +96,8 @@ class Solver(Protocol):
     def solve(self, problem: LapProblem) -> LapSolution | None:
         """Solve the problem exactly, or return None to let `solve` choose another solver.
 
-        None is for matrices: :class:`DenseShortlists` then solves them. For other costs it is an error.
+        None is for matrices, and for factor costs that :class:`CandidateLists` or :class:`SmallDense` gives up:
+        :class:`DenseShortlists` then solves them. For other costs it is an error.
 
         Raises:
             ValueError: the solver does not take this kind of cost, NaN, or an infinity of the wrong sign.

@@ -1,4 +1,4 @@
-"""The solver for small matrices: whole rows, which stay in a core's cache, are quicker to read than lists are to keep."""
+"""The solver that reads whole rows: up to millions of entries, most matrices need few reads, and lists would cost more."""
 
 from __future__ import annotations
 

@@ -178,7 +178,7 @@ def solve(
     problem = LapProblem(oriented, sign, _first_duals(warm_start, oriented, sign, transposed))
     try:
         solution = chosen.solve(problem)
-        if solution is None and chosen is SMALL_DENSE:
+        if solution is None and isinstance(chosen, SmallDense):
             chosen = DENSE_SHORTLISTS
             solution = chosen.solve(problem)
     except TooLarge:
@@ -206,7 +206,7 @@ def solve(
             if doubtful and rows == columns:
                 # A row of large entries has a large dual, in whose rounding a gap may hide; as a column it may not.
                 turned = LapProblem(oriented.T, sign)
-                solution = chosen.solve(turned)
+                solution = chosen.solve(turned) or DENSE_SHORTLISTS.solve(turned)
                 if solution is not None:
                     other = _finish(turned, solution, not transposed, type(chosen).__name__)
                     return other if other.gap - other.gap_bound < found.gap - found.gap_bound else found
@@ -441,14 +441,13 @@ def linear_sum_assignment(cost_matrix: Any, maximize: bool = False) -> tuple[Any
     Raises:
         ValueError: NaN, an infinity of the wrong sign, or no feasible assignment.
     """
-    array = _small_array(cost_matrix)
+    array, solver = _small_array(cost_matrix), None
     if array is not None:
         state, (pairs,) = solve_small(array, maximize, proof=False, listed=True)
         if state == SOLVED:
             return pairs[0], pairs[1]
         if state == LONG:
-            found = solve(array, maximize=maximize, solver=DENSE_SHORTLISTS)
-            return found.row_ind, found.col_ind
+            cost_matrix, solver = array, DENSE_SHORTLISTS
     if isinstance(cost_matrix, np.ma.MaskedArray):
         if np.ma.is_masked(cost_matrix):
             warnings.warn(
@@ -457,7 +456,7 @@ def linear_sum_assignment(cost_matrix: Any, maximize: bool = False) -> tuple[Any
             )
         cost_matrix = np.asarray(cost_matrix)
     try:
-        found = solve(cost_matrix, maximize=maximize)
+        found = solve(cost_matrix, maximize=maximize, solver=solver)
     except (TypeError, ValueError) as error:  # of solve, whose argument is called cost
         error.args = (re.sub(r"^cost(?=[:\[])", "cost_matrix", str(error)),)
         raise

@@ -3,8 +3,8 @@
 On a CPU torch multiplies float32 matrices with MKL, which uses no AVX-512 on AMD's processors. oneDNN, which torch contains too,
 does: 441 instead of 211 GFLOP/s on two cores of a Zen 5, for matrices of 2048 x 2048. So large products go there on such
 processors, if torch has both.
-So do float64 products to numpy's OpenBLAS, which has no such gap: 42 instead of 72 ms for 2048 x 2048 x 512 on one core. It uses its own
-number of threads (``OPENBLAS_NUM_THREADS``).
+Large float64 products go to numpy's OpenBLAS there, which does use it. Its number of threads is its own (``OPENBLAS_NUM_THREADS``). So where
+torch was told to use one thread, as in worker processes, they stay with torch unless numpy was told too.
 Which library multiplies is decided by the processor and the shapes, never by a clock: the same call gives the same bits.
 
 torch offers oneDNN's float32 product by an operator of its compiler only, ``mkldnn::_linear_pointwise``. It makes a new matrix.
@@ -14,6 +14,7 @@ transposed it may take a plain loop, hundreds of times slower: they are copied.
 
 from __future__ import annotations
 
+import os
 import platform
 from functools import cache
 from pathlib import Path
@@ -54,7 +55,8 @@ def addmm_nt(
 ) -> torch.Tensor:
     """Set ``out = beta out + alpha a b^T``, and return it.
 
-    No gradient is recorded. On a CPU, float32 products are summed in float32: their error is at most ``gamma_d |a| |b|^T``, whichever library multiplies.
+    No gradient is recorded. On a CPU, products are summed in their own type: their error is at most ``gamma_d |a| |b|^T``,
+    whichever library multiplies.
 
     Example:
         >>> import torch
@@ -96,17 +98,24 @@ def _add_by_rows(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, beta: floa
 def _add_by_numpy(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, beta: float, alpha: float) -> None:
     """The same by numpy's BLAS, in blocks of rows unless it can write to ``out`` at once."""
     if beta == 0 and out.is_contiguous():
-        np.matmul(a.numpy(), b.numpy().T, out=out.numpy())
+        _by_numpy(a, b, out.numpy())
         if alpha != 1:
             out.mul_(alpha)
         return
     step = max(BLOCK // 2 // max(len(b), 1), LEAST_ROWS)
     for rows, into in zip(a.split(step), out.split(step), strict=True):
-        product = torch.from_numpy(np.matmul(rows.numpy(), b.numpy().T))
+        product = torch.from_numpy(_by_numpy(rows, b))
         if beta == 0:
             torch.mul(product, alpha, out=into)
         else:
             (into if beta == 1 else into.mul_(beta)).add_(product, alpha=alpha)
+
+
+def _by_numpy(a: torch.Tensor, b: torch.Tensor, out: np.ndarray | None = None) -> np.ndarray:
+    """Return ``a b^T``; like torch, without a warning of what is not finite."""
+    left, right = (_without_gaps(x.resolve_neg()).numpy() for x in (a, b))
+    with np.errstate(all="ignore"):
+        return np.matmul(left, right.T, out=out)
 
 
 def goes_to_numpy(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -118,6 +127,7 @@ def goes_to_numpy(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> bool:
         and type(out) is torch.Tensor
         and _mkl_is_slow()
         and _numpy_has_openblas()
+        and (torch.get_num_threads() > 1 or _numpy_threads() == 1)
     )
 
 
@@ -154,6 +164,16 @@ def _numpy_has_openblas() -> bool:
     config = np.show_config(mode="dicts")
     blas = config.get("Build Dependencies", {}).get("blas", {}) if isinstance(config, dict) else {}
     return "openblas" in str(blas.get("name", "")).lower()
+
+
+@cache
+def _numpy_threads() -> int:
+    """Return how many threads OpenBLAS uses, by the environment it was loaded in."""
+    for name in ("OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "OMP_NUM_THREADS"):
+        given = os.environ.get(name, "").split(",")[0].strip()
+        if given.isdecimal() and int(given) > 0:
+            return int(given)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @cache

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
@@ -69,6 +73,31 @@ def test_a_solver_that_was_asked_for_goes_on():
         SmallDense(hands_over=1)
 
 
+@pytest.mark.parametrize("solver", [SmallDense(hands_over=True), None])
+def test_a_factor_cost_is_handed_over_by_any_such_solver(solver):
+    g = np.random.default_rng(5)
+    cost = FactorCost([(g.standard_normal((600, 1)), g.standard_normal((600, 1)))])
+    found = fm.solve(cost, solver=solver)
+    assert found.stats["solver"] == "DenseShortlists"
+    assert found.is_certified
+
+
+@pytest.mark.parametrize("shape", [(1050, 1100), (1100, 1050)])
+@pytest.mark.parametrize("maximize", [False, True])
+def test_a_large_nearly_square_matrix(shape, maximize):
+    """Beyond 2^20 entries it is not made square at once: lists may do without."""
+    g = np.random.default_rng(7)
+    cost = g.random((shape[0], 1)) + g.random(shape[1]) + 0.01 * g.random(shape)
+    found = fm.solve(cost, maximize=maximize)
+    assert found.stats["solver"] == "DenseShortlists"
+    check(cost, found, maximize)
+
+
+def test_ties_need_no_auction_beyond_the_caches():
+    cost = FAMILIES["graph gradient"](1700, 1700, seed=0)
+    assert fm.solve(cost).stats["solver"] == "SmallDense"
+
+
 def test_a_schedule_of_its_own_hands_over_too():
     cost = FAMILIES["powers of two"](600, 600, seed=3)
     own = SmallDense(SmallDense().schedule._replace(bids=8), hands_over=True)
@@ -99,8 +128,10 @@ def test_the_matrix_of_a_factor_cost_is_computed_once(monkeypatch):
 def test_without_an_assignment_it_is_said():
     cost = FAMILIES["powers of two"](600, 600, seed=3)
     cost[:, 300:] = np.inf
-    with pytest.raises(ValueError, match="no assignment"):
+    with pytest.raises(ValueError, match=r"^cost: no assignment"):
         fm.solve(cost)
+    with pytest.raises(ValueError, match=r"^cost_matrix: no assignment"):
+        fm.linear_sum_assignment(cost)
 
 
 def test_beyond_the_caches_no_auction_runs_over_whole_rows(monkeypatch):
@@ -111,3 +142,22 @@ def test_beyond_the_caches_no_auction_runs_over_whole_rows(monkeypatch):
     assert found.stats["solver"] == "DenseShortlists"
     assert fm.solve(cost.astype(np.float32)).stats["solver"] == "SmallDense"
     check(cost, found)
+
+
+@pytest.mark.slow
+def test_the_first_rectangle_compiles_nothing_that_was_not_announced(tmp_path):
+    """What lists need is compiled, with a warning, before the first of them is read."""
+    code = (
+        "import numpy as np, fastmatch as fm\n"
+        "from fastmatch.assignment.dense_shortlists import compile_kernels\n"
+        "from fastmatch_kernels._numba.cache import compiled\n"
+        "compile_kernels(np.dtype('float64'))\n"
+        "before, g = compiled(), np.random.default_rng(0)\n"
+        "a, b = (g.standard_normal((k, 8)) * np.exp(g.standard_normal((k, 1))) for k in (300, 500))\n"
+        "cost = -a @ b.T\n"
+        "found = fm.solve(cost, solver=fm.assignment.DenseShortlists())\n"
+        "assert found.stats['searches'] and compiled() == before, (before, compiled(), found.stats)\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from pathlib import Path
 
@@ -59,6 +60,7 @@ def test_it_is_the_product_for_every_layout(is_onednn, left, right, beta, alpha,
 def test_products_of_float64_go_to_numpy(left, right, beta, alpha, gaps, monkeypatch):
     monkeypatch.setattr(matrix_product, "_mkl_is_slow", lambda: True)
     monkeypatch.setattr(matrix_product, "_numpy_has_openblas", lambda: True)
+    monkeypatch.setattr(matrix_product, "_numpy_threads", lambda: 1)
     monkeypatch.setattr(matrix_product, "LEAST_WORK_BY_NUMPY", 0)
     monkeypatch.setattr(matrix_product, "BLOCK", 400 * 67)
     torch.manual_seed(fresh_seed())
@@ -71,6 +73,41 @@ def test_products_of_float64_go_to_numpy(left, right, beta, alpha, gaps, monkeyp
         out.fill_(torch.nan)
     assert addmm_nt(out, a, b.requires_grad_(), beta=beta, alpha=alpha) is out
     torch.testing.assert_close(out, exact, rtol=1e-12, atol=1e-12)
+
+
+def test_numbers_that_are_not_finite_go_to_numpy_without_a_warning(monkeypatch):
+    monkeypatch.setattr(matrix_product, "_mkl_is_slow", lambda: True)
+    monkeypatch.setattr(matrix_product, "_numpy_has_openblas", lambda: True)
+    monkeypatch.setattr(matrix_product, "_numpy_threads", lambda: 1)
+    a, b = (torch.randn(k, 200, dtype=torch.float64) for k in (80, 90))
+    a[3, 4], b[5, 6], a[7] = torch.nan, torch.inf, 1e200
+    b[8] = 1e200
+    out = torch.zeros(80, 90, dtype=torch.float64)
+    assert goes_to_numpy(out, a, b)
+    with np.errstate(all="raise"):
+        found = addmm_nt(out, a, torch._neg_view(b))
+    torch.testing.assert_close(found, a @ -b.T, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("environment", "threads"),
+    [({"OMP_NUM_THREADS": "3"}, 3), ({"OPENBLAS_NUM_THREADS": "2", "OMP_NUM_THREADS": "5"}, 2), ({"OMP_NUM_THREADS": "4,2"}, 4)],
+)  # fmt: skip
+def test_a_process_of_one_thread_keeps_its_products(environment, threads, monkeypatch):
+    for name in ("OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    every = matrix_product._numpy_threads.__wrapped__()
+    assert 1 <= every <= (os.cpu_count() or 1)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert matrix_product._numpy_threads.__wrapped__() == threads
+    monkeypatch.setattr(matrix_product, "_mkl_is_slow", lambda: True)
+    monkeypatch.setattr(matrix_product, "_numpy_has_openblas", lambda: True)
+    a = torch.zeros(128, 128, dtype=torch.float64)
+    for told, numpys, goes in ((1, threads, False), (2, threads, True), (1, 1, True)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda told=told: told)
+        monkeypatch.setattr(matrix_product, "_numpy_threads", lambda numpys=numpys: numpys)
+        assert goes_to_numpy(a, a, a) == goes
 
 
 @pytest.mark.parametrize(("n", "m", "d"), [(0, 8, 8), (8, 0, 8), (8, 8, 0)])

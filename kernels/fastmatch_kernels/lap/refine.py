@@ -49,7 +49,10 @@ def _tighten(c, at, sign, m, v, level, row_of, dirty):  # pragma: no cover - com
 
 @njit(nogil=True, cache=True)
 def refine(c, m, sign, v, lists, matching, counts):  # pragma: no cover - compiled
-    """Refine over candidate lists, and over the whole row where a list does not tell. Rows that are not tight keep their columns."""
+    """Refine over candidate lists, and over the whole row where a list does not tell.
+
+    Rows that are not tight then keep their columns: the caller frees them.
+    """
     start, length, cols, costs, bound = lists
     row_of, col_of, cost_of = matching
     n = col_of.shape[0]

@@ -1,4 +1,4 @@
-"""Small assignment problems over whole rows, in one core's cache and without the interpreter's lock.
+"""Assignment over whole rows, in one compiled call on one core and without the interpreter's lock.
 
 The steps: rows take their best columns; if too many want the same ones, other first duals are tried; augmenting row
 reduction (Jonker and Volgenant 1987); a short auction (Bertsekas 1988), which is undone if it does not pay; shortest
@@ -227,7 +227,8 @@ def _bids(
 ):  # pragma: no cover - compiled
     """Match free rows by row reduction and a short auction; return how many are left, on ``stack``, and whether it paid.
 
-    Without ``auctions``, one that is wanted counts as one that does not pay. An auction that leaves more rows free than there were is undone. With ``lower``, row reduction begins with the bids of matched
+    Without ``auctions``, one that is wanted counts as one that does not pay. An auction that leaves more rows free than there were
+    is undone. With ``lower``, row reduction begins with the bids of matched
     rows. A crowded matrix has found its duals in another way, and these bids would make its paths longer.
     """
     (
@@ -498,7 +499,7 @@ def _finish(
         if calm:
             kept = False
             break
-        if n == m and not auctions:
+        if n == m and not auctions and typical > 0.0:
             return LONG
     here, there = at, np.int64(0)
     for _ in range(TURNS if kept else 0):

@@ -86,12 +86,12 @@ SQUARE_AHEAD = 10
 """Scans per row that the paths which are left are expected to take, above which a nearly square matrix is made square. What
 other paths have taken is spent either way."""
 
-SQUARED = 1 << 20
-"""Entries up to which a nearly square matrix is made square at once. Beyond that lists take over, which may do without."""
-
 LISTS_AHEAD = 24000
 """The same for candidate lists, times the columns: lists have to be read first, and a step over them takes as long as a scan of
 few columns."""
+
+SQUARED = 1 << 20
+"""Entries up to which a nearly square matrix is made square at once. Beyond that lists take over, which may do without."""
 
 LISTED = 1 << 18
 """Entries from which candidate lists may take over: in smaller matrices a scan of a row takes little more than one of a list."""
