@@ -67,7 +67,8 @@ def solve_small(
         maximize: look for the largest total.
         proof: whether more than the indices is wanted.
         listed: whether to stop, LONG, where candidate lists are quicker.
-        start: column duals of the minimisation to start from, for a square matrix whose rows are contiguous.
+        start: column duals of the minimisation to start from, for a square matrix whose rows are contiguous. If paths from
+            them are long, they are dropped.
 
     Returns:
         The state, SOLVED, DOUBTFUL, LONG or another one of ``fastmatch_kernels.lap.state``, and (pairs, u, v, numbers), which count
@@ -85,15 +86,13 @@ def solve_small(
     pairs = np.empty((2, min(rows, columns)), np.int64)
     found = np.empty(rows + columns + 7) if proof else _NONE
     sign = -1.0 if maximize else 1.0
-    if start is None:
+    state = LONG if start is None else kernel(given, sign, transposed, pairs, found, start, WARM, listed)
+    if state == LONG:
         room = np.empty(room_for(rows)) if rows == columns >= CROWDED_FROM else _NONE
         state = kernel(given, sign, transposed, pairs, found, room, ZEROS, listed)
-    else:
-        room = start
-        state = kernel(given, sign, transposed, pairs, found, room, WARM, listed)
-    if state == CROWDED:
-        _crowded_kernel(matrix.dtype)(given, room)
-        state = kernel(given, sign, transposed, pairs, found, room, RESUMED, listed)
+        if state == CROWDED:
+            _crowded_kernel(matrix.dtype)(given, room)
+            state = kernel(given, sign, transposed, pairs, found, room, RESUMED, listed)
     n, m = given.shape
     if state == LONG and n < m <= n + n // NEARLY and not (listed and given.size > SQUARED):
         return _solve_as_square(given, maximize, transposed, proof, listed)

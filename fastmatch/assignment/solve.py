@@ -180,6 +180,8 @@ def solve(
         solution = chosen.solve(problem)
         if solution is None and isinstance(chosen, SmallDense):
             chosen = DENSE_SHORTLISTS
+            if problem.start is not None:  # it did not help
+                problem = LapProblem(oriented, sign)
             solution = chosen.solve(problem)
     except TooLarge:
         return _solve_scaled(problem.matrix(chosen), transposed, maximize, chosen)

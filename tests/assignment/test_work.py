@@ -173,3 +173,16 @@ def test_large_duals_of_integers_hide_nothing_and_the_matrix_is_not_read_again(s
     )
     solved(FAMILIES["differences of degrees"](1500, 1500, 0) * step, DenseShortlists())
     assert asked == [looked_at]
+
+
+@pytest.mark.parametrize("n", [300, 900])
+@pytest.mark.parametrize("maximize", [False, True])
+def test_a_warm_start_that_does_not_help_is_dropped(n, maximize):
+    """Duals of another problem, many of which tie in this one: all rows moved all others."""
+    g = np.random.default_rng(13)
+    other = fm.solve(g.random((n, n)), maximize=maximize)
+    cost = np.round(1000 + g.random((n, n)), 1)
+    found = fm.solve(cost, maximize=maximize, warm_start=other)
+    assert found.objective == fm.solve(cost, maximize=maximize).objective
+    assert found.is_certified
+    assert found.stats["pops"] < n

@@ -57,6 +57,7 @@ from fastmatch_kernels.lap.state import (
     TOO_LARGE,
     TURNS,
     WARM,
+    WARM_AHEAD,
     WRONG,
     SmallSchedule,
 )
@@ -660,7 +661,7 @@ def solve_matrix(C, sign, transposed, pairs, proof, room, begin, listed):  # pra
         listed: whether candidate lists may take over.
 
     Returns:
-        The state, as :func:`solve_one`, or CROWDED; also LONG if the matrix is nearly square.
+        The state, as :func:`solve_one`, or CROWDED; also LONG if the matrix is nearly square or if given duals do not help.
     """
     n, m = C.shape
     c = flat(C)
@@ -673,6 +674,8 @@ def solve_matrix(C, sign, transposed, pairs, proof, room, begin, listed):  # pra
     limit, auctions = _allowed(c, n, m, listed)
     if n < m <= n + n // NEARLY and n >= CROWDED_FROM:
         limit = np.float64(SQUARE_AHEAD * n)
+    if begin == WARM:
+        limit = min(limit, np.float64(WARM_AHEAD * n))
     if begin == RESUMED:
         _take(room, np.int64(0), v, u, seconds, columns, row_of, col_of)
         for k in range(4):

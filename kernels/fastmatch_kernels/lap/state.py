@@ -51,6 +51,7 @@ __all__ = [
     "SQUARE_SCANS",
     "TOO_LARGE",
     "WARM",
+    "WARM_AHEAD",
     "WRONG",
     "ZEROS",
     "Lists",
@@ -89,6 +90,9 @@ other paths have taken is spent either way."""
 LISTS_AHEAD = 24000
 """The same for candidate lists, times the columns: lists have to be read first, and a step over them takes as long as a scan of
 few columns."""
+
+WARM_AHEAD = 8
+"""The same for given duals, which are then dropped: those of another problem may be worse than none."""
 
 SQUARED = 1 << 20
 """Entries up to which a nearly square matrix is made square at once. Beyond that lists take over, which may do without."""
