@@ -52,6 +52,12 @@ class LapProblem:
         usable = self.shape[0] == self.shape[1] and self.start is not None and np.isfinite(self.start).all()
         return np.array(self.start, np.float64) if usable else None
 
+    def entries(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """Return the costs of pairs in float64, without another product if the matrix of a factor cost was computed."""
+        if "_of_factors" in self.__dict__:
+            return self._of_factors[rows, columns]
+        return self.cost.entries(rows, columns)
+
     @cached_property
     def _of_factors(self) -> np.ndarray:
         assert isinstance(self.cost, FactorCost)

@@ -197,7 +197,8 @@ def solve(
         return solve(matrix, maximize=maximize, warm_start=warm_start, solver=DENSE_SHORTLISTS)
     found = _finish(problem, solution, transposed, type(chosen).__name__)
     doubtful = found.gap > found.gap_bound
-    if doubtful or found.gap_bound > ROUNDED * np.abs(given.entries(found.row_ind, found.col_ind)).sum():
+    pairs = (found.col_ind, found.row_ind) if transposed else (found.row_ind, found.col_ind)
+    if doubtful or found.gap_bound > ROUNDED * np.abs(problem.entries(*pairs)).sum():
         # Duals were so large that their rounding may hide what small costs decide.
         if problem.start is not None:
             return solve(cost, maximize=maximize, solver=solver)
@@ -374,7 +375,7 @@ def _finish(problem: LapProblem, solution: LapSolution, transposed: bool, name: 
     rounding = 0.0
     if n < m:
         u, v, rounding = settled(u, v, col_of)
-    matched = sign * problem.cost.entries(np.arange(n), col_of)
+    matched = sign * problem.entries(np.arange(n), col_of)
     gap, gap_bound = duality_gap(matched, u, v, col_of)
     if gap > gap_bound and isinstance(problem.cost, DenseCost):
         gap, gap_bound, u, v = _closed(problem.cost.matrix, sign, u, v, col_of)
