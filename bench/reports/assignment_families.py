@@ -112,6 +112,7 @@ class Measurement:
                 seconds[name] += [] if taken is None else [taken]
         medians = {k: statistics.median(taken) for k, taken in seconds.items()}
         row["seconds"] = medians | {k: v for k, v in before.get("seconds", {}).items() if k != OURS}
+        row["earlier"] = [k for k in before.get("seconds", {}) if k != OURS]
         row["wrong"] = wrong or before.get("wrong", [])
         row["failed"] = before.get("failed", {}) | failed
         row["skipped"] = skipped or before.get("skipped", [])
@@ -297,7 +298,11 @@ def page(found: record.Record) -> str:
         | {"fault": row["fault"] or "-"}
         for row in ordered
     ]
-    parts = [*summary(every), record.table(by_kind), "Seconds of processor time.", record.table(shown)]
+    seconds = "Seconds of processor time."
+    marked = sum(bool(row.get("earlier")) for row in every)
+    if marked:
+        seconds += f" Those with * were measured in an earlier run: some or all peers of {marked} matrices."
+    parts = [*summary(every), record.table(by_kind), seconds, record.table(shown)]
     return record.page("The assignment on every family of costs", NAME, found, *parts)
 
 
@@ -311,7 +316,8 @@ def badness(row: record.Row) -> float:
 def told(row: record.Row, name: str) -> str:
     """Return a solver's cell: its seconds, or why there are none."""
     if name in row["seconds"]:
-        return f"{row['seconds'][name]:.3g}" + (" (wrong)" if name in row["wrong"] else "")
+        mark = "*" if name in row.get("earlier", ()) else ""
+        return f"{row['seconds'][name]:.3g}{mark}" + (" (wrong)" if name in row["wrong"] else "")
     if name in row["failed"]:
         return {"limit": "limit", "crash": "crash"}.get(row["failed"][name], "error")
     return "limit before" if name in row["skipped"] else "-"

@@ -111,6 +111,10 @@ def test_peers_of_an_earlier_run_are_not_measured(monkeypatch):
     assert set(measurement.runner.asked) == {OURS}
     assert again["ratio"] == 0.5
     assert again["wrong"] == ["high"]
+    assert again["earlier"] == ["right", "high"]
+    assert report.told(again, "right") == "1*"
+    assert report.told(again, OURS) == "0.5"
+    assert report.told(row, "right") == "1"
     worse, _ = row_of(monkeypatch, earlier, ours=[outcome(0.5, 11)], right=[outcome(7.0)])
     assert worse["fault"] == "not optimal"
 
