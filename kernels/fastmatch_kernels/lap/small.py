@@ -306,12 +306,12 @@ def _bids(
 
 @njit(nogil=True, cache=True, inner=True)
 def _try_paths(
-    c, start, n, m, sign, v, least, row_of, col_of, stack, top, limit, counts
+    c, start, n, m, sign, v, least, row_of, col_of, stack, top, limit, sunk, counts
 ):  # pragma: no cover - compiled
     """Augment from the rows ``stack[:top]`` while this is expected to scan no more than ``limit`` rows.
 
-    In a square, all scans count. In a rectangle, only those of the paths that are left count: the limit is what another way takes
-    from there on. Each path takes a free column, so later paths are expected to be longer.
+    In a square, all scans count, unless what was spent is ``sunk``: the limit is then what another way takes from there on. In a
+    rectangle it always is. Each path takes a free column of few, so later paths are expected to be longer.
 
     Returns:
         (-1 if a row has no path, else 0; the number of free rows, which are then on ``stack``; the scans that are expected
@@ -335,7 +335,7 @@ def _try_paths(
             else:
                 left = spare + (top - done)
                 rest = (now - last) * np.log(left / spare) / np.log((spare + (top - begin)) / left)
-            if spent + rest > limit:
+            if (0.0 if sunk else spent) + rest > limit:
                 break
             begin, last = done, now
     return 0, free_rows(col_of, stack), 2.0 * rest
@@ -428,7 +428,9 @@ def _start(
         return OPEN, scale, 0.0
     # If half of the rows have ties for their best column, neither other duals nor auctions help much.
     most = short_tied_scans if typical_gap(least, seconds) == 0.0 else short_scans
-    at, top, rest = _try_paths(c, start, n, m, scale, v, least, row_of, col_of, stack, top, most * n, counts)
+    at, top, rest = _try_paths(
+        c, start, n, m, scale, v, least, row_of, col_of, stack, top, most * n, False, counts
+    )
     if at < 0:
         return INFEASIBLE, scale, 0.0
     return CROWDED if top > crowded_above * n else OPEN, scale, rest
@@ -478,7 +480,7 @@ def _finish(
                 if 0.5 * expected > limit:
                     return LONG
                 begun, top, rest = _try_paths(
-                    c, start, n, m, sign, v, least, row_of, col_of, stack, top, 0.5 * expected, counts
+                    c, start, n, m, sign, v, least, row_of, col_of, stack, top, 0.5 * expected, False, counts
                 )
                 if begun < 0:
                     return INFEASIBLE
@@ -509,7 +511,7 @@ def _finish(
         if expected > limit:
             return LONG
         begun, top, rest = _try_paths(
-            c, start, n, m, sign, v, least, row_of, col_of, stack, top, expected, counts
+            c, start, n, m, sign, v, least, row_of, col_of, stack, top, expected, False, counts
         )
         if begun < 0:
             return INFEASIBLE
@@ -519,7 +521,9 @@ def _finish(
         _take(room, there, v, least, seconds, columns, row_of, col_of)
         here, there, expected, top = there, here, rest, free_rows(col_of, stack)
     if top > 0:
-        begun, top, _ = _try_paths(c, start, n, m, sign, v, least, row_of, col_of, stack, top, limit, counts)
+        begun, top, _ = _try_paths(
+            c, start, n, m, sign, v, least, row_of, col_of, stack, top, limit, True, counts
+        )
         if begun < 0:
             return INFEASIBLE
         if top > 0:
