@@ -399,8 +399,7 @@ class _DensePhases(Phases):
             held = [(x, x.copy()) for x in (self.v, *self.matching)]
             if self.augment_by_rows(plan.ends_at_once * before, 1 / 16) == 0.0:
                 return True
-            for x, old in held:
-                x[:] = old
+            restore(held)
             return self.short_auctions(eps, slow_above, before)
         self.reduce()
         return not self.is_square
@@ -609,19 +608,16 @@ class _DensePhases(Phases):
             self.reduce_rows()
             if ended and self.free() > plan.refined_above * self.n:
                 reduced, free = self.held(), self.free()
-                for x, old in ended:
-                    x[:] = old
+                restore(ended)
                 self.refine()
                 self.match_tight()
                 self.reduce_rows()
                 if self.free() > free:
-                    for x, old in reduced:
-                        x[:] = old
+                    restore(reduced)
             left = self.free()
             useless = left > (plan.war_leaves * before if war and phase == 0 else before - 1)
             if useless and (war or phase in (0, plan.short_phases - 1)):
-                for x, old in held:
-                    x[:] = old
+                restore(held)
                 return False
             if war:
                 return False
@@ -729,13 +725,18 @@ class _DensePhases(Phases):
 
         self.scaled_auction(is_over)
         if is_over():
-            for x, old in held:
-                x[:] = old
+            restore(held)
             return False
         self.refine()
         self.match_tight()
         self.reduce_rows()
         return True
+
+
+def restore(held: list[tuple[np.ndarray, np.ndarray]]) -> None:
+    """Give arrays back the contents that were kept beside them."""
+    for x, old in held:
+        x[:] = old
 
 
 def find_copies(

@@ -89,10 +89,7 @@ def _add_by_rows(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, beta: floa
     step = max(BLOCK // len(b), LEAST_ROWS)
     for rows, into in zip(a.split(step), out.split(step), strict=True):
         product = _onednn(_without_gaps(rows), b)
-        if beta == 0:
-            torch.mul(product, alpha, out=into)
-        else:
-            (into if beta == 1 else into.mul_(beta)).add_(product, alpha=alpha)
+        _put(product, into, beta, alpha)
 
 
 def _add_by_numpy(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, beta: float, alpha: float) -> None:
@@ -105,10 +102,15 @@ def _add_by_numpy(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, beta: flo
     step = max(BLOCK // 2 // max(len(b), 1), LEAST_ROWS)
     for rows, into in zip(a.split(step), out.split(step), strict=True):
         product = torch.from_numpy(_by_numpy(rows, b))
-        if beta == 0:
-            torch.mul(product, alpha, out=into)
-        else:
-            (into if beta == 1 else into.mul_(beta)).add_(product, alpha=alpha)
+        _put(product, into, beta, alpha)
+
+
+def _put(product: torch.Tensor, into: torch.Tensor, beta: float, alpha: float) -> None:
+    """Set ``into = beta into + alpha product``; with ``beta`` 0, what it holds counts for nothing."""
+    if beta == 0:
+        torch.mul(product, alpha, out=into)
+    else:
+        (into if beta == 1 else into.mul_(beta)).add_(product, alpha=alpha)
 
 
 def _by_numpy(a: torch.Tensor, b: torch.Tensor, out: np.ndarray | None = None) -> np.ndarray:

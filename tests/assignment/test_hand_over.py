@@ -32,21 +32,15 @@ def check(cost: np.ndarray, found: fm.Assignment, maximize: bool = False) -> Non
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("family", LONG_PATHS)
-def test_long_paths_are_taken_over_lists(family, shape):
+@pytest.mark.parametrize(
+    ("family", "solver"),
+    [*((name, "DenseShortlists") for name in LONG_PATHS), *((name, "SmallDense") for name in SHORT_PATHS)],
+)
+def test_long_paths_are_taken_over_lists_and_short_ones_are_not(family, solver, shape):
     cost = FAMILIES[family](*shape, seed=3)
     found = fm.solve(cost)
     check(cost, found)
-    assert found.stats["solver"] == "DenseShortlists"
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("family", SHORT_PATHS)
-def test_short_ones_are_not(family, shape):
-    cost = FAMILIES[family](*shape, seed=3)
-    found = fm.solve(cost)
-    check(cost, found)
-    assert found.stats["solver"] == "SmallDense"
+    assert found.stats["solver"] == solver
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int32", "int64"])
