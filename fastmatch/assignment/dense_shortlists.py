@@ -17,7 +17,6 @@ from fastmatch.assignment.problem import (
     LapProblem,
     LapSolution,
     TooLarge,
-    as_square,
     check_entries,
 )
 from fastmatch.assignment.reading import for_kernels
@@ -34,7 +33,6 @@ from fastmatch_kernels.lap.state import (
     READS,
     SEARCHES,
     SLICES,
-    SQUARE_SCANS,
     TURNS,
     VECTOR,
     matrix_lists,
@@ -54,9 +52,6 @@ NARROWED_ABOVE = 1 / 16
 
 SCANNED = 1 << 28
 """Entries that bids over whole rows may scan in one call, which no signal interrupts."""
-
-COPIED = 1 << 28
-"""Entries up to which a nearly square matrix is copied to be made square."""
 
 
 @dataclass(frozen=True)
@@ -92,17 +87,12 @@ class DenseShortlists:
         compile_kernels(matrix.dtype)
         phases = _DensePhases(matrix, problem.sign, self.schedule, problem.finite_start)
         try:
-            if phases.run():
-                return phases.solution()
+            phases.run()
         except Infeasible:
             if phases.factor == 1.0:
                 raise
             raise TooLarge from None  # large entries were forbidden, and are needed
-        n = len(matrix)
-        square = _DensePhases(as_square(phases.matrix), problem.sign, self.schedule, None)
-        square.run()
-        col_of, u, v, counts = square.solution()
-        return LapSolution(col_of[:n], u[:n], v, counts)
+        return phases.solution()
 
 
 class _DensePhases(Phases):
@@ -124,6 +114,7 @@ class _DensePhases(Phases):
         )
         self.flat = matrix.reshape(-1)
         self.is_square = self.n == self.m > 1
+        self.is_nearly_square = 1 < self.m <= self.n + self.n // NEARLY
         self.warm = start is not None
         # Kernels load whole vectors of duals.
         self.duals = np.zeros(-(-self.m // VECTOR) * VECTOR)
@@ -140,10 +131,12 @@ class _DensePhases(Phases):
         self.made = self.read_again = 0  # bids over lists, and the lists that were read for them
         self.distinct = False  # whether most rows have a single best column
 
-    def run(self) -> bool:
-        """Solve the problem; return False if solving it :func:`as_square` is quicker."""
+    def run(self) -> None:
+        """Solve the problem."""
         self.survey()
-        return not self.free() or self.solve_free()
+        if self.free():
+            self.solve_free()
+            self.level_columns()
 
     def solution(self) -> LapSolution:
         """Return what was found."""
@@ -244,17 +237,23 @@ class _DensePhases(Phases):
         )
         return int(free), found
 
-    def begin_at(self, duals: tuple[np.ndarray, ...]) -> None:
-        """Begin again from other duals, the matching from them and what they tell of the rows."""
+    def begin_at(self, duals: tuple[np.ndarray, ...]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Begin again from other duals, the matching from them and what they tell of the rows.
+
+        Returns:
+            The arrays that this changes, each with what it held.
+        """
+        held = [*self.held(), *((x, x.copy()) for x in (self.least, self.seconds, self.columns))]
         own = (self.duals, self.row_of, self.col_of, self.least, self.seconds, self.columns)
         for x, new in zip(own, duals, strict=True):
             x[:] = new
         self.list_best()
+        return held
 
     def solve_copies(self) -> bool:
         """Solve a problem most of whose columns are copies of others, or most of whose rows; return whether it is one.
 
-        Rows count only if the matrix is square, because each column has to be matched then.
+        Where there are more columns than rows, rows of zeros take those that are left, and are copies of each other.
         """
         plan = self.schedule
         if self.warm or self.free() <= plan.auction_above * self.n:
@@ -269,14 +268,21 @@ class _DensePhases(Phases):
                 self.row_of[self.col_of] = np.arange(self.n)
                 self.note_costs()
                 return True
-        if self.is_square and self.free() > plan.crowded_above * self.n:
+        if self.free() > plan.crowded_above * self.n:
             copies = find_copies(self.matrix, plan.copied_below, columns=False)
             if copies is not None:
-                inner = self.matrix[copies[0]].T
-                row_duals = self.fill_columns(inner, copies, self.row_of)[copies[1]]
-                self.col_of[self.row_of] = np.arange(self.n)
+                first, group, room = copies
+                inner, spare = self.matrix[first], self.m - self.n
+                if spare:
+                    inner = np.concatenate([inner, np.zeros((1, self.m), inner.dtype)])
+                    group, room = np.append(group, np.full(spare, len(first))), np.append(room, spare)
+                duals = self.fill_columns(inner.T, (first, group, room), self.row_of)
+                self.v[:] = -duals[-1]  # what a column has that a row of zeros takes
+                matched = np.flatnonzero(self.row_of < self.n)
+                self.col_of[self.row_of[matched]] = matched
+                self.row_of[self.row_of >= self.n] = -1
                 self.note_costs()
-                self.v[self.col_of] = self.matching.cost_of - row_duals
+                self.v[self.col_of] = self.matching.cost_of - duals[group[: self.n]]
                 return True
         return False
 
@@ -309,71 +315,73 @@ class _DensePhases(Phases):
         self.lists.costs.fill(np.inf)
         return duals
 
-    def solve_free(self) -> bool:
-        """Match the free rows: by bids if these settle most of them, then by shortest paths.
-
-        Returns:
-            False if paths would be long, and the problem is nearly square.
-        """
+    def solve_free(self) -> None:
+        """Match the free rows: by bids if these settle most of them, then by shortest paths."""
         plan = self.schedule
         others: tuple[np.ndarray, ...] | None = None
+        zeros: list[tuple[np.ndarray, np.ndarray]] | None = None
         expected = 0.0
         crowded = plan.crowded_above * self.n
         if not self.warm and self.free() > crowded:
             self.reduce_surveyed()
-        if self.is_square and not self.warm and self.free() > crowded:
+        if self.is_nearly_square and not self.warm and self.free() > crowded:
             tied = (self.least == self.seconds).mean() > 0.5
             scans = plan.short_tied_scans if tied else plan.short_scans
             expected = self.augment_by_rows(scans * self.n, 1 / 16)
             if expected == 0.0:
-                return True
+                return
             if self.free() > crowded:
                 free, found = self.better_duals()
                 if free <= plan.accepted_below * self.n:
-                    self.begin_at(found)
+                    if free > NARROWED_ABOVE * self.n:
+                        self.narrow()
+                    zeros = self.begin_at(found)
                 elif free <= self.n:
                     others = found
-        if self.m > self.n + self.n // NEARLY:
+        if not self.is_nearly_square:
             if not self.free() or self.solve_copies():  # while least and seconds are both the survey's
-                return True
+                return
             self.reduce_by_rows()
             if self.free() <= plan.auction_above * self.n:
-                return self.finish(True)
-        if self.free() > NARROWED_ABOVE * self.n:
+                self.finish(True)
+                return
+        if zeros is None and self.free() > NARROWED_ABOVE * self.n:
             self.narrow()
         if not self.free() or self.solve_copies():
-            return True
+            return
         calm = self.bids(plan.slow_above if others is None else plan.slow_above_others)
         if not calm and others is not None:
             expected = self.augment_by_rows(expected, 1 / 16)
             if expected == 0.0:
-                return True
-            zeros = [*self.held(), *((x, x.copy()) for x in (self.least, self.seconds, self.columns))]
-            self.begin_at(others)
+                return
+            zeros = self.begin_at(others)
             calm = self.bids(plan.slow_above)
-            if not calm and self.take_turns(expected, zeros):
-                return True
-        return self.finish(calm)
+            if calm:
+                zeros = None
+        if zeros is not None and self.take_turns(expected, zeros, 0.0 if calm else expected):
+            return
+        self.finish(calm)
 
-    def take_turns(self, expected: float, other: list[tuple[np.ndarray, np.ndarray]]) -> bool:
+    def take_turns(self, expected: float, other: list[tuple[np.ndarray, np.ndarray]], first: float) -> bool:
         """Augment over whole rows from these duals and from other ones in turns, until one is expected to end sooner.
 
         Args:
             expected: scans that the other one's paths are expected to take.
             other: arrays, each with its contents for the other duals.
+            first: scans that these ones' paths may be expected to take before they are judged.
 
         Returns:
             Whether no row is free any more.
         """
         for _ in range(TURNS):
-            rest = self.augment_by_rows(expected, 1 / 16)
+            rest = self.augment_by_rows(first, 1 / 16)
             if rest <= expected:
                 return rest == 0.0
             for x, old in other:
                 kept = x.copy()
                 x[:] = old
                 old[:] = kept
-            expected = rest
+            expected = first = rest
         return False
 
     def bids(self, slow_above: float) -> bool:
@@ -395,14 +403,14 @@ class _DensePhases(Phases):
         if before <= many or self.reduce_on():
             self.reduce()
             return True
-        if self.is_square and self.distinct:
+        if self.is_nearly_square and self.distinct:
             held = [(x, x.copy()) for x in (self.v, *self.matching)]
             if self.augment_by_rows(plan.ends_at_once * before, 1 / 16) == 0.0:
                 return True
             restore(held)
             return self.short_auctions(eps, slow_above, before)
         self.reduce()
-        return not self.is_square
+        return not self.is_nearly_square
 
     def short_eps(self) -> float:
         """Return the first eps of a short auction, and note whether most rows have a single best column.
@@ -415,28 +423,30 @@ class _DensePhases(Phases):
         self.distinct = 0.0 < eps < np.inf
         return eps
 
-    def finish(self, calm: bool) -> bool:
-        """Match the free rows by shortest paths; if these would be long and costs are distinct, by eps-scaling first.
-
-        Returns:
-            False if paths would be long, and the problem is nearly square.
-        """
+    def finish(self, calm: bool) -> None:
+        """Match the free rows by shortest paths; if these would be long and costs are distinct, by eps-scaling first."""
         plan = self.schedule
         if self.by_rows and self.distinct and self.augment_by_rows(plan.few_scans * self.n) == 0.0:
-            return True
-        nearly = self.n < self.m <= self.n + self.n // NEARLY and self.matrix.size <= COPIED
-        most = plan.list_steps * SQUARE_SCANS * self.n if nearly else 2 * plan.scans_before_scaling * self.n
-        if self.distinct and self.augment_by_lists(np.inf if calm and not nearly else most):
-            return True
-        limit = plan.scans_before_scaling * self.n if self.is_square and self.distinct else np.inf
-        scans = self.augment_by_rows(SQUARE_SCANS * self.n if nearly else limit)
+            return
+        most = np.inf if calm else 2 * plan.scans_before_scaling * self.n
+        if self.distinct and self.augment_by_lists(most):
+            return
+        limit = plan.scans_before_scaling * self.n if self.is_nearly_square and self.distinct else np.inf
+        scans = self.augment_by_rows(limit)
         if scans == 0.0:
-            return True
-        if nearly:
-            return False
+            return
         if not (self.scaled_auction_within(scans) and self.augment_by_lists(np.inf)):
             self.augment_by_rows(np.inf)
-        return True
+
+    def level_columns(self) -> None:
+        """Give unmatched columns the same dual, the largest."""
+        from fastmatch_kernels.lap.paths import level_columns
+
+        if self.n < self.m:
+            level_columns(
+                self.flat, 0, self.m, self.sign, self.duals, self.row_of, self.col_of, self.counts
+            )  # fmt: skip
+            self.note_costs()
 
     def reduce_surveyed(self) -> None:
         """Run row reduction by what the survey has found, if that matches half of the free rows."""
@@ -632,7 +642,7 @@ class _DensePhases(Phases):
 
         rows = self.free_rows()
         shuffle(rows, len(rows))
-        if not self.is_square:
+        if not self.is_nearly_square:
             sort_by(rows, FEW_PATHS, len(rows), self.least)
         return rows
 

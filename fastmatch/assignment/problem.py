@@ -13,7 +13,7 @@ from fastmatch.assignment.dense_cost import DenseCost
 from fastmatch.assignment.device_cost import DeviceCost
 from fastmatch.assignment.factor_cost import FactorCost
 
-__all__ = ["Infeasible", "LapProblem", "LapSolution", "Solver", "TooLarge", "as_square", "check_entries"]
+__all__ = ["Infeasible", "LapProblem", "LapSolution", "Solver", "TooLarge", "check_entries"]
 
 BATCH_ENTRIES = 1 << 22
 """Entries that are checked at once."""
@@ -110,18 +110,6 @@ class Solver(Protocol):
             Infeasible: forbidden entries leave no assignment.
         """
         ...
-
-
-def as_square(matrix: np.ndarray) -> np.ndarray:
-    """Return a matrix of n rows and m >= n columns with rows of zeros below it, (m, m).
-
-    The rows of zeros take the columns that the others leave. So the first n rows are matched as well as without them, and the
-    columns that are left have the largest dual.
-    """
-    n, m = matrix.shape
-    square = np.zeros((m, m), matrix.dtype)
-    square[:n] = matrix
-    return square
 
 
 def check_entries(matrix: np.ndarray, sign: float) -> None:

@@ -9,13 +9,11 @@ import numpy as np
 
 from fastmatch._internal.checks import check_type
 from fastmatch.assignment._compile import prepared
-from fastmatch.assignment.gap import settled
 from fastmatch.assignment.problem import (
     Infeasible,
     LapProblem,
     LapSolution,
     TooLarge,
-    as_square,
     check_entries,
 )
 from fastmatch.assignment.reading import for_kernels
@@ -28,7 +26,6 @@ from fastmatch_kernels.lap.state import (
     NEARLY,
     RESUMED,
     SOLVED,
-    SQUARED,
     TOO_LARGE,
     WARM,
     ZEROS,
@@ -88,39 +85,15 @@ def solve_small(
     sign = -1.0 if maximize else 1.0
     state = LONG if start is None else kernel(given, sign, transposed, pairs, found, start, WARM, listed)
     if state == LONG:
-        room = np.empty(room_for(rows)) if rows == columns >= CROWDED_FROM else _NONE
+        n, m = given.shape
+        room = np.empty(room_for(m)) if n >= CROWDED_FROM and m <= n + n // NEARLY else _NONE
         state = kernel(given, sign, transposed, pairs, found, room, ZEROS, listed)
         if state == CROWDED:
             _crowded_kernel(matrix.dtype)(given, room)
             state = kernel(given, sign, transposed, pairs, found, room, RESUMED, listed)
-    n, m = given.shape
-    if state == LONG and n < m <= n + n // NEARLY and not (listed and given.size > SQUARED):
-        return _solve_as_square(given, maximize, transposed, proof, listed)
     if not proof:
         return state, (pairs,)
     return state, (pairs, found[:rows], found[rows:-7], found[-7:])
-
-
-def _solve_as_square(
-    given: np.ndarray, maximize: bool, transposed: bool, proof: bool, listed: bool
-) -> tuple[int, tuple[np.ndarray, ...]]:
-    """Return what :func:`solve_small` does, from a square problem: ``given`` is the matrix or its transpose, n < m."""
-    n = len(given)
-    state, (pairs, *found) = solve_small(as_square(given), maximize, proof=proof, listed=listed)
-    pairs = pairs[:, :n]
-    if transposed:
-        pairs = pairs[::-1, np.argsort(pairs[1])]
-    if not proof:
-        return state, (pairs,)
-    u, v, numbers = found
-    if state not in (SOLVED, DOUBTFUL):  # nothing was written
-        return state, (pairs, u, v, numbers)
-    sign = -1.0 if maximize else 1.0
-    u, v, _ = settled(
-        sign * u[:n], sign * v, pairs[0] if transposed else pairs[1]
-    )  # the bound counts them unmoved
-    sides = (sign * v, sign * u) if transposed else (sign * u, sign * v)
-    return state, (pairs, *sides, numbers)
 
 
 def _kernel(dtype: np.dtype) -> Callable[..., int]:

@@ -404,7 +404,9 @@ def _closed(
     n, m = matrix.shape
     u, duals = u.copy(), np.zeros(-(-m // VECTOR) * VECTOR)
     duals[:m] = v
-    _, gap, gap_bound = prove(np.ascontiguousarray(matrix).reshape(-1), 0, n, m, sign, duals, u, col_of)
+    level = np.inf if n == m else 0.0
+    flat = np.ascontiguousarray(matrix).reshape(-1)
+    _, gap, gap_bound = prove(flat, 0, n, m, sign, duals, level, u, col_of)
     return gap, gap_bound, u, duals[:m]
 
 

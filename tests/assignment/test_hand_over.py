@@ -76,17 +76,6 @@ def test_a_factor_cost_is_handed_over_by_any_such_solver(solver):
     assert found.is_certified
 
 
-@pytest.mark.parametrize("shape", [(1050, 1100), (1100, 1050)])
-@pytest.mark.parametrize("maximize", [False, True])
-def test_a_large_nearly_square_matrix(shape, maximize):
-    """Beyond 2^20 entries it is not made square at once: lists may do without."""
-    g = np.random.default_rng(7)
-    cost = g.random((shape[0], 1)) + g.random(shape[1]) + 0.01 * g.random(shape)
-    found = fm.solve(cost, maximize=maximize)
-    assert found.stats["solver"] == "DenseShortlists"
-    check(cost, found, maximize)
-
-
 def test_ties_need_no_auction_beyond_the_caches():
     cost = FAMILIES["graph gradient"](1700, 1700, seed=0)
     assert fm.solve(cost).stats["solver"] == "SmallDense"

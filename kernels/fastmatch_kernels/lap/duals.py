@@ -13,6 +13,9 @@ from fastmatch_kernels.lap.state import READS
 
 __all__ = ["better_duals", "typical_gap"]
 
+HALVINGS = 24
+"""Halvings of the range of duals in which a few of the largest are separated from the others."""
+
 
 @njit(nogil=True, cache=True, forceinline=True)
 def _sorted_three(a, b, c):  # pragma: no cover - compiled
@@ -112,6 +115,24 @@ def _lower_tail(v, m):  # pragma: no cover - compiled
     return np.inf if middle > 0.0 else 0.0
 
 
+@njit(nogil=True, cache=True, inner=True)
+def _cut_off(v, m, spare):  # pragma: no cover - compiled
+    """Cut v[:m] off so that at least ``spare`` columns have the largest dual, as columns that no row takes must."""
+    low, high = np.inf, -np.inf
+    for j in range(m):
+        low, high = min(low, v[j]), max(high, v[j])
+    for _ in range(HALVINGS):
+        middle, above = 0.5 * low + 0.5 * high, 0
+        for j in range(m):
+            above += v[j] >= middle
+        if above >= spare:
+            low = middle
+        else:
+            high = middle
+    for j in range(m):
+        v[j] = min(v[j], low)
+
+
 @njit(nogil=True, cache=True)
 def typical_gap(least, seconds):  # pragma: no cover - compiled
     """Return the mean difference of rows' two least entries, of which each counts up to four times their upper quartile.
@@ -173,6 +194,8 @@ def better_duals(
     for kind in range(3):
         duals = minima if kind == 0 else (means if kind == 1 else centres)
         share = better_minima if kind == 0 else better_centres
+        if n < m:
+            _cut_off(duals, m, m - n)
         row_of[:] = -1
         col_of[:] = -1
         survey(c, start, sign, m, duals, np.int64(0), some, least_of, second_of, column_of)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fastmatch_kernels._numba.cache import njit
+from fastmatch_kernels._numba.nontemporal import prefetch
 from fastmatch_kernels._numba.simd import (
     WIDTH,
     add,
@@ -29,6 +30,9 @@ __all__ = ["free_rows", "match_surveyed", "reduce_surveyed", "survey", "two_leas
 
 
 SETS = 4 * WIDTH
+AHEAD, LINE = 8192, 64
+"""Bytes by which :func:`survey` prefetches, and bytes of a cache line. Between rows, the processor's own prefetcher stops."""
+
 """Sets of columns whose minima are found at once: columns that are alike modulo SETS. The least two entries of a row are
 among these minima and the rest of the set that holds the least, so no column number has to travel with a value."""
 
@@ -44,6 +48,9 @@ def _minima(c, at, sign, m, v, plain, measured):  # pragma: no cover - compiled
     one, two = zero, zero
     j = 0
     while j + SETS <= m:
+        if measured:
+            for k in range(AHEAD // c.itemsize, AHEAD // c.itemsize + SETS, LINE // c.itemsize):
+                prefetch(c, at + j + k)
         x, y = load(c, at + j), load(c, at + j + WIDTH)
         if measured:
             one, two = add(one, magnitude(x)), add(two, magnitude(y))

@@ -29,7 +29,15 @@ from fastmatch_kernels._numba.simd import (
 )
 from fastmatch_kernels.lap.state import POPS, SEARCHES
 
-__all__ = ["new_search", "path", "paths", "row_vector", "shuffle", "sort_by"]
+__all__ = ["level_columns", "new_search", "path", "paths", "row_vector", "shuffle", "sort_by"]
+
+
+SHORT = 64
+"""Columns that a search has scanned before it looks at distances first and writes them only where a row brings some nearer. Before
+that, most rows do, and a processor mispredicts where."""
+
+LINE, PAGE = 8, 512
+"""float64 in a line and in a page of memory."""
 
 
 @njit(nogil=True, cache=True, forceinline=True)
@@ -47,8 +55,12 @@ def new_search(m, v, row_of):  # pragma: no cover - compiled
     Between searches, ``w`` equals the duals ``v``, and -inf beyond the columns; ``taken`` is 0 for free columns, else inf.
     """
     width = (m + WIDTH - 1) // WIDTH * WIDTH
-    w, dist, final = np.empty(width), np.empty(width), np.empty(width)
-    came_from, taken = np.empty(width), np.empty(width)
+    # Vectors that begin within a line are read in two parts. Stores hold up reads from the same place in another page.
+    stride = (width + PAGE - 1) // PAGE * PAGE + PAGE // 5 // LINE * LINE
+    room = np.empty(5 * stride + LINE)
+    at = -room.ctypes.data // 8 % LINE
+    w, dist, final = room[at : at + width], room[at + stride :][:width], room[at + 2 * stride :][:width]
+    came_from, taken = room[at + 3 * stride :][:width], room[at + 4 * stride :][:width]
     queue = np.empty(width, np.int64)
     for j in range(width):
         w[j] = v[j] if j < m else -np.inf
@@ -57,10 +69,11 @@ def new_search(m, v, row_of):  # pragma: no cover - compiled
 
 
 @njit(nogil=True, cache=True, forceinline=True)
-def _scan(c, at, sign, m, base, i, first, w, dist, came_from):  # pragma: no cover - compiled
+def _scan(c, at, sign, m, base, i, first, short, w, dist, came_from):  # pragma: no cover - compiled
     """Update all distances through row i; return the least distance and a column that has it.
 
-    Scanned columns have w = -inf and dist = inf. ``first``: it is the search's first row, and distances are new.
+    Scanned columns have w = -inf and dist = inf. ``first``: it is the search's first row, and distances are new. ``short``: most rows
+    bring some column nearer.
     """
     signs, shift, row = splat(sign), splat(base), splat(np.float64(i))
     nearest = splat(np.inf)
@@ -71,7 +84,7 @@ def _scan(c, at, sign, m, base, i, first, w, dist, came_from):  # pragma: no cov
             store(dist, j, x)
         else:
             old = load(dist, j)
-            if less_mask(x, old) != 0:  # rare in long searches
+            if short or less_mask(x, old) != 0:
                 store(came_from, j, select(x, old, row, load(came_from, j)))
                 store(dist, j, minimum(x, old))
             x = minimum(x, old)
@@ -80,6 +93,23 @@ def _scan(c, at, sign, m, base, i, first, w, dist, came_from):  # pragma: no cov
     j = ctz(less_equal_mask(nearest, splat(low)))
     while dist[j] > low:
         j += WIDTH
+    return low, j
+
+
+@njit(nogil=True, cache=True, inner=True)
+def _scan_zeros(m, i, first, w, dist, came_from):  # pragma: no cover - compiled
+    """Do what :func:`_scan` does, for row i of zeros: after the first one, another brings no column nearer."""
+    if first:
+        for j in range(w.shape[0]):
+            dist[j] = -w[j]
+            came_from[j] = i
+    nearest = splat(np.inf)
+    for j in range(0, m, WIDTH):
+        nearest = minimum(load(dist, j), nearest)
+    low = reduce_minimum(nearest)
+    j = 0
+    while dist[j] > low:
+        j += 1
     return low, j
 
 
@@ -111,18 +141,17 @@ def _collect(m, low, taken, w, dist, final, queue, tail):  # pragma: no cover - 
 
 @njit(nogil=True, cache=True, forceinline=True)
 def _scan_level(
-    c, at, sign, m, base, i, low, row_of, w, dist, came_from, final, queue, tail
+    c, at, sign, m, base, i, low, short, row_of, w, dist, came_from, final, queue, tail
 ):  # pragma: no cover
     """Update distances through row i, enqueueing the columns it brings to ``low``; return as :func:`_collect` does."""
     signs, shift, row, level = splat(sign), splat(base), splat(np.float64(i)), splat(low)
     for j in range(0, m, WIDTH):
         x = add(shift, difference(signs, row_vector(c, at, j, m, sign * np.inf), load(w, j)))
         old = load(dist, j)
-        lower = less_mask(x, old)
-        if lower != 0:
+        if short or less_mask(x, old) != 0:
             store(came_from, j, select(x, old, row, load(came_from, j)))
             store(dist, j, minimum(x, old))
-            now = less_equal_mask(x, level) & lower
+            now = less_equal_mask(x, level)
             while now != 0:
                 k = j + ctz(now)
                 now &= now - 1
@@ -138,20 +167,28 @@ def path(c, start, m, sign, v, row_of, col_of, source, search, tied, counts):  #
 
     ``tied`` tells whether they did in the search before. If so, all columns at a new level are looked for at once; if not,
     only after a second one has turned up.
+
+    Row n, beyond the last one, is a row of zeros. Its paths come last: where they pass a column that another row of zeros has,
+    they do not go on from that one.
     """
+    n = col_of.shape[0]
     w, dist, final, came_from, queue, taken = search
     head = tail = np.int64(0)  # numba would compile all callees once more for the literal 0
     i, base, level, goal = source, 0.0, -np.inf, -1
     found = True
     tied_now = False
     while True:
-        at = start + i * m
+        at, short = start + i * m, head < SHORT
         if head < tail:
-            goal, tail = _scan_level(
-                c, at, sign, m, base, i, level, row_of, w, dist, came_from, final, queue, tail
-            )
+            if i < n:
+                goal, tail = _scan_level(
+                    c, at, sign, m, base, i, level, short, row_of, w, dist, came_from, final, queue, tail
+                )
         else:
-            low, j = _scan(c, at, sign, m, base, i, head == 0, w, dist, came_from)
+            if i < n:
+                low, j = _scan(c, at, sign, m, base, i, head == 0, short, w, dist, came_from)
+            else:
+                low, j = _scan_zeros(m, i, head == 0, w, dist, came_from)
             if not low < np.inf:
                 found = False
                 break
@@ -169,7 +206,8 @@ def path(c, start, m, sign, v, row_of, col_of, source, search, tied, counts):  #
         j = queue[head]
         head += 1
         i = row_of[j]
-        base = level - (sign * np.float64(c[start + i * m + j]) - v[j])
+        if i < n:
+            base = level - (sign * np.float64(c[start + i * m + j]) - v[j])
     counts[POPS] += head
     counts[SEARCHES] += 1
     for s in range(tail):
@@ -184,9 +222,10 @@ def path(c, start, m, sign, v, row_of, col_of, source, search, tied, counts):  #
     while True:
         i = np.int64(came_from[j])
         row_of[j] = i
-        following = col_of[i]
-        col_of[i] = j
-        j = following
+        if i < n:
+            following = col_of[i]
+            col_of[i] = j
+            j = following
         if i == source:
             return True, tied_now
 
@@ -237,3 +276,32 @@ def paths(c, m, sign, v, row_of, col_of, order, at, limit, counts):  # pragma: n
             return -1 - order[at]
         at += 1
     return at
+
+
+@njit(nogil=True, cache=True)
+def level_columns(c, start, m, sign, v, row_of, col_of, counts):  # pragma: no cover - compiled
+    """Give unmatched columns the same dual, the largest one, as a problem of more columns than rows demands; return it.
+
+    That is done along paths from rows of zeros: they take the columns that are left, cost the same in every assignment, and demand just
+    that of the columns that they take. So a problem with a few more columns than rows is solved as a square one, without these
+    rows in any matrix. If no dual is above an unmatched column's, there is nothing to do.
+    """
+    n = col_of.shape[0]
+    low, high = np.inf, -np.inf
+    for j in range(m):
+        high = max(high, v[j])
+        if row_of[j] < 0:
+            low = min(low, v[j])
+    if low < high:
+        search = new_search(m, v, row_of)
+        tied = n < 0  # numba would compile all callees once more for the literal False
+        for _ in range(m - n):
+            _, tied = path(c, start, m, sign, v, row_of, col_of, n, search, tied, counts)
+        low = np.inf
+        for j in range(m):
+            if row_of[j] == n:
+                row_of[j] = -1
+                low = min(low, v[j])
+        for j in range(m):
+            v[j] = min(v[j], low)  # rounding may leave some above
+    return low

@@ -35,7 +35,7 @@ def least_of_row(c, at, m, sign, v):  # pragma: no cover - compiled
 
 @njit(nogil=True, cache=True, inner=True)
 def gap_of(c, start, n, m, sign, v, u, col_of):  # pragma: no cover - compiled
-    """Return (total, gap, bound) of ``sign * c``: see ``fastmatch.assignment.gap``. Unmatched columns have dual 0, the largest."""
+    """Return (total, gap, bound) of ``sign * c``: see ``fastmatch.assignment.gap``. Unmatched columns have the largest dual."""
     total, gap, size, top = 0.0, 0.0, 0.0, 0.0
     for j in range(m):
         top = max(top, abs(v[j]))
@@ -49,13 +49,13 @@ def gap_of(c, start, n, m, sign, v, u, col_of):  # pragma: no cover - compiled
 
 
 @njit(nogil=True, cache=True)
-def prove(c, start, n, m, sign, v, u, col_of):  # pragma: no cover - compiled
+def prove(c, start, n, m, sign, v, level, u, col_of):  # pragma: no cover - compiled
     """Return (total, gap, bound) after raising duals until the gap is within its bound.
 
     Searches add and subtract distances, and each step rounds. So a matched entry's c - v may end some units in the last
     place above its row's least, ``u``. Raising the matched column's dual by the difference makes the entry tight again.
     That is one step of Bellman and Ford's algorithm for duals of this matching, which ends if the matching is optimal.
-    Duals of columns that compete with unmatched ones stay at most 0.
+    No dual is raised above ``level``, that of unmatched columns.
     """
     total, gap, bound = gap_of(c, start, n, m, sign, v, u, col_of)
     for _ in range(SWEEPS):
@@ -65,7 +65,7 @@ def prove(c, start, n, m, sign, v, u, col_of):  # pragma: no cover - compiled
             j = col_of[i]
             x = sign * np.float64(c[start + i * m + j]) - least_of_row(c, start + i * m, m, sign, v)
             if x > v[j]:
-                v[j] = x if n == m else min(x, 0.0)
+                v[j] = min(x, level)
         for i in range(n):
             u[i] = least_of_row(c, start + i * m, m, sign, v)
         total, gap, bound = gap_of(c, start, n, m, sign, v, u, col_of)

@@ -28,7 +28,7 @@ from fastmatch_kernels.lap.match import (
     survey,
     two_least,
 )
-from fastmatch_kernels.lap.paths import new_search, path, shuffle, sort_by
+from fastmatch_kernels.lap.paths import level_columns, new_search, path, shuffle, sort_by
 from fastmatch_kernels.lap.proof import EPS, gap_of, least_of_row, prove
 from fastmatch_kernels.lap.scale import fitting_scale
 from fastmatch_kernels.lap.state import (
@@ -53,7 +53,6 @@ from fastmatch_kernels.lap.state import (
     SEARCHES,
     SLICES,
     SOLVED,
-    SQUARE_AHEAD,
     TOO_LARGE,
     TURNS,
     WARM,
@@ -74,6 +73,12 @@ SCHEDULE = tuple(SmallSchedule())
 """The default schedule, a constant of the compiled code."""
 
 CROWDED_FROM = SmallSchedule().crowded_from
+
+
+@njit(nogil=True, cache=True, inner=True)
+def is_nearly_square(n, m):  # pragma: no cover - compiled
+    """Whether a problem is solved as a square one."""
+    return m <= n + n // NEARLY
 
 
 @njit(nogil=True, cache=True, inner=True)
@@ -248,7 +253,7 @@ def _bids(
                 c, start, sign, m, v, seconds, columns, row_of, col_of, stack, top, most, top + extra, counts
             )
     calm = top <= auction_above * n
-    eps = first_eps * gap if auctions and n == m and n >= auction_from and not calm else 0.0
+    eps = first_eps * gap if auctions and is_nearly_square(n, m) and n >= auction_from and not calm else 0.0
     if 0.0 < eps < np.inf:
         v_before, row_before, col_before = np.empty(v.shape[0]), np.empty(m, np.int64), np.empty(n, np.int64)
         seconds_before, columns_before = np.empty(n), np.empty(n, np.int64)
@@ -294,7 +299,7 @@ def _bids(
             )
     # No auction follows in a rectangle: row reduction goes on until a path takes less time than a row's bids.
     settled, made = top, np.int64(0)
-    while m > n + n // NEARLY and top > 0 and settled * dear_bids > made:
+    while not is_nearly_square(n, m) and top > 0 and settled * dear_bids > made:
         before, made = top, -counts[BIDS]
         top = _reduce(
             c, start, sign, m, v, seconds, columns, row_of, col_of, stack, top, most, n // SLICES + 1, counts
@@ -320,7 +325,8 @@ def _try_paths(
     search = new_search(m, v, row_of)
     before = last = counts[POPS] + counts[SEARCHES]
     tied, done, begin, rest, spent = top < 0, 0, 0, 0.0, 0.0
-    spare, few = np.float64(m - n), FEW_PATHS if n == m else FEWER_PATHS
+    square = is_nearly_square(n, m)
+    spare, few = np.float64(m - n), FEW_PATHS if square else FEWER_PATHS
     shuffle(stack, top)
     sort_by(stack, few, top, least)  # the first ones, which the estimate comes from, remain a random sample
     while done < top:
@@ -330,7 +336,7 @@ def _try_paths(
         done += 1
         now = counts[POPS] + counts[SEARCHES]
         if done - begin >= few and now - last > n // 16:
-            if n == m:
+            if square:
                 rest, spent = (top - done) * ((now - last) / (done - begin)), np.float64(now - before)
             else:
                 left = spare + (top - done)
@@ -343,15 +349,16 @@ def _try_paths(
 
 @njit(nogil=True, cache=True, inner=True)
 def _keep(room, at, v, least, seconds, columns, row_of, col_of):  # pragma: no cover - compiled
-    """Write duals and all that belongs to them to ``room[at:]``. Numbers of rows and columns are exact. n = m."""
-    n = col_of.shape[0]
-    for k in range(n):
+    """Write duals and all that belongs to them to ``room[at:]``. Numbers of rows and columns are exact."""
+    m = row_of.shape[0]
+    for k in range(m):
         room[at + k] = row_of[k]
-        room[at + n + k] = col_of[k]
-        room[at + 2 * n + k] = least[k]
-        room[at + 3 * n + k] = seconds[k]
-        room[at + 4 * n + k] = columns[k]
-    at += KEPT * n
+    for k in range(col_of.shape[0]):
+        room[at + m + k] = col_of[k]
+        room[at + 2 * m + k] = least[k]
+        room[at + 3 * m + k] = seconds[k]
+        room[at + 4 * m + k] = columns[k]
+    at += KEPT * m
     for k in range(v.shape[0]):
         room[at + k] = v[k]
 
@@ -359,25 +366,26 @@ def _keep(room, at, v, least, seconds, columns, row_of, col_of):  # pragma: no c
 @njit(nogil=True, cache=True, inner=True)
 def _take(room, at, v, least, seconds, columns, row_of, col_of):  # pragma: no cover - compiled
     """Read what :func:`_keep` wrote."""
-    n = col_of.shape[0]
-    for k in range(n):
+    m = row_of.shape[0]
+    for k in range(m):
         row_of[k] = np.int64(room[at + k])
-        col_of[k] = np.int64(room[at + n + k])
-        least[k] = room[at + 2 * n + k]
-        seconds[k] = room[at + 3 * n + k]
-        columns[k] = np.int64(room[at + 4 * n + k])
-    at += KEPT * n
+    for k in range(col_of.shape[0]):
+        col_of[k] = np.int64(room[at + m + k])
+        least[k] = room[at + 2 * m + k]
+        seconds[k] = room[at + 3 * m + k]
+        columns[k] = np.int64(room[at + 4 * m + k])
+    at += KEPT * m
     for k in range(v.shape[0]):
         v[k] = room[at + k]
 
 
 @njit(nogil=True, cache=True, inner=True)
-def _other_duals(c, start, n, sign, schedule, col_of, room, at, counts):  # pragma: no cover - compiled
+def _other_duals(c, start, n, m, sign, schedule, col_of, room, at, counts):  # pragma: no cover - compiled
     """Look for other first duals, write them as :func:`_keep` does, and return how many rows they leave free, else n + 1."""
-    v, least, seconds = np.empty((n + WIDTH - 1) // WIDTH * WIDTH), np.empty(n), np.empty(n)
-    columns, row_of, col_of2 = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.int64)
+    v, least, seconds = np.empty((m + WIDTH - 1) // WIDTH * WIDTH), np.empty(n), np.empty(n)
+    columns, row_of, col_of2 = np.empty(n, np.int64), np.empty(m, np.int64), np.empty(n, np.int64)
     found = better_duals(
-        c, start, sign, n, n, col_of, schedule[-3:], v, row_of, col_of2, least, seconds, columns, counts
+        c, start, sign, n, m, col_of, schedule[-3:], v, row_of, col_of2, least, seconds, columns, counts
     )
     _keep(room, at, v, least, seconds, columns, row_of, col_of2)
     return found
@@ -424,7 +432,7 @@ def _start(
     if warm or n < crowded_from or top <= crowded_above * n:
         return OPEN, scale, 0.0
     top = reduce_surveyed(c, start, scale, m, v, seconds, columns, row_of, col_of, stack, top)
-    if n != m or top <= crowded_above * n:
+    if not is_nearly_square(n, m) or top <= crowded_above * n:
         return OPEN, scale, 0.0
     # If half of the rows have ties for their best column, neither other duals nor auctions help much.
     most = short_tied_scans if typical_gap(least, seconds) == 0.0 else short_scans
@@ -464,8 +472,8 @@ def _finish(
         limit: scans that paths may be expected to take; LONG if they take more.
         auctions: whether an auction may run; LONG if one is wanted and may not.
         other: how many rows other first duals leave free; n + 1 without any.
-        expected: scans that paths from zeros are expected to take. After a price war they go on while they take half of that. Then
-            paths from other duals and they take turns, until one is expected to end sooner than the other.
+        expected: scans that paths from zeros are expected to take. After a price war they go on while they take half of that. Paths
+            from other duals and they take turns, until one is expected to end sooner than the other.
         room: those duals and all that belongs to them, from ``room[at]`` on, as :func:`_keep` writes it, after room for as
             much again.
     """
@@ -479,15 +487,15 @@ def _finish(
             if attempt == 1:
                 if 0.5 * expected > limit:
                     return LONG
-                begun, top, rest = _try_paths(
+                begun, top, expected = _try_paths(
                     c, start, n, m, sign, v, least, row_of, col_of, stack, top, 0.5 * expected, False, counts
                 )
                 if begun < 0:
                     return INFEASIBLE
                 if top == 0:
                     break
-                kept, expected = True, rest
-                _keep(room, np.int64(0), v, least, seconds, columns, row_of, col_of)
+            kept = True
+            _keep(room, np.int64(0), v, least, seconds, columns, row_of, col_of)
             _take(room, at, v, least, seconds, columns, row_of, col_of)
             top, other = other, n + 1
             top = free_rows(col_of, stack)
@@ -500,21 +508,21 @@ def _finish(
             schedule, counts,
         )  # fmt: skip
         if calm:
-            kept = False
+            kept = kept and attempt == 0
             break
-        if n == m and not auctions and typical > 0.0:
+        if is_nearly_square(n, m) and not auctions and typical > 0.0:
             return LONG
     here, there = at, np.int64(0)
     for _ in range(TURNS if kept else 0):
         if top == 0:
             break
-        if expected > limit:
-            return LONG
         begun, top, rest = _try_paths(
-            c, start, n, m, sign, v, least, row_of, col_of, stack, top, expected, False, counts
+            c, start, n, m, sign, v, least, row_of, col_of, stack, top, min(expected, limit), False, counts
         )
         if begun < 0:
             return INFEASIBLE
+        if top > 0 and min(expected, rest) > limit:
+            return LONG
         if top == 0 or rest <= expected:
             break
         _keep(room, here, v, least, seconds, columns, row_of, col_of)
@@ -528,6 +536,9 @@ def _finish(
             return INFEASIBLE
         if top > 0:
             return LONG
+    level = np.inf
+    if n < m:
+        level = level_columns(c, start, m, sign, v, row_of, col_of, counts)
     total = 0.0
     for i in range(n):
         at_row = start + i * m
@@ -540,7 +551,7 @@ def _finish(
             counts[READS] += 1
             seconds[i] = low
         least[i] = min(low, seconds[i])
-    _, gap, bound = prove(c, start, n, m, sign, v, least, col_of)
+    _, gap, bound = prove(c, start, n, m, sign, v, level, least, col_of)
     top_dual = 0.0
     for j in range(m):
         top_dual = max(top_dual, abs(v[j]))
@@ -584,10 +595,10 @@ def solve_one(
     if state == CROWDED and not auctions:
         state = LONG
     if state in (OPEN, CROWDED):
-        other, room, half = n + 1, seconds, v.shape[0] + KEPT * n
+        other, room, half = n + 1, seconds, v.shape[0] + KEPT * m
         if state == CROWDED:
             room = np.empty(2 * half)
-            other = _other_duals(c, start, n, scale, schedule, col_of, room, half, counts)
+            other = _other_duals(c, start, n, m, scale, schedule, col_of, room, half, counts)
         state = _finish(
             c,
             start,
@@ -636,13 +647,13 @@ def crowded_duals(C, room):  # pragma: no cover - compiled
 
     This is a kernel of its own, because most problems do not need it and it takes as long to compile as half the others.
     """
-    n = C.shape[0]
+    n, m = C.shape
     counts, col_of = np.zeros(4, np.int64), np.empty(n, np.int64)
     for k in range(n):
-        col_of[k] = np.int64(room[n + k])
-    half = (n + WIDTH - 1) // WIDTH * WIDTH + KEPT * n
+        col_of[k] = np.int64(room[m + k])
+    half = (m + WIDTH - 1) // WIDTH * WIDTH + KEPT * m
     scale = room[2 * half + 5]
-    room[2 * half + 4] = _other_duals(flat(C), np.int64(0), n, scale, SCHEDULE, col_of, room, half, counts)
+    room[2 * half + 4] = _other_duals(flat(C), np.int64(0), n, m, scale, SCHEDULE, col_of, room, half, counts)
     for k in range(4):
         room[2 * half + k] += counts[k]
 
@@ -658,14 +669,14 @@ def solve_matrix(C, sign, transposed, pairs, proof, room, begin, listed):  # pra
         pairs: (2, n) int64, the rows and columns of the matched pairs, rows ascending.
         proof: (n + m + 7,) float64, the row duals, the column duals, the objective, the gap, its bound, and the four counts;
             (0,) if no certificate is wanted.
-        room: float64. (m,) column duals to start from, if WARM. Else (room_for(n),) if n = m and the schedule may find
-            rows crowded, and otherwise it may be (0,).
+        room: float64. (m,) column duals to start from, if WARM. Else (room_for(m),) if the matrix is nearly square and the
+            schedule may find rows crowded, and otherwise it may be (0,).
         begin: ZEROS, or RESUMED if the problem was left CROWDED and :func:`crowded_duals` has looked for other first
             duals, or WARM. These are numbers of one compiled kernel: a kernel for warm starts would take as long again.
         listed: whether candidate lists may take over.
 
     Returns:
-        The state, as :func:`solve_one`, or CROWDED; also LONG if the matrix is nearly square or if given duals do not help.
+        The state, as :func:`solve_one`, or CROWDED; also LONG if given duals do not help.
     """
     n, m = C.shape
     c = flat(C)
@@ -674,10 +685,8 @@ def solve_matrix(C, sign, transposed, pairs, proof, room, begin, listed):  # pra
     v, u, seconds = np.empty((m + WIDTH - 1) // WIDTH * WIDTH), np.empty(n), np.empty(n)
     columns, row_of, counts = np.empty(n, np.int64), np.empty(m, np.int64), np.zeros(4, np.int64)
     rows, col_of = pairs[0], pairs[1]
-    half, other, state, scale, expected = v.shape[0] + KEPT * n, n + 1, OPEN, sign, 0.0
+    half, other, state, scale, expected = v.shape[0] + KEPT * m, n + 1, OPEN, sign, 0.0
     limit, auctions = _allowed(c, n, m, listed)
-    if n < m <= n + n // NEARLY and n >= CROWDED_FROM:
-        limit = np.float64(SQUARE_AHEAD * n)
     if begin == WARM:
         limit = min(limit, np.float64(WARM_AHEAD * n))
     if begin == RESUMED:
@@ -719,10 +728,13 @@ def solve_matrix(C, sign, transposed, pairs, proof, room, begin, listed):  # pra
         for k in range(4):
             proof[numbers + 3 + k] = counts[k]
         first, second = (m, 0) if transposed else (0, n)
+        level = 0.0
+        for j in range(m if n < m else 0):
+            level = v[j] if j == 0 else max(level, v[j])  # unmatched columns have it; it is moved to the rows
         for i in range(n):
-            proof[first + i] = sign * u[i]
+            proof[first + i] = sign * (u[i] + level)
         for j in range(m):
-            proof[second + j] = sign * v[j]
+            proof[second + j] = sign * (v[j] - level)
     if transposed:
         k = 0
         for j in range(m):

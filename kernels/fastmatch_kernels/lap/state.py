@@ -46,9 +46,6 @@ __all__ = [
     "SEARCHES",
     "SLICES",
     "SOLVED",
-    "SQUARED",
-    "SQUARE_AHEAD",
-    "SQUARE_SCANS",
     "TOO_LARGE",
     "WARM",
     "WARM_AHEAD",
@@ -74,28 +71,18 @@ READS, BIDS, POPS, SEARCHES = range(4)
 
 SOLVED, WRONG, INFEASIBLE, TOO_LARGE, DOUBTFUL, CROWDED, LONG, OPEN = range(8)
 """What became of a small problem. DOUBTFUL: solved, but rounding may have hidden a better solution. CROWDED, LONG and OPEN:
-not yet. Many rows want the same columns, and other first duals are to be tried; paths are long, and candidate lists, or rows of
-zeros that make the problem square, would shorten them; or some rows are left."""
+not yet. Many rows want the same columns, and other first duals are to be tried; paths are long, and candidate lists would shorten
+them; or some rows are left."""
 
 NEARLY = 8
-"""A problem with up to 1/8 more columns than rows may be solved with rows of zeros that make it square."""
-
-SQUARE_SCANS = 4
-"""Scans per row: if paths are expected to take more, a nearly square problem is made square, where an auction can shorten them."""
-
-SQUARE_AHEAD = 10
-"""Scans per row that the paths which are left are expected to take, above which a nearly square matrix is made square. What
-other paths have taken is spent either way."""
+"""A problem with up to 1/8 more columns than rows is solved as if rows of zeros made it square: see ``paths.level_columns``."""
 
 LISTS_AHEAD = 24000
-"""The same for candidate lists, times the columns: lists have to be read first, and a step over them takes as long as a scan of
-few columns."""
+"""Scans per row that the paths which are left are expected to take, times the columns, above which candidate lists take over: these have
+to be read first, and a step over them takes as long as a scan of few columns. What other paths have taken is spent either way."""
 
 WARM_AHEAD = 8
 """The same for given duals, which are then dropped: those of another problem may be worse than none."""
-
-SQUARED = 1 << 20
-"""Entries up to which a nearly square matrix is made square at once. Beyond that lists take over, which may do without."""
 
 LISTED = 1 << 18
 """Entries from which candidate lists may take over: in smaller matrices a scan of a row takes little more than one of a list."""
@@ -217,9 +204,9 @@ def new_paths(n: int, m: int) -> Paths:
     )
 
 
-def room_for(n: int) -> int:
-    """Return the size of the array in which a crowded problem of n rows and columns waits for other first duals."""
-    return 2 * (-(-n // VECTOR) * VECTOR + KEPT * n) + 7
+def room_for(m: int) -> int:
+    """Return the size of the array in which a crowded problem of m columns waits for other first duals."""
+    return 2 * (-(-m // VECTOR) * VECTOR + KEPT * m) + 7
 
 
 class SmallSchedule(NamedTuple):
