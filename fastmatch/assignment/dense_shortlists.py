@@ -25,8 +25,11 @@ from fastmatch_kernels._numba.parallel import over_rows
 from fastmatch_kernels.lap.state import (
     BIDS,
     CAPACITY,
+    CROWDED_SHARE,
     FEW_PATHS,
     FEW_ROWS,
+    GROWING,
+    GROWN,
     HUGE,
     NEARLY,
     POPS,
@@ -35,11 +38,15 @@ from fastmatch_kernels.lap.state import (
     SLICES,
     TURNS,
     VECTOR,
+    WORST_SHARE,
+    SmallSchedule,
     matrix_lists,
     new_paths,
 )
 
 __all__ = ["DenseShortlists"]
+
+CROWDED_FROM = SmallSchedule().crowded_from
 
 PROBED = (8, 64)
 """Entries by which lines are compared before all of them."""
@@ -113,8 +120,7 @@ class _DensePhases(Phases):
             matrix,
         )
         self.flat = matrix.reshape(-1)
-        self.is_square = self.n == self.m > 1
-        self.is_nearly_square = 1 < self.m <= self.n + self.n // NEARLY
+        self.as_square = 1 < self.m <= self.n + self.n // NEARLY  # whether it is solved as a square problem
         self.warm = start is not None
         # Kernels load whole vectors of duals.
         self.duals = np.zeros(-(-self.m // VECTOR) * VECTOR)
@@ -135,7 +141,13 @@ class _DensePhases(Phases):
         """Solve the problem."""
         self.survey()
         if self.free():
-            self.solve_free()
+            if not self.solve_free():
+                self.as_square = True
+                self.drop()
+                self.duals.fill(0.0)
+                self.read_all(whole=True)
+                self.match_surveyed()
+                self.solve_free()
             self.level_columns()
 
     def solution(self) -> LapSolution:
@@ -147,7 +159,6 @@ class _DensePhases(Phases):
 
     def survey(self) -> None:
         """Read the matrix once, check its entries, and match rows to a free column among their best."""
-        from fastmatch_kernels.lap.match import match_surveyed
         from fastmatch_kernels.lap.scale import fitting_scale
 
         if not self.read_all() < HUGE:
@@ -161,6 +172,12 @@ class _DensePhases(Phases):
                 self.sign, self.warm = scale, False
                 self.duals.fill(0.0)
             self.read_all(whole=True)
+        self.match_surveyed()
+
+    def match_surveyed(self) -> None:
+        """Match rows to a free column among their best, as the survey has found them."""
+        from fastmatch_kernels.lap.match import match_surveyed
+
         match_surveyed(
             self.flat, 0, self.sign, self.m, self.duals, 0, self.n, self.least, self.seconds, self.columns,
             self.row_of, self.col_of,
@@ -315,8 +332,12 @@ class _DensePhases(Phases):
         self.lists.costs.fill(np.inf)
         return duals
 
-    def solve_free(self) -> None:
-        """Match the free rows: by bids if these settle most of them, then by shortest paths."""
+    def solve_free(self) -> bool:
+        """Match the free rows: by bids if these settle most of them, then by shortest paths.
+
+        Returns:
+            False if paths are so long that a problem of more columns than rows is better solved as a square one.
+        """
         plan = self.schedule
         others: tuple[np.ndarray, ...] | None = None
         zeros: list[tuple[np.ndarray, np.ndarray]] | None = None
@@ -324,12 +345,12 @@ class _DensePhases(Phases):
         crowded = plan.crowded_above * self.n
         if not self.warm and self.free() > crowded:
             self.reduce_surveyed()
-        if self.is_nearly_square and not self.warm and self.free() > crowded:
+        if self.as_square and not self.warm and self.free() > crowded:
             tied = (self.least == self.seconds).mean() > 0.5
             scans = plan.short_tied_scans if tied else plan.short_scans
             expected = self.augment_by_rows(scans * self.n, 1 / 16)
             if expected == 0.0:
-                return
+                return True
             if self.free() > crowded:
                 free, found = self.better_duals()
                 if free <= plan.accepted_below * self.n:
@@ -338,29 +359,49 @@ class _DensePhases(Phases):
                     zeros = self.begin_at(found)
                 elif free <= self.n:
                     others = found
-        if not self.is_nearly_square:
+        if not self.as_square:
             if not self.free() or self.solve_copies():  # while least and seconds are both the survey's
-                return
+                return True
             self.reduce_by_rows()
             if self.free() <= plan.auction_above * self.n:
-                self.finish(True)
-                return
+                return self.finish(True)
+            if self.free() > CROWDED_SHARE * self.n and self.paths_grow():
+                return False
         if zeros is None and self.free() > NARROWED_ABOVE * self.n:
             self.narrow()
         if not self.free() or self.solve_copies():
-            return
+            return True
         calm = self.bids(plan.slow_above if others is None else plan.slow_above_others)
         if not calm and others is not None:
             expected = self.augment_by_rows(expected, 1 / 16)
             if expected == 0.0:
-                return
+                return True
             zeros = self.begin_at(others)
             calm = self.bids(plan.slow_above)
             if calm:
                 zeros = None
         if zeros is not None and self.take_turns(expected, zeros, 0.0 if calm else expected):
-            return
-        self.finish(calm)
+            return True
+        return self.finish(calm)
+
+    def paths_grow(self) -> bool:
+        """Take a few paths; return whether each scans nearly as many rows as had paths before it."""
+        from fastmatch_kernels.lap.paths import paths
+
+        rows, scanned = self.by_least()[: 2 * GROWN], 0
+        if len(rows) < 2 * GROWN:
+            return False
+        for few in (rows[:GROWN], rows[GROWN:]):
+            before = int(self.counts[POPS])
+            at = paths(
+                self.flat, self.m, self.sign, self.v, self.row_of, self.col_of, few, 0, np.inf, self.counts
+            )  # fmt: skip
+            if at < 0:
+                raise self.infeasible(-1 - at)
+            scanned = int(self.counts[POPS]) - before
+            self.counts[READS] += scanned
+        self.note_costs()
+        return scanned > GROWING * GROWN * 1.5 * GROWN
 
     def take_turns(self, expected: float, other: list[tuple[np.ndarray, np.ndarray]], first: float) -> bool:
         """Augment over whole rows from these duals and from other ones in turns, until one is expected to end sooner.
@@ -403,14 +444,14 @@ class _DensePhases(Phases):
         if before <= many or self.reduce_on():
             self.reduce()
             return True
-        if self.is_nearly_square and self.distinct:
+        if self.as_square and self.distinct:
             held = [(x, x.copy()) for x in (self.v, *self.matching)]
             if self.augment_by_rows(plan.ends_at_once * before, 1 / 16) == 0.0:
                 return True
             restore(held)
             return self.short_auctions(eps, slow_above, before)
         self.reduce()
-        return not self.is_nearly_square
+        return not self.as_square
 
     def short_eps(self) -> float:
         """Return the first eps of a short auction, and note whether most rows have a single best column.
@@ -423,20 +464,30 @@ class _DensePhases(Phases):
         self.distinct = 0.0 < eps < np.inf
         return eps
 
-    def finish(self, calm: bool) -> None:
-        """Match the free rows by shortest paths; if these would be long and costs are distinct, by eps-scaling first."""
+    def finish(self, calm: bool) -> bool:
+        """Match the free rows by shortest paths; if these would be long and costs are distinct, by eps-scaling first.
+
+        Returns:
+            False as :meth:`solve_free`.
+        """
         plan = self.schedule
         if self.by_rows and self.distinct and self.augment_by_rows(plan.few_scans * self.n) == 0.0:
-            return
+            return True
+        limit = plan.scans_before_scaling * self.n if self.as_square and self.distinct else np.inf
         most = np.inf if calm else 2 * plan.scans_before_scaling * self.n
+        if not self.as_square and self.n >= CROWDED_FROM:
+            limit = self.n * (self.n // WORST_SHARE)
+            most = min(most, plan.list_steps * limit)
         if self.distinct and self.augment_by_lists(most):
-            return
-        limit = plan.scans_before_scaling * self.n if self.is_nearly_square and self.distinct else np.inf
+            return True
         scans = self.augment_by_rows(limit)
         if scans == 0.0:
-            return
+            return True
+        if not self.as_square:
+            return False
         if not (self.scaled_auction_within(scans) and self.augment_by_lists(np.inf)):
             self.augment_by_rows(np.inf)
+        return True
 
     def level_columns(self) -> None:
         """Give unmatched columns the same dual, the largest."""
@@ -642,7 +693,7 @@ class _DensePhases(Phases):
 
         rows = self.free_rows()
         shuffle(rows, len(rows))
-        if not self.is_nearly_square:
+        if not self.as_square:
             sort_by(rows, FEW_PATHS, len(rows), self.least)
         return rows
 
@@ -664,9 +715,7 @@ class _DensePhases(Phases):
                 tuple(self.refills), 0, paths, self.counts,
             )  # fmt: skip
             if at < 0:
-                raise Infeasible(
-                    f"cost: no assignment avoids the forbidden entries (row {-1 - at} of the problem as solved)"
-                )
+                raise self.infeasible(-1 - at)
             if at >= len(sources):
                 break
             spent, now = self.counts - before, self.counts - last
@@ -709,9 +758,7 @@ class _DensePhases(Phases):
                     self.counts,
                 )
                 if at < 0:
-                    raise Infeasible(
-                        f"cost: no assignment avoids the forbidden entries (row {-1 - at} of the problem as solved)"
-                    )
+                    raise self.infeasible(-1 - at)
                 used = int(self.counts[POPS] + self.counts[SEARCHES]) - before
             self.counts[READS] += used
             spent += used

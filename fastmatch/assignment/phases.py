@@ -152,6 +152,12 @@ class Phases:
             if is_over():
                 break
 
+    def infeasible(self, row: int) -> Infeasible:
+        """Return the error that a row, by its number in the problem as solved, has no path."""
+        return Infeasible(
+            f"cost: no assignment avoids the forbidden entries (row {row} of the problem as solved)"
+        )
+
     def augment(self, reads: float = np.inf, sweeps: float = np.inf) -> bool:
         """Match every free row by a shortest augmenting path, in sweeps between which waiting rows are refilled.
 
@@ -177,9 +183,7 @@ class Phases:
                     tuple(self.refills), waits, paths, self.counts,
                 )  # fmt: skip
                 if at < 0:
-                    raise Infeasible(
-                        f"cost: no assignment avoids the forbidden entries (row {-1 - at} of the problem as solved)"
-                    )
+                    raise self.infeasible(-1 - at)
                 if at < len(sources) and self.counts[READS] > reads:
                     return False
             if not waits:

@@ -136,6 +136,8 @@ class DenseSchedule(AuctionSchedule):
     """Fraction of the rows free before the auction: a price war that leaves more of them free is undone."""
     slice_steps: int = 8
     """Steps of paths over lists, per row, between two looks at how they do."""
+    list_steps: float = 4.0
+    """Steps of paths over lists in the time of a scan of a row."""
     few_reads: float = 0.25
     """Reads per row that paths over lists may cost in any case."""
     dear_reads: float = 0.2

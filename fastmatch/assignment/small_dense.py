@@ -28,6 +28,7 @@ from fastmatch_kernels.lap.state import (
     SOLVED,
     TOO_LARGE,
     WARM,
+    WIDE,
     ZEROS,
     SmallSchedule,
     room_for,
@@ -83,14 +84,21 @@ def solve_small(
     pairs = np.empty((2, min(rows, columns)), np.int64)
     found = np.empty(rows + columns + 7) if proof else _NONE
     sign = -1.0 if maximize else 1.0
-    state = LONG if start is None else kernel(given, sign, transposed, pairs, found, start, WARM, listed)
+    n, m = given.shape
+    square, room = m <= n + n // NEARLY, _NONE
+    state = (
+        LONG if start is None else kernel(given, sign, transposed, pairs, found, start, WARM, square, listed)
+    )
     if state == LONG:
-        n, m = given.shape
-        room = np.empty(room_for(m)) if n >= CROWDED_FROM and m <= n + n // NEARLY else _NONE
-        state = kernel(given, sign, transposed, pairs, found, room, ZEROS, listed)
+        if square and n >= CROWDED_FROM:
+            room = np.empty(room_for(m))
+        state = kernel(given, sign, transposed, pairs, found, room, ZEROS, square, listed)
+        if state == WIDE:
+            square, room = True, np.empty(room_for(m))
+            state = kernel(given, sign, transposed, pairs, found, room, ZEROS, square, listed)
         if state == CROWDED:
             _crowded_kernel(matrix.dtype)(given, room)
-            state = kernel(given, sign, transposed, pairs, found, room, RESUMED, listed)
+            state = kernel(given, sign, transposed, pairs, found, room, RESUMED, square, listed)
     if not proof:
         return state, (pairs,)
     return state, (pairs, found[:rows], found[rows:-7], found[-7:])
@@ -104,7 +112,15 @@ def _kernel(dtype: np.dtype) -> Callable[..., int]:
         f"the kernel for small matrices of {dtype}",
         ("matrix", dtype.char),
         lambda: solve_matrix(
-            np.ones((2, 2), dtype), 1.0, False, np.empty((2, 2), np.int64), np.empty(11), _NONE, ZEROS, False
+            np.ones((2, 2), dtype),
+            1.0,
+            False,
+            np.empty((2, 2), np.int64),
+            np.empty(11),
+            _NONE,
+            ZEROS,
+            True,
+            False,
         ),
     )
     _KERNELS[dtype] = solve_matrix

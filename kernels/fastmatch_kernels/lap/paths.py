@@ -293,9 +293,14 @@ def level_columns(c, start, m, sign, v, row_of, col_of, counts):  # pragma: no c
         if row_of[j] < 0:
             low = min(low, v[j])
     if low < high:
+        left = m - n
+        for j in range(m):
+            if row_of[j] < 0 and v[j] == high:  # the path is that column
+                row_of[j] = n
+                left -= 1
         search = new_search(m, v, row_of)
         tied = n < 0  # numba would compile all callees once more for the literal False
-        for _ in range(m - n):
+        for _ in range(left):
             _, tied = path(c, start, m, sign, v, row_of, col_of, n, search, tied, counts)
         low = np.inf
         for j in range(m):

@@ -35,10 +35,13 @@ from fastmatch_kernels.lap.state import (
     AUCTIONED,
     BIDS,
     CROWDED,
+    CROWDED_SHARE,
     DOUBTFUL,
     FEW_PATHS,
     FEW_ROWS,
     FEWER_PATHS,
+    GROWING,
+    GROWN,
     HUGE,
     INFEASIBLE,
     KEPT,
@@ -57,6 +60,8 @@ from fastmatch_kernels.lap.state import (
     TURNS,
     WARM,
     WARM_AHEAD,
+    WIDE,
+    WORST_SHARE,
     WRONG,
     SmallSchedule,
 )
@@ -226,6 +231,7 @@ def _bids(
     col_of,
     stack,
     top,
+    square,
     lower,
     auctions,
     schedule,
@@ -253,7 +259,7 @@ def _bids(
                 c, start, sign, m, v, seconds, columns, row_of, col_of, stack, top, most, top + extra, counts
             )
     calm = top <= auction_above * n
-    eps = first_eps * gap if auctions and is_nearly_square(n, m) and n >= auction_from and not calm else 0.0
+    eps = first_eps * gap if auctions and square and n >= auction_from and not calm else 0.0
     if 0.0 < eps < np.inf:
         v_before, row_before, col_before = np.empty(v.shape[0]), np.empty(m, np.int64), np.empty(n, np.int64)
         seconds_before, columns_before = np.empty(n), np.empty(n, np.int64)
@@ -299,7 +305,7 @@ def _bids(
             )
     # No auction follows in a rectangle: row reduction goes on until a path takes less time than a row's bids.
     settled, made = top, np.int64(0)
-    while not is_nearly_square(n, m) and top > 0 and settled * dear_bids > made:
+    while not square and top > 0 and settled * dear_bids > made:
         before, made = top, -counts[BIDS]
         top = _reduce(
             c, start, sign, m, v, seconds, columns, row_of, col_of, stack, top, most, n // SLICES + 1, counts
@@ -311,12 +317,13 @@ def _bids(
 
 @njit(nogil=True, cache=True, inner=True)
 def _try_paths(
-    c, start, n, m, sign, v, least, row_of, col_of, stack, top, limit, sunk, counts
+    c, start, n, m, square, sign, v, least, row_of, col_of, stack, top, limit, sunk, counts
 ):  # pragma: no cover - compiled
     """Augment from the rows ``stack[:top]`` while this is expected to scan no more than ``limit`` rows.
 
-    In a square, all scans count, unless what was spent is ``sunk``: the limit is then what another way takes from there on. In a
-    rectangle it always is. Each path takes a free column of few, so later paths are expected to be longer.
+    If ``square``, all scans count, unless what was spent is ``sunk``: the limit is then what another way takes from there on.
+    Otherwise it always is. Each path takes a free column of few, so later paths are expected to be longer; and where all rows want
+    the same columns, each scans all that were matched before.
 
     Returns:
         (-1 if a row has no path, else 0; the number of free rows, which are then on ``stack``; the scans that are expected
@@ -325,7 +332,6 @@ def _try_paths(
     search = new_search(m, v, row_of)
     before = last = counts[POPS] + counts[SEARCHES]
     tied, done, begin, rest, spent = top < 0, 0, 0, 0.0, 0.0
-    square = is_nearly_square(n, m)
     spare, few = np.float64(m - n), FEW_PATHS if square else FEWER_PATHS
     shuffle(stack, top)
     sort_by(stack, few, top, least)  # the first ones, which the estimate comes from, remain a random sample
@@ -336,14 +342,20 @@ def _try_paths(
         done += 1
         now = counts[POPS] + counts[SEARCHES]
         if done - begin >= few and now - last > n // 16:
+            scans, taken = now - last, done - begin
+            begin, last = done, now
             if square:
-                rest, spent = (top - done) * ((now - last) / (done - begin)), np.float64(now - before)
+                rest, spent = (top - done) * (scans / taken), np.float64(now - before)
             else:
                 left = spare + (top - done)
-                rest = (now - last) * np.log(left / spare) / np.log((spare + (top - begin)) / left)
+                rest = scans * np.log(left / spare) / np.log((left + taken) / left)
+                slope = scans / taken / done
+                if top > CROWDED_SHARE * n and done < GROWN:
+                    continue
+                if top > CROWDED_SHARE * n and slope >= GROWING:
+                    rest = max(rest, 0.5 * slope * (top * top - done * done))
             if (0.0 if sunk else spent) + rest > limit:
                 break
-            begin, last = done, now
     return 0, free_rows(col_of, stack), 2.0 * rest
 
 
@@ -393,12 +405,12 @@ def _other_duals(c, start, n, m, sign, schedule, col_of, room, at, counts):  # p
 
 @njit(nogil=True, cache=True, inner=True, inline="always")
 def _start(
-    c, start, n, m, sign, schedule, warm, v, least, seconds, columns, row_of, col_of, counts
+    c, start, n, m, square, sign, schedule, warm, auctions, v, least, seconds, columns, row_of, col_of, counts
 ):  # pragma: no cover - compiled
     """Match rows from zeros, and along short paths if they are crowded.
 
     Returns:
-        (SOLVED, OPEN or CROWDED; WRONG, INFEASIBLE or TOO_LARGE; ``sign``, or what costs are multiplied by; the scans that
+        (SOLVED, OPEN, or CROWDED, which is LONG without ``auctions``; WRONG, INFEASIBLE or TOO_LARGE; ``sign``, or what costs are multiplied by; the scans that
         paths are expected to take, if CROWDED).
     """
     crowded_from, crowded_above, _, short_scans, short_tied_scans = schedule[13:-3]
@@ -432,16 +444,18 @@ def _start(
     if warm or n < crowded_from or top <= crowded_above * n:
         return OPEN, scale, 0.0
     top = reduce_surveyed(c, start, scale, m, v, seconds, columns, row_of, col_of, stack, top)
-    if not is_nearly_square(n, m) or top <= crowded_above * n:
+    if not square or top <= crowded_above * n:
         return OPEN, scale, 0.0
     # If half of the rows have ties for their best column, neither other duals nor auctions help much.
     most = short_tied_scans if typical_gap(least, seconds) == 0.0 else short_scans
     at, top, rest = _try_paths(
-        c, start, n, m, scale, v, least, row_of, col_of, stack, top, most * n, False, counts
+        c, start, n, m, square, scale, v, least, row_of, col_of, stack, top, most * n, False, counts
     )
     if at < 0:
         return INFEASIBLE, scale, 0.0
-    return CROWDED if top > crowded_above * n else OPEN, scale, rest
+    if top > crowded_above * n:
+        return CROWDED if auctions else LONG, scale, rest
+    return OPEN, scale, rest
 
 
 @njit(nogil=True, cache=True, inner=True, inline="always")
@@ -450,6 +464,7 @@ def _finish(
     start,
     n,
     m,
+    square,
     sign,
     schedule,
     v,
@@ -466,7 +481,7 @@ def _finish(
     at,
     counts,
 ):  # pragma: no cover - compiled
-    """Match the rows that :func:`_start` has left; return SOLVED, INFEASIBLE, DOUBTFUL or LONG.
+    """Match the rows that :func:`_start` has left; return SOLVED, INFEASIBLE, DOUBTFUL, LONG or WIDE.
 
     Args:
         limit: scans that paths may be expected to take; LONG if they take more.
@@ -488,7 +503,21 @@ def _finish(
                 if 0.5 * expected > limit:
                     return LONG
                 begun, top, expected = _try_paths(
-                    c, start, n, m, sign, v, least, row_of, col_of, stack, top, 0.5 * expected, False, counts
+                    c,
+                    start,
+                    n,
+                    m,
+                    square,
+                    sign,
+                    v,
+                    least,
+                    row_of,
+                    col_of,
+                    stack,
+                    top,
+                    0.5 * expected,
+                    False,
+                    counts,
                 )
                 if begun < 0:
                     return INFEASIBLE
@@ -504,20 +533,34 @@ def _finish(
         if top == 0:
             break
         top, calm = _bids(
-            c, start, sign, m, v, least, seconds, columns, row_of, col_of, stack, top, not crowded, auctions,
-            schedule, counts,
+            c, start, sign, m, v, least, seconds, columns, row_of, col_of, stack, top, square, not crowded,
+            auctions, schedule, counts,
         )  # fmt: skip
         if calm:
             kept = kept and attempt == 0
             break
-        if is_nearly_square(n, m) and not auctions and typical > 0.0:
+        if square and not auctions and typical > 0.0:
             return LONG
     here, there = at, np.int64(0)
     for _ in range(TURNS if kept else 0):
         if top == 0:
             break
         begun, top, rest = _try_paths(
-            c, start, n, m, sign, v, least, row_of, col_of, stack, top, min(expected, limit), False, counts
+            c,
+            start,
+            n,
+            m,
+            square,
+            sign,
+            v,
+            least,
+            row_of,
+            col_of,
+            stack,
+            top,
+            min(expected, limit),
+            False,
+            counts,
         )
         if begun < 0:
             return INFEASIBLE
@@ -529,13 +572,28 @@ def _finish(
         _take(room, there, v, least, seconds, columns, row_of, col_of)
         here, there, expected, top = there, here, rest, free_rows(col_of, stack)
     if top > 0:
-        begun, top, _ = _try_paths(
-            c, start, n, m, sign, v, least, row_of, col_of, stack, top, limit, True, counts
+        worst = np.inf if square or n < schedule[13] else np.float64(n * (n // WORST_SHARE))
+        begun, top, rest = _try_paths(
+            c,
+            start,
+            n,
+            m,
+            square,
+            sign,
+            v,
+            least,
+            row_of,
+            col_of,
+            stack,
+            top,
+            min(limit, worst),
+            True,
+            counts,
         )
         if begun < 0:
             return INFEASIBLE
         if top > 0:
-            return LONG
+            return WIDE if rest > 2.0 * worst else LONG  # it is twice what was expected
     level = np.inf
     if n < m:
         level = level_columns(c, start, m, sign, v, row_of, col_of, counts)
@@ -589,37 +647,36 @@ def solve_one(
     """
     seconds, columns = np.empty(n), np.empty(n, np.int64)
     limit, auctions = _allowed(c, n, m, listed)
-    state, scale, expected = _start(
-        c, start, n, m, sign, schedule, warm, v, least, seconds, columns, row_of, col_of, counts
-    )
-    if state == CROWDED and not auctions:
-        state = LONG
-    if state in (OPEN, CROWDED):
-        other, room, half = n + 1, seconds, v.shape[0] + KEPT * m
-        if state == CROWDED:
-            room = np.empty(2 * half)
-            other = _other_duals(c, start, n, m, scale, schedule, col_of, room, half, counts)
-        state = _finish(
+    state, scale, square = WIDE, sign, is_nearly_square(n, m)
+    while state == WIDE:
+        state, scale, expected = _start(
             c,
             start,
             n,
             m,
-            scale,
+            square,
+            sign,
             schedule,
+            warm,
+            auctions,
             v,
             least,
             seconds,
             columns,
             row_of,
             col_of,
-            limit,
-            auctions,
-            other,
-            expected,
-            room,
-            half,
             counts,
         )
+        if state in (OPEN, CROWDED):
+            other, room, half = n + 1, seconds, v.shape[0] + KEPT * m
+            if state == CROWDED:
+                room = np.empty(2 * half)
+                other = _other_duals(c, start, n, m, scale, schedule, col_of, room, half, counts)
+            state = _finish(
+                c, start, n, m, square, scale, schedule, v, least, seconds, columns, row_of, col_of, limit, auctions,
+                other, expected, room, half, counts,
+            )  # fmt: skip
+        square = True
     state, _ = _scaled_back(state, sign, scale, v, least)
     return state
 
@@ -659,7 +716,9 @@ def crowded_duals(C, room):  # pragma: no cover - compiled
 
 
 @njit(nogil=True, cache=True)
-def solve_matrix(C, sign, transposed, pairs, proof, room, begin, listed):  # pragma: no cover - compiled
+def solve_matrix(
+    C, sign, transposed, pairs, proof, room, begin, square, listed
+):  # pragma: no cover - compiled
     """Solve one contiguous matrix (n, m), n <= m, and write all of the result: a small problem has no time for more calls.
 
     Results are written and not returned, because numba takes a microsecond to return an array.
@@ -669,14 +728,15 @@ def solve_matrix(C, sign, transposed, pairs, proof, room, begin, listed):  # pra
         pairs: (2, n) int64, the rows and columns of the matched pairs, rows ascending.
         proof: (n + m + 7,) float64, the row duals, the column duals, the objective, the gap, its bound, and the four counts;
             (0,) if no certificate is wanted.
-        room: float64. (m,) column duals to start from, if WARM. Else (room_for(m),) if the matrix is nearly square and the
-            schedule may find rows crowded, and otherwise it may be (0,).
+        room: float64. (m,) column duals to start from, if WARM. Else (room_for(m),) if ``square`` and the schedule may find rows
+            crowded, and otherwise it may be (0,).
         begin: ZEROS, or RESUMED if the problem was left CROWDED and :func:`crowded_duals` has looked for other first
             duals, or WARM. These are numbers of one compiled kernel: a kernel for warm starts would take as long again.
+        square: whether to solve it as a square one; if not, it may turn out that this is better, WIDE.
         listed: whether candidate lists may take over.
 
     Returns:
-        The state, as :func:`solve_one`, or CROWDED; also LONG if given duals do not help.
+        The state, as :func:`solve_one`, or CROWDED or WIDE; also LONG if given duals do not help.
     """
     n, m = C.shape
     c = flat(C)
@@ -700,10 +760,23 @@ def solve_matrix(C, sign, transposed, pairs, proof, room, begin, listed):  # pra
             for j in range(m):
                 v[j] = room[j]
         state, scale, expected = _start(
-            c, start, n, m, sign, SCHEDULE, begin == WARM, v, u, seconds, columns, row_of, col_of, counts
+            c,
+            start,
+            n,
+            m,
+            square,
+            sign,
+            SCHEDULE,
+            begin == WARM,
+            auctions,
+            v,
+            u,
+            seconds,
+            columns,
+            row_of,
+            col_of,
+            counts,
         )
-        if state == CROWDED and not auctions:
-            return LONG
         if state == CROWDED:
             room[2 * half + 5], room[2 * half + 6] = scale, expected
             _keep(room, np.int64(0), v, u, seconds, columns, row_of, col_of)
@@ -711,7 +784,7 @@ def solve_matrix(C, sign, transposed, pairs, proof, room, begin, listed):  # pra
                 room[2 * half + k] = counts[k]
     if state == OPEN:
         state = _finish(
-            c, start, n, m, scale, SCHEDULE, v, u, seconds, columns, row_of, col_of, limit, auctions, other, expected,
+            c, start, n, m, square, scale, SCHEDULE, v, u, seconds, columns, row_of, col_of, limit, auctions, other, expected,
             room, half, counts,
         )  # fmt: skip
     if proof.shape[0] > 0 and state in (SOLVED, DOUBTFUL):

@@ -26,11 +26,14 @@ __all__ = [
     "BIDS",
     "CAPACITY",
     "CROWDED",
+    "CROWDED_SHARE",
     "DOUBTFUL",
     "FEWER_PATHS",
     "FEW_PATHS",
     "FEW_ROWS",
     "FREE",
+    "GROWING",
+    "GROWN",
     "HUGE",
     "INFEASIBLE",
     "KEPT",
@@ -49,6 +52,8 @@ __all__ = [
     "TOO_LARGE",
     "WARM",
     "WARM_AHEAD",
+    "WIDE",
+    "WORST_SHARE",
     "WRONG",
     "ZEROS",
     "Lists",
@@ -69,13 +74,21 @@ FREE, ASIDE = -1, -3
 READS, BIDS, POPS, SEARCHES = range(4)
 """Places in ``counts`` (4,) int64: rows read again, bids, columns popped from the heap, path searches."""
 
-SOLVED, WRONG, INFEASIBLE, TOO_LARGE, DOUBTFUL, CROWDED, LONG, OPEN = range(8)
+SOLVED, WRONG, INFEASIBLE, TOO_LARGE, DOUBTFUL, CROWDED, LONG, WIDE, OPEN = range(9)
 """What became of a small problem. DOUBTFUL: solved, but rounding may have hidden a better solution. CROWDED, LONG and OPEN:
 not yet. Many rows want the same columns, and other first duals are to be tried; paths are long, and candidate lists would shorten
-them; or some rows are left."""
+them; so long that a problem of more columns than rows is better solved as a square one; or some rows are left."""
 
 NEARLY = 8
 """A problem with up to 1/8 more columns than rows is solved as if rows of zeros made it square: see ``paths.level_columns``."""
+
+CROWDED_SHARE, GROWING, GROWN = 7 / 8, 0.7, 32
+"""A wider problem is solved so too if row reduction leaves more than 7/8 of its rows free and then, after 32 paths or more, a path
+scans at least 0.7 times as many rows as had paths before it. So it goes on where all rows want the same columns, whatever their number.
+A square problem has other first duals."""
+
+WORST_SHARE = 8
+"""The same if paths are expected to scan more than an eighth of the rows each."""
 
 LISTS_AHEAD = 24000
 """Scans per row that the paths which are left are expected to take, times the columns, above which candidate lists take over: these have
