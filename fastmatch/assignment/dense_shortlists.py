@@ -23,6 +23,7 @@ from fastmatch.assignment.reading import for_kernels
 from fastmatch.assignment.schedule import DenseSchedule
 from fastmatch_kernels._numba.parallel import over_rows
 from fastmatch_kernels.lap.state import (
+    ACCEPTED,
     BIDS,
     CAPACITY,
     CROWDED_SHARE,
@@ -121,6 +122,9 @@ class _DensePhases(Phases):
         )
         self.flat = matrix.reshape(-1)
         self.as_square = 1 < self.m <= self.n + self.n // NEARLY  # whether it is solved as a square problem
+        self.limit = np.inf  # scans that paths may take before it is begun in another way
+        if not self.as_square and self.n >= CROWDED_FROM:
+            self.limit = self.n * (self.n // WORST_SHARE)
         self.warm = start is not None
         # Kernels load whole vectors of duals.
         self.duals = np.zeros(-(-self.m // VECTOR) * VECTOR)
@@ -140,15 +144,22 @@ class _DensePhases(Phases):
     def run(self) -> None:
         """Solve the problem."""
         self.survey()
-        if self.free():
-            if not self.solve_free():
-                self.as_square = True
-                self.drop()
-                self.duals.fill(0.0)
-                self.read_all(whole=True)
-                self.match_surveyed()
-                self.solve_free()
-            self.level_columns()
+        if not self.free() or (self.solve_free() and self.level_columns()):
+            return
+        self.begin_again(as_square=True)
+        if self.solve_free() and self.level_columns():
+            return
+        self.begin_again(as_square=False)
+        self.limit = np.inf
+        self.solve_free()
+
+    def begin_again(self, *, as_square: bool) -> None:
+        """Begin a problem of more columns than rows from zeros, as a square one or as it is."""
+        self.as_square = as_square
+        self.drop()
+        self.duals.fill(0.0)
+        self.read_all(whole=True)
+        self.match_surveyed()
 
     def solution(self) -> LapSolution:
         """Return what was found."""
@@ -268,40 +279,48 @@ class _DensePhases(Phases):
         return held
 
     def solve_copies(self) -> bool:
-        """Solve a problem most of whose columns are copies of others, or most of whose rows; return whether it is one.
-
-        Where there are more columns than rows, rows of zeros take those that are left, and are copies of each other.
-        """
+        """Solve a problem most of whose columns are copies of others, or most of whose rows; return whether it is one."""
         plan = self.schedule
         if self.warm or self.free() <= plan.auction_above * self.n:
             return False
         # A copy of a row's best column ties with it; equal rows want the same column.
-        if (self.seconds == self.least).mean() > 0.5:
-            copies = find_copies(self.matrix, plan.copied_below, columns=True)
-            if copies is not None:
-                inner = self.matrix[:, copies[0]]
-                self.v[:] = self.fill_columns(inner, copies, self.col_of)[copies[1]]
-                self.row_of.fill(-1)
-                self.row_of[self.col_of] = np.arange(self.n)
-                self.note_costs()
-                return True
-        if self.free() > plan.crowded_above * self.n:
-            copies = find_copies(self.matrix, plan.copied_below, columns=False)
-            if copies is not None:
-                first, group, room = copies
-                inner, spare = self.matrix[first], self.m - self.n
-                if spare:
-                    inner = np.concatenate([inner, np.zeros((1, self.m), inner.dtype)])
-                    group, room = np.append(group, np.full(spare, len(first))), np.append(room, spare)
-                duals = self.fill_columns(inner.T, (first, group, room), self.row_of)
-                self.v[:] = -duals[-1]  # what a column has that a row of zeros takes
-                matched = np.flatnonzero(self.row_of < self.n)
-                self.col_of[self.row_of[matched]] = matched
-                self.row_of[self.row_of >= self.n] = -1
-                self.note_costs()
-                self.v[self.col_of] = self.matching.cost_of - duals[group[: self.n]]
-                return True
-        return False
+        if (self.seconds == self.least).mean() > 0.5 and self.solve_equal_columns():
+            return True
+        return self.as_square and self.free() > plan.crowded_above * self.n and self.solve_equal_rows()
+
+    def solve_equal_columns(self) -> bool:
+        """Solve a problem most of whose columns are copies of others; return whether it is one."""
+        copies = find_copies(self.matrix, self.schedule.copied_below, columns=True)
+        if copies is None:
+            return False
+        inner = self.matrix[:, copies[0]]
+        self.v[:] = self.fill_columns(inner, copies, self.col_of)[copies[1]]
+        self.row_of.fill(-1)
+        self.row_of[self.col_of] = np.arange(self.n)
+        self.note_costs()
+        return True
+
+    def solve_equal_rows(self) -> bool:
+        """Solve a problem most of whose rows are copies of others; return whether it is one.
+
+        Where there are more columns than rows, rows of zeros take those that are left, and are copies of each other.
+        """
+        copies = find_copies(self.matrix, self.schedule.copied_below, columns=False)
+        if copies is None:
+            return False
+        first, group, room = copies
+        inner, spare = self.matrix[first], self.m - self.n
+        if spare:
+            inner = np.concatenate([inner, np.zeros((1, self.m), inner.dtype)])
+            group, room = np.append(group, np.full(spare, len(first))), np.append(room, spare)
+        duals = self.fill_columns(inner.T, (first, group, room), self.row_of)
+        self.v[:] = -duals[-1]  # what a column has that a row of zeros takes
+        matched = np.flatnonzero(self.row_of < self.n)
+        self.col_of[self.row_of[matched]] = matched
+        self.row_of[self.row_of >= self.n] = -1
+        self.note_costs()
+        self.v[self.col_of] = self.matching.cost_of - duals[group[: self.n]]
+        return True
 
     def fill_columns(
         self, inner: np.ndarray, copies: tuple[np.ndarray, np.ndarray, np.ndarray], matched: np.ndarray
@@ -365,8 +384,8 @@ class _DensePhases(Phases):
             self.reduce_by_rows()
             if self.free() <= plan.auction_above * self.n:
                 return self.finish(True)
-            if self.free() > CROWDED_SHARE * self.n and self.paths_grow():
-                return False
+            if self.limit < np.inf and self.free() > CROWDED_SHARE * self.n and self.paths_grow():
+                return self.solve_equal_rows()
         if zeros is None and self.free() > NARROWED_ABOVE * self.n:
             self.narrow()
         if not self.free() or self.solve_copies():
@@ -380,7 +399,7 @@ class _DensePhases(Phases):
             calm = self.bids(plan.slow_above)
             if calm:
                 zeros = None
-        if zeros is not None and self.take_turns(expected, zeros, 0.0 if calm else expected):
+        if zeros is not None and self.take_turns(expected, zeros, accepted=others is None, calm=calm):
             return True
         return self.finish(calm)
 
@@ -388,41 +407,43 @@ class _DensePhases(Phases):
         """Take a few paths; return whether each scans nearly as many rows as had paths before it."""
         from fastmatch_kernels.lap.paths import paths
 
-        rows, scanned = self.by_least()[: 2 * GROWN], 0
-        if len(rows) < 2 * GROWN:
-            return False
-        for few in (rows[:GROWN], rows[GROWN:]):
-            before = int(self.counts[POPS])
-            at = paths(
-                self.flat, self.m, self.sign, self.v, self.row_of, self.col_of, few, 0, np.inf, self.counts
-            )  # fmt: skip
-            if at < 0:
-                raise self.infeasible(-1 - at)
-            scanned = int(self.counts[POPS]) - before
-            self.counts[READS] += scanned
+        rows, before = self.by_least()[:GROWN], int(self.counts[POPS])
+        at = paths(
+            self.flat, self.m, self.sign, self.v, self.row_of, self.col_of, rows, 0, np.inf, self.counts
+        )  # fmt: skip
+        if at < 0:
+            raise self.infeasible(-1 - at)
+        scanned = int(self.counts[POPS]) - before
+        self.counts[READS] += scanned
         self.note_costs()
-        return scanned > GROWING * GROWN * 1.5 * GROWN
+        return len(rows) == GROWN and scanned > GROWING * 0.5 * GROWN * GROWN
 
-    def take_turns(self, expected: float, other: list[tuple[np.ndarray, np.ndarray]], first: float) -> bool:
+    def take_turns(
+        self, expected: float, other: list[tuple[np.ndarray, np.ndarray]], *, accepted: bool, calm: bool
+    ) -> bool:
         """Augment over whole rows from these duals and from other ones in turns, until one is expected to end sooner.
 
         Args:
             expected: scans that the other one's paths are expected to take.
             other: arrays, each with its contents for the other duals.
-            first: scans that these ones' paths may be expected to take before they are judged.
+            accepted: whether these duals left few rows free: see :data:`ACCEPTED`.
+            calm: whether an auction has paid. Then paths go on over lists, and only a few are tried here.
 
         Returns:
             Whether no row is free any more.
         """
+        ahead = ACCEPTED if accepted else 1.0
+        scans = 0.0 if calm else ahead * expected
         for _ in range(TURNS):
-            rest = self.augment_by_rows(first, 1 / 16)
-            if rest <= expected:
+            rest = self.augment_by_rows(scans, 1 / 16)
+            if rest <= ahead * expected:
                 return rest == 0.0
             for x, old in other:
                 kept = x.copy()
                 x[:] = old
                 old[:] = kept
-            expected = first = rest
+            expected = scans = rest
+            ahead = 1.0
         return False
 
     def bids(self, slow_above: float) -> bool:
@@ -473,31 +494,33 @@ class _DensePhases(Phases):
         plan = self.schedule
         if self.by_rows and self.distinct and self.augment_by_rows(plan.few_scans * self.n) == 0.0:
             return True
-        limit = plan.scans_before_scaling * self.n if self.as_square and self.distinct else np.inf
-        most = np.inf if calm else 2 * plan.scans_before_scaling * self.n
-        if not self.as_square and self.n >= CROWDED_FROM:
-            limit = self.n * (self.n // WORST_SHARE)
-            most = min(most, plan.list_steps * limit)
-        if self.distinct and self.augment_by_lists(most):
+        dear = 2 * plan.scans_before_scaling * self.n
+        steps = plan.list_steps * self.limit
+        if self.distinct and self.augment_by_lists(min(np.inf if calm else dear, steps)):
             return True
-        scans = self.augment_by_rows(limit)
+        scaled = self.as_square and self.distinct
+        scans = self.augment_by_rows(
+            min(plan.scans_before_scaling * self.n, self.limit) if scaled else self.limit
+        )
         if scans == 0.0:
             return True
-        if not self.as_square:
+        if not scaled:
             return False
-        if not (self.scaled_auction_within(scans) and self.augment_by_lists(np.inf)):
-            self.augment_by_rows(np.inf)
-        return True
+        if self.scaled_auction_within(min(scans, self.limit)) and self.augment_by_lists(steps):
+            return True
+        return self.augment_by_rows(self.limit) == 0.0
 
-    def level_columns(self) -> None:
-        """Give unmatched columns the same dual, the largest."""
+    def level_columns(self) -> bool:
+        """Give unmatched columns the same dual, the largest; return False if that takes too many scans."""
         from fastmatch_kernels.lap.paths import level_columns
 
-        if self.n < self.m:
-            level_columns(
-                self.flat, 0, self.m, self.sign, self.duals, self.row_of, self.col_of, self.counts
-            )  # fmt: skip
-            self.note_costs()
+        if self.n == self.m:
+            return True
+        level = level_columns(
+            self.flat, 0, self.m, self.sign, self.duals, self.row_of, self.col_of, self.limit, self.counts
+        )  # fmt: skip
+        self.note_costs()
+        return bool(level < np.inf)
 
     def reduce_surveyed(self) -> None:
         """Run row reduction by what the survey has found, if that matches half of the free rows."""

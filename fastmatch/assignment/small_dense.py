@@ -22,10 +22,14 @@ from fastmatch_kernels.lap.state import (
     CROWDED,
     DOUBTFUL,
     INFEASIBLE,
+    LAST,
+    LISTED,
     LONG,
     NEARLY,
+    RECTANGLE,
     RESUMED,
     SOLVED,
+    SQUARE,
     TOO_LARGE,
     WARM,
     WIDE,
@@ -85,23 +89,29 @@ def solve_small(
     found = np.empty(rows + columns + 7) if proof else _NONE
     sign = -1.0 if maximize else 1.0
     n, m = given.shape
-    square, room = m <= n + n // NEARLY, _NONE
-    state = (
-        LONG if start is None else kernel(given, sign, transposed, pairs, found, start, WARM, square, listed)
-    )
-    if state == LONG:
-        if square and n >= CROWDED_FROM:
+    kind, room = SQUARE if m <= n + n // NEARLY else RECTANGLE, _NONE
+    if start is not None:
+        state = kernel(given, sign, transposed, pairs, found, start, WARM, kind, listed)
+        if state != LONG:
+            return state, _results(rows, pairs, found)
+    while True:
+        if kind == SQUARE and n >= CROWDED_FROM:
             room = np.empty(room_for(m))
-        state = kernel(given, sign, transposed, pairs, found, room, ZEROS, square, listed)
-        if state == WIDE:
-            square, room = True, np.empty(room_for(m))
-            state = kernel(given, sign, transposed, pairs, found, room, ZEROS, square, listed)
+        state = kernel(given, sign, transposed, pairs, found, room, ZEROS, kind, listed)
         if state == CROWDED:
             _crowded_kernel(matrix.dtype)(given, room)
-            state = kernel(given, sign, transposed, pairs, found, room, RESUMED, square, listed)
-    if not proof:
-        return state, (pairs,)
-    return state, (pairs, found[:rows], found[rows:-7], found[-7:])
+            state = kernel(given, sign, transposed, pairs, found, room, RESUMED, kind, listed)
+        if state == WIDE:
+            kind = SQUARE
+        elif state == LONG and not (listed and given.size >= LISTED):
+            kind = LAST
+        else:
+            return state, _results(rows, pairs, found)
+
+
+def _results(rows: int, pairs: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Return what :func:`solve_small` does, beside the state; ``found`` is empty without a proof."""
+    return (pairs, found[:rows], found[rows:-7], found[-7:]) if len(found) else (pairs,)
 
 
 def _kernel(dtype: np.dtype) -> Callable[..., int]:
@@ -119,7 +129,7 @@ def _kernel(dtype: np.dtype) -> Callable[..., int]:
             np.empty(11),
             _NONE,
             ZEROS,
-            True,
+            SQUARE,
             False,
         ),
     )

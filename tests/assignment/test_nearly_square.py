@@ -70,7 +70,7 @@ def test_a_stack():
 
 
 @pytest.mark.parametrize("shape", [(200, 201), (200, 230), (200, 700)])
-@pytest.mark.parametrize("family", ["equal rows", "clusters, rows repeated", "graph barycentre, hubs"])
+@pytest.mark.parametrize("family", ["equal rows", "clusters, rows repeated"])
 def test_equal_rows_are_one_row_with_room_for_several(family, shape):
     """Rows of zeros are equal rows too. So a wide matrix of few different rows is not solved row by row."""
     cost = FAMILIES[family](*shape, seed=1)

@@ -32,6 +32,7 @@ from fastmatch_kernels.lap.paths import level_columns, new_search, path, shuffle
 from fastmatch_kernels.lap.proof import EPS, gap_of, least_of_row, prove
 from fastmatch_kernels.lap.scale import fitting_scale
 from fastmatch_kernels.lap.state import (
+    ACCEPTED,
     AUCTIONED,
     BIDS,
     CROWDED,
@@ -45,6 +46,7 @@ from fastmatch_kernels.lap.state import (
     HUGE,
     INFEASIBLE,
     KEPT,
+    LAST,
     LISTED,
     LISTS_AHEAD,
     LONG,
@@ -52,10 +54,12 @@ from fastmatch_kernels.lap.state import (
     OPEN,
     POPS,
     READS,
+    RECTANGLE,
     RESUMED,
     SEARCHES,
     SLICES,
     SOLVED,
+    SQUARE,
     TOO_LARGE,
     TURNS,
     WARM,
@@ -349,7 +353,7 @@ def _try_paths(
             else:
                 left = spare + (top - done)
                 rest = scans * np.log(left / spare) / np.log((left + taken) / left)
-                slope = scans / taken / done
+                slope = (now - before) / (0.5 * done * done)
                 if top > CROWDED_SHARE * n and done < GROWN:
                     continue
                 if top > CROWDED_SHARE * n and slope >= GROWING:
@@ -464,7 +468,7 @@ def _finish(
     start,
     n,
     m,
-    square,
+    kind,
     sign,
     schedule,
     v,
@@ -484,6 +488,7 @@ def _finish(
     """Match the rows that :func:`_start` has left; return SOLVED, INFEASIBLE, DOUBTFUL, LONG or WIDE.
 
     Args:
+        kind: RECTANGLE, SQUARE or LAST.
         limit: scans that paths may be expected to take; LONG if they take more.
         auctions: whether an auction may run; LONG if one is wanted and may not.
         other: how many rows other first duals leave free; n + 1 without any.
@@ -495,7 +500,11 @@ def _finish(
     accepted_below, typical = schedule[15], n * typical_gap(least, seconds)
     stack = np.empty(n, np.int64)
     top = free_rows(col_of, stack)
-    kept, crowded = False, expected > 0.0
+    square, worst = kind == SQUARE, np.inf
+    if kind != LAST and n >= schedule[13] and not is_nearly_square(n, m):
+        worst = np.float64(n * (n // WORST_SHARE))
+    limit = min(limit, worst)
+    kept, crowded, ahead = False, expected > 0.0, 1.0
     for attempt in range(2):
         # Duals that leave few rows free are taken at once; others only if bids from zeros are a price war.
         if other <= n and (attempt == 1 or other <= accepted_below * n):
@@ -523,7 +532,7 @@ def _finish(
                     return INFEASIBLE
                 if top == 0:
                     break
-            kept = True
+            kept, ahead = True, 1.0 if attempt == 1 else ACCEPTED
             _keep(room, np.int64(0), v, least, seconds, columns, row_of, col_of)
             _take(room, at, v, least, seconds, columns, row_of, col_of)
             top, other = other, n + 1
@@ -546,33 +555,17 @@ def _finish(
         if top == 0:
             break
         begun, top, rest = _try_paths(
-            c,
-            start,
-            n,
-            m,
-            square,
-            sign,
-            v,
-            least,
-            row_of,
-            col_of,
-            stack,
-            top,
-            min(expected, limit),
-            False,
+            c, start, n, m, square, sign, v, least, row_of, col_of, stack, top, min(ahead * expected, limit), False,
             counts,
-        )
+        )  # fmt: skip
         if begun < 0:
             return INFEASIBLE
-        if top > 0 and min(expected, rest) > limit:
-            return LONG
-        if top == 0 or rest <= expected:
+        if top == 0 or rest <= ahead * expected:
             break
         _keep(room, here, v, least, seconds, columns, row_of, col_of)
         _take(room, there, v, least, seconds, columns, row_of, col_of)
-        here, there, expected, top = there, here, rest, free_rows(col_of, stack)
+        here, there, expected, ahead, top = there, here, rest, 1.0, free_rows(col_of, stack)
     if top > 0:
-        worst = np.inf if square or n < schedule[13] else np.float64(n * (n // WORST_SHARE))
         begun, top, rest = _try_paths(
             c,
             start,
@@ -586,17 +579,19 @@ def _finish(
             col_of,
             stack,
             top,
-            min(limit, worst),
+            limit,
             True,
             counts,
         )
         if begun < 0:
             return INFEASIBLE
         if top > 0:
-            return WIDE if rest > 2.0 * worst else LONG  # it is twice what was expected
+            return WIDE if kind == RECTANGLE and rest > 2.0 * worst else LONG  # it is twice what was expected
     level = np.inf
     if n < m:
-        level = level_columns(c, start, m, sign, v, row_of, col_of, counts)
+        level = level_columns(c, start, m, sign, v, row_of, col_of, worst, counts)
+        if level == np.inf:
+            return LONG
     total = 0.0
     for i in range(n):
         at_row = start + i * m
@@ -647,36 +642,27 @@ def solve_one(
     """
     seconds, columns = np.empty(n), np.empty(n, np.int64)
     limit, auctions = _allowed(c, n, m, listed)
-    state, scale, square = WIDE, sign, is_nearly_square(n, m)
-    while state == WIDE:
+    state, scale, kind = WIDE, sign, SQUARE if is_nearly_square(n, m) else RECTANGLE
+    while True:
         state, scale, expected = _start(
-            c,
-            start,
-            n,
-            m,
-            square,
-            sign,
-            schedule,
-            warm,
-            auctions,
-            v,
-            least,
-            seconds,
-            columns,
-            row_of,
-            col_of,
+            c, start, n, m, kind == SQUARE, sign, schedule, warm, auctions, v, least, seconds, columns, row_of, col_of,
             counts,
-        )
+        )  # fmt: skip
         if state in (OPEN, CROWDED):
             other, room, half = n + 1, seconds, v.shape[0] + KEPT * m
             if state == CROWDED:
                 room = np.empty(2 * half)
                 other = _other_duals(c, start, n, m, scale, schedule, col_of, room, half, counts)
             state = _finish(
-                c, start, n, m, square, scale, schedule, v, least, seconds, columns, row_of, col_of, limit, auctions,
+                c, start, n, m, kind, scale, schedule, v, least, seconds, columns, row_of, col_of, limit, auctions,
                 other, expected, room, half, counts,
             )  # fmt: skip
-        square = True
+        if state == WIDE:
+            kind = SQUARE
+        elif state == LONG and limit == np.inf:
+            kind = LAST
+        else:
+            break
     state, _ = _scaled_back(state, sign, scale, v, least)
     return state
 
@@ -716,9 +702,7 @@ def crowded_duals(C, room):  # pragma: no cover - compiled
 
 
 @njit(nogil=True, cache=True)
-def solve_matrix(
-    C, sign, transposed, pairs, proof, room, begin, square, listed
-):  # pragma: no cover - compiled
+def solve_matrix(C, sign, transposed, pairs, proof, room, begin, kind, listed):  # pragma: no cover - compiled
     """Solve one contiguous matrix (n, m), n <= m, and write all of the result: a small problem has no time for more calls.
 
     Results are written and not returned, because numba takes a microsecond to return an array.
@@ -728,11 +712,11 @@ def solve_matrix(
         pairs: (2, n) int64, the rows and columns of the matched pairs, rows ascending.
         proof: (n + m + 7,) float64, the row duals, the column duals, the objective, the gap, its bound, and the four counts;
             (0,) if no certificate is wanted.
-        room: float64. (m,) column duals to start from, if WARM. Else (room_for(m),) if ``square`` and the schedule may find rows
+        room: float64. (m,) column duals to start from, if WARM. Else (room_for(m),) if SQUARE and the schedule may find rows
             crowded, and otherwise it may be (0,).
         begin: ZEROS, or RESUMED if the problem was left CROWDED and :func:`crowded_duals` has looked for other first
             duals, or WARM. These are numbers of one compiled kernel: a kernel for warm starts would take as long again.
-        square: whether to solve it as a square one; if not, it may turn out that this is better, WIDE.
+        kind: RECTANGLE, SQUARE or LAST.
         listed: whether candidate lists may take over.
 
     Returns:
@@ -764,7 +748,7 @@ def solve_matrix(
             start,
             n,
             m,
-            square,
+            kind == SQUARE,
             sign,
             SCHEDULE,
             begin == WARM,
@@ -784,7 +768,7 @@ def solve_matrix(
                 room[2 * half + k] = counts[k]
     if state == OPEN:
         state = _finish(
-            c, start, n, m, square, scale, SCHEDULE, v, u, seconds, columns, row_of, col_of, limit, auctions, other, expected,
+            c, start, n, m, kind, scale, SCHEDULE, v, u, seconds, columns, row_of, col_of, limit, auctions, other, expected,
             room, half, counts,
         )  # fmt: skip
     if proof.shape[0] > 0 and state in (SOLVED, DOUBTFUL):

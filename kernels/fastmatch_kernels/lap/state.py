@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 __all__ = [
+    "ACCEPTED",
     "ASIDE",
     "AUCTIONED",
     "BIDS",
@@ -38,6 +39,7 @@ __all__ = [
     "INFEASIBLE",
     "KEPT",
     "LARGEST",
+    "LAST",
     "LISTED",
     "LISTS_AHEAD",
     "LONG",
@@ -45,10 +47,12 @@ __all__ = [
     "OPEN",
     "POPS",
     "READS",
+    "RECTANGLE",
     "RESUMED",
     "SEARCHES",
     "SLICES",
     "SOLVED",
+    "SQUARE",
     "TOO_LARGE",
     "WARM",
     "WARM_AHEAD",
@@ -82,13 +86,13 @@ them; so long that a problem of more columns than rows is better solved as a squ
 NEARLY = 8
 """A problem with up to 1/8 more columns than rows is solved as if rows of zeros made it square: see ``paths.level_columns``."""
 
-CROWDED_SHARE, GROWING, GROWN = 7 / 8, 0.7, 32
-"""A wider problem is solved so too if row reduction leaves more than 7/8 of its rows free and then, after 32 paths or more, a path
-scans at least 0.7 times as many rows as had paths before it. So it goes on where all rows want the same columns, whatever their number.
+CROWDED_SHARE, GROWING, GROWN = 7 / 8, 0.5, 32
+"""A wider problem is solved so too if row reduction leaves more than 7/8 of its rows free and then, after 32 paths or more, paths
+have scanned, on average, at least half of the rows that had paths before them. So it goes on where all rows want the same columns, whatever their number.
 A square problem has other first duals."""
 
 WORST_SHARE = 8
-"""The same if paths are expected to scan more than an eighth of the rows each."""
+"""The same if paths are expected to scan more than an eighth of the rows each. The square problem may take no more."""
 
 LISTS_AHEAD = 24000
 """Scans per row that the paths which are left are expected to take, times the columns, above which candidate lists take over: these have
@@ -102,6 +106,10 @@ LISTED = 1 << 18
 
 AUCTIONED = 5 << 22
 """Bytes up to which an auction bids over whole rows. Beyond 20 MB rows leave the caches, and bids over lists are quicker."""
+
+RECTANGLE, SQUARE, LAST = range(3)
+"""What a problem is solved as: one of more columns than rows, which may turn out WIDE; a square one, which is given up, LONG, if it is
+not nearly square and takes as long as the rectangle may; or what is left after both, to the end."""
 
 ZEROS, RESUMED, WARM = range(3)
 """What one matrix is solved from: duals of zero, what a crowded problem left, or given duals."""
@@ -125,6 +133,10 @@ SLICES = 4
 
 TURNS = 8
 """Turns that paths from two kinds of first duals take at most."""
+
+ACCEPTED = 4.0
+"""Paths from other first duals that leave few rows free go on unless they are expected to scan four times as many rows as those from
+zeros, of which only the first ones have been seen."""
 
 KEPT = 5
 """Numbers per row or column, beside the dual, that a crowded problem keeps."""
