@@ -26,13 +26,13 @@ from fastmatch_kernels.lap.state import (
     ACCEPTED,
     BIDS,
     CAPACITY,
+    CROWDED_FROM,
     CROWDED_SHARE,
     FEW_PATHS,
     FEW_ROWS,
     GROWING,
     GROWN,
     HUGE,
-    NEARLY,
     POPS,
     READS,
     SEARCHES,
@@ -40,14 +40,12 @@ from fastmatch_kernels.lap.state import (
     TURNS,
     VECTOR,
     WORST_SHARE,
-    SmallSchedule,
+    is_nearly_square,
     matrix_lists,
     new_paths,
 )
 
 __all__ = ["DenseShortlists"]
-
-CROWDED_FROM = SmallSchedule().crowded_from
 
 PROBED = (8, 64)
 """Entries by which lines are compared before all of them."""
@@ -121,7 +119,9 @@ class _DensePhases(Phases):
             matrix,
         )
         self.flat = matrix.reshape(-1)
-        self.as_square = 1 < self.m <= self.n + self.n // NEARLY  # whether it is solved as a square problem
+        self.as_square = self.m > 1 and is_nearly_square(
+            self.n, self.m
+        )  # whether it is solved as a square problem
         self.limit = np.inf  # scans that paths may take before it is begun in another way
         if not self.as_square and self.n >= CROWDED_FROM:
             self.limit = self.n * (self.n // WORST_SHARE)

@@ -20,12 +20,12 @@ from fastmatch.assignment.reading import for_kernels
 from fastmatch.assignment.schedule import check_fields
 from fastmatch_kernels.lap.state import (
     CROWDED,
+    CROWDED_FROM,
     DOUBTFUL,
     INFEASIBLE,
     LAST,
     LISTED,
     LONG,
-    NEARLY,
     RECTANGLE,
     RESUMED,
     SOLVED,
@@ -35,6 +35,7 @@ from fastmatch_kernels.lap.state import (
     WIDE,
     ZEROS,
     SmallSchedule,
+    is_nearly_square,
     room_for,
 )
 
@@ -47,9 +48,6 @@ _KERNELS: dict[np.dtype, Callable[..., int]] = {}
 _NONE = np.empty(0)
 
 DEFAULT = SmallSchedule()
-
-CROWDED_FROM = DEFAULT.crowded_from
-"""Rows from which a problem may be found crowded."""
 
 
 def is_loaded() -> bool:
@@ -89,7 +87,7 @@ def solve_small(
     found = np.empty(rows + columns + 7) if proof else _NONE
     sign = -1.0 if maximize else 1.0
     n, m = given.shape
-    kind, room = SQUARE if m <= n + n // NEARLY else RECTANGLE, _NONE
+    kind, room = SQUARE if is_nearly_square(n, m) else RECTANGLE, _NONE
     if start is not None:
         state = kernel(given, sign, transposed, pairs, found, start, WARM, kind, listed)
         if state != LONG:

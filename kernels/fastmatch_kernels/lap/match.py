@@ -29,10 +29,10 @@ from fastmatch_kernels.lap.state import LARGEST
 __all__ = ["free_rows", "match_surveyed", "reduce_surveyed", "survey", "two_least"]
 
 
-SETS = 4 * WIDTH
 AHEAD, LINE = 8192, 64
 """Bytes by which :func:`survey` prefetches, and bytes of a cache line. Between rows, the processor's own prefetcher stops."""
 
+SETS = 4 * WIDTH
 """Sets of columns whose minima are found at once: columns that are alike modulo SETS. The least two entries of a row are
 among these minima and the rest of the set that holds the least, so no column number has to travel with a value."""
 

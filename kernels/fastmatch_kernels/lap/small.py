@@ -50,7 +50,6 @@ from fastmatch_kernels.lap.state import (
     LISTED,
     LISTS_AHEAD,
     LONG,
-    NEARLY,
     OPEN,
     POPS,
     READS,
@@ -68,6 +67,7 @@ from fastmatch_kernels.lap.state import (
     WORST_SHARE,
     WRONG,
     SmallSchedule,
+    is_nearly_square,
 )
 
 __all__ = ["bid_rows", "crowded_duals", "solve_matrix", "solve_one", "solve_stack"]
@@ -81,13 +81,8 @@ SENTINEL = 2.0**20
 SCHEDULE = tuple(SmallSchedule())
 """The default schedule, a constant of the compiled code."""
 
-CROWDED_FROM = SmallSchedule().crowded_from
 
-
-@njit(nogil=True, cache=True, inner=True)
-def is_nearly_square(n, m):  # pragma: no cover - compiled
-    """Whether a problem is solved as a square one."""
-    return m <= n + n // NEARLY
+_is_nearly_square = njit(nogil=True, cache=True, inner=True)(is_nearly_square)
 
 
 @njit(nogil=True, cache=True, inner=True)
@@ -501,7 +496,7 @@ def _finish(
     stack = np.empty(n, np.int64)
     top = free_rows(col_of, stack)
     square, worst = kind == SQUARE, np.inf
-    if kind != LAST and n >= schedule[13] and not is_nearly_square(n, m):
+    if kind != LAST and n >= schedule[13] and not _is_nearly_square(n, m):
         worst = np.float64(n * (n // WORST_SHARE))
     limit = min(limit, worst)
     kept, crowded, ahead = False, expected > 0.0, 1.0
@@ -512,22 +507,9 @@ def _finish(
                 if 0.5 * expected > limit:
                     return LONG
                 begun, top, expected = _try_paths(
-                    c,
-                    start,
-                    n,
-                    m,
-                    square,
-                    sign,
-                    v,
-                    least,
-                    row_of,
-                    col_of,
-                    stack,
-                    top,
-                    0.5 * expected,
-                    False,
-                    counts,
-                )
+                    c, start, n, m, square, sign, v, least, row_of, col_of, stack, top, 0.5 * expected,
+                    False, counts,
+                )  # fmt: skip
                 if begun < 0:
                     return INFEASIBLE
                 if top == 0:
@@ -567,22 +549,9 @@ def _finish(
         here, there, expected, ahead, top = there, here, rest, 1.0, free_rows(col_of, stack)
     if top > 0:
         begun, top, rest = _try_paths(
-            c,
-            start,
-            n,
-            m,
-            square,
-            sign,
-            v,
-            least,
-            row_of,
-            col_of,
-            stack,
-            top,
-            limit,
-            True,
-            counts,
-        )
+            c, start, n, m, square, sign, v, least, row_of, col_of, stack, top, limit,
+            True, counts,
+        )  # fmt: skip
         if begun < 0:
             return INFEASIBLE
         if top > 0:
@@ -642,7 +611,7 @@ def solve_one(
     """
     seconds, columns = np.empty(n), np.empty(n, np.int64)
     limit, auctions = _allowed(c, n, m, listed)
-    state, scale, kind = WIDE, sign, SQUARE if is_nearly_square(n, m) else RECTANGLE
+    state, scale, kind = WIDE, sign, SQUARE if _is_nearly_square(n, m) else RECTANGLE
     while True:
         state, scale, expected = _start(
             c, start, n, m, kind == SQUARE, sign, schedule, warm, auctions, v, least, seconds, columns, row_of, col_of,

@@ -27,6 +27,7 @@ __all__ = [
     "BIDS",
     "CAPACITY",
     "CROWDED",
+    "CROWDED_FROM",
     "CROWDED_SHARE",
     "DOUBTFUL",
     "FEWER_PATHS",
@@ -65,6 +66,7 @@ __all__ = [
     "Paths",
     "Refills",
     "SmallSchedule",
+    "is_nearly_square",
     "matrix_lists",
     "new_matching",
     "new_paths",
@@ -85,6 +87,12 @@ them; so long that a problem of more columns than rows is better solved as a squ
 
 NEARLY = 8
 """A problem with up to 1/8 more columns than rows is solved as if rows of zeros made it square: see ``paths.level_columns``."""
+
+
+def is_nearly_square(n: int, m: int) -> bool:
+    """Whether a problem of n rows and m >= n columns is solved as a square one at once."""
+    return m <= n + n // NEARLY
+
 
 CROWDED_SHARE, GROWING, GROWN = 7 / 8, 0.5, 32
 """A wider problem is solved so too if row reduction leaves more than 7/8 of its rows free and then, after 32 paths or more, paths
@@ -282,3 +290,7 @@ class SmallSchedule(NamedTuple):
     tail: float = 8.0
     """Distance of the least column minimum from their median, in distances between their quartiles, up to which minima
     are usual first duals."""
+
+
+CROWDED_FROM = SmallSchedule().crowded_from
+"""Rows from which a problem may be found crowded, by the default schedule."""
