@@ -102,6 +102,10 @@ class Choices:
         self.made.append(Choice((module, *_line()), value))
         return value
 
+    def is_number(self) -> bool:
+        """Whether the other answer of this pass, its last, is a number or a list of them: an axis may be cut there."""
+        return bool(self.forced) and not isinstance(self.forced[max(self.forced)], bool)
+
     def restore(self) -> None:
         """Give parameters and buffers the values that they had before the pass."""
         for memory, value in self._kept.values():

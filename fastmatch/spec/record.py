@@ -8,7 +8,18 @@ from dataclasses import dataclass
 import torch
 
 from fastmatch.spec.axes import Role
-from fastmatch.spec.labels import Label, find, is_pinned, pin, product, segments, split_sum, sum_of, unify
+from fastmatch.spec.labels import (
+    Label,
+    find,
+    is_pinned,
+    leaves,
+    pin,
+    product,
+    segments,
+    split_sum,
+    sum_of,
+    unify,
+)
 from fastmatch.spec.operations import Call
 from fastmatch.spec.places import occurrences
 
@@ -112,6 +123,7 @@ class Record:
         self._read: set[int] = set()
         self._followers: dict[int, list[Label]] = {}
         self._counted: list[Label] = []
+        self._empty: list[tuple[Label, Label]] = []
         self.sites: list[RawSite] = []
         self.slices: dict[tuple[int, int, int], Slice] = {}
         self.contractions: list[tuple[Label, tuple[Label, ...]]] = []
@@ -352,20 +364,33 @@ class Record:
         """Note that how long an axis is depends on values, as that of what a mask selects does."""
         self._counted.append(label)
 
+    def mark_cut_elsewhere(self, uncut: list[Label]) -> None:
+        """Note axes that were cut since they were :meth:`uncut`, in a pass that was told another number."""
+        self._counted += [label for label in uncut if label.kind == "sum"]
+
+    def uncut(self) -> list[Label]:
+        """Return the axes, or parts of axes, of which values were read and that no operation has cut so far."""
+        read = self.leaves_read()
+        every = {id(leaf): leaf for labels in self.all_labels() for label in labels for leaf in leaves(label)}
+        return [every[key] for key in read & every.keys()]
+
+    def mark_empty(self, part: Label, whole: Label) -> None:
+        """Note that a part of an axis has no positions here, which the axis itself does not tell."""
+        self._empty.append((part, whole))
+
     def pin_beside_counted(self) -> None:
         """Pin every axis of which such an axis is a part: on other inputs the boundary is elsewhere.
 
         Passes with other answers do not show that: a model that is told another count than its mask has fails.
         """
-        counted = {id(x.leaf) for label in self._counted for x in occurrences(label)}
-        every = (
-            {id(find(label)): label for labels in self.all_labels() for label in labels} if counted else {}
-        )
-        for label in every.values():
-            leaves = [x.leaf for x in occurrences(label)]
-            if not counted.isdisjoint(map(id, leaves)):
-                for leaf in leaves:
-                    pin(leaf, "its length depends on values")
+        if not self._counted:
+            return
+        counted = {id(leaf) for label in self._counted for leaf in leaves(label)}
+        every = {id(find(label)): label for labels in self.all_labels() for label in labels}
+        beside = [label for label in every.values() if not counted.isdisjoint(map(id, leaves(label)))]
+        beside += [whole for part, whole in self._empty if id(find(part)) in counted]
+        for label in beside:
+            pin(label, "its length depends on values")
 
     def mark_contracted(self, label: Label) -> None:
         """Note that a product with data sums over this dimension of a parameter: units enter there."""

@@ -292,14 +292,24 @@ def _trace(
             )
         _pin_returned(record, returned)
 
+    def passed_otherwise(args: tuple[Any, ...], keywords: dict[str, Any], choices: Choices) -> None:
+        uncut = record.uncut() if choices.is_number() else []
+        try:
+            # What a model keeps of a pass with other answers is thrown away.
+            passed(args, keywords, choices, structure_of(model))
+        finally:
+            record.mark_cut_elsewhere(uncut)
+
     with untouched(model):
         for args, keywords in examples:
             choices = Choices()
             passed(args, keywords, choices)
             if run is None and _can_follow(model, choices):  # a graph has no other paths
-                # What a model keeps of a pass with other answers is thrown away.
-                other = partial(lambda a, k, c: passed(a, k, c, structure_of(model)), args, keywords)
-                follow_others(choices, other, lambda: len(record.unread_tensors(state)))
+                follow_others(
+                    choices,
+                    partial(passed_otherwise, args, keywords),
+                    lambda: len(record.unread_tensors(state)),
+                )
         training(model, state, record, lambda: passed(*examples[0], Choices()))
         record.sites = sites
         record.pin_beside_counted()

@@ -59,6 +59,10 @@ def halved(s: Net, h: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return s.c(torch.cat([2 * first, second], 1))
 
 
+def count(s: Net, x: torch.Tensor) -> int:
+    return int((s.a(x).sum(0) > 0).sum())
+
+
 PINNED: dict[str, Body] = {
     "the largest unit is returned": lambda s, x: s.a(x).argmax(1),
     "the places of the top three are returned": lambda s, x: s.a(x).topk(3, 1)[1],
@@ -69,6 +73,9 @@ PINNED: dict[str, Body] = {
     "equal zeros ranked": lambda s, x: s.b(s.a(x)).gather(1, F.relu(s.a(x) - 0.8).topk(4, 1)[1]).sum(1),
     "equal signs sorted": lambda s, x: s.b(s.a(x)).gather(1, s.a(x).sign().sort(1)[1])[:, :2].sum(1),
     "a copy next to itself ranked": lambda s, x: s.a(x).repeat(1, 2).argmax(1)[:, None] + s.c(s.a(x)),
+    "a cut where a count says": lambda s, x: s.c(torch.cat([2 * s.a(x)[:, : count(s, x)], s.a(x)[:, count(s, x) :]], 1)),
+    "weights cut where a count says": lambda s, x: F.linear(s.a(x)[:, : count(s, x)], s.c.weight[:, : count(s, x)]),
+    "what a mask selects before others": lambda s, x: s.c(torch.cat([s.a(x)[:, s.a(x).sum(0) > 0], s.a(x)], 1)[:, :8]),
     "units chosen by a mask": lambda s, x: s.a(x)[s.a(x) > 0][:1] * s.c(s.a(x)),
     "units added at places that units give": lambda s, x: s.c(
         torch.zeros(len(x), 8).to(x).index_add(1, places(s.a(x)[0]), s.a(x))
@@ -145,6 +152,21 @@ def test_what_depends_on_the_order_of_units_holds_them(name):
     spec = fm.PermutationSpec.trace(model.double(), x.double(), unread="ignore")
     assert not spec.axes_of("a.weight")
     assert difference(model, spec) < 1e-10
+
+
+@pytest.mark.parametrize("selected", [0, 1, 2, 7, 8])
+@pytest.mark.parametrize(
+    "name", [name for name in PINNED if "a mask selects" in name or "a count says" in name]
+)
+def test_a_count_of_units_holds_them_however_many_the_example_shows(name, selected):
+    torch.manual_seed(fresh_seed())
+    model, x = Net(PINNED[name]).double().eval(), torch.randn(3, 12).double()
+    with torch.no_grad():
+        sums, _ = model.a(x).sum(0).sort(descending=True)
+        edges = torch.cat([sums[:1] + 1, sums, sums[-1:] - 1])
+        model.a.bias -= (edges[selected] + edges[selected + 1]) / 6
+    assert count(model, x) == selected
+    assert difference(model, fm.PermutationSpec.trace(model, x, unread="ignore")) < 1e-10
 
 
 @pytest.mark.parametrize("name", FREE)
