@@ -293,7 +293,7 @@ class _DensePhases(Phases):
         copies = find_copies(self.matrix, self.schedule.copied_below, columns=True)
         if copies is None:
             return False
-        inner = self.matrix[:, copies[0]]
+        inner = np.take(self.matrix, copies[0], axis=1)
         self.v[:] = self.fill_columns(inner, copies, self.col_of)[copies[1]]
         self.row_of.fill(-1)
         self.row_of[self.col_of] = np.arange(self.n)
@@ -840,7 +840,9 @@ def find_copies(
         if len(first) > below * lines:
             return None
         equal = columns_equal if columns else rows_equal
-        if equal(matrix.reshape(-1), matrix.shape[1], first[group].astype(np.int64)):
+        like = first[group].astype(np.int64)
+        copies = np.flatnonzero(like != np.arange(lines))
+        if equal(matrix.reshape(-1), matrix.shape[1], copies, like[copies]):
             return first, group, room
         if whole:  # two kinds with one hash
             return None

@@ -104,3 +104,12 @@ def test_forbidden_entries_leave_the_columns_that_no_row_wants():
     for solver in SOLVERS:
         with pytest.raises(ValueError, match=r"^cost: no assignment"):
             fm.solve(cost, solver=solver)
+
+
+@pytest.mark.parametrize("n", [60, 300, 700])
+def test_crowded_rows_that_row_reduction_matches_are_read_once(n):
+    cost = FAMILIES["staircase"](n, n + 1, seed=0, dtype="float64")
+    found = fm.solve(cost)
+    assert found.stats["reads"] == n
+    assert found.stats["pops"] == 0
+    assert abs(found.objective - cost[linear_sum_assignment(cost)].sum()) <= found.gap_bound * 2

@@ -54,22 +54,22 @@ def hash_rows(bits, m, odd, total):  # pragma: no cover - compiled
 
 
 @njit(nogil=True, cache=True)
-def columns_equal(c, m, like):  # pragma: no cover - compiled
-    """Return whether column j of a flat matrix of m columns equals column ``like[j]``, for all j."""
+def columns_equal(c, m, copies, like):  # pragma: no cover - compiled
+    """Return whether column ``copies[k]`` of a flat matrix of m columns equals column ``like[k]``, for all k."""
     for at in range(0, c.shape[0], m):
         different = False
-        for j in range(m):
-            different |= c[at + j] != c[at + like[j]]
+        for k in range(copies.shape[0]):
+            different |= c[at + copies[k]] != c[at + like[k]]
         if different:
             return False
     return True
 
 
 @njit(nogil=True, cache=True)
-def rows_equal(c, m, like):  # pragma: no cover - compiled
-    """Return whether row i of a flat matrix of m columns equals row ``like[i]``, for all i."""
-    for i in range(like.shape[0]):
-        at, other = i * m, like[i] * m
+def rows_equal(c, m, copies, like):  # pragma: no cover - compiled
+    """Return whether row ``copies[k]`` of a flat matrix of m columns equals row ``like[k]``, for all k."""
+    for k in range(copies.shape[0]):
+        at, other = copies[k] * m, like[k] * m
         different = False
         for j in range(m):
             different |= c[at + j] != c[other + j]

@@ -54,6 +54,7 @@ from fastmatch_kernels.lap.state import (
     POPS,
     READS,
     RECTANGLE,
+    RECTANGLE_AHEAD,
     RESUMED,
     SEARCHES,
     SLICES,
@@ -402,6 +403,37 @@ def _other_duals(c, start, n, m, sign, schedule, col_of, room, at, counts):  # p
     return found
 
 
+@njit(nogil=True, cache=True, inner=True)
+def _as_rectangle(
+    c, start, n, m, sign, schedule, v, least, seconds, columns, row_of, col_of, stack, top, counts
+):  # pragma: no cover - compiled
+    """Try to match crowded rows as those of a rectangle, whose paths may end at any free column; return OPEN, with none free,
+    INFEASIBLE, or CROWDED, with the matching and the duals as they were.
+
+    Other first duals are for columns that all rows need, and take longer if most of them are needed by few.
+    """
+    before = np.empty(v.shape[0] + KEPT * row_of.shape[0])
+    _keep(before, np.int64(0), v, least, seconds, columns, row_of, col_of)
+    most = _largest_fall(least, seconds, typical_gap(least, seconds))
+    _lower_best(c, start, sign, m, v, seconds, columns, col_of, most)
+    left = _reduce(c, start, sign, m, v, seconds, columns, row_of, col_of, stack, top, most, top, counts)
+    found = 0
+    if left <= top // 2:
+        left, _ = _bids(
+            c, start, sign, m, v, least, seconds, columns, row_of, col_of, stack, left, False, False, False, schedule, counts,
+        )  # fmt: skip
+        found, left, _ = _try_paths(
+            c, start, n, m, False, sign, v, least, row_of, col_of, stack, left, np.float64(RECTANGLE_AHEAD * n), False,
+            counts,
+        )  # fmt: skip
+    if found < 0:
+        return INFEASIBLE
+    if left == 0:
+        return OPEN
+    _take(before, np.int64(0), v, least, seconds, columns, row_of, col_of)
+    return CROWDED
+
+
 @njit(nogil=True, cache=True, inner=True, inline="always")
 def _start(
     c, start, n, m, square, sign, schedule, warm, auctions, v, least, seconds, columns, row_of, col_of, counts
@@ -445,6 +477,13 @@ def _start(
     top = reduce_surveyed(c, start, scale, m, v, seconds, columns, row_of, col_of, stack, top)
     if not square or top <= crowded_above * n:
         return OPEN, scale, 0.0
+    if n < m:
+        state = _as_rectangle(
+            c, start, n, m, scale, schedule, v, least, seconds, columns, row_of, col_of, stack, top, counts
+        )
+        if state != CROWDED:
+            return state, scale, 0.0
+        top = free_rows(col_of, stack)
     # If half of the rows have ties for their best column, neither other duals nor auctions help much.
     most = short_tied_scans if typical_gap(least, seconds) == 0.0 else short_scans
     at, top, rest = _try_paths(
