@@ -263,8 +263,10 @@ def _without_large(matrix: np.ndarray, sign: float, found: Assignment) -> np.nda
         matrix, rows, cols = matrix.T, cols, rows
     # The bound tells of duals that were so large that moving them by a constant left nothing of the others.
     moved = found.gap_bound / (32 * np.finfo(np.float64).eps * len(rows))
-    largest = max(np.abs(found.u).max(), np.abs(found.v).max(), moved)
-    if found.is_certified and not _is_large(largest, matrix, matrix[rows, cols], found):
+    largest, matched = max(np.abs(found.u).max(), np.abs(found.v).max(), moved), matrix[rows, cols]
+    # Duals as large as costs that have to be matched stay so, whatever the other entries are.
+    needed = largest <= LARGE_DUALS * np.abs(matched.astype(np.float64)).max()
+    if found.is_certified and (needed or not _is_large(largest, matrix, matched, found)):
         return None
     with np.errstate(over="ignore", invalid="ignore"):
         costs = sign * matrix.astype(np.float64)

@@ -281,7 +281,7 @@ def paths(c, m, sign, v, row_of, col_of, order, at, limit, counts):  # pragma: n
 @njit(nogil=True, cache=True)
 def level_columns(c, start, m, sign, v, row_of, col_of, limit, counts):  # pragma: no cover - compiled
     """Give unmatched columns the same dual, the largest one, as a problem of more columns than rows demands; return it,
-    or inf if that takes more than ``limit`` scans.
+    or inf if that takes more than ``limit`` scans, or is expected to take twice as many after a sixteenth of them.
 
     That is done along paths from rows of zeros: they take the columns that are left, cost the same in every assignment, and demand just
     that of the columns that they take. So a problem with a few more columns than rows is solved as a square one, without these
@@ -301,9 +301,10 @@ def level_columns(c, start, m, sign, v, row_of, col_of, limit, counts):  # pragm
                 left -= 1
         search = new_search(m, v, row_of)
         tied = n < 0  # numba would compile all callees once more for the literal False
-        end = np.float64(counts[POPS] + left) + limit
-        for _ in range(left):
-            if counts[POPS] > end:
+        before = counts[POPS]
+        for done in range(left):
+            scans = np.float64(counts[POPS] - before - done)
+            if scans > limit or (scans > limit / 16.0 and scans * left > 2.0 * limit * done):
                 return np.inf
             _, tied = path(c, start, m, sign, v, row_of, col_of, n, search, tied, counts)
         low = np.inf
