@@ -264,7 +264,7 @@ def _without_large(matrix: np.ndarray, sign: float, found: Assignment) -> np.nda
     # The bound tells of duals that were so large that moving them by a constant left nothing of the others.
     moved = found.gap_bound / (32 * np.finfo(np.float64).eps * len(rows))
     largest, matched = max(np.abs(found.u).max(), np.abs(found.v).max(), moved), matrix[rows, cols]
-    # A dual no larger than a matched cost stays so, whatever the other entries are.
+    # Smaller entries would not make the largest dual smaller than the largest matched cost.
     needed = largest <= np.abs(matched.astype(np.float64)).max()
     if found.is_certified and (needed or not _is_large(largest, matrix, matched, found)):
         return None

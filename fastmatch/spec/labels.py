@@ -17,8 +17,8 @@ from itertools import pairwise
 from typing import Literal, TypeAlias
 
 __all__ = [
-    "Label", "factors", "find", "is_pinned", "leaves", "pin", "product", "segments", "split_product", "split_sum",
-    "sum_of", "unify",
+    "Label", "factors", "find", "has_segments", "is_pinned", "leaves", "pin", "product", "segments", "split_product",
+    "split_sum", "sum_of", "unify",
 ]  # fmt: skip
 
 Kind: TypeAlias = Literal["leaf", "same", "product", "sum"]
@@ -89,6 +89,12 @@ def segments(label: Label) -> list[Label]:
     if label.kind == "sum":
         return [s for part in label.parts for s in segments(part)]
     return [] if label.size == 0 else [label]
+
+
+def has_segments(label: Label) -> bool:
+    """Whether a label, or a factor of it, is a concatenation."""
+    label = find(label)
+    return label.kind == "sum" or any(map(has_segments, label.parts))
 
 
 def leaves(label: Label) -> list[Label]:

@@ -11,6 +11,7 @@ from fastmatch.spec.axes import Role
 from fastmatch.spec.labels import (
     Label,
     find,
+    has_segments,
     is_pinned,
     leaves,
     pin,
@@ -365,11 +366,11 @@ class Record:
         self._counted.append(label)
 
     def mark_cut_elsewhere(self, uncut: list[Label]) -> None:
-        """Note axes that were cut since they were :meth:`uncut`, in a pass that was told another number."""
-        self._counted += [label for label in uncut if label.kind == "sum"]
+        """Note axes that were cut since they were :meth:`uncut`, in a pass that was told another answer."""
+        self._counted += [label for label in uncut if has_segments(label)]
 
     def uncut(self) -> list[Label]:
-        """Return the axes, or parts of axes, of which values were read and that no operation has cut so far."""
+        """Return the leaves along which values were read; an operation that cuts one later makes a sum of it."""
         read = self.leaves_read()
         every = {id(leaf): leaf for labels in self.all_labels() for label in labels for leaf in leaves(label)}
         return [every[key] for key in read & every.keys()]

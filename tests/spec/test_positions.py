@@ -63,6 +63,14 @@ def count(s: Net, x: torch.Tensor) -> int:
     return int((s.a(x).sum(0) > 0).sum())
 
 
+def steps(at: int) -> torch.Tensor:
+    return torch.cat([2 * torch.ones(at), torch.ones(8 - at)])
+
+
+def halves(h: torch.Tensor, at: int) -> torch.Tensor:
+    return torch.cat([2 * h[:, :at], h[:, at:]], 1)
+
+
 PINNED: dict[str, Body] = {
     "the largest unit is returned": lambda s, x: s.a(x).argmax(1),
     "the places of the top three are returned": lambda s, x: s.a(x).topk(3, 1)[1],
@@ -73,8 +81,12 @@ PINNED: dict[str, Body] = {
     "equal zeros ranked": lambda s, x: s.b(s.a(x)).gather(1, F.relu(s.a(x) - 0.8).topk(4, 1)[1]).sum(1),
     "equal signs sorted": lambda s, x: s.b(s.a(x)).gather(1, s.a(x).sign().sort(1)[1])[:, :2].sum(1),
     "a copy next to itself ranked": lambda s, x: s.a(x).repeat(1, 2).argmax(1)[:, None] + s.c(s.a(x)),
-    "a cut where a count says": lambda s, x: s.c(torch.cat([2 * s.a(x)[:, : count(s, x)], s.a(x)[:, count(s, x) :]], 1)),
+    "a cut where a count says": lambda s, x: s.c(halves(s.a(x), count(s, x))),
     "weights cut where a count says": lambda s, x: F.linear(s.a(x)[:, : count(s, x)], s.c.weight[:, : count(s, x)]),
+    "a sum cut where a count says": lambda s, x: s.c(
+        halves(s.a(x) + torch.zeros(len(x), 8).to(x), count(s, x))
+    ),
+    "units scaled up to where a count says": lambda s, x: s.c(s.a(x) * steps(count(s, x)).to(x)),
     "what a mask selects before others": lambda s, x: s.c(torch.cat([s.a(x)[:, s.a(x).sum(0) > 0], s.a(x)], 1)[:, :8]),
     "units chosen by a mask": lambda s, x: s.a(x)[s.a(x) > 0][:1] * s.c(s.a(x)),
     "units added at places that units give": lambda s, x: s.c(
@@ -166,7 +178,9 @@ def test_a_count_of_units_holds_them_however_many_the_example_shows(name, select
         edges = torch.cat([sums[:1] + 1, sums, sums[-1:] - 1])
         model.a.bias -= (edges[selected] + edges[selected + 1]) / 6
     assert count(model, x) == selected
-    assert difference(model, fm.PermutationSpec.trace(model, x, unread="ignore")) < 1e-10
+    spec = fm.PermutationSpec.trace(model, x, unread="ignore")
+    assert not spec.axes_of("a.weight")
+    assert difference(model, spec) < 1e-10
 
 
 @pytest.mark.parametrize("name", FREE)

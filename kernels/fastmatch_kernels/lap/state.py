@@ -104,7 +104,7 @@ WORST_SHARE = 8
 """The same if paths are expected to scan more than an eighth of the rows each. The square problem may take no more."""
 
 RECTANGLE_AHEAD = 32
-"""Scans per row up to which paths of crowded rows are followed as those of a rectangle, before other first duals are looked for."""
+"""Scans per row that paths of crowded rows may be expected to take as those of a rectangle, before other first duals are looked for."""
 
 LISTS_AHEAD = 24000
 """Scans per row that the paths which are left are expected to take, times the columns, above which candidate lists take over: these have
