@@ -119,9 +119,8 @@ class _DensePhases(Phases):
             matrix,
         )
         self.flat = matrix.reshape(-1)
-        self.as_square = self.m > 1 and is_nearly_square(
-            self.n, self.m
-        )  # whether it is solved as a square problem
+        # Whether it is solved as a square problem.
+        self.as_square = self.m > 1 and is_nearly_square(self.n, self.m)
         self.limit = np.inf  # scans that paths may take before it is begun in another way
         if not self.as_square and self.n >= CROWDED_FROM:
             self.limit = self.n * (self.n // WORST_SHARE)

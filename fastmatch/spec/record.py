@@ -376,8 +376,9 @@ class Record:
         return [every[key] for key in read & every.keys()]
 
     def mark_empty(self, part: Label, whole: Label) -> None:
-        """Note that a part of an axis has no positions here, which the axis itself does not tell."""
-        self._empty.append((part, whole))
+        """Note a part of an axis if it has no positions here, which the axis itself does not tell."""
+        if not part.size:
+            self._empty.append((part, whole))
 
     def pin_beside_counted(self) -> None:
         """Pin every axis of which such an axis is a part: on other inputs the boundary is elsewhere.

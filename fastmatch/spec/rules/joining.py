@@ -22,8 +22,7 @@ def _slice(record: Record, call: Call) -> None:
         start, end, _ = slice(call["start"], call["end"]).indices(length)
         sizes = [start, max(end - start, 0), length - max(end, start)]
         part = cut(labels[dim], sizes, call.name)[1]
-        if not part.size:
-            record.mark_empty(part, labels[dim])
+        record.mark_empty(part, labels[dim])
         labels[dim] = part
     record.set(call.out, labels)
 
@@ -45,8 +44,7 @@ def _cat(record: Record, call: Call) -> None:
     labels = list(found[0])
     labels[dim] = sum_of([part[dim] for part in found])
     for part in found:
-        if not part[dim].size:
-            record.mark_empty(part[dim], labels[dim])
+        record.mark_empty(part[dim], labels[dim])
     record.join(call.out, labels, Joined(dim, found, call.name))
 
 

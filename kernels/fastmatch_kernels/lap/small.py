@@ -477,7 +477,7 @@ def _start(
     top = reduce_surveyed(c, start, scale, m, v, seconds, columns, row_of, col_of, stack, top)
     if not square or top <= crowded_above * n:
         return OPEN, scale, 0.0
-    if n < m:
+    if n < m and _is_nearly_square(n, m):  # a wider one has been tried as a rectangle before
         state = _as_rectangle(
             c, start, n, m, scale, schedule, v, least, seconds, columns, row_of, col_of, stack, top, counts
         )
