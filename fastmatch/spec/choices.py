@@ -54,12 +54,21 @@ class Choice:
     value: Value
 
 
+def _is_same(one: Value, other: Value) -> bool:
+    """Whether two numbers, or two lists of them, are equal. Truth values say nothing: two questions have one answer often."""
+    if type(one) is not type(other) or isinstance(one, bool):
+        return False
+    return np.array_equal(one, other) if isinstance(one, np.ndarray) else one == other
+
+
 def others(value: Value) -> list[Value]:
     """Return what else could have been given: for each kind of value as many, in one order."""
     if isinstance(value, bool):
         return [not value]
-    if isinstance(value, int):
-        return [value - 1, value + 1]
+    if isinstance(
+        value, int
+    ):  # near, and so far below and above that a part of the number is another too: ``h[:, : n // 4]``
+        return [value - 1, value + 1, value // 4, 2 * value + 8]
     if isinstance(value, float):
         far = FAR * (abs(value) + 1)
         return [-far, far, value - 1, value + 1] if far < float("inf") else [0.0]
@@ -83,6 +92,7 @@ class Choices:
         self.operations = 0
         self._most = operations
         self._kept: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+        self._instead: list[tuple[Value, Value]] = []
 
     def before(self, record: Record, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Count an operation that is about to run; in a pass with other answers, keep what it overwrites of the state."""
@@ -97,14 +107,26 @@ class Choices:
                     self._kept.setdefault(storage_id(tensor), (memory, memory.clone()))
 
     def told(self, value: Value, module: str) -> Value:
-        """Return what Python is given for a value that was computed."""
-        value = self.forced.get(len(self.made), value)
-        self.made.append(Choice((module, *_line()), value))
-        return value
+        """Return what Python is given for a value that was computed.
 
-    def is_number(self) -> bool:
-        """Whether the other answer of this pass, its last, is a number or a list of them: an axis may be cut there."""
-        return bool(self.forced) and not isinstance(self.forced[max(self.forced)], bool)
+        A number that was told otherwise is told likewise where it is computed again: ``h.split([int(n), 8 - int(n)])``.
+        """
+        likewise = next((told for computed, told in self._instead if _is_same(computed, value)), value)
+        told = self.forced.get(len(self.made), likewise)
+        if self.forced and told is not likewise and not _is_same(told, value):
+            self._instead.insert(0, (value, told))
+        self.made.append(Choice((module, *_line()), told))
+        return told
+
+    def may_count(self) -> bool:
+        """Whether the other answer of this pass, its last, may have changed a number, and an axis be cut there.
+
+        A truth value may if it is asked for again, as in ``while n > k``.
+        """
+        if not self.forced or len(self.made) <= max(self.forced):
+            return False
+        last = self.made[max(self.forced)]
+        return not isinstance(last.value, bool) or sum(choice.place == last.place for choice in self.made) > 1
 
     def restore(self) -> None:
         """Give parameters and buffers the values that they had before the pass."""

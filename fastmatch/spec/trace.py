@@ -293,12 +293,13 @@ def _trace(
         _pin_returned(record, returned)
 
     def passed_otherwise(args: tuple[Any, ...], keywords: dict[str, Any], choices: Choices) -> None:
-        uncut = record.uncut() if choices.is_number() else []
+        uncut = record.uncut()
         try:
             # What a model keeps of a pass with other answers is thrown away.
             passed(args, keywords, choices, structure_of(model))
         finally:
-            record.mark_cut_elsewhere(uncut)
+            if choices.may_count():
+                record.mark_cut_elsewhere(uncut)
 
     with untouched(model):
         for args, keywords in examples:

@@ -63,6 +63,18 @@ def count(s: Net, x: torch.Tensor) -> int:
     return int((s.a(x).sum(0) > 0).sum())
 
 
+def count_by_loop(s: Net, x: torch.Tensor) -> int:
+    found, number = (s.a(x).sum(0) > 0).sum(), 0
+    while found > number:
+        number += 1
+    return number
+
+
+def split_at(s: Net, x: torch.Tensor) -> torch.Tensor:
+    first, second = s.a(x).split([count(s, x), 8 - count(s, x)], 1)
+    return s.c(torch.cat([2 * first, second], 1))
+
+
 def steps(at: int) -> torch.Tensor:
     return torch.cat([2 * torch.ones(at), torch.ones(8 - at)])
 
@@ -82,6 +94,11 @@ PINNED: dict[str, Body] = {
     "equal signs sorted": lambda s, x: s.b(s.a(x)).gather(1, s.a(x).sign().sort(1)[1])[:, :2].sum(1),
     "a copy next to itself ranked": lambda s, x: s.a(x).repeat(1, 2).argmax(1)[:, None] + s.c(s.a(x)),
     "a cut where a count says": lambda s, x: s.c(halves(s.a(x), count(s, x))),
+    "a cut where a loop's count says": lambda s, x: s.c(halves(s.a(x), count_by_loop(s, x))),
+    "a cut where half a count says": lambda s, x: s.c(halves(s.a(x), count(s, x) // 2)),
+    "a cut where a quarter of a count says": lambda s, x: s.c(halves(s.a(x), count(s, x) // 4)),
+    "a cut where a count says, if it is small": lambda s, x: s.c(halves(s.a(x), min(count(s, x), 4))),
+    "parts as long as a count says": split_at,
     "weights cut where a count says": lambda s, x: F.linear(s.a(x)[:, : count(s, x)], s.c.weight[:, : count(s, x)]),
     "a sum cut where a count says": lambda s, x: s.c(
         halves(s.a(x) + torch.zeros(len(x), 8).to(x), count(s, x))
@@ -168,7 +185,7 @@ def test_what_depends_on_the_order_of_units_holds_them(name):
 
 @pytest.mark.parametrize("selected", [0, 1, 2, 7, 8])
 @pytest.mark.parametrize(
-    "name", [name for name in PINNED if "a mask selects" in name or "a count says" in name]
+    "name", [name for name in PINNED if "a mask selects" in name or "count says" in name]
 )
 def test_a_count_of_units_holds_them_however_many_the_example_shows(name, selected):
     torch.manual_seed(fresh_seed())
