@@ -15,7 +15,7 @@ from fastmatch.assignment.sharded_cost import ShardedCost
 from fastmatch.assignment.small_dense import SmallDense
 from fastmatch.assignment.solution import Assignment
 from fastmatch.assignment.solve import linear_sum_assignment, select_solver, solve
-from fastmatch_kernels.lap.state import SmallSchedule
+from fastmatch_kernels.lap.schedule import SmallSchedule
 
 __all__ = [
     "Assignment",

@@ -12,7 +12,7 @@ from fastmatch.assignment.integers import is_wide
 from fastmatch.assignment.reading import as_array, as_real, for_kernels
 from fastmatch.assignment.solve import linear_sum_assignment, solve
 from fastmatch_kernels._numba.parallel import over_blocks
-from fastmatch_kernels.lap.state import DOUBTFUL, SOLVED, TOO_LARGE, WRONG, SmallSchedule
+from fastmatch_kernels.lap.state import DOUBTFUL, SOLVED, TOO_LARGE, WRONG
 
 __all__ = ["solve_batched"]
 
@@ -68,7 +68,6 @@ def _together(stack: np.ndarray, maximize: bool) -> np.ndarray:
     transposed = rows > columns
     given = for_kernels(np.ascontiguousarray(stack.transpose(0, 2, 1) if transposed else stack))
     n, m = given.shape[1:]
-    schedule = tuple(SmallSchedule())
     prepared(
         f"the kernels for stacks of {given.dtype}",
         ("stack", given.dtype.char),
@@ -77,7 +76,6 @@ def _together(stack: np.ndarray, maximize: bool) -> np.ndarray:
             2,
             2,
             1.0,
-            schedule,
             0,
             1,
             np.zeros((1, 2), np.int64),
@@ -91,7 +89,7 @@ def _together(stack: np.ndarray, maximize: bool) -> np.ndarray:
         sign = -1.0 if maximize else 1.0
         over_blocks(
             [*range(0, batch, step), batch],
-            lambda lo, hi: solve_stack(flat, n, m, sign, schedule, lo, hi, out, bad),
+            lambda lo, hi: solve_stack(flat, n, m, sign, lo, hi, out, bad),
         )
     for k in np.flatnonzero(np.isin(bad, (TOO_LARGE, DOUBTFUL))):
         out[k] = linear_sum_assignment(given[k], maximize)[1]

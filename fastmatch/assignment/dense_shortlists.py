@@ -22,17 +22,18 @@ from fastmatch.assignment.problem import (
 from fastmatch.assignment.reading import for_kernels
 from fastmatch.assignment.schedule import DenseSchedule
 from fastmatch_kernels._numba.parallel import over_rows
+from fastmatch_kernels.lap.schedule import CROWDED_FROM
 from fastmatch_kernels.lap.state import (
     ACCEPTED,
     BIDS,
     CAPACITY,
-    CROWDED_FROM,
     CROWDED_SHARE,
     FEW_PATHS,
     FEW_ROWS,
     GROWING,
     GROWN,
     HUGE,
+    KEPT,
     POPS,
     READS,
     SEARCHES,
@@ -40,6 +41,8 @@ from fastmatch_kernels.lap.state import (
     TURNS,
     VECTOR,
     WORST_SHARE,
+    Costs,
+    State,
     is_nearly_square,
     matrix_lists,
     new_paths,
@@ -126,19 +129,22 @@ class _DensePhases(Phases):
             self.limit = self.n * (self.n // WORST_SHARE)
         self.warm = start is not None
         # Kernels load whole vectors of duals.
-        self.duals = np.zeros(-(-self.m // VECTOR) * VECTOR)
-        self.v = self.duals[: self.m]
+        duals = np.zeros(-(-self.m // VECTOR) * VECTOR)
+        self.v = duals[: self.m]
         if start is not None:
             self.v[:] = start
-        self.least, self.seconds, self.columns = (
-            np.empty(self.n),
-            np.empty(self.n),
-            np.empty(self.n, np.int64),
-        )
+        least, seconds = np.empty(self.n), np.empty(self.n)
+        columns, stack = np.empty(self.n, np.int64), np.empty(self.n, np.int64)
+        self.state = State(duals, self.row_of, self.col_of, least, seconds, columns, stack, self.counts)
         self.factor = 1.0  # of the costs, so that their sums stay in float64
         self.by_rows = False  # whether bids read whole rows and not lists
         self.made = self.read_again = 0  # bids over lists, and the lists that were read for them
         self.distinct = False  # whether most rows have a single best column
+
+    @property
+    def costs(self) -> Costs:
+        """The costs, as kernels over whole rows take them."""
+        return Costs(self.flat, 0, self.n, self.m, self.sign)
 
     def run(self) -> None:
         """Solve the problem."""
@@ -156,7 +162,7 @@ class _DensePhases(Phases):
         """Begin a problem of more columns than rows from zeros, as a square one or as it is."""
         self.as_square = as_square
         self.drop()
-        self.duals.fill(0.0)
+        self.state.v.fill(0.0)
         self.read_all(whole=True)
         self.match_surveyed()
 
@@ -180,7 +186,7 @@ class _DensePhases(Phases):
                 raise TooLarge
             if self.factor > 1.0:
                 self.sign, self.warm = scale, False
-                self.duals.fill(0.0)
+                self.state.v.fill(0.0)
             self.read_all(whole=True)
         self.match_surveyed()
 
@@ -188,10 +194,7 @@ class _DensePhases(Phases):
         """Match rows to a free column among their best, as the survey has found them."""
         from fastmatch_kernels.lap.match import match_surveyed
 
-        match_surveyed(
-            self.flat, 0, self.sign, self.m, self.duals, 0, self.n, self.least, self.seconds, self.columns,
-            self.row_of, self.col_of,
-        )  # fmt: skip
+        match_surveyed(self.costs, self.state, 0, self.n)
         self.list_best()
 
     def narrow(self) -> None:
@@ -214,11 +217,7 @@ class _DensePhases(Phases):
         sizes: list[float] = []
 
         def read(lo: int, hi: int) -> None:
-            sizes.append(
-                survey(
-                    self.flat, 0, self.sign, self.m, self.duals, lo, hi, self.least, self.seconds, self.columns
-                )
-            )  # fmt: skip
+            sizes.append(survey(self.costs, self.state, lo, hi))
 
         few = min(self.n, FEW_ROWS)
         read(0, few)
@@ -231,11 +230,11 @@ class _DensePhases(Phases):
         """Begin the lists with what the survey has found: each row's best column, and a bound on the others."""
         lists = self.lists
         lists.costs.fill(np.inf)
-        lists.bound[:] = self.seconds
-        lists.cols[::CAPACITY] = self.columns
+        lists.bound[:] = self.state.seconds
+        lists.cols[::CAPACITY] = self.state.columns
         rows = np.arange(self.n)
         lists.costs[::CAPACITY] = (
-            self.sign * self.matrix[rows, self.columns] if self.duals.any() else self.least
+            self.sign * self.matrix[rows, self.state.columns] if self.state.v.any() else self.state.least
         )
         self.note_costs()
 
@@ -245,35 +244,30 @@ class _DensePhases(Phases):
 
         note_costs(self.matrix, self.sign, self.col_of, self.matching.cost_of)
 
-    def better_duals(self) -> tuple[int, tuple[np.ndarray, ...]]:
+    def better_duals(self) -> tuple[int, np.ndarray]:
         """Look for other first duals.
 
         Returns:
-            The rows that they leave free (n + 1 if none are better), and (duals, row_of, col_of, least, seconds, columns).
+            The rows that they leave free (n + 1 if none are better), and what was found from them, as kernels keep it.
         """
         from fastmatch_kernels.lap.duals import better_duals
 
         plan = self.schedule
         numbers = (plan.better_minima, plan.better_centres, plan.tail)
-        found = (
-            np.zeros_like(self.duals), np.empty(self.m, np.int64), np.empty(self.n, np.int64),
-            np.empty(self.n), np.empty(self.n), np.empty(self.n, np.int64),
-        )  # fmt: skip
-        free = better_duals(
-            self.flat, 0, self.sign, self.n, self.m, self.col_of, numbers, *found, self.counts
-        )
-        return int(free), found
+        found = np.empty(KEPT * self.m + len(self.state.v))
+        return int(better_duals(self.costs, self.state, numbers, found, 0)), found
 
-    def begin_at(self, duals: tuple[np.ndarray, ...]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Begin again from other duals, the matching from them and what they tell of the rows.
+    def begin_at(self, found: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Begin again from what was found from other duals.
 
         Returns:
             The arrays that this changes, each with what it held.
         """
-        held = [*self.held(), *((x, x.copy()) for x in (self.least, self.seconds, self.columns))]
-        own = (self.duals, self.row_of, self.col_of, self.least, self.seconds, self.columns)
-        for x, new in zip(own, duals, strict=True):
-            x[:] = new
+        from fastmatch_kernels.lap.kept import take
+
+        state = self.state
+        held = [*self.held(), *((x, x.copy()) for x in (state.least, state.seconds, state.columns))]
+        take(found, 0, state)
         self.list_best()
         return held
 
@@ -283,7 +277,7 @@ class _DensePhases(Phases):
         if self.warm or self.free() <= plan.auction_above * self.n:
             return False
         # A copy of a row's best column ties with it; equal rows want the same column.
-        if (self.seconds == self.least).mean() > 0.5 and self.solve_equal_columns():
+        if (self.state.seconds == self.state.least).mean() > 0.5 and self.solve_equal_columns():
             return True
         return self.as_square and self.free() > plan.crowded_above * self.n and self.solve_equal_rows()
 
@@ -332,7 +326,7 @@ class _DensePhases(Phases):
             matched: where the column of each row goes.
         """
         from fastmatch_kernels.lap.copies import fill_columns
-        from fastmatch_kernels.lap.paths import shuffle
+        from fastmatch_kernels.lap.order import shuffle
 
         n, (_, group, room) = len(matched), copies
         order, duals, found = np.arange(n), np.zeros(len(room)), np.full(n, -1, np.int64)
@@ -357,14 +351,14 @@ class _DensePhases(Phases):
             False if paths are so long that a problem of more columns than rows is better solved as a square one.
         """
         plan = self.schedule
-        others: tuple[np.ndarray, ...] | None = None
+        others: np.ndarray | None = None
         zeros: list[tuple[np.ndarray, np.ndarray]] | None = None
         expected = 0.0
         crowded = plan.crowded_above * self.n
         if not self.warm and self.free() > crowded:
             self.reduce_surveyed()
         if self.as_square and not self.warm and self.free() > crowded:
-            tied = (self.least == self.seconds).mean() > 0.5
+            tied = (self.state.least == self.state.seconds).mean() > 0.5
             scans = plan.short_tied_scans if tied else plan.short_scans
             expected = self.augment_by_rows(scans * self.n, 1 / 16)
             if expected == 0.0:
@@ -407,9 +401,7 @@ class _DensePhases(Phases):
         from fastmatch_kernels.lap.paths import paths
 
         rows, before = self.by_least()[:GROWN], int(self.counts[POPS])
-        at = paths(
-            self.flat, self.m, self.sign, self.v, self.row_of, self.col_of, rows, 0, np.inf, self.counts
-        )  # fmt: skip
+        at = paths(self.costs, self.state, rows, 0, np.inf)
         if at < 0:
             raise self.infeasible(-1 - at)
         scanned = int(self.counts[POPS]) - before
@@ -480,7 +472,7 @@ class _DensePhases(Phases):
         """
         from fastmatch_kernels.lap.duals import typical_gap
 
-        eps = float(self.schedule.short_eps * typical_gap(self.least, self.seconds))
+        eps = float(self.schedule.short_eps * typical_gap(self.state.least, self.state.seconds))
         self.distinct = 0.0 < eps < np.inf
         return eps
 
@@ -515,9 +507,7 @@ class _DensePhases(Phases):
 
         if self.n == self.m:
             return True
-        level = level_columns(
-            self.flat, 0, self.m, self.sign, self.duals, self.row_of, self.col_of, self.limit, self.counts
-        )  # fmt: skip
+        level = level_columns(self.costs, self.state, self.limit)
         self.note_costs()
         return bool(level < np.inf)
 
@@ -525,12 +515,9 @@ class _DensePhases(Phases):
         """Run row reduction by what the survey has found, if that matches half of the free rows."""
         from fastmatch_kernels.lap.match import reduce_surveyed
 
-        stack, rows = np.empty(self.n, np.int64), self.free_rows()
-        stack[: len(rows)] = rows[::-1]
-        reduce_surveyed(
-            self.flat, 0, self.sign, self.m, self.duals, self.seconds, self.columns, self.row_of, self.col_of, stack,
-            len(rows),
-        )  # fmt: skip
+        rows = self.free_rows()
+        self.state.stack[: len(rows)] = rows[::-1]
+        reduce_surveyed(self.costs, self.state, len(rows))
         self.note_costs()
 
     def reduce(self) -> None:
@@ -553,22 +540,18 @@ class _DensePhases(Phases):
 
         In a rectangle most rows soon find a free column, and their lists would not be used again.
         """
-        from fastmatch_kernels.lap.small import bid_rows
+        from fastmatch_kernels.lap.bids import bid_rows
 
         plan = self.schedule
         self.short_eps()
         self.by_rows = True
-        stack = np.empty(self.n, np.int64)
         rows = self.free_rows()
         settled, made = len(rows), 0
         step = max(1, min(self.n // SLICES + 1, SCANNED // self.m))
         while settled * plan.dear_bids > made:
             before = len(rows), int(self.counts[BIDS])
-            stack[: len(rows)] = rows[::-1]
-            bid_rows(
-                self.flat, self.sign, self.m, self.duals, self.seconds, self.columns, self.row_of, self.col_of, stack,
-                len(rows), 0.0, step, self.counts,
-            )  # fmt: skip
+            self.state.stack[: len(rows)] = rows[::-1]
+            bid_rows(self.costs, self.state, len(rows), 0.0, step)
             rows = self.free_rows()
             settled, made = before[0] - len(rows), int(self.counts[BIDS]) - before[1]
         self.list_best()
@@ -583,19 +566,16 @@ class _DensePhases(Phases):
     ) -> np.ndarray:
         """Run the auction among ``rows``, over whole rows once lists have to be read too often: see :meth:`Phases.bid`."""
         from fastmatch_kernels.lap.auction import auction
-        from fastmatch_kernels.lap.small import bid_rows
+        from fastmatch_kernels.lap.bids import bid_rows
 
-        plan = self.schedule
-        stack = np.zeros(self.n, np.int64)
+        plan, stack = self.schedule, self.state.stack
+        aside = self.state._replace(seconds=np.empty(self.n), columns=np.empty(self.n, np.int64))
         top = len(rows)
         stack[:top] = rows[::-1]
         while top > enough and bids > 0:
             part = min(bids, SLICE, at_once, 2 * self.n)
             if self.by_rows:
-                top = bid_rows(
-                    self.flat, self.sign, self.m, self.duals, np.empty(self.n), np.empty(self.n, np.int64), self.row_of,
-                    self.col_of, stack, top, eps, part, self.counts,
-                )  # fmt: skip
+                top = bid_rows(self.costs, aside, top, eps, part)
             else:
                 before = self.counts.copy()
                 top, _ = auction(
@@ -652,7 +632,7 @@ class _DensePhases(Phases):
         """Lower duals so that most matches become their row's best."""
         from fastmatch_kernels.lap.refine import refine
 
-        refine(self.flat, self.m, self.sign, self.duals, *self.arrays, self.counts)
+        refine(self.flat, self.m, self.sign, self.state.v, *self.arrays, self.counts)
 
     def held(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return the arrays that an auction changes, each with a copy."""
@@ -711,12 +691,12 @@ class _DensePhases(Phases):
 
     def by_least(self) -> np.ndarray:
         """Return the free rows in the order of their least cost at first if that shortens paths: see :func:`sort_by`."""
-        from fastmatch_kernels.lap.paths import shuffle, sort_by
+        from fastmatch_kernels.lap.order import shuffle, sort_by
 
         rows = self.free_rows()
         shuffle(rows, len(rows))
         if not self.as_square:
-            sort_by(rows, FEW_PATHS, len(rows), self.least)
+            sort_by(rows, FEW_PATHS, len(rows), self.state.least)
         return rows
 
     def augment_by_lists(self, most: float) -> bool:
@@ -767,18 +747,7 @@ class _DensePhases(Phases):
         while at < len(order):
             before, start, used = int(self.counts[POPS] + self.counts[SEARCHES]), at, 0
             while at < len(order) and (used < step or at - start < FEW_PATHS):
-                at = paths(
-                    self.flat,
-                    self.m,
-                    self.sign,
-                    self.v,
-                    self.row_of,
-                    self.col_of,
-                    order,
-                    at,
-                    step,
-                    self.counts,
-                )
+                at = paths(self.costs, self.state, order, at, step)
                 if at < 0:
                     raise self.infeasible(-1 - at)
                 used = int(self.counts[POPS] + self.counts[SEARCHES]) - before

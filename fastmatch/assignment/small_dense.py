@@ -18,9 +18,9 @@ from fastmatch.assignment.problem import (
 )
 from fastmatch.assignment.reading import for_kernels
 from fastmatch.assignment.schedule import check_fields
+from fastmatch_kernels.lap.schedule import CROWDED_FROM, SmallSchedule
 from fastmatch_kernels.lap.state import (
     CROWDED,
-    CROWDED_FROM,
     DOUBTFUL,
     INFEASIBLE,
     LAST,
@@ -34,7 +34,6 @@ from fastmatch_kernels.lap.state import (
     WARM,
     WIDE,
     ZEROS,
-    SmallSchedule,
     is_nearly_square,
     room_for,
 )
@@ -214,11 +213,10 @@ class SmallDense:
                 v[:m] = duals
             state = solve_one(
                 costs.reshape(-1),
-                0,
                 n,
                 m,
                 problem.sign,
-                tuple(self.schedule),
+                self.schedule,
                 duals is not None,
                 self.hands_over,
                 v,

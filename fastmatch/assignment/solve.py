@@ -26,7 +26,7 @@ from fastmatch.assignment.problem import LapProblem, LapSolution, Solver, TooLar
 from fastmatch.assignment.reading import EXACT, MANY, as_array, as_real
 from fastmatch.assignment.small_dense import SmallDense, solve_small
 from fastmatch.assignment.solution import Assignment
-from fastmatch_kernels.lap.state import DOUBTFUL, HUGE, LONG, SOLVED, VECTOR
+from fastmatch_kernels.lap.state import DOUBTFUL, HUGE, LONG, SOLVED, VECTOR, Costs
 
 __all__ = ["linear_sum_assignment", "select_solver", "solve"]
 
@@ -408,7 +408,7 @@ def _closed(
     duals[:m] = v
     level = np.inf if n == m else 0.0
     flat = np.ascontiguousarray(matrix).reshape(-1)
-    _, gap, gap_bound = prove(flat, 0, n, m, sign, duals, level, u, col_of)
+    _, gap, gap_bound = prove(Costs(flat, 0, n, m, sign), duals, u, col_of, level)
     return gap, gap_bound, u, duals[:m]
 
 

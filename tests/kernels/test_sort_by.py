@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastmatch_kernels.lap.paths import sort_by
+from fastmatch_kernels.lap.order import sort_by
 from helpers.networks import fresh_seed
 
 

@@ -78,7 +78,7 @@ def rows_equal(c, m, copies, like):  # pragma: no cover - compiled
     return True
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@njit(nogil=True, cache=True, forceinline=True, borrows=True)
 def _leave(i, g, head, following, before):  # pragma: no cover - compiled
     """Take row i off the list of column g's rows."""
     p, q = before[i], following[i]
@@ -90,7 +90,7 @@ def _leave(i, g, head, following, before):  # pragma: no cover - compiled
         before[q] = p
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@njit(nogil=True, cache=True, forceinline=True, borrows=True)
 def _join(i, g, head, following, before):  # pragma: no cover - compiled
     """Put row i on the list of column g's rows."""
     before[i] = -1

@@ -6,10 +6,10 @@ import numpy as np
 
 from fastmatch_kernels._numba.cache import njit
 from fastmatch_kernels._numba.simd import WIDTH, add, difference, load, maximum, minimum, splat, store
-from fastmatch_kernels.lap.copying import copy_to
+from fastmatch_kernels.lap.kept import keep
 from fastmatch_kernels.lap.match import match_surveyed, survey
 from fastmatch_kernels.lap.paths import row_vector
-from fastmatch_kernels.lap.state import READS
+from fastmatch_kernels.lap.state import READS, State
 
 __all__ = ["better_duals", "typical_gap"]
 
@@ -17,7 +17,7 @@ HALVINGS = 24
 """Halvings of the range of duals in which a few of the largest are separated from the others."""
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@njit(nogil=True, cache=True, forceinline=True, borrows=True)
 def _sorted_three(a, b, c):  # pragma: no cover - compiled
     """Return three vectors sorted in each lane."""
     a, b = minimum(a, b), maximum(a, b)
@@ -25,9 +25,10 @@ def _sorted_three(a, b, c):  # pragma: no cover - compiled
     return low, minimum(b, c), maximum(b, c)
 
 
-@njit(nogil=True, cache=True, inner=True)
-def _column_centres(c, start, n, m, sign, v):  # pragma: no cover - compiled
+@njit(nogil=True, cache=True, inner=True, borrows=True)
+def _column_centres(costs, v):  # pragma: no cover - compiled
     """Write the medians of nine rows' costs, by column; 0 if that is not finite. ``v`` has whole vectors of columns."""
+    c, start, n, m, sign = costs
     step = n // 9
     signs, zero = splat(sign), splat(0.0)
     step *= m
@@ -58,9 +59,10 @@ def _column_centres(c, start, n, m, sign, v):  # pragma: no cover - compiled
             v[j] = 0.0
 
 
-@njit(nogil=True, cache=True, inner=True)
-def _minima_and_means(c, start, n, m, sign, least, mean):  # pragma: no cover - compiled
+@njit(nogil=True, cache=True, inner=True, borrows=True)
+def _minima_and_means(costs, least, mean):  # pragma: no cover - compiled
     """Write the least and the mean cost of every column; 0 if that is not finite. Both have whole vectors of columns."""
+    c, start, n, m, sign = costs
     signs, zero, fill = splat(sign), splat(0.0), sign * np.inf
     least[:] = np.inf
     mean[:] = 0.0
@@ -86,7 +88,7 @@ def _minima_and_means(c, start, n, m, sign, least, mean):  # pragma: no cover - 
             mean[j] = 0.0
 
 
-@njit(nogil=True, cache=True, inner=True)
+@njit(nogil=True, cache=True, inner=True, borrows=True)
 def _sort(sample):  # pragma: no cover - compiled
     """Sort a few numbers in place; numba's sort takes half a second to compile."""
     for e in range(1, sample.shape[0]):
@@ -115,7 +117,7 @@ def _lower_tail(v, m):  # pragma: no cover - compiled
     return np.inf if middle > 0.0 else 0.0
 
 
-@njit(nogil=True, cache=True, inner=True)
+@njit(nogil=True, cache=True, inner=True, borrows=True)
 def _cut_off(v, m, spare):  # pragma: no cover - compiled
     """Cut v[:m] off so that at least ``spare`` columns have the largest dual, as columns that no row takes must."""
     low, high = np.inf, -np.inf
@@ -157,10 +159,8 @@ def typical_gap(least, seconds):  # pragma: no cover - compiled
 
 
 @njit(nogil=True, cache=True)
-def better_duals(
-    c, start, sign, n, m, col_of, numbers, v, row_of2, col_of2, least, seconds, columns, counts
-):  # pragma: no cover
-    """Look for first duals with which clearly more rows find a column than in the matching ``col_of`` from zeros.
+def better_duals(costs, state, numbers, room, at):  # pragma: no cover - compiled
+    """Look for first duals with which clearly more rows find a column than in the matching from zeros.
 
     The columns' minima, their means and their centres are tried: all suit columns that differ by constants. A quarter of
     the rows is asked first. Minima are exact where columns differ by constants alone, and the others are better only if they
@@ -168,28 +168,27 @@ def better_duals(
     because a free column whose dual is far too low forces all others down.
 
     Args:
-        c, start, sign, n, m: the costs, as in ``small``.
-        col_of: (n,) the matching from zeros.
+        costs: the problem.
+        state: the matching from zeros; only its counts are written.
         numbers: (better_minima, better_centres, tail), as in ``SmallSchedule``.
-        v, row_of2, col_of2, least, seconds, columns: the duals that are found, the matching from them, and what
-            :func:`fastmatch_kernels.lap.match.survey` tells of the rows.
-        counts: as in ``state``, added to.
+        room: where the duals that are found go, with the matching from them, as :func:`keep` writes it from ``room[at]`` on.
 
     Returns:
         The free rows of that matching, or n + 1 if no duals are better.
     """
     better_minima, better_centres, tail = numbers
+    n, m, width, counts = costs.n, costs.m, state.v.shape[0], state.counts
     some = n // 4
     quarter, whole = 0, 0
     for i in range(n):
-        whole += col_of[i] < 0
-        quarter += col_of[i] < 0 and i < some
+        whole += state.col_of[i] < 0
+        quarter += state.col_of[i] < 0 and i < some
     fewest, found = whole, n + 1
-    minima, means, centres = np.empty(v.shape[0]), np.empty(v.shape[0]), np.empty(v.shape[0])
+    minima, means, centres = np.empty(width), np.empty(width), np.empty(width)
     row_of, col_of = np.empty(m, np.int64), np.empty(n, np.int64)
-    least_of, second_of, column_of = np.empty(n), np.empty(n), np.empty(n, np.int64)
-    _minima_and_means(c, start, n, m, sign, minima, means)
-    _column_centres(c, start, n, m, sign, centres)
+    least, seconds, columns = np.empty(n), np.empty(n), np.empty(n, np.int64)
+    _minima_and_means(costs, minima, means)
+    _column_centres(costs, centres)
     counts[READS] += n
     for kind in range(3):
         duals = minima if kind == 0 else (means if kind == 1 else centres)
@@ -198,18 +197,17 @@ def better_duals(
             _cut_off(duals, m, m - n)
         row_of[:] = -1
         col_of[:] = -1
-        survey(c, start, sign, m, duals, np.int64(0), some, least_of, second_of, column_of)
-        match_surveyed(
-            c, start, sign, m, duals, np.int64(0), some, least_of, second_of, column_of, row_of, col_of
-        )
+        tried = State(duals, row_of, col_of, least, seconds, columns, state.stack, counts)
+        survey(costs, tried, np.int64(0), some)
+        match_surveyed(costs, tried, np.int64(0), some)
         counts[READS] += some
         free = 0
         for i in range(some):
             free += col_of[i] < 0
         if free > share * quarter:
             continue
-        survey(c, start, sign, m, duals, some, n, least_of, second_of, column_of)
-        match_surveyed(c, start, sign, m, duals, some, n, least_of, second_of, column_of, row_of, col_of)
+        survey(costs, tried, some, n)
+        match_surveyed(costs, tried, some, n)
         counts[READS] += n - some
         for i in range(some, n):
             free += col_of[i] < 0
@@ -219,12 +217,7 @@ def better_duals(
             continue
         fewest = free - free // 4 if kind == 0 else free
         found = free
-        copy_to(v, duals)
-        copy_to(row_of2, row_of)
-        copy_to(col_of2, col_of)
-        copy_to(least, least_of)
-        copy_to(seconds, second_of)
-        copy_to(columns, column_of)
+        keep(room, at, tried)
         if free == 0:
             break
     return found

@@ -7,7 +7,7 @@ from fastmatch_kernels._numba.cache import njit
 __all__ = ["pop", "sift_up"]
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@njit(nogil=True, cache=True, forceinline=True, borrows=True)
 def sift_up(heap, where, key, at):  # pragma: no cover - compiled
     """Move the item at place ``at`` up until its parent's key is no larger."""
     item = heap[at]

@@ -29,7 +29,7 @@ from fastmatch_kernels.lap.state import FREE
 __all__ = ["best_two", "flat_lists", "keep_tight", "note_costs", "row_duals"]
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@njit(nogil=True, cache=True, forceinline=True, borrows=True)
 def best_two(C, v, start, length, cols, costs, i):  # pragma: no cover - compiled
     """Return (least c - v in row i's list, its first place in the pool, second least).
 
@@ -41,7 +41,7 @@ def best_two(C, v, start, length, cols, costs, i):  # pragma: no cover - compile
     return _best_two_of_three(v, cols, costs, at)
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@njit(nogil=True, cache=True, forceinline=True, borrows=True)
 def _best_two_of_three(v, cols, costs, at):  # pragma: no cover - compiled
     """Return :func:`best_two` of a list of three vectors.
 
@@ -64,7 +64,7 @@ def _best_two_of_three(v, cols, costs, at):  # pragma: no cover - compiled
     return lowest, at + ctz(holders), reduce_minimum(replace_at_most(first, limit, second))
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@njit(nogil=True, cache=True, forceinline=True, borrows=True)
 def _best_two_of_many(v, cols, costs, begin, length):  # pragma: no cover - compiled
     """Return :func:`best_two` of a list of any number of vectors."""
     one, none = splat(1.0), splat(np.inf)

@@ -22,7 +22,7 @@ from fastmatch_kernels._numba.simd import (
     splat,
     sum_lanes,
 )
-from fastmatch_kernels.lap.copying import copy_to
+from fastmatch_kernels.lap.kept import keep, room_to_keep, take
 from fastmatch_kernels.lap.paths import row_vector
 from fastmatch_kernels.lap.state import LARGEST
 
@@ -37,7 +37,7 @@ SETS = 4 * WIDTH
 among these minima and the rest of the set that holds the least, so no column number has to travel with a value."""
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@njit(nogil=True, cache=True, forceinline=True, borrows=True)
 def _minima(c, at, sign, m, v, plain, measured):  # pragma: no cover - compiled
     """Return the least c - v of the SETS sets of columns of the row at ``at``, and sums of unscaled sizes if ``measured``.
 
@@ -76,7 +76,7 @@ def _minima(c, at, sign, m, v, plain, measured):  # pragma: no cover - compiled
     return a, b, d, e, add(one, two)
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@njit(nogil=True, cache=True, forceinline=True, borrows=True)
 def _least_two(c, at, sign, m, v, a, b, d, e):  # pragma: no cover - compiled
     """Return (least c - v, its column, second least, its column if the two are equal) of a row, from its sets' minima."""
     lowest = reduce_minimum(minimum(minimum(a, b), minimum(d, e)))
@@ -104,7 +104,7 @@ def _least_two(c, at, sign, m, v, a, b, d, e):  # pragma: no cover - compiled
     return lowest, column, lowest, column
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@njit(nogil=True, cache=True, forceinline=True, borrows=True)
 def two_least(c, at, sign, m, v):  # pragma: no cover - compiled
     """Return (least c - v, its column, second least, its column if the two are equal) of the row at ``at``."""
     a, b, d, e, _ = _minima(c, at, sign, m, v, False, False)
@@ -128,9 +128,10 @@ MISSES = 16
 """Rows that look for a tied free column in vain, beyond those that find one, before no row looks for one any more."""
 
 
-@njit(nogil=True, cache=True, inner=True)
-def free_rows(col_of, stack):  # pragma: no cover - compiled
-    """Put the free rows on ``stack``, the first on top; return their number."""
+@njit(nogil=True, cache=True, forceinline=True, borrows=True)
+def free_rows(state):  # pragma: no cover - compiled
+    """Put the free rows on the stack, the first on top; return their number."""
+    col_of, stack = state.col_of, state.stack
     top = 0
     for i in range(col_of.shape[0] - 1, -1, -1):
         stack[top] = i
@@ -138,7 +139,7 @@ def free_rows(col_of, stack):  # pragma: no cover - compiled
     return top
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@njit(nogil=True, cache=True, forceinline=True, borrows=True)
 def _sizes(c, at, scale, m):  # pragma: no cover - compiled
     """Return the sum of the sizes of a row's entries but forbidden ones."""
     scales, zero, top = splat(scale), splat(0.0), splat(LARGEST)
@@ -151,15 +152,15 @@ def _sizes(c, at, scale, m):  # pragma: no cover - compiled
     return total
 
 
-@njit(nogil=True, cache=True)
-def survey(c, start, scale, m, v, lo, hi, least, seconds, columns):  # pragma: no cover - compiled
+@njit(nogil=True, cache=True, borrows=True)
+def survey(costs, state, lo, hi):  # pragma: no cover - compiled
     """Read rows lo..hi once: their least c - v, its column, and the least one of the other columns.
-
-    Duals only fall. So ``seconds`` remains a bound on the other columns.
 
     Return the sum of the sizes of all entries but forbidden ones. It is finite only if there is no NaN and no infinity of the
     wrong sign.
     """
+    c, start, _, m, scale = costs
+    v, least, seconds, columns = state.v, state.least, state.seconds, state.columns
     total = 0.0
     plain = True
     for j in range(m):
@@ -176,11 +177,11 @@ def survey(c, start, scale, m, v, lo, hi, least, seconds, columns):  # pragma: n
     return total
 
 
-@njit(nogil=True, cache=True)
-def match_surveyed(
-    c, start, sign, m, v, lo, hi, least, seconds, columns, row_of, col_of
-):  # pragma: no cover - compiled
+@njit(nogil=True, cache=True, borrows=True)
+def match_surveyed(costs, state, lo, hi):  # pragma: no cover - compiled
     """Match rows lo..hi to a free column among their best, which :func:`survey` has found."""
+    c, start, _, m, sign = costs
+    v, row_of, col_of, least, seconds, columns, _, _ = state
     begin = 0  # all columns before it are taken
     for i in range(lo, hi):
         if not least[i] < np.inf:
@@ -196,15 +197,15 @@ def match_surveyed(
 
 
 @njit(nogil=True, cache=True)
-def reduce_surveyed(
-    c, start, sign, m, v, seconds, columns, row_of, col_of, stack, top
-):  # pragma: no cover - compiled
+def reduce_surveyed(costs, state, top):  # pragma: no cover - compiled
     """Run augmenting row reduction among the rows ``stack[:top]`` by what :func:`survey` has found; return what is left.
 
     A row takes its best column and lowers its dual until the bound on the others is reached. If it is reached already, the row
     takes a free column that reaches it too. So no row is read but for such a column. Nothing happens unless half of a
     few rows would find one, and all is undone unless half of the rows do.
     """
+    c, start, n, m, sign = costs
+    v, row_of, col_of, _, seconds, columns, stack, _ = state
     none = np.int64(-1)
     begin = 0
     while begin < m and row_of[begin] >= 0:
@@ -216,11 +217,8 @@ def reduce_surveyed(
             likely += _free_tie(c, start + i * m, sign, m, v, row_of, seconds[i], begin, none) >= 0
     if 2 * likely < few:
         return top
-    n = col_of.shape[0]
-    v_before, row_before, col_before = np.empty(v.shape[0]), np.empty(m, np.int64), np.empty(n, np.int64)
-    copy_to(v_before, v)
-    copy_to(row_before, row_of)
-    copy_to(col_before, col_of)
+    held = np.empty(room_to_keep(state))
+    keep(held, np.int64(0), state)
     before, hits, misses, bids = top, 0, 0, 0
     while top > 0 and bids < 2 * n and misses < hits + MISSES:
         top -= 1
@@ -248,10 +246,8 @@ def reduce_surveyed(
             col_of[old] = -1
             stack[top] = old
             top += 1
-    top = free_rows(col_of, stack)
+    top = free_rows(state)
     if 2 * top > before:
-        copy_to(v, v_before)
-        copy_to(row_of, row_before)
-        copy_to(col_of, col_before)
-        top = free_rows(col_of, stack)
+        take(held, np.int64(0), state)
+        top = free_rows(state)
     return top

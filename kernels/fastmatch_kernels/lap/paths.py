@@ -3,11 +3,13 @@
 A level is a distance. All columns at the present level are scanned before a larger distance is looked for, and a free
 column at that level ends the search at once. Equal entries therefore cost no search among themselves.
 
-The matrix is flat: row i's m entries begin at ``start + i * m``. Columns are searched in whole vectors; arrays over columns
-have ``width`` elements, the number of columns rounded up to whole vectors.
+Columns are searched in whole vectors; arrays over columns have ``width`` elements, the number of columns rounded up to whole
+vectors.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,7 +31,7 @@ from fastmatch_kernels._numba.simd import (
 )
 from fastmatch_kernels.lap.state import POPS, SEARCHES
 
-__all__ = ["level_columns", "new_search", "path", "paths", "row_vector", "shuffle", "sort_by"]
+__all__ = ["level_columns", "new_search", "path", "paths", "row_vector"]
 
 
 SHORT = 64
@@ -40,7 +42,18 @@ LINE, PAGE = 8, 512
 """float64 in a line and in a page of memory."""
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+class Search(NamedTuple):
+    """The workspace of :func:`path`. Between searches, ``w`` equals the duals, and -inf beyond the columns."""
+
+    w: np.ndarray  # (width,) float64: v, and -inf once a column is scanned
+    dist: np.ndarray  # (width,) float64: distance of a column, inf once it is scanned
+    final: np.ndarray  # (width,) float64: distances of the columns in the queue
+    came_from: np.ndarray  # (width,) float64: the row before a column on its path
+    queue: np.ndarray  # (width,) int64: columns to scan
+    taken: np.ndarray  # (width,) float64: 0 for free columns, else inf
+
+
+@njit(nogil=True, cache=True, forceinline=True, borrows=True)
 def row_vector(c, at, j, m, fill):  # pragma: no cover - compiled
     """Return entries j..j+7 of the row at ``at``, and ``fill`` beyond its m columns."""
     if j + WIDTH <= m:
@@ -49,11 +62,10 @@ def row_vector(c, at, j, m, fill):  # pragma: no cover - compiled
 
 
 @njit(nogil=True, cache=True, inner=True)
-def new_search(m, v, row_of):  # pragma: no cover - compiled
-    """Return the workspace of :func:`path`: (w, dist, final, came_from, queue, taken).
-
-    Between searches, ``w`` equals the duals ``v``, and -inf beyond the columns; ``taken`` is 0 for free columns, else inf.
-    """
+def new_search(state):  # pragma: no cover - compiled
+    """Return the workspace of :func:`path`."""
+    v, row_of = state.v, state.row_of
+    m = row_of.shape[0]
     width = (m + WIDTH - 1) // WIDTH * WIDTH
     # Vectors that begin within a line are read in two parts. Stores hold up reads from the same place in another page.
     stride = (width + PAGE - 1) // PAGE * PAGE + PAGE // 5 // LINE * LINE
@@ -65,10 +77,10 @@ def new_search(m, v, row_of):  # pragma: no cover - compiled
     for j in range(width):
         w[j] = v[j] if j < m else -np.inf
         taken[j] = 0.0 if j < m and row_of[j] < 0 else np.inf
-    return w, dist, final, came_from, queue, taken
+    return Search(w, dist, final, came_from, queue, taken)
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@njit(nogil=True, cache=True, forceinline=True, borrows=True)
 def _scan(c, at, sign, m, base, i, first, short, w, dist, came_from):  # pragma: no cover - compiled
     """Update all distances through row i; return the least distance and a column that has it.
 
@@ -96,7 +108,7 @@ def _scan(c, at, sign, m, base, i, first, short, w, dist, came_from):  # pragma:
     return low, j
 
 
-@njit(nogil=True, cache=True, inner=True)
+@njit(nogil=True, cache=True, inner=True, borrows=True)
 def _scan_zeros(m, i, first, w, dist, came_from):  # pragma: no cover - compiled
     """Do what :func:`_scan` does, for row i of zeros: after the first one, another brings no column nearer."""
     if first:
@@ -113,7 +125,7 @@ def _scan_zeros(m, i, first, w, dist, came_from):  # pragma: no cover - compiled
     return low, j
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@njit(nogil=True, cache=True, forceinline=True, borrows=True)
 def _enqueue(j, low, w, dist, final, queue, tail):  # pragma: no cover - compiled
     """Append column j, at distance ``low``, to the queue of columns to scan; return the queue's end."""
     queue[tail] = j
@@ -123,7 +135,7 @@ def _enqueue(j, low, w, dist, final, queue, tail):  # pragma: no cover - compile
     return tail + 1
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@njit(nogil=True, cache=True, forceinline=True, borrows=True)
 def _collect(m, low, taken, w, dist, final, queue, tail):  # pragma: no cover - compiled
     """Enqueue all columns at distance ``low``, up to a free one; return (a free one or -1, the queue's end)."""
     level = splat(low)
@@ -139,7 +151,7 @@ def _collect(m, low, taken, w, dist, final, queue, tail):  # pragma: no cover - 
     return -1, tail
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@njit(nogil=True, cache=True, forceinline=True, borrows=True)
 def _scan_level(
     c, at, sign, m, base, i, low, short, row_of, w, dist, came_from, final, queue, tail
 ):  # pragma: no cover
@@ -161,8 +173,8 @@ def _scan_level(
     return -1, tail
 
 
-@njit(nogil=True, cache=True, inner=True)
-def path(c, start, m, sign, v, row_of, col_of, source, search, tied, counts):  # pragma: no cover - compiled
+@njit(nogil=True, cache=True, inner=True, borrows=True)
+def path(costs, state, source, search, tied):  # pragma: no cover - compiled
     """Augment along a shortest path from row ``source``; return (whether there is one, whether distances tied).
 
     ``tied`` tells whether they did in the search before. If so, all columns at a new level are looked for at once; if not,
@@ -171,7 +183,8 @@ def path(c, start, m, sign, v, row_of, col_of, source, search, tied, counts):  #
     Row n, beyond the last one, is a row of zeros. Its paths come last: where they pass a column that another row of zeros has,
     they do not go on from that one.
     """
-    n = col_of.shape[0]
+    c, start, n, m, sign = costs
+    v, row_of, col_of, counts = state.v, state.row_of, state.col_of, state.counts
     w, dist, final, came_from, queue, taken = search
     head = tail = np.int64(0)  # numba would compile all callees once more for the literal 0
     i, base, level, goal = source, 0.0, -np.inf, -1
@@ -231,47 +244,13 @@ def path(c, start, m, sign, v, row_of, col_of, source, search, tied, counts):  #
 
 
 @njit(nogil=True, cache=True)
-def shuffle(items, count):  # pragma: no cover - compiled
-    """Put items[:count] in a fixed random order.
-
-    Rows that follow each other are often alike. In their own order, each one's path moves all earlier ones away again.
-    """
-    state = np.uint64(0x9E3779B97F4A7C15)
-    for e in range(count - 1, 0, -1):
-        state = state * np.uint64(6364136223846793005) + np.uint64(1442695040888963407)
-        k = np.int64((state >> np.uint64(33)) % np.uint64(e + 1))
-        items[e], items[k] = items[k], items[e]
-
-
-@njit(nogil=True, cache=True)
-def sort_by(items, begin, end, key):  # pragma: no cover - compiled
-    """Put items[begin:end] in the order of their keys, the least first (Shell 1959, with the gaps of Knuth).
-
-    Rows with the least costs go first along paths: units of large norm, or of high degree. Rows that come later are not worth their
-    columns, and do not move them. In a random order of such rows, paths scan a third more, and up to 20 times as much.
-    """
-    gap = 1
-    while 3 * gap + 1 < end - begin:
-        gap = 3 * gap + 1
-    while gap > 0:
-        for e in range(begin + gap, end):
-            item, at = items[e], e
-            x = key[item]
-            while at >= begin + gap and key[items[at - gap]] > x:
-                items[at] = items[at - gap]
-                at -= gap
-            items[at] = item
-        gap //= 3
-
-
-@njit(nogil=True, cache=True)
-def paths(c, m, sign, v, row_of, col_of, order, at, limit, counts):  # pragma: no cover - compiled
+def paths(costs, state, order, at, limit):  # pragma: no cover - compiled
     """Augment from the rows ``order[at:]`` until ``limit`` rows are scanned; return where to go on, -1 - i without a path."""
-    search = new_search(m, v, row_of)
+    search, counts = new_search(state), state.counts
     end = counts[POPS] + counts[SEARCHES] + limit
     tied = at < 0  # numba would compile all callees once more for the literal False
     while at < order.shape[0] and counts[POPS] + counts[SEARCHES] < end:
-        found, tied = path(c, 0, m, sign, v, row_of, col_of, order[at], search, tied, counts)
+        found, tied = path(costs, state, order[at], search, tied)
         if not found:
             return -1 - order[at]
         at += 1
@@ -279,7 +258,7 @@ def paths(c, m, sign, v, row_of, col_of, order, at, limit, counts):  # pragma: n
 
 
 @njit(nogil=True, cache=True)
-def level_columns(c, start, m, sign, v, row_of, col_of, limit, counts):  # pragma: no cover - compiled
+def level_columns(costs, state, limit):  # pragma: no cover - compiled
     """Give unmatched columns the same dual, the largest one, as a problem of more columns than rows demands; return it,
     or inf if that takes more than ``limit`` scans, or is expected to take twice as many after a sixteenth of them.
 
@@ -287,7 +266,7 @@ def level_columns(c, start, m, sign, v, row_of, col_of, limit, counts):  # pragm
     that of the columns that they take. So a problem with a few more columns than rows is solved as a square one, without these
     rows in any matrix. If no dual is above an unmatched column's, there is nothing to do.
     """
-    n = col_of.shape[0]
+    n, m, v, row_of, counts = costs.n, costs.m, state.v, state.row_of, state.counts
     low, high = np.inf, -np.inf
     for j in range(m):
         high = max(high, v[j])
@@ -299,14 +278,14 @@ def level_columns(c, start, m, sign, v, row_of, col_of, limit, counts):  # pragm
             if row_of[j] < 0 and v[j] == high:  # the path is that column
                 row_of[j] = n
                 left -= 1
-        search = new_search(m, v, row_of)
+        search = new_search(state)
         tied = n < 0  # numba would compile all callees once more for the literal False
         before = counts[POPS]
         for done in range(left):
             scans = np.float64(counts[POPS] - before - done)
             if scans > limit or (scans > limit / 16.0 and scans * left > 2.0 * limit * done):
                 return np.inf
-            _, tied = path(c, start, m, sign, v, row_of, col_of, n, search, tied, counts)
+            _, tied = path(costs, state, n, search, tied)
         low = np.inf
         for j in range(m):
             if row_of[j] == n:

@@ -17,7 +17,7 @@ SWEEPS = 8
 """Sweeps that raise duals at most; each is two reads of the matrix. One is nearly always enough."""
 
 
-@njit(nogil=True, cache=True, inner=True)
+@njit(nogil=True, cache=True, inner=True, borrows=True)
 def least_of_row(c, at, m, sign, v):  # pragma: no cover - compiled
     """Return the least c - v of the row at ``at``."""
     signs, none = splat(sign), splat(np.inf)
@@ -33,9 +33,10 @@ def least_of_row(c, at, m, sign, v):  # pragma: no cover - compiled
     return reduce_minimum(minimum(one, two))
 
 
-@njit(nogil=True, cache=True, inner=True)
-def gap_of(c, start, n, m, sign, v, u, col_of):  # pragma: no cover - compiled
-    """Return (total, gap, bound) of ``sign * c``: see ``fastmatch.assignment.gap``. Unmatched columns have the largest dual."""
+@njit(nogil=True, cache=True, inner=True, borrows=True)
+def gap_of(costs, v, u, col_of):  # pragma: no cover - compiled
+    """Return (total, gap, bound) of a matching: see ``fastmatch.assignment.gap``. Unmatched columns have the largest dual."""
+    c, start, n, m, sign = costs
     total, gap, size, top = 0.0, 0.0, 0.0, 0.0
     for j in range(m):
         top = max(top, abs(v[j]))
@@ -48,8 +49,8 @@ def gap_of(c, start, n, m, sign, v, u, col_of):  # pragma: no cover - compiled
     return total, gap, 4.0 * EPS * (size + n * top + TINY)
 
 
-@njit(nogil=True, cache=True)
-def prove(c, start, n, m, sign, v, level, u, col_of):  # pragma: no cover - compiled
+@njit(nogil=True, cache=True, borrows=True)
+def prove(costs, v, u, col_of, level):  # pragma: no cover - compiled
     """Return (total, gap, bound) after raising duals until the gap is within its bound.
 
     Searches add and subtract distances, and each step rounds. So a matched entry's c - v may end some units in the last
@@ -57,7 +58,8 @@ def prove(c, start, n, m, sign, v, level, u, col_of):  # pragma: no cover - comp
     That is one step of Bellman and Ford's algorithm for duals of this matching, which ends if the matching is optimal.
     No dual is raised above ``level``, that of unmatched columns.
     """
-    total, gap, bound = gap_of(c, start, n, m, sign, v, u, col_of)
+    c, start, n, m, sign = costs
+    total, gap, bound = gap_of(costs, v, u, col_of)
     for _ in range(SWEEPS):
         if gap <= bound:
             break
@@ -68,5 +70,5 @@ def prove(c, start, n, m, sign, v, level, u, col_of):  # pragma: no cover - comp
                 v[j] = min(x, level)
         for i in range(n):
             u[i] = least_of_row(c, start + i * m, m, sign, v)
-        total, gap, bound = gap_of(c, start, n, m, sign, v, u, col_of)
+        total, gap, bound = gap_of(costs, v, u, col_of)
     return total, gap, bound

@@ -11,7 +11,8 @@ Lists are refilled in one of two ways, and ``C``, the first argument of the auct
 when they are compiled. If ``C`` is an (n, m) matrix, the kernel reads the row at once. If ``C`` is None, the kernel notes
 the row in ``Refills`` and goes on with the next one; the caller then reads all noted rows in one product.
 
-Kernels take these as plain tuples: numba finds the type of a named one in Python, which takes longer than a small solve.
+Kernels over whole rows take :class:`Costs` and :class:`State`. The others take these as plain tuples, and so do those that solve a
+small problem in one call: numba finds the type of a named one in Python, which takes longer than a small solve.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ __all__ = [
     "BIDS",
     "CAPACITY",
     "CROWDED",
-    "CROWDED_FROM",
     "CROWDED_SHARE",
     "DOUBTFUL",
     "FEWER_PATHS",
@@ -62,11 +62,12 @@ __all__ = [
     "WORST_SHARE",
     "WRONG",
     "ZEROS",
+    "Costs",
     "Lists",
     "Matching",
     "Paths",
     "Refills",
-    "SmallSchedule",
+    "State",
     "is_nearly_square",
     "matrix_lists",
     "new_matching",
@@ -161,6 +162,32 @@ CAPACITY = 24
 columns more than wanted."""
 
 
+class Costs(NamedTuple):
+    """The costs of one problem: entry (i, j) is ``sign * c[start + i * m + j]``, of n rows and m >= n columns."""
+
+    c: np.ndarray  # flat, float32 or float64
+    start: int | np.int64  # numba would compile everything once more for the literal 0
+    n: int
+    m: int
+    sign: float  # 1 or -1, times a power of two
+
+
+class State(NamedTuple):
+    """What a solve over whole rows has found so far. Kernels write to it.
+
+    Duals only fall, so ``seconds`` remains a bound.
+    """
+
+    v: np.ndarray  # (m in whole vectors,) float64: column duals, 0 beyond the columns
+    row_of: np.ndarray  # (m,) int64: row of a column, -1 if the column is free
+    col_of: np.ndarray  # (n,) int64: column of a row, -1 if the row is free
+    least: np.ndarray  # (n,) float64: a row's least c - v when all rows were read; in the end its dual
+    seconds: np.ndarray  # (n,) float64: a bound on a row's c - v in all columns but one
+    columns: np.ndarray  # (n,) int64: that column
+    stack: np.ndarray  # (n,) int64: the free rows, from the last to the first
+    counts: np.ndarray  # (4,) int64: see READS
+
+
 class Lists(NamedTuple):
     """Candidate lists in one pool: row i's are the ``length[i]`` entries from ``start[i]``.
 
@@ -244,57 +271,3 @@ def new_paths(n: int, m: int) -> Paths:
 def room_for(m: int) -> int:
     """Return the size of the array in which a crowded problem of m columns waits for other first duals."""
     return 2 * (-(-m // VECTOR) * VECTOR + KEPT * m) + 7
-
-
-class SmallSchedule(NamedTuple):
-    """When the phases of a small problem run, and for how long."""
-
-    auction_above: float = 0.1
-    """Fraction of the rows: if row minima and row reduction leave more of them free, a short auction runs."""
-    war_above: float = 0.9
-    """Fraction of the free rows: if a bid per row leaves more of them free, the auction is a price war and ends."""
-    war_few: float = 0.03
-    """Fraction of the rows: fewer free rows are not a price war."""
-    repeat_above: float = 0.28
-    """Fraction of the rows: if a phase of the auction leaves more of them free, another one runs."""
-    phases: int = 3
-    """Phases of the auction at most."""
-    first_eps: float = 0.15
-    """The first phase's eps, in typical differences between a row's least two costs."""
-    eps_factor: float = 0.2
-    """The factor from one phase's eps to the next one's."""
-    bids: int = 16
-    """Bids per row and phase at most: more are a price war, and a smaller eps or a path ends it sooner."""
-    reductions: int = 2
-    """Rounds of augmenting row reduction."""
-    extra_steps: float = 0.5
-    """Steps of a round of row reduction beyond one per free row, per row of the problem."""
-    reduce_from: int = 200
-    """Rows from which row reduction runs before the auction, which it may save."""
-    auction_from: int = 72
-    """Rows from which an auction is tried: below, paths take less time."""
-    dear_bids: float = 8.0
-    """Bids that a row may take in a rectangle before a path is quicker."""
-    crowded_from: int = 40
-    """Rows from which other first duals are tried."""
-    crowded_above: float = 0.42
-    """Fraction of the rows: if more of them find their best columns taken, other first duals are tried. Random entries
-    leave 1/e."""
-    accepted_below: float = 0.15
-    """Fraction of the rows: other first duals that leave no more of them free are taken at once, others only after a price
-    war."""
-    short_scans: float = 1.5
-    """Scans per row: if paths from zeros are expected to take no more, no other first duals are tried."""
-    short_tied_scans: float = 4.0
-    """The same if half of the rows have ties for their best column."""
-    better_minima: float = 0.7
-    """Fraction of the free rows that the columns' minima may leave to be used."""
-    better_centres: float = 0.85
-    """The same for the columns' centres and means."""
-    tail: float = 8.0
-    """Distance of the least column minimum from their median, in distances between their quartiles, up to which minima
-    are usual first duals."""
-
-
-CROWDED_FROM = SmallSchedule().crowded_from
-"""Rows from which a problem may be found crowded, by the default schedule."""
