@@ -12,7 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -25,12 +25,21 @@ __all__ = ["Choices", "PathLeft", "follow_others"]
 MOST_PASSES = 32
 """Passes with other answers for one example."""
 
+MOST_SELECTIONS = 8
+"""Passes with other selections for one example, beside those. Nobody needs to be told that there are more: few models branch on them."""
+
 MOST_REPEATS = 2
 """After so many, the repeats of a question count as one: a loop is followed for none, one, two and some rounds."""
+
+MANY = 8
+"""Answers to one question that are other ones in the same pass, so that what is counted by them exceeds a threshold."""
 
 FAR = 100
 """How far other answers to a question for a number are, so that they are above and below what a model compares with. Two more
 are one away: a model may round the number and count by it."""
+
+SOME: Selection = "some"
+"""What a mask selects, as it was computed."""
 
 LONGEST_SECONDS = 5.0
 """How long a pass with another answer may take."""
@@ -38,8 +47,13 @@ LONGEST_SECONDS = 5.0
 INNER = ("fastmatch", "torch", "contextlib")
 """Packages whose frames are not the model's."""
 
-Value: TypeAlias = "bool | int | float | list[Any] | np.ndarray"
-"""What Python is given: one number, or those of a tensor as a list or an array."""
+Selection: TypeAlias = Literal["some", "none", "all"]
+
+Value: TypeAlias = "bool | int | float | list[Any] | np.ndarray | str"
+"""What Python is given: one number, or those of a tensor as a list or an array, or a :data:`Selection`."""
+
+Place: TypeAlias = "tuple[str, str, int, int]"
+"""Where in the code, by which module: its name, the file, the line and the instruction."""
 
 
 class PathLeft(BaseException):
@@ -48,15 +62,23 @@ class PathLeft(BaseException):
 
 @dataclass(frozen=True)
 class Choice:
-    """What Python was given once: where in the code, by which module, and which value."""
+    """What Python was given once: where, and which value."""
 
-    place: tuple[str, str, int]
+    place: Place
     value: Value
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """An answer to a question each time that it is asked, MANY times at most."""
+
+    place: Place
+    value: bool
 
 
 def _is_same(one: Value, other: Value) -> bool:
     """Whether two numbers, or two lists of them, are equal. Truth values say nothing: two questions have one answer often."""
-    if type(one) is not type(other) or isinstance(one, bool):
+    if type(one) is not type(other) or isinstance(one, (bool, str)):
         return False
     return np.array_equal(one, other) if isinstance(one, np.ndarray) else one == other
 
@@ -65,17 +87,28 @@ def others(value: Value) -> list[Value]:
     """Return what else could have been given: for each kind of value as many, in one order."""
     if isinstance(value, bool):
         return [not value]
-    if isinstance(
-        value, int
-    ):  # near, and so far below and above that a part of the number is another too: ``h[:, : n // 4]``
-        return [value - 1, value + 1, value // 4, 2 * value + 8]
+    if isinstance(value, int):
+        # Also so far below and above that a part of the number is another too: ``h[:, : n // 4]``.
+        return [value - 1, value + 1, value // 4, 2 * value + 8, FAR * (abs(value) + 1)]
     if isinstance(value, float):
         far = FAR * (abs(value) + 1)
         return [-far, far, value - 1, value + 1] if far < float("inf") else [0.0]
+    if isinstance(value, str):
+        return ["none", "all"]
     if isinstance(value, list):
         changed = zip(*map(others, value), strict=False)
-        return [value[::-1], value[1:] + value[:1], *map(list, changed)]
-    return [np.flip(value), ~value if value.dtype == bool else value + 1]
+        return [value[::-1], value[1:] + value[:1], *_shifted(value), *map(list, changed)]
+    if value.dtype.kind not in "biuf":
+        return [np.flip(value)]
+    nested = others(value.tolist()) if value.size else []
+    return [np.asarray(other).astype(value.dtype).reshape(value.shape) for other in nested]
+
+
+def _shifted(values: list[Any]) -> list[list[Any]]:
+    """Return whole numbers of the same sum, as lengths of parts have."""
+    if len(values) < 2 or not all(type(value) is int for value in values):
+        return []
+    return [[values[0] + 1, *values[1:-1], values[-1] - 1]]
 
 
 class Choices:
@@ -83,16 +116,25 @@ class Choices:
 
     Args:
         forced: position among them -> what is given instead of what was computed.
+        repeated: what is given each time that a question is asked, from the last of these positions on.
         operations: after so many, the pass is left: another answer may make a loop endless.
     """
 
-    def __init__(self, forced: Mapping[int, Value] | None = None, operations: float = float("inf")) -> None:
+    def __init__(
+        self,
+        forced: Mapping[int, Value] | None = None,
+        operations: float = float("inf"),
+        repeated: Repeated | None = None,
+    ) -> None:
         self.forced = forced or {}
+        self._repeated, self._repeats = repeated, 0
+        self._selected: dict[int, Selection] = {}
         self.made: list[Choice] = []
         self.operations = 0
         self._most = operations
         self._kept: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
         self._instead: list[tuple[Value, Value]] = []
+        self._held: list[torch.Tensor] = []  # so that their memory is not used again
 
     def before(self, record: Record, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Count an operation that is about to run; in a pass with other answers, keep what it overwrites of the state."""
@@ -111,12 +153,34 @@ class Choices:
 
         A number that was told otherwise is told likewise where it is computed again: ``h.split([int(n), 8 - int(n)])``.
         """
+        place = (module, *_line())
         likewise = next((told for computed, told in self._instead if _is_same(computed, value)), value)
         told = self.forced.get(len(self.made), likewise)
+        if self._is_repeated(place):
+            assert self._repeated is not None
+            told = self._repeated.value
+            self._repeats += 1
         if self.forced and told is not likewise and not _is_same(told, value):
             self._instead.insert(0, (value, told))
-        self.made.append(Choice((module, *_line()), told))
+        self.made.append(Choice(place, told))
         return told
+
+    def _is_repeated(self, place: Place) -> bool:
+        """Whether the answer here is one that is repeated."""
+        at = (
+            self._repeated is not None
+            and len(self.made) >= max(self.forced)
+            and place == self._repeated.place
+        )
+        return at and self._repeats < MANY
+
+    def told_selection(self, tensor: torch.Tensor, module: str) -> Selection:
+        """Return how much of a tensor's memory the model is told to select: as much as it does, none or all."""
+        key = storage_id(tensor)
+        if key not in self._selected:
+            self._selected[key] = cast("Selection", self.told(SOME, module))
+            self._held.append(tensor)
+        return self._selected[key]
 
     def may_count(self) -> bool:
         """Whether the other answer of this pass, its last, may have changed a number, and an axis be cut there.
@@ -134,12 +198,12 @@ class Choices:
             memory.copy_(value)
 
 
-def _line() -> tuple[str, int]:
-    """Return the line of the model's code that runs."""
+def _line() -> tuple[str, int, int]:
+    """Return the file, the line and the instruction of the model's code that runs."""
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in INNER:
         frame = frame.f_back
-    return frame.f_code.co_filename, frame.f_lineno
+    return frame.f_code.co_filename, frame.f_lineno, frame.f_lasti
 
 
 def follow_others(first: Choices, run: Callable[[Choices], None], unread: Callable[[], int]) -> None:
@@ -153,22 +217,28 @@ def follow_others(first: Choices, run: Callable[[Choices], None], unread: Callab
     tried: set[tuple[Any, ...]] = set()
     waiting = deque([(first, 0, False)])
     most = 1000 + 4 * first.operations
-    passes = 0
+    passes = selections = 0
     while waiting:
         before, start, more = waiting.popleft()
         for position, other, key in _others(before, start, more):
             if key in tried:
                 continue
-            if passes == MOST_PASSES:
+            if isinstance(other, str):
+                if selections == MOST_SELECTIONS:
+                    continue
+                selections += 1
+            elif passes == MOST_PASSES:
                 warn_user(
                     f"example_inputs: the model takes more than {MOST_PASSES} paths, by numbers that it reads in Python; "
                     "the trace has not followed all of them. Give several inputs that take others, fm.Examples(x1, x2)"
                 )
                 return
             tried.add(key)
-            passes += 1
-            answers = {k: choice.value for k, choice in enumerate(before.made[:position])}
-            choices, left = Choices({**answers, position: other}, most), unread()
+            passes += not isinstance(other, str)
+            answers: dict[int, Value] = {k: choice.value for k, choice in enumerate(before.made[:position])}
+            repeated = other if isinstance(other, Repeated) else None
+            answer = other.value if isinstance(other, Repeated) else other
+            choices, left = Choices({**answers, position: answer}, most, repeated), unread()
             try:
                 with _limited():
                     run(choices)
@@ -200,15 +270,24 @@ def _limited() -> Iterator[None]:
         sys.settrace(None)
 
 
-def _others(choices: Choices, start: int, found_more: bool) -> Iterator[tuple[int, Value, tuple[Any, ...]]]:
+def _others(
+    choices: Choices, start: int, found_more: bool
+) -> Iterator[tuple[int, Value | Repeated, tuple[Any, ...]]]:
     """Yield (position, other answer, what it has in common with those that need not be tried again)."""
-    counts: Counter[tuple[str, str, int]] = Counter()
+    counts: Counter[Place] = Counter()
+    first: dict[Place, int] = {}
     for position, choice in enumerate(choices.made):
         repeat = counts[choice.place]
         counts[choice.place] += 1
+        if isinstance(choice.value, bool):
+            first.setdefault(choice.place, position)
         for number, other in enumerate(others(choice.value) if position >= start else ()):
             if found_more:
                 yield position, other, (choice.place, repeat, repr(other))
             else:
                 alike = other if isinstance(other, bool) else -1 - number
                 yield position, other, (choice.place, min(repeat, MOST_REPEATS), alike)
+    for place, position in first.items():
+        if counts[place] > MOST_REPEATS:
+            for answer in (True, False):
+                yield position, Repeated(place, answer), (place, "repeated", answer)

@@ -60,16 +60,9 @@ class Escapes(TorchFunctionMode):
         return result
 
     def _told(self, result: Any, tensor: torch.Tensor) -> Any:
-        """Return the values of a tensor that depends on weights, or others that they could have been.
-
-        Lists of the inputs alone are lengths and grids, of which most others fit nothing; a number is told by its operation.
-        """
-        is_path = self.record.is_state(tensor) and tensor.numel() <= MOST_VALUES
-        return (
-            self.choices.told(result, "")
-            if is_path and not isinstance(result, (bool, int, float))
-            else result
-        )
+        """Return the values of a tensor that depends on weights or inputs, or others that they could have been."""
+        depends = self.record.is_state(tensor) or self.record.is_data(tensor)
+        return self.choices.told(result, "") if depends and tensor.numel() <= MOST_VALUES else result
 
     def _pin(self, values: list[Any], reason: str) -> None:
         for tensor in tensors_in(values):

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 from torch._ops import HigherOrderOperator
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastmatch._internal.callers import warn_user
 from fastmatch._internal.dispatch_mode import DispatchMode
@@ -42,6 +43,7 @@ from fastmatch.spec.running import (
     outputs_named,
     untouched,
 )
+from fastmatch.spec.selections import with_selections
 from fastmatch.spec.spots import Spots
 from fastmatch.spec.uncomputed import Uncomputed, can_omit, structure_of
 from fastmatch.spec.unread import pin_unread
@@ -93,7 +95,8 @@ class Tracer(DispatchMode):
                 return func.decompose(*args, **kwargs)
         spot = self.spots.at(op_name(func), args, kwargs)
         self.choices.before(self.record, func, args, kwargs)
-        out = self.compute(func, args, kwargs)
+        selecting = partial(self.choices.told_selection, module=spot.module)
+        out = self.compute(func, with_selections(op_name(func), args, self._depends, selecting), kwargs)
         _check_dense(tensors_in(out), "model: computes")
         if isinstance(out, (bool, int, float)) and any(map(self._depends, tensors_in((args, kwargs)))):
             out = self.choices.told(out, spot.module)
@@ -158,6 +161,16 @@ class Tracer(DispatchMode):
             else:
                 pin(old, name)
                 pin(new, name)
+
+
+def _told_numbers(arguments: Any, choices: Choices) -> Any:
+    """Return a model's arguments with the numbers among them that it is told: they may say where it cuts or which path it takes."""
+    leaves, shape = tree_flatten(arguments)
+    told = [
+        choices.told(leaf, f"argument {k}") if type(leaf) in (int, float) else leaf
+        for k, leaf in enumerate(leaves)
+    ]
+    return tree_unflatten(told, shape)
 
 
 def _check_dense(tensors: Iterable[torch.Tensor], where: str) -> None:
@@ -270,7 +283,7 @@ def _trace(
     ) -> None:
         spots = Spots(model)
         tracer, siblings = Tracer(compute, record, spots, choices), Siblings(model)
-        args, keywords = copies_of(args), copies_of(keywords)
+        args, keywords = _told_numbers(copies_of((args, keywords)), choices)
         for tensor in tensors_in((args, keywords)):
             if not record.knows(tensor):
                 record.set(tensor, fresh(tensor.shape, "model input"))

@@ -120,6 +120,103 @@ def test_paths_that_the_example_does_not_take_keep_their_function(name):
             assert torch.allclose(moved(y), model(y), rtol=0, atol=1e-9 * (1 + size))
 
 
+def loop_count(x: torch.Tensor) -> int:
+    rounds = 0
+    while x.norm() > 4 * 2**rounds:
+        rounds += 1
+    return rounds
+
+
+CONDITIONS: dict[str, Callable[[torch.Tensor], object]] = {
+    "a sum": lambda x: x.sum() > 50,
+    "a number of a list": lambda x: x.sum().tolist() > 50,
+    "a sum of a list": lambda x: sum(x[0].tolist()) > 50,
+    "a list's largest whole number": lambda x: max(x.long().flatten().tolist()) > 3,
+    "a truth value of a list": lambda x: any((x > 5).flatten().tolist()),
+    "an array": lambda x: x.numpy().sum() > 50,
+    "a count": lambda x: int((x > 1).sum()) > 30,
+    "a whole number": lambda x: int(x.sum()) > 90,
+    "how many positions there are": lambda x: len((x > 5).nonzero()) > 0,
+    "the size of what a mask selects": lambda x: x[x > 5].numel() > 0,
+    "the size of what is selected": lambda x: len(x.masked_select(x > 5)) > 0,
+    "how many values are distinct": lambda x: len(x.sign().unique()) == 1,
+    "questions of one line": lambda x: (
+        x[0, 0] > 2 and x[0, 1] > 2 and x[0, 2] > 2 and x[0, 3] > 2 and x[0, 4] > 2
+    ),
+    "a question in a loop": lambda x: all(bool(x[0, k] > 2) for k in range(6)),
+    "a largest of many": lambda x: max(x.flatten()) > 5,
+    "how often the answer is yes": lambda x: sum(bool(row.norm() > 9) for row in x) >= 3,
+    "how long a loop takes": lambda x: loop_count(x) > 3,
+}
+"""Name -> whether an input takes the other path, as people write it."""
+
+
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_a_path_that_the_example_does_not_take_is_followed_however_it_is_asked_for(name):
+    def either(s: Net, x: torch.Tensor) -> torch.Tensor:
+        h = s.a(x).relu()
+        g = s.b(h).relu()
+        return s.c(h if CONDITIONS[name](x) else g)
+
+    torch.manual_seed(fresh_seed())
+    model, x = Net(either).double().eval(), torch.randn(3, 12).double().clamp(-0.9, 0.9)
+    other = torch.rand(5, 12).double() * 9 + 9
+    assert bool(CONDITIONS[name](other)) != bool(CONDITIONS[name](x))
+    spec = fm.PermutationSpec.trace(model, x, unread="ignore")
+    assert len(spec.groups) == 1
+    moved = fm.Alignment(spec.random(), spec).apply(model)
+    with torch.no_grad():
+        assert all(torch.allclose(moved(y), model(y), rtol=0, atol=1e-9) for y in (x, other))
+
+
+class Cut(nn.Module):
+    """Units of which a part is used, as an argument says."""
+
+    def __init__(self, cut: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.cut = cut
+
+    def forward(self, x: torch.Tensor, k) -> torch.Tensor:
+        return self.c(self.b(self.cut(self.a(x).relu(), k)).relu())
+
+
+def filled(h: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(h, (0, 8 - h.shape[1]))
+
+
+CUTS: dict[str, tuple[Callable[..., torch.Tensor], list[object]]] = {
+    "as many as an argument says": (lambda h, k: filled(h[:, :k]), [8, 4, 3, 0]),
+    "half of what an argument says": (lambda h, k: filled(h[:, : k // 2]), [16, 6, 2]),
+    "parts of given lengths": (
+        lambda h, k: torch.cat([2 * part for part in h.split(k.tolist(), 1)[:1]] + [h[:, k.tolist()[0] :]], 1),
+        [torch.tensor([4, 4]), torch.tensor([2, 6]), torch.tensor([7, 1])],
+    ),
+    "the largest of a list": (
+        lambda h, k: filled(h[:, : max(k.tolist())]),
+        [torch.tensor([8, 2]), torch.tensor([1, 3]), torch.tensor([5, 5])],
+    ),
+    "as many as there are distinct values": (
+        lambda h, k: filled(h[:, : 2 * len(k.unique())]),
+        [torch.tensor([1, 2, 3, 4]), torch.tensor([1, 1, 1, 1]), torch.tensor([1, 2, 2, 1])],
+    ),
+}  # fmt: skip
+"""Name -> how units are cut, and arguments."""
+
+
+@pytest.mark.parametrize("examples", [1, 2])
+@pytest.mark.parametrize("name", CUTS)
+def test_units_that_an_argument_cuts_stay_in_place(name, examples):
+    cut, arguments = CUTS[name]
+    torch.manual_seed(fresh_seed())
+    model, x = Cut(cut).double(), torch.randn(3, 6).double()
+    spec = fm.PermutationSpec.trace(model, fm.Examples(*((x, k) for k in arguments[:examples])))
+    assert not spec.axes_of("a.weight")
+    assert spec.axes_of("b.weight")
+    moved = fm.Alignment(spec.random(), spec).apply(model)
+    assert all(torch.allclose(moved(x, k), model(x, k), rtol=0, atol=1e-10) for k in arguments)
+
+
 def test_every_task_that_a_number_chooses_is_read():
     class Tasks(nn.Module):
         def __init__(self) -> None:
