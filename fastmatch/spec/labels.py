@@ -197,10 +197,18 @@ def _contains(label: Label, leaf: Label) -> bool:
     return label is leaf or any(_contains(part, leaf) for part in label.parts)
 
 
-def unify(a: Label, b: Label, reason: str) -> None:
+DEEPEST = 64
+"""Parts within parts that are united. An axis beside itself, moved by one (``h[:, 1:] - h[:, :-1]``), has as many as positions."""
+
+
+def unify(a: Label, b: Label, reason: str, depth: int = 0) -> None:
     """Make two labels of one size move together; if that cannot be expressed, pin both for ``reason``."""
     a, b = find(a), find(b)
     if a is b:
+        return
+    if depth == DEEPEST:
+        pin(a, reason)
+        pin(b, reason)
         return
     if a.size != b.size:
         raise ValueError(f"cannot unite axes of {a.size} and {b.size} ({reason})")
@@ -221,7 +229,7 @@ def unify(a: Label, b: Label, reason: str) -> None:
         pin(b, reason)
         return
     for x, y in pairs:
-        unify(x, y, reason)
+        unify(x, y, reason, depth + 1)
 
 
 def _common_segments(a: Label, b: Label) -> list[tuple[Label, Label]] | None:

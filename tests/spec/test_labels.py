@@ -5,7 +5,18 @@ from __future__ import annotations
 import pytest
 
 from fastmatch.spec import Axis
-from fastmatch.spec.labels import Label, find, pin, product, split_product, split_sum, sum_of, unify
+from fastmatch.spec.labels import (
+    Label,
+    find,
+    is_pinned,
+    pin,
+    product,
+    segments,
+    split_product,
+    split_sum,
+    sum_of,
+    unify,
+)
 from fastmatch.spec.places import places
 
 
@@ -110,3 +121,11 @@ def test_pins_reach_parts_made_later_and_the_first_reason_stays():
 def test_axes_of_unlike_length_do_not_unite():
     with pytest.raises(ValueError, match="3 and 4"):
         unify(Label(3), Label(4), "add")
+
+
+@pytest.mark.parametrize("size", [20, 70, 5000])
+def test_an_axis_beside_itself_moved_by_one_stays_in_place(size):
+    axis = Label(size)
+    front, back = split_sum(axis, [size - 1, 1]), split_sum(axis, [1, size - 1])
+    unify(front[0], back[1], "a difference")
+    assert all(is_pinned(part) for part in segments(axis))

@@ -247,3 +247,20 @@ def test_a_model_on_the_meta_device_is_traced_without_weights(name):
     with pytest.raises(ValueError, match=r"model_a: tensor .* is on the meta device and has no values"):
         fm.align(hollow, hollow, x)
     fm.align(model, model, spec=spec)
+
+
+def test_differences_along_a_long_axis_are_traced():
+    class Differences(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.steps, self.a, self.c = nn.Parameter(torch.randn(3000, 4)), nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x + self.steps[: x.shape[1]]
+            return self.c(self.a(x[:, 1:] - x[:, :-1]).relu().diff(dim=1).mean(1))
+
+    model, x = Differences().double(), torch.randn(2, 2500, 4).double()
+    spec = fm.PermutationSpec.trace(model, x)
+    assert list(spec.groups) == ["a"]
+    moved = fm.Alignment(spec.random(), spec).apply(model)
+    assert torch.allclose(moved(x), model(x), rtol=0, atol=1e-10)
