@@ -5,7 +5,7 @@ Both models are run once over the data. The similarity matrix of each group is o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -102,7 +102,8 @@ class ActivationMatching(Matcher):
                 vary, as with a single sample.
 
         Warns:
-            UserWarning: no unit of some groups varies, so that they stay in place.
+            UserWarning: no unit of some groups varies, or no operation shows them on the same samples in both networks, so that they stay
+                in place.
         """
         ranks = current()
         with ranks.together():
@@ -118,6 +119,8 @@ class ActivationMatching(Matcher):
         for (outer, _), names in spec.subgroups().items():
             if names in gains:
                 subgroups.setdefault(outer, []).append(names)
+        names = [name for name in spec.top_level() if (name,) in gains or name in subgroups]
+        _warn_apart([name for name in spec.top_level() if name not in names])
         before: list[float] = []
         after = 0.0
         gaps: dict[str, tuple[float, float]] = {}
@@ -129,7 +132,6 @@ class ActivationMatching(Matcher):
             gain = gains[name,]
             return _match_group(name, gain)
 
-        names = spec.top_level()
         sharing = Sharing(ranks, {name: spec.groups[name].size ** 3 for name in names}, is_bound=True)
         parts = sharing.of(names, solve_group)
         for name, part in progress_bar(parts, "assignment", show=progress, total=len(names)):
@@ -177,6 +179,16 @@ class ActivationMatching(Matcher):
         batches = progress_bar(share.batches, title, show=progress)
         return measure_similarities(
             models, spec, readings, self.similarity, self.site, batches, self.forward, (ranks, share.blocks)
+        )
+
+
+def _warn_apart(names: Sequence[str]) -> None:
+    """Warn of groups that are not compared."""
+    if names:
+        listed = ", ".join(names[:3]) + (", ..." if names[3:] else "")
+        warn_user(
+            f"spec: {len(names)} groups stay in place, because no operation shows them on the same samples in both networks, as "
+            f"experts whose tokens a router chooses: {listed}. fm.WeightMatching() matches them"
         )
 
 

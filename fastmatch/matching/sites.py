@@ -26,17 +26,27 @@ def choose_sites(spec: PermutationSpec, group: str, site: Site, reduce: Reduce) 
     """Return the sites at which the units of one group are compared.
 
     Raises:
-        ValueError: the spec has no site for the group.
+        ValueError: the spec has no site for the group, or none at which two networks have the same samples.
     """
-    sites = [s for s in spec.sites if s.group == group]
+    sites = [s for s in spec.sites if s.group == group and not s.chosen]
     for role in ROLES[site]:
         found = sorted((s for s in sites if s.role == role), key=lambda s: (s.op, s.axis))
         if found:
             return {"last": found[-1:], "first": found[:1], "sum": found}[reduce]
+    if is_apart(spec, group):
+        raise ValueError(
+            f"spec: no operation shows group {group!r} on the same samples in two networks, as experts do not whose tokens a "
+            "router chooses; match it by weights (fm.WeightMatching)"
+        )
     raise ValueError(
         f"spec: group {group!r} has no place to read activations from; "
         "trace the spec from the model (PermutationSpec.trace)"
     )
+
+
+def is_apart(spec: PermutationSpec, group: str) -> bool:
+    """Whether a traced spec has no place where two networks show a group's units on the same samples."""
+    return bool(spec.sites) and not any(s.group == group and not s.chosen for s in spec.sites)
 
 
 def choose_readings(
@@ -44,7 +54,8 @@ def choose_readings(
 ) -> dict[tuple[str, ...], list[Reading]]:
     """Return (group,), or the subgroups of one kind, -> what to read for them.
 
-    A group whose subgroups are read is not read itself: its units are compared under the best order within them.
+    A group whose subgroups are read is not read itself: its units are compared under the best order within them. One that two
+    networks do not show on the same samples is left out.
     """
     chosen: dict[tuple[str, ...], list[Reading]] = {}
     outer_groups = set()
@@ -59,7 +70,7 @@ def choose_readings(
         chosen[subgroups] = [tuple(by_place[g, s.op, s.role, s.operand] for g in subgroups) for s in first]
         outer_groups.add(outer)
     for name in spec.top_level():
-        if name not in outer_groups:
+        if name not in outer_groups and not is_apart(spec, name):
             chosen[name,] = [(found,) for found in choose_sites(spec, name, site, reduce)]
     return chosen
 

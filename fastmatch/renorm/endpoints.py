@@ -110,7 +110,7 @@ class EndpointStatistics:
         std_factor: float = 1.0,
         call: int | None = None,
     ) -> dict[str, Target]:
-        """Return the target statistics of every layer: name -> (mu*, sigma*), float64.
+        """Return the target statistics of every layer that each endpoint has run: name -> (mu*, sigma*), float64.
 
         Example:
             >>> statistics = fm.endpoint_statistics([model_a, model_b], loader)
@@ -131,7 +131,7 @@ class EndpointStatistics:
         if target == "equal":
             weights = [sum(weights) / len(weights)] * len(weights)
         found = {}
-        for name in self.calls[0]:
+        for name in (name for name in self.calls[0] if all(name in table for table in self.calls)):
             moments = [
                 table[name][call] if call is not None and call < len(table[name]) else pooled(table[name])
                 for table in self.calls

@@ -288,8 +288,13 @@ class _Ends:
                 self.models.append(model)
                 self.weights.append(weight)
 
-    def mean(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return the weighted mean of one value per endpoint, in float32 or wider."""
+    def mean(self, name: str, values: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the weighted mean of one value of a layer per endpoint, in float32 or wider."""
+        if len({value.shape for value in values}) > 1:
+            raise CannotFit(
+                f"layers: {name!r} has other samples in each endpoint, of shapes {', '.join(str(tuple(v.shape)) for v in values)}, as "
+                'an expert has whose router chooses them; name the other layers, or choose method="repair"'
+            )
         work = working_dtype(values[0].dtype)
         total = values[0].to(work) * self.weights[0]
         for weight, value in zip(self.weights[1:], values[1:], strict=True):
@@ -320,7 +325,7 @@ def fit_jointly(
     def answer(name: str, values: list[Any]) -> list[Any]:
         once.see(name)
         inputs, outputs = zip(*values, strict=True)
-        by_name[name].add(known.mean(inputs), known.mean(outputs))
+        by_name[name].add(known.mean(name, inputs), known.mean(name, outputs))
         return values
 
     lockstep = Lockstep(answer)
@@ -377,7 +382,7 @@ def fit_sequentially(
             return values
         once.see(name)
         for k, inputs in enumerate(own):
-            by_name[name].add(inputs, known.mean(values[k * each + 1 : (k + 1) * each]))
+            by_name[name].add(inputs, known.mean(name, values[k * each + 1 : (k + 1) * each]))
         by_name[name].write(options.ridge, restore_variance=options.restore_variance)
         return values
 

@@ -190,8 +190,11 @@ def renormalize_many(
     if plan.method != "reset":
         assert endpoints is not None
         statistics = _measured(endpoints, models[0], data, plan, options, forward, progress)
-        missing = [name for name in plan.layers if name not in statistics.calls[0]]
+        missing = [name for name in plan.layers if all(name not in table for table in statistics.calls)]
         plan = _without_unmeasured(plan, missing, explicit=options.layers is not None)
+        missing = [name for name in plan.layers if any(name not in table for table in statistics.calls)]
+        reason = "is not run on the data by every endpoint, as an expert that gets no samples"
+        plan = _without_unmeasured(plan, missing, explicit=options.layers is not None, reason=reason)
         _warn_of_modules_left_alone(plan)
     methods = candidates(models[0], options) if plan.method == "auto" else (plan.method,)
     tried = [
@@ -486,7 +489,13 @@ def _check_endpoint(model: nn.Module, plan: Plan, endpoint: object, argument: st
             )
 
 
-def _without_unmeasured(plan: Plan, missing: Sequence[str], *, explicit: bool) -> Plan:
+def _without_unmeasured(
+    plan: Plan,
+    missing: Sequence[str],
+    *,
+    explicit: bool,
+    reason: str = "is never run as a module on the data",
+) -> Plan:
     """Return the plan without layers that were never run.
 
     Raises:
@@ -494,7 +503,7 @@ def _without_unmeasured(plan: Plan, missing: Sequence[str], *, explicit: bool) -
     """
     if missing and (explicit or len(missing) == len(plan.layers)):
         raise ValueError(f"endpoints: have no statistics for layer {missing[0]!r}; was it run on the data?")
-    left = {**plan.left_alone, **dict.fromkeys(missing, "is never run as a module on the data")}
+    left = {**plan.left_alone, **dict.fromkeys(missing, reason)}
     return replace(plan, layers=tuple(n for n in plan.layers if n not in missing), left_alone=left)
 
 

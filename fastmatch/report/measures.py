@@ -149,10 +149,10 @@ def activation_pairs(
 ) -> dict[str, Pair]:
     """Return for each group the correlation of matched units' activations on data, after the nonlinearity.
 
-    Groups without a place where activations can be read are left out. The data is read twice.
+    Groups without a place where activations of the same samples can be read are left out. The data is read twice.
     """
     spec = alignment.spec.flat()
-    read = {site.group for site in spec.sites}
+    read = {site.group for site in spec.sites if not site.chosen}
     spec = spec.select([name for name in spec.groups if name in read])
     if not spec.groups:
         return {}

@@ -145,6 +145,8 @@ class ActivationSite:
         axis: where the units are in that tensor (``axis.parameter`` is empty).
         module, weight, call: see :class:`fastmatch.spec.spots.Spot`.
         rank: number of dimensions of that tensor in the traced pass.
+        chosen: whether the network itself chooses the samples there, as a router chooses the tokens of an expert. Then those of
+            two networks are not the same ones.
     """
 
     op: int
@@ -157,6 +159,7 @@ class ActivationSite:
     weight: str = ""
     call: int = 0
     rank: int = 0
+    chosen: bool = False
 
     def __post_init__(self) -> None:
         check_choice("role", self.role, Role)

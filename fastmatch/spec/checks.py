@@ -9,7 +9,11 @@ __all__ = ["check_spec"]
 
 
 def check_spec(spec: PermutationSpec, state: State, argument: str) -> None:
-    """Raise ValueError if a tensor that a group moves is missing or has another shape than in the spec."""
+    """Raise ValueError if a tensor that a group moves is missing or has another shape than in the spec, TypeError without one."""
+    if not isinstance(getattr(spec, "groups", None), dict):
+        raise TypeError(
+            f"spec: expected a PermutationSpec (PermutationSpec.trace(model, x)), got {type(spec).__name__}"
+        )
     for group in spec.groups.values():
         for axis in group.axes:
             tensor = state.get(axis.parameter)

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 
 from fastmatch.spec.axes import ActivationSite, Axis, Group, Pin, UnreadAxis
-from fastmatch.spec.labels import Label
+from fastmatch.spec.labels import Label, leaves
 from fastmatch.spec.nesting import UNUSED, Nesting, find_nesting, locate
 from fastmatch.spec.places import occurrences, places
 from fastmatch.spec.record import Record
@@ -110,6 +110,7 @@ def _axes_and_pins(
 
 def _sites(record: Record, nesting: Nesting, names: Mapping[Key, str]) -> tuple[ActivationSite, ...]:
     sites: dict[ActivationSite, None] = {}
+    chosen = record.chosen_leaves()
     for raw in record.sites:
         if _mixes_blocks(nesting, raw.labels):
             continue
@@ -123,7 +124,11 @@ def _sites(record: Record, nesting: Nesting, names: Mapping[Key, str]) -> tuple[
                 if name is not None:
                     plain = ActivationSite(raw.op, raw.op_name, raw.role, raw.operand, name, axis)
                     _, module, weight, call = raw.spot
-                    found = replace(plain, module=module, weight=weight, call=call, rank=len(raw.labels))
+                    samples = [label for d, label in enumerate(raw.labels) if d != raw.dim]
+                    of_own = not chosen.isdisjoint(id(x) for label in samples for x in leaves(label))
+                    found = replace(
+                        plain, module=module, weight=weight, call=call, rank=len(raw.labels), chosen=of_own
+                    )
                     sites[found] = None
     return tuple(sites)
 

@@ -125,6 +125,7 @@ class Record:
         self._followers: dict[int, list[Label]] = {}
         self._counted: list[Label] = []
         self._empty: list[tuple[Label, Label]] = []
+        self._chosen: list[Label] = []
         self.sites: list[RawSite] = []
         self.slices: dict[tuple[int, int, int], Slice] = {}
         self.contractions: list[tuple[Label, tuple[Label, ...]]] = []
@@ -364,6 +365,15 @@ class Record:
     def mark_counted(self, label: Label) -> None:
         """Note that how long an axis is depends on values, as that of what a mask selects does."""
         self._counted.append(label)
+
+    def mark_chosen(self, label: Label, by: torch.Tensor) -> None:
+        """Note the axis of rows that ``by`` chooses, if the network computed it with its weights: another one chooses others."""
+        if self.is_state(by):
+            self._chosen.append(label)
+
+    def chosen_leaves(self) -> set[int]:
+        """Return the ids of the leaves along which a network has chosen the rows."""
+        return {id(leaf) for label in self._chosen for leaf in leaves(label)}
 
     def mark_cut_elsewhere(self, uncut: list[Label]) -> None:
         """Note axes that were cut since they were :meth:`uncut`, in a pass that was told another answer."""

@@ -108,15 +108,18 @@ def _differs(buffer: torch.Tensor, value: torch.Tensor) -> bool:
 
 @contextmanager
 def examples_that_run() -> Iterator[None]:
-    """Turn an error of a model into a ValueError that names ``example_inputs``; our own errors and those of memory pass."""
+    """Turn an error of a model into one that names ``example_inputs``; our own errors and those of memory pass."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError) as error:
-        if isinstance(error, ValueError) and is_own_error(error):
+    except (RuntimeError, ValueError, TypeError) as error:
+        if not isinstance(error, RuntimeError) and is_own_error(error):
             raise
-        raise ValueError(f"example_inputs: the model does not run on them ({error})") from error
+        told = f"example_inputs: the model does not run on them ({error})"
+        if not isinstance(error, TypeError):
+            raise ValueError(told) from error
+        raise TypeError(f"{told}; {ARGUMENTS}" if "argument" in str(error) else told) from error
 
 
 @contextmanager
@@ -146,6 +149,8 @@ def copies_of(value: Any) -> Any:
         return type(value)(map(copies_of, value))
     return value
 
+
+ARGUMENTS = "a tuple or a list holds the model's positional arguments, a dict those by name; several examples are fm.Examples(x, y)"
 
 ONE_BATCH = (
     "example_inputs: expected the inputs of one batch, got {}; give the inputs of its first batch here, "
@@ -195,6 +200,10 @@ def examples_of(
 
 def check_not_batches(example_inputs: Any) -> None:
     """Raise TypeError if inputs that a model does not run on look like batches of (inputs, classes)."""
+    if _is_batch(example_inputs):
+        raise TypeError(
+            "example_inputs: expected the inputs of one batch, got what looks like (inputs, targets); give the inputs alone, batch[0]"
+        )
     if isinstance(example_inputs, list) and example_inputs and all(map(_is_batch, example_inputs)):
         raise TypeError(ONE_BATCH.format("a list of batches"))
 

@@ -7,7 +7,7 @@ tracer, and the tracer returns plain parts (:class:`fastmatch.spec.grouping.Foun
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -208,10 +208,13 @@ class PermutationSpec:
             ValueError: a name is not a group of the spec.
         """
         if isinstance(names, str):
-            raise TypeError(f"groups: expected a list of names, such as [{names!r}]; got one text")
+            raise TypeError(f"names: expected a list of groups' names, such as [{names!r}]; got one text")
+        if not isinstance(names, Iterable):
+            raise TypeError(f"names: expected a list of groups' names, got {type(names).__name__}")
+        names = list(names)
         missing = [n for n in names if n not in self.groups]
         if missing:
-            raise ValueError(f"groups: {missing} not in the spec; it has {list(self.groups)}")
+            raise ValueError(f"names: {missing} not in the spec; it has {list(self.groups)}")
         wanted = set(names)
         keep = {n: group for n, group in self.groups.items() if n in wanted}
         complete = {
@@ -324,15 +327,15 @@ def _pin_from_list(values: list[Any], shapes: Mapping[str, tuple[int, ...]]) -> 
 
 def _site_to_list(s: ActivationSite) -> list[Any]:
     what = [s.op, s.op_name, s.role, s.operand, s.group, _axis_to_list(s.axis)]
-    return [*what, s.module, s.weight, s.call, s.rank]
+    return [*what, s.module, s.weight, s.call, s.rank, *([True] if s.chosen else [])]
 
 
 def _site_from_list(values: list[Any]) -> ActivationSite:
-    op, op_name, role, operand, group, axis, module, weight, call, rank = values
+    op, op_name, role, operand, group, axis, module, weight, call, rank, *chosen = values
     if operand != -1:
         _size(operand)
     what = _size(op), _text(op_name), role, operand, _text(group), _axis_from_list(axis)
-    return ActivationSite(*what, _text(module), _text(weight), _size(call), _size(rank))
+    return ActivationSite(*what, _text(module), _text(weight), _size(call), _size(rank), chosen == [True])
 
 
 def _axis_to_list(a: Axis) -> list[Any]:

@@ -151,6 +151,8 @@ class Tracer(DispatchMode):
             for label in (label for tensor in call.outputs for label in self.record.labels(tensor)):
                 if is_pinned(label):
                     self.record.mark_counted(label)
+                    for tensor in call.inputs:
+                        self.record.mark_chosen(label, tensor)
 
     def _unite_written(self, name: str, tensor: torch.Tensor, before: list[Label]) -> None:
         """Unite the labels that a tensor had before it was written to with those of the result."""

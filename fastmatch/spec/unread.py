@@ -64,7 +64,7 @@ def check_unread(groups: Mapping[str, Group], unread: Sequence[UnreadAxis]) -> N
         return
     more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
     raise ValueError(
-        f"example_inputs: the forward pass on them does not read {', '.join(map(repr, names[:MOST_NAMED]))}{more}, so "
+        f"example_inputs: the forward pass on them does not read all of {', '.join(map(repr, names[:MOST_NAMED]))}{more}, so "
         "what moves with these parameters is unknown. Give several inputs that together reach all of them, "
         "fm.Examples(x1, x2); or PermutationSpec.trace(..., unread='hold'), which keeps the groups that they could "
         "share in place; or unread='ignore', if no forward pass ever reads them"

@@ -64,7 +64,8 @@ def diagonal_fisher(
         ValueError: ``data`` does not yield pairs of tensors, an option is out of range, the model has one output or the targets are no
             classes, or a gradient is not finite.
 
-    Cost: a per-sample gradient (``torch.func``), so the memory of one model per sample of a batch. Squares and sums
+    Cost: a per-sample gradient (``torch.func``), so the memory of one model per sample of a batch. A model that branches on values,
+    such as one with experts, is run sample by sample. Squares and sums
     are in float32 or wider; gradients that underflow in a half-precision backward pass are lost. ``torch.autocast`` is off
     inside: torch has no per-sample gradients under it.
     """
@@ -119,7 +120,9 @@ def gradients_by_sample(
         check_class_outputs(output, EXPECTED)
         return F.cross_entropy(output, y[None])
 
-    gradient = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0), randomness="different")
+    gradient = torch.func.grad(loss)
+    together = torch.func.vmap(gradient, in_dims=(None, 0, 0), randomness="different")
+    is_batched = True
     with evaluating(model), buffers_sent_once(model), torch.autocast(device_of(model).type, enabled=False):
         batches = batches_of(data, title, samples=samples, progress=progress)
         for number, batch in enumerate(read_in_step(batches, model)):
@@ -139,9 +142,28 @@ def gradients_by_sample(
                     'data: expected (inputs, targets) pairs of tensors, or mappings with labels; labels="sampled" needs none'
                 )
             check_class_targets(y, EXPECTED)
-            with _loops_untold():
-                found = gradient(parameters, inputs, y.to(device_of(model)))
+            y, found = y.to(device_of(model)), None
+            if is_batched:
+                try:
+                    with _loops_untold():
+                        found = together(parameters, inputs, y)
+                except (
+                    RuntimeError
+                ):  # torch cannot run many samples at once through experts or exits, which branch on values
+                    is_batched = False
+            if found is None:
+                found = _stacked([gradient(parameters, _sample(inputs, k), y[k]) for k in range(len(y))])
             yield found
+
+
+def _sample(inputs: Any, k: int) -> Any:
+    """Return one sample of nested inputs."""
+    return tree_map(lambda x: x[k], inputs)
+
+
+def _stacked(gradients: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Return the gradients of several samples as those of a batch."""
+    return {name: torch.stack([found[name] for found in gradients]) for name in gradients[0]}
 
 
 @contextmanager

@@ -118,7 +118,7 @@ def test_a_model_in_place_of_a_list_is_named():
     for weights in (0.5, "ab", ["a", "b"]):
         with pytest.raises(TypeError, match="weights: expected 2 numbers"):
             fm.merge([a, a], weights)
-    with pytest.raises(TypeError, match="groups: expected a list of names"):
+    with pytest.raises(TypeError, match="names: expected a list of groups' names"):
         fm.PermutationSpec({}, {}).select("0")
 
 

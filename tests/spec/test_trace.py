@@ -264,3 +264,32 @@ def test_differences_along_a_long_axis_are_traced():
     assert list(spec.groups) == ["a"]
     moved = fm.Alignment(spec.random(), spec).apply(model)
     assert torch.allclose(moved(x), model(x), rtol=0, atol=1e-10)
+
+
+ENERGIES = [
+    nn.Tanh(), nn.SiLU(), nn.GELU(), nn.ReLU(), nn.Softplus(), nn.ELU(), nn.CELU(), nn.SELU(), nn.LeakyReLU(), nn.Hardswish(),
+    nn.Hardtanh(), nn.LogSigmoid(), nn.Mish(), nn.PReLU(8), nn.Softmax(1), nn.LogSoftmax(1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("nonlinearity", ENERGIES, ids=str)
+def test_units_of_a_network_that_returns_the_gradient_of_its_energy_move(nonlinearity):
+    class Forces(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.energy = nn.Sequential(
+                nn.Linear(4, 8), nonlinearity, nn.Linear(8, 8), nonlinearity, nn.Linear(8, 1)
+            )
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.enable_grad():
+                x = x.requires_grad_()
+                return torch.autograd.grad(self.energy(x).sum(), x)[0]
+
+    torch.manual_seed(fresh_seed())
+    model, x = Forces().double(), torch.randn(5, 4).double()
+    spec = fm.PermutationSpec.trace(model, x)
+    assert sum(group.size for group in spec.groups.values()) >= 8
+    assert spec.axes_of("energy.0.weight")
+    moved = fm.Alignment(spec.random(), spec).apply(model)
+    assert torch.allclose(moved(x), model(x), rtol=0, atol=1e-10)

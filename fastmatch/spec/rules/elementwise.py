@@ -20,6 +20,9 @@ NONLINEARITIES = (
 OTHERS = (
     POINTWISE, "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams", "_neg_view", "_to_copy", "alias", "clone", "complex", "copy", "detach", "fill",
     "fake_quantize_per_tensor_affine_cachemask", "floor_divide", "lift_fresh", "lift_fresh_copy", "polar", "rsub", "zero",
+    # Derivatives: networks of forces return those of their energy.
+    "_prelu_kernel_backward", "elu_backward", "hardsigmoid_backward", "hardswish_backward", "hardtanh_backward", "leaky_relu_backward",
+    "log_sigmoid_backward", "mish_backward", "softplus_backward",
 )  # fmt: skip
 """Pointwise operations that torch does not mark as such, and the entry for those that it marks."""
 

@@ -130,6 +130,8 @@ def _masked(record: Record, call: Call, labels: list[Label], indices: dict[int, 
         raise NotImplementedError("several masks")
     selected = Label(call.out.shape[at], pinned=call.name)
     record.mark_counted(selected)
+    for mask in indices.values():
+        record.mark_chosen(selected, mask)
     return [*labels[:at], selected, *kept]
 
 

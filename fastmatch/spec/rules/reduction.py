@@ -67,6 +67,13 @@ def _softmax(record: Record, call: Call) -> None:
     record.set(call.out, labels)  # symmetric along its axis
 
 
+@rule("_softmax_backward_data", "_log_softmax_backward_data")
+def _softmax_backward(record: Record, call: Call) -> None:
+    labels = broadcast_labels(record, [call["grad_output"], call["output"]], call.out.shape, call.name)
+    record.mix(labels, {call.dim(len(labels))})
+    record.set(call.out, labels)
+
+
 @rule("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp")
 def _cumulative(record: Record, call: Call) -> None:
     _ordered(record, call, _dims(call["dim"]))

@@ -21,6 +21,8 @@ def _sorted(record: Record, call: Call) -> None:
     tied = _tied(record, call, dim)
     if labels:
         labels[dim] = Label(index.shape[dim], pinned=call.name)
+        if record.positions(call["self"]) is None:  # else it is the way back from an order
+            record.mark_chosen(labels[dim], call["self"])
     for tensor in call.outputs:
         record.set(tensor, labels)
     record.set_positions(index, along, tied)
