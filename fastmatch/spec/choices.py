@@ -69,6 +69,14 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Pair:
+    """Answers to a question and to the same one asked next: the lengths of two parts, of the same sum."""
+
+    first: int
+    second: int
+
+
+@dataclass(frozen=True)
 class Repeated:
     """An answer to a question each time that it is asked, MANY times at most."""
 
@@ -89,7 +97,7 @@ def others(value: Value) -> list[Value]:
         return [not value]
     if isinstance(value, int):
         # Also so far below and above that a part of the number is another too: ``h[:, : n // 4]``.
-        return [value - 1, value + 1, value // 4, 2 * value + 8, FAR * (abs(value) + 1)]
+        return [value - 1, value + 1, value // 4, 2 * value, 2 * value + 8, FAR * (abs(value) + 1)]
     if isinstance(value, float):
         far = FAR * (abs(value) + 1)
         return [-far, far, value - 1, value + 1] if far < float("inf") else [0.0]
@@ -97,18 +105,19 @@ def others(value: Value) -> list[Value]:
         return ["none", "all"]
     if isinstance(value, list):
         changed = zip(*map(others, value), strict=False)
-        return [value[::-1], value[1:] + value[:1], *_shifted(value), *map(list, changed)]
+        return [value[::-1], value[1:] + value[:1], *_others_of_whole(value), *map(list, changed)]
     if value.dtype.kind not in "biuf":
         return [np.flip(value)]
     nested = others(value.tolist()) if value.size else []
     return [np.asarray(other).astype(value.dtype).reshape(value.shape) for other in nested]
 
 
-def _shifted(values: list[Any]) -> list[list[Any]]:
-    """Return whole numbers of the same sum, as lengths of parts have."""
+def _others_of_whole(values: list[Any]) -> list[list[Any]]:
+    """Return whole numbers of the same sum, as lengths of parts have; equal ones; and distinct ones."""
     if len(values) < 2 or not all(type(value) is int for value in values):
         return []
-    return [[values[0] + 1, *values[1:-1], values[-1] - 1]]
+    count = len(values)
+    return [[values[0] + 1, *values[1:-1], values[-1] - 1], values[:1] * count, list(range(count))]
 
 
 class Choices:
@@ -237,8 +246,11 @@ def follow_others(first: Choices, run: Callable[[Choices], None], unread: Callab
             passes += not isinstance(other, str)
             answers: dict[int, Value] = {k: choice.value for k, choice in enumerate(before.made[:position])}
             repeated = other if isinstance(other, Repeated) else None
-            answer = other.value if isinstance(other, Repeated) else other
-            choices, left = Choices({**answers, position: answer}, most, repeated), unread()
+            if isinstance(other, Pair):
+                answers |= {position: other.first, position + 1: other.second}
+            else:
+                answers[position] = other.value if isinstance(other, Repeated) else other
+            choices, left = Choices(answers, most, repeated), unread()
             try:
                 with _limited():
                     run(choices)
@@ -272,7 +284,7 @@ def _limited() -> Iterator[None]:
 
 def _others(
     choices: Choices, start: int, found_more: bool
-) -> Iterator[tuple[int, Value | Repeated, tuple[Any, ...]]]:
+) -> Iterator[tuple[int, Value | Repeated | Pair, tuple[Any, ...]]]:
     """Yield (position, other answer, what it has in common with those that need not be tried again)."""
     counts: Counter[Place] = Counter()
     first: dict[Place, int] = {}
@@ -287,6 +299,10 @@ def _others(
             else:
                 alike = other if isinstance(other, bool) else -1 - number
                 yield position, other, (choice.place, min(repeat, MOST_REPEATS), alike)
+        following = choices.made[position + 1 : position + 2]
+        if position >= start and type(choice.value) is int and [x.place for x in following] == [choice.place]:
+            pair = Pair(choice.value + 1, following[0].value - 1)  # type: ignore[operator]
+            yield position, pair, (choice.place, min(repeat, MOST_REPEATS), "pair")
     for place, position in first.items():
         if counts[place] > MOST_REPEATS:
             for answer in (True, False):

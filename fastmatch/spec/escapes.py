@@ -24,7 +24,7 @@ NAMES = frozenset(
 VALUES = frozenset(["numpy", "tolist", "__array__"])
 """Those that return the values."""
 
-MOST_VALUES = 1024
+MOST_VALUES = 1 << 16
 """More values than these choose no path."""
 
 SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
@@ -48,6 +48,8 @@ class Escapes(TorchFunctionMode):
         if name in NAMES or name == SPLIT:
             with torch._C.DisableTorchFunction():
                 self._pin(list(args[name == SPLIT :][:1] if name == SPLIT else args), f"Tensor.{name}")
+        if name == SPLIT:
+            args = self._told_places(*args)
         if func != SET_DATA:
             result = func(*args, **(kwargs or {}))
             return self._told(result, args[0]) if name in VALUES else result
@@ -58,6 +60,12 @@ class Escapes(TorchFunctionMode):
         result = func(*args)
         self.record.set(args[0], fresh(args[0].shape, "Tensor.data"))
         return result
+
+    def _told_places(self, tensor: torch.Tensor, places: Any, *rest: Any) -> tuple[Any, ...]:
+        """Return the arguments of a split, with a list of the places if they are a tensor."""
+        if isinstance(places, torch.Tensor):
+            places = self._told(places.tolist(), places)
+        return (tensor, places, *rest)
 
     def _told(self, result: Any, tensor: torch.Tensor) -> Any:
         """Return the values of a tensor that depends on weights or inputs, or others that they could have been."""

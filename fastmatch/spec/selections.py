@@ -12,7 +12,9 @@ from fastmatch.spec.choices import SOME, Selection
 __all__ = ["with_selections"]
 
 NONZERO = frozenset(["aten.nonzero", "aten.nonzero_numpy"])
-DISTINCT = frozenset(["aten._unique", "aten._unique2", "aten.unique_dim", "aten.unique_consecutive"])
+DISTINCT = frozenset(
+    ["aten._unique", "aten._unique2", "aten.bincount", "aten.unique_consecutive", "aten.unique_dim"]
+)
 INDEXED = frozenset(["aten.index", "aten.index_put", "aten.index_put_"])
 
 

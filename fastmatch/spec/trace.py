@@ -166,10 +166,10 @@ class Tracer(DispatchMode):
 
 
 def _told_numbers(arguments: Any, choices: Choices) -> Any:
-    """Return a model's arguments with the numbers among them that it is told: they may say where it cuts or which path it takes."""
+    """Return a model's arguments with the numbers and truth values that it is told: they may say where it cuts or which path it takes."""
     leaves, shape = tree_flatten(arguments)
     told = [
-        choices.told(leaf, f"argument {k}") if type(leaf) in (int, float) else leaf
+        choices.told(leaf, f"argument {k}") if type(leaf) in (bool, int, float) else leaf
         for k, leaf in enumerate(leaves)
     ]
     return tree_unflatten(told, shape)

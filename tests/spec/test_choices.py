@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from fastmatch.spec import choices
 from helpers.networks import fresh_seed
 
 Body = Callable[["Net", torch.Tensor], torch.Tensor]
+
+Cutter = Callable[[torch.Tensor, Any], torch.Tensor]
 
 
 class Net(nn.Module):
@@ -139,6 +142,10 @@ CONDITIONS: dict[str, Callable[[torch.Tensor], object]] = {
     "how many positions there are": lambda x: len((x > 5).nonzero()) > 0,
     "the size of what a mask selects": lambda x: x[x > 5].numel() > 0,
     "the size of what is selected": lambda x: len(x.masked_select(x > 5)) > 0,
+    "a list of many": lambda x: max(x.long().repeat(1, 500).flatten().tolist()) > 3,
+    "distinct values of a list": lambda x: (
+        len(set((x[0] > 0.9 * torch.arange(12)).long().cumsum(0).tolist())) > 9
+    ),
     "how many values are distinct": lambda x: len(x.sign().unique()) == 1,
     "questions of one line": lambda x: (
         x[0, 0] > 2 and x[0, 1] > 2 and x[0, 2] > 2 and x[0, 3] > 2 and x[0, 4] > 2
@@ -172,12 +179,12 @@ def test_a_path_that_the_example_does_not_take_is_followed_however_it_is_asked_f
 class Cut(nn.Module):
     """Units of which a part is used, as an argument says."""
 
-    def __init__(self, cut: Callable[..., torch.Tensor]) -> None:
+    def __init__(self, cut: Cutter) -> None:
         super().__init__()
         self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
         self.cut = cut
 
-    def forward(self, x: torch.Tensor, k) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, k: Any) -> torch.Tensor:
         return self.c(self.b(self.cut(self.a(x).relu(), k)).relu())
 
 
@@ -185,12 +192,28 @@ def filled(h: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(h, (0, 8 - h.shape[1]))
 
 
-CUTS: dict[str, tuple[Callable[..., torch.Tensor], list[object]]] = {
+CUTS: dict[str, tuple[Cutter, list[object]]] = {
     "as many as an argument says": (lambda h, k: filled(h[:, :k]), [8, 4, 3, 0]),
     "half of what an argument says": (lambda h, k: filled(h[:, : k // 2]), [16, 6, 2]),
     "parts of given lengths": (
         lambda h, k: torch.cat([2 * part for part in h.split(k.tolist(), 1)[:1]] + [h[:, k.tolist()[0] :]], 1),
         [torch.tensor([4, 4]), torch.tensor([2, 6]), torch.tensor([7, 1])],
+    ),
+    "parts of given lengths, one by one": (
+        lambda h, k: torch.cat([(1 + i) * part for i, part in enumerate(h.split([int(v) for v in k], 1))], 1),
+        [torch.tensor([3, 3, 2]), torch.tensor([1, 1, 6]), torch.tensor([6, 1, 1])],
+    ),
+    "parts at given places": (
+        lambda h, k: torch.cat([(1 + i) * part for i, part in enumerate(h.tensor_split(k, 1))], 1),
+        [torch.tensor([3, 6]), torch.tensor([1, 2]), torch.tensor([6, 7])],
+    ),
+    "parts of as many units as an argument says": (
+        lambda h, k: h.view(len(h), k, -1).cumsum(1).flatten(1),
+        [2, 4, 8, 1],
+    ),
+    "as many as are counted": (
+        lambda h, k: filled(h[:, : len(torch.bincount(k))]),
+        [torch.tensor([7, 0]), torch.tensor([1, 3]), torch.tensor([5, 5])],
     ),
     "the largest of a list": (
         lambda h, k: filled(h[:, : max(k.tolist())]),
@@ -215,6 +238,25 @@ def test_units_that_an_argument_cuts_stay_in_place(name, examples):
     assert spec.axes_of("b.weight")
     moved = fm.Alignment(spec.random(), spec).apply(model)
     assert all(torch.allclose(moved(x, k), model(x, k), rtol=0, atol=1e-10) for k in arguments)
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_a_path_that_an_argument_chooses_is_followed(told):
+    class Either(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor, *, deep: bool = False) -> torch.Tensor:
+            h = self.a(x).relu()
+            g = self.b(h).relu()
+            return self.c(g if deep else h)
+
+    model, x = Either().double(), torch.randn(3, 6).double()
+    spec = fm.PermutationSpec.trace(model, x, kwargs={"deep": told})
+    assert len(spec.groups) == 1
+    moved = fm.Alignment(spec.random(), spec).apply(model)
+    assert all(torch.allclose(moved(x, deep=d), model(x, deep=d), rtol=0, atol=1e-10) for d in (False, True))
 
 
 def test_every_task_that_a_number_chooses_is_read():
