@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from fastmatch._internal.callers import warn_user
+from fastmatch.spec.asked import noting
 from fastmatch.spec.record import Record, storage_id
 
 __all__ = ["Choices", "PathLeft", "follow_others"]
@@ -27,6 +28,9 @@ MOST_PASSES = 32
 
 MOST_SELECTIONS = 8
 """Passes with other selections for one example, beside those. Nobody needs to be told that there are more: few models branch on them."""
+
+MOST_COMPARED = 4
+"""Numbers that one number is compared with, of which each is tried, and its neighbours."""
 
 MOST_REPEATS = 2
 """After so many, the repeats of a question count as one: a loop is followed for none, one, two and some rounds."""
@@ -112,6 +116,13 @@ def others(value: Value) -> list[Value]:
     return [np.asarray(other).astype(value.dtype).reshape(value.shape) for other in nested]
 
 
+def _all_and_one(value: Value, number: int) -> list[Value]:
+    """Return a number in the place of another one, or of all numbers of a list and of its first."""
+    if not isinstance(value, list):
+        return [number] if number != value else []
+    return [[number] * len(value), [number, *value[1:]]] if all(type(x) is int for x in value) else []
+
+
 def _others_of_whole(values: list[Any]) -> list[list[Any]]:
     """Return whole numbers of the same sum, as lengths of parts have; equal ones; and distinct ones."""
     if len(values) < 2 or not all(type(value) is int for value in values):
@@ -127,6 +138,7 @@ class Choices:
         forced: position among them -> what is given instead of what was computed.
         repeated: what is given each time that a question is asked, from the last of these positions on.
         operations: after so many, the pass is left: another answer may make a loop endless.
+        asks: whether whole numbers note what they are compared with, in ``compared``.
     """
 
     def __init__(
@@ -134,8 +146,13 @@ class Choices:
         forced: Mapping[int, Value] | None = None,
         operations: float = float("inf"),
         repeated: Repeated | None = None,
+        *,
+        asks: bool = False,
     ) -> None:
         self.forced = forced or {}
+        self.is_first = not self.forced and not asks
+        self.compared: dict[int, set[int]] = {}
+        self._asks = asks
         self._repeated, self._repeats = repeated, 0
         self._selected: dict[int, Selection] = {}
         self.made: list[Choice] = []
@@ -146,11 +163,11 @@ class Choices:
         self._held: list[torch.Tensor] = []  # so that their memory is not used again
 
     def before(self, record: Record, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Count an operation that is about to run; in a pass with other answers, keep what it overwrites of the state."""
+        """Count an operation that is about to run; but in the first pass, keep what it overwrites of the state."""
         self.operations += 1
         if self.operations > self._most:
             raise PathLeft
-        if self.forced and func._schema.is_mutable:
+        if not self.is_first and func._schema.is_mutable:
             for k, argument in enumerate(func._schema.arguments):
                 tensor = kwargs.get(argument.name, args[k] if k < len(args) else None)
                 if argument.is_write and isinstance(tensor, torch.Tensor) and record.is_state(tensor):
@@ -172,7 +189,14 @@ class Choices:
         if self.forced and told is not likewise and not _is_same(told, value):
             self._instead.insert(0, (value, told))
         self.made.append(Choice(place, told))
-        return told
+        return self.noted(told)
+
+    def noted(self, value: Value) -> Value:
+        """Return the value that Python was given last so that it notes what it is compared with, if this pass asks for that."""
+        last = len(self.made) - 1
+        if not self._asks or last < 0 or not _is_same(self.made[last].value, value):
+            return value
+        return noting(value, self.compared.setdefault(last, set()))
 
     def _is_repeated(self, place: Place) -> bool:
         """Whether the answer here is one that is repeated."""
@@ -227,9 +251,10 @@ def follow_others(first: Choices, run: Callable[[Choices], None], unread: Callab
     waiting = deque([(first, 0, False)])
     most = 1000 + 4 * first.operations
     passes = selections = 0
+    compared = _compared(first, run, most)
     while waiting:
         before, start, more = waiting.popleft()
-        for position, other, key in _others(before, start, more):
+        for position, other, key in _others(before, start, more, compared if before is first else {}):
             if key in tried:
                 continue
             if isinstance(other, str):
@@ -251,15 +276,31 @@ def follow_others(first: Choices, run: Callable[[Choices], None], unread: Callab
             else:
                 answers[position] = other.value if isinstance(other, Repeated) else other
             choices, left = Choices(answers, most, repeated), unread()
-            try:
-                with _limited():
-                    run(choices)
-            except (Exception, PathLeft, SystemExit):  # the model's own code may raise on what cannot be
+            if not _runs(run, choices):
                 continue
-            finally:
-                choices.restore()
             found_more = unread() < left
             waiting.append((choices, position + (not found_more), found_more))
+
+
+def _runs(run: Callable[[Choices], None], choices: Choices) -> bool:
+    """Run a pass with other answers and undo what it writes; return whether it ended."""
+    try:
+        with _limited():
+            run(choices)
+    except (Exception, PathLeft, SystemExit):  # the model's own code may raise on what cannot be
+        return False
+    finally:
+        choices.restore()
+    return True
+
+
+def _compared(first: Choices, run: Callable[[Choices], None], most: float) -> dict[int, list[int]]:
+    """Return the whole numbers that each whole number or list of them is compared with, by position, in a pass like the first."""
+    if not any(isinstance(choice.value, (int, list)) and choice.value is not True for choice in first.made):
+        return {}
+    asked = Choices(operations=most, asks=True)
+    _runs(run, asked)
+    return {position: sorted(found)[:MOST_COMPARED] for position, found in asked.compared.items()}
 
 
 @contextmanager
@@ -283,7 +324,7 @@ def _limited() -> Iterator[None]:
 
 
 def _others(
-    choices: Choices, start: int, found_more: bool
+    choices: Choices, start: int, found_more: bool, compared: Mapping[int, list[int]]
 ) -> Iterator[tuple[int, Value | Repeated | Pair, tuple[Any, ...]]]:
     """Yield (position, other answer, what it has in common with those that need not be tried again)."""
     counts: Counter[Place] = Counter()
@@ -293,6 +334,10 @@ def _others(
         counts[choice.place] += 1
         if isinstance(choice.value, bool):
             first.setdefault(choice.place, position)
+        for near in (0, -1, 1):
+            for number in compared.get(position, ()):
+                for other in _all_and_one(choice.value, number + near):
+                    yield position, other, (choice.place, "compared", repr(other))
         for number, other in enumerate(others(choice.value) if position >= start else ()):
             if found_more:
                 yield position, other, (choice.place, repeat, repr(other))

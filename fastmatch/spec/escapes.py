@@ -52,9 +52,11 @@ class Escapes(TorchFunctionMode):
             args = self._told_places(*args)
         if func != SET_DATA:
             result = func(*args, **(kwargs or {}))
+            if name == "item":  # torch turns what its operation returns into a plain number
+                return self.choices.noted(result)
             return self._told(result, args[0]) if name in VALUES else result
         with torch._C.DisableTorchFunction():
-            if self.choices.forced and self.record.is_state(args[0]):
+            if not self.choices.is_first and self.record.is_state(args[0]):
                 raise PathLeft  # the model would keep it
             self._pin(list(args), "Tensor.data")
         result = func(*args)
