@@ -11,6 +11,7 @@ import numpy as np
 
 from fastmatch._internal.checks import check_type
 from fastmatch.assignment._compile import prepared
+from fastmatch.assignment.copies import find_copies
 from fastmatch.assignment.phases import SLICE, Phases, deviation
 from fastmatch.assignment.problem import (
     Infeasible,
@@ -49,9 +50,6 @@ from fastmatch_kernels.lap.state import (
 )
 
 __all__ = ["DenseShortlists"]
-
-PROBED = (8, 64)
-"""Entries by which lines are compared before all of them."""
 
 NARROWED = 1 << 27
 """Entries up to which a float64 matrix is copied to float32: half a gigabyte."""
@@ -785,49 +783,6 @@ def restore(held: list[tuple[np.ndarray, np.ndarray]]) -> None:
     """Give arrays back the contents that were kept beside them."""
     for x, old in held:
         x[:] = old
-
-
-def find_copies(
-    matrix: np.ndarray, below: float, *, columns: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """Find equal columns (or rows) of a matrix.
-
-    Returns:
-        (first, group, room): a line of each kind, the kind of each line, and the lines of each kind. None if there are
-        more than ``below`` times as many kinds as lines.
-    """
-    from fastmatch_kernels.lap.copies import columns_equal, rows_equal
-
-    lines, entries = matrix.shape[::-1] if columns else matrix.shape
-    for count in (*PROBED, entries):
-        few = np.unique(np.linspace(0, entries - 1, count).astype(np.int64))
-        whole = len(few) == entries
-        sample = matrix if whole else matrix[few] if columns else matrix[:, few]
-        keys = _hashes(np.ascontiguousarray(sample), columns=columns)
-        _, first, group, room = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
-        if len(first) > below * lines:
-            return None
-        equal = columns_equal if columns else rows_equal
-        like = first[group].astype(np.int64)
-        copies = np.flatnonzero(like != np.arange(lines))
-        if equal(matrix.reshape(-1), matrix.shape[1], copies, like[copies]):
-            return first, group, room
-        if whole:  # two kinds with one hash
-            return None
-    return None
-
-
-def _hashes(matrix: np.ndarray, *, columns: bool) -> np.ndarray:
-    """Return a number per column (or row), the same for lines with the same bits, and nearly always only for them."""
-    from fastmatch_kernels.lap.copies import hash_columns, hash_rows
-
-    n, m = matrix.shape
-    lines, entries = (m, n) if columns else (n, m)
-    odd = np.random.default_rng(0).integers(2**63, size=entries, dtype=np.uint64) * 2 + 1
-    total = np.zeros(lines, np.uint64)
-    bits = matrix.view(f"u{matrix.itemsize}").reshape(-1)
-    (hash_columns if columns else hash_rows)(bits, m, odd, total)
-    return total
 
 
 def compile_kernels(dtype: np.dtype) -> None:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import fastmatch as fm
-from fastmatch.assignment import dense_shortlists
-from fastmatch.assignment.dense_shortlists import find_copies
+from fastmatch.assignment import copies
+from fastmatch.assignment.copies import find_copies
 from helpers.networks import fresh_seed
 
 
@@ -32,9 +32,7 @@ def test_kinds_are_those_of_a_comparison_of_all_entries(dtype, columns):
 @pytest.mark.parametrize("columns", [True, False])
 def test_lines_that_only_share_a_hash_are_no_copies(monkeypatch, columns):
     matrix = np.random.default_rng(fresh_seed()).standard_normal((40, 40))
-    monkeypatch.setattr(
-        dense_shortlists, "_hashes", lambda matrix, columns: np.zeros(matrix.shape[columns], np.uint64)
-    )
+    monkeypatch.setattr(copies, "_hashes", lambda matrix, columns: np.zeros(matrix.shape[columns], np.uint64))
     assert find_copies(matrix, 0.5, columns=columns) is None
 
 
