@@ -124,7 +124,7 @@ class _DensePhases(Phases):
         self.as_square = self.m > 1 and is_nearly_square(self.n, self.m)
         self.limit = np.inf  # scans that paths may take before it is begun in another way
         if not self.as_square and self.n >= CROWDED_FROM:
-            self.limit = self.n * (self.n // WORST_SHARE)
+            self.limit = float(self.n * (self.n // WORST_SHARE))
         self.warm = start is not None
         # Kernels load whole vectors of duals.
         duals = np.zeros(-(-self.m // VECTOR) * VECTOR)
@@ -399,7 +399,7 @@ class _DensePhases(Phases):
         from fastmatch_kernels.lap.paths import paths
 
         rows, before = self.by_least()[:GROWN], int(self.counts[POPS])
-        at = paths(self.costs, self.state, rows, 0, np.inf)
+        at = paths(self.costs, self.state, rows, 0, self.matrix.size)
         if at < 0:
             raise self.infeasible(-1 - at)
         scanned = int(self.counts[POPS]) - before
@@ -804,5 +804,6 @@ def compile_kernels(dtype: np.dtype) -> None:
         wide.reduce_by_rows()
         wide.drop()
         wide.augment_by_rows(np.inf)
+        wide.level_columns()
 
     prepared(f"the assignment kernels for {dtype}", ("dense", dtype.char), run_tiny)
