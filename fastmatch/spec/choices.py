@@ -108,6 +108,8 @@ def others(value: Value) -> list[Value]:
     if isinstance(value, str):
         return ["none", "all"]
     if isinstance(value, list):
+        if not value:
+            return []
         changed = zip(*map(others, value), strict=False)
         return [value[::-1], value[1:] + value[:1], *_others_of_whole(value), *map(list, changed)]
     if value.dtype.kind not in "biuf":
