@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from fastmatch.spec.choices import Choices, PathLeft
+from fastmatch.spec.choices import Choices
+from fastmatch.spec.guards import PathLeft
 from fastmatch.spec.operations import tensors_in
 from fastmatch.spec.record import Record, fresh
+from fastmatch.spec.spots import Spots
 
 __all__ = ["Escapes"]
 
@@ -37,9 +40,9 @@ SPLIT = "tensor_split"
 class Escapes(TorchFunctionMode):
     """Pins what is read by ``tolist``, ``numpy`` and their like: what happens to the values then is unknown."""
 
-    def __init__(self, record: Record, choices: Choices | None = None) -> None:
+    def __init__(self, record: Record, choices: Choices | None = None, spots: Spots | None = None) -> None:
         super().__init__()
-        self.record, self.choices = record, choices or Choices()
+        self.record, self.choices, self.spots = record, choices or Choices(), spots or Spots(nn.Module())
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -72,7 +75,11 @@ class Escapes(TorchFunctionMode):
     def _told(self, result: Any, tensor: torch.Tensor) -> Any:
         """Return the values of a tensor that depends on weights or inputs, or others that they could have been."""
         depends = self.record.is_state(tensor) or self.record.is_data(tensor)
-        return self.choices.told(result, "") if depends and tensor.numel() <= MOST_VALUES else result
+        return (
+            self.choices.told(result, self.spots.module)
+            if depends and tensor.numel() <= MOST_VALUES
+            else result
+        )
 
     def _pin(self, values: list[Any], reason: str) -> None:
         for tensor in tensors_in(values):

@@ -65,6 +65,11 @@ class Spots:
         self._elsewhere: list[str] = []
 
     @property
+    def module(self) -> str:
+        """The path of the innermost module that runs."""
+        return self._modules[-1] if self._modules else ""
+
+    @property
     def elsewhere(self) -> list[str]:
         """Paths of modules that only another thread ran. What this one ran too, another caller runs at the same time."""
         return [path for path in self._elsewhere if path not in self._here]
@@ -117,7 +122,7 @@ class Spots:
         behind = (self._behind.get(_memory(tensor)) for tensor in self._inputs)
         self._weight = self._read[0] if self._read else next((weight for weight in behind if weight), "")
         self._only_state = len(read) == len(self._inputs)
-        place = (self.kind_of(name), self._modules[-1] if self._modules else "", self._weight)
+        place = (self.kind_of(name), self.module, self._weight)
         self._counts[place] += 1
         return Spot(*place, self._counts[place] - 1)
 

@@ -15,7 +15,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 from torch._ops import HigherOrderOperator
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastmatch._internal.callers import warn_user
 from fastmatch._internal.dispatch_mode import DispatchMode
@@ -23,8 +22,9 @@ from fastmatch._internal.divided import undivided
 from fastmatch._internal.states import check_module
 from fastmatch._internal.words import error_line
 from fastmatch.spec.branches import Siblings, training
-from fastmatch.spec.choices import Choices, follow_others
+from fastmatch.spec.choices import ARGUMENT, Choices
 from fastmatch.spec.escapes import Escapes
+from fastmatch.spec.follow import follow_others
 from fastmatch.spec.grouping import Found, find_groups
 from fastmatch.spec.hollow import filled
 from fastmatch.spec.labels import Label, is_pinned, pin, unify
@@ -98,6 +98,7 @@ class Tracer(DispatchMode):
         selecting = partial(self.choices.told_selection, module=spot.module)
         out = self.compute(func, with_selections(op_name(func), args, self._depends, selecting), kwargs)
         _check_dense(tensors_in(out), "model: computes")
+        self.choices.after(out)
         if isinstance(out, (bool, int, float)) and any(map(self._depends, tensors_in((args, kwargs)))):
             out = self.choices.told(out, spot.module)
         self.number += counts(func)
@@ -165,14 +166,17 @@ class Tracer(DispatchMode):
                 pin(new, name)
 
 
-def _told_numbers(arguments: Any, choices: Choices) -> Any:
+def _told_numbers(value: Any, choices: Choices, path: str = ARGUMENT) -> Any:
     """Return a model's arguments with the numbers and truth values that it is told: they may say where it cuts or which path it takes."""
-    leaves, shape = tree_flatten(arguments)
-    told = [
-        choices.told(leaf, f"argument {k}") if type(leaf) in (bool, int, float) else leaf
-        for k, leaf in enumerate(leaves)
-    ]
-    return tree_unflatten(told, shape)
+    if type(value) in (bool, int, float):
+        return choices.told(value, path)
+    if isinstance(value, dict):
+        return {key: _told_numbers(part, choices, f"{path}.{key}") for key, part in value.items()}
+    if type(value) not in (list, tuple):
+        return value
+    if value and all(type(part) is int for part in value):
+        return type(value)(choices.told(list(value), path))
+    return type(value)(_told_numbers(part, choices, f"{path}.{k}") for k, part in enumerate(value))
 
 
 def _check_dense(tensors: Iterable[torch.Tensor], where: str) -> None:
@@ -290,7 +294,7 @@ def _trace(
             if not record.knows(tensor):
                 record.set(tensor, fresh(tensor.shape, "model input"))
             record.mark_data(tensor)
-        with Escapes(record, choices), tracer:
+        with Escapes(record, choices, spots), tracer:
             with siblings.watched(), spots.watched():
                 output = run(tracer, *args, **keywords) if run else model(*args, **keywords)
             if spots.elsewhere:
@@ -340,6 +344,8 @@ def _can_follow(model: nn.Module, choices: Choices) -> bool:
     try:
         structure_of(model)
     except Exception as error:
+        if all(isinstance(x.value, str) or x.place[0].startswith(ARGUMENT) for x in choices.made):
+            return False  # no path is known to depend on lengths and arguments
         warn_user(
             "model: it reads numbers in Python, and the paths that others lead to were not followed, because it cannot be "
             f"copied ({error_line(error)})"

@@ -21,7 +21,7 @@ from fastmatch.spec.operations import op_name, tensors_in
 from fastmatch.spec.record import Record, ValuesNeeded, storage_id
 from fastmatch.spec.rules.elementwise import FACTORIES
 
-__all__ = ["Uncomputed", "can_omit", "structure_of"]
+__all__ = ["Uncomputed", "can_omit", "on_meta", "structure_of"]
 
 LEAST = 1 << 20
 """Parameters from which values are left out: below that, a forward pass takes as long as the trace's own work."""
@@ -79,7 +79,7 @@ class Uncomputed:
         if key not in self._known:
             meta: dict[int, torch.Tensor] = {}
             try:
-                shaped = func(*_mapped(args, meta), **_mapped(kwargs, meta))
+                shaped = func(*on_meta(args, meta), **on_meta(kwargs, meta))
             except (
                 Exception
             ) as error:  # it has no rule for shapes, and on made-up numbers it could do anything
@@ -118,7 +118,7 @@ def _form(value: Any) -> Any:
     return type(value), value  # True and 1.0 equal 1, and give other types
 
 
-def _mapped(value: Any, meta: dict[int, torch.Tensor]) -> Any:
+def on_meta(value: Any, meta: dict[int, torch.Tensor]) -> Any:
     """Return an argument with tensors on the meta device, noted by the ids of those that they stand for."""
     if isinstance(value, torch.Tensor):
         if id(value) not in meta:
@@ -127,9 +127,9 @@ def _mapped(value: Any, meta: dict[int, torch.Tensor]) -> Any:
             )
         return meta[id(value)]
     if isinstance(value, (list, tuple)):
-        return [_mapped(part, meta) for part in value]
+        return [on_meta(part, meta) for part in value]
     if isinstance(value, dict):
-        return {name: _mapped(part, meta) for name, part in value.items()}
+        return {name: on_meta(part, meta) for name, part in value.items()}
     if isinstance(value, torch.device):
         if value.type != "cpu":
             raise ValuesNeeded("a copy to another device")

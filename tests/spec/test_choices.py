@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import fastmatch as fm
-from fastmatch.spec import choices
+from fastmatch.spec import follow
 from helpers.networks import fresh_seed
 
 Body = Callable[["Net", torch.Tensor], torch.Tensor]
@@ -313,8 +313,8 @@ def test_checks_of_values_hold_nothing():
 
 
 def test_more_paths_than_are_followed_are_told(monkeypatch):
-    monkeypatch.setattr(choices, "MOST_PASSES", 2)
-    with pytest.warns(UserWarning, match=r"more than 2 paths.*fm\.Examples"):
+    monkeypatch.setattr(follow, "MOST_PASSES", 2)
+    with pytest.warns(UserWarning, match=r"more paths than the 2 that.*fm\.Examples"):
         fm.PermutationSpec.trace(Net(exits), torch.randn(3, 12), unread="ignore")
 
 

@@ -1,0 +1,116 @@
+"""The passes that a model would run if numbers that it reads in Python were others.
+
+A model that asks ``if h.norm() > 2`` runs one of several paths. Others may use the same parameters in another way, so a
+trace follows them as well: the model is told another answer, and what that pass shows is joined with the first.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from fastmatch._internal.callers import warn_user
+from fastmatch.spec.choices import Choices, Value
+from fastmatch.spec.guards import PathLeft
+from fastmatch.spec.other_answers import MOST_COMPARED, tries
+
+__all__ = ["follow_others"]
+
+MOST_PASSES = 48
+"""Passes with other answers for one example."""
+
+MOST_SELECTIONS = 8
+"""Passes in which only lengths are others, for one example, beside those. More of them are no reason for a warning: models seldom
+branch on a length, and often select."""
+
+LONGEST_SECONDS = 5.0
+"""How long a pass with another answer may take."""
+
+MOST_SECONDS = 30.0
+"""How long all of them may take for one example."""
+
+
+def follow_others(first: Choices, run: Callable[[Choices], None], unread: Callable[[], int]) -> None:
+    """Run the passes that other answers lead to, one other answer at a time, then those that these lead to.
+
+    Args:
+        first: of a pass with the answers that were computed.
+        run: runs a pass.
+        unread: returns how many parameters were not read yet. Where a pass has read more, others like it are followed too.
+    """
+    tried: set[tuple[Any, ...]] = set()
+    waiting = deque([(first, 0, False)])
+    passes = selections = 0
+    end = time.monotonic() + MOST_SECONDS
+    compared = _compared(first, run)
+    while waiting:
+        before, start, more = waiting.popleft()
+        for one in tries(before, start, more, compared if before is first else {}):
+            if one.key in tried:
+                continue
+            if one.is_selection and selections == MOST_SELECTIONS:
+                continue
+            if passes == MOST_PASSES or time.monotonic() > end:
+                if one.is_selection or one.is_argument:
+                    continue
+                warn_user(
+                    f"example_inputs: the model takes more paths than the {passes} that were tried, by numbers that it reads in "
+                    "Python; the trace has not followed all of them. Give several inputs that take others, fm.Examples(x1, x2)"
+                )
+                return
+            tried.add(one.key)
+            selections += one.is_selection
+            passes += not one.is_selection
+            answers: dict[int, Value] = {k: x.value for k, x in enumerate(before.made[: one.position])}
+            choices = Choices(
+                {**answers, **one.answers}, repeated=one.repeated, ties=one.ties, limits=first.limits
+            )
+            left = unread()
+            if _runs(run, choices):
+                found_more = unread() < left
+                waiting.append((choices, one.position + (not found_more), found_more))
+
+
+def _runs(run: Callable[[Choices], None], choices: Choices) -> bool:
+    """Run a pass with other answers and undo what it writes; return whether it ended."""
+    try:
+        with _limited():
+            run(choices)
+    except (Exception, PathLeft, SystemExit):  # the model's own code may raise on what cannot be
+        return False
+    finally:
+        choices.restore()
+    return True
+
+
+def _compared(first: Choices, run: Callable[[Choices], None]) -> dict[int, list[int]]:
+    """Return the whole numbers that each whole number or list of them is compared with, by position, in a pass like the first."""
+    if not any(isinstance(x.value, (int, list)) and not isinstance(x.value, bool) for x in first.made):
+        return {}
+    asked = Choices(asks=True, limits=first.limits)
+    _runs(run, asked)
+    return {position: sorted(found)[:MOST_COMPARED] for position, found in asked.compared.items()}
+
+
+@contextmanager
+def _limited() -> Iterator[None]:
+    """Leave a pass after some seconds: another answer may make a loop endless that runs no operation."""
+    if sys.gettrace() is not None:  # a debugger or a measure of coverage
+        yield
+        return
+    end = time.monotonic() + LONGEST_SECONDS
+
+    def look(_frame: Any, _event: str, _arg: Any) -> Any:
+        if time.monotonic() > end:
+            raise PathLeft
+        return look
+
+    sys.settrace(look)
+    try:
+        yield
+    finally:
+        sys.settrace(None)
