@@ -10,7 +10,7 @@ from fastmatch._internal.allowed import Reduce
 from fastmatch.spec import ActivationSite, Axis, PermutationSpec
 from fastmatch.spec.activation_sites import Site
 
-__all__ = ["Reading", "Reduce", "choose_readings", "choose_sites", "unit_columns"]
+__all__ = ["Reading", "Reduce", "choose_readings", "choose_sites", "is_apart", "unit_columns"]
 
 Reading: TypeAlias = tuple[ActivationSite, ...]
 """The sites that are read from one tensor: that of a group, or those of all subgroups of a kind."""

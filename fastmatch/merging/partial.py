@@ -31,7 +31,7 @@ from fastmatch._internal.states import (
     state_of,
     working_dtype,
 )
-from fastmatch.matching.sites import choose_sites, unit_columns
+from fastmatch.matching.sites import choose_sites, is_apart, unit_columns
 from fastmatch.merging.rewire import Rewiring, rewire
 from fastmatch.merging.unit_rules import Identity, MatchedUnits, RuleName
 from fastmatch.merging.units import UnitMaps, identity_maps, on_axis
@@ -283,8 +283,18 @@ def merge_partial(
     elif not plan.joined:
         maps = {}
     else:
-        moments = _read_moments(copies, plan, rule, progress)
-        maps = {name: rule.maps(found, alphas) for name, found in moments.items()}
+        unlike = [name for name in plan.joined if is_apart(structure.spec, name)]
+        if unlike:
+            warn_user(
+                f"merge_partial: {len(unlike)} groups are merged unit by unit as they are, because no operation shows them on the same "
+                f"samples in all networks: {', '.join(unlike[:3])}{', ...' if unlike[3:] else ''}"
+            )
+        moments = _read_moments(copies, plan, rule, [n for n in plan.joined if n not in unlike], progress)
+        as_they_are = _identity(plan, alphas)
+        maps = {
+            name: as_they_are[name] if name in unlike else rule.maps(moments[name], alphas)
+            for name in plan.joined
+        }
     if any(found.spread is None for found in maps.values()):
         _warn_of_norms(models[0], plan, maps)
     maps = {name: found.to(device, _work_dtype(states[0])) for name, found in maps.items()}
@@ -347,14 +357,18 @@ def _verify(plan: Rewiring, example_inputs: Any, weights: Sequence[float]) -> No
 
 
 def _read_moments(
-    copies: Sequence[nn.Module], plan: Rewiring, rule: MatchedUnits, progress: bool | None
+    copies: Sequence[nn.Module],
+    plan: Rewiring,
+    rule: MatchedUnits,
+    names: Sequence[str],
+    progress: bool | None,
 ) -> dict[str, list[CrossMoments]]:
-    """Return, per group, the moments that the rule needs (see :meth:`MatchedUnits.maps`), in one read of its data."""
+    """Return, per named group, the moments that the rule needs (see :meth:`MatchedUnits.maps`), in one read of its data."""
     spec = plan.structure.spec
-    chosen = {choose_sites(spec, name, rule.site, "last")[0]: name for name in plan.joined}
-    rows: dict[str, list[torch.Tensor]] = {name: [] for name in plan.joined}
+    chosen = {choose_sites(spec, name, rule.site, "last")[0]: name for name in names}
+    rows: dict[str, list[torch.Tensor]] = {name: [] for name in names}
     count = len(copies) - 1 if rule.pairwise else 1
-    moments = {name: [CrossMoments() for _ in range(count)] for name in plan.joined}
+    moments = {name: [CrossMoments() for _ in range(count)] for name in names}
 
     def keep(site: ActivationSite, tensor: torch.Tensor) -> None:
         rows[chosen[site]].append(unit_columns(tensor, site.axis, spec.groups[site.group].size))

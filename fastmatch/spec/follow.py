@@ -23,6 +23,9 @@ __all__ = ["follow_others"]
 MOST_PASSES = 48
 """Passes with other answers for one example."""
 
+TOLD = 2
+"""Answers of this rank and beyond are left out without a warning: every question was told two other answers."""
+
 MOST_SELECTIONS = 8
 """Passes in which only lengths are others, for one example, beside those. More of them are no reason for a warning: models seldom
 branch on a length, and often select."""
@@ -55,7 +58,7 @@ def follow_others(first: Choices, run: Callable[[Choices], None], unread: Callab
             if one.is_selection and selections == MOST_SELECTIONS:
                 continue
             if passes == MOST_PASSES or time.monotonic() > end:
-                if one.is_selection or one.is_argument:
+                if one.is_selection or one.is_argument or one.rank >= TOLD:
                     continue
                 warn_user(
                     f"example_inputs: the model takes more paths than the {passes} that were tried, by numbers that it reads in "

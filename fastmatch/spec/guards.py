@@ -59,7 +59,8 @@ def _entries(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """Return how many entries the largest result has; 0 if torch's rules of shapes do not say."""
     try:
         meta: dict[int, torch.Tensor] = {}
-        shaped = func(*on_meta(args, meta), **on_meta({**kwargs, **_device(func)}, meta))
+        given = {name: part for name, part in kwargs.items() if name != "device"}
+        shaped = func(*on_meta(args, meta), **on_meta(given, meta), **_device(func))
     except (Exception, ValuesNeeded):  # values decide, or it fails: then it does so when it runs
         return 0
     return max((t.numel() for t in tensors_in(shaped)), default=0)

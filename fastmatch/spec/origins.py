@@ -50,6 +50,9 @@ def follow_origins(record: Record, call: Call) -> None:
     if any(record.is_state(t) for t in call.inputs):
         for tensor in call.outputs:
             record.mark_state(tensor)
+    if any(record.is_learned(t) for t in call.inputs):
+        for tensor in call.outputs:
+            record.mark_learned(tensor)
 
 
 def follow_ties(record: Record, call: Call) -> None:

@@ -135,7 +135,7 @@ def _tries(
                 is_selection=isinstance(value, str),
                 is_argument=is_argument,
             )
-            if _comes_again(choices, position):
+            if number == 0 and _comes_again(choices, position):
                 yield Try(
                     position,
                     {position: other},

@@ -120,12 +120,14 @@ class Record:
         self._joined: dict[int, Joined] = {}
         self._positions: dict[int, tuple[torch.Tensor, Label, bool]] = {}
         self._state: set[int] = set()
+        self._learned: set[int] = set()
         self._level: set[int] = set()
         self._read: set[int] = set()
         self._followers: dict[int, list[Label]] = {}
         self._counted: list[Label] = []
         self._empty: list[tuple[Label, Label]] = []
         self._chosen: list[Label] = []
+        self._orders: list[Label] = []
         self.sites: list[RawSite] = []
         self.slices: dict[tuple[int, int, int], Slice] = {}
         self.contractions: list[tuple[Label, tuple[Label, ...]]] = []
@@ -315,6 +317,14 @@ class Record:
         """Whether a tensor depends on parameters or buffers."""
         return storage_id(tensor) in self._state
 
+    def mark_learned(self, tensor: torch.Tensor) -> None:
+        """Note that a tensor, and every view of its memory, depends on parameters."""
+        self._learned.add(storage_id(tensor))
+
+    def is_learned(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor depends on parameters, so that it has other values in another network."""
+        return storage_id(tensor) in self._learned
+
     def mark_level(self, tensor: torch.Tensor) -> None:
         """Note that a tensor may hold equal values at many positions, as a ReLU's zeros."""
         self._level.add(storage_id(tensor))
@@ -366,10 +376,21 @@ class Record:
         """Note that how long an axis is depends on values, as that of what a mask selects does."""
         self._counted.append(label)
 
-    def mark_chosen(self, label: Label, by: torch.Tensor) -> None:
-        """Note the axis of rows that ``by`` chooses, if the network computed it with its weights: another one chooses others."""
-        if self.is_state(by):
+    def mark_chosen(self, label: Label, among: Sequence[Label], by: torch.Tensor) -> None:
+        """Note the axis of samples that ``by`` chooses among those of other axes, if it depends on weights: another network chooses others.
+
+        Axes of samples are held in place. What is chosen among units is no sample.
+        """
+        if self.is_learned(by) and all(map(is_pinned, among)):
             self._chosen.append(label)
+
+    def mark_order(self, label: Label) -> None:
+        """Note an axis along which a sort has put all that was there in another order."""
+        self._orders.append(label)
+
+    def is_order(self, label: Label) -> bool:
+        """Whether an axis is one of those."""
+        return any(find(label) is find(order) for order in self._orders)
 
     def chosen_leaves(self) -> set[int]:
         """Return the ids of the leaves along which a network has chosen the rows."""

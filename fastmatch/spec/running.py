@@ -198,9 +198,9 @@ def examples_of(
     return [(args, {**keywords, **(kwargs or {})}) for args, keywords in found]
 
 
-def check_not_batches(example_inputs: Any) -> None:
-    """Raise TypeError if inputs that a model does not run on look like batches of (inputs, classes)."""
-    if _is_batch(example_inputs):
+def check_not_batches(example_inputs: Any, error: Exception) -> None:
+    """Raise TypeError if inputs that a model does not run on, for an error, look like batches of (inputs, classes)."""
+    if _is_batch(example_inputs) and isinstance(error, TypeError) and "argument" in str(error):
         raise TypeError(
             "example_inputs: expected the inputs of one batch, got what looks like (inputs, targets); give the inputs alone, batch[0]"
         )

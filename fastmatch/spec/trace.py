@@ -112,13 +112,14 @@ class Tracer(DispatchMode):
         if not (func.is_view or call.base in COPIES or call.base in FACTORIES):
             for tensor in call.inputs:
                 self.record.mark_read(tensor)
+        among = self._samples(func, call)
         self._apply_rule(func, call)
         for tensor, before in earlier:
             self._unite_written(call.name, tensor, before)
         for tensor in call.outputs:
             if not self.record.knows(tensor):
                 self._label_constant(func, call, tensor)
-        self._note_counts(func, call)
+        self._note_counts(func, call, among)
         follow_ties(self.record, call)
         return out
 
@@ -146,14 +147,23 @@ class Tracer(DispatchMode):
         else:
             self.record.labels(tensor)
 
-    def _note_counts(self, func: Any, call: Call) -> None:
+    def _samples(self, func: Any, call: Call) -> dict[int, list[Label]]:
+        """Return the axes of the operands, by number, that stay in place before an operation selects among them and pins all."""
+        if torch.Tag.dynamic_output_shape not in func.tags or call.base == "index":
+            return {}
+        axes = {k: self.record.labels(tensor) for k, tensor in enumerate(call.inputs)}
+        return {k: labels for k, labels in axes.items() if all(map(is_pinned, labels))}
+
+    def _note_counts(self, func: Any, call: Call, among: dict[int, list[Label]]) -> None:
         """Note axes whose length depends on values; the rule of index tells which are those of a mask."""
         if torch.Tag.dynamic_output_shape in func.tags and call.base != "index":
+            selected = call.outputs[:1]  # unique returns more, which have the rows of the operand
+            for label in (label for tensor in selected for label in self.record.labels(tensor)):
+                for k, labels in among.items():
+                    self.record.mark_chosen(label, labels, call.inputs[k])
             for label in (label for tensor in call.outputs for label in self.record.labels(tensor)):
                 if is_pinned(label):
                     self.record.mark_counted(label)
-                    for tensor in call.inputs:
-                        self.record.mark_chosen(label, tensor)
 
     def _unite_written(self, name: str, tensor: torch.Tensor, before: list[Label]) -> None:
         """Unite the labels that a tensor had before it was written to with those of the result."""
@@ -239,8 +249,8 @@ def trace(
                 return _trace(structure_of(model), examples, run, outputs, computes=False)
         try:
             return _trace(model, examples, run, outputs)
-        except Exception:
-            check_not_batches(example_inputs)
+        except Exception as error:
+            check_not_batches(example_inputs, error)
             raise
 
 
@@ -377,6 +387,8 @@ def _label_state(record: Record, state: Mapping[str, torch.Tensor]) -> None:
                 memory.setdefault(view[0], []).append(view)
         record.set(tensor, views[view])
         record.mark_state(tensor)
+        if isinstance(tensor, nn.Parameter):
+            record.mark_learned(tensor)
     for sharing in memory.values():
         spans = sorted((_span(view), view) for view in sharing) if len(sharing) > 1 else []
         end, last = 0, None

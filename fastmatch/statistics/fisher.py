@@ -147,23 +147,22 @@ def gradients_by_sample(
                 try:
                     with _loops_untold():
                         found = together(parameters, inputs, y)
-                except (
-                    RuntimeError
-                ):  # torch cannot run many samples at once through experts or exits, which branch on values
+                except torch.OutOfMemoryError:
+                    raise
+                except RuntimeError:
+                    # torch cannot run many samples at once through experts or exits, which branch on values.
                     is_batched = False
             if found is None:
-                found = _stacked([gradient(parameters, _sample(inputs, k), y[k]) for k in range(len(y))])
+                found = {name: p.new_empty(len(y), *p.shape) for name, p in parameters.items()}
+                for k in range(len(y)):
+                    for name, g in gradient(parameters, _sample(inputs, k), y[k]).items():
+                        found[name][k] = g
             yield found
 
 
 def _sample(inputs: Any, k: int) -> Any:
     """Return one sample of nested inputs."""
     return tree_map(lambda x: x[k], inputs)
-
-
-def _stacked(gradients: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Return the gradients of several samples as those of a batch."""
-    return {name: torch.stack([found[name] for found in gradients]) for name in gradients[0]}
 
 
 @contextmanager

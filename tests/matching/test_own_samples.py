@@ -49,12 +49,74 @@ class Choosing(nn.Module):
         return self.c(mixed)
 
 
+class Sorted(nn.Module):
+    """Samples in the order of their experts, and back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.a, self.c = nn.Linear(6, 3), nn.Linear(6, 12), nn.Linear(12, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        order = self.router(x).argmax(-1).argsort()
+        return self.c(self.a(x[order]).relu()[order.argsort()])
+
+
+class Pruned(nn.Module):
+    """The tokens that a score likes best, and a hidden layer of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.score, self.a, self.c = nn.Linear(6, 1), nn.Linear(6, 12), nn.Linear(12, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        best = self.score(x)[..., 0].topk(4, 1).indices
+        kept = x.gather(1, best[..., None].expand(-1, -1, 6))
+        return self.c(self.a(kept).relu())
+
+
+class Ranked(nn.Module):
+    """Samples in an order that a buffer tells, the same in each network; values sorted along units, and codes of samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 12), nn.Linear(12, 12), nn.Linear(12, 4)
+        self.register_buffer("rank", torch.tensor([3.0, 1.0, 2.0, 0.0]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.b(self.a(x[:, self.rank.argsort()]).relu()).relu()
+        _, code = torch.unique(h.sum(2) > 1, return_inverse=True)
+        return self.c(h) + code.to(h.dtype)[..., None] + h.sort(2).values[..., :4]
+
+
 def batches(count: int = 3) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(torch.randn(64, 6), torch.randint(0, 4, (64,))) for _ in range(count)]
 
 
-def test_units_are_compared_where_both_networks_show_the_same_samples():
+@pytest.mark.parametrize("build", [Sorted, Pruned])
+def test_samples_that_a_network_sorts_or_selects_are_chosen(build):
+    x = torch.randn(8, 6) if build is Sorted else torch.randn(8, 7, 6)
+    spec = fm.PermutationSpec.trace(build(), x)
+    readable = {site.role for site in spec.sites if not site.chosen}
+    assert readable == ({"consumed"} if build is Sorted else set())  # after the way back
+    assert {site.role for site in spec.sites if site.chosen} >= {"produced", "activation"}
+
+
+def test_samples_that_every_network_takes_in_one_order_are_not_chosen():
+    spec = fm.PermutationSpec.trace(Ranked(), torch.randn(8, 4, 6))
+    assert "a" in spec.groups
+    assert not any(site.chosen for site in spec.sites)
+
+
+def test_a_partial_merge_takes_such_groups_as_they_are():
     torch.manual_seed(fresh_seed())
+    a, b, data = Pruned(), Pruned(), [torch.randn(64, 7, 6) for _ in range(2)]
+    with pytest.warns(UserWarning, match="1 groups are merged unit by unit as they are"):
+        merged = fm.merge_partial([a, b], data[0], fm.Permute(data), start_at=0)
+    assert torch.isfinite(merged.model(data[1])).all()
+
+
+def test_units_are_compared_where_both_networks_show_the_same_samples():
+    torch.manual_seed(0)
     a, b, order = Choosing(), Choosing(), torch.randperm(20)
     with torch.no_grad():  # only the routers differ
         for first, second in zip(a.experts, b.experts, strict=True):

@@ -49,6 +49,7 @@ def run(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.grid
+@pytest.mark.filterwarnings("ignore:merge_partial. the rule mixes units")
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_model_merged_with_itself_is_itself(name, rule):

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import fastmatch as fm
-from fastmatch.spec import follow
+from fastmatch.spec import choices, follow
+from fastmatch.spec.other_answers import tries
 from helpers.networks import fresh_seed
 
 Body = Callable[["Net", torch.Tensor], torch.Tensor]
@@ -260,6 +261,103 @@ def test_a_path_that_an_argument_chooses_is_followed(told):
     assert len(spec.groups) == 1
     moved = fm.Alignment(spec.random(), spec).apply(model)
     assert all(torch.allclose(moved(x, deep=d), model(x, deep=d), rtol=0, atol=1e-10) for d in (False, True))
+
+
+def changed_list(s: Net, x: torch.Tensor) -> torch.Tensor:
+    sizes = (x[0] > 2).long().tolist()
+    while sizes and sizes.pop() == 0:
+        pass
+    h = s.a(x).relu()
+    return s.c(h if x.sum() > 50 else s.b(h).relu())
+
+
+def two_counts(s: Net, x: torch.Tensor) -> torch.Tensor:
+    first, second = int((x[:, 0] > 0).sum()), int((x[:, 1] > 0).sum())
+    rows = x[x[:, 1] > 0].reshape(second, 12).sum()  # fails if it is told the other count
+    return s.c(s.b(filled(s.a(x).relu()[:, :first])).relu()) + rows
+
+
+class Deep(nn.Module):
+    """A layer that asks by a list; many of them are asked in one line of code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        g = self.layer(h).relu()
+        return g + h if sum(x[0].tolist()) > 50 else g
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.c, self.layers = (
+            nn.Linear(12, 8),
+            nn.Linear(8, 3),
+            nn.ModuleList(Deep() for _ in range(5)),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.a(x).relu()
+        for layer in self.layers:
+            h = layer(h, x)
+        return self.c(h)
+
+
+@pytest.mark.parametrize("name", ["a list that the model changes", "equal counts", "five layers"])
+def test_answers_that_depend_on_each_other_are_told_apart(name):
+    torch.manual_seed(fresh_seed())
+    model = Stack() if name == "five layers" else Net(changed_list if "list" in name else two_counts)
+    model, x = model.double().eval(), torch.randn(4, 12).double().clamp(-0.9, 0.9)
+    x[:, :2] = torch.tensor([[0.5], [0.5], [-0.5], [-0.5]])  # two counts of two
+    others = [x + 20, x * torch.tensor([-1.0] + [1.0] * 11), x.abs()]
+    spec = fm.PermutationSpec.trace(model, x, unread="ignore")
+    moved = fm.Alignment(spec.random(), spec).apply(model)
+    with torch.no_grad():
+        assert all(torch.allclose(moved(y), model(y), rtol=0, atol=1e-8) for y in (x, *others))
+
+
+def test_lists_of_lengths_among_the_arguments_are_told_otherwise():
+    torch.manual_seed(fresh_seed())
+    model = Cut(lambda h, k: torch.cat([(1 + i) * part for i, part in enumerate(h.split(k, 1))], 1)).double()
+    x = torch.randn(3, 6).double()
+    spec = fm.PermutationSpec.trace(model, (x, [4, 4]))
+    assert not spec.axes_of("a.weight")
+    moved = fm.Alignment(spec.random(), spec).apply(model)
+    assert all(torch.allclose(moved(x, k), model(x, k), rtol=0, atol=1e-10) for k in ([4, 4], [2, 6], [7, 1]))
+
+
+def test_other_numbers_do_not_fill_the_memory():
+    made: list[int] = []
+
+    def square(s: Net, x: torch.Tensor) -> torch.Tensor:
+        n = int(x[0, 0].long())
+        mask = torch.ones(n, n)
+        made.append(mask.numel())
+        return s.c(s.a(x)) * mask.tril().mean()
+
+    x = torch.randn(3, 12)
+    x[0, 0] = 300
+    fm.PermutationSpec.trace(Net(square), x, unread="ignore")
+    assert len(set(made)) > 3
+    assert max(made) <= 8 * 300**2 + 2**20
+
+
+def test_a_number_is_alone_or_with_its_equals_and_every_question_is_asked_before_any_is_asked_again():
+    first = choices.Choices()
+    for place, value in (("a", 3), ("b", 3), ("c", True)):
+        first.told(value, place)
+    found = tries(first, 0, False, {})
+    ranks = [one.rank for one in found]
+    assert ranks == sorted(ranks)
+    assert {one.position for one in found if one.rank == 0} == {0, 1, 2}
+    assert {one.ties for one in found if one.position == 0} == {True, False}
+    assert {one.ties for one in found if one.position == 1} == {True}  # nothing equal follows
+    told = choices.Choices({0: 4}, limits=first.limits)
+    assert [told.told(3, place) for place in "ab"] == [4, 4]
+    alone = choices.Choices({0: 4}, ties=False, limits=first.limits)
+    assert [alone.told(3, place) for place in "ab"] == [4, 3]
 
 
 def test_every_task_that_a_number_chooses_is_read():

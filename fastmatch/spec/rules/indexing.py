@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from fastmatch.spec.labels import Label, pin, unify
+from fastmatch.spec.labels import Label, is_pinned, pin, unify
 from fastmatch.spec.operations import Call, tensors_in
 from fastmatch.spec.record import Record
 from fastmatch.spec.rules.elementwise import FACTORIES
@@ -121,6 +121,8 @@ def _is_constant(record: Record, indices: dict[int, torch.Tensor]) -> bool:
 
 def _masked(record: Record, call: Call, labels: list[Label], indices: dict[int, torch.Tensor]) -> list[Label]:
     """Return the labels after a boolean mask, which pins as many dimensions as it has."""
+    among = {d: record.labels(mask) for d, mask in indices.items()}
+    are_samples = {d: all(map(is_pinned, found)) for d, found in among.items()}
     for d, mask in indices.items():
         for label in [*labels[d : d + max(mask.ndim, 1)], *record.labels(mask)]:
             pin(label, call.name)
@@ -130,8 +132,9 @@ def _masked(record: Record, call: Call, labels: list[Label], indices: dict[int, 
         raise NotImplementedError("several masks")
     selected = Label(call.out.shape[at], pinned=call.name)
     record.mark_counted(selected)
-    for mask in indices.values():
-        record.mark_chosen(selected, mask)
+    for d, mask in indices.items():
+        if are_samples[d]:
+            record.mark_chosen(selected, among[d], mask)
     return [*labels[:at], selected, *kept]
 
 

@@ -21,8 +21,10 @@ def _sorted(record: Record, call: Call) -> None:
     tied = _tied(record, call, dim)
     if labels:
         labels[dim] = Label(index.shape[dim], pinned=call.name)
-        if record.positions(call["self"]) is None:  # else it is the way back from an order
-            record.mark_chosen(labels[dim], call["self"])
+        if not record.is_order(along):  # the order of an order is the way back
+            record.mark_chosen(labels[dim], [along], call["self"])
+        if call.base == "sort":
+            record.mark_order(labels[dim])
     for tensor in call.outputs:
         record.set(tensor, labels)
     record.set_positions(index, along, tied)

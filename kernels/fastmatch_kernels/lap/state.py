@@ -11,8 +11,9 @@ Lists are refilled in one of two ways, and ``C``, the first argument of the auct
 when they are compiled. If ``C`` is an (n, m) matrix, the kernel reads the row at once. If ``C`` is None, the kernel notes
 the row in ``Refills`` and goes on with the next one; the caller then reads all noted rows in one product.
 
-Kernels over whole rows take :class:`Costs` and :class:`State`. The others take these as plain tuples, and so do those that solve a
-small problem in one call: numba finds the type of a named one in Python, which takes longer than a small solve.
+Kernels over whole rows take :class:`Costs` and :class:`State`. Kernels over lists take :class:`Lists`, :class:`Matching` and the others
+below as plain tuples, and those that solve a small problem in one call take plain arrays: numba finds the type of a named tuple in
+Python, which takes longer than a small solve.
 """
 
 from __future__ import annotations
