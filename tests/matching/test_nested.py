@@ -67,7 +67,8 @@ def test_heads_are_solved_again_only_if_the_stream_that_was_placed_after_them_ha
     found = WeightMatching().match(a, apply_permutations(a, spec, planted), spec)
     assert found.converged
     assert found.order[:2] == ("heads", "stream")
-    assert (found.order.count("heads") > 1) == moved
+    stays = torch.equal(found.permutations["stream"], torch.arange(7))  # from wrong heads, it may
+    assert (found.order.count("heads") > 1) == (moved and not stays)
 
 
 @pytest.mark.slow
