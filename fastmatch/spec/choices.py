@@ -15,7 +15,7 @@ from fastmatch.spec.asked import noting
 from fastmatch.spec.guards import Limits
 from fastmatch.spec.record import Record, storage_id
 
-__all__ = ["ARGUMENT", "SOME", "Choice", "Choices", "Place", "Repeated", "Selection", "Value"]
+__all__ = ["ARGUMENT", "INNER", "SOME", "Choice", "Choices", "Place", "Repeated", "Selection", "Value"]
 
 MANY = 8
 """Answers to one question that are other ones in the same pass, so that what is counted by them exceeds a threshold."""

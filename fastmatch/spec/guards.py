@@ -8,7 +8,7 @@ import torch
 
 from fastmatch.spec.operations import op_name, tensors_in
 from fastmatch.spec.record import ValuesNeeded
-from fastmatch.spec.uncomputed import on_meta
+from fastmatch.spec.uncomputed import form_of, on_meta
 
 __all__ = ["Limits", "PathLeft"]
 
@@ -39,6 +39,7 @@ class Limits:
 
     def __init__(self) -> None:
         self.operations = self.largest = 0
+        self._entries: dict[Any, int] = {}
 
     def note(self, operations: int, out: Any) -> None:
         """Take in the result of an operation of the first pass."""
@@ -49,10 +50,20 @@ class Limits:
         """Raise PathLeft if an operation of another pass may not run."""
         if operations > LEAST_OPERATIONS + LONGER * self.operations:
             raise PathLeft
-        if not func.is_view and _entries(func, args, kwargs) > MOST + LARGER * self.largest:
+        if not func.is_view and self._largest_of(func, args, kwargs) > MOST + LARGER * self.largest:
             raise PathLeft
         if any(t.is_cuda for t in tensors_in((args, kwargs))) and not _are_in_range(func, args, kwargs):
             raise PathLeft
+
+    def _largest_of(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """Return how many entries the largest result has: found once for each form of the arguments."""
+        key = func, form_of(args), form_of(kwargs)
+        try:
+            if key not in self._entries:
+                self._entries[key] = _entries(func, args, kwargs)
+            return self._entries[key]
+        except TypeError:  # an argument that cannot be a key
+            return _entries(func, args, kwargs)
 
 
 def _entries(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -37,19 +37,24 @@ class Try:
     Attributes:
         position: of the first other answer.
         answers: position -> other answer, for one or two positions.
-        key: what it has in common with those that need not be tried again.
+        key: the place, and what else it has in common with those that need not be tried again.
         rank: tries of a low rank come first, so that each question has one answer before any has its second.
         repeated, ties: as of :class:`Choices`.
     """
 
     position: int
     answers: Mapping[int, Value]
-    key: tuple[Any, ...] = field(compare=False)
+    key: tuple[Any, ...]
     rank: int = 0
     repeated: Repeated | None = None
     ties: bool = True
     is_selection: bool = False
     is_argument: bool = False
+
+    @property
+    def question(self) -> tuple[Any, ...]:
+        """The question that is answered: where it is asked, and how often it was asked before."""
+        return self.key[:2]
 
 
 def others(value: Value) -> list[Value]:
@@ -58,7 +63,7 @@ def others(value: Value) -> list[Value]:
         return [not value]
     if isinstance(value, int):
         # Also so far below and above that a part of the number is another too: ``h[:, : n // 4]``.
-        return [value + 1, value - 1, 2 * value + 8, value // 4, 2 * value, FAR * (abs(value) + 1)]
+        return [value + 1, value - 1, 2 * value + 8, value // 4, FAR * (abs(value) + 1), 2 * value]
     if isinstance(value, float):
         far = FAR * (abs(value) + 1)
         return [far, -far, value - 1, value + 1] if far < float("inf") else [0.0]
@@ -70,7 +75,7 @@ def others(value: Value) -> list[Value]:
         changed: list[Value] = [list(other) for other in zip(*map(others, value), strict=False)]
         if len(value) > LONG:
             return [*changed[:4], value[::-1]]
-        return [*changed, *_others_of_whole(value), value[::-1], value[1:] + value[:1]]
+        return [*changed[:2], *_others_of_whole(value), value[::-1], *changed[2:], value[1:] + value[:1]]
     if value.dtype.kind not in "biuf" or not value.size:
         return []
     nested = others(value.tolist())
@@ -151,7 +156,7 @@ def _tries(
             after = following[0].value
             assert isinstance(after, int)
             pair: dict[int, Value] = {position: value + 1, position + 1: after - 1}
-            yield Try(position, pair, (place, repeat, "pair"), 1, ties=False)
+            yield Try(position, pair, (place, repeat, "pair"), ties=False)
     for place, position in first.items():
         if counts[place] > MOST_REPEATS:
             for rank, answer in enumerate((True, False)):

@@ -400,10 +400,10 @@ class Record:
         """Note axes that were cut since they were :meth:`uncut`, in a pass that was told another answer."""
         self._counted += [label for label in uncut if label.kind == "product" or has_segments(label)]
 
-    def uncut(self) -> list[Label]:
-        """Return the leaves along which values were read; an operation that cuts one later makes a sum or a product of it."""
+    def uncut(self, state: Mapping[str, torch.Tensor]) -> list[Label]:
+        """Return the leaves of parameters along which values were read; an operation that cuts one later makes a sum or a product of it."""
         read = self.leaves_read()
-        every = {id(leaf): leaf for labels in self.all_labels() for label in labels for leaf in leaves(label)}
+        every = {id(leaf): leaf for t in state.values() for label in self.labels(t) for leaf in leaves(label)}
         return [every[key] for key in read & every.keys()]
 
     def mark_empty(self, part: Label, whole: Label) -> None:

@@ -322,7 +322,7 @@ def _trace(
         _pin_returned(record, returned)
 
     def passed_otherwise(args: tuple[Any, ...], keywords: dict[str, Any], choices: Choices) -> None:
-        uncut = record.uncut()
+        uncut = record.uncut(state)
         try:
             # What a model keeps of a pass with other answers is thrown away.
             passed(args, keywords, choices, structure_of(model))

@@ -21,7 +21,7 @@ from fastmatch.spec.operations import op_name, tensors_in
 from fastmatch.spec.record import Record, ValuesNeeded, storage_id
 from fastmatch.spec.rules.elementwise import FACTORIES
 
-__all__ = ["Uncomputed", "can_omit", "on_meta", "structure_of"]
+__all__ = ["Uncomputed", "can_omit", "form_of", "on_meta", "structure_of"]
 
 LEAST = 1 << 20
 """Parameters from which values are left out: below that, a forward pass takes as long as the trace's own work."""
@@ -75,7 +75,7 @@ class Uncomputed:
         """Return memory for the result; an operand that is written to is returned as it is."""
         operands = tensors_in((args, kwargs))
         first = {id(t): k for k, t in reversed(list(enumerate(operands)))}
-        key = func, _form(args), _form(kwargs), tuple(first[id(t)] for t in operands)
+        key = func, form_of(args), form_of(kwargs), tuple(first[id(t)] for t in operands)
         if key not in self._known:
             meta: dict[int, torch.Tensor] = {}
             try:
@@ -107,14 +107,14 @@ def _is_free(func: Any) -> bool:
     return is_view or op_name(func).partition(".")[2] in ("_unsafe_view", *FACTORIES)
 
 
-def _form(value: Any) -> Any:
+def form_of(value: Any) -> Any:
     """Return all that the shape of a result depends on."""
     if isinstance(value, torch.Tensor):
         return value.shape, value.stride(), value.dtype, value.device
     if isinstance(value, (list, tuple)):
-        return tuple(map(_form, value))
+        return tuple(map(form_of, value))
     if isinstance(value, dict):
-        return tuple((name, _form(part)) for name, part in value.items())
+        return tuple((name, form_of(part)) for name, part in value.items())
     return type(value), value  # True and 1.0 equal 1, and give other types
 
 
