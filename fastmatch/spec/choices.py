@@ -76,7 +76,7 @@ class Choices:
     ) -> None:
         self.forced = forced or {}
         self.made: list[Choice] = []
-        self.compared: dict[int, set[int]] = {}
+        self.compared: dict[int, set[float]] = {}
         self.is_first = limits is None
         self.limits = limits or Limits()
         self._repeated, self._ties, self._asks = repeated, ties, asks

@@ -36,6 +36,9 @@ LONGEST_SECONDS = 5.0
 MOST_SECONDS = 20.0
 """How long all of them may take for one example."""
 
+BESIDE = 1e-6
+"""How far beside the numbers that it is compared with a float is tried, in their size."""
+
 FAILURES = 5
 """After so many passes that failed, and none that ended, a question is told nothing else: it asks for what fits the inputs."""
 
@@ -98,13 +101,24 @@ def _runs(run: Callable[[Choices], None], choices: Choices) -> bool:
     return True
 
 
-def _compared(first: Choices, run: Callable[[Choices], None]) -> dict[int, list[int]]:
-    """Return the whole numbers that each whole number or list of them is compared with, by position, in a pass like the first."""
-    if not any(isinstance(x.value, (int, list)) and not isinstance(x.value, bool) for x in first.made):
+def _compared(first: Choices, run: Callable[[Choices], None]) -> dict[int, list[float]]:
+    """Return what each number or list of numbers is compared with, by position, in a pass like the first; of floats, numbers beside."""
+    if not any(isinstance(x.value, (int, float, list)) and not isinstance(x.value, bool) for x in first.made):
         return {}
     asked = Choices(asks=True, limits=first.limits)
     _runs(run, asked)
-    return {position: sorted(found)[:MOST_COMPARED] for position, found in asked.compared.items()}
+    return {
+        position: _beside(found)
+        if isinstance(asked.made[position].value, float)
+        else sorted(found)[:MOST_COMPARED]
+        for position, found in asked.compared.items()
+    }
+
+
+def _beside(numbers: set[float]) -> list[float]:
+    """Return a float a little above and a little below each number: between any two that follow each other there is one."""
+    few = sorted(numbers)[: MOST_COMPARED // 2]
+    return [float(x + side * BESIDE * max(abs(x), 1.0)) for x in few for side in (1, -1)]
 
 
 @contextmanager
@@ -116,10 +130,12 @@ def _limited() -> Iterator[None]:
     end = time.monotonic() + LONGEST_SECONDS
 
     def look(frame: Any, _event: str, _arg: Any) -> Any:
+        # In the model's own code only: the others call operations, or end; and labels may not be left half done.
+        if frame.f_globals.get("__name__", "").partition(".")[0] in INNER:
+            return None
         if time.monotonic() > end:
             raise PathLeft
-        # Line by line in the model's own code only: the others call operations, or end.
-        return None if frame.f_globals.get("__name__", "").partition(".")[0] in INNER else look
+        return look
 
     sys.settrace(look)
     try:

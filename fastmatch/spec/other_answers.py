@@ -16,8 +16,10 @@ __all__ = ["Try", "others", "tries"]
 MOST_REPEATS = 2
 """After so many, the repeats of a question count as one: a loop is followed for none, one, two and some rounds."""
 
-MOST_COMPARED = 4
-"""Numbers that one number is compared with, of which each is tried, and its neighbours."""
+MOST_COMPARED = 16
+"""Numbers that one number is compared with, of which each is tried, and of the first MOST_NEAR the neighbours too."""
+
+MOST_NEAR = 4
 
 FAR = 100
 """How far other answers to a question for a number are, so that they are above and below what a model compares with. Two more
@@ -63,7 +65,15 @@ def others(value: Value) -> list[Value]:
         return [not value]
     if isinstance(value, int):
         # Also so far below and above that a part of the number is another too: ``h[:, : n // 4]``.
-        return [value + 1, value - 1, 2 * value + 8, value // 4, FAR * (abs(value) + 1), 2 * value]
+        return [
+            value + 1,
+            value - 1,
+            2 * value + 8,
+            value // 4,
+            FAR * (abs(value) + 1),
+            2 * value,
+            value // 2,
+        ]
     if isinstance(value, float):
         far = FAR * (abs(value) + 1)
         return [far, -far, value - 1, value + 1] if far < float("inf") else [0.0]
@@ -90,27 +100,29 @@ def _others_of_whole(values: list[Any]) -> list[list[Any]]:
     return [[values[0] + 1, *values[1:-1], values[-1] - 1], values[:1] * count, list(range(count))]
 
 
-def _all_and_one(value: Value, number: int) -> list[Value]:
+def _all_and_one(value: Value, number: float) -> list[Value]:
     """Return a number in the place of another one, or of all numbers of a list and of its first."""
+    if isinstance(value, float) is not isinstance(number, float):
+        return []
     if not isinstance(value, list):
         return [number] if number != value else []
     return [[number] * len(value), [number, *value[1:]]] if all(type(x) is int for x in value) else []
 
 
-def tries(choices: Choices, start: int, found_more: bool, compared: Mapping[int, list[int]]) -> list[Try]:
+def tries(choices: Choices, start: int, found_more: bool, compared: Mapping[int, list[float]]) -> list[Try]:
     """Return the passes that other answers from position ``start`` on lead to, one other answer at a time, by rank.
 
     Args:
         choices: of a pass that was run.
         start: the first position that is told otherwise.
         found_more: whether that pass has read more parameters: then answers that were tried elsewhere are tried here, too.
-        compared: position -> whole numbers that the number there is compared with.
+        compared: position -> whole numbers that the number there is compared with, or numbers beside those of a float.
     """
     return sorted(_tries(choices, start, found_more, compared), key=lambda one: one.rank)
 
 
 def _tries(
-    choices: Choices, start: int, found_more: bool, compared: Mapping[int, list[int]]
+    choices: Choices, start: int, found_more: bool, compared: Mapping[int, list[float]]
 ) -> Iterator[Try]:
     counts: Counter[Place] = Counter()
     first: dict[Place, int] = {}
@@ -125,11 +137,13 @@ def _tries(
         is_argument = place[0].startswith(ARGUMENT)
         rank = LAST * is_argument
         for near in (0, -1, 1):
-            for number in compared.get(position, ()):
+            for number in compared.get(position, [])[: MOST_NEAR if near else None]:
                 for other in _all_and_one(value, number + near):
                     key = place, "compared", repr(other)
                     yield Try(position, {position: other}, key, rank + abs(near), is_argument=is_argument)
         for number, other in enumerate(others(value)):
+            if isinstance(value, list) and other == value:
+                continue
             alike = other if isinstance(other, bool) else -1 - number
             key = (place, counts[place], repr(other)) if found_more else (place, repeat, alike)
             yield Try(

@@ -124,6 +124,9 @@ class Record:
         self._level: set[int] = set()
         self._read: set[int] = set()
         self._followers: dict[int, list[Label]] = {}
+        self._passes: dict[int, int] = {}
+        self._pass = 0
+        self._inputs: list[Label] = []
         self._counted: list[Label] = []
         self._empty: list[tuple[Label, Label]] = []
         self._chosen: list[Label] = []
@@ -288,18 +291,32 @@ class Record:
             return labels
         known = self._followers.setdefault(id(index), [])
         if not known:
+            self._passes[id(index)] = self._pass
             known.append(Label(index.shape[0], "same", labels, follows=along))
         return known
 
     def forget_mixed_positions(self) -> None:
-        """Forget the positions of rows that several indices selected along one axis: they cannot be distinguished."""
-        by_axis: dict[int, list[Label]] = {}
-        for (label,) in self._followers.values():
+        """Forget the positions of rows that several indices of one pass selected along one axis: they cannot be distinguished."""
+        by_axis: dict[int, list[tuple[int, Label]]] = {}
+        for key, (label,) in self._followers.items():
             assert label.follows is not None
-            by_axis.setdefault(id(find(label.follows)), []).append(label)
-        for labels in by_axis.values():
-            for label in labels if len(labels) > 1 else []:
+            by_axis.setdefault(id(find(label.follows)), []).append((self._passes[key], label))
+        for found in by_axis.values():
+            mixed = len({number for number, _ in found}) < len(found)
+            for _, label in found if mixed else []:
                 label.follows = None
+
+    def begin_pass(self) -> None:
+        """Note that another pass begins."""
+        self._pass += 1
+
+    def reads(self) -> set[int]:
+        """Return what was read so far, for :meth:`forget_reads`."""
+        return set(self._read)
+
+    def forget_reads(self, kept: set[int]) -> None:
+        """Forget what was read since then, in a pass that failed: it may not read the same as one that does not."""
+        self._read = kept
 
     def mark_data(self, tensor: torch.Tensor) -> None:
         """Note that a tensor, and every view of its memory, depends on the model's inputs."""
@@ -392,9 +409,14 @@ class Record:
         """Whether an axis is one of those."""
         return any(find(label) is find(order) for order in self._orders)
 
+    def mark_input(self, tensor: torch.Tensor) -> None:
+        """Note a tensor that is given to the model: its axes are the same samples in every network."""
+        self._inputs += self.labels(tensor)
+
     def chosen_leaves(self) -> set[int]:
-        """Return the ids of the leaves along which a network has chosen the rows."""
-        return {id(leaf) for label in self._chosen for leaf in leaves(label)}
+        """Return the ids of the leaves along which a network has chosen the rows, but for those of inputs: rows may be put back."""
+        given = {id(leaf) for label in self._inputs for leaf in leaves(label)}
+        return {id(leaf) for label in self._chosen for leaf in leaves(label)} - given
 
     def mark_cut_elsewhere(self, uncut: list[Label]) -> None:
         """Note axes that were cut since they were :meth:`uncut`, in a pass that was told another answer."""

@@ -177,8 +177,11 @@ class Tracer(DispatchMode):
 
 
 def _told_numbers(value: Any, choices: Choices, path: str = ARGUMENT) -> Any:
-    """Return a model's arguments with the numbers and truth values that it is told: they may say where it cuts or which path it takes."""
-    if type(value) in (bool, int, float):
+    """Return a model's arguments with the numbers that it is told: they may say where it cuts or which path it takes.
+
+    Flags are left as they are: others mostly ask for more outputs, whose axes would stay in place.
+    """
+    if type(value) in (int, float):
         return choices.told(value, path)
     if isinstance(value, dict):
         return {key: _told_numbers(part, choices, f"{path}.{key}") for key, part in value.items()}
@@ -298,11 +301,13 @@ def _trace(
         args: tuple[Any, ...], keywords: dict[str, Any], choices: Choices, model: nn.Module = model
     ) -> None:
         spots = Spots(model)
+        record.begin_pass()
         tracer, siblings = Tracer(compute, record, spots, choices), Siblings(model)
         args, keywords = _told_numbers(copies_of((args, keywords)), choices)
         for tensor in tensors_in((args, keywords)):
             if not record.knows(tensor):
                 record.set(tensor, fresh(tensor.shape, "model input"))
+            record.mark_input(tensor)
             record.mark_data(tensor)
         with Escapes(record, choices, spots), tracer:
             with siblings.watched(), spots.watched():
@@ -322,10 +327,13 @@ def _trace(
         _pin_returned(record, returned)
 
     def passed_otherwise(args: tuple[Any, ...], keywords: dict[str, Any], choices: Choices) -> None:
-        uncut = record.uncut(state)
+        uncut, read = record.uncut(state), record.reads()
         try:
             # What a model keeps of a pass with other answers is thrown away.
             passed(args, keywords, choices, structure_of(model))
+        except BaseException:
+            record.forget_reads(read)
+            raise
         finally:
             if choices.may_count():
                 record.mark_cut_elsewhere(uncut)

@@ -85,7 +85,8 @@ class Ranked(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.b(self.a(x[:, self.rank.argsort()]).relu()).relu()
         _, code = torch.unique(h.sum(2) > 1, return_inverse=True)
-        return self.c(h) + code.to(h.dtype)[..., None] + h.sort(2).values[..., :4]
+        best = self.b(h.sort(1).values).relu()  # the largest of each unit, whichever sample has it
+        return self.c(h + best) + code.to(h.dtype)[..., None] + h.sort(2).values[..., :4]
 
 
 def batches(count: int = 3) -> list[tuple[torch.Tensor, torch.Tensor]]:

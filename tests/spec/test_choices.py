@@ -143,6 +143,8 @@ CONDITIONS: dict[str, Callable[[torch.Tensor], object]] = {
     "one whole number": lambda x: (x[0, 0] > 2).long().mul(4321).item() == 4321,
     "one number of a list": lambda x: 77 in (x[0] > 2).long().mul(77).tolist(),
     "a number between two": lambda x: 612 < (x[0, 0] > 2).long().mul(615).item() < 620,
+    "a float between two": lambda x: 3.2 < (x[0, 0] > 2).double().mul(3.5).item() < 3.6,
+    "one of many numbers": lambda x: (x[0, 0] > 2).long().mul(37).item() in (5, 9, 11, 17, 23, 29, 31, 37),
     "how many positions there are": lambda x: len((x > 5).nonzero()) > 0,
     "the size of what a mask selects": lambda x: x[x > 5].numel() > 0,
     "the size of what is selected": lambda x: len(x.masked_select(x > 5)) > 0,
@@ -244,23 +246,34 @@ def test_units_that_an_argument_cuts_stay_in_place(name, examples):
     assert all(torch.allclose(moved(x, k), model(x, k), rtol=0, atol=1e-10) for k in arguments)
 
 
-@pytest.mark.parametrize("told", [False, True])
-def test_a_path_that_an_argument_chooses_is_followed(told):
-    class Either(nn.Module):
+def test_a_pass_that_fails_reads_nothing():
+    class Conditional(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
 
-        def forward(self, x: torch.Tensor, *, deep: bool = False) -> torch.Tensor:
+        def forward(self, x: torch.Tensor, k: int = 0, y: torch.Tensor | None = None) -> torch.Tensor:
             h = self.a(x).relu()
-            g = self.b(h).relu()
-            return self.c(g if deep else h)
+            if k > 3:
+                assert y is not None, self.b(h)  # b is read before it fails
+                h = h + self.b(h) * y
+            return self.c(h)
 
-    model, x = Either().double(), torch.randn(3, 6).double()
-    spec = fm.PermutationSpec.trace(model, x, kwargs={"deep": told})
-    assert len(spec.groups) == 1
-    moved = fm.Alignment(spec.random(), spec).apply(model)
-    assert all(torch.allclose(moved(x, deep=d), model(x, deep=d), rtol=0, atol=1e-10) for d in (False, True))
+    with pytest.raises(ValueError, match=r"does not read all of 'b\.weight'"):
+        fm.PermutationSpec.trace(Conditional(), (torch.randn(3, 6), 0))
+
+
+def test_lengths_of_none_hold_no_stream():
+    class First(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.c = nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor, k: int) -> torch.Tensor:
+            return self.c(self.a(x[:, :k]).relu()).sum(1)
+
+    spec = fm.PermutationSpec.trace(First(), (torch.randn(2, 8, 4), 3))
+    assert list(spec.groups) == ["a"]
 
 
 def changed_list(s: Net, x: torch.Tensor) -> torch.Tensor:

@@ -23,8 +23,9 @@ def _view(record: Record, call: Call) -> None:
     at, to = [label.size for label in labels].index(0), sizes.index(0)
     before, after = [label.size for label in labels[:at]], sizes[:to]
     inner, rest = [label.size for label in labels[at + 1 :]], sizes[to + 1 :]
-    if math.prod(before) == math.prod(after) > 0 and math.prod(inner) == math.prod(rest) > 0:
-        outside = _viewed(labels[:at], after, call.name)
+    if math.prod(inner) == math.prod(rest) > 0:
+        alike = math.prod(before) == math.prod(after) > 0
+        outside = _viewed(labels[:at], after, call.name) if alike else fresh(after)
         record.set(call.out, [*outside, Label(0), *_viewed(labels[at + 1 :], rest, call.name)])
         return
     for label in labels:

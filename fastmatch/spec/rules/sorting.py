@@ -21,12 +21,15 @@ def _sorted(record: Record, call: Call) -> None:
     tied = _tied(record, call, dim)
     if labels:
         labels[dim] = Label(index.shape[dim], pinned=call.name)
+    for tensor in call.outputs:
+        record.set(tensor, labels)
+    if labels:  # values are in the same order in every network; what their positions select are other samples
+        labels[dim] = Label(index.shape[dim], pinned=call.name)
+        record.set(index, labels)
         if not record.is_order(along):  # the order of an order is the way back
             record.mark_chosen(labels[dim], [along], call["self"])
         if call.base == "sort":
             record.mark_order(labels[dim])
-    for tensor in call.outputs:
-        record.set(tensor, labels)
     record.set_positions(index, along, tied)
 
 
