@@ -263,16 +263,29 @@ def test_a_pass_that_fails_reads_nothing():
         fm.PermutationSpec.trace(Conditional(), (torch.randn(3, 6), 0))
 
 
-def test_lengths_of_none_hold_no_stream():
-    class First(nn.Module):
+SELECTIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "the first": lambda x, k: x[:, : int(k.sum())],
+    "one": lambda x, k: x[int(k.sum())],
+    "rows": lambda x, k: x[k],
+    "columns": lambda x, k: x[:, k],
+    "entries": lambda x, k: x[x[..., 0] > x[..., 0].median()],
+    "entries by rows": lambda x, k: x[x[..., 0] > x[..., 0].median()].reshape(2, -1, 4),
+}
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_lengths_of_none_hold_no_stream(name):
+    class Selecting(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.a, self.c = nn.Linear(4, 8), nn.Linear(8, 3)
 
-        def forward(self, x: torch.Tensor, k: int) -> torch.Tensor:
-            return self.c(self.a(x[:, :k]).relu()).sum(1)
+        def forward(self, x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+            return self.c(self.a(SELECTIONS[name](x, k)).relu()).sum(-2)
 
-    spec = fm.PermutationSpec.trace(First(), (torch.randn(2, 8, 4), 3))
+    torch.manual_seed(fresh_seed())
+    model, x = Selecting(), torch.randn(8, 8, 4)
+    spec = fm.PermutationSpec.trace(model, (x, torch.tensor([1, 0, 1, 1, 0, 0, 0, 0]).bool()))
     assert list(spec.groups) == ["a"]
 
 

@@ -28,6 +28,12 @@ def _view(record: Record, call: Call) -> None:
         outside = _viewed(labels[:at], after, call.name) if alike else fresh(after)
         record.set(call.out, [*outside, Label(0), *_viewed(labels[at + 1 :], rest, call.name)])
         return
+    same = min(len(inner), len(rest))
+    if (
+        same and inner[len(inner) - same :] == rest[len(rest) - same :]
+    ):  # the others are rows, of which there are none
+        record.set(call.out, [*fresh(sizes[: len(sizes) - same]), *labels[len(labels) - same :]])
+        return
     for label in labels:
         pin(label, call.name)
     record.set(call.out, fresh(sizes, call.name))
