@@ -86,6 +86,7 @@ def _device(func: Any) -> dict[str, torch.device]:
 def _are_in_range(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether positions are within their axis: a GPU does not recover from one that is not."""
     base = op_name(func).partition(".")[2]
+    from_end = base in ("index", "index_put", "index_put_", "take")  # the others take no -1
     given = {
         argument.name: kwargs.get(argument.name, args[k] if k < len(args) else argument.default_value)
         for k, argument in enumerate(func._schema.arguments)
@@ -103,7 +104,7 @@ def _are_in_range(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> b
     else:
         return True
     return all(
-        not t.numel() or (-size <= int(t.min()) and int(t.max()) < size)
+        not t.numel() or (-size * from_end <= int(t.min()) and int(t.max()) < size)
         for t, size in pairs
         if isinstance(t, torch.Tensor)
     )
