@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["count_of", "error_line", "printable", "short"]
+from collections.abc import Sequence
+
+__all__ = ["count_of", "error_line", "first_of", "printable", "short"]
 
 
 def short(value: float, digits: int = 2) -> str:
@@ -13,6 +15,11 @@ def short(value: float, digits: int = 2) -> str:
 def count_of(number: int, singular: str, plural: str = "") -> str:
     """Return a number and its noun: ``1 group``, ``2,048 groups``."""
     return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
+
+
+def first_of(names: Sequence[str], most: int = 3) -> str:
+    """Return the first names, and dots if there are more."""
+    return ", ".join(names[:most]) + (", ..." if names[most:] else "")
 
 
 def printable(text: str) -> str:

@@ -19,6 +19,7 @@ from fastmatch._internal.progress import progress_bar
 from fastmatch._internal.ranks import Ranks, current
 from fastmatch._internal.same_on_ranks import check_same_on_ranks
 from fastmatch._internal.shared_data import batches_of_rank, read_in_step, runs_alone
+from fastmatch._internal.words import first_of
 from fastmatch.matching.gain_solves import solve_gain
 from fastmatch.matching.matcher import Matcher, Model, modules_of
 from fastmatch.matching.nested import best_orders
@@ -185,10 +186,9 @@ class ActivationMatching(Matcher):
 def _warn_apart(names: Sequence[str]) -> None:
     """Warn of groups that are not compared."""
     if names:
-        listed = ", ".join(names[:3]) + (", ..." if names[3:] else "")
         warn_user(
             f"spec: {len(names)} groups stay in place, because no operation shows them on the same samples in both networks, as "
-            f"experts whose tokens a router chooses: {listed}. fm.WeightMatching() matches them"
+            f"experts whose tokens a router chooses: {first_of(names)}. fm.WeightMatching() matches them"
         )
 
 
@@ -200,9 +200,8 @@ def _check_varies(gains: Mapping[tuple[str, ...], torch.Tensor]) -> None:
             "data: the activations of no unit vary over the samples, so nothing tells units apart; give more samples that differ"
         )
     if constant:
-        listed = ", ".join(constant[:3]) + (", ..." if constant[3:] else "")
         warn_user(
-            f"data: the activations of no unit vary in {len(constant)} of {len(gains)} groups, which stay in place: {listed}"
+            f"data: the activations of no unit vary in {len(constant)} of {len(gains)} groups, which stay in place: {first_of(constant)}"
         )
 
 

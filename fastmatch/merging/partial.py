@@ -31,6 +31,7 @@ from fastmatch._internal.states import (
     state_of,
     working_dtype,
 )
+from fastmatch._internal.words import first_of
 from fastmatch.matching.sites import choose_sites, is_apart, unit_columns
 from fastmatch.merging.rewire import Rewiring, rewire
 from fastmatch.merging.unit_rules import Identity, MatchedUnits, RuleName
@@ -104,7 +105,7 @@ class PartialMerge:
     def __repr__(self) -> str:
         """The rule, the weights, and how many layers are merged and kept apart."""
         own = {name.split(".", 2)[2].rpartition(".")[0] for name in self.apart}
-        apart = ", ".join(sorted(own)[:4]) + (", ..." if len(own) > 4 else "") if own else "nothing"
+        apart = first_of(sorted(own), 4) if own else "nothing"
         return (
             f"PartialMerge(rule={self.rule!r}, weights={self.weights}, {len(self.merged)} of {len(self.spec.groups)} groups "
             f"merged, apart: {apart})"
@@ -287,7 +288,7 @@ def merge_partial(
         if unlike:
             warn_user(
                 f"merge_partial: {len(unlike)} groups are merged unit by unit as they are, because no operation shows them on the same "
-                f"samples in all networks: {', '.join(unlike[:3])}{', ...' if unlike[3:] else ''}"
+                f"samples in all networks: {first_of(unlike)}"
             )
         moments = _read_moments(copies, plan, rule, [n for n in plan.joined if n not in unlike], progress)
         as_they_are = _identity(plan, alphas)

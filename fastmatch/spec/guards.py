@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fastmatch.spec.operations import op_name, tensors_in
+from fastmatch.spec.operations import bind, op_name, tensors_in
 from fastmatch.spec.record import ValuesNeeded
 from fastmatch.spec.uncomputed import form_of, on_meta
 
@@ -87,10 +87,7 @@ def _are_in_range(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> b
     """Whether positions are within their axis: a GPU does not recover from one that is not."""
     base = op_name(func).partition(".")[2]
     from_end = base in ("index", "index_put", "index_put_", "take")  # the others take no -1
-    given = {
-        argument.name: kwargs.get(argument.name, args[k] if k < len(args) else argument.default_value)
-        for k, argument in enumerate(func._schema.arguments)
-    }
+    given = bind(func, args, kwargs)
     if base in INDICES:
         index, data, dim = INDICES[base]
         size = given[data].numel() if dim is None else given[data].shape[given[dim] if dim == "dim" else dim]

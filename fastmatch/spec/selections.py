@@ -33,17 +33,18 @@ def with_selections(
         told: returns what the model is told of a tensor.
     """
 
-    def masked(mask: Any) -> Any:
-        is_mask = isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and depends(mask)
-        selected = told(mask) if is_mask else SOME
-        return mask if selected == SOME else torch.full_like(mask, selected == "all")
+    def replaced(tensor: torch.Tensor, by: Callable[[torch.Tensor, bool], torch.Tensor]) -> torch.Tensor:
+        selected = told(tensor) if depends(tensor) else SOME
+        return tensor if selected == SOME else by(tensor, selected == "all")
 
-    if name in NONZERO and depends(args[0]):
-        selected = told(args[0])
-        return args if selected == SOME else (torch.full_like(args[0], selected == "all"), *args[1:])
-    if name in DISTINCT and depends(args[0]):
-        selected = told(args[0])
-        return args if selected == SOME else (_distinct(args[0], selected == "all"), *args[1:])
+    def masked(mask: Any) -> Any:
+        is_mask = isinstance(mask, torch.Tensor) and mask.dtype == torch.bool
+        return replaced(mask, torch.full_like) if is_mask else mask
+
+    if name in NONZERO:
+        return (replaced(args[0], torch.full_like), *args[1:])
+    if name in DISTINCT:
+        return (replaced(args[0], _distinct), *args[1:])
     if name == "aten.masked_select":
         return (args[0], masked(args[1]), *args[2:])
     if name in INDEXED:

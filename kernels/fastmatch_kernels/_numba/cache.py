@@ -308,7 +308,7 @@ def njit(
         inner: only kernels call it, as they alone call what is inlined: its wrapper for Python, up to a third of its
             compilation, is left out.
         borrows: it makes no array and returns none, so that all are the caller's, and numba need not count references to
-            them. Counts are atomic: in a solve of 40 rows they were a tenth of the time.
+            them. Counts are atomic, and beside the steps of a small solve they take time.
         options: numba's.
     """
     inner = inner or options.get("forceinline", False)
