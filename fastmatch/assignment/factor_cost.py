@@ -417,7 +417,11 @@ class FactorCost:
 
     def dense(self) -> np.ndarray:
         """Return the whole matrix in float64, on the host."""
-        total = torch.empty(self.shape, dtype=torch.float64, device=self.device)
+        total = (
+            torch.from_numpy(np.empty(self.shape))  # numpy asks for huge pages
+            if self.device.type == "cpu"
+            else torch.empty(self.shape, dtype=torch.float64, device=self.device)
+        )
         for k, (a, b) in enumerate(self.pairs):
             a, b = a.double(), b.double()
             if self.metric == "l1":
