@@ -5,6 +5,7 @@ docs/design/assignment.md says why lists that are refilled on demand are exact, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -47,6 +48,7 @@ from fastmatch_kernels.lap.state import (
     is_nearly_square,
     matrix_lists,
     new_paths,
+    no_best,
 )
 
 __all__ = ["DenseShortlists"]
@@ -56,6 +58,9 @@ NARROWED = 1 << 27
 
 NARROWED_ABOVE = 1 / 16
 """Fraction of the rows: if more are free after the first steps, many reads follow."""
+
+SURVEYED = 8
+"""Part of the rows of a rectangle that tells whether rows want the same columns. Then the others' best columns are kept."""
 
 SCANNED = 1 << 28
 """Entries that bids over whole rows may scan in one call, which no signal interrupts."""
@@ -133,7 +138,9 @@ class _DensePhases(Phases):
             self.v[:] = start
         least, seconds = np.empty(self.n), np.empty(self.n)
         columns, stack = np.empty(self.n, np.int64), np.empty(self.n, np.int64)
-        self.state = State(duals, self.row_of, self.col_of, least, seconds, columns, stack, self.counts)
+        self.state = State(
+            duals, self.row_of, self.col_of, least, seconds, columns, stack, self.counts, no_best(self.n)
+        )
         self.factor = 1.0  # of the costs, so that their sums stay in float64
         self.by_rows = False  # whether bids read whole rows and not lists
         self.made = self.read_again = 0  # bids over lists, and the lists that were read for them
@@ -210,17 +217,23 @@ class _DensePhases(Phases):
 
     def read_all(self, *, whole: bool = False) -> float:
         """Survey all rows; return the sum of sizes. Unless ``whole``, only the first rows if their sum is HUGE already."""
-        from fastmatch_kernels.lap.match import survey
+        from fastmatch_kernels.lap.match import survey, survey_best
 
         sizes: list[float] = []
 
-        def read(lo: int, hi: int) -> None:
-            sizes.append(survey(self.costs, self.state, lo, hi))
+        def read(lo: int, hi: int, kernel: Callable[..., float] = survey) -> None:
+            over_rows(
+                hi - lo,
+                (hi - lo) * self.m,
+                lambda a, b: sizes.append(kernel(self.costs, self.state, lo + a, lo + b)),
+            )
 
-        few = min(self.n, FEW_ROWS)
+        few, some = min(self.n, FEW_ROWS), self.n // SURVEYED
         read(0, few)
         if whole or sum(sizes) < HUGE:
-            over_rows(self.n - few, self.matrix.size, lambda lo, hi: read(few + lo, few + hi))
+            read(few, some)
+            wanted = len(np.unique(self.state.columns[:some]))
+            read(max(few, some), self.n, survey if self.as_square or wanted == some else survey_best)
             self.counts[READS] += self.n
         return sum(sizes)
 
@@ -567,7 +580,10 @@ class _DensePhases(Phases):
         from fastmatch_kernels.lap.bids import bid_rows
 
         plan, stack = self.schedule, self.state.stack
-        aside = self.state._replace(seconds=np.empty(self.n), columns=np.empty(self.n, np.int64))
+        # Duals have risen and fallen since the rows' best columns were kept.
+        aside = self.state._replace(
+            seconds=np.empty(self.n), columns=np.empty(self.n, np.int64), best=no_best(0)
+        )
         top = len(rows)
         stack[:top] = rows[::-1]
         while top > enough and bids > 0:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from fastmatch_kernels._numba.cache import njit
+from fastmatch_kernels.lap.best import SETS, best_two
 from fastmatch_kernels.lap.duals import typical_gap
 from fastmatch_kernels.lap.kept import keep, room_to_keep, take
 from fastmatch_kernels.lap.match import free_rows, two_least
@@ -20,7 +21,7 @@ SENTINEL = 2.0**20
 """Typical gap, in ranges of the rows' minima and in smallest gaps, beyond which it is one to entries that stand for "never"."""
 
 
-@njit(nogil=True, cache=True, inner=True, borrows=True)
+@njit(nogil=True, cache=True, inner=True)
 def _bid(costs, state, top, eps, most, limit):  # pragma: no cover - compiled
     """Let the rows on ``stack[:top]`` bid until the stack is empty or ``limit`` bids are spent; return what is left.
 
@@ -30,27 +31,38 @@ def _bid(costs, state, top, eps, most, limit):  # pragma: no cover - compiled
     column, and a bound on all others. So its row dual needs no other read in the end.
     """
     c, start, _, m, sign = costs
-    v, row_of, col_of, _, seconds, columns, stack, counts = state
-    made = 0
-    while top > 0 and made < limit:
-        top -= 1
+    v, row_of, col_of, _, seconds, columns, stack, counts, best = state
+    room = np.empty(SETS)
+    kept = best.bounds.shape[0] > 0
+    made, i = 0, np.int64(-1)
+    while made < limit:
+        if i < 0:
+            if top == 0:
+                break
+            top -= 1
+            i = stack[top]
         made += 1
-        i = stack[top]
-        first, j, second, tied = two_least(c, start + i * m, sign, m, v)
-        if not second < np.inf:
-            continue  # one allowed column or none: the paths decide
-        if second == first and row_of[j] >= 0:
-            j = tied
-        old = row_of[j]
-        if old < 0 or eps > 0.0 or second > first:
-            v[j] -= min(second - first, most) + eps
-            row_of[j] = i
-            col_of[i] = j
-            seconds[i], columns[i] = second, j
-            if old >= 0:
-                col_of[old] = -1
-                stack[top] = old
-                top += 1
+        if kept:
+            first, j, second, tied = best_two(costs, v, best, i, room)
+        else:
+            first, j, second, tied = two_least(c, start + i * m, sign, m, v)
+        displaced = np.int64(-1)
+        if second < np.inf:  # else one column is allowed or none: the paths decide
+            if second == first and row_of[j] >= 0:
+                j = tied
+            old = row_of[j]
+            if old < 0 or eps > 0.0 or second > first:
+                v[j] -= min(second - first, most) + eps
+                row_of[j] = i
+                col_of[i] = j
+                seconds[i], columns[i] = second, j
+                if old >= 0:
+                    col_of[old] = -1
+                    displaced = old
+        i = displaced  # in a register: the stack would be written and read at once
+    if i >= 0:
+        stack[top] = i
+        top += 1
     counts[BIDS] += made
     return top
 
@@ -97,7 +109,7 @@ def largest_fall(least, seconds, gap):  # pragma: no cover - compiled
 def lower_best(costs, state, most):  # pragma: no cover - compiled
     """Lower the duals of columns whose rows like them best, down to the bounds on the others: these bids need no read."""
     c, start, n, m, sign = costs
-    v, _, col_of, _, seconds, columns, _, _ = state
+    v, _, col_of, _, seconds, columns, _, _, _ = state
     for i in range(n):
         j = columns[i]
         if col_of[i] == j and seconds[i] < np.inf:
@@ -147,7 +159,7 @@ def _auction(costs, state, top, eps, most, schedule):  # pragma: no cover - comp
     return top, True
 
 
-@njit(nogil=True, cache=True, inner=True, borrows=True)
+@njit(nogil=True, cache=True, inner=True)
 def bids(costs, state, top, square, lower, auctions, schedule):  # pragma: no cover - compiled
     """Match free rows by row reduction and a short auction; return how many are left, on the stack, and whether it paid.
 

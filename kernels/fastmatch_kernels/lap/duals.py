@@ -6,6 +6,7 @@ import numpy as np
 
 from fastmatch_kernels._numba.cache import njit
 from fastmatch_kernels._numba.simd import WIDTH, add, difference, load, maximum, minimum, splat, store
+from fastmatch_kernels.lap.best import new_best
 from fastmatch_kernels.lap.kept import keep
 from fastmatch_kernels.lap.match import match_surveyed, survey
 from fastmatch_kernels.lap.paths import row_vector
@@ -186,7 +187,7 @@ def better_duals(costs, state, numbers, room, at):  # pragma: no cover - compile
     fewest, found = whole, n + 1
     minima, means, centres = np.empty(width), np.empty(width), np.empty(width)
     row_of, col_of = np.empty(m, np.int64), np.empty(n, np.int64)
-    least, seconds, columns = np.empty(n), np.empty(n), np.empty(n, np.int64)
+    least, seconds, columns, none = np.empty(n), np.empty(n), np.empty(n, np.int64), new_best(np.int64(0))
     _minima_and_means(costs, minima, means)
     _column_centres(costs, centres)
     counts[READS] += n
@@ -197,7 +198,7 @@ def better_duals(costs, state, numbers, room, at):  # pragma: no cover - compile
             _cut_off(duals, m, m - n)
         row_of[:] = -1
         col_of[:] = -1
-        tried = State(duals, row_of, col_of, least, seconds, columns, state.stack, counts)
+        tried = State(duals, row_of, col_of, least, seconds, columns, state.stack, counts, none)
         survey(costs, tried, np.int64(0), some)
         match_surveyed(costs, tried, np.int64(0), some)
         counts[READS] += some

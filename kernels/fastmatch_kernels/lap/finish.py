@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastmatch_kernels._numba.cache import njit
+from fastmatch_kernels.lap.best import least_of
 from fastmatch_kernels.lap.bids import bids
 from fastmatch_kernels.lap.bounded_paths import paths_within
 from fastmatch_kernels.lap.duals import typical_gap
@@ -129,14 +130,18 @@ def _certify(costs, state, level, typical):  # pragma: no cover - compiled
         typical: the sum of typical costs of the pairs, if all matched costs are 0.
     """
     c, start, n, m, sign = costs
-    v, _, col_of, least, seconds, columns, _, counts = state
-    total = 0.0
+    v, _, col_of, least, seconds, columns, _, counts, best = state
+    total, kept = 0.0, best.bounds.shape[0] > 0
     for i in range(n):
         at_row = start + i * m
         x, dual = sign * np.float64(c[at_row + col_of[i]]), v[col_of[i]]
         total += abs(x)
         # All columns but one are bounded by what was last read of the row. A bid brings its column to that bound, but for rounding.
         low = min(x - dual, sign * np.float64(c[at_row + columns[i]]) - v[columns[i]])
+        if low - seconds[i] > EPS * (abs(x) + abs(dual)) and kept:
+            known = least_of(v, best, i)
+            if known > -np.inf:
+                low = seconds[i] = known
         if low - seconds[i] > EPS * (abs(x) + abs(dual)):
             low = least_of_row(c, at_row, m, sign, v)
             counts[READS] += 1

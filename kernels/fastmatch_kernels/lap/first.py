@@ -6,6 +6,7 @@ import numpy as np
 
 from fastmatch_kernels._numba.cache import njit
 from fastmatch_kernels._numba.simd import WIDTH
+from fastmatch_kernels.lap.best import new_best
 from fastmatch_kernels.lap.bids import bids, largest_fall, lower_best, reduce
 from fastmatch_kernels.lap.bounded_paths import paths_within
 from fastmatch_kernels.lap.duals import better_duals, typical_gap
@@ -17,6 +18,7 @@ from fastmatch_kernels.lap.state import (
     FEW_ROWS,
     HUGE,
     INFEASIBLE,
+    KEPT_FROM,
     LONG,
     OPEN,
     READS,
@@ -46,7 +48,8 @@ def new_state(n, m):  # pragma: no cover - compiled
         np.empty(n, np.int64),
         np.empty(n, np.int64),
     )
-    return State(v, row_of, col_of, np.empty(n), np.empty(n), columns, stack, np.zeros(4, np.int64))
+    best = new_best(n if m >= KEPT_FROM else np.int64(0))
+    return State(v, row_of, col_of, np.empty(n), np.empty(n), columns, stack, np.zeros(4, np.int64), best)
 
 
 @njit(nogil=True, cache=True, inner=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fastmatch_kernels._numba.cache import njit
+from fastmatch_kernels.lap.best import forget
 from fastmatch_kernels.lap.state import KEPT
 
 __all__ = ["keep", "room_to_keep", "take"]
@@ -19,7 +20,7 @@ def room_to_keep(state):  # pragma: no cover - compiled
 @njit(nogil=True, cache=True, borrows=True)
 def keep(room, at, state):  # pragma: no cover - compiled
     """Write duals, a matching and what is known of the rows to ``room[at:]``. Numbers of rows and columns are exact."""
-    v, row_of, col_of, least, seconds, columns, _, _ = state
+    v, row_of, col_of, least, seconds, columns, _, _, _ = state
     m = row_of.shape[0]
     for k in range(m):
         room[at + k] = row_of[k]
@@ -35,8 +36,9 @@ def keep(room, at, state):  # pragma: no cover - compiled
 
 @njit(nogil=True, cache=True, borrows=True)
 def take(room, at, state):  # pragma: no cover - compiled
-    """Read what :func:`keep` wrote."""
-    v, row_of, col_of, least, seconds, columns, _, _ = state
+    """Read what :func:`keep` wrote. Duals may rise, so that the best columns of rows are forgotten."""
+    forget(state.best)
+    v, row_of, col_of, least, seconds, columns, _, _, _ = state
     m = row_of.shape[0]
     for k in range(m):
         row_of[k] = np.int64(room[at + k])

@@ -22,11 +22,13 @@ from fastmatch_kernels._numba.simd import (
     splat,
     sum_lanes,
 )
+from fastmatch_kernels.lap.best import SETS as SETS_OF_BEST
+from fastmatch_kernels.lap.best import least_two_of, read_best
 from fastmatch_kernels.lap.kept import keep, room_to_keep, take
 from fastmatch_kernels.lap.paths import row_vector
 from fastmatch_kernels.lap.state import LARGEST
 
-__all__ = ["free_rows", "match_surveyed", "reduce_surveyed", "survey", "two_least"]
+__all__ = ["free_rows", "match_surveyed", "reduce_surveyed", "survey", "survey_best", "two_least"]
 
 
 AHEAD, LINE = 8192, 64
@@ -177,11 +179,25 @@ def survey(costs, state, lo, hi):  # pragma: no cover - compiled
     return total
 
 
+@njit(nogil=True, cache=True)
+def survey_best(costs, state, lo, hi):  # pragma: no cover - compiled
+    """The same, and keep the best columns of every row. That takes no longer where rows come from memory."""
+    c, start, _, m, scale = costs
+    v, least, seconds, columns, best = state.v, state.least, state.seconds, state.columns, state.best
+    room, total = np.empty(SETS_OF_BEST), 0.0
+    for i in range(lo, hi):
+        size = abs(scale) * read_best(costs, v, best, i, room, np.bool_(True))
+        total += size if size < np.inf else _sizes(c, start + i * m, scale, m)
+        least[i], columns[i], second, _ = least_two_of(v, best, i)
+        seconds[i] = min(second, best.bounds[i])
+    return total
+
+
 @njit(nogil=True, cache=True, borrows=True)
 def match_surveyed(costs, state, lo, hi):  # pragma: no cover - compiled
     """Match rows lo..hi to a free column among their best, which :func:`survey` has found."""
     c, start, _, m, sign = costs
-    v, row_of, col_of, least, seconds, columns, _, _ = state
+    v, row_of, col_of, least, seconds, columns, _, _, _ = state
     begin = 0  # all columns before it are taken
     for i in range(lo, hi):
         if not least[i] < np.inf:
@@ -205,7 +221,7 @@ def reduce_surveyed(costs, state, top):  # pragma: no cover - compiled
     few rows would find one, and all is undone unless half of the rows do.
     """
     c, start, n, m, sign = costs
-    v, row_of, col_of, _, seconds, columns, stack, _ = state
+    v, row_of, col_of, _, seconds, columns, stack, _, _ = state
     none = np.int64(-1)
     begin = 0
     while begin < m and row_of[begin] >= 0:

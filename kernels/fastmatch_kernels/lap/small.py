@@ -14,6 +14,7 @@ import numpy as np
 
 from fastmatch_kernels._numba.cache import njit
 from fastmatch_kernels._numba.llvm import flat
+from fastmatch_kernels.lap.best import new_best
 from fastmatch_kernels.lap.finish import Other, finish
 from fastmatch_kernels.lap.first import is_square, new_state, other_duals, start
 from fastmatch_kernels.lap.kept import keep, room_to_keep, take
@@ -24,6 +25,7 @@ from fastmatch_kernels.lap.state import (
     CROWDED,
     DOUBTFUL,
     INFEASIBLE,
+    KEPT_FROM,
     LAST,
     LISTED,
     LISTS_AHEAD,
@@ -125,7 +127,8 @@ def solve_one(
         solution.
     """
     columns, stack = np.empty(n, np.int64), np.empty(n, np.int64)
-    state = State(v, row_of, col_of, least, np.empty(n), columns, stack, counts)
+    best = new_best(n if m >= KEPT_FROM else np.int64(0))
+    state = State(v, row_of, col_of, least, np.empty(n), columns, stack, counts, best)
     return _solve_from(Costs(c, np.int64(0), n, m, sign), state, warm, listed, schedule)
 
 
@@ -135,9 +138,9 @@ def solve_stack(c, n, m, sign, lo, hi, out, bad):  # pragma: no cover - compiled
 
     ``bad[b]`` is what :func:`solve_one` returns.
     """
-    v, row_of, _, least, seconds, columns, stack, counts = new_state(n, m)
+    v, row_of, _, least, seconds, columns, stack, counts, best = new_state(n, m)
     for b in range(lo, hi):
-        state = State(v, row_of, out[b], least, seconds, columns, stack, counts)
+        state = State(v, row_of, out[b], least, seconds, columns, stack, counts, best)
         bad[b] = _solve_from(Costs(c, b * n * m, n, m, sign), state, False, False, SCHEDULE)
 
 
@@ -180,8 +183,8 @@ def solve_matrix(C, sign, transposed, pairs, proof, room, begin, kind, listed): 
     """
     n, m = C.shape
     state = new_state(n, m)
-    v, row_of, _, least, seconds, columns, stack, counts = state
-    state = State(v, row_of, pairs[1], least, seconds, columns, stack, counts)
+    v, row_of, _, least, seconds, columns, stack, counts, best = state
+    state = State(v, row_of, pairs[1], least, seconds, columns, stack, counts, best)
     # A plain 0 has a type of its own, for which all that is called would be compiled once more.
     costs = Costs(flat(C), np.int64(0), n, m, sign)
     limit, auctions = _allowed(C.itemsize, n, m, listed)

@@ -40,6 +40,7 @@ __all__ = [
     "HUGE",
     "INFEASIBLE",
     "KEPT",
+    "KEPT_FROM",
     "LARGEST",
     "LAST",
     "LISTED",
@@ -63,6 +64,7 @@ __all__ = [
     "WORST_SHARE",
     "WRONG",
     "ZEROS",
+    "Best",
     "Costs",
     "Lists",
     "Matching",
@@ -74,6 +76,7 @@ __all__ = [
     "new_matching",
     "new_paths",
     "new_refills",
+    "no_best",
     "room_for",
 ]  # fmt: skip
 
@@ -158,6 +161,9 @@ KEPT = 5
 VECTOR = 8
 """Numbers in a vector, ``simd.WIDTH``: arrays of column duals are padded to whole ones."""
 
+KEPT_FROM = 96
+"""Columns from which the best columns of rows are kept. A shorter row is read as fast."""
+
 CAPACITY = 24
 """Entries of a list that is filled from a matrix: three vectors. The cutoff is found by bisection, which lists a few
 columns more than wanted."""
@@ -171,6 +177,14 @@ class Costs(NamedTuple):
     n: int
     m: int
     sign: float  # 1 or -1, times a power of two
+
+
+class Best(NamedTuple):
+    """The best columns of each row, VECTOR of them: see ``best``. Without room for rows, nothing is kept."""
+
+    costs: np.ndarray  # (n * VECTOR,) float64: c, inf where there are fewer
+    items: np.ndarray  # (n * VECTOR,) int32: columns
+    bounds: np.ndarray  # (n,) float64: no other column's c - v is less; -inf where nothing is kept
 
 
 class State(NamedTuple):
@@ -187,6 +201,7 @@ class State(NamedTuple):
     columns: np.ndarray  # (n,) int64: that column
     stack: np.ndarray  # (n,) int64: the free rows, from the last to the first
     counts: np.ndarray  # (4,) int64: see READS
+    best: Best
 
 
 class Lists(NamedTuple):
@@ -231,6 +246,11 @@ class Paths(NamedTuple):
     scanned: np.ndarray  # (m,) int64: columns popped in this search
     base_of: np.ndarray  # (n,) float64: distance of a row
     read_in: np.ndarray  # (n,) int64: the search that last read a row; -1 at first
+
+
+def no_best(n: int) -> Best:
+    """Return room for the best columns of n rows, with nothing kept."""
+    return Best(np.empty(n * VECTOR), np.empty(n * VECTOR, np.int32), np.full(n, -np.inf))
 
 
 def matrix_lists(n: int, dtype: np.dtype) -> Lists:
