@@ -16,10 +16,9 @@ def find_copies(
     """Find equal columns (or rows) of a matrix.
 
     Returns:
-        (first, group, room): a line of each kind, the kind of each line, and the lines of each kind. None if there are
-        more than ``below`` times as many kinds as lines.
+        (kinds, group, room): the matrix with one line of each kind, in the order of their first lines, the kind of each line,
+        and the lines of each kind. None if there are more than ``below`` times as many kinds as lines.
     """
-    from fastmatch_kernels.lap.copies import columns_equal, rows_equal
 
     lines, entries = matrix.shape[::-1] if columns else matrix.shape
     for count in (*PROBED, entries):
@@ -30,14 +29,31 @@ def find_copies(
         _, first, group, room = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
         if len(first) > below * lines:
             return None
-        equal = columns_equal if columns else rows_equal
-        like = first[group].astype(np.int64)
-        copies = np.flatnonzero(like != np.arange(lines))
-        if equal(matrix.reshape(-1), matrix.shape[1], copies, like[copies]):
-            return first, group, room
+        order = np.argsort(first)
+        first, room, group = first[order], room[order], np.argsort(order)[group]
+        kinds = (_columns if columns else _rows)(matrix, first, group)
+        if kinds is not None:
+            return kinds, group, room
         if whole:  # two kinds with one hash
             return None
     return None
+
+
+def _columns(matrix: np.ndarray, first: np.ndarray, group: np.ndarray) -> np.ndarray | None:
+    """Return the columns ``first``; None if a column differs from the first one of its kind."""
+    from fastmatch_kernels.lap.copies import take_columns
+
+    kinds = np.empty((len(matrix), len(first)), matrix.dtype)
+    return kinds if take_columns(matrix.reshape(-1), first, group, kinds.reshape(-1)) else None
+
+
+def _rows(matrix: np.ndarray, first: np.ndarray, group: np.ndarray) -> np.ndarray | None:
+    """Return the rows ``first``; None if a row differs from the first one of its kind."""
+    from fastmatch_kernels.lap.copies import rows_equal
+
+    like = first[group].astype(np.int64)
+    copies = np.flatnonzero(like != np.arange(len(like)))
+    return matrix[first] if rows_equal(matrix.reshape(-1), matrix.shape[1], copies, like[copies]) else None
 
 
 def _hashes(matrix: np.ndarray, *, columns: bool) -> np.ndarray:

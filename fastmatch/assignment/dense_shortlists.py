@@ -225,7 +225,7 @@ class _DensePhases(Phases):
             over_rows(
                 hi - lo,
                 (hi - lo) * self.m,
-                lambda a, b: sizes.append(kernel(self.costs, self.state, lo + a, lo + b)),
+                lambda a, b: sizes.append(kernel(self.costs, self.state, lo + a, lo + b, whole)),
             )
 
         few, some = min(self.n, FEW_ROWS), self.n // SURVEYED
@@ -282,13 +282,17 @@ class _DensePhases(Phases):
         self.list_best()
         return held
 
-    def solve_copies(self) -> bool:
+    def tied(self) -> float:
+        """Return the share of the rows whose least two costs tied when all rows were read."""
+        return float((self.state.seconds == self.state.least).mean())
+
+    def solve_copies(self, tied: float) -> bool:
         """Solve a problem most of whose columns are copies of others, or most of whose rows; return whether it is one."""
         plan = self.schedule
         if self.warm or self.free() <= plan.auction_above * self.n:
             return False
         # A copy of a row's best column ties with it; equal rows want the same column.
-        if (self.state.seconds == self.state.least).mean() > 0.5 and self.solve_equal_columns():
+        if tied > 0.5 and self.solve_equal_columns():
             return True
         return self.as_square and self.free() > plan.crowded_above * self.n and self.solve_equal_rows()
 
@@ -297,8 +301,7 @@ class _DensePhases(Phases):
         copies = find_copies(self.matrix, self.schedule.copied_below, columns=True)
         if copies is None:
             return False
-        inner = np.take(self.matrix, copies[0], axis=1)
-        self.v[:] = self.fill_columns(inner, copies, self.col_of)[copies[1]]
+        self.v[:] = self.fill_columns(*copies, self.col_of)[copies[1]]
         self.row_of.fill(-1)
         self.row_of[self.col_of] = np.arange(self.n)
         self.note_costs()
@@ -312,12 +315,12 @@ class _DensePhases(Phases):
         copies = find_copies(self.matrix, self.schedule.copied_below, columns=False)
         if copies is None:
             return False
-        first, group, room = copies
-        inner, spare = self.matrix[first], self.m - self.n
+        kinds, group, room = copies
+        spare = self.m - self.n
         if spare:
-            inner = np.concatenate([inner, np.zeros((1, self.m), inner.dtype)])
-            group, room = np.append(group, np.full(spare, len(first))), np.append(room, spare)
-        duals = self.fill_columns(inner.T, (first, group, room), self.row_of)
+            group, room = np.append(group, np.full(spare, len(kinds))), np.append(room, spare)
+            kinds = np.concatenate([kinds, np.zeros((1, self.m), kinds.dtype)])
+        duals = self.fill_columns(kinds.T, group, room, self.row_of)
         self.v[:] = -duals[-1]  # what a column has that a row of zeros takes
         matched = np.flatnonzero(self.row_of < self.n)
         self.col_of[self.row_of[matched]] = matched
@@ -327,22 +330,21 @@ class _DensePhases(Phases):
         return True
 
     def fill_columns(
-        self, inner: np.ndarray, copies: tuple[np.ndarray, np.ndarray, np.ndarray], matched: np.ndarray
+        self, kinds: np.ndarray, group: np.ndarray, room: np.ndarray, matched: np.ndarray
     ) -> np.ndarray:
         """Solve a problem with one column for all copies of a column; return the duals of these columns.
 
         Args:
-            inner: the different columns.
-            copies: as :func:`find_copies` returns them.
+            kinds, group, room: as :func:`find_copies` returns them.
             matched: where the column of each row goes.
         """
         from fastmatch_kernels.lap.copies import fill_columns
         from fastmatch_kernels.lap.order import shuffle
 
-        n, (_, group, room) = len(matched), copies
+        n = len(matched)
         order, duals, found = np.arange(n), np.zeros(len(room)), np.full(n, -1, np.int64)
         shuffle(order, n)
-        flat = np.ascontiguousarray(inner).reshape(-1)
+        flat = np.ascontiguousarray(kinds).reshape(-1)
         if fill_columns(flat, len(room), self.sign, room, duals, found, order, self.counts) >= 0:
             raise Infeasible("cost: no assignment avoids the forbidden entries")
         self.counts[READS] += n
@@ -369,8 +371,7 @@ class _DensePhases(Phases):
         if not self.warm and self.free() > crowded:
             self.reduce_surveyed()
         if self.as_square and not self.warm and self.free() > crowded:
-            tied = (self.state.least == self.state.seconds).mean() > 0.5
-            scans = plan.short_tied_scans if tied else plan.short_scans
+            scans = plan.short_tied_scans if self.tied() > 0.5 else plan.short_scans
             expected = self.augment_by_rows(scans * self.n, 1 / 16)
             if expected == 0.0:
                 return True
@@ -383,16 +384,19 @@ class _DensePhases(Phases):
                 elif free <= self.n:
                     others = found
         if not self.as_square:
-            if not self.free() or self.solve_copies():  # while least and seconds are both the survey's
-                return True
+            tied = self.tied()
             self.reduce_by_rows()
             if self.free() <= plan.auction_above * self.n:
                 return self.finish(True)
+            if tied > 0.5 and self.augment_by_rows(plan.short_tied_scans * self.n, 1 / 16) == 0.0:
+                return True
+            if self.solve_copies(tied):
+                return True
             if self.limit < np.inf and self.free() > CROWDED_SHARE * self.n and self.paths_grow():
                 return self.solve_equal_rows()
         if zeros is None and self.free() > NARROWED_ABOVE * self.n:
             self.narrow()
-        if not self.free() or self.solve_copies():
+        if not self.free() or self.solve_copies(self.tied()):
             return True
         calm = self.bids(plan.slow_above if others is None else plan.slow_above_others)
         if not calm and others is not None:

@@ -22,11 +22,15 @@ def test_kinds_are_those_of_a_comparison_of_all_entries(dtype, columns):
     matrix = np.ascontiguousarray(lines.T if columns else lines)
     found = find_copies(matrix, 0.5, columns=columns)
     assert found is not None
-    first, group, room = found
+    distinct, group, room = found
     _, expected, counts = np.unique(lines, axis=0, return_inverse=True, return_counts=True)
     assert sorted(room) == sorted(counts)
-    np.testing.assert_array_equal(lines[first[group]], lines)
-    assert len(first) == len(set(expected.ravel().tolist()))
+    distinct = distinct.T if columns else distinct
+    np.testing.assert_array_equal(distinct[group], lines)
+    assert len(distinct) == len(set(expected.ravel().tolist()))
+    assert np.array_equal(
+        np.unique(group, return_index=True)[1], np.sort(np.unique(group, return_index=True)[1])
+    )
 
 
 @pytest.mark.parametrize("columns", [True, False])

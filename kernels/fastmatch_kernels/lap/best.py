@@ -61,13 +61,13 @@ def new_best(n):  # pragma: no cover - compiled
 
 
 @njit(nogil=True, cache=True, inner=True, borrows=True)
-def _scan(c, at, m, sign, v, room, measured):  # pragma: no cover - compiled
+def _scan(c, at, m, sign, v, room, measured, turn):  # pragma: no cover - compiled
     """Find the least c - v of every set of the row at ``at``, and write their columns to ``room``.
 
     Returns:
         (bound, bits, sizes): a set whose bit is on has its least entry in ``room[set] + set``; all other columns are at least at the
         bound. At least one bit is on, at least two if there are as many finite entries, and at most WIDTH.
-        ``sizes`` is the sum of unscaled sizes, if ``measured``.
+        ``sizes`` is the sum of unscaled sizes, if ``measured``. Among ties, sets from ``turn`` on come first.
     """
     signs, none, zero = splat(sign), splat(np.inf), splat(0.0)
     a, b, d, e, others, more = none, none, none, none, none, none
@@ -123,9 +123,12 @@ def _scan(c, at, m, sign, v, room, measured):  # pragma: no cover - compiled
     tied = less_equal_mask(a, limit) | (less_equal_mask(b, limit) << WIDTH)
     tied |= (less_equal_mask(d, limit) << (2 * WIDTH)) | (less_equal_mask(e, limit) << (3 * WIDTH))
     tied &= ~bits
+    later = tied & -(1 << turn)  # so that rows keep different ones of them
     while tied != 0 and popcount(bits) < WIDTH:
-        bits |= tied & -tied
-        tied &= tied - 1
+        next_ = later if later != 0 else tied
+        bits |= next_ & -next_
+        later &= later - 1
+        tied &= ~bits
     return bound, bits, sum_lanes(add(one, two))
 
 
@@ -135,7 +138,7 @@ def read_best(costs, v, best, i, room, measured):  # pragma: no cover - compiled
     c, start, _, m, sign = costs
     kept, items, bounds = best
     at, to = start + i * m, i * WIDTH
-    bounds[i], bits, sizes = _scan(c, at, m, sign, v, room, measured)
+    bounds[i], bits, sizes = _scan(c, at, m, sign, v, room, measured, 7 * i % SETS)
     store(kept, to, splat(np.inf))
     for f in range(WIDTH):
         items[to + f] = 0

@@ -12,7 +12,7 @@ from fastmatch_kernels._numba.cache import njit
 from fastmatch_kernels.lap.best import SETS, best_two
 from fastmatch_kernels.lap.duals import typical_gap
 from fastmatch_kernels.lap.kept import keep, room_to_keep, take
-from fastmatch_kernels.lap.match import free_rows, two_least
+from fastmatch_kernels.lap.match import MISSES, free_rows, free_tie, two_least
 from fastmatch_kernels.lap.state import BIDS, READS, SLICES
 
 __all__ = ["bid_rows", "bids", "largest_fall", "lower_best", "reduce"]
@@ -34,7 +34,7 @@ def _bid(costs, state, top, eps, most, limit):  # pragma: no cover - compiled
     v, row_of, col_of, _, seconds, columns, stack, counts, best = state
     room = np.empty(SETS)
     kept = best.bounds.shape[0] > 0
-    made, i = 0, np.int64(-1)
+    made, i, hits, misses = 0, np.int64(-1), 0, 0
     while made < limit:
         if i < 0:
             if top == 0:
@@ -50,6 +50,10 @@ def _bid(costs, state, top, eps, most, limit):  # pragma: no cover - compiled
         if second < np.inf:  # else one column is allowed or none: the paths decide
             if second == first and row_of[j] >= 0:
                 j = tied
+                if eps == 0.0 and row_of[j] >= 0 and misses < hits + MISSES:
+                    j = free_tie(c, start + i * m, sign, m, v, row_of, first, np.int64(0), j)
+                    hits += row_of[j] < 0
+                    misses += row_of[j] >= 0
             old = row_of[j]
             if old < 0 or eps > 0.0 or second > first:
                 v[j] -= min(second - first, most) + eps

@@ -199,7 +199,7 @@ def better_duals(costs, state, numbers, room, at):  # pragma: no cover - compile
         row_of[:] = -1
         col_of[:] = -1
         tried = State(duals, row_of, col_of, least, seconds, columns, state.stack, counts, none)
-        survey(costs, tried, np.int64(0), some)
+        survey(costs, tried, np.int64(0), some, np.bool_(True))
         match_surveyed(costs, tried, np.int64(0), some)
         counts[READS] += some
         free = 0
@@ -207,7 +207,7 @@ def better_duals(costs, state, numbers, room, at):  # pragma: no cover - compile
             free += col_of[i] < 0
         if free > share * quarter:
             continue
-        survey(costs, tried, some, n)
+        survey(costs, tried, some, n, np.bool_(True))
         match_surveyed(costs, tried, some, n)
         counts[READS] += n - some
         for i in range(some, n):

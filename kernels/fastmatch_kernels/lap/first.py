@@ -63,13 +63,14 @@ def other_duals(costs, state, schedule, room, at):  # pragma: no cover - compile
 def _read(costs, state):  # pragma: no cover - compiled
     """Read all rows once; return (OPEN, WRONG or TOO_LARGE; the sign, times a power of two if sums of costs would leave float64)."""
     n, m, sign, v, counts = costs.n, costs.m, costs.sign, state.v, state.counts
-    scaled, lo, total = costs, np.int64(0), 0.0
+    scaled, lo, total, fits = costs, np.int64(0), 0.0, np.bool_(False)
     while lo < n:
         hi = np.int64(FEW_ROWS) if lo == 0 and n > FEW_ROWS else n
-        total += survey(scaled, state, lo, hi)
+        total += survey(scaled, state, lo, hi, fits)
         counts[READS] += hi - lo
         lo = hi
-        if not total < HUGE and scaled.sign == sign:
+        if not total < HUGE and not fits:
+            fits = np.bool_(True)
             scale = fitting_scale(costs.c, costs.start, costs.start + n * m, sign)
             counts[READS] += n
             if scale == 0.0:
@@ -80,7 +81,6 @@ def _read(costs, state):  # pragma: no cover - compiled
                 v[:] = 0.0  # given duals are not scaled, but no other ones are looked for
                 lo = np.int64(0)
                 scaled = Costs(costs.c, costs.start, n, m, scale)
-            total = -np.inf
     return OPEN, scaled.sign
 
 
@@ -95,7 +95,10 @@ def _as_rectangle(costs, state, top, schedule):  # pragma: no cover - compiled
     keep(held, np.int64(0), state)
     most = largest_fall(state.least, state.seconds, typical_gap(state.least, state.seconds))
     lower_best(costs, state, most)
-    left = reduce(costs, state, top, most, top)
+    # Most rows bid once here, for which keeping their best columns does not pay.
+    v, row_of, col_of, least, seconds, columns, stack, counts, _ = state
+    once = State(v, row_of, col_of, least, seconds, columns, stack, counts, new_best(np.int64(0)))
+    left = reduce(costs, once, top, most, top)
     found = 0
     if left <= top // 2:
         no = np.bool_(False)  # for a plain False, numba would compile all that is called once more

@@ -28,7 +28,16 @@ from fastmatch_kernels.lap.kept import keep, room_to_keep, take
 from fastmatch_kernels.lap.paths import row_vector
 from fastmatch_kernels.lap.state import LARGEST
 
-__all__ = ["free_rows", "match_surveyed", "reduce_surveyed", "survey", "survey_best", "two_least"]
+__all__ = [
+    "MISSES",
+    "free_rows",
+    "free_tie",
+    "match_surveyed",
+    "reduce_surveyed",
+    "survey",
+    "survey_best",
+    "two_least",
+]
 
 
 AHEAD, LINE = 8192, 64
@@ -114,7 +123,7 @@ def two_least(c, at, sign, m, v):  # pragma: no cover - compiled
 
 
 @njit(nogil=True, cache=True, inner=True)
-def _free_tie(c, at, sign, m, v, row_of, value, begin, otherwise):  # pragma: no cover - compiled
+def free_tie(c, at, sign, m, v, row_of, value, begin, otherwise):  # pragma: no cover - compiled
     """Return a free column from ``begin`` on whose c - v is at most ``value`` in the row at ``at``; else ``otherwise``."""
     signs, limit = splat(sign), splat(value)
     for j in range(begin - begin % WIDTH, m, WIDTH):
@@ -155,11 +164,11 @@ def _sizes(c, at, scale, m):  # pragma: no cover - compiled
 
 
 @njit(nogil=True, cache=True, borrows=True)
-def survey(costs, state, lo, hi):  # pragma: no cover - compiled
+def survey(costs, state, lo, hi, fits):  # pragma: no cover - compiled
     """Read rows lo..hi once: their least c - v, its column, and the least one of the other columns.
 
     Return the sum of the sizes of all entries but forbidden ones. It is finite only if there is no NaN and no infinity of the
-    wrong sign.
+    wrong sign. If ``fits``, that is known, and the sum may be infinite.
     """
     c, start, _, m, scale = costs
     v, least, seconds, columns = state.v, state.least, state.seconds, state.columns
@@ -174,20 +183,20 @@ def survey(costs, state, lo, hi):  # pragma: no cover - compiled
         else:
             a, b, d, e, sizes = _minima(c, at, scale, m, v, False, True)
         size = abs(scale) * sum_lanes(sizes)
-        total += size if size < np.inf else _sizes(c, at, scale, m)
+        total += size if size < np.inf or fits else _sizes(c, at, scale, m)
         least[i], columns[i], seconds[i], _ = _least_two(c, at, scale, m, v, a, b, d, e)
     return total
 
 
 @njit(nogil=True, cache=True)
-def survey_best(costs, state, lo, hi):  # pragma: no cover - compiled
+def survey_best(costs, state, lo, hi, fits):  # pragma: no cover - compiled
     """The same, and keep the best columns of every row. That takes no longer where rows come from memory."""
     c, start, _, m, scale = costs
     v, least, seconds, columns, best = state.v, state.least, state.seconds, state.columns, state.best
     room, total = np.empty(SETS_OF_BEST), 0.0
     for i in range(lo, hi):
         size = abs(scale) * read_best(costs, v, best, i, room, np.bool_(True))
-        total += size if size < np.inf else _sizes(c, start + i * m, scale, m)
+        total += size if size < np.inf or fits else _sizes(c, start + i * m, scale, m)
         least[i], columns[i], second, _ = least_two_of(v, best, i)
         seconds[i] = min(second, best.bounds[i])
     return total
@@ -206,7 +215,7 @@ def match_surveyed(costs, state, lo, hi):  # pragma: no cover - compiled
         if row_of[j] >= 0 and least[i] == seconds[i]:
             while begin < m and row_of[begin] >= 0:
                 begin += 1
-            j = _free_tie(c, start + i * m, sign, m, v, row_of, least[i], begin, j)
+            j = free_tie(c, start + i * m, sign, m, v, row_of, least[i], begin, j)
         if row_of[j] < 0:
             col_of[i] = j
             row_of[j] = i
@@ -230,7 +239,7 @@ def reduce_surveyed(costs, state, top):  # pragma: no cover - compiled
     for e in range(few):
         i = stack[e * top // few]
         if seconds[i] < np.inf:
-            likely += _free_tie(c, start + i * m, sign, m, v, row_of, seconds[i], begin, none) >= 0
+            likely += free_tie(c, start + i * m, sign, m, v, row_of, seconds[i], begin, none) >= 0
     if 2 * likely < few:
         return top
     held = np.empty(room_to_keep(state))
@@ -249,7 +258,7 @@ def reduce_surveyed(costs, state, top):  # pragma: no cover - compiled
         elif x > seconds[i] or row_of[j] >= 0:
             while begin < m and row_of[begin] >= 0:
                 begin += 1
-            j = _free_tie(c, start + i * m, sign, m, v, row_of, seconds[i], begin, none)
+            j = free_tie(c, start + i * m, sign, m, v, row_of, seconds[i], begin, none)
             if j < 0:
                 misses += 1
                 continue
