@@ -566,7 +566,7 @@ class _DensePhases(Phases):
         while settled * plan.dear_bids > made:
             before = len(rows), int(self.counts[BIDS])
             self.state.stack[: len(rows)] = rows[::-1]
-            bid_rows(self.costs, self.state, len(rows), 0.0, step)
+            bid_rows(self.costs, self.state, len(rows), 0.0, step, True)
             rows = self.free_rows()
             settled, made = before[0] - len(rows), int(self.counts[BIDS]) - before[1]
         self.list_best()
@@ -593,7 +593,7 @@ class _DensePhases(Phases):
         while top > enough and bids > 0:
             part = min(bids, SLICE, at_once, 2 * self.n)
             if self.by_rows:
-                top = bid_rows(self.costs, aside, top, eps, part)
+                top = bid_rows(self.costs, aside, top, eps, part, False)
             else:
                 before = self.counts.copy()
                 top, _ = auction(

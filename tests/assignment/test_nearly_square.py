@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import numba
 import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 
 import fastmatch as fm
+from bench.lib.families import FAMILIES
+from fastmatch.assignment import dense_shortlists
+from fastmatch.assignment.schedule import DenseSchedule
 from fastmatch.assignment.small_dense import solve_small
-from fastmatch_kernels.lap.state import SOLVED
+from fastmatch_kernels.lap.first import _as_rectangle, new_state, start
+from fastmatch_kernels.lap.kept import keep, room_to_keep
+from fastmatch_kernels.lap.match import free_rows
+from fastmatch_kernels.lap.schedule import SmallSchedule
+from fastmatch_kernels.lap.state import CROWDED, OPEN, SOLVED, Costs
 
 SOLVERS = [None, fm.assignment.DenseShortlists()]
 
@@ -81,3 +89,46 @@ def test_the_largest_float_means_never(maximize, shape):
     assert found.objective == same.objective
     assert found.is_certified
     assert np.abs(found.v).max() < 1e6
+
+
+def test_levelling_columns_ends_early_if_it_would_take_long():
+    """The problem is then begun in another way, and no dual is left above an unmatched column's."""
+    cost = np.ascontiguousarray(FAMILIES["uniform"](120, 130, seed=0, dtype="float64"))
+    dense_shortlists.compile_kernels(cost.dtype)
+    phases = dense_shortlists._DensePhases(cost, 1.0, DenseSchedule(), None)
+    phases.survey()
+    assert phases.as_square
+    assert phases.solve_free()
+    phases.limit = 1.0
+    assert not phases.level_columns()
+    phases.begin_again(as_square=True)
+    phases.limit = np.inf
+    assert phases.solve_free()
+    assert phases.level_columns()
+    unmatched = np.setdiff1d(np.arange(130), phases.col_of)
+    assert (phases.v[unmatched] == phases.v.max()).all()
+
+
+@numba.njit
+def tried_as_rectangle(costs, schedule):
+    """What ``_as_rectangle`` returns, and the state before and after it."""
+    state = new_state(costs.n, costs.m)
+    start(costs, state, False, False, True, schedule)
+    top = free_rows(state)
+    before, after = np.zeros(room_to_keep(state)), np.zeros(room_to_keep(state))
+    keep(before, np.int64(0), state)
+    outcome = _as_rectangle(costs, state, top, schedule)
+    keep(after, np.int64(0), state)
+    return outcome, free_rows(state), before, after
+
+
+@pytest.mark.parametrize(("family", "wanted"), [("staircase", OPEN), ("products", CROWDED)])
+def test_rows_that_are_tried_as_those_of_a_rectangle_are_all_matched_or_left_as_they_were(family, wanted):
+    cost = np.ascontiguousarray(FAMILIES[family](300, 301, seed=0, dtype="float64"))
+    costs = Costs(cost.reshape(-1), np.int64(0), 300, 301, 1.0)
+    outcome, free, before, after = tried_as_rectangle(costs, SmallSchedule())
+    assert outcome == wanted
+    if outcome == OPEN:
+        assert free == 0
+    else:
+        assert np.array_equal(before, after)

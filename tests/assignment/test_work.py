@@ -10,7 +10,7 @@ from scipy.optimize import linear_sum_assignment
 
 import fastmatch as fm
 from bench.lib.families import FAMILIES
-from fastmatch.assignment import DenseShortlists
+from fastmatch.assignment import DenseShortlists, SmallDense
 from fastmatch.assignment.small_dense import solve_small
 from fastmatch_kernels.lap.state import SOLVED
 
@@ -173,6 +173,18 @@ def test_large_duals_of_integers_hide_nothing_and_the_matrix_is_not_read_again(s
     )
     solved(FAMILIES["differences of degrees"](1500, 1500, 0) * step, DenseShortlists())
     assert asked == [looked_at]
+
+
+def test_duals_no_larger_than_a_matched_cost_are_not_doubted(monkeypatch):
+    """A row that costs 1e9 in every column has a dual of that size: smaller entries would not change it."""
+    module = sys.modules["fastmatch.assignment.solve"]
+    monkeypatch.setattr(module, "_is_large", lambda *given: pytest.fail("the matrix was sampled"))
+    cost = np.random.default_rng(5).random((1100, 1100))
+    cost[7] += 1e9
+    found = solved(cost, SmallDense())
+    assert found.is_certified
+    found = solved(cost)
+    assert found.is_certified
 
 
 @pytest.mark.parametrize("n", [300, 900])

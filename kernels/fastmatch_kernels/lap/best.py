@@ -2,6 +2,9 @@
 
 A row that bids is read once, and its best columns and a bound on all others are kept. Column duals only fall, so c - v only
 rises, and the bound stays valid: the least two of the kept columns are the row's least two while the second is at most the bound.
+
+What is kept: of each of SETS sets of columns the least one, if that is at most the least of all second ones. They are about seven
+if costs are random, and are found in one scan.
 In 300 x 300 random costs that settles nine bids of ten. Lists of larger matrices (``rows``) are longer and take three scans.
 """
 
@@ -32,13 +35,9 @@ from fastmatch_kernels._numba.simd import (
     sum_lanes,
 )
 from fastmatch_kernels.lap.paths import row_vector
-from fastmatch_kernels.lap.state import LARGEST, Best
+from fastmatch_kernels.lap.state import LARGEST, SETS, Best
 
-__all__ = ["SETS", "best_two", "forget", "least_of", "least_two_of", "new_best", "read_best"]
-
-SETS = 4 * WIDTH
-"""Sets of columns that are alike modulo SETS. The least of each set, where that is at most the least of all second ones, are the
-row's best columns: about seven, if they are random."""
+__all__ = ["best_two", "bound_of", "forget", "least_of", "least_two_of", "new_best", "read_best"]
 
 AHEAD, LINE = 8192, 64
 """Bytes by which a first read of all rows prefetches, and bytes of a cache line. Between rows, the processor's own prefetcher
@@ -48,24 +47,31 @@ stops."""
 @njit(nogil=True, cache=True, inner=True, borrows=True)
 def forget(best):  # pragma: no cover - compiled
     """Keep nothing: duals have risen."""
-    for i in range(best.bounds.shape[0]):
-        best.bounds[i] = -np.inf
+    items, numbers = best
+    for at in range(items.shape[0], items.shape[0] + items.shape[0] // WIDTH):
+        numbers[at] = -np.inf
 
 
 @njit(nogil=True, cache=True, inner=True)
 def new_best(n):  # pragma: no cover - compiled
     """Return room for n rows, with nothing kept."""
-    best = Best(np.empty(n * WIDTH), np.empty(n * WIDTH, np.int32), np.empty(n))
+    best = Best(np.empty(n * WIDTH, np.int32), np.empty(n * (WIDTH + 1) + SETS))
     forget(best)
     return best
 
 
+@njit(nogil=True, cache=True, forceinline=True, borrows=True)
+def bound_of(best, i):  # pragma: no cover - compiled
+    """Return the bound on the c - v of row i in the columns that are not kept; -inf if none are."""
+    return best.numbers[best.items.shape[0] + i]
+
+
 @njit(nogil=True, cache=True, inner=True, borrows=True)
-def _scan(c, at, m, sign, v, room, measured, turn):  # pragma: no cover - compiled
-    """Find the least c - v of every set of the row at ``at``, and write their columns to ``room``.
+def _scan(c, at, m, sign, v, room, base, measured, turn):  # pragma: no cover - compiled
+    """Find the least c - v of every set of the row at ``at``, and write their columns to ``room[base:]``.
 
     Returns:
-        (bound, bits, sizes): a set whose bit is on has its least entry in ``room[set] + set``; all other columns are at least at the
+        (bound, bits, sizes): a set whose bit is on has its least entry in ``room[base + set] + set``; all other columns are at least at the
         bound. At least one bit is on, at least two if there are as many finite entries, and at most WIDTH.
         ``sizes`` is the sum of unscaled sizes, if ``measured``. Among ties, sets from ``turn`` on come first.
     """
@@ -101,10 +107,10 @@ def _scan(c, at, m, sign, v, room, measured, turn):  # pragma: no cover - compil
     while 0 < turns < 4:
         a, b, d, e, p, q, r, s = b, d, e, a, q, r, s, p
         turns += 1
-    store(room, 0, p)
-    store(room, WIDTH, q)
-    store(room, 2 * WIDTH, r)
-    store(room, 3 * WIDTH, s)
+    store(room, base, p)
+    store(room, base + WIDTH, q)
+    store(room, base + 2 * WIDTH, r)
+    store(room, base + 3 * WIDTH, s)
     bound = reduce_minimum(minimum(others, more))
     limit = splat(min(bound, LARGEST))
     bits = less_equal_mask(a, limit) | (less_equal_mask(b, limit) << WIDTH)
@@ -133,29 +139,47 @@ def _scan(c, at, m, sign, v, room, measured, turn):  # pragma: no cover - compil
 
 
 @njit(nogil=True, cache=True, inner=True, borrows=True)
-def read_best(costs, v, best, i, room, measured):  # pragma: no cover - compiled
-    """Read row i and keep its best columns; return the sum of unscaled sizes if ``measured``. ``room`` is (SETS,) float64."""
+def read_best(costs, v, best, i, place, measured):  # pragma: no cover - compiled
+    """Read row i and keep its best columns, as those of row ``place``.
+
+    Returns:
+        What :func:`least_two_of` does, of all columns, and the sum of unscaled sizes if ``measured``.
+    """
     c, start, _, m, sign = costs
-    kept, items, bounds = best
-    at, to = start + i * m, i * WIDTH
-    bounds[i], bits, sizes = _scan(c, at, m, sign, v, room, measured, 7 * i % SETS)
-    store(kept, to, splat(np.inf))
+    items, numbers = best
+    at_bound = items.shape[0] + place
+    base = items.shape[0] + items.shape[0] // WIDTH
+    at, to = start + i * m, place * WIDTH
+    bound, bits, sizes = _scan(c, at, m, sign, v, numbers, base, measured, 7 * i % SETS)
+    numbers[at_bound] = bound
+    store(numbers, to, splat(np.inf))
     for f in range(WIDTH):
         items[to + f] = 0
+    first, second, column, tied = np.inf, np.inf, np.int64(0), np.int64(0)
     while bits != 0:
         k = ctz(bits)
         bits &= bits - 1
-        j = np.int64(room[k]) + k
-        kept[to], items[to] = sign * np.float64(c[at + j]), j
+        j = np.int64(numbers[base + k]) + k
+        cost = sign * np.float64(c[at + j])
+        numbers[to], items[to] = cost, j
         to += 1
-    return sizes
+        x = cost - v[j]  # without branches, which would be mispredicted
+        high = first if x < first else x
+        tied = j if x <= first else tied
+        column = j if x < first else column
+        first = x if x < first else first
+        second = high if high < second else second
+    return first, column, min(second, bound), tied, sizes
 
 
 @njit(nogil=True, cache=True, inner=True, borrows=True)
 def least_two_of(v, best, i):  # pragma: no cover - compiled
-    """Return (least c - v, its column, second least, its column if the two are equal) of the columns kept for row i."""
+    """Return (least c - v, its column, second least, its column if the two are equal) of the columns kept for row i.
+
+    The last one may be the first one again, if a column that is not kept ties with it.
+    """
     items, to = best.items, i * WIDTH
-    x = difference(splat(1.0), load(best.costs, to), gather(v, items, to))
+    x = difference(splat(1.0), load(best.numbers, to), gather(v, items, to))
     first = reduce_minimum(x)
     least = splat(first)
     holders = less_equal_mask(x, least)
@@ -169,22 +193,21 @@ def least_two_of(v, best, i):  # pragma: no cover - compiled
 
 
 @njit(nogil=True, cache=True, inner=True, borrows=True)
-def best_two(costs, v, best, i, room):  # pragma: no cover - compiled
-    """Return (least c - v, its column, second least, its column if the two are equal) of row i; read it if need be."""
-    if best.bounds[i] > -np.inf:
+def best_two(costs, v, best, i):  # pragma: no cover - compiled
+    """Return what :func:`least_two_of` does, of all columns of row i; read it if need be."""
+    if bound_of(best, i) > -np.inf:
         first, j, second, tied = least_two_of(v, best, i)
-        if second <= best.bounds[i]:
+        if second <= bound_of(best, i):
             return first, j, second, tied
-    read_best(costs, v, best, i, room, np.bool_(False))
-    first, j, second, tied = least_two_of(v, best, i)
-    return first, j, min(second, best.bounds[i]), tied
+    first, j, second, tied, _ = read_best(costs, v, best, i, i, np.bool_(False))
+    return first, j, second, tied
 
 
 @njit(nogil=True, cache=True, inner=True, borrows=True)
 def least_of(v, best, i):  # pragma: no cover - compiled
     """Return the least c - v of row i if what is kept tells, else -inf."""
-    if best.bounds[i] == -np.inf:
+    if bound_of(best, i) == -np.inf:
         return -np.inf
     to = i * WIDTH
-    x = reduce_minimum(difference(splat(1.0), load(best.costs, to), gather(v, best.items, to)))
-    return x if x <= best.bounds[i] else -np.inf
+    x = reduce_minimum(difference(splat(1.0), load(best.numbers, to), gather(v, best.items, to)))
+    return x if x <= bound_of(best, i) else -np.inf

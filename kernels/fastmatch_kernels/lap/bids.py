@@ -9,33 +9,29 @@ from __future__ import annotations
 import numpy as np
 
 from fastmatch_kernels._numba.cache import njit
-from fastmatch_kernels.lap.best import SETS, best_two
+from fastmatch_kernels.lap.best import best_two, bound_of
 from fastmatch_kernels.lap.duals import typical_gap
 from fastmatch_kernels.lap.kept import keep, room_to_keep, take
 from fastmatch_kernels.lap.match import MISSES, free_rows, free_tie, two_least
+from fastmatch_kernels.lap.order import shuffle
 from fastmatch_kernels.lap.state import BIDS, READS, SLICES
 
 __all__ = ["bid_rows", "bids", "largest_fall", "lower_best", "reduce"]
+
+ASKED = 64
+"""Bids whose row has to be read again, beyond those for which the columns that were kept do, before all rows are read at once."""
 
 SENTINEL = 2.0**20
 """Typical gap, in ranges of the rows' minima and in smallest gaps, beyond which it is one to entries that stand for "never"."""
 
 
-@njit(nogil=True, cache=True, inner=True)
-def _bid(costs, state, top, eps, most, limit):  # pragma: no cover - compiled
-    """Let the rows on ``stack[:top]`` bid until the stack is empty or ``limit`` bids are spent; return what is left.
-
-    A row takes its best column and lowers its dual until the column is ``eps`` worse than the row's second best. With
-    eps = 0 this is augmenting row reduction: a row whose two best tie is left free. No dual falls by more than ``most``
-    and eps: the pair stays its row's best. ``columns`` and ``seconds`` tell of its last bid what ``survey`` told of the row: a
-    column, and a bound on all others. So its row dual needs no other read in the end.
-    """
+@njit(nogil=True, cache=True, forceinline=True, borrows=True)
+def _bid_while(costs, state, top, eps, most, limit, ties, kept):  # pragma: no cover - compiled
+    """Let rows bid as in :func:`_bid`; if ``kept``, while the columns that were kept tell enough. Return (what is left, the bids)."""
     c, start, _, m, sign = costs
-    v, row_of, col_of, _, seconds, columns, stack, counts, best = state
-    room = np.empty(SETS)
-    kept = best.bounds.shape[0] > 0
-    made, i, hits, misses = 0, np.int64(-1), 0, 0
-    while made < limit:
+    v, row_of, col_of, _, seconds, columns, stack, _, best = state
+    made, i, hits, misses, told = 0, np.int64(-1), 0, 0, ASKED
+    while made < limit and told > 0:
         if i < 0:
             if top == 0:
                 break
@@ -43,14 +39,17 @@ def _bid(costs, state, top, eps, most, limit):  # pragma: no cover - compiled
             i = stack[top]
         made += 1
         if kept:
-            first, j, second, tied = best_two(costs, v, best, i, room)
+            before = bound_of(best, i)
+            first, j, second, tied = best_two(costs, v, best, i)
+            if before > -np.inf:
+                told += 1 if bound_of(best, i) == before else -1
         else:
             first, j, second, tied = two_least(c, start + i * m, sign, m, v)
         displaced = np.int64(-1)
         if second < np.inf:  # else one column is allowed or none: the paths decide
             if second == first and row_of[j] >= 0:
                 j = tied
-                if eps == 0.0 and row_of[j] >= 0 and misses < hits + MISSES:
+                if ties and row_of[j] >= 0 and misses < hits + MISSES:
                     j = free_tie(c, start + i * m, sign, m, v, row_of, first, np.int64(0), j)
                     hits += row_of[j] < 0
                     misses += row_of[j] >= 0
@@ -63,28 +62,83 @@ def _bid(costs, state, top, eps, most, limit):  # pragma: no cover - compiled
                 if old >= 0:
                     col_of[old] = -1
                     displaced = old
-        i = displaced  # in a register: the stack would be written and read at once
+        i = displaced
     if i >= 0:
         stack[top] = i
         top += 1
-    counts[BIDS] += made
+    return top, made
+
+
+@njit(nogil=True, cache=True, inner=True, borrows=True)
+def _bid(costs, state, top, eps, most, limit, ties):  # pragma: no cover - compiled
+    """Let the rows on ``stack[:top]`` bid until the stack is empty or ``limit`` bids are spent; return what is left.
+
+    A row takes its best column and lowers its dual until the column is ``eps`` worse than the row's second best. With
+    eps = 0 this is augmenting row reduction: a row whose two best tie is left free, unless with ``ties`` another best one is free.
+    No dual falls by more than ``most`` and eps: the pair stays its row's best. ``columns`` and ``seconds`` tell of its last bid what
+    ``survey`` told of the row: a column, and a bound on all others. So its row dual needs no other read in the end.
+    """
+    made = 0
+    if state.best.items.shape[0] > 0:
+        top, made = _bid_while(costs, state, top, eps, most, limit, ties, np.bool_(True))
+    if top > 0 and made < limit:
+        top, more = _bid_while(costs, state, top, eps, most, limit - made, ties, np.bool_(False))
+        made += more
+    state.counts[BIDS] += made
     return top
 
 
 @njit(nogil=True, cache=True)
-def bid_rows(costs, state, top, eps, limit):  # pragma: no cover - compiled
+def bid_rows(costs, state, top, eps, limit, ties):  # pragma: no cover - compiled
     """Let rows bid as in :func:`_bid`, for the solver of larger matrices where candidate lists do not pay."""
     counts = state.counts
     before = counts[BIDS]
-    top = _bid(costs, state, top, eps, np.inf, limit)
+    top = _bid(costs, state, top, eps, np.inf, limit, ties)
     counts[READS] += counts[BIDS] - before
     return top
 
 
 @njit(nogil=True, cache=True, inner=True, borrows=True)
-def reduce(costs, state, top, most, limit):  # pragma: no cover - compiled
+def reduce(costs, state, top, most, limit, ties):  # pragma: no cover - compiled
     """Run a round of augmenting row reduction, of ``limit`` bids; return how many rows are free, on the stack."""
-    _bid(costs, state, top, 0.0, most, limit)
+    _bid(costs, state, top, 0.0, most, limit, ties)
+    return free_rows(state)
+
+
+@njit(nogil=True, cache=True, inner=True, borrows=True)
+def _match_at_once(costs, state, top):  # pragma: no cover - compiled
+    """Match rows on the stack to a free column among their best; return how many are left.
+
+    A path would end there too, but takes as long as ten reads to begin.
+    """
+    c, start, _, m, sign = costs
+    v, row_of, col_of, _, seconds, columns, stack, _, best = state
+    kept = best.items.shape[0] > 0
+    hits, misses, none = 0, 0, np.int64(-1)
+    shuffle(stack, top)
+    for e in range(top):
+        if misses >= hits + MISSES:
+            break
+        i = stack[e]
+        if kept:
+            first, j, second, tied = best_two(costs, v, best, i)
+        else:
+            first, j, second, tied = two_least(c, start + i * m, sign, m, v)
+        if not first < np.inf:
+            continue
+        if row_of[j] >= 0 and second == first:
+            j = (
+                tied
+                if row_of[tied] < 0
+                else free_tie(c, start + i * m, sign, m, v, row_of, first, np.int64(0), none)
+            )
+        if j < 0 or row_of[j] >= 0:
+            misses += 1
+            continue
+        hits += 1
+        row_of[j] = i
+        col_of[i] = j
+        seconds[i], columns[i] = second, j
     return free_rows(state)
 
 
@@ -132,7 +186,7 @@ def _phase(costs, state, top, eps, most, schedule):  # pragma: no cover - compil
         if top == 0:
             return False
         before = top
-        top = _bid(costs, state, top, eps, most, n)
+        top = _bid(costs, state, top, eps, most, n, np.bool_(False))
         if top > schedule.war_above * before and top > schedule.war_few * n:
             return True
     return top > 0
@@ -151,7 +205,7 @@ def _auction(costs, state, top, eps, most, schedule):  # pragma: no cover - comp
         state.col_of[:] = -1
         top = free_rows(state)
         for _ in range(2):
-            top = reduce(costs, state, top, most, top + extra)
+            top = reduce(costs, state, top, most, top + extra, np.bool_(False))
         if top >= before and (war or phase == 0 or phase == schedule.phases - 1):
             take(held, np.int64(0), state)  # bounds too: those read under lower duals would be false
             return free_rows(state), False
@@ -163,7 +217,7 @@ def _auction(costs, state, top, eps, most, schedule):  # pragma: no cover - comp
     return top, True
 
 
-@njit(nogil=True, cache=True, inner=True)
+@njit(nogil=True, cache=True, inner=True, borrows=True)
 def bids(costs, state, top, square, lower, auctions, schedule):  # pragma: no cover - compiled
     """Match free rows by row reduction and a short auction; return how many are left, on the stack, and whether it paid.
 
@@ -176,10 +230,10 @@ def bids(costs, state, top, square, lower, auctions, schedule):  # pragma: no co
     most = largest_fall(state.least, state.seconds, gap)
     if lower:
         lower_best(costs, state, most)
-    large = n >= schedule.reduce_from
+    large, ties = n >= schedule.reduce_from, not square
     for turn in range(schedule.reductions):
         if large and (turn == 0 or top <= schedule.auction_above * n):
-            top = reduce(costs, state, top, most, top + extra)
+            top = reduce(costs, state, top, most, top + extra, ties)
     calm = top <= schedule.auction_above * n
     eps = schedule.first_eps * gap if auctions and square and n >= schedule.auction_from and not calm else 0.0
     rounds = 0 if large else schedule.reductions
@@ -187,12 +241,14 @@ def bids(costs, state, top, square, lower, auctions, schedule):  # pragma: no co
         top, calm = _auction(costs, state, top, eps, most, schedule)
         rounds = 1 if large else schedule.reductions
     for _ in range(rounds):
-        top = reduce(costs, state, top, most, top + extra)
+        top = reduce(costs, state, top, most, top + extra, ties)
     # No auction follows in a rectangle: row reduction goes on until a path takes less time than a row's bids.
     settled, made = top, np.int64(0)
     while not square and top > 0 and settled * schedule.dear_bids > made:
         before, made = top, -counts[BIDS]
-        top = reduce(costs, state, top, most, n // SLICES + 1)
+        top = reduce(costs, state, top, most, n // SLICES + 1, ties)
         settled = before - top
         made += counts[BIDS]
+    if square and top > 0:
+        top = _match_at_once(costs, state, top)
     return top, calm

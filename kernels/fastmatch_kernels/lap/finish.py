@@ -131,7 +131,7 @@ def _certify(costs, state, level, typical):  # pragma: no cover - compiled
     """
     c, start, n, m, sign = costs
     v, _, col_of, least, seconds, columns, _, counts, best = state
-    total, kept = 0.0, best.bounds.shape[0] > 0
+    total, kept = 0.0, best.items.shape[0] > 0
     for i in range(n):
         at_row = start + i * m
         x, dual = sign * np.float64(c[at_row + col_of[i]]), v[col_of[i]]

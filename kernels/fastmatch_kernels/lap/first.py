@@ -98,7 +98,7 @@ def _as_rectangle(costs, state, top, schedule):  # pragma: no cover - compiled
     # Most rows bid once here, for which keeping their best columns does not pay.
     v, row_of, col_of, least, seconds, columns, stack, counts, _ = state
     once = State(v, row_of, col_of, least, seconds, columns, stack, counts, new_best(np.int64(0)))
-    left = reduce(costs, once, top, most, top)
+    left = reduce(costs, once, top, most, top, np.bool_(False))
     found = 0
     if left <= top // 2:
         no = np.bool_(False)  # for a plain False, numba would compile all that is called once more

@@ -22,11 +22,10 @@ from fastmatch_kernels._numba.simd import (
     splat,
     sum_lanes,
 )
-from fastmatch_kernels.lap.best import SETS as SETS_OF_BEST
-from fastmatch_kernels.lap.best import least_two_of, read_best
+from fastmatch_kernels.lap.best import new_best, read_best
 from fastmatch_kernels.lap.kept import keep, room_to_keep, take
 from fastmatch_kernels.lap.paths import row_vector
-from fastmatch_kernels.lap.state import LARGEST
+from fastmatch_kernels.lap.state import LARGEST, SETS
 
 __all__ = [
     "MISSES",
@@ -43,14 +42,13 @@ __all__ = [
 AHEAD, LINE = 8192, 64
 """Bytes by which :func:`survey` prefetches, and bytes of a cache line. Between rows, the processor's own prefetcher stops."""
 
-SETS = 4 * WIDTH
-"""Sets of columns whose minima are found at once: columns that are alike modulo SETS. The least two entries of a row are
-among these minima and the rest of the set that holds the least, so no column number has to travel with a value."""
-
 
 @njit(nogil=True, cache=True, forceinline=True, borrows=True)
 def _minima(c, at, sign, m, v, plain, measured):  # pragma: no cover - compiled
     """Return the least c - v of the SETS sets of columns of the row at ``at``, and sums of unscaled sizes if ``measured``.
+
+    The least two entries of a row are among these minima and the rest of the set that holds the least, so no column number has to
+    travel with a value.
 
     ``plain``: v is 0 and is not read.
     """
@@ -191,14 +189,17 @@ def survey(costs, state, lo, hi, fits):  # pragma: no cover - compiled
 @njit(nogil=True, cache=True)
 def survey_best(costs, state, lo, hi, fits):  # pragma: no cover - compiled
     """The same, and keep the best columns of every row. That takes no longer where rows come from memory."""
-    c, start, _, m, scale = costs
-    v, least, seconds, columns, best = state.v, state.least, state.seconds, state.columns, state.best
-    room, total = np.empty(SETS_OF_BEST), 0.0
+    c, start, n, m, scale = costs
+    v, least, seconds, columns = state.v, state.least, state.seconds, state.columns
+    items, numbers = state.best
+    one, total = new_best(1), 0.0  # several threads read
     for i in range(lo, hi):
-        size = abs(scale) * read_best(costs, v, best, i, room, np.bool_(True))
+        least[i], columns[i], seconds[i], _, sizes = read_best(costs, v, one, i, 0, np.bool_(True))
+        for k in range(WIDTH):
+            items[i * WIDTH + k], numbers[i * WIDTH + k] = one.items[k], one.numbers[k]
+        numbers[n * WIDTH + i] = one.numbers[WIDTH]
+        size = abs(scale) * sizes
         total += size if size < np.inf or fits else _sizes(c, start + i * m, scale, m)
-        least[i], columns[i], second, _ = least_two_of(v, best, i)
-        seconds[i] = min(second, best.bounds[i])
     return total
 
 

@@ -54,6 +54,7 @@ __all__ = [
     "RECTANGLE_AHEAD",
     "RESUMED",
     "SEARCHES",
+    "SETS",
     "SLICES",
     "SOLVED",
     "SQUARE",
@@ -161,6 +162,9 @@ KEPT = 5
 VECTOR = 8
 """Numbers in a vector, ``simd.WIDTH``: arrays of column duals are padded to whole ones."""
 
+SETS = 4 * VECTOR
+"""Sets of columns whose minima are found at once: columns that are alike modulo SETS."""
+
 KEPT_FROM = 96
 """Columns from which the best columns of rows are kept. A shorter row is read as fast."""
 
@@ -182,9 +186,10 @@ class Costs(NamedTuple):
 class Best(NamedTuple):
     """The best columns of each row, VECTOR of them: see ``best``. Without room for rows, nothing is kept."""
 
-    costs: np.ndarray  # (n * VECTOR,) float64: c, inf where there are fewer
     items: np.ndarray  # (n * VECTOR,) int32: columns
-    bounds: np.ndarray  # (n,) float64: no other column's c - v is less; -inf where nothing is kept
+    # (n * VECTOR + n + SETS,) float64, in one array because each takes time to pass: their c, inf where there are fewer; bounds by
+    # row, which no other column's c - v is below, -inf where nothing is kept; and room for a read.
+    numbers: np.ndarray
 
 
 class State(NamedTuple):
@@ -250,7 +255,7 @@ class Paths(NamedTuple):
 
 def no_best(n: int) -> Best:
     """Return room for the best columns of n rows, with nothing kept."""
-    return Best(np.empty(n * VECTOR), np.empty(n * VECTOR, np.int32), np.full(n, -np.inf))
+    return Best(np.empty(n * VECTOR, np.int32), np.full(n * (VECTOR + 1) + SETS, -np.inf))
 
 
 def matrix_lists(n: int, dtype: np.dtype) -> Lists:

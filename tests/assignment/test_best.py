@@ -1,0 +1,133 @@
+"""The best columns that are kept for rows: what they tell is what a read of the whole row tells, as long as duals fall."""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+import pytest
+
+import fastmatch as fm
+from bench.lib.families import FAMILIES
+from fastmatch.assignment import DenseShortlists
+from fastmatch_kernels.lap.best import best_two, least_of
+from fastmatch_kernels.lap.kept import keep, take
+from fastmatch_kernels.lap.match import survey, survey_best
+from fastmatch_kernels.lap.state import KEPT, VECTOR, Best, Costs, State, no_best
+from helpers.networks import fresh_seed
+
+
+@numba.njit
+def ask(costs, v, best, i):
+    """What is kept for row i tells its least c - v, or -inf; then its two best columns."""
+    return least_of(v, best, i), best_two(costs, v, best, i)
+
+
+def bound_of(best: Best, i: int) -> float:
+    return best.numbers[len(best.items) + i]
+
+
+def bounds(state: State) -> np.ndarray:
+    return state.best.numbers[len(state.best.items) :][: len(state.least)]
+
+
+def entries(kind: str, g: np.random.Generator, n: int, m: int, dtype: str) -> np.ndarray:
+    x = g.standard_normal((n, m)) if kind == "normal" else g.integers(0, 3, (n, m)).astype(float)
+    if kind == "few allowed":
+        x[g.random((n, m)) < 0.97] = np.inf
+    return x.astype(dtype)
+
+
+def state_of(n: int, m: int, kept: int) -> State:
+    width = -(-m // VECTOR) * VECTOR
+    rows, columns = np.full(n, -1), np.full(m, -1)
+    return State(
+        np.zeros(width), columns, rows, np.zeros(n), np.zeros(n), rows.copy(), rows.copy(), np.zeros(4, int), no_best(kept)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("kind", ["normal", "ties", "few allowed"])
+@pytest.mark.parametrize("columns", [1, 7, 31, 32, 33, 64, 100, 300])
+def test_two_best_columns_are_those_of_a_read(dtype, kind, columns):
+    g = np.random.default_rng(fresh_seed())
+    n, sign = 4, float(g.choice([-1.0, 1.0]))
+    matrix = entries(kind, g, n, columns, dtype)
+    c = sign * matrix.astype(float)  # what is minimised; forbidden entries are inf in it
+    given = np.where(np.isinf(matrix), sign * np.inf, matrix).astype(dtype)
+    c[np.isinf(matrix)] = np.inf
+    costs = Costs(given.reshape(-1), np.int64(0), n, columns, sign)
+    v, best = np.zeros(-(-columns // VECTOR) * VECTOR), no_best(n)
+    read = 0
+    for _ in range(300):
+        i = int(g.integers(n))
+        before = bound_of(best, i)
+        known, (first, j, second, tied) = ask(costs, v, best, i)
+        reduced = c[i] - v[:columns]
+        least = np.sort(np.append(reduced, np.inf))
+        assert (first, second) == (least[0], least[1])
+        assert known in (-np.inf, first)
+        read += bound_of(best, i) != before
+        if first < np.inf:
+            assert reduced[j] == first
+            assert second > first or reduced[tied] == first
+        others = np.setdiff1d(np.arange(columns), best.items[VECTOR * i : VECTOR * (i + 1)])
+        assert (reduced[others] >= bound_of(best, i)).all(), "a bound on the other columns"
+        if first < np.inf:
+            v[j] -= g.random() if second == np.inf else second - first + 0.05 * g.random()
+    if (columns, kind) == (300, "normal"):
+        assert read < 150, "most questions are answered without a read"
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("kind", ["normal", "ties", "few allowed"])
+@pytest.mark.parametrize("columns", [8, 45, 130])
+def test_a_first_read_that_keeps_columns_finds_what_one_without_finds(dtype, kind, columns):
+    g = np.random.default_rng(fresh_seed())
+    n = 40
+    matrix = entries(kind, g, n, columns, dtype)
+    plain, kept = state_of(n, columns, 0), state_of(n, columns, n)
+    costs = Costs(matrix.reshape(-1), np.int64(0), n, columns, 1.0)
+    sizes = [read(costs, state, 0, n, False) for read, state in ((survey, plain), (survey_best, kept))]
+    finite = matrix[np.isfinite(matrix)].astype(float)
+    assert sizes == pytest.approx([np.abs(finite).sum()] * 2)
+    assert np.array_equal(plain.least, kept.least)
+    assert np.array_equal(plain.seconds, kept.seconds)
+    allowed = plain.least < np.inf
+    rows = np.flatnonzero(allowed)
+    assert np.array_equal(matrix[rows, kept.columns[allowed]], matrix[rows, plain.columns[allowed]])
+
+
+@pytest.mark.parametrize("wrong", [np.nan, -np.inf])
+def test_a_first_read_that_keeps_columns_finds_what_is_no_cost(wrong):
+    matrix = np.random.default_rng(0).random((20, 70))
+    matrix[11, 69] = wrong
+    costs = Costs(matrix.reshape(-1), np.int64(0), 20, 70, 1.0)
+    assert not survey_best(costs, state_of(20, 70, 20), 0, 20, False) < np.inf
+
+
+def test_what_is_kept_is_forgotten_where_duals_may_rise():
+    n = m = 100
+    matrix, state = np.random.default_rng(1).random((n, m)), state_of(n, m, n)
+    survey_best(Costs(matrix.reshape(-1), np.int64(0), n, m, 1.0), state, 0, n, False)
+    assert (bounds(state) > 0).all()
+    room = np.empty(KEPT * m + len(state.v))
+    keep(room, 0, state)
+    take(room, 0, state)
+    assert (bounds(state) == -np.inf).all()
+
+
+@pytest.mark.parametrize("solver", [None, DenseShortlists()])
+def test_rows_take_free_copies_of_a_column_without_a_path(solver):
+    """Half of the columns are zero: a row has hundreds of best columns."""
+    found = fm.solve(FAMILIES["half of the units zero"](1100, 2200, seed=0), solver=solver)
+    assert found.is_certified
+    assert found.stats["pops"] < 110
+
+
+@pytest.mark.parametrize("family", ["widened twice", "rows and columns three times", "graph gradient, hubs"])
+def test_short_paths_come_before_copies_are_looked_for(family):
+    """A row of a rectangle with copies finds a free column after a few scans: all columns need not be compared."""
+    n = 1100
+    found = fm.solve(FAMILIES[family](n, 2 * n, seed=0), solver=DenseShortlists())
+    assert found.is_certified
+    assert found.stats["searches"] < n, "every row had a path of its own"
