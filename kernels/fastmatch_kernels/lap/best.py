@@ -35,9 +35,9 @@ from fastmatch_kernels._numba.simd import (
     sum_lanes,
 )
 from fastmatch_kernels.lap.paths import row_vector
-from fastmatch_kernels.lap.state import LARGEST, SETS, Best
+from fastmatch_kernels.lap.state import LARGEST, SETS, Best, State
 
-__all__ = ["best_two", "bound_of", "forget", "least_of", "least_two_of", "new_best", "read_best"]
+__all__ = ["best_two", "bound_of", "forget", "least_of", "least_two_of", "new_best", "read_best", "with_best"]
 
 AHEAD, LINE = 8192, 64
 """Bytes by which a first read of all rows prefetches, and bytes of a cache line. Between rows, the processor's own prefetcher
@@ -58,6 +58,13 @@ def new_best(n):  # pragma: no cover - compiled
     best = Best(np.empty(n * WIDTH, np.int32), np.empty(n * (WIDTH + 1) + SETS))
     forget(best)
     return best
+
+
+@njit(nogil=True, cache=True, forceinline=True)
+def with_best(state, n):  # pragma: no cover - compiled
+    """Return the state with room for the best columns of n rows; rows that are not read again need none."""
+    v, row_of, col_of, least, seconds, columns, stack, counts, _ = state
+    return State(v, row_of, col_of, least, seconds, columns, stack, counts, new_best(n))
 
 
 @njit(nogil=True, cache=True, forceinline=True, borrows=True)

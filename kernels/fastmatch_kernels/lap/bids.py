@@ -112,18 +112,14 @@ def _match_at_once(costs, state, top):  # pragma: no cover - compiled
     A path would end there too, but takes as long as ten reads to begin.
     """
     c, start, _, m, sign = costs
-    v, row_of, col_of, _, seconds, columns, stack, _, best = state
-    kept = best.items.shape[0] > 0
+    v, row_of, col_of, _, seconds, columns, stack, _, _ = state
     hits, misses, none = 0, 0, np.int64(-1)
     shuffle(stack, top)
     for e in range(top):
         if misses >= hits + MISSES:
             break
         i = stack[e]
-        if kept:
-            first, j, second, tied = best_two(costs, v, best, i)
-        else:
-            first, j, second, tied = two_least(c, start + i * m, sign, m, v)
+        first, j, second, tied = two_least(c, start + i * m, sign, m, v)
         if not first < np.inf:
             continue
         if row_of[j] >= 0 and second == first:

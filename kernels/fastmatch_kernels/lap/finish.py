@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastmatch_kernels._numba.cache import njit
-from fastmatch_kernels.lap.best import least_of
+from fastmatch_kernels.lap.best import least_of, with_best
 from fastmatch_kernels.lap.bids import bids
 from fastmatch_kernels.lap.bounded_paths import paths_within
 from fastmatch_kernels.lap.duals import typical_gap
@@ -20,6 +20,7 @@ from fastmatch_kernels.lap.state import (
     ACCEPTED,
     DOUBTFUL,
     INFEASIBLE,
+    KEPT_FROM,
     LAST,
     LONG,
     OPEN,
@@ -157,7 +158,7 @@ def _certify(costs, state, level, typical):  # pragma: no cover - compiled
     return DOUBTFUL if doubtful else SOLVED
 
 
-@njit(nogil=True, cache=True, forceinline=True, borrows=True)
+@njit(nogil=True, cache=True, forceinline=True)
 def finish(costs, state, kind, other, limit, auctions, schedule):  # pragma: no cover - compiled
     """Match the rows that ``start`` has left; return SOLVED, INFEASIBLE, DOUBTFUL, LONG or WIDE.
 
@@ -174,6 +175,7 @@ def finish(costs, state, kind, other, limit, auctions, schedule):  # pragma: no 
     if kind != LAST and n >= schedule.crowded_from and not is_square(n, m):
         worst = np.float64(n * (n // WORST_SHARE))
     limit = min(limit, worst)
+    state = with_best(state, n if m >= KEPT_FROM else np.int64(0))
     outcome, top, expected, ahead = _match_by_bids(costs, state, square, other, limit, auctions, schedule)
     if outcome != OPEN:
         return outcome

@@ -6,7 +6,7 @@ import numpy as np
 
 from fastmatch_kernels._numba.cache import njit
 from fastmatch_kernels._numba.simd import WIDTH
-from fastmatch_kernels.lap.best import new_best
+from fastmatch_kernels.lap.best import new_best, with_best
 from fastmatch_kernels.lap.bids import bids, largest_fall, lower_best, reduce
 from fastmatch_kernels.lap.bounded_paths import paths_within
 from fastmatch_kernels.lap.duals import better_duals, typical_gap
@@ -48,8 +48,8 @@ def new_state(n, m):  # pragma: no cover - compiled
         np.empty(n, np.int64),
         np.empty(n, np.int64),
     )
-    best = new_best(n if m >= KEPT_FROM else np.int64(0))
-    return State(v, row_of, col_of, np.empty(n), np.empty(n), columns, stack, np.zeros(4, np.int64), best)
+    none = new_best(np.int64(0))
+    return State(v, row_of, col_of, np.empty(n), np.empty(n), columns, stack, np.zeros(4, np.int64), none)
 
 
 @njit(nogil=True, cache=True, inner=True)
@@ -95,14 +95,12 @@ def _as_rectangle(costs, state, top, schedule):  # pragma: no cover - compiled
     keep(held, np.int64(0), state)
     most = largest_fall(state.least, state.seconds, typical_gap(state.least, state.seconds))
     lower_best(costs, state, most)
-    # Most rows bid once here, for which keeping their best columns does not pay.
-    v, row_of, col_of, least, seconds, columns, stack, counts, _ = state
-    once = State(v, row_of, col_of, least, seconds, columns, stack, counts, new_best(np.int64(0)))
-    left = reduce(costs, once, top, most, top, np.bool_(False))
+    left = reduce(costs, state, top, most, top, np.bool_(False))
     found = 0
     if left <= top // 2:
         no = np.bool_(False)  # for a plain False, numba would compile all that is called once more
-        left, _ = bids(costs, state, left, no, no, no, schedule)
+        kept = with_best(state, costs.n if costs.m >= KEPT_FROM else np.int64(0))
+        left, _ = bids(costs, kept, left, no, no, no, schedule)
         found, left, _ = paths_within(costs, state, left, no, np.float64(RECTANGLE_AHEAD * costs.n), no)
     if found < 0:
         return INFEASIBLE

@@ -25,7 +25,6 @@ from fastmatch_kernels.lap.state import (
     CROWDED,
     DOUBTFUL,
     INFEASIBLE,
-    KEPT_FROM,
     LAST,
     LISTED,
     LISTS_AHEAD,
@@ -127,8 +126,8 @@ def solve_one(
         solution.
     """
     columns, stack = np.empty(n, np.int64), np.empty(n, np.int64)
-    best = new_best(n if m >= KEPT_FROM else np.int64(0))
-    state = State(v, row_of, col_of, least, np.empty(n), columns, stack, counts, best)
+    none = new_best(np.int64(0))
+    state = State(v, row_of, col_of, least, np.empty(n), columns, stack, counts, none)
     return _solve_from(Costs(c, np.int64(0), n, m, sign), state, warm, listed, schedule)
 
 
