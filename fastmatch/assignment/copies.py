@@ -19,7 +19,6 @@ def find_copies(
         (kinds, group, room): the matrix with one line of each kind, in the order of their first lines, the kind of each line,
         and the lines of each kind. None if there are more than ``below`` times as many kinds as lines.
     """
-
     lines, entries = matrix.shape[::-1] if columns else matrix.shape
     for count in (*PROBED, entries):
         few = np.unique(np.linspace(0, entries - 1, count).astype(np.int64))

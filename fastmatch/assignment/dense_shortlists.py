@@ -47,8 +47,8 @@ from fastmatch_kernels.lap.state import (
     State,
     is_nearly_square,
     matrix_lists,
+    new_best,
     new_paths,
-    no_best,
 )
 
 __all__ = ["DenseShortlists"]
@@ -85,7 +85,7 @@ class DenseShortlists:
 
     Cost: one read of the matrix if most rows have a column's minimum, as for copies with noise, two for independent
     entries, plus the rows that the auction or the paths read again (``stats["reads"]`` counts rows). Memory: 24 (index, cost)
-    pairs per row in addition to the matrix, and a float32 copy of a float64 matrix of up to 2^27 entries that float32 holds.
+    pairs per row in addition to the matrix, 8 more in rectangles, and a float32 copy of a float64 matrix of up to 2^27 entries that float32 holds.
     """
 
     schedule: DenseSchedule = field(default_factory=DenseSchedule)
@@ -139,7 +139,7 @@ class _DensePhases(Phases):
         least, seconds = np.empty(self.n), np.empty(self.n)
         columns, stack = np.empty(self.n, np.int64), np.empty(self.n, np.int64)
         self.state = State(
-            duals, self.row_of, self.col_of, least, seconds, columns, stack, self.counts, no_best(self.n)
+            duals, self.row_of, self.col_of, least, seconds, columns, stack, self.counts, new_best(0)
         )
         self.factor = 1.0  # of the costs, so that their sums stay in float64
         self.by_rows = False  # whether bids read whole rows and not lists
@@ -228,13 +228,17 @@ class _DensePhases(Phases):
                 lambda a, b: sizes.append(kernel(self.costs, self.state, lo + a, lo + b, whole)),
             )
 
-        few, some = min(self.n, FEW_ROWS), self.n // SURVEYED
+        # What was kept may be of higher duals, or of other costs.
+        self.state = self.state._replace(best=new_best(0 if self.as_square else self.n))
+        few = min(self.n, FEW_ROWS)
         read(0, few)
-        if whole or sum(sizes) < HUGE:
-            read(few, some)
-            wanted = len(np.unique(self.state.columns[:some]))
-            read(max(few, some), self.n, survey if self.as_square or wanted == some else survey_best)
-            self.counts[READS] += self.n
+        if not (whole or sum(sizes) < HUGE):
+            return sum(sizes)
+        some = few if self.as_square else max(few, self.n // SURVEYED)
+        read(few, some)
+        distinct = self.as_square or len(np.unique(self.state.columns[:some])) == some
+        read(some, self.n, survey if distinct else survey_best)
+        self.counts[READS] += self.n
         return sum(sizes)
 
     def list_best(self) -> None:
@@ -283,7 +287,7 @@ class _DensePhases(Phases):
         return held
 
     def tied(self) -> float:
-        """Return the share of the rows whose least two costs tied when all rows were read."""
+        """Return the share of the rows whose least two costs tie. Bids that follow the first read change what it is told by."""
         return float((self.state.seconds == self.state.least).mean())
 
     def solve_copies(self, tied: float) -> bool:
@@ -388,7 +392,9 @@ class _DensePhases(Phases):
             self.reduce_by_rows()
             if self.free() <= plan.auction_above * self.n:
                 return self.finish(True)
-            if tied > 0.5 and self.augment_by_rows(plan.short_tied_scans * self.n, 1 / 16) == 0.0:
+            # Where nearly all rows are free, the first paths tell whether they grow.
+            tries = tied > 0.5 and self.free() <= CROWDED_SHARE * self.n
+            if tries and self.augment_by_rows(plan.short_tied_scans * self.n, 1 / 16) == 0.0:
                 return True
             if self.solve_copies(tied):
                 return True
@@ -396,7 +402,7 @@ class _DensePhases(Phases):
                 return self.solve_equal_rows()
         if zeros is None and self.free() > NARROWED_ABOVE * self.n:
             self.narrow()
-        if not self.free() or self.solve_copies(self.tied()):
+        if not self.free() or (self.as_square and self.solve_copies(self.tied())):
             return True
         calm = self.bids(plan.slow_above if others is None else plan.slow_above_others)
         if not calm and others is not None:
@@ -584,9 +590,9 @@ class _DensePhases(Phases):
         from fastmatch_kernels.lap.bids import bid_rows
 
         plan, stack = self.schedule, self.state.stack
-        # Duals have risen and fallen since the rows' best columns were kept.
+        # Duals may have risen since the rows' best columns were kept.
         aside = self.state._replace(
-            seconds=np.empty(self.n), columns=np.empty(self.n, np.int64), best=no_best(0)
+            seconds=np.empty(self.n), columns=np.empty(self.n, np.int64), best=new_best(0)
         )
         top = len(rows)
         stack[:top] = rows[::-1]
@@ -807,6 +813,7 @@ def restore(held: list[tuple[np.ndarray, np.ndarray]]) -> None:
 
 def compile_kernels(dtype: np.dtype) -> None:
     """Load or compile the kernels for one type of entries; a warning tells that they are being compiled."""
+    from fastmatch_kernels.lap.match import survey_best
 
     def run_tiny() -> None:
         # float32 does not hold 9.6. A matrix that it holds would go on with the kernels of float32.
@@ -820,6 +827,7 @@ def compile_kernels(dtype: np.dtype) -> None:
         tried.solution()
         wide = _DensePhases(tiny[:2], 1.0, DenseSchedule(), None)
         wide.survey()
+        survey_best(wide.costs, wide.state, 0, 2, True)
         wide.drop()
         wide.reduce_by_rows()
         wide.drop()

@@ -8,11 +8,12 @@ import pytest
 
 import fastmatch as fm
 from bench.lib.families import FAMILIES
-from fastmatch.assignment import DenseShortlists
+from fastmatch.assignment import DenseShortlists, dense_shortlists
+from fastmatch.assignment.schedule import DenseSchedule
 from fastmatch_kernels.lap.best import best_two, least_of
 from fastmatch_kernels.lap.kept import keep, take
 from fastmatch_kernels.lap.match import survey, survey_best
-from fastmatch_kernels.lap.state import KEPT, VECTOR, Best, Costs, State, no_best
+from fastmatch_kernels.lap.state import KEPT, VECTOR, Best, Costs, State, new_best
 from helpers.networks import fresh_seed
 
 
@@ -41,7 +42,7 @@ def state_of(n: int, m: int, kept: int) -> State:
     width = -(-m // VECTOR) * VECTOR
     rows, columns = np.full(n, -1), np.full(m, -1)
     return State(
-        np.zeros(width), columns, rows, np.zeros(n), np.zeros(n), rows.copy(), rows.copy(), np.zeros(4, int), no_best(kept)
+        np.zeros(width), columns, rows, np.zeros(n), np.zeros(n), rows.copy(), rows.copy(), np.zeros(4, int), new_best(kept)
     )  # fmt: skip
 
 
@@ -56,17 +57,16 @@ def test_two_best_columns_are_those_of_a_read(dtype, kind, columns):
     given = np.where(np.isinf(matrix), sign * np.inf, matrix).astype(dtype)
     c[np.isinf(matrix)] = np.inf
     costs = Costs(given.reshape(-1), np.int64(0), n, columns, sign)
-    v, best = np.zeros(-(-columns // VECTOR) * VECTOR), no_best(n)
+    v, best = np.zeros(-(-columns // VECTOR) * VECTOR), new_best(n)
     read = 0
     for _ in range(300):
         i = int(g.integers(n))
-        before = bound_of(best, i)
-        known, (first, j, second, tied) = ask(costs, v, best, i)
+        known, (first, j, second, tied, again) = ask(costs, v, best, i)
         reduced = c[i] - v[:columns]
         least = np.sort(np.append(reduced, np.inf))
         assert (first, second) == (least[0], least[1])
         assert known in (-np.inf, first)
-        read += bound_of(best, i) != before
+        read += again
         if first < np.inf:
             assert reduced[j] == first
             assert second > first or reduced[tied] == first
@@ -114,6 +114,43 @@ def test_what_is_kept_is_forgotten_where_duals_may_rise():
     keep(room, 0, state)
     take(room, 0, state)
     assert (bounds(state) == -np.inf).all()
+
+
+@pytest.mark.parametrize("family", ["products", "uniform", "column scales"])
+def test_what_is_kept_is_forgotten_when_a_rectangle_is_begun_again(family):
+    n, m = 160, 320
+    cost = np.ascontiguousarray(FAMILIES[family](n, m, seed=0, dtype="float64"))
+    dense_shortlists.compile_kernels(cost.dtype)
+    phases = dense_shortlists._DensePhases(cost, 1.0, DenseSchedule(), None)
+    phases.survey()
+    phases.reduce_by_rows()
+    phases.begin_again(as_square=False)
+    for _ in range(2):
+        reduced, best = cost - phases.v, phases.state.best
+        for i in range(n):
+            others = np.setdiff1d(np.arange(m), best.items[VECTOR * i : VECTOR * (i + 1)])
+            assert reduced[i, others].min() >= bound_of(best, i)
+        phases.reduce_by_rows()
+    assert phases.v.min() < 0, "rows have bid"
+
+
+@pytest.mark.parametrize("shape", [(60, 150), (150, 60)])
+@pytest.mark.parametrize("family", ["products", "uniform", "integers to 9", "column scales"])
+def test_every_beginning_of_a_rectangle_ends_in_a_proof(family, shape, monkeypatch):
+    """As a rectangle, as a square, and as a rectangle to the end: each begins with duals of zero."""
+    begun, solve_free = [], dense_shortlists._DensePhases.solve_free
+
+    def given_up(self):
+        begun.append(self.as_square)
+        return solve_free(self) and len(begun) > 2
+
+    monkeypatch.setattr(dense_shortlists._DensePhases, "solve_free", given_up)
+    cost = FAMILIES[family](*shape, seed=1, dtype="float64")
+    found = fm.solve(cost, solver=DenseShortlists())
+    assert begun in ([False, True, False], []), "or all rows were matched at once"
+    gap, bound = fm.assignment.certificate(cost, found)
+    assert gap <= bound
+    assert found.is_certified
 
 
 @pytest.mark.parametrize("solver", [None, DenseShortlists()])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -328,3 +330,34 @@ def test_the_whole_matrix_is_the_sum_over_all_pairs(metric, widths):
         "l1": lambda: sum(np.abs(x).sum(2) for x in between),
     }[metric]()
     np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def exact(factors: list[tuple[np.ndarray, np.ndarray]], metric: str) -> list[list[Fraction]]:
+    """The matrix of a factor cost, without rounding."""
+    pairs = [[[list(map(Fraction, row)) for row in x.tolist()] for x in pair] for pair in factors]
+    term = {"dot": lambda x, y: x * y, "l2": lambda x, y: (x - y) ** 2, "l1": lambda x, y: abs(x - y)}[metric]
+    rows, columns = (len(x) for x in factors[0])
+    return [[sum(sum(map(term, a[i], b[j])) for a, b in pairs) for j in range(columns)] for i in range(rows)]
+
+
+@pytest.mark.parametrize("metric", ["dot", "l2", "l1"])
+@pytest.mark.parametrize("shape", [(9, 9), (9, 14), (14, 9)])
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_bound_holds_for_the_product_without_rounding(metric, shape, maximize, dtype):
+    """Two pairs that nearly cancel: entries are far smaller than their terms, whose rounding the bound covers."""
+    g = np.random.default_rng(fresh_seed())
+    a, b = (g.standard_normal((k, 40)) * 10.0 ** g.integers(-3, 4, (k, 1)) for k in shape)
+    noise = 1e-6 * g.standard_normal((shape[0], 40))
+    factors = [(x.astype(dtype), y.astype(dtype)) for x, y in ((a, b), (noise - a, b))]
+    found = solve(FactorCost(factors, metric), maximize=maximize)
+    sign = -1 if maximize else 1
+    costs = [[sign * x for x in row] for row in exact(factors, metric)]
+    u, v = ([sign * Fraction(x) for x in duals.tolist()] for duals in (found.u, found.v))
+    matched = sum(costs[i][j] for i, j in zip(found.row_ind.tolist(), found.col_ind.tolist(), strict=True))
+    above = sum(max(0, *(u[i] + y - c for y, c in zip(v, costs[i], strict=True))) for i in range(shape[0]))
+    free = [*(np.delete(found.u, found.row_ind)), *(np.delete(found.v, found.col_ind))]
+    assert not any(free), "unmatched lines have duals of zero"
+    # No assignment costs less than the duals' sum, less what they are above the costs.
+    assert matched - (sum(u) + sum(v)) + above <= Fraction(found.gap) + Fraction(found.gap_bound)
+    assert found.is_certified

@@ -3,8 +3,8 @@
 A row that bids is read once, and its best columns and a bound on all others are kept. Column duals only fall, so c - v only
 rises, and the bound stays valid: the least two of the kept columns are the row's least two while the second is at most the bound.
 
-What is kept: of each of SETS sets of columns the least one, if that is at most the least of all second ones. They are about seven
-if costs are random, and are found in one scan.
+What is kept: of each of STRIDE sets of columns the least one, if that is at most the least of all second ones. They are about seven
+if costs are random, and are found in one scan. Where they are more than WIDTH, two or four sets count as one.
 In 300 x 300 random costs that settles nine bids of ten. Lists of larger matrices (``rows``) are longer and take three scans.
 """
 
@@ -34,14 +34,29 @@ from fastmatch_kernels._numba.simd import (
     store,
     sum_lanes,
 )
+from fastmatch_kernels.lap import state as shared
 from fastmatch_kernels.lap.paths import row_vector
-from fastmatch_kernels.lap.state import LARGEST, SETS, Best, State
+from fastmatch_kernels.lap.state import LARGEST, STRIDE, State
 
-__all__ = ["best_two", "bound_of", "forget", "least_of", "least_two_of", "new_best", "read_best", "with_best"]
+__all__ = [
+    "AHEAD",
+    "LINE",
+    "best_two",
+    "bound_of",
+    "forget",
+    "least_of",
+    "least_two_of",
+    "new_best",
+    "read_best",
+    "with_best",
+]
 
 AHEAD, LINE = 8192, 64
 """Bytes by which a first read of all rows prefetches, and bytes of a cache line. Between rows, the processor's own prefetcher
 stops."""
+
+
+new_best = njit(nogil=True, cache=True, inner=True)(shared.new_best)
 
 
 @njit(nogil=True, cache=True, inner=True, borrows=True)
@@ -50,14 +65,6 @@ def forget(best):  # pragma: no cover - compiled
     items, numbers = best
     for at in range(items.shape[0], items.shape[0] + items.shape[0] // WIDTH):
         numbers[at] = -np.inf
-
-
-@njit(nogil=True, cache=True, inner=True)
-def new_best(n):  # pragma: no cover - compiled
-    """Return room for n rows, with nothing kept."""
-    best = Best(np.empty(n * WIDTH, np.int32), np.empty(n * (WIDTH + 1) + SETS))
-    forget(best)
-    return best
 
 
 @njit(nogil=True, cache=True, forceinline=True)
@@ -79,17 +86,17 @@ def _scan(c, at, m, sign, v, room, base, measured, turn):  # pragma: no cover - 
 
     Returns:
         (bound, bits, sizes): a set whose bit is on has its least entry in ``room[base + set] + set``; all other columns are at least at the
-        bound. At least one bit is on, at least two if there are as many finite entries, and at most WIDTH.
+        bound. At most WIDTH bits are on, and at least one if an entry is finite.
         ``sizes`` is the sum of unscaled sizes, if ``measured``. Among ties, sets from ``turn`` on come first.
     """
     signs, none, zero = splat(sign), splat(np.inf), splat(0.0)
     a, b, d, e, others, more = none, none, none, none, none, none
     p, q, r, s, one, two = zero, zero, zero, zero, zero, zero
     j = 0
-    while j + SETS <= m:
+    while j + STRIDE <= m:
         here = splat(np.float64(j))
         if measured:
-            for k in range(AHEAD // c.itemsize, AHEAD // c.itemsize + SETS, LINE // c.itemsize):
+            for k in range(AHEAD // c.itemsize, AHEAD // c.itemsize + STRIDE, LINE // c.itemsize):
                 prefetch(c, at + j + k)
             one, two = add(one, magnitude(load(c, at + j))), add(two, magnitude(load(c, at + j + WIDTH)))
             one = add(one, magnitude(load(c, at + j + 2 * WIDTH)))
@@ -102,7 +109,7 @@ def _scan(c, at, m, sign, v, room, base, measured, turn):  # pragma: no cover - 
         others, r, d = minimum(maximum(x, d), others), select(x, d, here, r), minimum(x, d)
         x = difference(signs, load(c, at + j + 3 * WIDTH), load(v, j + 3 * WIDTH))
         more, s, e = minimum(maximum(x, e), more), select(x, e, here, s), minimum(x, e)
-        j += SETS
+        j += STRIDE
     here, turns = splat(np.float64(j)), (m - j + WIDTH - 1) // WIDTH
     while j < m:  # the sets turn: the next vector's is the first
         if measured:
@@ -157,7 +164,7 @@ def read_best(costs, v, best, i, place, measured):  # pragma: no cover - compile
     at_bound = items.shape[0] + place
     base = items.shape[0] + items.shape[0] // WIDTH
     at, to = start + i * m, place * WIDTH
-    bound, bits, sizes = _scan(c, at, m, sign, v, numbers, base, measured, 7 * i % SETS)
+    bound, bits, sizes = _scan(c, at, m, sign, v, numbers, base, measured, 7 * i % STRIDE)
     numbers[at_bound] = bound
     store(numbers, to, splat(np.inf))
     for f in range(WIDTH):
@@ -193,21 +200,19 @@ def least_two_of(v, best, i):  # pragma: no cover - compiled
     others = holders & (holders - 1)
     if others != 0:
         return first, items[to + ctz(holders)], first, items[to + ctz(others)]
-    if holders == 0:
-        return np.inf, 0, np.inf, 0
     j = items[to + ctz(holders)]
     return first, j, reduce_minimum(replace_at_most(x, least, splat(np.inf))), j
 
 
 @njit(nogil=True, cache=True, inner=True, borrows=True)
 def best_two(costs, v, best, i):  # pragma: no cover - compiled
-    """Return what :func:`least_two_of` does, of all columns of row i; read it if need be."""
+    """Return what :func:`least_two_of` does, of all columns of row i, and whether it had to be read."""
     if bound_of(best, i) > -np.inf:
         first, j, second, tied = least_two_of(v, best, i)
         if second <= bound_of(best, i):
-            return first, j, second, tied
+            return first, j, second, tied, False
     first, j, second, tied, _ = read_best(costs, v, best, i, i, np.bool_(False))
-    return first, j, second, tied
+    return first, j, second, tied, True
 
 
 @njit(nogil=True, cache=True, inner=True, borrows=True)

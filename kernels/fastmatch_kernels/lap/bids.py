@@ -27,10 +27,14 @@ SENTINEL = 2.0**20
 
 @njit(nogil=True, cache=True, forceinline=True, borrows=True)
 def _bid_while(costs, state, top, eps, most, limit, ties, kept):  # pragma: no cover - compiled
-    """Let rows bid as in :func:`_bid`; if ``kept``, while the columns that were kept tell enough. Return (what is left, the bids)."""
+    """Let rows bid as in :func:`_bid`; if ``kept``, while the columns that were kept tell enough.
+
+    Returns:
+        (what is left of the stack, the bids, the rows that were read).
+    """
     c, start, _, m, sign = costs
     v, row_of, col_of, _, seconds, columns, stack, _, best = state
-    made, i, hits, misses, told = 0, np.int64(-1), 0, 0, ASKED
+    made, read, i, hits, misses, told = 0, 0, np.int64(-1), 0, 0, ASKED
     while made < limit and told > 0:
         if i < 0:
             if top == 0:
@@ -39,17 +43,20 @@ def _bid_while(costs, state, top, eps, most, limit, ties, kept):  # pragma: no c
             i = stack[top]
         made += 1
         if kept:
-            before = bound_of(best, i)
-            first, j, second, tied = best_two(costs, v, best, i)
-            if before > -np.inf:
-                told += 1 if bound_of(best, i) == before else -1
+            known = bound_of(best, i) > -np.inf
+            first, j, second, tied, again = best_two(costs, v, best, i)
+            read += again
+            if known:
+                told += -1 if again else 1
         else:
             first, j, second, tied = two_least(c, start + i * m, sign, m, v)
+            read += 1
         displaced = np.int64(-1)
         if second < np.inf:  # else one column is allowed or none: the paths decide
             if second == first and row_of[j] >= 0:
+                seek = ties or tied == j  # then the column that ties is not known
                 j = tied
-                if ties and row_of[j] >= 0 and misses < hits + MISSES:
+                if seek and row_of[j] >= 0 and misses < hits + MISSES:
                     j = free_tie(c, start + i * m, sign, m, v, row_of, first, np.int64(0), j)
                     hits += row_of[j] < 0
                     misses += row_of[j] >= 0
@@ -66,35 +73,33 @@ def _bid_while(costs, state, top, eps, most, limit, ties, kept):  # pragma: no c
     if i >= 0:
         stack[top] = i
         top += 1
-    return top, made
+    return top, made, read
 
 
 @njit(nogil=True, cache=True, inner=True, borrows=True)
 def _bid(costs, state, top, eps, most, limit, ties):  # pragma: no cover - compiled
-    """Let the rows on ``stack[:top]`` bid until the stack is empty or ``limit`` bids are spent; return what is left.
+    """Let the rows on ``stack[:top]`` bid until the stack is empty or ``limit`` bids are spent; return (what is left, the rows read).
 
     A row takes its best column and lowers its dual until the column is ``eps`` worse than the row's second best. With
     eps = 0 this is augmenting row reduction: a row whose two best tie is left free, unless with ``ties`` another best one is free.
     No dual falls by more than ``most`` and eps: the pair stays its row's best. ``columns`` and ``seconds`` tell of its last bid what
     ``survey`` told of the row: a column, and a bound on all others. So its row dual needs no other read in the end.
     """
-    made = 0
+    made = read = 0
     if state.best.items.shape[0] > 0:
-        top, made = _bid_while(costs, state, top, eps, most, limit, ties, np.bool_(True))
+        top, made, read = _bid_while(costs, state, top, eps, most, limit, ties, np.bool_(True))
     if top > 0 and made < limit:
-        top, more = _bid_while(costs, state, top, eps, most, limit - made, ties, np.bool_(False))
-        made += more
+        top, more, again = _bid_while(costs, state, top, eps, most, limit - made, ties, np.bool_(False))
+        made, read = made + more, read + again
     state.counts[BIDS] += made
-    return top
+    return top, read
 
 
 @njit(nogil=True, cache=True)
 def bid_rows(costs, state, top, eps, limit, ties):  # pragma: no cover - compiled
     """Let rows bid as in :func:`_bid`, for the solver of larger matrices where candidate lists do not pay."""
-    counts = state.counts
-    before = counts[BIDS]
-    top = _bid(costs, state, top, eps, np.inf, limit, ties)
-    counts[READS] += counts[BIDS] - before
+    top, read = _bid(costs, state, top, eps, np.inf, limit, ties)
+    state.counts[READS] += read
     return top
 
 
@@ -182,7 +187,7 @@ def _phase(costs, state, top, eps, most, schedule):  # pragma: no cover - compil
         if top == 0:
             return False
         before = top
-        top = _bid(costs, state, top, eps, most, n, np.bool_(False))
+        top, _ = _bid(costs, state, top, eps, most, n, np.bool_(False))
         if top > schedule.war_above * before and top > schedule.war_few * n:
             return True
     return top > 0

@@ -22,10 +22,10 @@ from fastmatch_kernels._numba.simd import (
     splat,
     sum_lanes,
 )
-from fastmatch_kernels.lap.best import new_best, read_best
+from fastmatch_kernels.lap.best import AHEAD, LINE, new_best, read_best
 from fastmatch_kernels.lap.kept import keep, room_to_keep, take
 from fastmatch_kernels.lap.paths import row_vector
-from fastmatch_kernels.lap.state import LARGEST, SETS
+from fastmatch_kernels.lap.state import LARGEST, STRIDE
 
 __all__ = [
     "MISSES",
@@ -39,13 +39,9 @@ __all__ = [
 ]
 
 
-AHEAD, LINE = 8192, 64
-"""Bytes by which :func:`survey` prefetches, and bytes of a cache line. Between rows, the processor's own prefetcher stops."""
-
-
 @njit(nogil=True, cache=True, forceinline=True, borrows=True)
 def _minima(c, at, sign, m, v, plain, measured):  # pragma: no cover - compiled
-    """Return the least c - v of the SETS sets of columns of the row at ``at``, and sums of unscaled sizes if ``measured``.
+    """Return the least c - v of the STRIDE sets of columns of the row at ``at``, and sums of unscaled sizes if ``measured``.
 
     The least two entries of a row are among these minima and the rest of the set that holds the least, so no column number has to
     travel with a value.
@@ -56,9 +52,9 @@ def _minima(c, at, sign, m, v, plain, measured):  # pragma: no cover - compiled
     a, b, d, e = none, none, none, none
     one, two = zero, zero
     j = 0
-    while j + SETS <= m:
+    while j + STRIDE <= m:
         if measured:
-            for k in range(AHEAD // c.itemsize, AHEAD // c.itemsize + SETS, LINE // c.itemsize):
+            for k in range(AHEAD // c.itemsize, AHEAD // c.itemsize + STRIDE, LINE // c.itemsize):
                 prefetch(c, at + j + k)
         x, y = load(c, at + j), load(c, at + j + WIDTH)
         if measured:
@@ -70,7 +66,7 @@ def _minima(c, at, sign, m, v, plain, measured):  # pragma: no cover - compiled
             one, two = add(one, magnitude(x)), add(two, magnitude(y))
         d = minimum(difference(signs, x, zero if plain else load(v, j + 2 * WIDTH)), d)
         e = minimum(difference(signs, y, zero if plain else load(v, j + 3 * WIDTH)), e)
-        j += SETS
+        j += STRIDE
     while j < m:
         x = row_vector(c, at, j, m, fill)
         if measured:
@@ -78,7 +74,7 @@ def _minima(c, at, sign, m, v, plain, measured):  # pragma: no cover - compiled
         x = difference(signs, x, zero if plain else load(v, j))
         a, b, d, e = b, d, e, minimum(x, a)  # the sets turn: the next vector's is the first
         j += WIDTH
-    rest = (m % SETS + WIDTH - 1) // WIDTH
+    rest = (m % STRIDE + WIDTH - 1) // WIDTH
     while 0 < rest < 4:
         a, b, d, e = b, d, e, a
         rest += 1
@@ -94,7 +90,7 @@ def _least_two(c, at, sign, m, v, a, b, d, e):  # pragma: no cover - compiled
     holders |= (less_equal_mask(d, limit) << (2 * WIDTH)) | (less_equal_mask(e, limit) << (3 * WIDTH))
     column = ctz(holders)
     first, second = np.inf, np.inf
-    for j in range(column, m, SETS):  # without branches, which would be mispredicted
+    for j in range(column, m, STRIDE):  # without branches, which would be mispredicted
         x = sign * np.float64(c[at + j]) - v[j]
         column = j if x < first else column
         high = first if x < first else x
@@ -102,12 +98,12 @@ def _least_two(c, at, sign, m, v, a, b, d, e):  # pragma: no cover - compiled
         second = high if high < second else second
     others = holders & (holders - 1)
     if second == lowest:
-        others = 1 << (column % SETS)
+        others = 1 << (column % STRIDE)
     if others == 0:
         a, b = replace_at_most(a, limit, none), replace_at_most(b, limit, none)
         d, e = replace_at_most(d, limit, none), replace_at_most(e, limit, none)
         return lowest, column, min(second, reduce_minimum(minimum(minimum(a, b), minimum(d, e)))), column
-    for j in range(ctz(others), m, SETS):
+    for j in range(ctz(others), m, STRIDE):
         if j != column and sign * np.float64(c[at + j]) - v[j] <= lowest:
             return lowest, column, lowest, j
     return lowest, column, lowest, column
@@ -192,9 +188,9 @@ def survey_best(costs, state, lo, hi, fits):  # pragma: no cover - compiled
     c, start, n, m, scale = costs
     v, least, seconds, columns = state.v, state.least, state.seconds, state.columns
     items, numbers = state.best
-    one, total = new_best(1), 0.0  # several threads read
+    one, here, total = new_best(np.int64(1)), np.int64(0), 0.0  # several threads read
     for i in range(lo, hi):
-        least[i], columns[i], seconds[i], _, sizes = read_best(costs, v, one, i, 0, np.bool_(True))
+        least[i], columns[i], seconds[i], _, sizes = read_best(costs, v, one, i, here, np.bool_(True))
         for k in range(WIDTH):
             items[i * WIDTH + k], numbers[i * WIDTH + k] = one.items[k], one.numbers[k]
         numbers[n * WIDTH + i] = one.numbers[WIDTH]

@@ -54,10 +54,10 @@ __all__ = [
     "RECTANGLE_AHEAD",
     "RESUMED",
     "SEARCHES",
-    "SETS",
     "SLICES",
     "SOLVED",
     "SQUARE",
+    "STRIDE",
     "TOO_LARGE",
     "WARM",
     "WARM_AHEAD",
@@ -74,10 +74,10 @@ __all__ = [
     "State",
     "is_nearly_square",
     "matrix_lists",
+    "new_best",
     "new_matching",
     "new_paths",
     "new_refills",
-    "no_best",
     "room_for",
 ]  # fmt: skip
 
@@ -162,8 +162,8 @@ KEPT = 5
 VECTOR = 8
 """Numbers in a vector, ``simd.WIDTH``: arrays of column duals are padded to whole ones."""
 
-SETS = 4 * VECTOR
-"""Sets of columns whose minima are found at once: columns that are alike modulo SETS."""
+STRIDE = 4 * VECTOR
+"""Columns that are alike modulo STRIDE are a set. One scan finds the minima of all sets."""
 
 KEPT_FROM = 96
 """Columns from which the best columns of rows are kept. A shorter row is read as fast."""
@@ -187,7 +187,7 @@ class Best(NamedTuple):
     """The best columns of each row, VECTOR of them: see ``best``. Without room for rows, nothing is kept."""
 
     items: np.ndarray  # (n * VECTOR,) int32: columns
-    # (n * VECTOR + n + SETS,) float64, in one array because each takes time to pass: their c, inf where there are fewer; bounds by
+    # (n * VECTOR + n + STRIDE,) float64, in one array because each takes time to pass: their c, inf where there are fewer; bounds by
     # row, which no other column's c - v is below, -inf where nothing is kept; and room for a read.
     numbers: np.ndarray
 
@@ -253,9 +253,9 @@ class Paths(NamedTuple):
     read_in: np.ndarray  # (n,) int64: the search that last read a row; -1 at first
 
 
-def no_best(n: int) -> Best:
+def new_best(n: int) -> Best:
     """Return room for the best columns of n rows, with nothing kept."""
-    return Best(np.empty(n * VECTOR, np.int32), np.full(n * (VECTOR + 1) + SETS, -np.inf))
+    return Best(np.empty(n * VECTOR, np.int32), np.full(n * (VECTOR + 1) + STRIDE, -np.inf))
 
 
 def matrix_lists(n: int, dtype: np.dtype) -> Lists:
