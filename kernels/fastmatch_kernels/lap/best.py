@@ -5,7 +5,7 @@ rises, and the bound stays valid: the least two of the kept columns are the row'
 
 What is kept: of each of STRIDE sets of columns the least one, if that is at most the least of all second ones. They are about seven
 if costs are random, and are found in one scan. Where they are more than WIDTH, two or four sets count as one.
-In 300 x 300 random costs that settles nine bids of ten. Lists of larger matrices (``rows``) are longer and take three scans.
+Of random costs that settles most bids. Lists of larger matrices (``rows``) are longer and take three scans.
 """
 
 from __future__ import annotations
