@@ -26,50 +26,98 @@ SENTINEL = 2.0**20
 
 
 @njit(nogil=True, cache=True, forceinline=True, borrows=True)
-def _bid_while(costs, state, top, eps, most, limit, ties, kept):  # pragma: no cover - compiled
-    """Let rows bid as in :func:`_bid`; if ``kept``, while the columns that were kept tell enough.
-
-    Returns:
-        (what is left of the stack, the bids, the rows that were read).
-    """
+def _take(costs, state, i, first, j, second, tied, eps, most, seek):  # pragma: no cover - compiled
+    """Let row i bid for its best column j; return (the row that it displaces or -1, 1 if a free column was sought and found, 1 if
+    it was not)."""
     c, start, _, m, sign = costs
-    v, row_of, col_of, _, seconds, columns, stack, _, best = state
-    made, read, i, hits, misses, told = 0, 0, np.int64(-1), 0, 0, ASKED
-    while made < limit and told > 0:
+    v, row_of, col_of, _, seconds, columns, _, _, _ = state
+    displaced, hit, miss = np.int64(-1), 0, 0
+    if second < np.inf:  # else one column is allowed or none: the paths decide
+        if second == first and row_of[j] >= 0:
+            seek |= tied == j  # then the column that ties is not known
+            j = tied
+            if seek and row_of[j] >= 0:
+                j = free_tie(c, start + i * m, sign, m, v, row_of, first, np.int64(0), j)
+                hit, miss = row_of[j] < 0, row_of[j] >= 0
+        old = row_of[j]
+        if old < 0 or eps > 0.0 or second > first:
+            v[j] -= min(second - first, most) + eps
+            row_of[j] = i
+            col_of[i] = j
+            seconds[i], columns[i] = second, j
+            if old >= 0:
+                col_of[old] = -1
+                displaced = old
+    return displaced, hit, miss
+
+
+@njit(nogil=True, cache=True, forceinline=True, borrows=True)
+def _bid_by_reads(costs, state, top, eps, most, limit, ties):  # pragma: no cover - compiled
+    """Let rows bid as in :func:`_bid`, each after a read; return (what is left of the stack, the bids)."""
+    c, start, _, m, sign = costs
+    stack = state.stack
+    made, i, ahead = 0, np.int64(-1), MISSES
+    while made < limit:
         if i < 0:
             if top == 0:
                 break
             top -= 1
             i = stack[top]
         made += 1
-        if kept:
-            known = bound_of(best, i) > -np.inf
-            first, j, second, tied, again = best_two(costs, v, best, i)
+        first, j, second, tied = two_least(c, start + i * m, sign, m, state.v)
+        i, hit, miss = _take(costs, state, i, first, j, second, tied, eps, most, ties and ahead > 0)
+        ahead += hit - miss
+    if i >= 0:
+        stack[top] = i
+        top += 1
+    return top, made
+
+
+@njit(nogil=True, cache=True, forceinline=True, borrows=True)
+def _bid_by_kept(costs, state, top, eps, most, limit, ties):  # pragma: no cover - compiled
+    """The same by the best columns that are kept, while these tell enough; return the rows that were read too.
+
+    Two rows bid in turn, because each bid waits for the one before, and a processor can look up the columns of both at once.
+    """
+    v, stack, best = state.v, state.stack, state.best
+    made, read, told, ahead = 0, 0, ASKED, MISSES
+    i = k = np.int64(-1)
+    while made < limit and told > 0:
+        if i < 0:
+            if top > 0:
+                top -= 1
+                i = stack[top]
+            elif k < 0:
+                break
+            else:
+                i, k = k, i
+        if k < 0 and top > 0:
+            top -= 1
+            k = stack[top]
+        known = bound_of(best, i) > -np.inf
+        first, j, second, tied, again = best_two(costs, v, best, i)
+        made += 1
+        read += again
+        told += known * (1 - 2 * again)
+        if k >= 0:
+            known = bound_of(best, k) > -np.inf
+            first_k, j_k, second_k, tied_k, again = best_two(costs, v, best, k)
+            made += 1
             read += again
-            if known:
-                told += -1 if again else 1
-        else:
-            first, j, second, tied = two_least(c, start + i * m, sign, m, v)
-            read += 1
-        displaced = np.int64(-1)
-        if second < np.inf:  # else one column is allowed or none: the paths decide
-            if second == first and row_of[j] >= 0:
-                seek = ties or tied == j  # then the column that ties is not known
-                j = tied
-                if seek and row_of[j] >= 0 and misses < hits + MISSES:
-                    j = free_tie(c, start + i * m, sign, m, v, row_of, first, np.int64(0), j)
-                    hits += row_of[j] < 0
-                    misses += row_of[j] >= 0
-            old = row_of[j]
-            if old < 0 or eps > 0.0 or second > first:
-                v[j] -= min(second - first, most) + eps
-                row_of[j] = i
-                col_of[i] = j
-                seconds[i], columns[i] = second, j
-                if old >= 0:
-                    col_of[old] = -1
-                    displaced = old
-        i = displaced
+            told += known * (1 - 2 * again)
+        i, hit, miss = _take(costs, state, i, first, j, second, tied, eps, most, ties and ahead > 0)
+        ahead += hit - miss
+        if k >= 0:
+            if j_k == j:  # it has become dearer; if it was the second best, a bound on that is known still
+                first_k, j_k, second_k, tied_k, again = best_two(costs, v, best, k)
+                read += again
+            k, hit, miss = _take(
+                costs, state, k, first_k, j_k, second_k, tied_k, eps, most, ties and ahead > 0
+            )
+            ahead += hit - miss
+    if k >= 0:
+        stack[top] = k
+        top += 1
     if i >= 0:
         stack[top] = i
         top += 1
@@ -87,10 +135,10 @@ def _bid(costs, state, top, eps, most, limit, ties):  # pragma: no cover - compi
     """
     made = read = 0
     if state.best.items.shape[0] > 0:
-        top, made, read = _bid_while(costs, state, top, eps, most, limit, ties, np.bool_(True))
+        top, made, read = _bid_by_kept(costs, state, top, eps, most, limit, ties)
     if top > 0 and made < limit:
-        top, more, again = _bid_while(costs, state, top, eps, most, limit - made, ties, np.bool_(False))
-        made, read = made + more, read + again
+        top, more = _bid_by_reads(costs, state, top, eps, most, limit - made, ties)
+        made, read = made + more, read + more
     state.counts[BIDS] += made
     return top, read
 
