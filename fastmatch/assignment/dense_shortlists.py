@@ -161,7 +161,7 @@ class _DensePhases(DenseBids):
             False as :meth:`solve_free`.
         """
         plan = self.schedule
-        if self.by_rows and self.distinct and self.augment_by_rows(plan.few_scans * self.n) == 0.0:
+        if self.by_rows and self.distinct and self.augment_by_rows(plan.few_scans * self.n, 1 / 4) == 0.0:
             return True
         dear = 2 * plan.scans_before_scaling * self.n
         steps = plan.list_steps * self.limit
