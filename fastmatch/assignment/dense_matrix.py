@@ -113,8 +113,8 @@ class DenseMatrix(Phases):
             return sum(sizes)
         some = few if self.as_square else max(few, self.n // SURVEYED)
         read(few, some)
-        distinct = self.as_square or len(np.unique(self.state.columns[:some])) == some
-        read(some, self.n, survey if distinct else survey_best)
+        unshared = self.as_square or len(np.unique(self.state.columns[:some])) == some
+        read(some, self.n, survey if unshared else survey_best)
         self.counts[READS] += self.n
         return sum(sizes)
 
@@ -126,7 +126,7 @@ class DenseMatrix(Phases):
         self.list_best()
 
     def tied(self) -> float:
-        """Return the share of the rows whose least two costs tie. Bids that follow the first read change what it is told by."""
+        """Return the share of the rows whose least two costs tie. Ask before rows bid: bids overwrite ``seconds``."""
         return float((self.state.seconds == self.state.least).mean())
 
     def list_best(self) -> None:

@@ -11,6 +11,7 @@ from bench.lib.families import FAMILIES
 from fastmatch.assignment import DenseShortlists, dense_shortlists
 from fastmatch.assignment.schedule import DenseSchedule
 from fastmatch_kernels.lap.best import best_two, least_of
+from fastmatch_kernels.lap.bids import bid_rows
 from fastmatch_kernels.lap.kept import keep, take
 from fastmatch_kernels.lap.match import survey, survey_best
 from fastmatch_kernels.lap.state import KEPT, VECTOR, Best, Costs, State, new_best
@@ -116,6 +117,38 @@ def test_what_is_kept_is_forgotten_where_duals_may_rise():
     assert (bounds(state) == -np.inf).all()
 
 
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("eps", [0.0, 0.01])
+@pytest.mark.parametrize("ties", [True, False])
+@pytest.mark.parametrize("kind", ["normal", "ties", "few allowed"])
+def test_bids_keep_the_matching_the_stack_and_the_bounds_true(kind, ties, eps, kept):
+    g = np.random.default_rng(fresh_seed())
+    n, m = 60, 75
+    matrix = entries(kind, g, n, m, "float64")
+    state = state_of(n, m, n if kept else 0)
+    costs = Costs(matrix.reshape(-1), np.int64(0), n, m, 1.0)
+    survey(costs, state, 0, n, False)
+    top = n
+    state.stack[:] = g.permutation(n)
+    for limit in (1, 2, 7, 40, 300):
+        left = bid_rows(costs, state, top, eps, limit, ties)
+        made = state.counts[1]
+        assert made <= limit + 1
+        state.counts[1] = 0
+        waiting, matched = state.stack[:left], np.flatnonzero(state.col_of >= 0)
+        assert len(set(waiting.tolist())) == left
+        assert not set(waiting.tolist()) & set(matched.tolist())
+        assert np.array_equal(state.row_of[state.col_of[matched]], matched)
+        assert (state.row_of >= 0).sum() == len(matched)
+        reduced = matrix - state.v[:m]
+        for i in matched:
+            others = np.delete(reduced[i], state.columns[i])
+            assert others.min() >= state.seconds[i] - 1e-12
+            assert reduced[i, state.col_of[i]] <= others.min() + 2 * eps + 1e-12
+        state.stack[: n - len(matched)] = np.flatnonzero(state.col_of < 0)[::-1]
+        top = n - len(matched)
+
+
 @pytest.mark.parametrize("family", ["products", "uniform", "column scales"])
 def test_what_is_kept_is_forgotten_when_a_rectangle_is_begun_again(family):
     n, m = 160, 320
@@ -135,7 +168,7 @@ def test_what_is_kept_is_forgotten_when_a_rectangle_is_begun_again(family):
 
 
 @pytest.mark.parametrize("shape", [(60, 150), (150, 60)])
-@pytest.mark.parametrize("family", ["products", "uniform", "integers to 9", "column scales"])
+@pytest.mark.parametrize("family", ["products", "uniform", "column scales"])
 def test_every_beginning_of_a_rectangle_ends_in_a_proof(family, shape, monkeypatch):
     """As a rectangle, as a square, and as a rectangle to the end: each begins with duals of zero."""
     begun, solve_free = [], dense_shortlists._DensePhases.solve_free
@@ -147,7 +180,7 @@ def test_every_beginning_of_a_rectangle_ends_in_a_proof(family, shape, monkeypat
     monkeypatch.setattr(dense_shortlists._DensePhases, "solve_free", given_up)
     cost = FAMILIES[family](*shape, seed=1, dtype="float64")
     found = fm.solve(cost, solver=DenseShortlists())
-    assert begun in ([False, True, False], []), "or all rows were matched at once"
+    assert begun == [False, True, False]
     gap, bound = fm.assignment.certificate(cost, found)
     assert gap <= bound
     assert found.is_certified

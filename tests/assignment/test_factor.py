@@ -355,9 +355,14 @@ def test_the_bound_holds_for_the_product_without_rounding(metric, shape, maximiz
     costs = [[sign * x for x in row] for row in exact(factors, metric)]
     u, v = ([sign * Fraction(x) for x in duals.tolist()] for duals in (found.u, found.v))
     matched = sum(costs[i][j] for i, j in zip(found.row_ind.tolist(), found.col_ind.tolist(), strict=True))
-    above = sum(max(0, *(u[i] + y - c for y, c in zip(v, costs[i], strict=True))) for i in range(shape[0]))
+    excess = [[x + y - c for y, c in zip(v, row, strict=True)] for x, row in zip(u, costs, strict=True)]
+    short = excess if shape[0] <= shape[1] else zip(*excess, strict=True)
+    above = sum(max(0, *line) for line in short)
     free = [*(np.delete(found.u, found.row_ind)), *(np.delete(found.v, found.col_ind))]
     assert not any(free), "unmatched lines have duals of zero"
+    oriented = FactorCost(factors if shape[0] <= shape[1] else [(b, a) for a, b in factors], metric)
+    errors = 3 * oriented.entry_error().sum()
+    assert errors <= found.gap_bound <= errors + 1e-12 * found.gap_bound + 1e-9 * float(abs(matched)) + 1e-6
     # No assignment costs less than the duals' sum, less what they are above the costs.
     assert matched - (sum(u) + sum(v)) + above <= Fraction(found.gap) + Fraction(found.gap_bound)
     assert found.is_certified

@@ -26,29 +26,34 @@ SENTINEL = 2.0**20
 
 
 @njit(nogil=True, cache=True, forceinline=True, borrows=True)
-def _take(costs, state, i, first, j, second, tied, eps, most, seek):  # pragma: no cover - compiled
-    """Let row i bid for its best column j; return (the row that it displaces or -1, 1 if a free column was sought and found, 1 if
-    it was not)."""
+def _take(costs, state, i, first, j, second, tied, eps, most, ties, ahead):  # pragma: no cover - compiled
+    """Let row i bid for its best column j, or for one that ties with it.
+
+    Returns:
+        (the row that it displaces or -1; the column that it takes or -1; 1 if it has sought a free column that ties, -1 if it has
+        in vain, else 0). Where ``ahead`` is 0 none is sought.
+    """
     c, start, _, m, sign = costs
     v, row_of, col_of, _, seconds, columns, _, _, _ = state
-    displaced, hit, miss = np.int64(-1), 0, 0
+    displaced, taken, sought = np.int64(-1), np.int64(-1), 0
     if second < np.inf:  # else one column is allowed or none: the paths decide
         if second == first and row_of[j] >= 0:
-            seek |= tied == j  # then the column that ties is not known
+            unknown = tied == j  # the column that ties is not kept
             j = tied
-            if seek and row_of[j] >= 0:
+            if (ties or unknown) and ahead > 0 and row_of[j] >= 0:
                 j = free_tie(c, start + i * m, sign, m, v, row_of, first, np.int64(0), j)
-                hit, miss = row_of[j] < 0, row_of[j] >= 0
+                sought = 1 if row_of[j] < 0 else -1
         old = row_of[j]
         if old < 0 or eps > 0.0 or second > first:
             v[j] -= min(second - first, most) + eps
             row_of[j] = i
             col_of[i] = j
             seconds[i], columns[i] = second, j
+            taken = j
             if old >= 0:
                 col_of[old] = -1
                 displaced = old
-    return displaced, hit, miss
+    return displaced, taken, sought
 
 
 @njit(nogil=True, cache=True, forceinline=True, borrows=True)
@@ -65,8 +70,8 @@ def _bid_by_reads(costs, state, top, eps, most, limit, ties):  # pragma: no cove
             i = stack[top]
         made += 1
         first, j, second, tied = two_least(c, start + i * m, sign, m, state.v)
-        i, hit, miss = _take(costs, state, i, first, j, second, tied, eps, most, ties and ahead > 0)
-        ahead += hit - miss
+        i, _, sought = _take(costs, state, i, first, j, second, tied, eps, most, ties, ahead)
+        ahead += sought
     if i >= 0:
         stack[top] = i
         top += 1
@@ -77,7 +82,8 @@ def _bid_by_reads(costs, state, top, eps, most, limit, ties):  # pragma: no cove
 def _bid_by_kept(costs, state, top, eps, most, limit, ties):  # pragma: no cover - compiled
     """The same by the best columns that are kept, while these tell enough; return the rows that were read too.
 
-    Two rows bid in turn, because each bid waits for the one before, and a processor can look up the columns of both at once.
+    Two rows bid in turn, because each bid waits for the one before, and a processor can look up the columns of both at once. So
+    there may be one bid more than ``limit``.
     """
     v, stack, best = state.v, state.stack, state.best
     made, read, told, ahead = 0, 0, ASKED, MISSES
@@ -99,22 +105,23 @@ def _bid_by_kept(costs, state, top, eps, most, limit, ties):  # pragma: no cover
         made += 1
         read += again
         told += known * (1 - 2 * again)
+        first_k, j_k, second_k, tied_k = np.inf, np.int64(-2), np.inf, np.int64(-2)
         if k >= 0:
             known = bound_of(best, k) > -np.inf
             first_k, j_k, second_k, tied_k, again = best_two(costs, v, best, k)
             made += 1
             read += again
             told += known * (1 - 2 * again)
-        i, hit, miss = _take(costs, state, i, first, j, second, tied, eps, most, ties and ahead > 0)
-        ahead += hit - miss
+        i, taken, sought = _take(costs, state, i, first, j, second, tied, eps, most, ties, ahead)
+        ahead += sought
         if k >= 0:
-            if j_k == j:  # it has become dearer; if it was the second best, a bound on that is known still
+            # If it was another second best, a bound on that is known still.
+            if (taken == j_k) | (taken == tied_k):
                 first_k, j_k, second_k, tied_k, again = best_two(costs, v, best, k)
                 read += again
-            k, hit, miss = _take(
-                costs, state, k, first_k, j_k, second_k, tied_k, eps, most, ties and ahead > 0
-            )
-            ahead += hit - miss
+                told -= 2 * again
+            k, _, sought = _take(costs, state, k, first_k, j_k, second_k, tied_k, eps, most, ties, ahead)
+            ahead += sought
     if k >= 0:
         stack[top] = k
         top += 1
@@ -129,7 +136,8 @@ def _bid(costs, state, top, eps, most, limit, ties):  # pragma: no cover - compi
     """Let the rows on ``stack[:top]`` bid until the stack is empty or ``limit`` bids are spent; return (what is left, the rows read).
 
     A row takes its best column and lowers its dual until the column is ``eps`` worse than the row's second best. With
-    eps = 0 this is augmenting row reduction: a row whose two best tie is left free, unless with ``ties`` another best one is free.
+    eps = 0 this is augmenting row reduction: a row whose two best tie is left free, unless another best one is found free. Such
+    ones are looked for with ``ties``, or if only one column is known, while that is not in vain.
     No dual falls by more than ``most`` and eps: the pair stays its row's best. ``columns`` and ``seconds`` tell of its last bid what
     ``survey`` told of the row: a column, and a bound on all others. So its row dual needs no other read in the end.
     """

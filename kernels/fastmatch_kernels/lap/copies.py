@@ -57,7 +57,7 @@ def hash_rows(bits, m, odd, total):  # pragma: no cover - compiled
 def take_columns(c, first, group, out):  # pragma: no cover - compiled
     """Write columns ``first`` of a flat matrix to the flat ``out``; return whether each column j equals ``first[group[j]]``.
 
-    A row is in the nearest cache when its entries are compared: numpy's gather and a pass that compares take four times as long.
+    A row is in the nearest cache when its entries are compared: numpy's gather and a pass of its own that compares read everything twice.
     """
     m, few = group.shape[0], first.shape[0]
     at = to = 0
