@@ -61,7 +61,7 @@ class DenseBids(DensePaths):
         """Go on with row reduction while it matches many of the rows; return whether few are left."""
         rows, plan = self.free_rows(), self.schedule
         before = self.n
-        while len(rows) and len(rows) <= plan.busy_above * before:
+        while 0 < len(rows) < before and len(rows) <= plan.busy_above * before:
             before = len(rows)
             rows = self.bid(rows, 0.0, self.n // SLICES + 1)
         return self.free() <= plan.reduced_above * self.n

@@ -11,6 +11,7 @@ from scipy.optimize import linear_sum_assignment
 import fastmatch as fm
 from bench.lib.families import FAMILIES
 from fastmatch.assignment import DenseShortlists, SmallDense
+from fastmatch.assignment.schedule import DenseSchedule
 from fastmatch.assignment.small_dense import solve_small
 from fastmatch_kernels.lap.state import SOLVED
 
@@ -173,6 +174,15 @@ def test_large_duals_of_integers_hide_nothing_and_the_matrix_is_not_read_again(s
     )
     solved(FAMILIES["differences of degrees"](1500, 1500, 0) * step, DenseShortlists())
     assert asked == [looked_at]
+
+
+def test_row_reduction_ends_by_every_schedule():
+    """With a fraction of 1, rounds that match no row went on without end."""
+    cost = np.random.default_rng(0).integers(0, 4, (120, 120)).astype(float)
+    for busy_above in (0.5, 1.0):
+        solved(cost, DenseShortlists(DenseSchedule(busy_above=busy_above)))
+    g = np.random.default_rng(1)
+    solved(g.random((120, 1)) + g.random((1, 120)), DenseShortlists(DenseSchedule(busy_above=1.0)))
 
 
 def test_duals_no_larger_than_a_matched_cost_are_not_doubted(monkeypatch):
