@@ -36,11 +36,12 @@ from fastmatch_kernels._numba.simd import (
 )
 from fastmatch_kernels.lap import state as shared
 from fastmatch_kernels.lap.paths import row_vector
-from fastmatch_kernels.lap.state import LARGEST, STRIDE, State
+from fastmatch_kernels.lap.state import KEPT_FROM, LARGEST, STRIDE, State
 
 __all__ = [
     "AHEAD",
     "LINE",
+    "at_most",
     "best_two",
     "bound_of",
     "forget",
@@ -68,16 +69,24 @@ def forget(best):  # pragma: no cover - compiled
 
 
 @njit(nogil=True, cache=True, forceinline=True)
-def with_best(state, n):  # pragma: no cover - compiled
-    """Return the state with room for the best columns of n rows; rows that are not read again need none."""
+def with_best(state):  # pragma: no cover - compiled
+    """Return the state with room for the best columns of its rows, unless rows are short. Those that never bid need none."""
     v, row_of, col_of, least, seconds, columns, stack, counts, _ = state
-    return State(v, row_of, col_of, least, seconds, columns, stack, counts, new_best(n))
+    best = new_best(col_of.shape[0] if row_of.shape[0] >= KEPT_FROM else np.int64(0))
+    return State(v, row_of, col_of, least, seconds, columns, stack, counts, best)
 
 
 @njit(nogil=True, cache=True, forceinline=True, borrows=True)
 def bound_of(best, i):  # pragma: no cover - compiled
     """Return the bound on the c - v of row i in the columns that are not kept; -inf if none are."""
     return best.numbers[best.items.shape[0] + i]
+
+
+@njit(nogil=True, cache=True, forceinline=True, borrows=True)
+def at_most(a, b, d, e, limit):  # pragma: no cover - compiled
+    """Return a mask of STRIDE sets, a vector of which after the other: bit k says whether the minimum of set k is at most ``limit``."""
+    low = less_equal_mask(a, limit) | (less_equal_mask(b, limit) << WIDTH)
+    return low | (less_equal_mask(d, limit) << (2 * WIDTH)) | (less_equal_mask(e, limit) << (3 * WIDTH))
 
 
 @njit(nogil=True, cache=True, inner=True, borrows=True)
@@ -127,8 +136,7 @@ def _scan(c, at, m, sign, v, room, base, measured, turn):  # pragma: no cover - 
     store(room, base + 3 * WIDTH, s)
     bound = reduce_minimum(minimum(others, more))
     limit = splat(min(bound, LARGEST))
-    bits = less_equal_mask(a, limit) | (less_equal_mask(b, limit) << WIDTH)
-    bits |= (less_equal_mask(d, limit) << (2 * WIDTH)) | (less_equal_mask(e, limit) << (3 * WIDTH))
+    bits = at_most(a, b, d, e, limit)
     if popcount(bits) <= WIDTH:
         return bound, bits, sum_lanes(add(one, two))
     # One of every two sets, and if these are too many, one of every four.
@@ -140,9 +148,7 @@ def _scan(c, at, m, sign, v, room, base, measured, turn):  # pragma: no cover - 
         bits |= (less_mask(d, limit) << (2 * WIDTH)) | (less_mask(e, limit) << (3 * WIDTH))
         if popcount(bits) <= WIDTH:
             break
-    tied = less_equal_mask(a, limit) | (less_equal_mask(b, limit) << WIDTH)
-    tied |= (less_equal_mask(d, limit) << (2 * WIDTH)) | (less_equal_mask(e, limit) << (3 * WIDTH))
-    tied &= ~bits
+    tied = at_most(a, b, d, e, limit) & ~bits
     later = tied & -(1 << turn)  # so that rows keep different ones of them
     while tied != 0 and popcount(bits) < WIDTH:
         next_ = later if later != 0 else tied

@@ -20,7 +20,6 @@ from fastmatch_kernels.lap.state import (
     ACCEPTED,
     DOUBTFUL,
     INFEASIBLE,
-    KEPT_FROM,
     LAST,
     LONG,
     OPEN,
@@ -175,7 +174,7 @@ def finish(costs, state, kind, other, limit, auctions, schedule):  # pragma: no 
     if kind != LAST and n >= schedule.crowded_from and not is_square(n, m):
         worst = np.float64(n * (n // WORST_SHARE))
     limit = min(limit, worst)
-    state = with_best(state, n if m >= KEPT_FROM else np.int64(0))
+    state = with_best(state)
     outcome, top, expected, ahead = _match_by_bids(costs, state, square, other, limit, auctions, schedule)
     if outcome != OPEN:
         return outcome

@@ -18,7 +18,6 @@ from fastmatch_kernels.lap.state import (
     FEW_ROWS,
     HUGE,
     INFEASIBLE,
-    KEPT_FROM,
     LONG,
     OPEN,
     READS,
@@ -99,7 +98,7 @@ def _as_rectangle(costs, state, top, schedule):  # pragma: no cover - compiled
     found = 0
     if left <= top // 2:
         no = np.bool_(False)  # for a plain False, numba would compile all that is called once more
-        kept = with_best(state, costs.n if costs.m >= KEPT_FROM else np.int64(0))
+        kept = with_best(state)
         left, _ = bids(costs, kept, left, no, no, no, schedule)
         found, left, _ = paths_within(costs, state, left, no, np.float64(RECTANGLE_AHEAD * costs.n), no)
     if found < 0:

@@ -22,7 +22,7 @@ from fastmatch_kernels._numba.simd import (
     splat,
     sum_lanes,
 )
-from fastmatch_kernels.lap.best import AHEAD, LINE, new_best, read_best
+from fastmatch_kernels.lap.best import AHEAD, LINE, at_most, new_best, read_best
 from fastmatch_kernels.lap.kept import keep, room_to_keep, take
 from fastmatch_kernels.lap.paths import row_vector
 from fastmatch_kernels.lap.state import LARGEST, STRIDE
@@ -86,8 +86,7 @@ def _least_two(c, at, sign, m, v, a, b, d, e):  # pragma: no cover - compiled
     """Return (least c - v, its column, second least, its column if the two are equal) of a row, from its sets' minima."""
     lowest = reduce_minimum(minimum(minimum(a, b), minimum(d, e)))
     limit, none = splat(lowest), splat(np.inf)
-    holders = less_equal_mask(a, limit) | (less_equal_mask(b, limit) << WIDTH)
-    holders |= (less_equal_mask(d, limit) << (2 * WIDTH)) | (less_equal_mask(e, limit) << (3 * WIDTH))
+    holders = at_most(a, b, d, e, limit)
     column = ctz(holders)
     first, second = np.inf, np.inf
     for j in range(column, m, STRIDE):  # without branches, which would be mispredicted
